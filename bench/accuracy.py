@@ -1,0 +1,102 @@
+"""Accuracy of a checkpoint on rows nobody trained on, beside rules that never search.
+
+    python bench/accuracy.py --checkpoint out/RUN --data FILE     a JSON file of rows
+    python bench/accuracy.py --checkpoint out/RUN --data prosqa_matched
+
+Rows are answered by batched greedy generation. The number of thoughts is the checkpoint's own (its
+manifest), unless --latent gives another. The last line is JSON.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
+
+from nanococonut import checkpoint
+from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
+from nanococonut.data import prosqa, read_rows
+from nanococonut.errors import UserError, main_guard
+from nanococonut.evaluate import score
+from nanococonut.loader import curriculum_of, graph_config, rendered
+
+SPLITS = ("prosqa", "prosqa_matched")
+
+
+@dataclass(frozen=True)
+class AccuracyConfig:
+    checkpoint: str | None = opt(None, "a run's folder, one checkpoint's, or None: the bundled one")
+    data: str = opt("prosqa", f"a JSON file of rows, or generated ones: {', '.join(SPLITS)}")
+    n: int = opt(1000, "generated rows", at_least=1)
+    seed: int = opt(1_000_003, "of generated rows (training never uses it)", at_least=0)
+    latent: int | None = opt(None, "thoughts (None: as trained)", at_least=0)
+    batch_size: int = opt(100, "rows answered at once", at_least=1)
+    max_new_tokens: int = opt(128, "longest answer", at_least=1)
+    device: str = opt("cpu", "cpu, cuda, mps")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+def main() -> None:
+    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    config = build(AccuracyConfig, given)
+    folder = checkpoint.find(config.checkpoint or checkpoint.BUNDLED, best=True)
+    model, tokenizer, manifest = checkpoint.load(folder, config.device)
+    trained = build(TrainConfig, manifest["config"])
+    if config.data in SPLITS:
+        graphs = graph_config(trained, matched=config.data.endswith("matched"))
+        rows = prosqa.generate(config.n, config.seed, graphs)
+    else:
+        rows = read_rows(config.data)
+    try:
+        baselines = prosqa.heuristics(rows)
+        shown = rendered(rows, trained.render)
+    except UserError:
+        if trained.render == "compact":
+            raise
+        baselines, shown = {}, rows
+    thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
+    began = time.perf_counter()
+    s = score(
+        model,
+        tokenizer,
+        curriculum_of(trained),
+        shown,
+        thoughts,
+        config.batch_size,
+        config.max_new_tokens,
+    )
+    seconds = time.perf_counter() - began
+    low, high = s.interval
+    print(f"{folder}: {manifest['method']}, step {manifest['step']}, {thoughts} thoughts")
+    print(f"{config.data}: {s.accuracy:.1%} of {s.rows} rows (95 %: {low:.1%} to {high:.1%})")
+    print(f"generated tokens (thoughts + words, without eos): {s.generated_tokens:.1f}")
+    for name, share in baselines.items():
+        print(f"no model, {name}: {share:.1%}")
+    row = {
+        "bench": "accuracy",
+        "checkpoint": str(config.checkpoint or "bundled"),
+        "method": manifest["method"],
+        "train_seed": trained.seed,
+        "train_step": manifest["step"],
+        "data": Path(config.data).name,
+        "generated_seed": config.seed if config.data in SPLITS else None,
+        "thoughts": thoughts,
+        "rows": s.rows,
+        "accuracy": s.accuracy,
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "generated_tokens": round(s.generated_tokens, 2),
+        "heuristics": baselines,
+        "seconds": round(seconds, 2),
+        "device": config.device,
+        **checkpoint.provenance(),
+    }
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main_guard(main)

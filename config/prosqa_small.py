@@ -1,0 +1,34 @@
+"""ProsQA with smaller graphs, learnt from scratch by a 2-layer model on any laptop."""
+
+tokenizer = "words"  # needs no download
+render = "compact"  # half the tokens of the sentences, and nothing lost
+n_nodes = 13  # before pruning; 11 on average after
+min_hops = 2
+max_hops = 3
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 160
+dropout = 0.0  # every row is new: there is nothing to overfit
+smear = True  # without it the edge look-up is not learnt in the first minutes
+
+rows_per_epoch = 6_400
+fresh_rows = True
+valid_rows = 500
+c_thought = 2
+max_latent_stage = 3  # the longest chain; 6 thoughts at the end
+epochs_per_stage = 6
+epochs = 40
+uniform_prob = 0.2
+advance_at = 0.8
+
+batch_size = 64
+micro_batch_size = 64
+learning_rate = 2e-3
+beta2 = 0.98
+grad_clip = 1.0
+warmup_steps = 50
+decay_share = 0.5
+reset_optimizer = "never"
+max_new_tokens = 40

@@ -1,0 +1,215 @@
+"""Checkpoints: safetensors weights, training state, and a manifest that says what they are.
+
+A run's folder holds step_<n>/ folders, each complete: model.safetensors, optimizer.safetensors
+and manifest.json with the digests of both. A folder is written under another name and then
+renamed, so a run killed at any moment leaves only whole ones. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanococonut import __version__
+from nanococonut.errors import UserError
+from nanococonut.model import GPT, GPTConfig
+from nanococonut.tokenizer import Tokenizer
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
+BUNDLED = Path(__file__).parent / "bundled" / "prosqa_small"
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and platform: what a figure or a checkpoint was made with."""
+    root = Path(__file__).parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {"nanococonut": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "tiktoken", "safetensors", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return {"commit": commit, "versions": versions, "platform": sys.platform}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": t for i, entry in state.items() for name, t in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Put the moments saved in a checkpoint folder into an optimizer of the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path / OPTIMIZER).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def write(folder: Path, model: nn.Module, optimizer: Any, manifest: dict[str, Any]) -> None:
+    """One complete checkpoint at `folder`, which must not exist. UserError if it cannot be kept."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, temporary / WEIGHTS)
+        if optimizer is not None:
+            save_file(_optimizer_tensors(optimizer), temporary / OPTIMIZER)
+        files = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, **manifest, **provenance(), "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint {folder} could not be written: {e}.\n"
+            "Earlier ones are untouched: make room or choose another --out_dir, then --resume."
+        ) from None
+
+
+def steps_in(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(p for p in run.glob("step_*") if (p / MANIFEST).is_file())
+
+
+def save(
+    run: Path, step: int, model: nn.Module, optimizer: Any, manifest: dict[str, Any]
+) -> Path:
+    """Write run/step_<step>, then drop the older ones but for the manifest's best_step."""
+    folder = run / f"step_{step:08d}"
+    if not (folder / MANIFEST).is_file():
+        write(folder, model, optimizer, manifest | {"step": step})
+    for old in steps_in(run):
+        if old not in (folder, run / f"step_{manifest.get('best_step', -1):08d}"):
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def find(path: str | Path, best: bool = False) -> Path:
+    """A checkpoint folder from a path to one or to a run's folder (best: by validation)."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    steps = steps_in(path)
+    if not steps:
+        what = "holds no checkpoint" if path.is_dir() else "is not there"
+        raise UserError(
+            f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
+        )
+    if best:
+        chosen = path / f"step_{read_manifest(steps[-1]).get('best_step', -1):08d}"
+        return chosen if chosen in steps else steps[-1]
+    return steps[-1]
+
+
+def _damaged(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"the checkpoint {folder} is damaged or not one of ours: {why}.\n"
+        "Use an older step_ folder of the run, or train again."
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
+    missing = {"config", "model", "tokenizer", "n_thoughts", "stage", "files"} - manifest.keys()
+    if missing:
+        raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file's digest has been checked against it."""
+    manifest = read_manifest(folder)
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise _damaged(folder, f"{name} is missing")
+        if _digest(folder / name) != digest:
+            raise _damaged(folder, f"{name} is not the file that was saved")
+    return manifest
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Weights of a checkpoint folder into a model of the same shape; any float dtype is cast."""
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as e:
+        raise _damaged(folder, f"{WEIGHTS} cannot be read ({e})") from None
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in weights.items()}
+    wrong = sorted(k for k in own.keys() | found.keys() if own.get(k) != found.get(k))
+    if wrong:
+        k = wrong[0]
+        raise UserError(
+            f"{folder} holds a model of another shape: {k} is {found.get(k, 'missing')}, wanted "
+            f"{own.get(k, 'none')} ({len(wrong)} tensors differ).\n"
+            "Use the settings it was trained with; they stand in its manifest.json."
+        )
+    model.load_state_dict(weights)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
+    """Model (eval mode), tokenizer and manifest of a checkpoint or of a run's best one."""
+    folder = find(path, best=True)
+    manifest = verify(folder)
+    try:
+        config = GPTConfig(**manifest["model"])
+        tokenizer = Tokenizer.from_spec(manifest["tokenizer"])
+    except (TypeError, KeyError, ValueError) as e:
+        raise _damaged(folder, f"its manifest does not describe a model ({e})") from None
+    model = GPT(config)
+    load_weights(model, folder)
+    return model.to(device).eval(), tokenizer, manifest
+
+
+def describe_model(model: GPT) -> dict[str, Any]:
+    return asdict(model.config)
+
+
+def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
+    """A run's best checkpoint in bfloat16 and without optimizer: what sample.py falls back on."""
+    model, _, manifest = load(run)
+    kept = {k: v for k, v in manifest.items() if k not in ("files", "format", "progress")}
+    trained = {k: kept.pop(k) for k in ("commit", "versions", "platform")}
+    shutil.rmtree(target, ignore_errors=True)
+    write(target, model.to(torch.bfloat16), None, kept | {"trained_with": trained})
+    return target

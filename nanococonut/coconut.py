@@ -1,0 +1,121 @@
+"""Coconut's forward pass in training: prefill -> thoughts -> suffix, differentiable end to end.
+
+A thought is the hidden state after the final LayerNorm at the position before it, taken as the next
+input embedding in place of a token's (paper, section 3). It is not detached: the loss on the words
+behind the thoughts reaches every thought. What is fed back stands in one line of `forward`.
+
+    [ prefix: question <bot> ]  [ thoughts ]  [ suffix: <eot> remaining steps ### answer eos ]
+      right-padded to Tp          n slots       right-padded to Ts
+
+Each block keeps its own keys and values, so nothing saved for backward is ever written to. Row b
+has n_thoughts[b] <= n thoughts; after them it is inactive: its slots are masked for whatever comes
+later, and its suffix follows its last real token directly.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanococonut.curriculum import Batch
+from nanococonut.model import GPT, causal_attention
+
+
+class BlockMemory:
+    """Keys and values of the blocks so far, and attention of a new block to them and itself.
+
+    Scores are concatenated, never the keys: the prefix's are the bulk and stay where they are.
+    """
+
+    def __init__(self, n_layer: int, prefix_valid: Tensor, dropout: float) -> None:
+        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer (B, nh, Tp, hs)
+        self.k: list[list[Tensor]] = [[] for _ in range(n_layer)]  # thoughts: (B, nh, 1, hs)
+        self.v: list[list[Tensor]] = [[] for _ in range(n_layer)]
+        self.valid = prefix_valid  # (B, keys so far) bool: prefix, then one column per thought
+        self.dropout = dropout
+
+    def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.prefix.append((k, v))
+        return causal_attention(layer, q, k, v, self.dropout)
+
+    def attend_thought(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.k[layer].append(k)
+        self.v[layer].append(v)
+        return self._attend(bias, q, [self.prefix[layer], self._thoughts(layer)])
+
+    def attend_suffix(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        thoughts = [self._thoughts(layer)] if self.k[layer] else []
+        return self._attend(bias, q, [self.prefix[layer], *thoughts, (k, v)])
+
+    def _thoughts(self, layer: int) -> tuple[Tensor, Tensor]:
+        return torch.cat(self.k[layer], dim=2), torch.cat(self.v[layer], dim=2)
+
+    def _attend(self, bias: Tensor, q: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """q (B, nh, T, hs) against blocks of keys and values; bias (B, 1, T or 1, all keys)."""
+        q = q * q.shape[-1] ** -0.5
+        scores = torch.cat([q @ k.transpose(2, 3) for k, _ in blocks], dim=-1) + bias
+        p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
+        parts = p.split([k.shape[2] for k, _ in blocks], dim=-1)
+        return sum(part @ v for part, (_, v) in zip(parts, blocks, strict=True))
+
+
+def _bias(seen: Tensor) -> Tensor:
+    """Which keys may be seen, bool -> what is added to the scores, fp32."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def forward(model: GPT, batch: Batch) -> Tensor:
+    """Logits (B, Ts, V) that predict batch.suffix: column j is read just before suffix token j.
+
+    Column 0 comes from the last prefix position or thought, so that methods without <eot> are
+    scored on their first word too. Differentiable; shapes depend on the batch's only.
+    """
+    B, Tp = batch.prefix.shape
+    Ts = batch.suffix.shape[1]
+    device = batch.prefix.device
+    rows, last = torch.arange(B, device=device), batch.length - 1
+
+    memory = BlockMemory(
+        model.config.n_layer,
+        torch.arange(Tp, device=device) < batch.length[:, None],
+        model.attn_dropout,
+    )
+    e = model.embed(batch.prefix)
+    h = model.trunk(e, torch.arange(Tp, device=device), memory.attend_prefix)
+    h, prev = h[rows, last], e[rows, last]  # (B, C): what is fed back, and the smear's memory
+
+    for i in range(batch.max_thoughts):
+        active = i < batch.n_thoughts  # (B,)
+        memory.valid = torch.cat([memory.valid, active[:, None]], dim=1)
+        # an inactive row has no valid key of its own here; it still sees its prefix, so no NaN
+        attend = partial(memory.attend_thought, _bias(memory.valid)[:, None, None, :])
+        thought = h
+        pos = (batch.length + i).clamp(max=model.config.block_size - 1)
+        new = model.trunk(thought[:, None], pos[:, None], attend, prev)[:, 0]
+        prev = torch.where(active[:, None], thought, prev)
+        h = torch.where(active[:, None], new, h)
+
+    if Ts == 1:  # a lone label: nothing is read behind it
+        return model.head(h[:, None])
+    causal = torch.ones(Ts - 1, Ts - 1, dtype=torch.bool, device=device).tril()
+    seen = torch.cat(
+        [memory.valid[:, None].expand(-1, Ts - 1, -1), causal.expand(B, -1, -1)], dim=2
+    )
+    pos = (batch.length + batch.n_thoughts)[:, None] + torch.arange(Ts - 1, device=device)
+    pos = pos.clamp(max=model.config.block_size - 1)  # only padding is ever clamped
+    attend = partial(memory.attend_suffix, _bias(seen)[:, None])
+    out = model.trunk(model.embed(batch.suffix[:, :-1]), pos, attend, prev)
+    return model.head(torch.cat([h[:, None], out], dim=1))
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy summed over the supervised labels: logits (B, Ts, V), targets (B, Ts)."""
+    logits = logits.flatten(0, 1)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def right_rows(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B,) bool: rows whose every label is the most probable token (teacher-forced)."""
+    return ((logits.argmax(-1) == targets) | (targets == -100)).all(dim=1)

@@ -1,0 +1,141 @@
+"""Inference: a question is read once, n thoughts are appended to its cache, words come out.
+
+Free functions over plain tensors. The engine knows tokens, never text or files. All rows are kept
+in one right-padded batch; row b's next token goes to its own length, so rows of any length run side
+by side and give what each would give alone.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanococonut.cache import KVCache
+from nanococonut.model import GPT, cached_attention
+
+
+@dataclass
+class State:
+    """What one step hands to the next, beside the cache.
+
+    hidden  (B, C)  last hidden state, after the final LayerNorm: the next thought, or the head's
+    prev    (B, C)  last input embedding: what the smear adds to the next one
+    span    int     positions written so far at most, over all rows
+    """
+
+    hidden: Tensor
+    prev: Tensor
+    span: int
+
+
+@dataclass
+class Generation:
+    """tokens: of each row, without eos. thoughts: (B, n, C), what was fed back. Times in seconds;
+    seconds_first: from the start to the first word."""
+
+    tokens: list[list[int]]
+    thoughts: Tensor
+    seconds_prefill: float
+    seconds_thoughts: float
+    seconds_first: float
+    seconds_decode: float
+
+
+def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> State:
+    """Read right-padded ids (B, T) with lengths (B,) into an empty cache."""
+    B, T = idx.shape
+    pos = torch.arange(T, device=idx.device).expand(B, T)
+    e = model.embed(idx)
+    h = model.trunk(e, pos, partial(cached_attention, cache, pos, T))
+    cache.lengths.copy_(lengths)
+    rows = torch.arange(B, device=idx.device)
+    return State(h[rows, lengths - 1], e[rows, lengths - 1], T)
+
+
+def step(model: GPT, cache: KVCache, e: Tensor, state: State) -> State:
+    """Append one input embedding e (B, C) to every row and move on."""
+    pos, span = cache.lengths[:, None], state.span + 1
+    attend = partial(cached_attention, cache, pos, span)
+    h = model.trunk(e[:, None], pos, attend, state.prev)
+    cache.lengths += 1
+    return State(h[:, 0], e, span)
+
+
+def latent_step(model: GPT, cache: KVCache, state: State) -> State:
+    """One thought: the last hidden state is the next input."""
+    return step(model, cache, state.hidden, state)
+
+
+def decode_step(model: GPT, cache: KVCache, token: Tensor, state: State) -> State:
+    """One word: tokens (B,) are the next input."""
+    return step(model, cache, model.embed(token), state)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prefixes: list[list[int]],
+    n_thoughts: int,
+    opening: list[int],
+    eos: int,
+    max_new_tokens: int,
+) -> Generation:
+    """Greedy answers to a batch of token prefixes.
+
+    opening: tokens put behind the thoughts before the first word is asked for ([<eot>] or []).
+    Raises ValueError, before any work, where a row would not fit into block_size.
+    """
+    device = model.wte.weight.device
+    longest = max(map(len, prefixes))
+    capacity = longest + n_thoughts + len(opening) + max_new_tokens
+    if min(map(len, prefixes)) == 0 or n_thoughts < 0 or max_new_tokens < 1:
+        raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
+    if capacity > model.config.block_size:
+        raise ValueError(
+            f"{longest} tokens + {n_thoughts} thoughts + {len(opening)} + {max_new_tokens} new "
+            f"tokens do not fit into block_size={model.config.block_size}"
+        )
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    cache = model.new_cache(len(prefixes), capacity)
+    lengths = torch.tensor([len(p) for p in prefixes], device=device)
+    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prefixes], device=device)
+    state = prefill(model, cache, idx, lengths)
+
+    prefilled = now()
+    thoughts = []
+    for _ in range(n_thoughts):
+        thoughts.append(state.hidden)
+        state = latent_step(model, cache, state)
+
+    thought = now()
+    for token in opening:
+        state = decode_step(model, cache, torch.full_like(lengths, token), state)
+    words: list[Tensor] = []
+    done = torch.zeros_like(lengths, dtype=torch.bool)
+    first = thought
+    for i in range(max_new_tokens):
+        token = model.head(state.hidden).argmax(-1)
+        token = torch.where(done, eos, token)
+        done |= token == eos  # the first token may be eos already
+        words.append(token)
+        if i == 0:
+            first = now()
+        if done.all() or i == max_new_tokens - 1:
+            break
+        state = decode_step(model, cache, token, state)
+    end = now()
+
+    rows = torch.stack(words, 1).tolist()
+    tokens = [row[: row.index(eos)] if eos in row else row for row in rows]
+    kept = torch.stack(thoughts, 1) if thoughts else state.hidden.new_zeros(len(rows), 0, 1)
+    return Generation(
+        tokens, kept, prefilled - start, thought - prefilled, first - start, end - first
+    )

@@ -1,0 +1,17 @@
+"""Mistakes of the user's: one or two lines that say what was given, what is wanted, what to do."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is shown as it is, without a traceback."""
+
+
+def main_guard(main: Callable[[], None]) -> None:
+    """Run a script's main(); a UserError ends it with its message and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

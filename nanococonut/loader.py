@@ -1,0 +1,131 @@
+"""Rows for training: made or read, tokenised, an epoch ahead of the loop.
+
+What an epoch holds depends on the seed and its number only, never on timing or on what came before
+it, so a run resumed in any epoch sees the same rows in the same order.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum, EncodedRow, encode_row, longest
+from nanococonut.data import Row, prosqa, read_rows
+from nanococonut.errors import UserError
+from nanococonut.tokenizer import Tokenizer
+
+TRAIN, VALID, MATCHED, ORDER, DRAWS = range(5)  # streams of one seed, kept apart
+
+
+def graph_config(config: TrainConfig, matched: bool = False) -> prosqa.GraphConfig:
+    return prosqa.GraphConfig(
+        n_nodes=config.n_nodes,
+        min_hops=config.min_hops,
+        max_hops=config.max_hops,
+        matched=matched,
+    )
+
+
+def curriculum_of(config: TrainConfig) -> Curriculum:
+    return Curriculum(
+        config.method,
+        config.c_thought,
+        config.max_latent_stage,
+        config.pad_latent_to_max,
+        config.uniform_prob,
+    )
+
+
+def rendered(rows: list[Row], render: str) -> list[Row]:
+    return [prosqa.compact_row(row) for row in rows] if render == "compact" else rows
+
+
+def task_tokenizer(config: TrainConfig) -> Tokenizer:
+    return Tokenizer.gpt2() if config.tokenizer == "gpt2" else Tokenizer.words(prosqa.VOCABULARY)
+
+
+def validation_rows(config: TrainConfig) -> dict[str, list[Row]]:
+    """Name of a split -> its rows, as sentences. Generated ones come with a depth-matched split."""
+    if config.valid_data:
+        return {"valid": read_rows(config.valid_data)}
+    n = config.valid_rows
+    return {
+        "valid": prosqa.generate(n, (config.seed, VALID), graph_config(config)),
+        "matched": prosqa.generate(n, (config.seed, MATCHED), graph_config(config, matched=True)),
+    }
+
+
+class Epochs:
+    """The training rows of every epoch, tokenised; the next one is made in a worker thread.
+
+    held_out: rows that training must never see (by graph, whatever the names in it).
+    Raises UserError where a row would not fit into block_size at some stage.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        curriculum: Curriculum,
+        tokenizer: Tokenizer,
+        held_out: list[Row],
+    ) -> None:
+        self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
+        self.exclude = frozenset(prosqa.signature(row) for row in held_out if "edges" in row)
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self.ahead: tuple[int, Future[list[EncodedRow]]] | None = None
+        self.fixed: list[EncodedRow] | None = None
+        if config.data:
+            self.fixed = self._encode(read_rows(config.data))
+        elif not config.fresh_rows:
+            self.fixed = self._encode(self._generate(0))
+        self.n_rows = len(self.fixed) if self.fixed else config.rows_per_epoch
+
+    def __call__(self, epoch: int) -> list[EncodedRow]:
+        """The epoch's rows in their order."""
+        if self.ahead and self.ahead[0] == epoch:
+            rows = self.ahead[1].result()
+        else:
+            rows = self._make(epoch)
+        self.ahead = (epoch + 1, self.worker.submit(self._make, epoch + 1))
+        return rows
+
+    def close(self) -> None:
+        self.worker.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, epoch: int) -> list[EncodedRow]:
+        if self.fixed is None:
+            return self._encode(self._generate(epoch))
+        order = np.random.default_rng((self.config.seed, ORDER, epoch)).permutation(self.n_rows)
+        return [self.fixed[i] for i in order]
+
+    def _generate(self, epoch: int) -> list[Row]:
+        """rows_per_epoch rows; a matched_share of them without the depth shortcut."""
+        c = self.config
+        n_matched = round(c.matched_share * c.rows_per_epoch)
+        rows: list[Row] = []
+        for n, matched in ((c.rows_per_epoch - n_matched, False), (n_matched, True)):
+            if n:
+                seed = (c.seed, TRAIN, epoch, int(matched))
+                rows += prosqa.generate(n, seed, graph_config(c, matched), self.exclude)
+        if 0 < n_matched < len(rows):
+            order = np.random.default_rng((c.seed, ORDER, epoch)).permutation(len(rows))
+            rows = [rows[i] for i in order]
+        return rows
+
+    def _encode(self, rows: list[Row]) -> list[EncodedRow]:
+        encoded = []
+        for i, row in enumerate(rendered(rows, self.config.render)):
+            e = encode_row(self.tokenizer, row["question"], row["steps"], row["answer"])
+            need = longest(self.curriculum, e, self.tokenizer)
+            if need > self.config.block_size:
+                where = f"{self.config.data}, row {i}" if self.config.data else "a generated row"
+                raise UserError(
+                    f"{where} needs {need} positions with its thoughts, "
+                    f"block_size={self.config.block_size}.\n"
+                    "Use a longer --block_size or shorter rows."
+                )
+            encoded.append(e)
+        return encoded
+
+

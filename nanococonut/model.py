@@ -1,0 +1,167 @@
+"""GPT-2 in one file: tensors in, tensors out.
+
+Follows "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019) as published on
+the Hugging Face hub: pre-LayerNorm, learned positions, tanh-GELU, biases, head tied to the token
+embedding. In manner it follows karpathy/nanoGPT. It differs in two ways that Coconut needs:
+
+- it takes input *embeddings*, because a thought is a vector and no token;
+- attention's memory is the caller's: `attend(layer, q, k, v)` decides what a query may see. Here
+  are the two simple ones, plain causal attention and attention over a KVCache; the differentiable
+  one of training is in coconut.py.
+
+Shapes: B rows, T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanococonut.cache import KVCache
+
+# (layer, q, k, v), each (B, nh, T, hs) -> (B, nh, T, hs)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 50260  # GPT-2's 50257 and <bot>, <eot>, <latent>
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    smear: bool = False  # x_t += W x_(t-1) on the input embeddings; off for GPT-2
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Every position sees itself and what came before. Right-padding needs no mask."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+def cached_attention(
+    cache: KVCache, pos: Tensor, span: int, layer: int, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Append k, v at pos (B, T) and attend to the cache: position p sees the keys [0, p].
+
+    span: no key at or behind it is looked at (a host integer, so that no device is asked).
+    """
+    cache.append(layer, k, v, pos)
+    keys, values = cache.data[layer, :, :, :, :span].to(q.dtype)  # (B, nh, span, hs) each
+    seen = torch.arange(span, device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, span)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        y = attend(q, k, v).transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attend)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 of any size. `model(idx)` gives logits; `embed`, `trunk` and `head` are its parts."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} does not divide into {config.n_head} heads")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.smear = nn.Linear(config.n_embd, config.n_embd, bias=False) if config.smear else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # GPT-2's init: the projections into the residual stream shrink with its depth
+                depth = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(p, std=0.02 / depth)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        if self.smear is not None:
+            nn.init.zeros_(self.smear.weight)  # starts as plain GPT-2
+
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c, w = self.config, self.wte.weight
+        return KVCache(
+            c.n_layer, batch, c.n_head, capacity, c.n_embd // c.n_head, w.device, w.dtype
+        )
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> input embeddings (B, T, C), before smear and positions."""
+        return self.wte(idx)
+
+    def trunk(
+        self, e: Tensor, pos: Tensor, attend: Attend | None = None, prev: Tensor | None = None
+    ) -> Tensor:
+        """Input embeddings e (B, T, C) at positions pos (T,) or (B, T) -> hidden states (B, T, C).
+
+        The hidden states are those after the final LayerNorm: what the head reads and what Coconut
+        feeds back. prev (B, C): the input embedding just before e, for the smear (None: nothing).
+        """
+        x = e
+        if self.smear is not None:
+            first = torch.zeros_like(e[:, :1]) if prev is None else prev[:, None]
+            x = e + self.smear(torch.cat([first, e[:, :-1]], dim=1))
+        x = self.drop(x + self.wpe(pos))
+        if attend is None:
+            attend = partial(causal_attention, dropout=self.attn_dropout)
+        for layer, block in enumerate(self.h):
+            x = block(x, partial(attend, layer))
+        return self.ln_f(x)
+
+    @property
+    def attn_dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V); tied to the token embedding."""
+        return F.linear(hidden, self.wte.weight)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> logits at every position (B, T, V)."""
+        pos = torch.arange(idx.shape[1], device=idx.device)
+        return self.head(self.trunk(self.embed(idx), pos))

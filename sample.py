@@ -1,0 +1,169 @@
+"""Ask a trained model a question and see what it thinks.
+
+    python sample.py --latent 6                          a question of its task, six thoughts
+    python sample.py --latent 0 --question "..."         your own question, no thoughts
+    python sample.py --out_dir out/prosqa_small          a run of your own
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanococonut import checkpoint
+from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
+from nanococonut.curriculum import Curriculum, answer_of
+from nanococonut.data import Row, prosqa
+from nanococonut.errors import UserError, main_guard
+from nanococonut.evaluate import ask
+from nanococonut.loader import curriculum_of, graph_config
+from nanococonut.model import GPT
+from nanococonut.tokenizer import Tokenizer
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    latent: int | None = opt(None, "thoughts before the answer (None: as trained)", at_least=0)
+    question: str | None = opt(None, "ask this (None: one of the task's own)")
+    out_dir: str | None = opt(None, "run or checkpoint (None: newest in out/, else the bundled)")
+    method: str | None = opt(
+        None, "layout of the question (None: as trained)", choices=METHOD_NAMES
+    )
+    max_new_tokens: int = opt(128, "longest answer", at_least=1)
+    seed: int | None = opt(None, "of the drawn question (None: another one every time)", at_least=0)
+    device: str = opt("cpu", "cpu, cuda, mps")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+def choose(out_dir: str | None) -> Path:
+    """The checkpoint to ask: the one given, else the newest run here, else the bundled one."""
+    if out_dir:
+        return checkpoint.find(out_dir, best=True)
+    runs = [run for run in Path("out").glob("*") if checkpoint.steps_in(run)]
+    if runs:
+        newest = max(runs, key=lambda run: checkpoint.steps_in(run)[-1].stat().st_mtime)
+        return checkpoint.find(newest, best=True)
+    console.print("no run in out/: asking the bundled prosqa_small (config/prosqa_small.py)")
+    return checkpoint.BUNDLED
+
+
+def thoughts_table(model: GPT, tokenizer: Tokenizer, thoughts: torch.Tensor) -> Table:
+    """What each thought (n, C) would say if it were a word: its five most probable tokens."""
+    table = Table(title="thoughts, as the words they are nearest to", title_justify="left")
+    table.add_column("thought", justify="right")
+    for i in range(5):
+        table.add_column(f"word {i + 1}")
+    for i, p in enumerate(model.head(thoughts).softmax(-1)):
+        best = p.topk(min(5, len(p)))
+        words = [repr(tokenizer.decode([t]))[1:-1].strip() for t in best.indices.tolist()]
+        shown = (f"{w} {v:.1%}" for w, v in zip(words, best.values.tolist(), strict=True))
+        table.add_row(str(i + 1), *shown)
+    return table
+
+
+def answer(
+    model: GPT,
+    tokenizer: Tokenizer,
+    curriculum: Curriculum,
+    compact: bool,
+    question: str,
+    known: str | None,
+    thoughts: int,
+    max_new_tokens: int,
+) -> None:
+    """Ask one question and print everything there is to see."""
+    console.print(f"\n[bold]question[/]  {question}", markup=True)
+    asked = prosqa.compact_question(question) if compact else question
+    if unknown := tokenizer.unknown_words(asked):
+        console.print(
+            f"[yellow]warning[/]   never trained on: {', '.join(unknown[:8])}. "
+            "Do not expect sense from this answer."
+        )
+    ask(model, tokenizer, curriculum, [asked], 0, 1)  # first use of anything is slow: not timed
+    out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens)
+    if thoughts:
+        console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
+    text = tokenizer.decode(out.tokens[0])
+    *steps, last = text.split("\n")
+    said = answer_of(last) if "#" in last else last.strip()
+    if compact:
+        steps, said = [prosqa.expand_sentence(s) for s in steps], prosqa.expand_sentence(said)
+    for step in steps:
+        console.print(f"[bold]step[/]      {step}")
+    verdict = ""
+    if known is not None:
+        right = said == answer_of(known)
+        verdict = "  [green](right)[/]" if right else f"  [red](wrong: {known})[/]"
+    console.print(f"[bold]answer[/]    {said}{verdict}")
+    n = max(1, len(out.tokens[0]))
+    per_thought = f"{1e3 * out.seconds_thoughts / thoughts:.2f} ms a thought, " if thoughts else ""
+    console.print(
+        f"[dim]first word after {1e3 * out.seconds_first:.1f} ms, {per_thought}"
+        f"{1e3 * out.seconds_decode / n:.2f} ms a word, {len(out.tokens[0])} tokens[/]"
+    )
+
+
+def main() -> None:
+    given, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__.split("\n")[0])
+    config = build(SampleConfig, given)
+    folder = choose(config.out_dir)
+    model, tokenizer, manifest = checkpoint.load(folder, config.device)
+    trained = build(TrainConfig, manifest["config"])
+    curriculum = curriculum_of(trained)
+    if config.method:
+        curriculum = replace(curriculum, method=config.method)
+    thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
+    console.print(
+        f"{folder}: {manifest['method']}, stage {manifest['stage']}, step {manifest['step']}, "
+        f"{model.n_params():,} parameters, {thoughts} thoughts"
+    )
+    if thoughts != manifest["n_thoughts"]:
+        console.print(f"[yellow]note[/]      it was trained to answer after {manifest['n_thoughts']}")
+    if curriculum.thoughts_at(1) == 0 and thoughts:
+        console.print(f"[yellow]note[/]      {curriculum.method} has no thoughts in training")
+
+    seed = config.seed if config.seed is not None else torch.seed() % 2**32
+    rows = iter(range(seed, seed + 10**9))
+
+    def drawn() -> Row:
+        return prosqa.generate(1, next(rows), graph_config(trained))[0]
+
+    question = config.question
+    talk = question is None and sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        known = prosqa.solve(question) if question is not None else None
+        if question is None:
+            row = drawn()
+            question, known = row["question"], row["answer"]
+        try:
+            answer(
+                model,
+                tokenizer,
+                curriculum,
+                trained.render == "compact",
+                question,
+                known,
+                thoughts,
+                config.max_new_tokens,
+            )
+        except UserError as e:
+            if not talk:
+                raise
+            console.print(f"[red]{e}[/]")
+        if not talk:
+            return
+        try:
+            question = console.input("\nyour question (empty: another one, Ctrl-D: end) ") or None
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,34 @@
+"""Packaging of nanococonut. The scripts (train.py, sample.py, bench/) run from the checkout."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = (here / "nanococonut/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+setup(
+    name="nanococonut",
+    version=version,
+    description="The smallest, fastest, most honest implementation of Coconut, "
+    "Chain of Continuous Thought (arXiv 2412.06769)",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    # named, not found: bench/, config/ and tests/ stay in the checkout
+    packages=["nanococonut", "nanococonut.data", "kernels"],
+    package_data={"nanococonut": ["bundled/*/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "tiktoken>=0.7",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.24",
+        "rich>=13",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.46"],
+    },
+)

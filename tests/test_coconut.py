@@ -1,0 +1,157 @@
+"""The three-block pass equals a naive loop: one row at a time, all re-run for every thought."""
+
+import pytest
+import torch
+from conftest import random_gpt
+from torch.nn import functional as F
+
+from nanococonut import coconut
+from nanococonut.curriculum import IGNORE, Batch
+
+
+def random_batch(seed, n_thoughts, markers=True, vocab=41):
+    """Rows of random lengths; returns the batch and the rows it was made of."""
+    g = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        n = int(torch.randint(low, high, (1,), generator=g))
+        return torch.randint(1, vocab, (n,), generator=g).tolist()
+
+    rows = [(tokens(1, 14), n, tokens(1, 10)) for n in n_thoughts]
+
+    def pad(lists, fill):
+        width = max(map(len, lists))
+        return torch.tensor([x + [fill] * (width - len(x)) for x in lists])
+
+    skip = 1 if markers else 0
+    targets = [[IGNORE] * skip + s[skip:] for _, _, s in rows]
+    batch = Batch(
+        prefix=pad([p for p, _, _ in rows], 0),
+        length=torch.tensor([len(p) for p, _, _ in rows]),
+        n_thoughts=torch.tensor(n_thoughts),
+        suffix=pad([s for _, _, s in rows], 0),
+        targets=pad(targets, IGNORE),
+        max_thoughts=max(n_thoughts),
+        n_labels=sum(t != IGNORE for row in targets for t in row),
+    )
+    return batch, [(p, n, s, t) for (p, n, s), t in zip(rows, targets, strict=True)]
+
+
+def naive_loss(model, rows):
+    """The paper's section 3, literally: no cache, no batch, everything again for each thought."""
+    total = 0.0
+    for prefix, n, suffix, targets in rows:
+        e = model.embed(torch.tensor([prefix]))
+        for _ in range(n):
+            h = model.trunk(e, torch.arange(e.shape[1]))
+            e = torch.cat([e, h[:, -1:]], dim=1)
+        e = torch.cat([e, model.embed(torch.tensor([suffix]))], dim=1)
+        logits = model.head(model.trunk(e, torch.arange(e.shape[1])))[0]
+        before = len(prefix) + n - 1  # the position that predicts the first suffix token
+        predicted = logits[before : before + len(suffix)]
+        total = total + F.cross_entropy(
+            predicted, torch.tensor(targets), ignore_index=IGNORE, reduction="sum"
+        )
+    return total
+
+
+CASES = {
+    "ragged": ([3, 0, 1, 5, 2], True),
+    "none": ([0, 0, 0], True),
+    "one_row": ([4], True),
+    "no_markers": ([0, 0, 0, 0], False),
+    "markerless_thoughts": ([2, 0, 3], False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_every_gradient_equal_the_naive_loop(gpt, case, seed):
+    batch, rows = random_batch(seed, *CASES[case])
+    loss = coconut.loss_sum(coconut.forward(gpt, batch), batch.targets)
+    expected = naive_loss(gpt, rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    if batch.n_labels == 0:
+        return
+    got = torch.autograd.grad(loss, list(gpt.parameters()), allow_unused=True)
+    want = torch.autograd.grad(expected, list(gpt.parameters()), allow_unused=True)
+    for (name, _), g, w in zip(gpt.named_parameters(), got, want, strict=True):
+        assert (g is None) == (w is None), name
+        if g is not None:
+            torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: n + m)
+
+
+def test_the_gradient_reaches_the_first_thought():
+    """Detaching a thought would leave the loss as it is and cut this."""
+    model = random_gpt(seed=1)
+    batch, _ = random_batch(5, [4, 4])
+    seen = []
+    trunk = model.trunk
+
+    def spy(e, pos, attend=None, prev=None):
+        if e.shape[1] == 1 and batch.suffix.shape[1] != 2:
+            e.retain_grad()
+            seen.append(e)
+        return trunk(e, pos, attend, prev)
+
+    model.trunk = spy
+    coconut.loss_sum(coconut.forward(model, batch), batch.targets).backward()
+    assert len(seen) == 4
+    for thought in seen:
+        assert (thought.grad.flatten(1).norm(dim=1) > 1e-6).all()
+
+
+def test_padding_changes_nothing(gpt):
+    """A row alone and the same row among longer ones: the same logits."""
+    batch, _ = random_batch(7, [2, 5, 0, 3])
+    together = coconut.forward(gpt, batch)
+    for b in range(4):
+        n, s = int(batch.length[b]), int((batch.targets[b] != IGNORE).sum()) + 1
+        alone = Batch(
+            batch.prefix[b : b + 1, :n],
+            batch.length[b : b + 1],
+            batch.n_thoughts[b : b + 1],
+            batch.suffix[b : b + 1, :s],
+            batch.targets[b : b + 1, :s],
+            int(batch.n_thoughts[b]),
+            s - 1,
+        )
+        torch.testing.assert_close(
+            coconut.forward(gpt, alone)[0], together[b, :s], rtol=1e-10, atol=1e-10
+        )
+
+
+def test_garbage_in_the_padding_changes_nothing(gpt):
+    batch, _ = random_batch(8, [2, 5, 0, 3])
+    expected = coconut.loss_sum(coconut.forward(gpt, batch), batch.targets)
+    cols = torch.arange(batch.prefix.shape[1])
+    batch.prefix[cols >= batch.length[:, None]] = 40
+    batch.suffix[(batch.targets == IGNORE) & (torch.arange(batch.suffix.shape[1]) > 0)] = 40
+    got = coconut.loss_sum(coconut.forward(gpt, batch), batch.targets)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_no_thoughts_equals_plain_gpt(gpt):
+    batch, rows = random_batch(9, [0, 0, 0])
+    logits = coconut.forward(gpt, batch)
+    for b, (prefix, _, suffix, _) in enumerate(rows):
+        plain = gpt(torch.tensor([prefix + suffix]))[0, len(prefix) - 1 : -1]
+        torch.testing.assert_close(logits[b, : len(suffix)], plain, rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_reaches_attention_in_training():
+    model = random_gpt(dropout=0.5).train()
+    batch, _ = random_batch(3, [3, 1])
+    torch.manual_seed(1)
+    a = coconut.forward(model, batch)
+    torch.manual_seed(1)
+    b = coconut.forward(model, batch)
+    c = coconut.forward(model, batch)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_right_rows_counts_whole_rows():
+    logits = torch.zeros(2, 3, 5)
+    logits[0, 1, 2] = logits[0, 2, 3] = logits[1, 1, 2] = 1.0
+    targets = torch.tensor([[IGNORE, 2, 3], [IGNORE, 2, 3]])
+    assert coconut.right_rows(logits, targets).tolist() == [True, False]

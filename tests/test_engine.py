@@ -1,0 +1,77 @@
+"""The engine equals a naive loop, batched equals one by one, and it refuses what cannot fit."""
+
+import pytest
+import torch
+from conftest import random_gpt
+
+from nanococonut.engine import generate
+
+EOS, EOT = 40, 39
+
+
+def naive(model, prefix, n_thoughts, opening, max_new):
+    """No cache: the whole sequence again for each thought and word."""
+    e = model.embed(torch.tensor([prefix]))
+
+    def last():
+        return model.trunk(e, torch.arange(e.shape[1]))[:, -1:]
+
+    thoughts = []
+    for _ in range(n_thoughts):
+        thoughts.append(last())
+        e = torch.cat([e, thoughts[-1]], 1)
+    for token in opening:
+        e = torch.cat([e, model.embed(torch.tensor([[token]]))], 1)
+    words = []
+    for _ in range(max_new):
+        token = int(model.head(last()).argmax())
+        if token == EOS:
+            break
+        words.append(token)
+        e = torch.cat([e, model.embed(torch.tensor([[token]]))], 1)
+    return words, torch.cat(thoughts, 1) if thoughts else None
+
+
+def prefixes(seed, n):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 20, (n,), generator=g).tolist()
+    return [torch.randint(0, 39, (k,), generator=g).tolist() for k in lengths]
+
+
+@pytest.mark.parametrize("n_thoughts", [0, 1, 6])
+@pytest.mark.parametrize("opening", [[], [EOT]], ids=["bare", "eot"])
+@torch.no_grad()
+def test_batched_and_ragged_equals_the_naive_loop(gpt, n_thoughts, opening):
+    rows = prefixes(n_thoughts, 7)
+    out = generate(gpt, rows, n_thoughts, opening, EOS, 12)
+    for b, row in enumerate(rows):
+        words, thoughts = naive(gpt, row, n_thoughts, opening, 12)
+        assert out.tokens[b] == words
+        if n_thoughts:
+            torch.testing.assert_close(out.thoughts[b], thoughts[0], rtol=1e-9, atol=1e-9)
+        alone = generate(gpt, [row], n_thoughts, opening, EOS, 12)
+        assert alone.tokens[0] == words
+
+
+@torch.no_grad()
+def test_eos_ends_a_row_at_once_and_leaves_the_others_alone():
+    """The released generate never looks at its first token."""
+    model = random_gpt(seed=3)
+    rows = prefixes(1, 5)
+    free = generate(model, rows, 2, [EOT], EOS, 8).tokens
+    first = free[2][0]
+    out = generate(model, rows, 2, [EOT], first, 8).tokens
+    assert out[2] == []
+    for a, b in zip(out, free, strict=True):
+        assert a == (b[: b.index(first)] if first in b else b)
+    lengths = {len(a) for a in out}
+    assert len(lengths) > 1  # some ended early while others went on
+
+
+def test_what_does_not_fit_is_refused_before_any_work(gpt):
+    gpt.trunk = None  # any work would raise TypeError
+    with pytest.raises(ValueError, match="block_size"):
+        generate(gpt, [[1] * 40], 6, [EOT], EOS, 8)
+    for bad in ([[]], -1, 8), ([[1]], -1, 8), ([[1]], 0, 0):
+        with pytest.raises(ValueError, match="must not be empty"):
+            generate(gpt, bad[0], bad[1], [], EOS, bad[2])

@@ -1,0 +1,384 @@
+"""Train a GPT-2 to reason in continuous thoughts, stage by stage.
+
+    python train.py config/prosqa.py                 the paper's recipe
+    python train.py config/prosqa_small.py --seed=1  any setting of the config file, by name
+
+The loop is in view below: rows -> three blocks -> loss -> AdamW -> next stage -> validation.
+Schedules count steps and rows, never time, so a run can be repeated and resumed bit for bit (CPU).
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nanococonut import checkpoint, coconut, hub
+from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
+from nanococonut.curriculum import collate, schedule
+from nanococonut.data import prosqa
+from nanococonut.errors import UserError, main_guard
+from nanococonut.evaluate import score
+from nanococonut.loader import (
+    DRAWS,
+    Epochs,
+    curriculum_of,
+    rendered,
+    task_tokenizer,
+    validation_rows,
+)
+from nanococonut.model import GPT, GPTConfig
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
+    """Command line -> (resolved config, the run's name, why a fallback was taken if it was)."""
+    given, path = parse_cli(TrainConfig, argv, __doc__.split("\n")[0], config_file=True)
+    config = build(TrainConfig, read_config_file(path, TrainConfig) if path else {}, given)
+    fell_back = {}
+    if config.init_from != "scratch":
+        why = None
+        if hub.find_weights(config.init_from) is None:
+            why = f"no weights of {config.init_from!r} on this machine"
+        elif not torch.cuda.is_available() and config.device in ("auto", "cpu"):
+            why = f"no GPU to train {config.init_from!r} on"
+        if why and config.fallback:
+            to = str(Path(path or ".").parent / config.fallback)
+            console.print(f"[bold red]NOT TRAINING {path}[/]: {why}.")
+            console.print(f"[bold red]TRAINING {to} INSTEAD[/]. To insist: --fallback=None")
+            fell_back = {"instead_of": path, "because": why}
+            config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
+        elif hub.find_weights(config.init_from) is None:
+            raise UserError(
+                f"{why}, looked in the hub's cache.\nGive a folder with config.json and "
+                "model.safetensors as --init_from, or train --init_from=scratch."
+            )
+    return config, Path(path).stem if path else "run", fell_back
+
+
+def keep_freed_memory() -> None:
+    """glibc hands large freed blocks back to the system and faults them in again at every step,
+    28 % of the time of a small model on a CPU. Tell it to keep them."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):
+                libc.mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+def main() -> None:
+    config, name, fell_back = settings(sys.argv[1:])
+    out = Path(config.out_dir or f"out/{name}")
+    keep_freed_memory()
+
+    # -- where it runs
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(kind)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        first = str(e).splitlines()[0]
+        raise UserError(f"device={kind!r} cannot be used: {first}\nTry --device=cpu.") from None
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+
+    # -- an earlier run is gone on with, or left alone
+    earlier = checkpoint.steps_in(out)
+    if earlier and not config.resume:
+        raise UserError(
+            f"{out} already holds a run (saved at step {int(earlier[-1].name[5:])}).\n"
+            "Go on with it by --resume, or choose another --out_dir."
+        )
+    manifest = None
+    if config.resume:
+        folder = checkpoint.find(out)
+        manifest = checkpoint.verify(folder)
+        free = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size"}
+        for key, value in asdict(config).items():
+            if key not in free and manifest["config"].get(key) != value:
+                raise UserError(
+                    f"{out} was trained with {key}={manifest['config'].get(key)!r}, now "
+                    f"{key}={value!r} is asked for.\nResume with the settings it began with, or "
+                    "start anew in another --out_dir."
+                )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = (out / "metrics.jsonl").open("a+")
+    except OSError as e:
+        raise UserError(
+            f"--out_dir {out} cannot be written: {e.strerror}.\nChoose another --out_dir."
+        ) from None
+
+    # -- tokenizer, rows, model, optimizer
+    tokenizer = task_tokenizer(config)
+    curriculum = curriculum_of(config)
+    splits = validation_rows(config)
+    held_out = [row for rows in splits.values() for row in rows]
+    epochs = Epochs(config, curriculum, tokenizer, held_out)
+    torch.manual_seed(config.seed)
+    if config.init_from == "scratch":
+        model = GPT(
+            GPTConfig(
+                vocab_size=tokenizer.vocab_size,
+                block_size=config.block_size,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_embd=config.n_embd,
+                dropout=config.dropout,
+                smear=config.smear,
+            )
+        )
+    else:
+        weights = hub.find_weights(config.init_from)
+        model = hub.load_gpt2(weights, tokenizer.vocab_size, config.dropout)
+    model.to(device)
+
+    def new_optimizer() -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    optimizer = new_optimizer()
+
+    # -- the schedule, in steps
+    stages = schedule(
+        curriculum,
+        config.epochs,
+        config.epochs_per_stage,
+        config.first_stage_epochs,
+        config.start_stage,
+    )
+    steps_per_epoch = math.ceil(epochs.n_rows / config.batch_size)
+    total = config.epochs * steps_per_epoch
+    until = min(total, config.max_steps or total)
+
+    # -- where we are; everything that a resumed run needs beside weights and moments
+    at = {"step": 0, "stage": 0, "stage_start": 0, "recent": [], "table": [], "best": -1.0}
+    at["seconds"] = 0.0
+    if manifest:
+        checkpoint.load_weights(model, folder)
+        checkpoint.load_optimizer(optimizer, folder)
+        at = manifest["progress"]
+        # rows that the killed run logged after its last save will be logged again
+        metrics.seek(0)
+        kept = [line for line in metrics if json.loads(line)["step"] <= at["step"]]
+        metrics.truncate(0)
+        metrics.writelines(kept)
+        console.print(f"going on with {out} at step {at['step']} of {total}")
+    recent = deque(map(tuple, at["recent"]))  # (rows all right, rows) of the last batches
+    best_step = manifest.get("best_step", -1) if manifest else -1
+
+    def save() -> None:
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            diverged("weights")
+        at["recent"] = list(recent)
+        checkpoint.save(
+            out,
+            at["step"],
+            model,
+            optimizer,
+            {
+                "config": asdict(config),
+                "model": checkpoint.describe_model(model),
+                "tokenizer": tokenizer.spec,
+                "method": config.method,
+                "stage": stages[at["stage"]].index,
+                "n_thoughts": curriculum.thoughts_at(stages[at["stage"]].index),
+                "best_step": best_step,
+                "fell_back": fell_back,
+                "progress": at,
+            },
+        )
+
+    def diverged(what: str) -> None:
+        kept = checkpoint.steps_in(out)
+        saved = f"the checkpoint of step {int(kept[-1].name[5:])} is kept" if kept else "none saved"
+        raise UserError(
+            f"the {what} became infinite or NaN at step {at['step']}; {saved}.\n"
+            "Try a lower --learning_rate, --grad_clip=1 or more --warmup_steps, in a new --out_dir."
+        )
+
+    def log(row: dict) -> None:
+        metrics.write(json.dumps({"step": at["step"], **row}) + "\n")
+        metrics.flush()
+
+    def validate(stage: int) -> dict:
+        n, row = curriculum.thoughts_at(stage), {"stage": stage}
+        with autocast:
+            for split, rows in splits.items():
+                s = score(
+                    model,
+                    tokenizer,
+                    curriculum,
+                    rendered(rows, config.render),
+                    n,
+                    config.eval_batch_size,
+                    config.max_new_tokens,
+                )
+                row |= {f"{split}_accuracy": s.accuracy, f"{split}_tokens": s.generated_tokens}
+        return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
+
+    stop = []  # the signal that asked for an end; honoured between two steps
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop.append(number))
+
+    console.print(show(config))
+    console.print(
+        f"  {model.n_params():,} parameters on {device}, {epochs.n_rows:,} rows an epoch, "
+        f"{total:,} steps, run kept in {out}"
+    )
+
+    # -- the loop
+    bar = Progress(
+        TextColumn("stage {task.fields[stage]}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("loss {task.fields[loss]:.3f} right {task.fields[right]:.3f}"),
+        TextColumn("{task.fields[speed]:.0f} rows/s, left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(
+        "", total=until, completed=at["step"], stage=0, loss=0.0, right=0.0, speed=0.0
+    )
+    began, seen, rows = time.time(), 0, []
+    model.train()
+    with bar:
+        while at["step"] < until and not stop:
+            epoch, batch_index = divmod(at["step"], steps_per_epoch)
+            if batch_index == 0 or not rows:
+                rows = epochs(epoch)
+                if config.reset_optimizer == "epoch" and batch_index == 0:
+                    optimizer = new_optimizer()
+            stage = stages[at["stage"]].index
+
+            # this step's rows, each at its own stage, and their micro-batches: like lengths
+            # together, so that little is padding
+            mine = rows[batch_index * config.batch_size :][: config.batch_size]
+            rng = np.random.default_rng((config.seed, DRAWS, at["step"]))
+            drawn = curriculum.draw_stages(stage, [len(row.steps) for row in mine], rng)
+            pairs = sorted(zip(drawn, mine, strict=True), key=lambda p: len(p[1].question))
+            batches = [
+                (s, collate(curriculum, s, r, tokenizer))
+                for i in range(0, len(pairs), config.micro_batch_size)
+                for s, r in [zip(*pairs[i : i + config.micro_batch_size], strict=True)]
+            ]
+            n_labels = sum(batch.n_labels for _, batch in batches)
+
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(
+                    1.0,
+                    (at["step"] + 1) / max(1, config.warmup_steps),
+                    (total - at["step"]) / max(1, total * config.decay_share),
+                )
+            torch.manual_seed(config.seed * 1_000_003 + at["step"])  # dropout; no state to keep
+            loss, right, counted = 0.0, 0, 0
+            for row_stages, batch in batches:
+                batch = batch.to(device)
+                with autocast:
+                    logits = coconut.forward(model, batch)
+                part = coconut.loss_sum(logits, batch.targets) / n_labels
+                part.backward()
+                loss += part.item()
+                full = torch.tensor([s == stage for s in row_stages], device=device)
+                right += int((coconut.right_rows(logits, batch.targets) & full).sum())
+                counted += int(full.sum())
+            if not math.isfinite(loss):
+                diverged("loss")
+            if config.grad_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            at["step"] += 1
+            seen += len(mine)
+
+            recent.append((right, counted))
+            while len(recent) > 1 and sum(n for _, n in recent) - recent[0][1] >= (
+                config.advance_rows
+            ):
+                recent.popleft()
+            share = sum(r for r, _ in recent) / max(1, sum(n for _, n in recent))
+            speed = seen / (time.time() - began)
+            log({"stage": stage, "loss": loss, "right": share, "rows_per_s": round(speed, 1)})
+            bar.update(task, completed=at["step"], stage=stage, loss=loss, right=share, speed=speed)
+            if not console.is_terminal and at["step"] % 100 == 0:
+                left = (until - at["step"]) * (time.time() - began) / seen * len(mine) / 60
+                console.print(
+                    f"step {at['step']}/{until} stage {stage} loss {loss:.3f} right {share:.3f} "
+                    f"{speed:.0f} rows/s, {left:.1f} min left"
+                )
+
+            # is this stage at its end? by its epochs, or because it is learnt
+            last = at["stage"] == len(stages) - 1
+            used = at["step"] - at["stage_start"]
+            over = used >= stages[at["stage"]].epochs * steps_per_epoch
+            full = sum(n for _, n in recent) >= config.advance_rows
+            learnt = config.advance_at > 0 and full and share >= config.advance_at
+            ended = at["step"] == total or (not last and (over or learnt))
+            due = last and config.eval_interval and used % config.eval_interval == 0
+            if ended or due:
+                row = validate(stage)
+                log(row)
+                if last and row["valid_accuracy"] > at["best"]:
+                    at["best"], best_step = row["valid_accuracy"], at["step"]
+                if ended:
+                    at["table"].append(row)
+                console.print(
+                    f"step {at['step']} stage {stage}: "
+                    + " ".join(f"{s} {row[f'{s}_accuracy']:.3f}" for s in splits)
+                )
+                if ended and not last:
+                    at["stage"] += 1
+                    at["stage_start"] = at["step"]
+                    recent.clear()
+                    if config.reset_optimizer == "stage":
+                        optimizer = new_optimizer()
+            if at["step"] % config.save_interval == 0 or best_step == at["step"]:
+                at["seconds"] += time.time() - began
+                began, seen = time.time(), 0
+                save()
+
+    at["seconds"] += time.time() - began
+    save()
+    epochs.close()
+    if stop:
+        console.print(f"stopped at step {at['step']}, saved in {out}; go on with --resume")
+        os._exit(128 + stop[0]) if stop[0] == signal.SIGTERM else sys.exit(128 + stop[0])
+
+    # -- how it went
+    table = Table(title=f"{name}: {config.method}, {at['step']} of {total} steps")
+    for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
+        table.add_column(heading, justify="right")
+    for row in at["table"]:
+        accuracies = [f"{row[f'{split}_accuracy']:.1%}" for split in splits]
+        tokens = f"{row['valid_tokens']:.1f}"
+        minutes = f"{row['minutes']:.1f}"
+        table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
+    console.print(table)
+    for heuristic in prosqa.heuristics(splits["valid"]):
+        shares = [f"{prosqa.heuristics(rows)[heuristic]:.1%} {s}" for s, rows in splits.items()]
+        console.print(f"  no model, {heuristic}: {', '.join(shares)}")
+    console.print(f"ask it: python sample.py --out_dir {out} --latent {at['table'][-1]['thoughts'] if at['table'] else 0}")
+
+
+if __name__ == "__main__":
+    main_guard(main)
