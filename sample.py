@@ -1,8 +1,8 @@
 """Ask a trained model a question and see what it thinks.
 
-    python sample.py --latent 6                          a question of its task, six thoughts
-    python sample.py --latent 0 --question "..."         your own question, no thoughts
-    python sample.py --out_dir out/prosqa_small          a run of your own
+python sample.py --latent 6                          a question of its task, six thoughts
+python sample.py --latent 0 --question "..."         your own question, no thoughts
+python sample.py --out_dir out/prosqa_small          a run of your own
 """
 
 import sys
@@ -125,7 +125,9 @@ def main() -> None:
         f"{model.n_params():,} parameters, {thoughts} thoughts"
     )
     if thoughts != manifest["n_thoughts"]:
-        console.print(f"[yellow]note[/]      it was trained to answer after {manifest['n_thoughts']}")
+        console.print(
+            f"[yellow]note[/]      it was trained to answer after {manifest['n_thoughts']}"
+        )
     if curriculum.thoughts_at(1) == 0 and thoughts:
         console.print(f"[yellow]note[/]      {curriculum.method} has no thoughts in training")
 

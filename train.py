@@ -10,7 +10,6 @@ Schedules count steps and rows, never time, so a run can be repeated and resumed
 import ctypes
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -177,12 +176,13 @@ def main() -> None:
         checkpoint.load_weights(model, folder)
         checkpoint.load_optimizer(optimizer, folder)
         at = manifest["progress"]
-        # rows that the killed run logged after its last save will be logged again
-        metrics.seek(0)
-        kept = [line for line in metrics if json.loads(line)["step"] <= at["step"]]
-        metrics.truncate(0)
-        metrics.writelines(kept)
         console.print(f"going on with {out} at step {at['step']} of {total}")
+    # what a killed run logged after its last save will be logged again
+    metrics.seek(0)
+    whole = [line for line in metrics if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= at["step"]] if manifest else []
+    metrics.truncate(0)
+    metrics.writelines(kept)
     recent = deque(map(tuple, at["recent"]))  # (rows all right, rows) of the last batches
     best_step = manifest.get("best_step", -1) if manifest else -1
 
@@ -362,7 +362,7 @@ def main() -> None:
     epochs.close()
     if stop:
         console.print(f"stopped at step {at['step']}, saved in {out}; go on with --resume")
-        os._exit(128 + stop[0]) if stop[0] == signal.SIGTERM else sys.exit(128 + stop[0])
+        sys.exit(128 + stop[0])
 
     # -- how it went
     table = Table(title=f"{name}: {config.method}, {at['step']} of {total} steps")
@@ -377,7 +377,8 @@ def main() -> None:
     for heuristic in prosqa.heuristics(splits["valid"]):
         shares = [f"{prosqa.heuristics(rows)[heuristic]:.1%} {s}" for s, rows in splits.items()]
         console.print(f"  no model, {heuristic}: {', '.join(shares)}")
-    console.print(f"ask it: python sample.py --out_dir {out} --latent {at['table'][-1]['thoughts'] if at['table'] else 0}")
+    thoughts = curriculum.thoughts_at(stages[at["stage"]].index)
+    console.print(f"ask it: python sample.py --out_dir {out} --latent {thoughts}")
 
 
 if __name__ == "__main__":

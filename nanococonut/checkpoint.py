@@ -107,9 +107,7 @@ def steps_in(run: Path) -> list[Path]:
     return sorted(p for p in run.glob("step_*") if (p / MANIFEST).is_file())
 
 
-def save(
-    run: Path, step: int, model: nn.Module, optimizer: Any, manifest: dict[str, Any]
-) -> Path:
+def save(run: Path, step: int, model: nn.Module, optimizer: Any, manifest: dict[str, Any]) -> Path:
     """Write run/step_<step>, then drop the older ones but for the manifest's best_step."""
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():

@@ -37,6 +37,9 @@ class BlockMemory:
 
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.prefix.append((k, v))
+        if q.shape[2] == 1:  # the last layer: only the last token of each row asks
+            seen = self.valid[:, None, None]
+            return F.scaled_dot_product_attention(q, k, v, seen, self.dropout)
         return causal_attention(layer, q, k, v, self.dropout)
 
     def attend_thought(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -82,8 +85,8 @@ def forward(model: GPT, batch: Batch) -> Tensor:
         model.attn_dropout,
     )
     e = model.embed(batch.prefix)
-    h = model.trunk(e, torch.arange(Tp, device=device), memory.attend_prefix)
-    h, prev = h[rows, last], e[rows, last]  # (B, C): what is fed back, and the smear's memory
+    h = model.trunk(e, torch.arange(Tp, device=device), memory.attend_prefix, only=last)[:, 0]
+    prev = e[rows, last]  # (B, C), as h: what is fed back, and the smear's memory
 
     for i in range(batch.max_thoughts):
         active = i < batch.n_thoughts  # (B,)

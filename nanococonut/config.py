@@ -93,9 +93,7 @@ class TrainConfig:
         0.0, "move on when this share of recent rows is all right (0: off)", "curriculum",
         at_least=0, at_most=1,
     )  # fmt: skip
-    advance_rows: int = opt(
-        1280, "recent rows that advance_at looks at", "curriculum", at_least=1
-    )
+    advance_rows: int = opt(1280, "recent rows that advance_at looks at", "curriculum", at_least=1)
     # optimizer
     batch_size: int = opt(128, "rows of an optimizer step", "optimizer", at_least=1)
     micro_batch_size: int = opt(32, "rows of a forward pass", "optimizer", at_least=1)

@@ -48,10 +48,9 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> State:
     B, T = idx.shape
     pos = torch.arange(T, device=idx.device).expand(B, T)
     e = model.embed(idx)
-    h = model.trunk(e, pos, partial(cached_attention, cache, pos, T))
     cache.lengths.copy_(lengths)
-    rows = torch.arange(B, device=idx.device)
-    return State(h[rows, lengths - 1], e[rows, lengths - 1], T)
+    h = model.trunk(e, pos, partial(cached_attention, cache, pos, T), only=lengths - 1)
+    return State(h[:, 0], e[torch.arange(B, device=idx.device), lengths - 1], T)
 
 
 def step(model: GPT, cache: KVCache, e: Tensor, state: State) -> State:

@@ -5,7 +5,6 @@ it, so a run resumed in any epoch sees the same rows in the same order.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 
@@ -127,5 +126,3 @@ class Epochs:
                 )
             encoded.append(e)
         return encoded
-
-

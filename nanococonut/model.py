@@ -26,6 +26,7 @@ from nanococonut.cache import KVCache
 
 # (layer, q, k, v), each (B, nh, T, hs) -> (B, nh, T, hs)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+BlockAttend = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same with its layer given
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ def cached_attention(
 ) -> Tensor:
     """Append k, v at pos (B, T) and attend to the cache: position p sees the keys [0, p].
 
-    span: no key at or behind it is looked at (a host integer, so that no device is asked).
+    span: no key at or behind it is looked at (a host integer, so that no device is asked). A single
+    query among several keys is the row's last token's: it sees the keys [0, cache.lengths).
     """
     cache.append(layer, k, v, pos)
     keys, values = cache.data[layer, :, :, :, :span].to(q.dtype)  # (B, nh, span, hs) each
-    seen = torch.arange(span, device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, span)
+    asking = pos if q.shape[2] == k.shape[2] else cache.lengths[:, None] - 1
+    seen = torch.arange(span, device=pos.device) <= asking[:, None, :, None]  # (B, 1, T, span)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
 
 
@@ -65,11 +68,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, attend: BlockAttend, only: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
-        y = attend(q, k, v).transpose(1, 2).reshape(B, T, C)
+        if only is not None:
+            q = q[torch.arange(B, device=x.device), :, only][:, :, None]  # (B, nh, 1, hs)
+        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T or 1, C)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -92,8 +97,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attend)
+    def forward(self, x: Tensor, attend: BlockAttend, only: Tensor | None = None) -> Tensor:
+        y = self.attn(self.ln_1(x), attend, only)
+        if only is not None:
+            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, C)
+        x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -135,12 +143,20 @@ class GPT(nn.Module):
         return self.wte(idx)
 
     def trunk(
-        self, e: Tensor, pos: Tensor, attend: Attend | None = None, prev: Tensor | None = None
+        self,
+        e: Tensor,
+        pos: Tensor,
+        attend: Attend | None = None,
+        prev: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Input embeddings e (B, T, C) at positions pos (T,) or (B, T) -> hidden states (B, T, C).
 
         The hidden states are those after the final LayerNorm: what the head reads and what Coconut
         feeds back. prev (B, C): the input embedding just before e, for the smear (None: nothing).
+        only (B,): the one position of each row whose hidden state is wanted -> (B, 1, C). Of the
+        others the last layer then makes keys and values and nothing else: exact, and with few
+        layers much cheaper (attend has to mask for a single query).
         """
         x = e
         if self.smear is not None:
@@ -150,7 +166,8 @@ class GPT(nn.Module):
         if attend is None:
             attend = partial(causal_attention, dropout=self.attn_dropout)
         for layer, block in enumerate(self.h):
-            x = block(x, partial(attend, layer))
+            last = layer == len(self.h) - 1
+            x = block(x, partial(attend, layer), only if last else None)
         return self.ln_f(x)
 
     @property

@@ -85,14 +85,15 @@ def test_the_gradient_reaches_the_first_thought():
     """Detaching a thought would leave the loss as it is and cut this."""
     model = random_gpt(seed=1)
     batch, _ = random_batch(5, [4, 4])
+    assert batch.prefix.shape[1] > 1 and batch.suffix.shape[1] > 2  # only thoughts are one wide
     seen = []
     trunk = model.trunk
 
-    def spy(e, pos, attend=None, prev=None):
-        if e.shape[1] == 1 and batch.suffix.shape[1] != 2:
+    def spy(e, pos, attend=None, prev=None, only=None):
+        if e.shape[1] == 1:
             e.retain_grad()
             seen.append(e)
-        return trunk(e, pos, attend, prev)
+        return trunk(e, pos, attend, prev, only)
 
     model.trunk = spy
     coconut.loss_sum(coconut.forward(model, batch), batch.targets).backward()

@@ -6,6 +6,7 @@ A file of rows is what the released code reads: one JSON list of objects. JSON l
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -63,7 +64,8 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row], overwrite: boo
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except (OSError, ValueError) as e:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         reason = getattr(e, "strerror", None) or str(e)
         raise UserError(f"{path} cannot be written: {reason}.\nChoose another file.") from None
 

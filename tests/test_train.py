@@ -1,0 +1,303 @@
+"""train.py as its users run it: it learns, it resumes to the same bits, it refuses in two lines."""
+
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanococonut import checkpoint
+from nanococonut.data import prosqa, write_rows
+
+ROOT = Path(__file__).parent.parent
+# small in every way, but with all that has a state: dropout, own stages, early advance, clipping
+TINY = """
+tokenizer = "words"
+render = "compact"
+n_nodes = 10
+min_hops = 2
+max_hops = 3
+n_layer = 1
+n_head = 2
+n_embd = 16
+block_size = 128
+dropout = 0.1
+smear = True
+rows_per_epoch = 50
+fresh_rows = True
+valid_rows = 12
+max_latent_stage = 2
+epochs_per_stage = 2
+epochs = 10
+uniform_prob = 0.3
+batch_size = 16
+micro_batch_size = 6
+learning_rate = 3e-3
+grad_clip = 1.0
+warmup_steps = 3
+decay_share = 0.5
+max_new_tokens = 12
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture
+def train(monkeypatch, capsys, tmp_path):
+    """train(*argv) -> (exit code, stdout, stderr), in this process: importing torch takes long."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*argv, script="train.py"):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield run
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def digests(run):
+    """Of the weights and the moments of a run's newest checkpoint."""
+    return checkpoint.read_manifest(checkpoint.find(run))["files"]
+
+
+def logged(run):
+    """The metrics without what is measured in time."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
+    return [{k: v for k, v in r.items() if k not in ("rows_per_s", "minutes")} for r in rows]
+
+
+def test_a_run_goes_through_its_stages_and_says_how_it_went(train, tiny):
+    code, out, err = train(tiny, "--out_dir=run")
+    assert (code, err) == (0, "")
+    rows = logged("run")
+    losses = [r for r in rows if "loss" in r]
+    ends = [r for r in rows if "valid_accuracy" in r]
+    assert [r["step"] for r in losses] == list(range(1, 41))  # 4 steps an epoch, 10 epochs
+    assert [(r["step"], r["stage"], r["thoughts"]) for r in ends] == [
+        (8, 0, 0),
+        (16, 1, 1),
+        (24, 2, 2),
+        (40, 3, 2),
+    ]
+    first, last = (sum(r["loss"] for r in part) / 5 for part in (losses[:5], losses[-5:]))
+    assert last < 0.9 * first
+    assert all(r["valid_tokens"] >= r["thoughts"] for r in ends)
+    for word in ("generated tokens", "matched", "deeper", "python sample.py"):
+        assert word in out
+    manifest = checkpoint.verify(checkpoint.find("run"))
+    assert (manifest["step"], manifest["stage"], manifest["n_thoughts"]) == (40, 3, 2)
+    assert manifest["config"]["n_embd"] == 16 and manifest["tokenizer"]["kind"] == "words"
+
+
+@pytest.mark.parametrize("reset", ["stage", "epoch", "never"])
+def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
+    """At a stage's end, in the middle of an epoch and at an epoch's end: the same bits."""
+    setting = f"--reset_optimizer={reset}"
+    assert train(tiny, setting, "--out_dir=whole", "--max_steps=30")[0] == 0
+    train(tiny, setting, "--out_dir=parts", "--max_steps=8")
+    for until in (11, 20, 30):
+        code, out, _ = train(
+            tiny, setting, "--out_dir=parts", f"--max_steps={until}", "--resume"
+        )
+        assert code == 0 and "going on with parts" in out
+    assert digests("parts") == digests("whole")
+    assert logged("parts") == logged("whole")
+
+
+def test_the_seed_is_the_run(train, tiny):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tiny, f"--out_dir={name}", f"--seed={seed}", "--max_steps=3")
+    assert digests("a") == digests("b") != digests("c")
+
+
+def test_a_stage_ends_when_it_is_learnt(train, tiny):
+    """One row again and again is soon learnt: advance_at moves on long before the stage's limit."""
+    write_rows("one.json", prosqa.generate(1, 0, prosqa.GraphConfig(10, 2, 3)) * 16)
+    code, _, _ = train(
+        tiny, "--data=one.json", "--out_dir=run", "--advance_at=0.9", "--advance_rows=32",
+        "--epochs_per_stage=100", "--epochs=310", "--max_steps=150", "--lr=1e-2", "--dropout=0",
+        "--uniform_prob=0", "--decay_share=0",
+    )  # fmt: skip
+    assert code == 0
+    ends = [r for r in logged("run") if "valid_accuracy" in r]
+    assert [r["stage"] for r in ends] == [0, 1, 2]
+    assert ends[0]["step"] >= 2  # not before it has looked at advance_rows rows
+    assert max(b["step"] - a["step"] for a, b in zip([{"step": 0}, *ends], ends, strict=False)) < 100
+    by_step = {r["step"]: r for r in logged("run") if "loss" in r}
+    for end in ends:
+        assert by_step[end["step"]]["right"] >= 0.9 > by_step[end["step"] - 1]["right"]
+    assert by_step[150]["stage"] == 3
+
+
+def start(tiny, *argv, **kwargs):
+    command = [sys.executable, str(ROOT / "train.py"), tiny, *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs
+    )
+
+
+def wait_for_lines(path, n, process):
+    for _ in range(6000):
+        if path.exists() and path.read_bytes().count(b"\n") >= n:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError("no progress in a minute")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
+    train(tiny, "--out_dir=whole", "--save_interval=3")
+    process = start(tiny, "--out_dir=killed", "--save_interval=3")
+    wait_for_lines(Path("killed/metrics.jsonl"), 10, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number and err == ""
+        assert "go on with --resume" in out
+    assert checkpoint.find("killed").name != checkpoint.find("whole").name
+    code, out, _ = train(tiny, "--out_dir=killed", "--save_interval=3", "--resume")
+    assert code == 0
+    assert digests("killed") == digests("whole")
+    assert logged("killed") == logged("whole")
+
+
+def test_a_full_disk_ends_in_two_lines_and_the_last_checkpoint_lives(train, tiny):
+    train(tiny, "--out_dir=run", "--max_steps=4")
+    before = digests("run")
+
+    def no_room():  # files of more than 20 kB cannot be written any more
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = start(tiny, "--out_dir=run", "--max_steps=9", "--resume", preexec_fn=no_room)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("error: the checkpoint") and err.count("\n") <= 2, err
+    assert digests("run") == before
+    checkpoint.load("run")
+    assert train(tiny, "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_one(train, tiny):
+    argv = ["--lr=1e30", "--grad_clip=0", "--save_interval=1", "--warmup_steps=0"]
+    code, _, err = train(tiny, "--out_dir=run", *argv)
+    assert code == 2
+    assert "infinite or NaN at step" in err and "--learning_rate" in err and err.count("\n") == 2
+    for folder in checkpoint.steps_in(Path("run")):
+        model, _, _ = checkpoint.load(folder)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_trains_on_a_file_of_rows(train, tiny):
+    rows = prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3))
+    write_rows("rows.json", rows[:30])
+    write_rows("valid.json", rows[30:])
+    code, out, _ = train(tiny, "--data=rows.json", "--valid_data=valid.json", "--epochs=3")
+    assert code == 0 and "30 rows an epoch" in out
+    manifest = checkpoint.read_manifest(checkpoint.find("out/tiny"))
+    assert manifest["step"] == 6  # two steps of 16 and 14 rows, three epochs
+
+
+def test_trains_on_released_rows(train, tiny, released):
+    code, out, _ = train(
+        tiny, f"--data={released}/prosqa_valid.json", "--max_steps=2", "--block_size=300"
+    )
+    assert code == 0 and "300 rows an epoch" in out
+
+
+def test_other_methods_run_the_same_loop(train, tiny):
+    for method in ("cot", "no_cot"):
+        code, _, err = train(tiny, f"--method={method}", f"--out_dir={method}", "--epochs=2")
+        assert (code, err) == (0, "")
+        ends = [r for r in logged(method) if "valid_accuracy" in r]
+        assert [(r["stage"], r["thoughts"]) for r in ends] == [(3, 0)]
+
+
+def test_the_fallback_is_said_and_recorded(train, tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
+    code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run")
+    assert code == 0
+    assert "NOT TRAINING" in out and "--fallback=None" in out
+    fell_back = checkpoint.read_manifest(checkpoint.find("run"))["fell_back"]
+    assert "big.py" in fell_back["instead_of"] and fell_back["because"]
+
+
+REFUSED = {
+    "misspelt key": (["--n_layr=2"], "Did you mean --n_layer?"),
+    "wrong type": (["--epochs=many"], "whole number"),
+    "missing config": (["tiy.py"], "Did you mean tiny.py?"),
+    "config not literal": (["bad.py"], "not a literal"),
+    "data missing": (["tiny.py", "--data=none.json"], "none.json"),
+    "data not JSON": (["tiny.py", "--data=bad.py"], "not JSON"),
+    "data not UTF-8": (["tiny.py", "--data=latin.json"], "UTF-8"),
+    "data without keys": (["tiny.py", "--data=keys.json"], "row 0"),
+    "data empty": (["tiny.py", "--data=empty.json"], "no rows"),
+    "data no ProsQA": (["tiny.py", "--data=other.json"], "ProsQA"),
+    "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
+    "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be written"),
+    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "is not there"),
+    "run exists": (["tiny.py", "--out_dir=run"], "already holds a run"),
+    "model changed": (["tiny.py", "--out_dir=run", "--resume", "--n_embd=32"], "n_embd=16"),
+    "data changed": (["tiny.py", "--out_dir=run", "--resume", "--n_nodes=12"], "n_nodes=10"),
+    "damaged": (["tiny.py", "--out_dir=torn", "--resume"], "damaged"),
+    "no such device": (["tiny.py", "--device=cuda:99"], "cannot be used"),
+    "no device": (["tiny.py", "--device=toaster"], "cannot be used"),
+    "impossible graphs": (["tiny.py", "--min_hops=7", "--max_hops=7"], "hops"),
+    "no weights": (["tiny.py", "--init_from=gpt2"], "no weights of 'gpt2'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, case):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "bad.py").write_text("n_layer = int('2')\n")
+    (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9"}]')
+    (tmp_path / "keys.json").write_text('[{"question": "Is it?"}]')
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "other.json").write_text('[{"question": "2+2?", "steps": [], "answer": "4"}]')
+    argv, words = REFUSED[case]
+    if "run" in str(argv) or "torn" in str(argv):
+        name = "run" if "run" in str(argv) else "torn"
+        assert train(tiny, f"--out_dir={name}", "--max_steps=1")[0] == 0
+        before = digests(name)
+        if name == "torn":
+            weights = checkpoint.find(name) / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-8])
+    code, _, err = train(*argv)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") <= 2 and "Traceback" not in err, err
+    assert words in err, err
+    if "run" in str(argv):
+        assert digests("run") == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_out_dir(train, tiny, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, _, err = train(tiny, "--out_dir=locked/run")
+    assert code == 2 and "cannot be written" in err
