@@ -39,6 +39,7 @@ from nanococonut.loader import (
     validation_rows,
 )
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.muon import Muon
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -147,15 +148,20 @@ def main() -> None:
         model = hub.load_gpt2(weights, tokenizer.vocab_size, config.dropout)
     model.to(device)
 
-    def new_optimizer() -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            model.parameters(),
+    def new_optimizers() -> list[torch.optim.Optimizer]:
+        matrices = [p for p in model.h.parameters() if p.dim() == 2 and config.optimizer == "muon"]
+        chosen = {id(p) for p in matrices}
+        adamw = torch.optim.AdamW(
+            [p for p in model.parameters() if id(p) not in chosen],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
+        if not matrices:
+            return [adamw]
+        return [adamw, Muon(matrices, config.muon_learning_rate, config.weight_decay)]
 
-    optimizer = new_optimizer()
+    optimizers = new_optimizers()
 
     # -- the schedule, in steps
     stages = schedule(
@@ -174,7 +180,7 @@ def main() -> None:
     at["seconds"] = 0.0
     if manifest:
         checkpoint.load_weights(model, folder)
-        checkpoint.load_optimizer(optimizer, folder)
+        checkpoint.load_optimizers(optimizers, folder)
         at = manifest["progress"]
         console.print(f"going on with {out} at step {at['step']} of {total}")
     # what a killed run logged after its last save will be logged again
@@ -194,7 +200,7 @@ def main() -> None:
             out,
             at["step"],
             model,
-            optimizer,
+            optimizers,
             {
                 "config": asdict(config),
                 "model": checkpoint.describe_model(model),
@@ -268,7 +274,7 @@ def main() -> None:
             if batch_index == 0 or not rows:
                 rows = epochs(epoch)
                 if config.reset_optimizer == "epoch" and batch_index == 0:
-                    optimizer = new_optimizer()
+                    optimizers = new_optimizers()
             stage = stages[at["stage"]].index
 
             # this step's rows, each at its own stage, and their micro-batches: like lengths
@@ -284,12 +290,15 @@ def main() -> None:
             ]
             n_labels = sum(batch.n_labels for _, batch in batches)
 
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(
-                    1.0,
-                    (at["step"] + 1) / max(1, config.warmup_steps),
-                    (total - at["step"]) / max(1, total * config.decay_share),
-                )
+            share = min(
+                1.0,
+                (at["step"] + 1) / max(1, config.warmup_steps),
+                (total - at["step"]) / max(1, total * config.decay_share),
+            )
+            rates = (config.learning_rate, config.muon_learning_rate)
+            for optimizer, rate in zip(optimizers, rates, strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * share
             torch.manual_seed(config.seed * 1_000_003 + at["step"])  # dropout; no state to keep
             loss, right, counted = 0.0, 0, 0
             for row_stages, batch in batches:
@@ -306,8 +315,9 @@ def main() -> None:
                 diverged("loss")
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             at["step"] += 1
             seen += len(mine)
 
@@ -351,7 +361,7 @@ def main() -> None:
                     at["stage_start"] = at["step"]
                     recent.clear()
                     if config.reset_optimizer == "stage":
-                        optimizer = new_optimizer()
+                        optimizers = new_optimizers()
             if at["step"] % config.save_interval == 0 or best_step == at["step"]:
                 at["seconds"] += time.time() - began
                 began, seen = time.time(), 0

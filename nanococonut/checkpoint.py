@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nanococonut import __version__
 from nanococonut.errors import UserError
@@ -62,22 +64,29 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": t for i, entry in state.items() for name, t in entry.items()}
+def _optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    return {
+        f"{o}.{i}.{name}": tensor
+        for o, optimizer in enumerate(optimizers)
+        for i, entry in optimizer.state_dict()["state"].items()
+        for name, tensor in entry.items()
+    }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Put the moments saved in a checkpoint folder into an optimizer of the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path / OPTIMIZER).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
+    """Put the moments saved in a checkpoint folder into optimizers of the same parameters."""
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, tensor in load_file(folder / OPTIMIZER).items():
+        o, i, name = key.split(".", 2)
+        states[int(o)].setdefault(int(i), {})[name] = tensor
+    for optimizer, state in zip(optimizers, states, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def write(folder: Path, model: nn.Module, optimizer: Any, manifest: dict[str, Any]) -> None:
+def write(
+    folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], manifest: dict[str, Any]
+) -> None:
     """One complete checkpoint at `folder`, which must not exist. UserError if it cannot be kept."""
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
@@ -85,8 +94,8 @@ def write(folder: Path, model: nn.Module, optimizer: Any, manifest: dict[str, An
         temporary.mkdir(parents=True)
         weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, temporary / WEIGHTS)
-        if optimizer is not None:
-            save_file(_optimizer_tensors(optimizer), temporary / OPTIMIZER)
+        if optimizers:
+            save_file(_optimizer_tensors(optimizers), temporary / OPTIMIZER)
         files = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, **manifest, **provenance(), "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -107,11 +116,17 @@ def steps_in(run: Path) -> list[Path]:
     return sorted(p for p in run.glob("step_*") if (p / MANIFEST).is_file())
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: Any, manifest: dict[str, Any]) -> Path:
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    manifest: dict[str, Any],
+) -> Path:
     """Write run/step_<step>, then drop the older ones but for the manifest's best_step."""
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
-        write(folder, model, optimizer, manifest | {"step": step})
+        write(folder, model, optimizers, manifest | {"step": step})
     for old in steps_in(run):
         if old not in (folder, run / f"step_{manifest.get('best_step', -1):08d}"):
             shutil.rmtree(old, ignore_errors=True)
@@ -209,5 +224,5 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     kept = {k: v for k, v in manifest.items() if k not in ("files", "format", "progress")}
     trained = {k: kept.pop(k) for k in ("commit", "versions", "platform")}
     shutil.rmtree(target, ignore_errors=True)
-    write(target, model.to(torch.bfloat16), None, kept | {"trained_with": trained})
+    write(target, model.to(torch.bfloat16), [], kept | {"trained_with": trained})
     return target

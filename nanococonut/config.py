@@ -52,11 +52,18 @@ class TrainConfig:
     rows_per_epoch: int = opt(17_886, "generated rows in an epoch", "data", at_least=1)
     fresh_rows: bool = opt(False, "generate new rows for every epoch", "data")
     valid_rows: int = opt(300, "generated validation rows", "data", at_least=1)
-    n_nodes: int = opt(28, "ProsQA: nodes before pruning", "data", at_least=4, at_most=200)
+    n_nodes: int = opt(28, "ProsQA: nodes before pruning", "data", at_least=4, at_most=55)
     min_hops: int = opt(3, "ProsQA: fewest steps to the answer", "data", at_least=1)
     max_hops: int = opt(6, "ProsQA: most steps to the answer", "data", at_least=1)
     matched_share: float = opt(
         0.0, "share of training rows without the depth shortcut", "data", at_least=0, at_most=1
+    )
+    short_share: float = opt(
+        0.0, "share of training rows with chains of 1 .. min_hops - 1 steps", "data",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    length_pool: int = opt(
+        1, "batches among which rows of like length are put together (1: off)", "data", at_least=1
     )
     render: str = opt(
         "sentences", "how ProsQA is written", "data", choices=("sentences", "compact")
@@ -80,6 +87,10 @@ class TrainConfig:
     pad_latent_to_max: bool = opt(
         True, "final stage: the same thoughts for rows with fewer steps", "curriculum"
     )
+    final_thoughts: int | None = opt(
+        None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum",
+        at_least=0,
+    )  # fmt: skip
     uniform_prob: float = opt(
         0.0, "chance that a row draws its own stage", "curriculum", at_least=0, at_most=1
     )
@@ -97,7 +108,12 @@ class TrainConfig:
     # optimizer
     batch_size: int = opt(128, "rows of an optimizer step", "optimizer", at_least=1)
     micro_batch_size: int = opt(32, "rows of a forward pass", "optimizer", at_least=1)
+    optimizer: str = opt(
+        "adamw", "adamw, or muon for the layers' matrices and adamw for the rest", "optimizer",
+        choices=("adamw", "muon"),
+    )  # fmt: skip
     learning_rate: float = opt(1e-4, "AdamW's rate", "optimizer", above=0, alias="lr")
+    muon_learning_rate: float = opt(5e-3, "Muon's rate", "optimizer", above=0)
     weight_decay: float = opt(0.01, "AdamW's decay", "optimizer", at_least=0)
     beta1: float = opt(0.9, "AdamW's first beta", "optimizer", at_least=0, below=1)
     beta2: float = opt(0.999, "AdamW's second beta", "optimizer", at_least=0, below=1)
@@ -139,11 +155,16 @@ class TrainConfig:
             raise UserError(
                 f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\nSwap them."
             )
-        thoughts = self.c_thought * self.max_latent_stage
+        thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
         if thoughts + 4 > self.block_size:  # a word, <bot>, <eot> and eos are the least
             raise UserError(
-                f"c_thought * max_latent_stage = {thoughts} thoughts do not fit into "
+                f"{thoughts} thoughts (c_thought * max_latent_stage or final_thoughts) do not fit into "
                 f"block_size={self.block_size}.\nUse fewer thoughts or a longer block_size."
+            )
+        if self.matched_share + self.short_share > 1:
+            raise UserError(
+                f"matched_share={self.matched_share} and short_share={self.short_share} are more "
+                "than all rows.\nLower one: together they may be 1."
             )
         if self.start_stage > self.max_latent_stage + 1:
             raise UserError(
@@ -174,7 +195,8 @@ def check_values(config: Any) -> None:
             ("below", "less than", lambda v, b: v < b),
         )
         for key, words, holds in bounds:
-            if meta.get(key) is not None and not holds(value, meta[key]):  # NaN fails too
+            limit = meta.get(key)
+            if value is not None and limit is not None and not holds(value, limit):  # NaN too
                 raise UserError(
                     f"{f.name}={value!r} is out of range ({meta['help']}).\n"
                     f"It has to be {words} {meta[key]}."

@@ -43,32 +43,33 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The paper's knobs, by the released names."""
+    """The paper's knobs, by the released names. final_thoughts is ours: how many thoughts the final
+    stage has, where that is not max_latent_stage * c_thought."""
 
     method: str
     c_thought: int = 1
     max_latent_stage: int = 6
     pad_latent_to_max: bool = True
     uniform_prob: float = 0.0
+    final_thoughts: int | None = None
 
     def thoughts_at(self, stage: int) -> int:
         """Thoughts a model that is at this stage has when it is asked, the same for every row."""
         if METHODS[self.method].insert == "none":
             return 0
+        if stage > self.max_latent_stage and self.final_thoughts is not None:
+            return self.final_thoughts
         return min(stage, self.max_latent_stage) * self.c_thought
 
     def plan(self, stage: int, n_steps: int) -> tuple[int, int]:
         """(steps to drop, thoughts to insert) in training, for a row with n_steps steps."""
-        method = METHODS[self.method]
-        if stage > self.max_latent_stage:
-            units = self.max_latent_stage
-            if not self.pad_latent_to_max:
-                units = min(n_steps, units)
-            dropped = n_steps
-        else:
-            units, dropped = stage, min(stage, n_steps)
-        drop = {"stage": dropped, "none": 0, "all": n_steps}[method.drop]
-        return drop, units * self.c_thought if method.insert == "stage" else 0
+        final = stage > self.max_latent_stage
+        dropped = n_steps if final else min(stage, n_steps)
+        drop = {"stage": dropped, "none": 0, "all": n_steps}[METHODS[self.method].drop]
+        thoughts = self.thoughts_at(stage)
+        if final and not self.pad_latent_to_max:
+            thoughts = min(thoughts, n_steps * self.c_thought)
+        return drop, thoughts
 
     def draw_stages(
         self, stage: int, n_steps: Sequence[int], rng: np.random.Generator

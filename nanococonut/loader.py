@@ -5,6 +5,7 @@ it, so a run resumed in any epoch sees the same rows in the same order.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,6 +34,7 @@ def curriculum_of(config: TrainConfig) -> Curriculum:
         config.max_latent_stage,
         config.pad_latent_to_max,
         config.uniform_prob,
+        config.final_thoughts,
     )
 
 
@@ -93,23 +95,39 @@ class Epochs:
         self.worker.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, epoch: int) -> list[EncodedRow]:
-        if self.fixed is None:
-            return self._encode(self._generate(epoch))
-        order = np.random.default_rng((self.config.seed, ORDER, epoch)).permutation(self.n_rows)
-        return [self.fixed[i] for i in order]
+        rows = self.fixed or self._encode(self._generate(epoch))
+        rng = np.random.default_rng((self.config.seed, ORDER, epoch))
+        rows = [rows[i] for i in rng.permutation(len(rows))]
+        return self._pooled(rows, rng) if self.config.length_pool > 1 else rows
+
+    def _pooled(self, rows: list[EncodedRow], rng: np.random.Generator) -> list[EncodedRow]:
+        """The same rows with those of like length in one batch, so that less is padding: sorted
+        within pools of length_pool batches, and the pool's batches shuffled."""
+        size, pool = self.config.batch_size, self.config.batch_size * self.config.length_pool
+        batches = []
+        for start in range(0, len(rows), pool):
+            part = sorted(rows[start : start + pool], key=lambda row: len(row.question))
+            parts = [part[i : i + size] for i in range(0, len(part), size)]
+            full = [p for p in parts if len(p) == size]  # a short one stays last
+            batches += [full[i] for i in rng.permutation(len(full))] + parts[len(full) :]
+        return [row for batch in batches for row in batch]
 
     def _generate(self, epoch: int) -> list[Row]:
-        """rows_per_epoch rows; a matched_share of them without the depth shortcut."""
+        """rows_per_epoch rows: plain ones, without the depth shortcut, and with short chains."""
         c = self.config
         n_matched = round(c.matched_share * c.rows_per_epoch)
+        n_short = round(c.short_share * c.rows_per_epoch) if c.min_hops > 1 else 0
+        short = replace(graph_config(c), min_hops=1, max_hops=max(1, c.min_hops - 1))
         rows: list[Row] = []
-        for n, matched in ((c.rows_per_epoch - n_matched, False), (n_matched, True)):
+        for kind, (n, graphs) in enumerate(
+            (
+                (c.rows_per_epoch - n_matched - n_short, graph_config(c)),
+                (n_matched, graph_config(c, matched=True)),
+                (n_short, short),
+            )
+        ):
             if n:
-                seed = (c.seed, TRAIN, epoch, int(matched))
-                rows += prosqa.generate(n, seed, graph_config(c, matched), self.exclude)
-        if 0 < n_matched < len(rows):
-            order = np.random.default_rng((c.seed, ORDER, epoch)).permutation(len(rows))
-            rows = [rows[i] for i in order]
+                rows += prosqa.generate(n, (c.seed, TRAIN, epoch, kind), graphs, self.exclude)
         return rows
 
     def _encode(self, rows: list[Row]) -> list[EncodedRow]:

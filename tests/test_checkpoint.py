@@ -34,7 +34,7 @@ def saved(tmp_path, model, tokenizer):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randint(20, (2, 5))).sum().backward()
     optimizer.step()
-    folder = checkpoint.save(tmp_path / "run", 7, model, optimizer, manifest_of(model, tokenizer))
+    folder = checkpoint.save(tmp_path / "run", 7, model, [optimizer], manifest_of(model, tokenizer))
     return folder, model, optimizer
 
 
@@ -55,7 +55,7 @@ def test_load_gives_back_the_model_tokenizer_and_manifest(saved, tokenizer):
 def test_the_optimizer_goes_on_as_if_nothing_had_happened(saved):
     folder, model, optimizer = saved
     fresh = torch.optim.AdamW(model.parameters())
-    checkpoint.load_optimizer(fresh, folder)
+    checkpoint.load_optimizers([fresh], folder)
     a, b = optimizer.state_dict()["state"], fresh.state_dict()["state"]
     assert a.keys() == b.keys() and a
     for i in a:
@@ -67,7 +67,7 @@ def test_older_ones_go_but_not_the_best(tmp_path, model, tokenizer):
     run = tmp_path / "run"
     for step, best in [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4)]:
         m = manifest_of(model, tokenizer, best_step=best)
-        checkpoint.save(run, step, model, None, m)
+        checkpoint.save(run, step, model, [], m)
         kept = [int(p.name[5:]) for p in checkpoint.steps_in(run)]
         assert kept == sorted({best, step})
     assert checkpoint.find(run).name == "step_00000005"
@@ -141,7 +141,7 @@ def test_a_save_that_fails_leaves_the_last_one(saved, tokenizer, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="No space left") as e:
-        checkpoint.save(folder.parent, 8, model, None, manifest_of(model, tokenizer))
+        checkpoint.save(folder.parent, 8, model, [], manifest_of(model, tokenizer))
     assert "untouched" in str(e.value)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     checkpoint.load(folder.parent)

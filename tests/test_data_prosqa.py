@@ -245,12 +245,11 @@ def test_a_signature_is_the_graphs_and_not_the_words(rows):
 
 
 def round_trips(row: dict) -> None:
-    for separator in (".", ""):
-        compact = prosqa.compact_row(row, separator)
-        assert prosqa.expand_question(compact["question"]) == row["question"]
-        assert [prosqa.expand_sentence(step) for step in compact["steps"]] == row["steps"]
-        assert prosqa.expand_sentence(compact["answer"]) == row["answer"]
-        assert compact["question"].count(" ") == 2 * len(row["edges"]) + 3
+    compact = prosqa.compact_row(row)
+    assert prosqa.expand_question(compact["question"]) == row["question"]
+    assert [prosqa.expand_sentence(step) for step in compact["steps"]] == row["steps"]
+    assert prosqa.expand_sentence(compact["answer"]) == row["answer"]
+    assert compact["question"].count(" ") == 2 * len(row["edges"]) + 3
 
 
 def test_the_compact_rendering_loses_nothing(rows):
@@ -269,10 +268,8 @@ QUESTION = "Every p is a c. Tom is a p. Sam is a d. Is Tom a d or c?"
 def test_the_compact_rendering_by_hand():
     row = {"question": QUESTION, "steps": ["Tom is a p.", "Every p is a c."]}
     row |= {"answer": "Tom is a c.", "root": 1}
-    dotted = {"question": " p c. Tom p. Sam d. Tom d c?", "steps": [" Tom p.", " p c."]}
-    plain = {"question": " p c Tom p Sam d Tom d c?", "steps": [" Tom p", " p c"]}
-    assert prosqa.compact_row(row) == {**dotted, "answer": "Tom c.", "root": 1}
-    assert prosqa.compact_row(row, separator="") == {**plain, "answer": "Tom c", "root": 1}
+    short = {"question": " p c. Tom p. Sam d. Tom? d? c?", "steps": [" Tom p.", " p c."]}
+    assert prosqa.compact_row(row) == {**short, "answer": "Tom c.", "root": 1}
     assert prosqa.expand_sentence(" half a thought") == "half a thought"  # a model may say anything
 
 

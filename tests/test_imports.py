@@ -17,6 +17,7 @@ ALLOWED = {
     "tokenizer": {"errors"},
     "model": {"cache"},
     "hub": {"errors", "model"},
+    "muon": set(),
     "curriculum": {"tokenizer"},
     "coconut": {"curriculum", "model"},
     "engine": {"cache", "model"},

@@ -116,9 +116,7 @@ def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
     assert train(tiny, setting, "--out_dir=whole", "--max_steps=30")[0] == 0
     train(tiny, setting, "--out_dir=parts", "--max_steps=8")
     for until in (11, 20, 30):
-        code, out, _ = train(
-            tiny, setting, "--out_dir=parts", f"--max_steps={until}", "--resume"
-        )
+        code, out, _ = train(tiny, setting, "--out_dir=parts", f"--max_steps={until}", "--resume")
         assert code == 0 and "going on with parts" in out
     assert digests("parts") == digests("whole")
     assert logged("parts") == logged("whole")
@@ -142,7 +140,9 @@ def test_a_stage_ends_when_it_is_learnt(train, tiny):
     ends = [r for r in logged("run") if "valid_accuracy" in r]
     assert [r["stage"] for r in ends] == [0, 1, 2]
     assert ends[0]["step"] >= 2  # not before it has looked at advance_rows rows
-    assert max(b["step"] - a["step"] for a, b in zip([{"step": 0}, *ends], ends, strict=False)) < 100
+    assert (
+        max(b["step"] - a["step"] for a, b in zip([{"step": 0}, *ends], ends, strict=False)) < 100
+    )
     by_step = {r["step"]: r for r in logged("run") if "loss" in r}
     for end in ends:
         assert by_step[end["step"]]["right"] >= 0.9 > by_step[end["step"] - 1]["right"]

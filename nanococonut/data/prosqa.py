@@ -2,12 +2,13 @@
 
 The paper's printed Algorithm 1, read literally, does not give the released statistics. This
 generator was fitted to the 800 released validation and test rows instead (GraphConfig holds the
-fitted values; a search around them found none that fit better beyond noise). Graphs are drawn thousands at a time: the loop goes over the nodes, parents first.
+fitted values; a search around them found none that fit better beyond noise). A thousand graphs are
+drawn at a time: the loop goes over the nodes, parents first.
 
 The released rows can be answered by shortcuts: ignore the entity, take the option that lies farther
 from its nearest parentless node, and be right in 92 % (from its farthest one: 94 %). `heuristics`
-measures such shortcuts on any rows; GraphConfig(matched=True) makes rows on which the first is worth
-nothing and the second hardly anything (56 %).
+measures such shortcuts on any rows. On those of GraphConfig(matched=True) the first is worth
+nothing (50 %) and the second little (56 %).
 """
 
 import hashlib
@@ -370,31 +371,33 @@ def solve(question: str) -> str | None:
     return f"{entity} is a {right[0]}." if len(set(right)) == 1 else None
 
 
-# -- the compact rendering: "Every p is a c." is " p c.", the question is " X A B?". Each symbol has
+# -- the compact rendering: "Every p is a c." is " p c.", the question " X? A? B?". Each symbol has
 # exactly one space in front, so that a word-level vocabulary sees one token for it wherever it is.
+# The entity and the options are kept apart by signs, or a model that looks at the word before would
+# take them for edges (measured: docs/LOG.md).
 
 
-def compact_sentence(sentence: str, separator: str = ".") -> str:
-    """ "Every p is a c." -> " p c.", "Tom is a c." -> " Tom c." UserError for anything else."""
+def compact_sentence(sentence: str) -> str:
+    """A fact, step or answer: "Every p is a c." -> " p c." UserError for anything else."""
     parent, child = _edge(sentence.strip().removesuffix("."))
-    return f" {parent} {child}{separator}"
+    return f" {parent} {child}."
 
 
-def compact_question(question: str, separator: str = ".") -> str:
-    """The edges, then " Tom A B?". separator "" leaves plain pairs. UserError as parse_question."""
+def compact_question(question: str) -> str:
+    """The edges, then " Tom? A? B?". UserError as parse_question."""
     edges, entity, (first, second) = parse_question(question)
-    facts = "".join([f" {parent} {child}{separator}" for parent, child in edges])
-    return f"{facts} {entity} {first} {second}?"
+    facts = "".join([f" {parent} {child}." for parent, child in edges])
+    return f"{facts} {entity}? {first}? {second}?"
 
 
-def compact_row(row: Row, separator: str = ".") -> Row:
+def compact_row(row: Row) -> Row:
     """The row in compact words, other keys as they are. The answer has no space in front, because
     the answer's mark brings one."""
     return {
         **row,
-        "question": compact_question(row["question"], separator),
-        "steps": [compact_sentence(step, separator) for step in row["steps"]],
-        "answer": compact_sentence(row["answer"], separator).strip(),
+        "question": compact_question(row["question"]),
+        "steps": [compact_sentence(step) for step in row["steps"]],
+        "answer": compact_sentence(row["answer"]).strip(),
     }
 
 
@@ -405,12 +408,12 @@ def expand_sentence(text: str) -> str:
 
 
 def expand_question(text: str) -> str:
-    """A compact question, with separators or without, in sentences. UserError if it is none."""
-    words = text.strip().removesuffix("?").replace(".", " ").split()
+    """A compact question in sentences. UserError if it is none."""
+    words = text.replace("?", " ").replace(".", " ").split()
     if len(words) < 5 or len(words) % 2 == 0:
         raise UserError(
             f"not a compact ProsQA question: {text[-60:]!r}.\n"
-            'Write pairs and the question: " Tom lempus. lempus dumpus. Tom dumpus yimpus?"'
+            'Write pairs and the question: " Tom lempus. lempus dumpus. Tom? dumpus? yimpus?"'
         )
     *pairs, entity, first, second = words
     facts = [_sentence(p, c) for p, c in zip(pairs[::2], pairs[1::2], strict=True)]

@@ -1,0 +1,416 @@
+"""Speed of a training step, where its time goes, and how the released code does on the same.
+
+    python bench/training.py --config=config/prosqa_small.py --batch_size=64
+    python bench/training.py --released CLONE --released_python VENV/bin/python
+
+The step is train.py's in the final stage: no written steps, --latent thoughts in every row, one
+forward pass. With --released, a clone of facebookresearch/coconut takes the same steps in a process
+of its own: same weights, rows, dropout, AdamW and threads, float32, in turns, so that only one
+computes at a time; an error if the two do not compute the same. Our time includes making the batch,
+theirs does not, since their DataLoader makes it in another process. The last line is JSON.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
+
+import torch
+from safetensors.torch import save_file
+
+from nanococonut import checkpoint, coconut
+from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
+from nanococonut.curriculum import IGNORE, Curriculum, EncodedRow, collate, encode_row, layout
+from nanococonut.data import prosqa
+from nanococonut.errors import UserError, main_guard
+from nanococonut.loader import TRAIN, graph_config, rendered, task_tokenizer
+from nanococonut.model import GPT, GPTConfig
+from nanococonut.tokenizer import Tokenizer
+
+PARTS = ("collate", "prefix", "thoughts", "suffix", "backward", "optimizer")
+WARMUP = 2  # steps before those that count
+TOLERANCE = 1e-4  # between our loss and gradient and theirs, relative
+# train.py's keep_freed_memory, but for both sides: glibc reads these when a process starts
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    config: str = opt("config/prosqa_small.py", "training config whose model and rows are used")
+    batch_size: int = opt(32, "rows of a step", at_least=1)
+    latent: int = opt(6, "thoughts of every row", at_least=0)
+    repeats: int = opt(7, "steps measured", at_least=1)
+    n_layer: int | None = opt(None, "layers, if not the config's")
+    n_head: int | None = opt(None, "attention heads, if not the config's")
+    n_embd: int | None = opt(None, "width, if not the config's")
+    released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
+    released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
+    device: str = opt("cpu", "where", choices=("cpu", "cuda"))
+    dtype: str = opt("float32", "forward pass", choices=("float32", "bfloat16"))
+    out: str | None = opt(None, "append the JSON row to this file")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if (self.released is None) != (self.released_python is None):
+            raise UserError(
+                "--released and --released_python go together.\n"
+                "Give a clone of facebookresearch/coconut and a Python that has what it needs."
+            )
+        if self.released and not (Path(self.released) / "coconut.py").is_file():
+            raise UserError(
+                f"--released {self.released} holds no coconut.py.\n"
+                "Give a clone of facebookresearch/coconut."
+            )
+        if self.released and self.dtype != "float32":
+            raise UserError("the comparison is in float32.\nLeave --dtype out with --released.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("there is no GPU that torch can use.\nTry --device=cpu.")
+
+
+class Rows:
+    """The final stage's rows in batches, and how they are laid out."""
+
+    def __init__(self, bench: StepConfig, recipe: TrainConfig, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.thoughts = tokenizer, bench.latent
+        self.curriculum = Curriculum("coconut", max_latent_stage=bench.latent)
+        self.stage = bench.latent + 1  # behind the last numbered one: all steps are dropped
+        n = bench.batch_size * (WARMUP + bench.repeats)
+        rows = rendered(
+            prosqa.generate(n, (recipe.seed, TRAIN), graph_config(recipe)), recipe.render
+        )
+        encoded = [encode_row(tokenizer, r["question"], r["steps"], r["answer"]) for r in rows]
+        self.batches = [encoded[i : i + bench.batch_size] for i in range(0, n, bench.batch_size)]
+        self.layouts = [
+            [layout(self.curriculum, self.stage, row, tokenizer) for row in batch]
+            for batch in self.batches
+        ]
+        need = max(len(p) + n + len(s) for batch in self.layouts for p, n, s, _ in batch)
+        if need > recipe.block_size:
+            raise UserError(
+                f"a row needs {need} positions, {bench.config} has block_size="
+                f"{recipe.block_size}.\nUse fewer --latent or another --config."
+            )
+
+    def collate(self, batch: Sequence[EncodedRow]) -> Any:
+        return collate(self.curriculum, [self.stage] * len(batch), batch, self.tokenizer)
+
+    def padded_share(self) -> float:
+        """Of all positions that are computed. The released code's padding comes to the same."""
+        real = slots = 0
+        for batch in self.layouts:
+            prefixes, _, suffixes, _ = zip(*batch, strict=True)
+            real += sum(map(len, prefixes)) + sum(map(len, suffixes)) + len(batch) * self.thoughts
+            width = max(map(len, prefixes)) + self.thoughts + max(map(len, suffixes))
+            slots += len(batch) * width
+        return 1 - real / slots
+
+    def as_released(self) -> list[dict[str, list]]:
+        """The batches as plain sequences: token ids, labels, where the thoughts begin."""
+        batches = []
+        for batch in self.layouts:
+            rows: dict[str, list] = {"ids": [], "labels": [], "first_thought": []}
+            for prefix, n, suffix, skipped in batch:
+                rows["ids"].append(prefix + [self.tokenizer.latent] * n + suffix)
+                masked = len(prefix) + n + skipped
+                rows["labels"].append([IGNORE] * masked + suffix[skipped:])
+                rows["first_thought"].append(len(prefix) if n else 0)  # without: pad right only
+            batches.append(rows)
+        return batches
+
+
+class Ours:
+    """Our side: the step of train.py."""
+
+    def __init__(
+        self, bench: StepConfig, recipe: TrainConfig, rows: Rows, adamw: dict[str, Any]
+    ) -> None:
+        self.rows, self.grad_clip = rows, recipe.grad_clip
+        self.device = torch.device(bench.device)
+        half = bench.dtype == "bfloat16"
+        self.autocast = torch.autocast(bench.device, torch.bfloat16) if half else nullcontext()
+        torch.manual_seed(recipe.seed)
+        self.model = GPT(
+            GPTConfig(
+                vocab_size=rows.tokenizer.vocab_size,
+                block_size=recipe.block_size,
+                n_layer=recipe.n_layer,
+                n_head=recipe.n_head,
+                n_embd=recipe.n_embd,
+                dropout=recipe.dropout,
+                smear=recipe.smear,
+            )
+        ).to(self.device)
+        # every pass through the layers ends in ln_f: that tells the three blocks apart
+        self.model.ln_f.register_forward_hook(lambda *_: self._lap())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **adamw)
+        self.laps: list[Any] = []
+
+    def _lap(self) -> None:
+        """The time now; on a GPU as an event in its queue, so that nobody waits for it."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.laps.append(event)
+        else:
+            self.laps.append(time.perf_counter())
+
+    def check(self) -> dict[str, float]:
+        """Loss and norm of the gradient on the first batch, without dropout."""
+        self.model.eval()
+        batch = self.rows.collate(self.rows.batches[0]).to(self.device)
+        logits = coconut.forward(self.model, batch)
+        loss = coconut.loss_sum(logits, batch.targets) / batch.n_labels
+        loss.backward()
+        norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
+        self.optimizer.zero_grad()
+        self.model.train()
+        return {"loss": loss.item(), "gradient": norms.norm().item()}
+
+    def step(self, i: int) -> dict[str, float]:
+        """One optimizer step on batch i -> the seconds of each part."""
+        self.laps = []
+        self._lap()
+        batch = self.rows.collate(self.rows.batches[i]).to(self.device)
+        self._lap()
+        with self.autocast:
+            logits = coconut.forward(self.model, batch)  # a lap for each block and thought
+        loss = coconut.loss_sum(logits, batch.targets) / batch.n_labels
+        coconut.right_rows(logits, batch.targets).sum()
+        self._lap()
+        loss.backward()
+        loss.item()
+        self._lap()
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._lap()
+        ends = [0, 1, 2, 2 + self.rows.thoughts, -3, -2, -1]  # of the parts, among the laps
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            took = [self.laps[a].elapsed_time(self.laps[b]) / 1000 for a, b in pairwise(ends)]
+        else:
+            took = [self.laps[b] - self.laps[a] for a, b in pairwise(ends)]
+        return dict(zip(PARTS, took, strict=True))
+
+
+class Released:
+    """Their side: released_worker.py, waiting for a line on stdin."""
+
+    def __init__(self, python: str, task: dict[str, Any]) -> None:
+        self.stderr = tempfile.TemporaryFile("w+")
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        worker = Path(__file__).with_name("released_worker.py")
+        try:
+            self.process = subprocess.Popen(
+                [python, "-I", str(worker)],  # -I: nothing of ours on its path
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.stderr,
+                text=True,
+                env=os.environ | offline,
+            )
+        except OSError as e:
+            raise UserError(
+                f"--released_python {python} cannot be run: {e.strerror}.\n"
+                "Give the bin/python of a venv with torch and transformers 4.46.2."
+            ) from None
+        self.about = self.ask(json.dumps(task))
+
+    def ask(self, line: str) -> dict[str, Any]:
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):  # it is gone, or does not speak JSON
+            self.process.kill()
+            self.process.wait()
+            self.stderr.seek(0)
+            said = self.stderr.read().strip() or "no error message"
+            raise UserError(
+                f"the released code's worker ended: {said.splitlines()[-1][:200]}\n"
+                "--released_python has to be a Python with torch and transformers 4.46.2."
+            ) from None
+
+
+def start_released(
+    bench: StepConfig, recipe: TrainConfig, ours: Ours, adamw: dict[str, Any]
+) -> Released:
+    """Their model of the same size with our weights, once it computes what ours does."""
+    gpt2 = {
+        "vocab_size": ours.model.config.vocab_size,
+        "n_positions": recipe.block_size,
+        "n_layer": recipe.n_layer,
+        "n_head": recipe.n_head,
+        "n_embd": recipe.n_embd,
+        "resid_pdrop": recipe.dropout,
+        "embd_pdrop": recipe.dropout,
+        "attn_pdrop": recipe.dropout,
+    }
+    weights = {  # their linear layers are stored transposed
+        name: p.t().contiguous() if name.startswith("h.") and p.dim() == 2 else p
+        for name, p in ours.model.state_dict().items()
+    }
+    special = {name: getattr(ours.rows.tokenizer, name) for name in ("eos", "bot", "eot", "latent")}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file(weights, path)
+        task = {
+            "clone": str(Path(bench.released).resolve()),
+            "weights": str(path),
+            "gpt2": gpt2,
+            "special": special,
+            "adamw": adamw,
+            "batches": ours.rows.as_released(),
+            "threads": torch.get_num_threads(),
+            "device": bench.device,
+        }
+        released = Released(bench.released_python, task)
+    mine, theirs = ours.check(), released.ask("check")
+    for what in mine:
+        if not abs(mine[what] - theirs[what]) <= TOLERANCE * abs(theirs[what]):
+            raise UserError(
+                f"the two do not compute the same: {what} {mine[what]:.6f} (ours), "
+                f"{theirs[what]:.6f} (released).\nA comparison of their speed would mean nothing."
+            )
+    released.about |= {"commit": commit_of(bench.released)}
+    released.about |= {what: {"ours": mine[what], "released": theirs[what]} for what in mine}
+    return released
+
+
+def commit_of(clone: str) -> str:
+    """The clone's commit, and whether its coconut.py is that commit's."""
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", "-C", clone, *args], capture_output=True, text=True)
+        return run.stdout.strip()
+
+    try:
+        committed = git("rev-parse", "HEAD:./coconut.py")
+        changed = "" if git("hash-object", "coconut.py") == committed else "-dirty"
+        return git("rev-parse", "HEAD") + changed if committed else "unknown"
+    except OSError:
+        return "unknown"
+
+
+def spread(values: Sequence[float], digits: int) -> dict[str, float]:
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in found.items()}
+
+
+def shown(s: dict[str, float], digits: int = 1) -> str:
+    return f"{s['median']:9,.{digits}f}  ({s['min']:,.{digits}f}..{s['max']:,.{digits}f})"
+
+
+def main() -> None:
+    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
+    bench = build(StepConfig, given, {"config": path} if path else {})  # parse_cli sets it apart
+    own = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(bench, k)) is not None}
+    if bench.released:  # what it has not
+        own |= {"smear": False, "grad_clip": 0.0}
+    recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
+    try:
+        out = open(bench.out, "a") if bench.out else nullcontext()
+    except OSError as e:
+        raise UserError(f"--out {bench.out} cannot be written: {e.strerror}.") from None
+    if sys.platform == "linux" and not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
+    load = os.getloadavg()[0]
+
+    rows = Rows(bench, recipe, task_tokenizer(recipe))
+    adamw = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.beta1, recipe.beta2),
+        "weight_decay": recipe.weight_decay,
+    }
+    ours = Ours(bench, recipe, rows, adamw)
+    released = start_released(bench, recipe, ours, adamw) if bench.released else None
+
+    parts, theirs = [], []
+    for i in range(len(rows.batches)):
+        parts.append(ours.step(i))
+        if released:
+            theirs.append(released.ask(str(i))["seconds"])
+    parts, theirs = parts[WARMUP:], theirs[WARMUP:]
+    steps = [sum(part.values()) for part in parts]
+
+    row = {
+        "bench": "training",
+        "config": Path(bench.config).name,
+        **{k: getattr(recipe, k) for k in ("n_layer", "n_head", "n_embd", "block_size")},
+        **{k: getattr(recipe, k) for k in ("tokenizer", "render", "smear", "dropout", "grad_clip")},
+        "vocab_size": rows.tokenizer.vocab_size,
+        "parameters": ours.model.n_params(),
+        **{k: v for k, v in asdict(bench).items() if k in ("batch_size", "latent", "repeats")},
+        "seed": recipe.seed,
+        "dtype": bench.dtype,
+        "rows_per_s": spread([bench.batch_size / s for s in steps], 2),
+        "step_ms": spread([s * 1000 for s in steps], 3),
+        "parts_ms": {name: spread([part[name] * 1000 for part in parts], 3) for name in PARTS},
+        "padded_share": round(rows.padded_share(), 4),
+        "released": None,
+    }
+    if released:
+        row["released"] = released.about | {
+            "rows_per_s": spread([bench.batch_size / s for s in theirs], 2),
+            "step_ms": spread([s * 1000 for s in theirs], 3),
+            "ours_times_faster": spread([b / a for a, b in zip(steps, theirs, strict=True)], 3),
+        }
+    gpu = bench.device == "cuda"
+    row |= {
+        "threads": torch.get_num_threads(),
+        "load_at_start": round(load, 2),
+        "device": bench.device,
+        "hardware": torch.cuda.get_device_name() if gpu else platform.machine(),
+        **checkpoint.provenance(),
+    }
+    report(row)
+    line = json.dumps(row)
+    with out as file:
+        if file:
+            file.write(line + "\n")
+    print(line)
+
+
+def report(row: dict[str, Any]) -> None:
+    print(
+        f"{row['config']}: {row['n_layer']} layers, width {row['n_embd']}, {row['parameters']:,} "
+        f"parameters; {row['batch_size']} rows with {row['latent']} thoughts\n"
+        f"{row['device']}, {row['threads']} threads, {row['dtype']}, load {row['load_at_start']} "
+        f"at the start; median (min..max) of {row['repeats']} steps"
+    )
+    print(f"rows per second  {shown(row['rows_per_s'])}")
+    print(f"ms per step      {shown(row['step_ms'], 2)}")
+    for name, part in row["parts_ms"].items():
+        share = part["median"] / row["step_ms"]["median"]
+        print(f"  {name:<14} {shown(part, 2)}  {share:.1%}")
+    print(f"padded tokens    {row['padded_share']:9.1%}")
+    if theirs := row["released"]:
+        versions = ", ".join(f"{k} {v}" for k, v in theirs["versions"].items())
+        print(f"released code {theirs['commit'][:7]} ({versions}), in turns with ours")
+        for what in ("loss", "gradient"):
+            both = ", ".join(f"{side} {value:.6f}" for side, value in theirs[what].items())
+            print(f"first {what:<10} {both}")
+        print(f"rows per second  {shown(theirs['rows_per_s'])}")
+        print(f"ms per step      {shown(theirs['step_ms'], 2)}")
+        print(f"ours is faster   {shown(theirs['ours_times_faster'], 2)}  times, pair by pair")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,85 @@
+"""Scores are of exact matches, by batched generation that equals one question at a time."""
+
+import pytest
+import torch
+from conftest import random_gpt
+
+from nanococonut import evaluate
+from nanococonut.curriculum import Curriculum
+from nanococonut.errors import UserError
+
+QUESTIONS = ["Tom is a lempus.", "Every lempus is a wumpus. Tom is a lempus.", "?"] * 5
+
+
+@pytest.fixture
+def model(tokenizer):
+    return random_gpt(vocab_size=tokenizer.vocab_size, block_size=64)
+
+
+@pytest.mark.parametrize("method", ["coconut", "cot"])
+def test_batched_equals_one_by_one(model, tokenizer, method):
+    rows = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
+    c = Curriculum(method)
+    n = 3 if method == "coconut" else 0
+    batched = evaluate.score(model, tokenizer, c, rows, n, batch_size=4, max_new_tokens=9)
+    alone = evaluate.score(model, tokenizer, c, rows, n, batch_size=1, max_new_tokens=9)
+    assert batched == alone and len(set(batched.texts)) > 1
+
+
+def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, monkeypatch):
+    asked = []
+
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new):
+        asked.append((prefixes, n_thoughts, opening))
+
+    monkeypatch.setattr(evaluate, "generate", fake)
+    question = tokenizer.encode("Tom?\n")
+    evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom?"], 2)
+    evaluate.ask(model, tokenizer, Curriculum("no_cot"), ["Tom?"], 0)
+    assert asked == [
+        ([question + [tokenizer.bot]], 2, [tokenizer.eot]),
+        ([question], 0, []),
+    ]
+
+
+def scripted(monkeypatch, tokenizer, texts):
+    """generate() says these texts, whatever it is asked."""
+
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new):
+        tokens = [tokenizer.encode(texts.pop(0)) for _ in prefixes]
+        return evaluate.Generation(tokens, torch.zeros(1), 0, 0, 0, 0)
+
+    monkeypatch.setattr(evaluate, "generate", fake)
+
+
+def test_what_counts_as_right_and_as_generated(model, tokenizer, monkeypatch):
+    texts = ["### Tom is", "Tom is", "### Tom a", "a\n### 2,125"]
+    answers = ["Tom is", "Tom is", "Tom is", "2125"]
+    scripted(monkeypatch, tokenizer, list(texts))
+    rows = [{"question": "?", "steps": [], "answer": a} for a in answers]
+    s = evaluate.score(model, tokenizer, Curriculum("coconut"), rows, 6, batch_size=3)
+    assert (s.correct, s.rows, s.texts) == (2, 4, texts)  # without "###" there is no answer
+    words = sum(len(tokenizer.encode(t)) for t in texts)
+    assert s.generated_tokens == 6 + words / 4
+
+
+def test_the_interval_is_wilsons():
+    """Values of the closed form, computed by hand: 95 of 100 and 10 of 10."""
+    low, high = evaluate.Score(95, 100, 0, []).interval
+    assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
+    low, high = evaluate.Score(10, 10, 0, []).interval
+    assert (round(low, 4), round(high, 12)) == (0.7225, 1.0)
+
+
+def test_training_mode_is_left_as_it_was(model, tokenizer):
+    rows = [{"question": "Tom", "steps": [], "answer": "x"}]
+    model.train()
+    evaluate.score(model, tokenizer, Curriculum("coconut"), rows, 1, max_new_tokens=2)
+    assert model.training
+
+
+def test_a_question_that_does_not_fit_is_refused(model, tokenizer):
+    with pytest.raises(UserError, match="block_size=64"):
+        evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom is a lempus. " * 20], 3)
+    out = evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom"], 59)  # one token of room
+    assert len(out.tokens[0]) <= 1

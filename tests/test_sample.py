@@ -1,0 +1,111 @@
+"""sample.py answers at once from the bundled checkpoint, and refuses in two lines."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanococonut import checkpoint
+
+ROOT = Path(__file__).parent.parent
+QUESTION = (
+    "Tom is a terpus. Every terpus is a brimpus. Sam is a gorpus. Every gorpus is a lorpus. "
+    "Every brimpus is a lempus. Is Tom a lorpus or lempus?"
+)
+
+
+@pytest.fixture
+def sample(monkeypatch, capsys, tmp_path):
+    """sample(*argv) -> (exit code, stdout, stderr), in a folder without a run."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, script="sample.py"):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_bundled_checkpoint_is_small_whole_and_described():
+    manifest = checkpoint.verify(checkpoint.BUNDLED)
+    assert sum(p.stat().st_size for p in checkpoint.BUNDLED.iterdir()) < 1_000_000
+    assert (manifest["method"], manifest["n_thoughts"]) == ("coconut", 6)
+    assert manifest["trained_with"]["commit"] and manifest["config"]["task"] == "prosqa"
+
+
+def test_it_answers_without_a_run_of_ones_own(sample):
+    code, out, err = sample("--latent", "6", "--seed", "1")
+    assert (code, err) == (0, "")
+    for word in ("bundled", "question", "thought", "answer", "first word after", "ms a thought"):
+        assert word in out
+    assert "(right)" in out or "(wrong:" in out  # it knows the answer of its own questions
+    assert out.count("%") >= 30  # six thoughts, five words each
+
+
+def test_most_answers_are_right(sample):
+    said = [sample("--latent=6", f"--seed={seed}")[1] for seed in range(12)]
+    assert sum("(right)" in out for out in said) >= 9  # chance: 1 in 4096 * 299 for guessing
+
+
+@pytest.mark.parametrize("latent", [0, 1, 9])
+def test_any_number_of_thoughts(sample, latent):
+    code, out, _ = sample(f"--latent={latent}", "--question", QUESTION)
+    assert code == 0 and "at this stage it has 6" in out
+    assert ("ms a thought" in out) == (latent > 0)
+
+
+def test_a_typed_question_in_sentences(sample):
+    code, out, _ = sample("--question", QUESTION)
+    assert code == 0 and "Tom is a l" in out and "(right)" in out
+    assert "never trained on" not in out
+
+
+def test_unknown_words_are_warned_of(sample):
+    code, out, _ = sample("--question", QUESTION.replace("brimpus", "zonk"))
+    assert code == 0 and "never trained on: zonk" in out
+
+
+def test_another_layout(sample):
+    code, out, _ = sample("--method=no_cot", "--latent=0", "--seed=3")
+    assert code == 0 and "answer" in out
+
+
+REFUSED = {
+    "negative": (["--latent=-1"], "latent=-1"),
+    "negative, apart": (["--latent", "-1"], "latent=-1"),
+    "not a number": (["--latent=six"], "latent='six'"),
+    "no run there": (["--out_dir=nowhere"], "nowhere is not there"),
+    "nothing in it": (["--out_dir=."], "holds no checkpoint"),
+    "not ProsQA": (["--question=What is 2+2?"], "not a ProsQA question"),
+    "too long": (["--question", QUESTION.replace("Sam", "Sam is a gorpus. " * 99 + "Sam")], "fit"),
+    "special token": (["--question", QUESTION.replace("Sam", "<|latent|>")], "ProsQA"),
+    "unknown key": (["--latnt=3"], "Did you mean --latent?"),
+    "unknown method": (["--method=cots"], "Did you mean cot?"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_two_lines(sample, case):
+    argv, words = REFUSED[case]
+    code, _, err = sample(*argv)
+    assert code == 2 and words in err, err
+    assert err.startswith("error: ") and err.count("\n") <= 2 and "Traceback" not in err
+
+
+def test_accuracy_bench_agrees_with_what_is_claimed(sample):
+    code, out, err = sample("--n=60", script="bench/accuracy.py")
+    assert (code, err) == (0, "")
+    import json
+
+    row = json.loads(out.splitlines()[-1])
+    assert row["rows"] == 60 and row["thoughts"] == 6 and row["accuracy"] > 0.85
+    assert row["heuristics"]["random"] == 0.5 and row["commit"]
+    code, _, err = sample("--data=none.json", script="bench/accuracy.py")
+    assert code == 2 and "none.json" in err
