@@ -141,6 +141,8 @@ def main() -> None:
                 n_embd=config.n_embd,
                 dropout=config.dropout,
                 smear=config.smear,
+                token_std=config.token_std,
+                position_std=config.position_std,
             )
         )
     else:
@@ -149,7 +151,8 @@ def main() -> None:
     model.to(device)
 
     def new_optimizers() -> list[torch.optim.Optimizer]:
-        matrices = [p for p in model.h.parameters() if p.dim() == 2 and config.optimizer == "muon"]
+        inner = [*model.h.parameters(), *(model.smear.parameters() if model.smear else ())]
+        matrices = [p for p in inner if p.dim() == 2 and config.optimizer == "muon"]
         chosen = {id(p) for p in matrices}
         adamw = torch.optim.AdamW(
             [p for p in model.parameters() if id(p) not in chosen],

@@ -10,7 +10,6 @@ import sys
 import time
 
 import torch
-import transformers
 from safetensors.torch import load_file
 
 
@@ -33,8 +32,10 @@ def padded(batch: dict[str, list], pad: int, device: str) -> dict[str, torch.Ten
 def main() -> None:
     task = json.loads(sys.stdin.readline())
     torch.set_num_threads(task["threads"])
+    import transformers  # before the path, for the clone holds modules of common names
+
     sys.path.insert(0, task["clone"])
-    from coconut import Coconut  # the clone's
+    from coconut import Coconut
 
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**task["gpt2"]))
     gpt2.transformer.load_state_dict(load_file(task["weights"]))  # the head is tied to it

@@ -11,6 +11,7 @@ theirs does not, since their DataLoader makes it in another process. The last li
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,17 @@ from safetensors.torch import save_file
 
 from nanococonut import checkpoint, coconut
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
-from nanococonut.curriculum import IGNORE, Curriculum, EncodedRow, collate, encode_row, layout
-from nanococonut.data import prosqa
+from nanococonut.curriculum import IGNORE, Batch, collate, layout
 from nanococonut.errors import UserError, main_guard
-from nanococonut.loader import TRAIN, graph_config, rendered, task_tokenizer
+from nanococonut.loader import Epochs, curriculum_of, task_tokenizer
 from nanococonut.model import GPT, GPTConfig
-from nanococonut.tokenizer import Tokenizer
+from nanococonut.muon import Muon
 
 PARTS = ("collate", "prefix", "thoughts", "suffix", "backward", "optimizer")
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+SETTINGS = "tokenizer render length_pool smear dropout optimizer grad_clip seed".split()
 WARMUP = 2  # steps before those that count
-TOLERANCE = 1e-4  # between our loss and gradient and theirs, relative
+TOLERANCE = 1e-4  # between our loss and gradient and theirs, relative; rounding makes up to 2e-5
 # train.py's keep_freed_memory, but for both sides: glibc reads these when a process starts
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -59,6 +61,7 @@ class StepConfig:
     n_layer: int | None = opt(None, "layers, if not the config's")
     n_head: int | None = opt(None, "attention heads, if not the config's")
     n_embd: int | None = opt(None, "width, if not the config's")
+    block_size: int | None = opt(None, "longest sequence, if not the config's")
     released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
     released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
     device: str = opt("cpu", "where", choices=("cpu", "cuda"))
@@ -83,35 +86,54 @@ class StepConfig:
             raise UserError("there is no GPU that torch can use.\nTry --device=cpu.")
 
 
-class Rows:
-    """The final stage's rows in batches, and how they are laid out."""
+def recipe_of(bench: StepConfig) -> TrainConfig:
+    """The training config with what is measured put in its place."""
+    own: dict[str, Any] = {k: v for k in SHAPE if (v := getattr(bench, k)) is not None}
+    if bench.released:  # what it has not
+        own |= {"smear": False, "grad_clip": 0.0, "optimizer": "adamw"}
+    recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
+    pools = math.ceil((WARMUP + bench.repeats) / recipe.length_pool)
+    return replace(
+        recipe,
+        method="coconut",
+        final_thoughts=bench.latent,
+        pad_latent_to_max=True,
+        batch_size=bench.batch_size,
+        data=None,
+        fresh_rows=False,
+        rows_per_epoch=pools * recipe.length_pool * bench.batch_size,  # as padded as in training
+    )
 
-    def __init__(self, bench: StepConfig, recipe: TrainConfig, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.thoughts = tokenizer, bench.latent
-        self.curriculum = Curriculum("coconut", max_latent_stage=bench.latent)
-        self.stage = bench.latent + 1  # behind the last numbered one: all steps are dropped
-        n = bench.batch_size * (WARMUP + bench.repeats)
-        rows = rendered(
-            prosqa.generate(n, (recipe.seed, TRAIN), graph_config(recipe)), recipe.render
-        )
-        encoded = [encode_row(tokenizer, r["question"], r["steps"], r["answer"]) for r in rows]
-        self.batches = [encoded[i : i + bench.batch_size] for i in range(0, n, bench.batch_size)]
+
+def adamw(recipe: TrainConfig) -> dict[str, Any]:
+    return {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.beta1, recipe.beta2),
+        "weight_decay": recipe.weight_decay,
+    }
+
+
+class Rows:
+    """Batches of the final stage, as train.py gets them."""
+
+    def __init__(self, bench: StepConfig, recipe: TrainConfig) -> None:
+        self.tokenizer, self.curriculum = task_tokenizer(recipe), curriculum_of(recipe)
+        self.stage, self.thoughts = recipe.max_latent_stage + 1, bench.latent
+        epochs = Epochs(recipe, self.curriculum, self.tokenizer, [])
+        rows, size = epochs(0), bench.batch_size
+        epochs.close()
+        self.batches = [rows[i * size :][:size] for i in range(WARMUP + bench.repeats)]
         self.layouts = [
-            [layout(self.curriculum, self.stage, row, tokenizer) for row in batch]
+            [layout(self.curriculum, self.stage, row, self.tokenizer) for row in batch]
             for batch in self.batches
         ]
-        need = max(len(p) + n + len(s) for batch in self.layouts for p, n, s, _ in batch)
-        if need > recipe.block_size:
-            raise UserError(
-                f"a row needs {need} positions, {bench.config} has block_size="
-                f"{recipe.block_size}.\nUse fewer --latent or another --config."
-            )
 
-    def collate(self, batch: Sequence[EncodedRow]) -> Any:
+    def collate(self, i: int) -> Batch:
+        batch = self.batches[i]
         return collate(self.curriculum, [self.stage] * len(batch), batch, self.tokenizer)
 
     def padded_share(self) -> float:
-        """Of all positions that are computed. The released code's padding comes to the same."""
+        """Of all positions that are computed. With thoughts, the released code pads as many."""
         real = slots = 0
         for batch in self.layouts:
             prefixes, _, suffixes, _ = zip(*batch, strict=True)
@@ -137,9 +159,7 @@ class Rows:
 class Ours:
     """Our side: the step of train.py."""
 
-    def __init__(
-        self, bench: StepConfig, recipe: TrainConfig, rows: Rows, adamw: dict[str, Any]
-    ) -> None:
+    def __init__(self, bench: StepConfig, recipe: TrainConfig, rows: Rows) -> None:
         self.rows, self.grad_clip = rows, recipe.grad_clip
         self.device = torch.device(bench.device)
         half = bench.dtype == "bfloat16"
@@ -158,8 +178,13 @@ class Ours:
         ).to(self.device)
         # every pass through the layers ends in ln_f: that tells the three blocks apart
         self.model.ln_f.register_forward_hook(lambda *_: self._lap())
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **adamw)
         self.laps: list[Any] = []
+        muon = [p for p in self.model.h.parameters() if p.dim() == 2 and recipe.optimizer == "muon"]
+        chosen = {id(p) for p in muon}
+        rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.optimizers = [torch.optim.AdamW(rest, **adamw(recipe))]
+        if muon:
+            self.optimizers += [Muon(muon, recipe.muon_learning_rate, recipe.weight_decay)]
 
     def _lap(self) -> None:
         """The time now; on a GPU as an event in its queue, so that nobody waits for it."""
@@ -173,12 +198,12 @@ class Ours:
     def check(self) -> dict[str, float]:
         """Loss and norm of the gradient on the first batch, without dropout."""
         self.model.eval()
-        batch = self.rows.collate(self.rows.batches[0]).to(self.device)
+        batch = self.rows.collate(0).to(self.device)
         logits = coconut.forward(self.model, batch)
         loss = coconut.loss_sum(logits, batch.targets) / batch.n_labels
         loss.backward()
         norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         self.model.train()
         return {"loss": loss.item(), "gradient": norms.norm().item()}
 
@@ -186,7 +211,7 @@ class Ours:
         """One optimizer step on batch i -> the seconds of each part."""
         self.laps = []
         self._lap()
-        batch = self.rows.collate(self.rows.batches[i]).to(self.device)
+        batch = self.rows.collate(i).to(self.device)
         self._lap()
         with self.autocast:
             logits = coconut.forward(self.model, batch)  # a lap for each block and thought
@@ -198,8 +223,9 @@ class Ours:
         self._lap()
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self._lap()
         ends = [0, 1, 2, 2 + self.rows.thoughts, -3, -2, -1]  # of the parts, among the laps
         if self.device.type == "cuda":
@@ -242,17 +268,18 @@ class Released:
             self.process.kill()
             self.process.wait()
             self.stderr.seek(0)
-            said = self.stderr.read().strip() or "no error message"
+            said = self.stderr.read().strip() or "no error message (out of memory?)"
             raise UserError(
                 f"the released code's worker ended: {said.splitlines()[-1][:200]}\n"
                 "--released_python has to be a Python with torch and transformers 4.46.2."
             ) from None
 
 
-def start_released(
-    bench: StepConfig, recipe: TrainConfig, ours: Ours, adamw: dict[str, Any]
-) -> Released:
-    """Their model of the same size with our weights, once it computes what ours does."""
+def start_released(bench: StepConfig, recipe: TrainConfig, ours: Ours) -> Released:
+    """Their model with our size and weights, checked to compute what ours does."""
+    with torch.no_grad():  # with initial weights, thoughts and positions hardly touch the loss
+        for p in ours.model.parameters():
+            p.add_(torch.randn_like(p) * recipe.n_embd**-0.5)
     gpt2 = {
         "vocab_size": ours.model.config.vocab_size,
         "n_positions": recipe.block_size,
@@ -276,7 +303,7 @@ def start_released(
             "weights": str(path),
             "gpt2": gpt2,
             "special": special,
-            "adamw": adamw,
+            "adamw": adamw(recipe),
             "batches": ours.rows.as_released(),
             "threads": torch.get_num_threads(),
             "device": bench.device,
@@ -321,10 +348,7 @@ def shown(s: dict[str, float], digits: int = 1) -> str:
 def main() -> None:
     given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
     bench = build(StepConfig, given, {"config": path} if path else {})  # parse_cli sets it apart
-    own = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(bench, k)) is not None}
-    if bench.released:  # what it has not
-        own |= {"smear": False, "grad_clip": 0.0}
-    recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
+    recipe = recipe_of(bench)
     try:
         out = open(bench.out, "a") if bench.out else nullcontext()
     except OSError as e:
@@ -333,35 +357,28 @@ def main() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
     load = os.getloadavg()[0]
 
-    rows = Rows(bench, recipe, task_tokenizer(recipe))
-    adamw = {
-        "lr": recipe.learning_rate,
-        "betas": (recipe.beta1, recipe.beta2),
-        "weight_decay": recipe.weight_decay,
-    }
-    ours = Ours(bench, recipe, rows, adamw)
-    released = start_released(bench, recipe, ours, adamw) if bench.released else None
+    rows = Rows(bench, recipe)
+    ours = Ours(bench, recipe, rows)
+    released = start_released(bench, recipe, ours) if bench.released else None
 
     parts, theirs = [], []
-    for i in range(len(rows.batches)):
+    for i in range(WARMUP + bench.repeats):
         parts.append(ours.step(i))
         if released:
             theirs.append(released.ask(str(i))["seconds"])
     parts, theirs = parts[WARMUP:], theirs[WARMUP:]
-    steps = [sum(part.values()) for part in parts]
+    seconds = [sum(part.values()) for part in parts]
 
     row = {
         "bench": "training",
         "config": Path(bench.config).name,
-        **{k: getattr(recipe, k) for k in ("n_layer", "n_head", "n_embd", "block_size")},
-        **{k: getattr(recipe, k) for k in ("tokenizer", "render", "smear", "dropout", "grad_clip")},
+        **{k: getattr(recipe, k) for k in (*SHAPE, *SETTINGS)},
         "vocab_size": rows.tokenizer.vocab_size,
         "parameters": ours.model.n_params(),
         **{k: v for k, v in asdict(bench).items() if k in ("batch_size", "latent", "repeats")},
-        "seed": recipe.seed,
         "dtype": bench.dtype,
-        "rows_per_s": spread([bench.batch_size / s for s in steps], 2),
-        "step_ms": spread([s * 1000 for s in steps], 3),
+        "rows_per_s": spread([bench.batch_size / s for s in seconds], 2),
+        "step_ms": spread([s * 1000 for s in seconds], 3),
         "parts_ms": {name: spread([part[name] * 1000 for part in parts], 3) for name in PARTS},
         "padded_share": round(rows.padded_share(), 4),
         "released": None,
@@ -370,14 +387,14 @@ def main() -> None:
         row["released"] = released.about | {
             "rows_per_s": spread([bench.batch_size / s for s in theirs], 2),
             "step_ms": spread([s * 1000 for s in theirs], 3),
-            "ours_times_faster": spread([b / a for a, b in zip(steps, theirs, strict=True)], 3),
+            "ours_times_faster": spread([b / a for a, b in zip(seconds, theirs, strict=True)], 3),
         }
-    gpu = bench.device == "cuda"
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     row |= {
         "threads": torch.get_num_threads(),
         "load_at_start": round(load, 2),
         "device": bench.device,
-        "hardware": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "hardware": torch.cuda.get_device_name() if bench.device == "cuda" else cpu,
         **checkpoint.provenance(),
     }
     report(row)

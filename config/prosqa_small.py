@@ -11,21 +11,24 @@ n_head = 2
 n_embd = 64
 block_size = 160
 dropout = 0.0  # every row is new: there is nothing to overfit
+token_std = 0.1
+position_std = 0.0
 smear = True  # without it the edge look-up is not learnt in the first minutes
 
 rows_per_epoch = 6_400  # a hundred steps
 fresh_rows = True
-matched_share = 0.5  # without them the depth shortcut is learnt first, and search never
-short_share = 0.15
+matched_share = 0.4  # without them the depth shortcut is learnt first, and search never
+short_share = 0.3
 length_pool = 16
 valid_rows = 500
 c_thought = 1
 max_latent_stage = 3  # the longest chain
 final_thoughts = 6
 first_stage_epochs = 2
-epochs_per_stage = 6
+epochs_per_stage = 5
 epochs = 40
 uniform_prob = 0.3
+uniform_to = "stage"
 advance_at = 0.93
 
 batch_size = 64

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanococonut import __version__
-from nanococonut.errors import UserError
+from nanococonut.errors import UserError, main_guard
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
 
@@ -226,3 +226,13 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     write(target, model.to(torch.bfloat16), [], kept | {"trained_with": trained})
     return target
+
+
+if __name__ == "__main__":  # python -m nanococonut.checkpoint out/RUN: re-make the bundled one
+
+    def main() -> None:
+        if len(sys.argv) != 2:
+            raise UserError("one argument is wanted: the run's folder, as in out/prosqa_small.")
+        print(f"bundled {sys.argv[1]} as {bundle(sys.argv[1])}")
+
+    main_guard(main)

@@ -80,6 +80,8 @@ class TrainConfig:
     block_size: int = opt(1024, "longest sequence", "model", at_least=8)
     dropout: float = opt(0.1, "dropout", "model", at_least=0, below=1)
     smear: bool = opt(False, "add W times the previous input embedding", "model")
+    token_std: float = opt(0.02, "token embeddings' first std", "model", at_least=0)
+    position_std: float = opt(0.02, "position embeddings' first std", "model", at_least=0)
     # curriculum
     method: str = opt("coconut", "training method", "curriculum", choices=METHOD_NAMES)
     c_thought: int = opt(1, "thoughts for each dropped step", "curriculum", at_least=0)
@@ -100,6 +102,10 @@ class TrainConfig:
         0, "epochs of the first stage (0: as the others)", "curriculum", at_least=0
     )
     start_stage: int = opt(0, "stage to begin with", "curriculum", at_least=0)
+    uniform_to: str = opt(
+        "steps", "uniform_prob draws from 0 to all of the row's steps (paper), or to the stage",
+        "curriculum", choices=("steps", "stage"),
+    )  # fmt: skip
     advance_at: float = opt(
         0.0, "move on when this share of recent rows is all right (0: off)", "curriculum",
         at_least=0, at_most=1,
@@ -158,7 +164,7 @@ class TrainConfig:
         thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
         if thoughts + 4 > self.block_size:  # a word, <bot>, <eot> and eos are the least
             raise UserError(
-                f"{thoughts} thoughts (c_thought * max_latent_stage or final_thoughts) do not fit into "
+                f"{thoughts} thoughts (c_thought, final_thoughts) do not fit into "
                 f"block_size={self.block_size}.\nUse fewer thoughts or a longer block_size."
             )
         if self.matched_share + self.short_share > 1:

@@ -43,8 +43,8 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The paper's knobs, by the released names. final_thoughts is ours: how many thoughts the final
-    stage has, where that is not max_latent_stage * c_thought."""
+    """The paper's knobs, by the released names. Two are ours: final_thoughts, how many thoughts the
+    final stage has where that is not max_latent_stage * c_thought; uniform_to (see draw_stages)."""
 
     method: str
     c_thought: int = 1
@@ -52,6 +52,7 @@ class Curriculum:
     pad_latent_to_max: bool = True
     uniform_prob: float = 0.0
     final_thoughts: int | None = None
+    uniform_to: str = "steps"
 
     def thoughts_at(self, stage: int) -> int:
         """Thoughts a model that is at this stage has when it is asked, the same for every row."""
@@ -74,11 +75,13 @@ class Curriculum:
     def draw_stages(
         self, stage: int, n_steps: Sequence[int], rng: np.random.Generator
     ) -> list[int]:
-        """Each row's own stage: with probability uniform_prob uniform over 0..len(steps)."""
+        """Each row's own stage: with probability uniform_prob uniform over 0..len(steps), or over
+        0..stage (uniform_to="stage": nothing the curriculum has not come to)."""
         u, v = rng.random((2, len(n_steps)))
+        tops = n_steps if self.uniform_to == "steps" else [stage] * len(n_steps)
         return [
-            int(b * (n + 1)) if a < self.uniform_prob else stage
-            for n, a, b in zip(n_steps, u, v, strict=True)
+            int(b * (top + 1)) if a < self.uniform_prob else stage
+            for top, a, b in zip(tops, u, v, strict=True)
         ]
 
 

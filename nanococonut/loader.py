@@ -35,6 +35,7 @@ def curriculum_of(config: TrainConfig) -> Curriculum:
         config.pad_latent_to_max,
         config.uniform_prob,
         config.final_thoughts,
+        config.uniform_to,
     )
 
 

@@ -38,6 +38,8 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     smear: bool = False  # x_t += W x_(t-1) on the input embeddings; off for GPT-2
+    token_std: float = 0.02  # of the token embeddings at first; GPT-2's
+    position_std: float = 0.02
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -119,11 +121,12 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd)
+        stds = {"wte.weight": config.token_std, "wpe.weight": config.position_std}
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # GPT-2's init: the projections into the residual stream shrink with its depth
                 depth = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                nn.init.normal_(p, std=0.02 / depth)
+                nn.init.normal_(p, std=stds.get(name, 0.02) / depth)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if self.smear is not None:

@@ -1,5 +1,7 @@
 """The schedule and the layouts, against lists written by hand from the paper's section 3."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,7 @@ def test_the_papers_schedules():
 def test_thoughts_when_asked_are_the_stages_own():
     c = Curriculum("coconut", c_thought=2, max_latent_stage=3)
     assert [c.thoughts_at(s) for s in range(5)] == [0, 2, 4, 6, 6]
+    assert [replace(c, final_thoughts=9).thoughts_at(s) for s in range(5)] == [0, 2, 4, 6, 9]
     assert Curriculum("cot").thoughts_at(7) == Curriculum("no_cot").thoughts_at(7) == 0
 
 
@@ -105,6 +108,8 @@ def test_uniform_prob_draws_over_the_rows_own_steps():
     always = Curriculum("coconut", uniform_prob=1.0).draw_stages(5, n_steps, rng)
     assert sorted(set(always)) == [0, 1, 2, 3]
     assert max(abs(always.count(s) / 30_000 - 0.25) for s in range(4)) < 0.02
+    to_stage = Curriculum("coconut", uniform_prob=1.0, uniform_to="stage")
+    assert sorted(set(to_stage.draw_stages(1, n_steps, rng))) == [0, 1]
     some = Curriculum("coconut", uniform_prob=0.3).draw_stages(5, n_steps, rng)
     assert abs(some.count(5) / 30_000 - 0.7) < 0.02
 

@@ -1,0 +1,41 @@
+"""ProsQA at its released size, 3 to 6 hops in graphs of 23 nodes, learnt from random weights."""
+
+tokenizer = "words"  # needs no download
+render = "compact"  # half the tokens of the sentences, and nothing lost
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 256
+dropout = 0.0  # every row is new: there is nothing to overfit
+token_std = 0.1
+position_std = 0.0
+smear = True
+
+rows_per_epoch = 12_800  # two hundred steps
+fresh_rows = True
+matched_share = 0.4  # rows without the depth shortcut
+short_share = 0.3  # rows of one or two hops: search starts with what is near
+length_pool = 16
+valid_rows = 500
+c_thought = 1
+max_latent_stage = 6
+first_stage_epochs = 2
+epochs_per_stage = 3
+epochs = 50
+uniform_prob = 0.3
+uniform_to = "stage"
+advance_at = 0.93
+
+batch_size = 64
+micro_batch_size = 64
+optimizer = "muon"
+learning_rate = 2e-3
+muon_learning_rate = 7e-3
+beta2 = 0.98
+grad_clip = 1.0
+warmup_steps = 50
+decay_share = 0.6
+reset_optimizer = "never"
+eval_interval = 1000
+max_new_tokens = 60
