@@ -94,7 +94,8 @@ def answer(
     *steps, last = text.split("\n")
     said = answer_of(last) if "#" in last else last.strip()
     if compact:
-        steps, said = [prosqa.expand_sentence(s) for s in steps], prosqa.expand_sentence(said)
+        steps = [prosqa.expand_sentence(step) for step in steps]
+        said = prosqa.expand_answer(said, question)
     for step in steps:
         console.print(f"[bold]step[/]      {step}")
     verdict = ""

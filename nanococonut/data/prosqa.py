@@ -371,53 +371,58 @@ def solve(question: str) -> str | None:
     return f"{entity} is a {right[0]}." if len(set(right)) == 1 else None
 
 
-# -- the compact rendering: "Every p is a c." is " p c.", the question " X? A? B?". Each symbol has
-# exactly one space in front, so that a word-level vocabulary sees one token for it wherever it is.
-# The entity and the options are kept apart by signs, or a model that looks at the word before would
-# take them for edges (measured: docs/LOG.md).
+# -- the compact rendering: "Every p is a c." is " p c.", the question "? Tom or A or B", a step
+# " p c", the answer "A", as the question says who is asked about. Each symbol has exactly one space
+# in front, so that a word-level vocabulary sees one token for it wherever it is. One sign stands
+# before the entity and another before the options: a model that looks at the word before (the
+# smear) would take them for edges else, or for each other (measured: docs/LOG.md).
 
 
 def compact_sentence(sentence: str) -> str:
-    """A fact, step or answer: "Every p is a c." -> " p c." UserError for anything else."""
+    """A fact or step: "Every p is a c." -> " p c" UserError for anything else."""
     parent, child = _edge(sentence.strip().removesuffix("."))
-    return f" {parent} {child}."
+    return f" {parent} {child}"
 
 
 def compact_question(question: str) -> str:
-    """The edges, then " Tom? A? B?". UserError as parse_question."""
+    """The edges, then "? Tom or A or B". UserError as parse_question."""
     edges, entity, (first, second) = parse_question(question)
     facts = "".join([f" {parent} {child}." for parent, child in edges])
-    return f"{facts} {entity}? {first}? {second}?"
+    return f"{facts}? {entity} or {first} or {second}"
 
 
 def compact_row(row: Row) -> Row:
-    """The row in compact words, other keys as they are. The answer has no space in front, because
-    the answer's mark brings one."""
+    """The row in compact words, other keys as they are."""
     return {
         **row,
         "question": compact_question(row["question"]),
         "steps": [compact_sentence(step) for step in row["steps"]],
-        "answer": compact_sentence(row["answer"]).strip(),
+        "answer": _edge(row["answer"].strip().removesuffix("."))[1],
     }
 
 
 def expand_sentence(text: str) -> str:
-    """A compact step or answer as the sentence; a text of other than two words as it is."""
-    words = text.strip().removesuffix(".").split()
+    """A compact step as the sentence; a text of other than two words as it is."""
+    words = text.split()
     return _sentence(*words) if len(words) == 2 else text.strip()
+
+
+def expand_answer(text: str, question: str) -> str:
+    """A compact answer to a question in sentences -> the sentence; several words as they are."""
+    words = text.split()
+    return _sentence(parse_question(question).entity, text.strip()) if len(words) == 1 else text
 
 
 def expand_question(text: str) -> str:
     """A compact question in sentences. UserError if it is none."""
-    words = text.replace("?", " ").replace(".", " ").split()
-    if len(words) < 5 or len(words) % 2 == 0:
+    match = re.fullmatch(r"((?: \S+ [^\s.?]+\.)+)\? (\S+) or (\S+) or (\S+)", text)
+    if not match:
         raise UserError(
             f"not a compact ProsQA question: {text[-60:]!r}.\n"
-            'Write pairs and the question: " Tom lempus. lempus dumpus. Tom? dumpus? yimpus?"'
+            'Write pairs and the question: " Tom lempus. lempus dumpus.? Tom or dumpus or yimpus"'
         )
-    *pairs, entity, first, second = words
-    facts = [_sentence(p, c) for p, c in zip(pairs[::2], pairs[1::2], strict=True)]
-    return f"{' '.join(facts)} Is {entity} a {first} or {second}?"
+    facts = [expand_sentence(pair) for pair in match[1].split(".")[:-1]]
+    return f"{' '.join(facts)} Is {match[2]} a {match[3]} or {match[4]}?"
 
 
 def _sentence(parent: str, child: str) -> str:
