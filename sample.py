@@ -19,7 +19,7 @@ from nanococonut.curriculum import Curriculum, answer_of
 from nanococonut.data import Row, prosqa
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import ask
-from nanococonut.loader import curriculum_of, graph_config
+from nanococonut.loader import curriculum_of, graph_config, render_question
 from nanococonut.model import GPT
 from nanococonut.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def answer(
     model: GPT,
     tokenizer: Tokenizer,
     curriculum: Curriculum,
-    compact: bool,
+    render: str,
     question: str,
     known: str | None,
     thoughts: int,
@@ -80,7 +80,7 @@ def answer(
 ) -> None:
     """Ask one question and print everything there is to see."""
     console.print(f"\n[bold]question[/]  {question}", markup=True)
-    asked = prosqa.compact_question(question) if compact else question
+    asked = render_question(question, render)
     if unknown := tokenizer.unknown_words(asked):
         console.print(
             f"[yellow]warning[/]   never trained on: {', '.join(unknown[:8])}. "
@@ -91,11 +91,11 @@ def answer(
     if thoughts:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
     text = tokenizer.decode(out.tokens[0])
-    *steps, last = text.split("\n")
-    said = answer_of(last) if "#" in last else last.strip()
-    if compact:
-        steps = [prosqa.expand_sentence(step) for step in steps]
-        said = prosqa.expand_answer(said, question)
+    before, mark, _ = text.rpartition("###")
+    said = answer_of(text) if mark else text.strip()
+    steps = before.splitlines()
+    if render == "compact":
+        steps, said = prosqa.expand_steps(before), prosqa.expand_answer(said, question)
     for step in steps:
         console.print(f"[bold]step[/]      {step}")
     verdict = ""
@@ -150,7 +150,7 @@ def main() -> None:
                 model,
                 tokenizer,
                 curriculum,
-                trained.render == "compact",
+                trained.render,
                 question,
                 known,
                 thoughts,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanococonut.data import Row
 from nanococonut.tokenizer import Tokenizer
 
 IGNORE = -100  # cross_entropy's ignore_index
@@ -120,23 +121,20 @@ def schedule(
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row in tokens: question + newline, each step + newline, "### " + answer (no eos)."""
+    """A row in tokens: question, each step, "### " + answer (no eos)."""
 
     question: list[int]
     steps: list[list[int]]
     answer: list[int]
 
 
-def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
-    return tokenizer.encode(question + "\n")
-
-
-def encode_row(tokenizer: Tokenizer, question: str, steps: list[str], answer: str) -> EncodedRow:
-    """Parts are tokenised on their own and only then joined, as the released code does."""
+def encode_row(tokenizer: Tokenizer, row: Row) -> EncodedRow:
+    """A rendered row (its questions and steps end in what parts them from the next, a newline for
+    sentences). Parts are tokenised on their own and only then joined, as the released code does."""
     return EncodedRow(
-        encode_question(tokenizer, question),
-        [tokenizer.encode(step + "\n") for step in steps],
-        tokenizer.encode("### " + answer),
+        tokenizer.encode(row["question"]),
+        [tokenizer.encode(step) for step in row["steps"]],
+        tokenizer.encode("### " + row["answer"]),
     )
 
 

@@ -7,7 +7,7 @@ The <eot> behind the thoughts is given, not generated.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanococonut.curriculum import METHODS, Curriculum, answer_of, encode_question
+from nanococonut.curriculum import METHODS, Curriculum, answer_of
 from nanococonut.data import Row
 from nanococonut.engine import Generation, generate
 from nanococonut.errors import UserError
@@ -44,13 +44,13 @@ def ask(
     n_thoughts: int,
     max_new_tokens: int = 128,
 ) -> Generation:
-    """Greedy answers to a batch of questions, in the layout the method was trained in.
+    """Greedy answers to a batch of rendered questions, in the layout the method was trained in.
 
     max_new_tokens is cut to what block_size leaves. UserError where it leaves nothing.
     """
     markers = METHODS[curriculum.method].markers
     bot, eot = ([tokenizer.bot], [tokenizer.eot]) if markers else ([], [])
-    prefixes = [encode_question(tokenizer, q) + bot for q in questions]
+    prefixes = [tokenizer.encode(q) + bot for q in questions]
     longest = max(map(len, prefixes))
     room = model.config.block_size - longest - n_thoughts - len(eot)
     if room < 1:
@@ -71,7 +71,7 @@ def score(
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
-    """Accuracy over rows: exact match of what stands behind the last "#"."""
+    """Accuracy over rendered rows: exact match of what stands behind the last "#"."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]))  # little padding

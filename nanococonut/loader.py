@@ -39,8 +39,23 @@ def curriculum_of(config: TrainConfig) -> Curriculum:
     )
 
 
+def render_question(question: str, render: str) -> str:
+    return prosqa.compact_question(question) if render == "compact" else question + "\n"
+
+
 def rendered(rows: list[Row], render: str) -> list[Row]:
-    return [prosqa.compact_row(row) for row in rows] if render == "compact" else rows
+    """Rows as a model reads them: sentences with a newline behind the question and each step, as in
+    the released code, or ProsQA's compact rendering, which has no need of newlines."""
+    if render == "compact":
+        return [prosqa.compact_row(row) for row in rows]
+    return [
+        row
+        | {
+            "question": render_question(row["question"], render),
+            "steps": [step + "\n" for step in row["steps"]],
+        }
+        for row in rows
+    ]
 
 
 def task_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -134,7 +149,7 @@ class Epochs:
     def _encode(self, rows: list[Row]) -> list[EncodedRow]:
         encoded = []
         for i, row in enumerate(rendered(rows, self.config.render)):
-            e = encode_row(self.tokenizer, row["question"], row["steps"], row["answer"])
+            e = encode_row(self.tokenizer, row)
             need = longest(self.curriculum, e, self.tokenizer)
             if need > self.config.block_size:
                 where = f"{self.config.data}, row {i}" if self.config.data else "a generated row"

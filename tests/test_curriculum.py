@@ -19,6 +19,7 @@ from nanococonut.curriculum import (
     longest,
     schedule,
 )
+from nanococonut.loader import rendered
 
 ROW = EncodedRow(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
 SHORT = EncodedRow(question=[9], steps=[[3]], answer=[7])
@@ -124,8 +125,9 @@ def test_longest_is_the_longest_stage(tokenizer):
 
 
 def test_parts_are_tokenised_on_their_own(tokenizer):
-    row = encode_row(tokenizer, "Tom is a wumpus.", ["Tom is a lempus."], "Tom is a lempus.")
-    assert tokenizer.decode(row.question) == "Tom is a wumpus.\n"
+    rows = [{"question": "Tom is.", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}]
+    row = encode_row(tokenizer, rendered(rows, "sentences")[0])
+    assert tokenizer.decode(row.question) == "Tom is.\n"
     assert [tokenizer.decode(s) for s in row.steps] == ["Tom is a lempus.\n"]
     assert tokenizer.decode(row.answer) == "### Tom is a lempus."
 

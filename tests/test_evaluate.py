@@ -33,7 +33,7 @@ def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, 
         asked.append((prefixes, n_thoughts, opening))
 
     monkeypatch.setattr(evaluate, "generate", fake)
-    question = tokenizer.encode("Tom?\n")
+    question = tokenizer.encode("Tom?")
     evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom?"], 2)
     evaluate.ask(model, tokenizer, Curriculum("no_cot"), ["Tom?"], 0)
     assert asked == [
@@ -81,5 +81,5 @@ def test_training_mode_is_left_as_it_was(model, tokenizer):
 def test_a_question_that_does_not_fit_is_refused(model, tokenizer):
     with pytest.raises(UserError, match="block_size=64"):
         evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom is a lempus. " * 20], 3)
-    out = evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom"], 59)  # one token of room
+    out = evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom"], 60)  # one token of room
     assert len(out.tokens[0]) <= 1

@@ -18,7 +18,7 @@ ALLOWED = {
     "model": {"cache"},
     "hub": {"errors", "model"},
     "muon": set(),
-    "curriculum": {"tokenizer"},
+    "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
     "engine": {"cache", "model"},
     "evaluate": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},

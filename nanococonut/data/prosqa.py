@@ -401,10 +401,11 @@ def compact_row(row: Row) -> Row:
     }
 
 
-def expand_sentence(text: str) -> str:
-    """A compact step as the sentence; a text of other than two words as it is."""
+def expand_steps(text: str) -> list[str]:
+    """Compact steps, one behind the other, as sentences; a word left over as it is."""
     words = text.split()
-    return _sentence(*words) if len(words) == 2 else text.strip()
+    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
+    return [_sentence(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
 
 
 def expand_answer(text: str, question: str) -> str:
@@ -421,7 +422,7 @@ def expand_question(text: str) -> str:
             f"not a compact ProsQA question: {text[-60:]!r}.\n"
             'Write pairs and the question: " Tom lempus. lempus dumpus.? Tom or dumpus or yimpus"'
         )
-    facts = [expand_sentence(pair) for pair in match[1].split(".")[:-1]]
+    facts = expand_steps(match[1].replace(".", " "))
     return f"{' '.join(facts)} Is {match[2]} a {match[3]} or {match[4]}?"
 
 
