@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from nanococonut import checkpoint
+from nanococonut import checkpoint, device
 from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.curriculum import Curriculum, answer_of
-from nanococonut.data import Row, prosqa
+from nanococonut.data import Row, prosqa, read_rows
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import ask
 from nanococonut.loader import curriculum_of, graph_config, render_question
@@ -36,7 +37,7 @@ class SampleConfig:
     )
     max_new_tokens: int = opt(128, "longest answer", at_least=1)
     seed: int | None = opt(None, "of the drawn question (None: another one every time)", at_least=0)
-    device: str = opt("cpu", "cpu, cuda, mps")
+    device: str = opt("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -59,12 +60,12 @@ def thoughts_table(model: GPT, tokenizer: Tokenizer, thoughts: torch.Tensor) -> 
     table = Table(title="thoughts, as the words they are nearest to", title_justify="left")
     table.add_column("thought", justify="right")
     for i in range(5):
-        table.add_column(f"word {i + 1}")
+        table.add_column(f"word {i + 1}", no_wrap=True)
     for i, p in enumerate(model.head(thoughts).softmax(-1)):
         best = p.topk(min(5, len(p)))
         words = [repr(tokenizer.decode([t]))[1:-1].strip() for t in best.indices.tolist()]
         shown = (f"{w} {v:.1%}" for w, v in zip(words, best.values.tolist(), strict=True))
-        table.add_row(str(i + 1), *shown)
+        table.add_row(str(i + 1), *map(escape, shown))
     return table
 
 
@@ -79,11 +80,11 @@ def answer(
     max_new_tokens: int,
 ) -> None:
     """Ask one question and print everything there is to see."""
-    console.print(f"\n[bold]question[/]  {question}", markup=True)
+    console.print(f"\n[bold]question[/]  {escape(question)}")
     asked = render_question(question, render)
     if unknown := tokenizer.unknown_words(asked):
         console.print(
-            f"[yellow]warning[/]   never trained on: {', '.join(unknown[:8])}. "
+            f"[yellow]warning[/]   never trained on: {escape(', '.join(unknown[:8]))}. "
             "Do not expect sense from this answer."
         )
     ask(model, tokenizer, curriculum, [asked], 0, 1)  # first use of anything is slow: not timed
@@ -97,12 +98,12 @@ def answer(
     if render == "compact":
         steps, said = prosqa.expand_steps(before), prosqa.expand_answer(said, question)
     for step in steps:
-        console.print(f"[bold]step[/]      {step}")
+        console.print(f"[bold]step[/]      {escape(step)}")
     verdict = ""
     if known is not None:
         right = said == answer_of(known)
-        verdict = "  [green](right)[/]" if right else f"  [red](wrong: {known})[/]"
-    console.print(f"[bold]answer[/]    {said}{verdict}")
+        verdict = "  [green](right)[/]" if right else f"  [red](wrong: {escape(known)})[/]"
+    console.print(f"[bold]answer[/]    {escape(said)}{verdict}")
     n = max(1, len(out.tokens[0]))
     per_thought = f"{1e3 * out.seconds_thoughts / thoughts:.2f} ms a thought, " if thoughts else ""
     console.print(
@@ -115,14 +116,15 @@ def main() -> None:
     given, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(SampleConfig, given)
     folder = choose(config.out_dir)
-    model, tokenizer, manifest = checkpoint.load(folder, config.device)
+    model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
     thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
+    name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
     console.print(
-        f"{folder}: {manifest['method']}, stage {manifest['stage']}, step {manifest['step']}, "
+        f"{name}: {manifest['method']}, stage {manifest['stage']}, step {manifest['step']}, "
         f"{model.n_params():,} parameters, {thoughts} thoughts"
     )
     if thoughts != manifest["n_thoughts"]:
@@ -135,7 +137,12 @@ def main() -> None:
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
     rows = iter(range(seed, seed + 10**9))
 
+    own = trained.valid_data or trained.data  # a task of one's own has its questions in a file
+
     def drawn() -> Row:
+        if own:
+            known = read_rows(own)
+            return known[next(rows) % len(known)]
         return prosqa.generate(1, next(rows), graph_config(trained))[0]
 
     question = config.question
@@ -159,7 +166,7 @@ def main() -> None:
         except UserError as e:
             if not talk:
                 raise
-            console.print(f"[red]{e}[/]")
+            console.print(f"[red]{escape(str(e))}[/]")
         if not talk:
             return
         try:

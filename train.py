@@ -7,14 +7,13 @@ The loop is in view below: rows -> three blocks -> loss -> AdamW -> next stage -
 Schedules count steps and rows, never time, so a run can be repeated and resumed bit for bit (CPU).
 """
 
-import ctypes
 import json
 import math
 import signal
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, hub
+from nanococonut import checkpoint, coconut, device, hub
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import collate, schedule
 from nanococonut.data import prosqa
@@ -34,9 +33,9 @@ from nanococonut.loader import (
     DRAWS,
     Epochs,
     curriculum_of,
+    read_data,
     rendered,
     task_tokenizer,
-    validation_rows,
 )
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.muon import Muon
@@ -69,33 +68,15 @@ def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
     return config, Path(path).stem if path else "run", fell_back
 
 
-def keep_freed_memory() -> None:
-    """glibc hands large freed blocks back to the system and faults them in again at every step,
-    28 % of the time of a small model on a CPU. Tell it to keep them."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):
-                libc.mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-
-
 def main() -> None:
     config, name, fell_back = settings(sys.argv[1:])
     out = Path(config.out_dir or f"out/{name}")
-    keep_freed_memory()
 
     # -- where it runs
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(kind)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        first = str(e).splitlines()[0]
-        raise UserError(f"device={kind!r} cannot be used: {first}\nTry --device=cpu.") from None
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+    device.keep_freed_memory()
+    where = device.choose(config.device)
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and where.type == "cuda")
+    autocast = torch.autocast(where.type, torch.bfloat16) if half else nullcontext()
 
     # -- an earlier run is gone on with, or left alone
     earlier = checkpoint.steps_in(out)
@@ -125,11 +106,11 @@ def main() -> None:
         ) from None
 
     # -- tokenizer, rows, model, optimizer
-    tokenizer = task_tokenizer(config)
+    given, splits = read_data(config)
+    tokenizer = task_tokenizer(config, given)
     curriculum = curriculum_of(config)
-    splits = validation_rows(config)
     held_out = [row for rows in splits.values() for row in rows]
-    epochs = Epochs(config, curriculum, tokenizer, held_out)
+    epochs = Epochs(config, curriculum, tokenizer, given, held_out)
     torch.manual_seed(config.seed)
     if config.init_from == "scratch":
         model = GPT(
@@ -148,7 +129,7 @@ def main() -> None:
     else:
         weights = hub.find_weights(config.init_from)
         model = hub.load_gpt2(weights, tokenizer.vocab_size, config.dropout)
-    model.to(device)
+    model.to(where)
 
     def new_optimizers() -> list[torch.optim.Optimizer]:
         inner = [*model.h.parameters(), *(model.smear.parameters() if model.smear else ())]
@@ -213,6 +194,9 @@ def main() -> None:
                 "n_thoughts": curriculum.thoughts_at(stages[at["stage"]].index),
                 "best_step": best_step,
                 "fell_back": fell_back,
+                "minutes": at["seconds"] / 60,
+                "device": str(where),
+                "threads": torch.get_num_threads(),
                 "progress": at,
             },
         )
@@ -251,7 +235,7 @@ def main() -> None:
 
     console.print(show(config))
     console.print(
-        f"  {model.n_params():,} parameters on {device}, {epochs.n_rows:,} rows an epoch, "
+        f"  {model.n_params():,} parameters on {where}, {epochs.n_rows:,} rows an epoch, "
         f"{total:,} steps, run kept in {out}"
     )
 
@@ -305,13 +289,13 @@ def main() -> None:
             torch.manual_seed(config.seed * 1_000_003 + at["step"])  # dropout; no state to keep
             loss, right, counted = 0.0, 0, 0
             for row_stages, batch in batches:
-                batch = batch.to(device)
+                batch = batch.to(where)
                 with autocast:
                     logits = coconut.forward(model, batch)
                 part = coconut.loss_sum(logits, batch.targets) / n_labels
                 part.backward()
                 loss += part.item()
-                full = torch.tensor([s == stage for s in row_stages], device=device)
+                full = torch.tensor([s == stage for s in row_stages], device=where)
                 right += int((coconut.right_rows(logits, batch.targets) & full).sum())
                 counted += int(full.sum())
             if not math.isfinite(loss):
@@ -387,9 +371,11 @@ def main() -> None:
         minutes = f"{row['minutes']:.1f}"
         table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
     console.print(table)
-    for heuristic in prosqa.heuristics(splits["valid"]):
-        shares = [f"{prosqa.heuristics(rows)[heuristic]:.1%} {s}" for s, rows in splits.items()]
-        console.print(f"  no model, {heuristic}: {', '.join(shares)}")
+    with suppress(UserError):  # rows that are not ProsQA have no such heuristics
+        baselines = {split: prosqa.heuristics(rows) for split, rows in splits.items()}
+        for rule in baselines["valid"]:
+            shares = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
+            console.print(f"  no model, {rule}: {', '.join(shares)}")
     thoughts = curriculum.thoughts_at(stages[at["stage"]].index)
     console.print(f"ask it: python sample.py --out_dir {out} --latent {thoughts}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
-from nanococonut import checkpoint
+from nanococonut import checkpoint, device
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.data import prosqa, read_rows
 from nanococonut.errors import UserError, main_guard
@@ -34,7 +34,8 @@ class AccuracyConfig:
     latent: int | None = opt(None, "thoughts (None: as trained)", at_least=0)
     batch_size: int = opt(100, "rows answered at once", at_least=1)
     max_new_tokens: int = opt(128, "longest answer", at_least=1)
-    device: str = opt("cpu", "cpu, cuda, mps")
+    out: str | None = opt(None, "append the JSON row to this file")
+    device: str = opt("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -44,7 +45,7 @@ def main() -> None:
     given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(AccuracyConfig, given)
     folder = checkpoint.find(config.checkpoint or checkpoint.BUNDLED, best=True)
-    model, tokenizer, manifest = checkpoint.load(folder, config.device)
+    model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
     if config.data in SPLITS:
         graphs = graph_config(trained, matched=config.data.endswith("matched"))
@@ -80,8 +81,14 @@ def main() -> None:
         "bench": "accuracy",
         "checkpoint": str(config.checkpoint or "bundled"),
         "method": manifest["method"],
-        "train_seed": trained.seed,
-        "train_step": manifest["step"],
+        "trained": {
+            "seed": trained.seed,
+            "steps": manifest["step"],
+            "minutes": round(manifest["minutes"], 1),
+            "device": manifest["device"],
+            "threads": manifest["threads"],
+            "commit": manifest.get("trained_with", manifest)["commit"],
+        },
         "data": Path(config.data).name,
         "generated_seed": config.seed if config.data in SPLITS else None,
         "thoughts": thoughts,
@@ -92,10 +99,16 @@ def main() -> None:
         "generated_tokens": round(s.generated_tokens, 2),
         "heuristics": baselines,
         "seconds": round(seconds, 2),
-        "device": config.device,
+        "device": str(model.wte.weight.device),
         **checkpoint.provenance(),
     }
     print(json.dumps(row))
+    if config.out:
+        try:
+            with Path(config.out).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"--out {config.out} cannot be written: {e.strerror}.") from None
 
 
 if __name__ == "__main__":

@@ -117,9 +117,9 @@ class Rows:
     """Batches of the final stage, as train.py gets them."""
 
     def __init__(self, bench: StepConfig, recipe: TrainConfig) -> None:
-        self.tokenizer, self.curriculum = task_tokenizer(recipe), curriculum_of(recipe)
+        self.tokenizer, self.curriculum = task_tokenizer(recipe, None), curriculum_of(recipe)
         self.stage, self.thoughts = recipe.max_latent_stage + 1, bench.latent
-        epochs = Epochs(recipe, self.curriculum, self.tokenizer, [])
+        epochs = Epochs(recipe, self.curriculum, self.tokenizer, None, [])
         rows, size = epochs(0), bench.batch_size
         epochs.close()
         self.batches = [rows[i * size :][:size] for i in range(WARMUP + bench.repeats)]

@@ -31,6 +31,9 @@ from nanococonut.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
+NEEDED = set(
+    "config model tokenizer method stage n_thoughts step minutes device threads files".split()
+)
 BUNDLED = Path(__file__).parent / "bundled" / "prosqa_small"
 
 
@@ -164,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    missing = {"config", "model", "tokenizer", "n_thoughts", "stage", "files"} - manifest.keys()
+    missing = NEEDED - manifest.keys()
     if missing:
         raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
     return manifest

@@ -9,9 +9,12 @@ class UserError(Exception):
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Run a script's main(); a UserError ends it with its message and exit code 2."""
+    """Run a script's main(). A UserError ends it with its message and exit code 2, Ctrl-C with
+    130."""
     try:
         main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,6 +4,7 @@ What an epoch holds depends on the seed and its number only, never on timing or 
 it, so a run resumed in any epoch sees the same rows in the same order.
 """
 
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -58,16 +59,36 @@ def rendered(rows: list[Row], render: str) -> list[Row]:
     ]
 
 
-def task_tokenizer(config: TrainConfig) -> Tokenizer:
-    return Tokenizer.gpt2() if config.tokenizer == "gpt2" else Tokenizer.words(prosqa.VOCABULARY)
+def task_tokenizer(config: TrainConfig, rows: list[Row] | None) -> Tokenizer:
+    """GPT-2's, or words: ProsQA's own, and those of the rows that are trained on."""
+    if config.tokenizer == "gpt2":
+        return Tokenizer.gpt2()
+    text = " ".join(" ".join([r["question"], *r["steps"], r["answer"]]) for r in rows or ())
+    return Tokenizer.words(
+        [*prosqa.VOCABULARY, *re.findall(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]", text)]
+    )
 
 
-def validation_rows(config: TrainConfig) -> dict[str, list[Row]]:
-    """Name of a split -> its rows, as sentences. Generated ones come with a depth-matched split."""
+def read_data(config: TrainConfig) -> tuple[list[Row] | None, dict[str, list[Row]]]:
+    """(rows to train on, or None where they are generated; name of a split -> validation rows).
+
+    Of a file without valid_data a tenth, at most valid_rows, is held out. Generated validation rows
+    come with a depth-matched split.
+    """
+    rows = read_rows(config.data) if config.data else None
     if config.valid_data:
-        return {"valid": read_rows(config.valid_data)}
+        return rows, {"valid": read_rows(config.valid_data)}
     n = config.valid_rows
-    return {
+    if rows is not None:
+        if len(rows) < 2:
+            raise UserError(
+                f"{config.data} holds one row, so none can be held out for validation.\n"
+                "Give more rows, or a --valid_data file."
+            )
+        n = min(n, max(1, len(rows) // 10))
+        order = np.random.default_rng((config.seed, VALID)).permutation(len(rows))
+        return [rows[i] for i in order[n:]], {"valid": [rows[i] for i in order[:n]]}
+    return None, {
         "valid": prosqa.generate(n, (config.seed, VALID), graph_config(config)),
         "matched": prosqa.generate(n, (config.seed, MATCHED), graph_config(config, matched=True)),
     }
@@ -76,7 +97,8 @@ def validation_rows(config: TrainConfig) -> dict[str, list[Row]]:
 class Epochs:
     """The training rows of every epoch, tokenised; the next one is made in a worker thread.
 
-    held_out: rows that training must never see (by graph, whatever the names in it).
+    rows: those to train on; None: generated ones. held_out: rows that generated ones must never
+    repeat (by graph, whatever the names in it).
     Raises UserError where a row would not fit into block_size at some stage.
     """
 
@@ -85,6 +107,7 @@ class Epochs:
         config: TrainConfig,
         curriculum: Curriculum,
         tokenizer: Tokenizer,
+        rows: list[Row] | None,
         held_out: list[Row],
     ) -> None:
         self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
@@ -92,8 +115,8 @@ class Epochs:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self.ahead: tuple[int, Future[list[EncodedRow]]] | None = None
         self.fixed: list[EncodedRow] | None = None
-        if config.data:
-            self.fixed = self._encode(read_rows(config.data))
+        if rows is not None:
+            self.fixed = self._encode(rows)
         elif not config.fresh_rows:
             self.fixed = self._encode(self._generate(0))
         self.n_rows = len(self.fixed) if self.fixed else config.rows_per_epoch
@@ -152,7 +175,7 @@ class Epochs:
             e = encode_row(self.tokenizer, row)
             need = longest(self.curriculum, e, self.tokenizer)
             if need > self.config.block_size:
-                where = f"{self.config.data}, row {i}" if self.config.data else "a generated row"
+                where = f"row {i} of those read" if self.config.data else "a generated row"
                 raise UserError(
                     f"{where} needs {need} positions with its thoughts, "
                     f"block_size={self.config.block_size}.\n"

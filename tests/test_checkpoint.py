@@ -20,6 +20,9 @@ def manifest_of(model, tokenizer, **more):
         "method": "coconut",
         "stage": 3,
         "n_thoughts": 6,
+        "minutes": 0.5,
+        "device": "cpu",
+        "threads": 1,
         **more,
     }
 

@@ -13,6 +13,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "cache": set(),
+    "device": {"errors"},
     "data": {"errors", "data"},
     "tokenizer": {"errors"},
     "model": {"cache"},

@@ -86,6 +86,7 @@ REFUSED = {
     "not ProsQA": (["--question=What is 2+2?"], "not a ProsQA question"),
     "too long": (["--question", QUESTION.replace("Sam", "Sam is a gorpus. " * 99 + "Sam")], "fit"),
     "special token": (["--question", QUESTION.replace("Sam", "<|latent|>")], "ProsQA"),
+    "no device": (["--device=toaster"], "cannot be used"),
     "unknown key": (["--latnt=3"], "Did you mean --latent?"),
     "unknown method": (["--method=cots"], "Did you mean cot?"),
 }

@@ -222,11 +222,24 @@ def test_trains_on_a_file_of_rows(train, tiny):
     assert manifest["step"] == 6  # two steps of 16 and 14 rows, three epochs
 
 
+def test_trains_on_a_task_of_ones_own(train, tiny):
+    """Sums: no ProsQA in it. Its words are learnt as words, a tenth of it is held out."""
+    sums = [(a, b) for a in range(6) for b in range(5)]
+    rows = [{"question": f"{a} plus {b}?", "steps": [], "answer": f"{a + b}"} for a, b in sums]
+    write_rows("sums.json", rows)
+    code, out, err = train(tiny, "--data=sums.json", "--render=sentences", "--epochs=2")
+    assert (code, err) == (0, "") and "27 rows an epoch" in out and "no model" not in out
+    _, tokenizer, manifest = checkpoint.load("out/tiny")
+    assert "plus" in manifest["tokenizer"]["words"] and not tokenizer.unknown_words("3 plus 4?")
+    code, out, _ = train("--out_dir=out/tiny", "--seed=1", script="sample.py")
+    assert code == 0 and "plus" in out
+
+
 def test_trains_on_released_rows(train, tiny, released):
     code, out, _ = train(
         tiny, f"--data={released}/prosqa_valid.json", "--max_steps=2", "--block_size=300"
     )
-    assert code == 0 and "300 rows an epoch" in out
+    assert code == 0 and "288 rows an epoch" in out  # 12, valid_rows, are held out
 
 
 def test_other_methods_run_the_same_loop(train, tiny):
@@ -257,7 +270,8 @@ REFUSED = {
     "data not UTF-8": (["tiny.py", "--data=latin.json"], "UTF-8"),
     "data without keys": (["tiny.py", "--data=keys.json"], "row 0"),
     "data empty": (["tiny.py", "--data=empty.json"], "no rows"),
-    "data no ProsQA": (["tiny.py", "--data=other.json"], "ProsQA"),
+    "data no ProsQA": (["tiny.py", "--data=other.json", "--valid_data=other.json"], "ProsQA"),
+    "data of one row": (["tiny.py", "--data=one.json"], "held out"),
     "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
     "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be written"),
     "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "is not there"),
@@ -279,6 +293,7 @@ def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, c
     (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9"}]')
     (tmp_path / "keys.json").write_text('[{"question": "Is it?"}]')
     (tmp_path / "empty.json").write_text("[]")
+    write_rows("one.json", prosqa.generate(1, 0))
     (tmp_path / "other.json").write_text('[{"question": "2+2?", "steps": [], "answer": "4"}]')
     argv, words = REFUSED[case]
     if "run" in str(argv) or "torn" in str(argv):
