@@ -36,7 +36,8 @@ class BlockMemory:
         self.dropout = dropout
 
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.prefix.append((k, v))
+        # contiguous once here, or every thought's matrix products would each copy them
+        self.prefix.append((k.contiguous(), v.contiguous()))
         if q.shape[2] == 1:  # the last layer: only the last token of each row asks
             seen = self.valid[:, None, None]
             return F.scaled_dot_product_attention(q, k, v, seen, self.dropout)

@@ -371,11 +371,11 @@ def solve(question: str) -> str | None:
     return f"{entity} is a {right[0]}." if len(set(right)) == 1 else None
 
 
-# -- the compact rendering: "Every p is a c." is " p c.", the question "? Tom or A or B", a step
-# " p c", the answer "A", as the question says who is asked about. Each symbol has exactly one space
-# in front, so that a word-level vocabulary sees one token for it wherever it is. One sign stands
-# before the entity and another before the options: a model that looks at the word before (the
-# smear) would take them for edges else, or for each other (measured: docs/LOG.md).
+# -- the compact rendering: "Every p is a c." is " p c.", the question "? Tom? A? B", a step " p c",
+# the answer "A", as the question says who is asked about. Each symbol has exactly one space
+# in front, so that a word-level vocabulary sees one token for it wherever it is. A sign stands
+# before the entity and each option: a model that looks at the word before (the smear) would take
+# them for edges else (measured: docs/LOG.md).
 
 
 def compact_sentence(sentence: str) -> str:
@@ -385,10 +385,10 @@ def compact_sentence(sentence: str) -> str:
 
 
 def compact_question(question: str) -> str:
-    """The edges, then "? Tom or A or B". UserError as parse_question."""
+    """The edges, then "? Tom? A? B". UserError as parse_question."""
     edges, entity, (first, second) = parse_question(question)
     facts = "".join([f" {parent} {child}." for parent, child in edges])
-    return f"{facts}? {entity} or {first} or {second}"
+    return f"{facts}? {entity}? {first}? {second}"
 
 
 def compact_row(row: Row) -> Row:
@@ -416,11 +416,11 @@ def expand_answer(text: str, question: str) -> str:
 
 def expand_question(text: str) -> str:
     """A compact question in sentences. UserError if it is none."""
-    match = re.fullmatch(r"((?: \S+ [^\s.?]+\.)+)\? (\S+) or (\S+) or (\S+)", text)
+    match = re.fullmatch(r"((?: \S+ [^\s.?]+\.)+)\? (\S+)\? (\S+)\? (\S+)", text)
     if not match:
         raise UserError(
             f"not a compact ProsQA question: {text[-60:]!r}.\n"
-            'Write pairs and the question: " Tom lempus. lempus dumpus.? Tom or dumpus or yimpus"'
+            'Write pairs and the question: " Tom lempus. lempus dumpus.? Tom? dumpus? yimpus"'
         )
     facts = expand_steps(match[1].replace(".", " "))
     return f"{' '.join(facts)} Is {match[2]} a {match[3]} or {match[4]}?"
