@@ -17,10 +17,10 @@ from rich.table import Table
 from nanococonut import checkpoint, device
 from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.curriculum import Curriculum, answer_of
-from nanococonut.data import Row, prosqa, read_rows
+from nanococonut.data import Row, prosqa
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import ask
-from nanococonut.loader import curriculum_of, graph_config, render_question
+from nanococonut.loader import curriculum_of, graph_config, read_data, render_question
 from nanococonut.model import GPT
 from nanococonut.tokenizer import Tokenizer
 
@@ -121,11 +121,13 @@ def main() -> None:
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
-    thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
+    trained_thoughts = manifest["n_thoughts"] if curriculum.thoughts_at(1) else 0
+    thoughts = trained_thoughts if config.latent is None else config.latent
     name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
     console.print(
         f"{name}: {manifest['method']}, stage {manifest['stage']}, step {manifest['step']}, "
-        f"{model.n_params():,} parameters, {thoughts} thoughts"
+        f"{model.n_params():,} parameters, {thoughts} thoughts",
+        markup=False,
     )
     if thoughts != manifest["n_thoughts"]:
         console.print(
@@ -137,12 +139,12 @@ def main() -> None:
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
     rows = iter(range(seed, seed + 10**9))
 
-    own = trained.valid_data or trained.data  # a task of one's own has its questions in a file
+    # a task of one's own has its questions in a file: those that were held out
+    own = read_data(trained)[1]["valid"] if trained.data or trained.valid_data else None
 
     def drawn() -> Row:
         if own:
-            known = read_rows(own)
-            return known[next(rows) % len(known)]
+            return own[next(rows) % len(own)]
         return prosqa.generate(1, next(rows), graph_config(trained))[0]
 
     question = config.question

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -56,9 +57,10 @@ def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
             why = f"no GPU to train {config.init_from!r} on"
         if why and config.fallback:
             to = str(Path(path or ".").parent / config.fallback)
-            console.print(f"[bold red]NOT TRAINING {path}[/]: {why}.")
+            console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(why)}.")
             console.print(f"[bold red]TRAINING {to} INSTEAD[/]. To insist: --fallback=None")
             fell_back = {"instead_of": path, "because": why}
+            given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
             config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
         elif hub.find_weights(config.init_from) is None:
             raise UserError(
@@ -75,10 +77,14 @@ def main() -> None:
     # -- where it runs
     device.keep_freed_memory()
     where = device.choose(config.device)
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and where.type == "cuda")
+    half = config.dtype == "bfloat16" or (
+        config.dtype == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
     autocast = torch.autocast(where.type, torch.bfloat16) if half else nullcontext()
 
     # -- an earlier run is gone on with, or left alone
+    if (out / checkpoint.MANIFEST).is_file():
+        raise UserError(f"--out_dir {out} is a checkpoint, not a run.\nGive the folder it is in.")
     earlier = checkpoint.steps_in(out)
     if earlier and not config.resume:
         raise UserError(
@@ -88,7 +94,7 @@ def main() -> None:
     manifest = None
     if config.resume:
         folder = checkpoint.find(out)
-        manifest = checkpoint.verify(folder)
+        manifest = checkpoint.verify(folder, resume=True)
         free = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size"}
         for key, value in asdict(config).items():
             if key not in free and manifest["config"].get(key) != value:
@@ -97,9 +103,10 @@ def main() -> None:
                     f"{key}={value!r} is asked for.\nResume with the settings it began with, or "
                     "start anew in another --out_dir."
                 )
+    history = out / "metrics.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        metrics = (out / "metrics.jsonl").open("a+")
+        history.open("a").close()
     except OSError as e:
         raise UserError(
             f"--out_dir {out} cannot be written: {e.strerror}.\nChoose another --out_dir."
@@ -111,6 +118,9 @@ def main() -> None:
     curriculum = curriculum_of(config)
     held_out = [row for rows in splits.values() for row in rows]
     epochs = Epochs(config, curriculum, tokenizer, given, held_out)
+    epochs.encode(held_out)  # what does not fit is refused now, not at the first validation
+    if config.data and not config.valid_data:
+        console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
     if config.init_from == "scratch":
         model = GPT(
@@ -161,18 +171,19 @@ def main() -> None:
 
     # -- where we are; everything that a resumed run needs beside weights and moments
     at = {"step": 0, "stage": 0, "stage_start": 0, "recent": [], "table": [], "best": -1.0}
-    at["seconds"] = 0.0
+    at |= {"seconds": 0.0, "trained": stages[0].index}  # the stage of the last step taken
     if manifest:
         checkpoint.load_weights(model, folder)
         checkpoint.load_optimizers(optimizers, folder)
         at = manifest["progress"]
-        console.print(f"going on with {out} at step {at['step']} of {total}")
+        console.print(f"going on with {out} at step {at['step']} of {total}", markup=False)
     # what a killed run logged after its last save will be logged again
-    metrics.seek(0)
-    whole = [line for line in metrics if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["step"] <= at["step"]] if manifest else []
-    metrics.truncate(0)
-    metrics.writelines(kept)
+    whole = [line for line in history.read_text().splitlines(True) if line.endswith("\n")]
+    kept = [line for line in whole if checkpoint.logged_step(line) <= at["step"]]
+    if whole and not manifest:  # a run that ended before its first save, or somebody's file
+        history.replace(out / "metrics.before.jsonl")
+    checkpoint.replace_text(history, "".join(kept) if manifest else "")
+    metrics = history.open("a")
     recent = deque(map(tuple, at["recent"]))  # (rows all right, rows) of the last batches
     best_step = manifest.get("best_step", -1) if manifest else -1
 
@@ -190,8 +201,8 @@ def main() -> None:
                 "model": checkpoint.describe_model(model),
                 "tokenizer": tokenizer.spec,
                 "method": config.method,
-                "stage": stages[at["stage"]].index,
-                "n_thoughts": curriculum.thoughts_at(stages[at["stage"]].index),
+                "stage": at["trained"],
+                "n_thoughts": curriculum.thoughts_at(at["trained"]),
                 "best_step": best_step,
                 "fell_back": fell_back,
                 "minutes": at["seconds"] / 60,
@@ -210,8 +221,14 @@ def main() -> None:
         )
 
     def log(row: dict) -> None:
-        metrics.write(json.dumps({"step": at["step"], **row}) + "\n")
-        metrics.flush()
+        try:
+            metrics.write(json.dumps({"step": at["step"], **row}) + "\n")
+            metrics.flush()
+        except OSError as e:
+            raise UserError(
+                f"{history} cannot be written at step {at['step']}: {e.strerror}.\n"
+                "Make room, then go on from the last checkpoint with --resume."
+            ) from None
 
     def validate(stage: int) -> dict:
         n, row = curriculum.thoughts_at(stage), {"stage": stage}
@@ -230,13 +247,21 @@ def main() -> None:
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
 
     stop = []  # the signal that asked for an end; honoured between two steps
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
 
-    console.print(show(config))
+    def asked_to_stop(number: int, _: object) -> None:
+        if stop:  # for the second time: at once, what is saved is saved
+            sys.exit(128 + number)
+        stop.append(number)
+        print("stopping after this step; once more: at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked_to_stop)
+
+    console.print(show(config), markup=False)
     console.print(
         f"  {model.n_params():,} parameters on {where}, {epochs.n_rows:,} rows an epoch, "
-        f"{total:,} steps, run kept in {out}"
+        f"{total:,} steps, run kept in {out}",
+        markup=False,
     )
 
     # -- the loop
@@ -277,7 +302,7 @@ def main() -> None:
             ]
             n_labels = sum(batch.n_labels for _, batch in batches)
 
-            share = min(
+            rate_share = min(
                 1.0,
                 (at["step"] + 1) / max(1, config.warmup_steps),
                 (total - at["step"]) / max(1, total * config.decay_share),
@@ -285,7 +310,7 @@ def main() -> None:
             rates = (config.learning_rate, config.muon_learning_rate)
             for optimizer, rate in zip(optimizers, rates, strict=False):
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * share
+                    group["lr"] = rate * rate_share
             torch.manual_seed(config.seed * 1_000_003 + at["step"])  # dropout; no state to keep
             loss, right, counted = 0.0, 0, 0
             for row_stages, batch in batches:
@@ -295,9 +320,9 @@ def main() -> None:
                 part = coconut.loss_sum(logits, batch.targets) / n_labels
                 part.backward()
                 loss += part.item()
-                full = torch.tensor([s == stage for s in row_stages], device=where)
-                right += int((coconut.right_rows(logits, batch.targets) & full).sum())
-                counted += int(full.sum())
+                of_stage = torch.tensor([s == stage for s in row_stages], device=where)
+                right += int((coconut.right_rows(logits, batch.targets) & of_stage).sum())
+                counted += int(of_stage.sum())
             if not math.isfinite(loss):
                 diverged("loss")
             if config.grad_clip:
@@ -306,6 +331,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             at["step"] += 1
+            at["trained"] = stage
             seen += len(mine)
 
             recent.append((right, counted))
@@ -328,8 +354,8 @@ def main() -> None:
             last = at["stage"] == len(stages) - 1
             used = at["step"] - at["stage_start"]
             over = used >= stages[at["stage"]].epochs * steps_per_epoch
-            full = sum(n for _, n in recent) >= config.advance_rows
-            learnt = config.advance_at > 0 and full and share >= config.advance_at
+            enough = sum(n for _, n in recent) >= config.advance_rows
+            learnt = config.advance_at > 0 and enough and share >= config.advance_at
             ended = at["step"] == total or (not last and (over or learnt))
             due = last and config.eval_interval and used % config.eval_interval == 0
             if ended or due:
@@ -358,7 +384,7 @@ def main() -> None:
     save()
     epochs.close()
     if stop:
-        console.print(f"stopped at step {at['step']}, saved in {out}; go on with --resume")
+        print(f"stopped at step {at['step']}, saved in {out}; go on with --resume")
         sys.exit(128 + stop[0])
 
     # -- how it went
@@ -376,8 +402,8 @@ def main() -> None:
         for rule in baselines["valid"]:
             shares = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
             console.print(f"  no model, {rule}: {', '.join(shares)}")
-    thoughts = curriculum.thoughts_at(stages[at["stage"]].index)
-    console.print(f"ask it: python sample.py --out_dir {out} --latent {thoughts}")
+    thoughts = curriculum.thoughts_at(at["trained"])
+    print(f"ask it: python sample.py --out_dir {out} --latent {thoughts}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,27 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """A file's new content, all of it or nothing. UserError where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written: {e.strerror}.\nMake room or choose another --out_dir."
+        ) from None
+
+
+def logged_step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite where it is not one of ours."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
 def _optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     return {
         f"{o}.{i}.{name}": tensor
@@ -116,7 +138,10 @@ def write(
 
 def steps_in(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(p for p in run.glob("step_*") if (p / MANIFEST).is_file())
+    ours = re.compile(r"step_\d{8}")  # a user's step_00000008_backup is the user's
+    return sorted(
+        p for p in run.glob("step_*") if ours.fullmatch(p.name) and (p / MANIFEST).is_file()
+    )
 
 
 def save(
@@ -126,12 +151,13 @@ def save(
     optimizers: Sequence[Optimizer],
     manifest: dict[str, Any],
 ) -> Path:
-    """Write run/step_<step>, then drop the older ones but for the manifest's best_step."""
+    """Write run/step_<step>, then drop the older ones but for the one before, in case this one
+    turns out to be where a run went wrong, and the manifest's best_step."""
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
         write(folder, model, optimizers, manifest | {"step": step})
-    for old in steps_in(run):
-        if old not in (folder, run / f"step_{manifest.get('best_step', -1):08d}"):
+    for old in steps_in(run)[:-2]:
+        if old.name != f"step_{manifest.get('best_step', -1):08d}":
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -170,12 +196,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = NEEDED - manifest.keys()
     if missing:
         raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
+    kinds = {"config": dict, "model": dict, "tokenizer": dict, "files": dict, "n_thoughts": int}
+    for key, kind in kinds.items():
+        if not isinstance(manifest[key], kind):
+            raise _damaged(folder, f"{MANIFEST} has no proper {key!r}")
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file's digest has been checked against it."""
+def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
+    """The manifest, after every file's digest has been checked against it. resume: it also has to
+    hold what training needs to go on."""
     manifest = read_manifest(folder)
+    if resume and not (OPTIMIZER in manifest["files"] and "progress" in manifest):
+        raise UserError(
+            f"{folder} holds a model without its training state, so it cannot be resumed.\n"
+            "Start a new run in another --out_dir."
+        )
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
             raise _damaged(folder, f"{name} is missing")
@@ -208,11 +244,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
     folder = find(path, best=True)
     manifest = verify(folder)
     try:
-        config = GPTConfig(**manifest["model"])
+        model = GPT(GPTConfig(**manifest["model"]))
         tokenizer = Tokenizer.from_spec(manifest["tokenizer"])
-    except (TypeError, KeyError, ValueError) as e:
+    except (TypeError, KeyError, ValueError, RuntimeError) as e:
         raise _damaged(folder, f"its manifest does not describe a model ({e})") from None
-    model = GPT(config)
     load_weights(model, folder)
     return model.to(device).eval(), tokenizer, manifest
 
@@ -226,15 +261,18 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     model, _, manifest = load(run)
     kept = {k: v for k, v in manifest.items() if k not in ("files", "format", "progress")}
     trained = {k: kept.pop(k) for k in ("commit", "versions", "platform")}
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write(fresh, model.to(torch.bfloat16), [], kept | {"trained_with": trained})
     shutil.rmtree(target, ignore_errors=True)
-    write(target, model.to(torch.bfloat16), [], kept | {"trained_with": trained})
+    fresh.rename(target)
     return target
 
 
 if __name__ == "__main__":  # python -m nanococonut.checkpoint out/RUN: re-make the bundled one
 
     def main() -> None:
-        if len(sys.argv) != 2:
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise UserError("one argument is wanted: the run's folder, as in out/prosqa_small.")
         print(f"bundled {sys.argv[1]} as {bundle(sys.argv[1])}")
 

@@ -134,7 +134,7 @@ class TrainConfig:
         choices=("stage", "epoch", "never"),
     )  # fmt: skip
     # run
-    seed: int = opt(0, "of rows, weights, dropout and draws", at_least=0)
+    seed: int = opt(0, "of rows, weights, dropout and draws", at_least=0, at_most=2**32 - 1)
     out_dir: str | None = opt(None, "where the run is kept (None: out/<config's name>)")
     resume: bool = opt(False, "go on with the run in out_dir")
     max_steps: int = opt(0, "stop after this many steps (0: at the schedule's end)", at_least=0)
@@ -247,7 +247,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         reason = "not there" if isinstance(e, FileNotFoundError) else "not readable as UTF-8 text"
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         has = f"{path.parent}/ holds: {', '.join(near)}." if near else "Give a file of assignments."

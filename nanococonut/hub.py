@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nanococonut.errors import UserError
@@ -32,19 +33,24 @@ def find_weights(name: str) -> Path | None:
 
 def load_gpt2(folder: Path, vocab_size: int, dropout: float) -> GPT:
     """A GPT with the weights in `folder`; token rows beyond GPT-2's start as the one of "<<"."""
-    c = json.loads((folder / "config.json").read_text())
-    config = GPTConfig(
-        vocab_size=vocab_size,
-        block_size=c["n_positions"],
-        n_layer=c["n_layer"],
-        n_head=c["n_head"],
-        n_embd=c["n_embd"],
-        dropout=dropout,
-    )
-    model = GPT(config)
+    wanted = "Give a folder with a GPT-2's config.json and model.safetensors."
+    try:
+        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = GPTConfig(
+            vocab_size=vocab_size,
+            block_size=c["n_positions"],
+            n_layer=c["n_layer"],
+            n_head=c["n_head"],
+            n_embd=c["n_embd"],
+            dropout=dropout,
+        )
+        model = GPT(config)
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise UserError(f"{folder} holds no GPT-2: {e}.\n{wanted}") from None
     own = model.state_dict()
     read = set()
-    for key, tensor in load_file(folder / "model.safetensors").items():
+    for key, tensor in tensors.items():
         key = key.removeprefix("transformer.")
         if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
             continue  # causal masks, and the head, which is tied
@@ -55,15 +61,13 @@ def load_gpt2(folder: Path, vocab_size: int, dropout: float) -> GPT:
             tensor = torch.cat([tensor, new])
         if key not in own or own[key].shape != tensor.shape:
             raise UserError(
-                f"{folder}: tensor {key} {tuple(tensor.shape)} is not one of this GPT-2.\n"
-                "Give a folder with a GPT-2's config.json and model.safetensors."
+                f"{folder}: tensor {key} {tuple(tensor.shape)} is not one of this GPT-2.\n{wanted}"
             )
         own[key].copy_(tensor)
         read.add(key)
     if missing := own.keys() - read:
         raise UserError(
-            f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them.\n"
-            "Give a folder with a GPT-2's config.json and model.safetensors."
+            f"{folder}: {len(missing)} tensors are missing, {min(missing)} among them.\n{wanted}"
         )
     return model
 

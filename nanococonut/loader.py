@@ -16,7 +16,7 @@ from nanococonut.data import Row, prosqa, read_rows
 from nanococonut.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 
-TRAIN, VALID, MATCHED, ORDER, DRAWS = range(5)  # streams of one seed, kept apart
+TRAIN, VALID, MATCHED, ORDER, DRAWS = range(5)  # streams of one seed, kept apart (see PUBLIC)
 
 
 def graph_config(config: TrainConfig, matched: bool = False) -> prosqa.GraphConfig:
@@ -116,9 +116,9 @@ class Epochs:
         self.ahead: tuple[int, Future[list[EncodedRow]]] | None = None
         self.fixed: list[EncodedRow] | None = None
         if rows is not None:
-            self.fixed = self._encode(rows)
+            self.fixed = self.encode(rows)
         elif not config.fresh_rows:
-            self.fixed = self._encode(self._generate(0))
+            self.fixed = self.encode(self._generate(0))
         self.n_rows = len(self.fixed) if self.fixed else config.rows_per_epoch
 
     def __call__(self, epoch: int) -> list[EncodedRow]:
@@ -134,7 +134,7 @@ class Epochs:
         self.worker.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, epoch: int) -> list[EncodedRow]:
-        rows = self.fixed or self._encode(self._generate(epoch))
+        rows = self.fixed or self.encode(self._generate(epoch))
         rng = np.random.default_rng((self.config.seed, ORDER, epoch))
         rows = [rows[i] for i in rng.permutation(len(rows))]
         return self._pooled(rows, rng) if self.config.length_pool > 1 else rows
@@ -169,17 +169,14 @@ class Epochs:
                 rows += prosqa.generate(n, (c.seed, TRAIN, epoch, kind), graphs, self.exclude)
         return rows
 
-    def _encode(self, rows: list[Row]) -> list[EncodedRow]:
-        encoded = []
-        for i, row in enumerate(rendered(rows, self.config.render)):
-            e = encode_row(self.tokenizer, row)
-            need = longest(self.curriculum, e, self.tokenizer)
-            if need > self.config.block_size:
-                where = f"row {i} of those read" if self.config.data else "a generated row"
+    def encode(self, rows: list[Row]) -> list[EncodedRow]:
+        """Rows in tokens. UserError names the first that does not fit into block_size."""
+        encoded = [encode_row(self.tokenizer, row) for row in rendered(rows, self.config.render)]
+        for i, row in enumerate(encoded):
+            if (need := longest(self.curriculum, row, self.tokenizer)) > self.config.block_size:
                 raise UserError(
-                    f"{where} needs {need} positions with its thoughts, "
-                    f"block_size={self.config.block_size}.\n"
+                    f"row {i} needs {need} positions with its thoughts, "
+                    f"block_size={self.config.block_size}: {rows[i]['question'][:30]!r}...\n"
                     "Use a longer --block_size or shorter rows."
                 )
-            encoded.append(e)
         return encoded

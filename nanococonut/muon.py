@@ -3,8 +3,8 @@
 After Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon): the update of a matrix is
 its momentum with all singular values pulled towards 1 by five Newton-Schulz steps. torch.optim.Muon
 does the same one matrix at a time in bfloat16, which on a CPU without bfloat16 arithmetic takes
-longer than the whole rest of a small model's training step (bench/results/muon.jsonl). Here equal
-shapes are done together, in the matrices' own precision.
+longer than the whole rest of a small model's training step (docs/LOG.md). Here equal shapes are
+done together, in the matrices' own precision.
 """
 
 from collections.abc import Iterable

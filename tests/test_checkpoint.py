@@ -72,7 +72,7 @@ def test_older_ones_go_but_not_the_best(tmp_path, model, tokenizer):
         m = manifest_of(model, tokenizer, best_step=best)
         checkpoint.save(run, step, model, [], m)
         kept = [int(p.name[5:]) for p in checkpoint.steps_in(run)]
-        assert kept == sorted({best, step})
+        assert kept == sorted({min(best, step), max(1, step - 1), step})  # the best, the last two
     assert checkpoint.find(run).name == "step_00000005"
     assert checkpoint.find(run, best=True).name == "step_00000004"
 
@@ -84,6 +84,21 @@ def test_a_half_written_checkpoint_is_not_one(saved):
     shutil.copytree(folder, folder.with_name("step_00000010"))
     (folder.with_name("step_00000010") / "manifest.json").unlink()
     assert checkpoint.find(folder.parent) == folder
+
+
+def test_a_users_copy_is_the_users(saved, model, tokenizer):
+    folder, _, _ = saved
+    copy = folder.with_name(f"{folder.name}_backup")
+    shutil.copytree(folder, copy)
+    for step in (8, 9, 10):
+        checkpoint.save(folder.parent, step, model, [], manifest_of(model, tokenizer))
+    assert checkpoint.find(folder.parent).name == "step_00000010" and copy.is_dir()
+
+
+def test_a_model_without_training_state_cannot_be_resumed(saved, tmp_path):
+    target = checkpoint.bundle(saved[0].parent, tmp_path / "bundled")
+    with pytest.raises(UserError, match="cannot be resumed"):
+        checkpoint.verify(target, resume=True)
 
 
 def truncate(path):

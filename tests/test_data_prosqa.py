@@ -217,6 +217,14 @@ def test_the_same_seed_gives_the_same_rows():
     assert prosqa.generate(20, (1, 2, 4)) != rows[:20]
 
 
+def test_a_bare_seed_is_no_stream_of_the_loaders():
+    """numpy pads seeds with zeros: S alone would be the training rows of a run with seed S."""
+    public = prosqa.generate(5, 7)
+    for stream in range(5):
+        for tail in ((), (0,), (0, 0), (0, 1)):
+            assert prosqa.generate(5, (7, stream, *tail)) != public
+
+
 def test_training_rows_are_disjoint_from_excluded_ones():
     tiny = GraphConfig(n_nodes=5, min_hops=1, max_hops=2)  # so few graphs that they come again
     held_out = {prosqa.signature(row) for row in prosqa.generate(20, 0, tiny)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import random_gpt
 
+from nanococonut.errors import UserError
 from nanococonut.hub import load_gpt2
 from nanococonut.model import GPT, GPTConfig, cached_attention
 
@@ -28,6 +29,15 @@ def test_logits_equal_transformers(tmp_path, shape):
         expected, got = theirs(idx).logits, ours(idx)[..., :97]
     assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
     assert ours.wte.weight[97:].equal(ours.wte.weight[96:97].expand(3, -1))
+
+
+@pytest.mark.parametrize("config", [None, "{}", "[]", '{"n_positions": 8, "n_layer": "x"}'])
+def test_a_folder_without_gpt2_is_refused(tmp_path, config):
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match="holds no GPT-2"):
+        load_gpt2(tmp_path, 100, 0.0)
 
 
 def test_only_the_past_is_seen(gpt):

@@ -57,7 +57,7 @@ def test_most_answers_are_right(sample):
 @pytest.mark.parametrize("latent", [0, 1, 9])
 def test_any_number_of_thoughts(sample, latent):
     code, out, _ = sample(f"--latent={latent}", "--question", QUESTION)
-    assert code == 0 and "at this stage it has 6" in out
+    assert code == 0 and "trained to answer after 6" in out
     assert ("ms a thought" in out) == (latent > 0)
 
 

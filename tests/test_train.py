@@ -109,6 +109,28 @@ def test_a_run_goes_through_its_stages_and_says_how_it_went(train, tiny):
     assert manifest["config"]["n_embd"] == 16 and manifest["tokenizer"]["kind"] == "words"
 
 
+def test_a_checkpoint_at_a_stages_end_is_of_the_stage_it_was_trained_in(train, tiny):
+    train(tiny, "--out_dir=run", "--max_steps=8")
+    manifest = checkpoint.read_manifest(checkpoint.find("run"))
+    assert (manifest["stage"], manifest["n_thoughts"]) == (0, 0)
+    train(tiny, "--out_dir=run", "--max_steps=9", "--resume")
+    manifest = checkpoint.read_manifest(checkpoint.find("run"))
+    assert (manifest["stage"], manifest["n_thoughts"]) == (1, 1)
+
+
+def test_killed_twice_before_the_first_step_the_log_is_still_there(train, tiny):
+    train(tiny, "--out_dir=run", "--max_steps=9")
+    before = logged("run")
+    for _ in range(2):
+        process = start(tiny, "--out_dir=run", "--resume")
+        for line in process.stdout:
+            if "going on" in line:
+                break
+        process.kill()
+        process.communicate()
+        assert logged("run")[: len(before)] == before
+
+
 @pytest.mark.parametrize("reset", ["stage", "epoch", "never"])
 def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
     """At a stage's end, in the middle of an epoch and at an epoch's end: the same bits."""
@@ -202,12 +224,31 @@ def test_a_full_disk_ends_in_two_lines_and_the_last_checkpoint_lives(train, tiny
     assert train(tiny, "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
 
 
+def test_a_disk_that_fills_between_checkpoints(train, tiny):
+    """The log of steps is what meets the full disk first."""
+    train(tiny, "--out_dir=run", "--max_steps=4")
+    room = Path("run/metrics.jsonl").stat().st_size + 150
+
+    def no_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    process = start(tiny, "--out_dir=run", "--max_steps=30", "--resume", preexec_fn=no_room)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "metrics.jsonl cannot be written" in err, err
+    assert err.count("\n") <= 2
+    assert train(tiny, "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
+    assert [r["step"] for r in logged("run") if "loss" in r] == list(range(1, 10))
+
+
 def test_divergence_names_the_step_and_keeps_the_last_good_one(train, tiny):
     argv = ["--lr=1e30", "--grad_clip=0", "--save_interval=1", "--warmup_steps=0"]
     code, _, err = train(tiny, "--out_dir=run", *argv)
     assert code == 2
     assert "infinite or NaN at step" in err and "--learning_rate" in err and err.count("\n") == 2
-    for folder in checkpoint.steps_in(Path("run")):
+    kept = checkpoint.steps_in(Path("run"))
+    assert kept
+    for folder in kept:
         model, _, _ = checkpoint.load(folder)
         assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -253,7 +294,7 @@ def test_other_methods_run_the_same_loop(train, tiny):
 def test_the_fallback_is_said_and_recorded(train, tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
-    code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run")
+    code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run", "--init_from=gpt2")
     assert code == 0
     assert "NOT TRAINING" in out and "--fallback=None" in out
     fell_back = checkpoint.read_manifest(checkpoint.find("run"))["fell_back"]
@@ -272,6 +313,13 @@ REFUSED = {
     "data empty": (["tiny.py", "--data=empty.json"], "no rows"),
     "data no ProsQA": (["tiny.py", "--data=other.json", "--valid_data=other.json"], "ProsQA"),
     "data of one row": (["tiny.py", "--data=one.json"], "held out"),
+    "validation too long": (["tiny.py", "--valid_data=long.json"], "block_size=128"),
+    "validation no ProsQA": (["tiny.py", "--valid_data=other.json"], "ProsQA"),
+    "a checkpoint as out_dir": (["tiny.py", "--out_dir=run/step_00000001"], "is a checkpoint"),
+    "a model only": (["tiny.py", "--out_dir=bundle", "--resume"], "cannot be resumed"),
+    "seed too large": (["tiny.py", "--seed=99999999999999999999"], "at most"),
+    "no GPT-2 there": (["tiny.py", "--init_from=hub"], "no weights"),
+    "brackets": (["tiny.py", "--data=[/x].json"], "[/x].json"),
     "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
     "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be written"),
     "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "is not there"),
@@ -293,6 +341,11 @@ def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, c
     (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9"}]')
     (tmp_path / "keys.json").write_text('[{"question": "Is it?"}]')
     (tmp_path / "empty.json").write_text("[]")
+    write_rows("long.json", prosqa.generate(2, 0))  # of the released size
+    if case == "a model only":
+        train(tiny, "--out_dir=whole", "--max_steps=1")
+        (tmp_path / "bundle").mkdir()
+        checkpoint.bundle("whole", tmp_path / "bundle" / "step_00000001")
     write_rows("one.json", prosqa.generate(1, 0))
     (tmp_path / "other.json").write_text('[{"question": "2+2?", "steps": [], "answer": "4"}]')
     argv, words = REFUSED[case]
