@@ -58,7 +58,7 @@ def choose(out_dir: str | None) -> Path:
 def thoughts_table(model: GPT, tokenizer: Tokenizer, thoughts: torch.Tensor) -> Table:
     """What each thought (n, C) would say if it were a word: its five most probable tokens."""
     table = Table(title="thoughts, as the words they are nearest to", title_justify="left")
-    table.add_column("thought", justify="right")
+    table.add_column("#", justify="right", no_wrap=True, min_width=2)
     for i in range(5):
         table.add_column(f"word {i + 1}", no_wrap=True)
     for i, p in enumerate(model.head(thoughts).softmax(-1)):

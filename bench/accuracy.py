@@ -72,14 +72,15 @@ def main() -> None:
     )
     seconds = time.perf_counter() - began
     low, high = s.interval
-    print(f"{folder}: {manifest['method']}, step {manifest['step']}, {thoughts} thoughts")
+    name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
+    print(f"{name}: {manifest['method']}, step {manifest['step']}, {thoughts} thoughts")
     print(f"{config.data}: {s.accuracy:.1%} of {s.rows} rows (95 %: {low:.1%} to {high:.1%})")
     print(f"generated tokens (thoughts + words, without eos): {s.generated_tokens:.1f}")
     for name, share in baselines.items():
         print(f"no model, {name}: {share:.1%}")
     row = {
         "bench": "accuracy",
-        "checkpoint": str(config.checkpoint or "bundled"),
+        "checkpoint": name,
         "method": manifest["method"],
         "trained": {
             "seed": trained.seed,

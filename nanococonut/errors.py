@@ -1,5 +1,6 @@
 """Mistakes of the user's: one or two lines that say what was given, what is wanted, what to do."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,3 +19,6 @@ def main_guard(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough; nothing more can be said, at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
