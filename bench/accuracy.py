@@ -105,11 +105,7 @@ def main() -> None:
     }
     print(json.dumps(row))
     if config.out:
-        try:
-            with Path(config.out).open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise UserError(f"--out {config.out} cannot be written: {e.strerror}.") from None
+        checkpoint.append_row(Path(config.out), row)
 
 
 if __name__ == "__main__":

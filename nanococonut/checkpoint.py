@@ -81,6 +81,15 @@ def replace_text(path: Path, text: str) -> None:
         ) from None
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """One more line in a JSONL file of results. UserError where it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as e:
+        raise UserError(f"--out {path} cannot be written: {e.strerror}.") from None
+
+
 def logged_step(line: str) -> float:
     """The step of a line of metrics.jsonl; infinite where it is not one of ours."""
     try:
