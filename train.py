@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nanococonut import checkpoint, coconut, device, hub
+from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import collate, schedule
 from nanococonut.data import prosqa
@@ -38,8 +39,6 @@ from nanococonut.loader import (
     rendered,
     task_tokenizer,
 )
-from nanococonut.model import GPT, GPTConfig
-from nanococonut.muon import Muon
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -95,14 +94,7 @@ def main() -> None:
     if config.resume:
         folder = checkpoint.find(out)
         manifest = checkpoint.verify(folder, resume=True)
-        free = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size"}
-        for key, value in asdict(config).items():
-            if key not in free and manifest["config"].get(key) != value:
-                raise UserError(
-                    f"{out} was trained with {key}={manifest['config'].get(key)!r}, now "
-                    f"{key}={value!r} is asked for.\nResume with the settings it began with, or "
-                    "start anew in another --out_dir."
-                )
+        checkpoint.same_settings(manifest, asdict(config), out)
     history = out / "metrics.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -122,40 +114,8 @@ def main() -> None:
     if config.data and not config.valid_data:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
-    if config.init_from == "scratch":
-        model = GPT(
-            GPTConfig(
-                vocab_size=tokenizer.vocab_size,
-                block_size=config.block_size,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                n_embd=config.n_embd,
-                dropout=config.dropout,
-                smear=config.smear,
-                token_std=config.token_std,
-                position_std=config.position_std,
-            )
-        )
-    else:
-        weights = hub.find_weights(config.init_from)
-        model = hub.load_gpt2(weights, tokenizer.vocab_size, config.dropout)
-    model.to(where)
-
-    def new_optimizers() -> list[torch.optim.Optimizer]:
-        inner = [*model.h.parameters(), *(model.smear.parameters() if model.smear else ())]
-        matrices = [p for p in inner if p.dim() == 2 and config.optimizer == "muon"]
-        chosen = {id(p) for p in matrices}
-        adamw = torch.optim.AdamW(
-            [p for p in model.parameters() if id(p) not in chosen],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
-        if not matrices:
-            return [adamw]
-        return [adamw, Muon(matrices, config.muon_learning_rate, config.weight_decay)]
-
-    optimizers = new_optimizers()
+    model = build_model(config, tokenizer.vocab_size).to(where)
+    optimizers = build_optimizers(config, model)
 
     # -- the schedule, in steps
     stages = schedule(
@@ -286,7 +246,7 @@ def main() -> None:
             if batch_index == 0 or not rows:
                 rows = epochs(epoch)
                 if config.reset_optimizer == "epoch" and batch_index == 0:
-                    optimizers = new_optimizers()
+                    optimizers = build_optimizers(config, model)
             stage = stages[at["stage"]].index
 
             # this step's rows, each at its own stage, and their micro-batches: like lengths
@@ -374,7 +334,7 @@ def main() -> None:
                     at["stage_start"] = at["step"]
                     recent.clear()
                     if config.reset_optimizer == "stage":
-                        optimizers = new_optimizers()
+                        optimizers = build_optimizers(config, model)
             if at["step"] % config.save_interval == 0 or best_step == at["step"]:
                 at["seconds"] += time.time() - began
                 began, seen = time.time(), 0

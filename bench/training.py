@@ -32,12 +32,11 @@ import torch
 from safetensors.torch import save_file
 
 from nanococonut import checkpoint, coconut
+from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
 from nanococonut.curriculum import IGNORE, Batch, collate, layout
 from nanococonut.errors import UserError, main_guard
 from nanococonut.loader import Epochs, curriculum_of, task_tokenizer
-from nanococonut.model import GPT, GPTConfig
-from nanococonut.muon import Muon
 
 PARTS = ("collate", "prefix", "thoughts", "suffix", "backward", "optimizer")
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -91,6 +90,7 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
     own: dict[str, Any] = {k: v for k in SHAPE if (v := getattr(bench, k)) is not None}
     if bench.released:  # what it has not
         own |= {"smear": False, "grad_clip": 0.0, "optimizer": "adamw"}
+    own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
     recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
     pools = math.ceil((WARMUP + bench.repeats) / recipe.length_pool)
     return replace(
@@ -165,26 +165,11 @@ class Ours:
         half = bench.dtype == "bfloat16"
         self.autocast = torch.autocast(bench.device, torch.bfloat16) if half else nullcontext()
         torch.manual_seed(recipe.seed)
-        self.model = GPT(
-            GPTConfig(
-                vocab_size=rows.tokenizer.vocab_size,
-                block_size=recipe.block_size,
-                n_layer=recipe.n_layer,
-                n_head=recipe.n_head,
-                n_embd=recipe.n_embd,
-                dropout=recipe.dropout,
-                smear=recipe.smear,
-            )
-        ).to(self.device)
+        self.model = build_model(recipe, rows.tokenizer.vocab_size).to(self.device)
         # every pass through the layers ends in ln_f: that tells the three blocks apart
         self.model.ln_f.register_forward_hook(lambda *_: self._lap())
         self.laps: list[Any] = []
-        muon = [p for p in self.model.h.parameters() if p.dim() == 2 and recipe.optimizer == "muon"]
-        chosen = {id(p) for p in muon}
-        rest = [p for p in self.model.parameters() if id(p) not in chosen]
-        self.optimizers = [torch.optim.AdamW(rest, **adamw(recipe))]
-        if muon:
-            self.optimizers += [Muon(muon, recipe.muon_learning_rate, recipe.weight_decay)]
+        self.optimizers = build_optimizers(recipe, self.model)
 
     def _lap(self) -> None:
         """The time now; on a GPU as an event in its queue, so that nobody waits for it."""

@@ -229,6 +229,21 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
     return manifest
 
 
+# what a resumed run may be told anew: it does not change the run's bits
+FREE = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size"}
+
+
+def same_settings(manifest: dict[str, Any], config: dict[str, Any], run: Path) -> None:
+    """UserError where a run would be resumed with other settings than it was begun with."""
+    for key, value in config.items():
+        begun = manifest["config"].get(key)
+        if key not in FREE and begun != value:
+            raise UserError(
+                f"{run} was trained with {key}={begun!r}, now {key}={value!r} is asked for.\n"
+                "Resume with the settings it began with, or start anew in another --out_dir."
+            )
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Weights of a checkpoint folder into a model of the same shape; any float dtype is cast."""
     try:

@@ -1,6 +1,8 @@
 """What every test shares: small models, and released data where the machine has it."""
 
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 
@@ -27,6 +30,25 @@ def random_gpt(seed: int = 0, smear: bool = False, dtype=torch.float64, **shape)
         if "ln" in name and name.endswith("weight"):
             p.data += 1
     return model.to(dtype).eval()
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """script(*argv) -> (exit code, stdout, stderr) of train.py or another script, in an empty
+    folder and in this process: importing torch takes long."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, script="train.py"):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(params=[False, True], ids=["gpt2", "smear"])

@@ -19,6 +19,7 @@ ALLOWED = {
     "model": {"cache"},
     "hub": {"errors", "model"},
     "muon": set(),
+    "build": {"config", "hub", "model", "muon"},
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
     "engine": {"cache", "model"},

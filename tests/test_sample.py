@@ -1,14 +1,12 @@
 """sample.py answers at once from the bundled checkpoint, and refuses in two lines."""
 
-import runpy
-import sys
-from pathlib import Path
+import json
+from functools import partial
 
 import pytest
 
 from nanococonut import checkpoint
 
-ROOT = Path(__file__).parent.parent
 QUESTION = (
     "Tom is a terpus. Every terpus is a brimpus. Sam is a gorpus. Every gorpus is a lorpus. "
     "Every brimpus is a lempus. Is Tom a lorpus or lempus?"
@@ -16,21 +14,9 @@ QUESTION = (
 
 
 @pytest.fixture
-def sample(monkeypatch, capsys, tmp_path):
+def sample(script):
     """sample(*argv) -> (exit code, stdout, stderr), in a folder without a run."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv, script="sample.py"):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as e:
-            code = e.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return partial(script, script="sample.py")
 
 
 def test_the_bundled_checkpoint_is_small_whole_and_described():
@@ -103,8 +89,6 @@ def test_bad_input_is_refused_in_two_lines(sample, case):
 def test_accuracy_bench_agrees_with_what_is_claimed(sample):
     code, out, err = sample("--n=60", script="bench/accuracy.py")
     assert (code, err) == (0, "")
-    import json
-
     row = json.loads(out.splitlines()[-1])
     assert row["rows"] == 60 and row["thoughts"] == 6 and row["accuracy"] > 0.85
     assert row["heuristics"]["random"] == 0.5 and row["commit"]

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -55,22 +54,10 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys, tmp_path):
-    """train(*argv) -> (exit code, stdout, stderr), in this process: importing torch takes long."""
-    monkeypatch.chdir(tmp_path)
+def train(script):
+    """train(*argv) -> (exit code, stdout, stderr)."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-
-    def run(*argv, script="train.py"):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as e:
-            code = e.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    yield run
+    yield script
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
         signal.signal(number, handler)
 
