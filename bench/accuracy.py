@@ -76,8 +76,8 @@ def main() -> None:
     print(f"{name}: {manifest['method']}, step {manifest['step']}, {thoughts} thoughts")
     print(f"{config.data}: {s.accuracy:.1%} of {s.rows} rows (95 %: {low:.1%} to {high:.1%})")
     print(f"generated tokens (thoughts + words, without eos): {s.generated_tokens:.1f}")
-    for name, share in baselines.items():
-        print(f"no model, {name}: {share:.1%}")
+    for rule, share in baselines.items():
+        print(f"no model, {rule}: {share:.1%}")
     row = {
         "bench": "accuracy",
         "checkpoint": name,

@@ -90,7 +90,12 @@ def test_accuracy_bench_agrees_with_what_is_claimed(sample):
     code, out, err = sample("--n=60", script="bench/accuracy.py")
     assert (code, err) == (0, "")
     row = json.loads(out.splitlines()[-1])
-    assert row["rows"] == 60 and row["thoughts"] == 6 and row["accuracy"] > 0.85
+    assert (
+        row["checkpoint"] == "bundled"
+        and row["rows"] == 60
+        and row["thoughts"] == 6
+        and row["accuracy"] > 0.85
+    )
     assert row["heuristics"]["random"] == 0.5 and row["commit"]
     code, _, err = sample("--data=none.json", script="bench/accuracy.py")
     assert code == 2 and "none.json" in err
