@@ -89,7 +89,7 @@ def answer(
         )
     ask(model, tokenizer, curriculum, [asked], 0, 1)  # first use of anything is slow: not timed
     out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens)
-    if thoughts:
+    if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
     text = tokenizer.decode(out.tokens[0])
     before, mark, _ = text.rpartition("###")
@@ -105,7 +105,8 @@ def answer(
         verdict = "  [green](right)[/]" if right else f"  [red](wrong: {escape(known)})[/]"
     console.print(f"[bold]answer[/]    {escape(said)}{verdict}")
     n = max(1, len(out.tokens[0]))
-    per_thought = f"{1e3 * out.seconds_thoughts / thoughts:.2f} ms a thought, " if thoughts else ""
+    had = out.n_thoughts[0]
+    per_thought = f"{1e3 * out.seconds_thoughts / had:.2f} ms a thought, " if had else ""
     console.print(
         f"[dim]first word after {1e3 * out.seconds_first:.1f} ms, {per_thought}"
         f"{1e3 * out.seconds_decode / n:.2f} ms a word, {len(out.tokens[0])} tokens[/]"

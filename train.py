@@ -276,17 +276,24 @@ def main() -> None:
             for row_stages, batch in batches:
                 batch = batch.to(where)
                 with autocast:
-                    logits = coconut.forward(model, batch)
+                    thinking = coconut.think(model, batch)
+                    logits = coconut.answer(model, batch, thinking)
                 part = coconut.loss_sum(logits, batch.targets) / n_labels
-                part.backward()
                 loss += part.item()
+                if model.stop is not None:
+                    watcher = coconut.stop_loss(model, batch, thinking, config.stop_target)
+                    part = part + watcher * len(row_stages) / len(mine)
+                part.backward()
                 of_stage = torch.tensor([s == stage for s in row_stages], device=where)
                 right += int((coconut.right_rows(logits, batch.targets) & of_stage).sum())
                 counted += int(of_stage.sum())
             if not math.isfinite(loss):
                 diverged("loss")
             if config.grad_clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                torch.nn.utils.clip_grad_norm_(
+                    [p for name, p in model.named_parameters() if not name.startswith("stop.")],
+                    config.grad_clip,
+                )  # the stop classifier watches: with it or without, the model is the same
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -318,7 +325,8 @@ def main() -> None:
             learnt = config.advance_at > 0 and enough and share >= config.advance_at
             ended = at["step"] == total or (not last and (over or learnt))
             due = last and config.eval_interval and used % config.eval_interval == 0
-            if ended or due:
+            by_epoch = curriculum.entry.moves == "epochs" and not last  # too many to validate
+            if (ended and not by_epoch) or due:
                 row = validate(stage)
                 log(row)
                 if last and row["valid_accuracy"] > at["best"]:
@@ -329,12 +337,12 @@ def main() -> None:
                     f"step {at['step']} stage {stage}: "
                     + " ".join(f"{s} {row[f'{s}_accuracy']:.3f}" for s in splits)
                 )
-                if ended and not last:
-                    at["stage"] += 1
-                    at["stage_start"] = at["step"]
-                    recent.clear()
-                    if config.reset_optimizer == "stage":
-                        optimizers = build_optimizers(config, model)
+            if ended and not last:
+                at["stage"] += 1
+                at["stage_start"] = at["step"]
+                recent.clear()
+                if config.reset_optimizer == "stage":
+                    optimizers = build_optimizers(config, model)
             if at["step"] % config.save_interval == 0 or best_step == at["step"]:
                 at["seconds"] += time.time() - began
                 began, seen = time.time(), 0

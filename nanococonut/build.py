@@ -4,6 +4,7 @@ import torch
 
 from nanococonut import hub
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.muon import Muon
 
@@ -14,6 +15,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
     folder = None if config.init_from == "scratch" else hub.find_weights(config.init_from)
     if folder:
         return hub.load_gpt2(folder, vocab_size, config.dropout)
+    slot = METHODS[config.method].slot
     return GPT(
         GPTConfig(
             vocab_size=vocab_size,
@@ -25,15 +27,24 @@ def build_model(config: TrainConfig, vocab_size: int) -> GPT:
             smear=config.smear,
             token_std=config.token_std,
             position_std=config.position_std,
+            thought=slot if slot in ("soft", "projected") else "hidden",
+            soft_temperature=config.soft_temperature,
+            soft_top_k=config.soft_top_k,
+            stop=config.stop == "classifier",
         )
     )
 
 
 def build_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
-    """AdamW for all; or Muon for the matrices within the layers and the smear, AdamW for the rest.
-    Muon's rate is config.muon_learning_rate."""
-    inner = [*model.h.parameters(), *(model.smear.parameters() if model.smear else ())]
-    matrices = [p for p in inner if p.dim() == 2 and config.optimizer == "muon"]
+    """AdamW for all; or Muon for the matrices within the layers and those that map one stream of
+    embeddings to another, AdamW for the rest. Muon's rate is config.muon_learning_rate."""
+    inner = [part for part in (model.h, model.smear, model.project) if part is not None]
+    matrices = [
+        p
+        for part in inner
+        for p in part.parameters()
+        if p.dim() == 2 and config.optimizer == "muon"
+    ]
     chosen = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
         [p for p in model.parameters() if id(p) not in chosen],

@@ -2,7 +2,7 @@
 
 A thought is the hidden state after the final LayerNorm at the position before it, taken as the next
 input embedding in place of a token's (paper, section 3). It is not detached: the loss on the words
-behind the thoughts reaches every thought. What is fed back stands in one line of `forward`.
+behind the thoughts reaches every thought. What else may be fed back stands in model.feed_back.
 
     [ prefix: question <bot> ]  [ thoughts ]  [ suffix: <eot> remaining steps ### answer eos ]
       right-padded to Tp          n slots       right-padded to Ts
@@ -12,6 +12,7 @@ has n_thoughts[b] <= n thoughts; after them it is inactive: its slots are masked
 later, and its suffix follows its last real token directly.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,14 +33,19 @@ class BlockMemory:
         self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer (B, nh, Tp, hs)
         self.k: list[list[Tensor]] = [[] for _ in range(n_layer)]  # thoughts: (B, nh, 1, hs)
         self.v: list[list[Tensor]] = [[] for _ in range(n_layer)]
-        self.valid = prefix_valid  # (B, keys so far) bool: prefix, then one column per thought
+        self.prefix_valid = prefix_valid  # (B, Tp) bool
         self.dropout = dropout
+
+    def valid(self, thoughts: int, taken: Tensor) -> Tensor:
+        """(B, Tp + thoughts) bool: the prefix's keys, and of `thoughts` columns the first taken."""
+        column = torch.arange(thoughts, device=taken.device)
+        return torch.cat([self.prefix_valid, column < taken[:, None]], dim=1)
 
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # contiguous once here, or every thought's matrix products would each copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
         if q.shape[2] == 1:  # the last layer: only the last token of each row asks
-            seen = self.valid[:, None, None]
+            seen = self.prefix_valid[:, None, None]
             return F.scaled_dot_product_attention(q, k, v, seen, self.dropout)
         return causal_attention(layer, q, k, v, self.dropout)
 
@@ -69,48 +75,104 @@ def _bias(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def forward(model: GPT, batch: Batch) -> Tensor:
-    """Logits (B, Ts, V) that predict batch.suffix: column j is read just before suffix token j.
+@dataclass
+class Thinking:
+    """A batch with its question read and its thoughts had.
 
-    Column 0 comes from the last prefix position or thought, so that methods without <eot> are
-    scored on their first word too. Differentiable; shapes depend on the batch's only.
+    states   n + 1 of (B, C): the hidden state after 0, 1, ... thoughts (a row that has had all its
+             own keeps its last)
+    inputs   n + 1 of (B, C): the input embedding that led to each, the smear's memory
     """
+
+    memory: BlockMemory
+    states: list[Tensor]
+    inputs: list[Tensor]
+
+
+def think(model: GPT, batch: Batch) -> Thinking:
+    """Prefill and thoughts. Differentiable; shapes depend on the batch's only."""
     B, Tp = batch.prefix.shape
-    Ts = batch.suffix.shape[1]
     device = batch.prefix.device
     rows, last = torch.arange(B, device=device), batch.length - 1
 
-    memory = BlockMemory(
-        model.config.n_layer,
-        torch.arange(Tp, device=device) < batch.length[:, None],
-        model.attn_dropout,
-    )
+    valid = torch.arange(Tp, device=device) < batch.length[:, None]
+    memory = BlockMemory(model.config.n_layer, valid, model.attn_dropout)
     e = model.embed(batch.prefix)
     h = model.trunk(e, torch.arange(Tp, device=device), memory.attend_prefix, only=last)[:, 0]
-    prev = e[rows, last]  # (B, C), as h: what is fed back, and the smear's memory
+    states, inputs = [h], [e[rows, last]]
 
     for i in range(batch.max_thoughts):
         active = i < batch.n_thoughts  # (B,)
-        memory.valid = torch.cat([memory.valid, active[:, None]], dim=1)
         # an inactive row has no valid key of its own here; it still sees its prefix, so no NaN
-        attend = partial(memory.attend_thought, _bias(memory.valid)[:, None, None, :])
-        thought = h
+        bias = _bias(memory.valid(i + 1, batch.n_thoughts))[:, None, None, :]
+        thought = model.feed_back(states[-1])
         pos = (batch.length + i).clamp(max=model.config.block_size - 1)
-        new = model.trunk(thought[:, None], pos[:, None], attend, prev)[:, 0]
-        prev = torch.where(active[:, None], thought, prev)
-        h = torch.where(active[:, None], new, h)
+        attend = partial(memory.attend_thought, bias)
+        h = model.trunk(thought[:, None], pos[:, None], attend, inputs[-1])[:, 0]
+        states.append(torch.where(active[:, None], h, states[-1]))
+        inputs.append(torch.where(active[:, None], thought, inputs[-1]))
+    return Thinking(memory, states, inputs)
 
+
+def read_suffix(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: int) -> Tensor:
+    """Logits (B, Ts, V) that predict batch.suffix: column j is read just before suffix token j.
+
+    taken (B,): how many of its thoughts each row answers after; thinking.states[n] is the state
+    after them. Column 0 comes from the last prefix position or thought, so that methods without
+    <eot> are scored on their first word too.
+    """
+    Ts, device = batch.suffix.shape[1], batch.prefix.device
+    h, prev, memory = thinking.states[n], thinking.inputs[n], thinking.memory
     if Ts == 1:  # a lone label: nothing is read behind it
         return model.head(h[:, None])
     causal = torch.ones(Ts - 1, Ts - 1, dtype=torch.bool, device=device).tril()
-    seen = torch.cat(
-        [memory.valid[:, None].expand(-1, Ts - 1, -1), causal.expand(B, -1, -1)], dim=2
-    )
-    pos = (batch.length + batch.n_thoughts)[:, None] + torch.arange(Ts - 1, device=device)
+    valid = memory.valid(batch.max_thoughts, taken)[:, None].expand(-1, Ts - 1, -1)
+    seen = torch.cat([valid, causal.expand(len(taken), -1, -1)], dim=2)
+    pos = (batch.length + taken)[:, None] + torch.arange(Ts - 1, device=device)
     pos = pos.clamp(max=model.config.block_size - 1)  # only padding is ever clamped
     attend = partial(memory.attend_suffix, _bias(seen)[:, None])
     out = model.trunk(model.embed(batch.suffix[:, :-1]), pos, attend, prev)
     return model.head(torch.cat([h[:, None], out], dim=1))
+
+
+def answer(model: GPT, batch: Batch, thinking: Thinking) -> Tensor:
+    """Logits (B, Ts, V) that predict batch.suffix, each row after all of its thoughts."""
+    return read_suffix(model, batch, thinking, batch.n_thoughts, batch.max_thoughts)
+
+
+def forward(model: GPT, batch: Batch) -> Tensor:
+    """Prefill -> thoughts -> suffix: `answer` after `think`."""
+    return answer(model, batch, think(model, batch))
+
+
+def stop_loss(model: GPT, batch: Batch, thinking: Thinking, target: str) -> Tensor:
+    """Mean binary cross-entropy of the classifier that says when thoughts are enough.
+
+    It reads the hidden states detached: it watches the model and does not change it. target: enough
+    is "steps": as many thoughts as replace all of the row's steps; or "correct": all of the row's
+    suffix would be answered right now.
+    """
+    n = batch.max_thoughts + 1
+    after = torch.arange(n, device=batch.length.device)
+    reached = after <= batch.n_thoughts[:, None]  # (B, n)
+    if target == "steps":
+        labels = after >= batch.needed[:, None]
+    else:
+        with torch.no_grad():
+            labels = torch.stack(
+                [
+                    right_rows(
+                        read_suffix(model, batch, thinking, batch.n_thoughts.clamp(max=k), k),
+                        batch.targets,
+                    )
+                    for k in range(n)
+                ],
+                dim=1,
+            )
+    logits = model.enough(torch.stack(thinking.states, dim=1).detach())
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    return (each * reached).sum() / reached.sum()
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -38,7 +38,10 @@ def opt(
     return field(default=default, metadata=meta)
 
 
-METHOD_NAMES = ("coconut", "cot", "no_cot")
+METHOD_NAMES = (
+    "coconut", "cot", "no_cot", "icot", "pause", "coconut_no_curriculum", "coconut_no_thought",
+    "pause_as_thought", "soft_thought", "projected",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,21 @@ class TrainConfig:
         at_least=0, at_most=1,
     )  # fmt: skip
     advance_rows: int = opt(1280, "recent rows that advance_at looks at", "curriculum", at_least=1)
+    icot_tokens: float = opt(
+        8.0, "icot: chain tokens removed by every epoch (may be a fraction)", "curriculum", above=0
+    )
+    soft_temperature: float = opt(
+        1.0, "soft_thought: temperature of the mean over tokens", "curriculum", above=0
+    )
+    soft_top_k: int = opt(0, "soft_thought: tokens in the mean (0: all)", "curriculum", at_least=0)
+    stop: str = opt(
+        "constant", "how many thoughts when asked: the stage's, or as a classifier trained on the "
+        "hidden states says", "curriculum", choices=("constant", "classifier"),
+    )  # fmt: skip
+    stop_target: str = opt(
+        "steps", "stop=classifier learns when all steps are replaced, or when the answer is right",
+        "curriculum", choices=("steps", "correct"),
+    )  # fmt: skip
     # optimizer
     batch_size: int = opt(128, "rows of an optimizer step", "optimizer", at_least=1)
     micro_batch_size: int = opt(32, "rows of a forward pass", "optimizer", at_least=1)

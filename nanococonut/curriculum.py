@@ -21,31 +21,49 @@ IGNORE = -100  # cross_entropy's ignore_index
 
 @dataclass(frozen=True)
 class Method:
-    """What a training method does to a row.
+    """What a training method does to a row, and when it moves on. A table row, not code.
 
-    staged    it moves through the curriculum's stages (else it trains one stage throughout)
-    drop      steps left out: "stage" (as the stage says), "none" or "all"
-    insert    thoughts put in: "stage" or "none"
-    markers   <bot> and <eot> stand around the thoughts, also when there are none
+    drop      what is left out of the written chain: "none", "stage" (the first s steps at stage s),
+              "all", or "tokens" (its first s * icot_tokens tokens)
+    insert    how many slots stand in its place: "none", "stage" (s * c_thought), or "all" (those of
+              the final stage)
+    slot      what a slot is: "hidden" (the last hidden state), "soft" (the mean of the token
+              embeddings by their probability), "projected" (a learned map of the hidden state):
+              fed back, one pass each; or "pause": a learned token, read along with the question
+    moves     "stages" (through the numbered ones), "epochs" (a stage is an epoch), or "never" (it
+              trains the final stage throughout)
+    markers   <bot> and <eot> stand around the slots, also when there are none
+    paper     its row in the paper's Table 1 ("": not there)
     """
 
-    staged: bool
     drop: str
     insert: str
+    slot: str
+    moves: str
     markers: bool
+    paper: str = ""
 
 
 METHODS: dict[str, Method] = {
-    "coconut": Method(staged=True, drop="stage", insert="stage", markers=True),
-    "cot": Method(staged=False, drop="none", insert="none", markers=False),
-    "no_cot": Method(staged=False, drop="all", insert="none", markers=False),
+    "coconut": Method("stage", "stage", "hidden", "stages", True, "Coconut"),
+    "cot": Method("none", "none", "", "never", False, "CoT"),
+    "no_cot": Method("all", "none", "", "never", False, "No-CoT"),
+    "icot": Method("tokens", "none", "", "epochs", False, "iCoT"),
+    "pause": Method("all", "all", "pause", "never", True, "Pause token"),
+    "coconut_no_curriculum": Method("all", "all", "hidden", "never", True, "w/o curriculum"),
+    "coconut_no_thought": Method("stage", "none", "", "stages", False, "w/o thought"),
+    "pause_as_thought": Method("stage", "stage", "pause", "stages", True, "pause as thought"),
+    "soft_thought": Method("stage", "stage", "soft", "stages", True),
+    "projected": Method("stage", "stage", "projected", "stages", True),
 }
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The paper's knobs, by the released names. Two are ours: final_thoughts, how many thoughts the
-    final stage has where that is not max_latent_stage * c_thought; uniform_to (see draw_stages)."""
+    """The paper's knobs, by the released names. Three are ours: final_thoughts, the slots of the
+    final stage where they are not max_latent_stage * c_thought; uniform_to (see draw_stages);
+    icot_tokens, what iCoT removes at each of its stages (Deng et al. 2024: 8; may be a fraction).
+    """
 
     method: str
     c_thought: int = 1
@@ -54,32 +72,40 @@ class Curriculum:
     uniform_prob: float = 0.0
     final_thoughts: int | None = None
     uniform_to: str = "steps"
+    icot_tokens: float = 8.0
+
+    @property
+    def entry(self) -> Method:
+        return METHODS[self.method]
 
     def thoughts_at(self, stage: int) -> int:
-        """Thoughts a model that is at this stage has when it is asked, the same for every row."""
-        if METHODS[self.method].insert == "none":
+        """Slots a model that is at this stage has when it is asked, the same for every row."""
+        if self.entry.insert == "none":
             return 0
-        if stage > self.max_latent_stage and self.final_thoughts is not None:
+        final = self.entry.insert == "all" or stage > self.max_latent_stage
+        if final and self.final_thoughts is not None:
             return self.final_thoughts
-        return min(stage, self.max_latent_stage) * self.c_thought
+        return (self.max_latent_stage if final else stage) * self.c_thought
 
     def plan(self, stage: int, n_steps: int) -> tuple[int, int]:
-        """(steps to drop, thoughts to insert) in training, for a row with n_steps steps."""
+        """(steps to drop, slots to insert) in training, for a row with n_steps steps."""
         final = stage > self.max_latent_stage
-        dropped = n_steps if final else min(stage, n_steps)
-        drop = {"stage": dropped, "none": 0, "all": n_steps}[METHODS[self.method].drop]
-        thoughts = self.thoughts_at(stage)
-        if final and not self.pad_latent_to_max:
-            thoughts = min(thoughts, n_steps * self.c_thought)
-        return drop, thoughts
+        staged = n_steps if final else min(stage, n_steps)
+        drop = {"stage": staged, "none": 0, "all": n_steps, "tokens": 0}[self.entry.drop]
+        slots = self.thoughts_at(stage)
+        if (final or self.entry.insert == "all") and not self.pad_latent_to_max:
+            slots = min(slots, n_steps * self.c_thought)
+        return drop, slots
 
     def draw_stages(
         self, stage: int, n_steps: Sequence[int], rng: np.random.Generator
     ) -> list[int]:
         """Each row's own stage: with probability uniform_prob uniform over 0..len(steps), or over
-        0..stage (uniform_to="stage": nothing the curriculum has not come to)."""
+        0..stage (uniform_to="stage": nothing the curriculum has not come to; so it is where stages
+        do not count steps)."""
         u, v = rng.random((2, len(n_steps)))
-        tops = n_steps if self.uniform_to == "steps" else [stage] * len(n_steps)
+        to_steps = self.uniform_to == "steps" and self.entry.moves != "epochs"
+        tops = n_steps if to_steps else [stage] * len(n_steps)
         return [
             int(b * (top + 1)) if a < self.uniform_prob else stage
             for top, a, b in zip(tops, u, v, strict=True)
@@ -104,11 +130,14 @@ def schedule(
     """Stages in order: start_stage .. max_latent_stage, then all that is left in the final one.
 
     epochs counts all of training. first_stage_epochs: of the first stage, where it differs (0: as
-    the others). A method that is not staged trains its one stage, the final one, throughout.
+    the others). A method that never moves trains the final stage throughout; one that moves by
+    epochs has as many stages.
     """
     final = curriculum.max_latent_stage + 1
-    if not METHODS[curriculum.method].staged:
+    if curriculum.entry.moves == "never":
         return [Stage(final, epochs)]
+    if curriculum.entry.moves == "epochs":
+        return [Stage(index, 1) for index in range(epochs)]
     stages, left = [], epochs
     for index in range(start_stage, final):
         first = index == start_stage and first_stage_epochs
@@ -150,6 +179,7 @@ class Batch:
     prefix      (B, Tp)  right-padded with 0
     length      (B,)     real tokens of the prefix
     n_thoughts  (B,)
+    needed      (B,)     thoughts after which all of the row's steps would be replaced
     suffix      (B, Ts)  right-padded with 0
     targets     (B, Ts)  the suffix where it is supervised, else -100 (<eot>, padding)
     max_thoughts, n_labels: host integers, so that the loop asks no device
@@ -158,28 +188,47 @@ class Batch:
     prefix: Tensor
     length: Tensor
     n_thoughts: Tensor
+    needed: Tensor
     suffix: Tensor
     targets: Tensor
     max_thoughts: int
     n_labels: int
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (
-            t.to(device, non_blocking=True)
-            for t in (self.prefix, self.length, self.n_thoughts, self.suffix, self.targets)
+        blocks = (
+            self.prefix,
+            self.length,
+            self.n_thoughts,
+            self.needed,
+            self.suffix,
+            self.targets,
         )
+        moved = (t.to(device, non_blocking=True) for t in blocks)
         return Batch(*moved, self.max_thoughts, self.n_labels)
+
+
+def asking(
+    curriculum: Curriculum, question: list[int], slots: int, tokenizer: Tokenizer
+) -> tuple[list[int], int, list[int]]:
+    """A question with its slots, as it is asked: (prefix, thoughts to feed back, what opens the
+    words). Pauses are tokens like others: they are read with the question and cost no pass."""
+    if not curriculum.entry.markers:
+        return question, slots, []
+    pauses = slots if curriculum.entry.slot == "pause" else 0
+    prefix = [*question, tokenizer.bot, *[tokenizer.latent] * pauses]
+    return prefix, slots - pauses, [tokenizer.eot]
 
 
 def layout(
     curriculum: Curriculum, stage: int, row: EncodedRow, tokenizer: Tokenizer
 ) -> tuple[list[int], int, list[int], int]:
     """One row at one stage -> (prefix, number of thoughts, suffix, labels not supervised first)."""
-    drop, thoughts = curriculum.plan(stage, len(row.steps))
-    words = [t for step in row.steps[drop:] for t in step] + row.answer + [tokenizer.eos]
-    if METHODS[curriculum.method].markers:
-        return row.question + [tokenizer.bot], thoughts, [tokenizer.eot, *words], 1
-    return row.question, thoughts, words, 0
+    drop, slots = curriculum.plan(stage, len(row.steps))
+    prefix, thoughts, opening = asking(curriculum, row.question, slots, tokenizer)
+    chain = [t for step in row.steps[drop:] for t in step]
+    if curriculum.entry.drop == "tokens":
+        chain = chain[int(stage * curriculum.icot_tokens) :]
+    return prefix, thoughts, [*opening, *chain, *row.answer, tokenizer.eos], len(opening)
 
 
 def longest(curriculum: Curriculum, row: EncodedRow, tokenizer: Tokenizer) -> int:
@@ -207,6 +256,7 @@ def collate(
         prefix=_padded(prefixes),
         length=torch.tensor([len(p) for p in prefixes]),
         n_thoughts=torch.tensor(thoughts),
+        needed=torch.tensor([len(row.steps) * curriculum.c_thought for row in rows]),
         suffix=_padded(suffixes),
         targets=_padded(labels, IGNORE),
         max_thoughts=max(thoughts),

@@ -32,11 +32,13 @@ class State:
 
 @dataclass
 class Generation:
-    """tokens: of each row, without eos. thoughts: (B, n, C), what was fed back. Times in seconds;
-    seconds_first: from the start to the first word."""
+    """tokens: of each row, without eos. thoughts: (B, n, C), the hidden states that were fed back;
+    n_thoughts: how many of them each row had (all n, or until its classifier said enough). Times in
+    seconds; seconds_first: from the start to the first word."""
 
     tokens: list[list[int]]
     thoughts: Tensor
+    n_thoughts: list[int]
     seconds_prefill: float
     seconds_thoughts: float
     seconds_first: float
@@ -53,18 +55,25 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> State:
     return State(h[:, 0], e[torch.arange(B, device=idx.device), lengths - 1], T)
 
 
-def step(model: GPT, cache: KVCache, e: Tensor, state: State) -> State:
-    """Append one input embedding e (B, C) to every row and move on."""
+def step(
+    model: GPT, cache: KVCache, e: Tensor, state: State, active: Tensor | None = None
+) -> State:
+    """Append one input embedding e (B, C) to every row and move on. A row that is not active (B,)
+    stays where it is: what was written behind its end is overwritten by its next token."""
     pos, span = cache.lengths[:, None], state.span + 1
     attend = partial(cached_attention, cache, pos, span)
-    h = model.trunk(e[:, None], pos, attend, state.prev)
-    cache.lengths += 1
-    return State(h[:, 0], e, span)
+    h = model.trunk(e[:, None], pos, attend, state.prev)[:, 0]
+    if active is None:
+        cache.lengths += 1
+        return State(h, e, span)
+    cache.lengths += active
+    active = active[:, None]
+    return State(torch.where(active, h, state.hidden), torch.where(active, e, state.prev), span)
 
 
-def latent_step(model: GPT, cache: KVCache, state: State) -> State:
-    """One thought: the last hidden state is the next input."""
-    return step(model, cache, state.hidden, state)
+def latent_step(model: GPT, cache: KVCache, state: State, active: Tensor | None = None) -> State:
+    """One thought: the last hidden state (or what the model makes of it) is the next input."""
+    return step(model, cache, model.feed_back(state.hidden), state, active)
 
 
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: State) -> State:
@@ -80,9 +89,11 @@ def generate(
     opening: list[int],
     eos: int,
     max_new_tokens: int,
+    stop: bool = False,
 ) -> Generation:
     """Greedy answers to a batch of token prefixes.
 
+    stop: a row has no further thought once the model's classifier says enough (n_thoughts at most).
     opening: tokens put behind the thoughts before the first word is asked for ([<eot>] or []).
     Raises ValueError, before any work, where a row would not fit into block_size.
     """
@@ -110,9 +121,16 @@ def generate(
 
     prefilled = now()
     thoughts = []
+    active = torch.ones_like(lengths, dtype=torch.bool) if stop else None
+    had = torch.zeros_like(lengths)
     for _ in range(n_thoughts):
+        if active is not None:
+            active = active & (model.enough(state.hidden) <= 0)
+            if not active.any():
+                break
         thoughts.append(state.hidden)
-        state = latent_step(model, cache, state)
+        state = latent_step(model, cache, state, active)
+        had += 1 if active is None else active
 
     thought = now()
     for token in opening:
@@ -136,5 +154,11 @@ def generate(
     tokens = [row[: row.index(eos)] if eos in row else row for row in rows]
     kept = torch.stack(thoughts, 1) if thoughts else state.hidden.new_zeros(len(rows), 0, 1)
     return Generation(
-        tokens, kept, prefilled - start, thought - prefilled, first - start, end - first
+        tokens,
+        kept,
+        had.tolist(),
+        prefilled - start,
+        thought - prefilled,
+        first - start,
+        end - first,
     )

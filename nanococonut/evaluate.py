@@ -1,13 +1,14 @@
 """How good is a model: batched greedy answers against the known ones.
 
-Generated tokens, everywhere in this project: thoughts + words up to and without eos, a row's mean.
-The <eot> behind the thoughts is given, not generated.
+Generated tokens, everywhere in this project: thoughts + words up to and without eos, a row's mean:
+what has to be made one after the other. The <eot> behind the thoughts is given, and pauses are read
+along with the question: neither is generated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanococonut.curriculum import METHODS, Curriculum, answer_of
+from nanococonut.curriculum import Curriculum, answer_of, asking
 from nanococonut.data import Row
 from nanococonut.engine import Generation, generate
 from nanococonut.errors import UserError
@@ -41,25 +42,27 @@ def ask(
     tokenizer: Tokenizer,
     curriculum: Curriculum,
     questions: Sequence[str],
-    n_thoughts: int,
+    n_slots: int,
     max_new_tokens: int = 128,
 ) -> Generation:
     """Greedy answers to a batch of rendered questions, in the layout the method was trained in.
 
+    n_slots: thoughts or pauses. A model with a classifier that stops them has no more than these.
     max_new_tokens is cut to what block_size leaves. UserError where it leaves nothing.
     """
-    markers = METHODS[curriculum.method].markers
-    bot, eot = ([tokenizer.bot], [tokenizer.eot]) if markers else ([], [])
-    prefixes = [tokenizer.encode(q) + bot for q in questions]
+    asked = [asking(curriculum, tokenizer.encode(q), n_slots, tokenizer) for q in questions]
+    prefixes, (n_thoughts, *_), (opening, *_) = (list(part) for part in zip(*asked, strict=True))
     longest = max(map(len, prefixes))
-    room = model.config.block_size - longest - n_thoughts - len(eot)
+    room = model.config.block_size - longest - n_thoughts - len(opening)
     if room < 1:
         raise UserError(
             f"a question of {longest} tokens with {n_thoughts} thoughts does not fit into the "
             f"model's block_size={model.config.block_size}.\nAsk a shorter question or use fewer "
             "thoughts."
         )
-    return generate(model, prefixes, n_thoughts, eot, tokenizer.eos, min(max_new_tokens, room))
+    new = min(max_new_tokens, room)
+    stop = model.config.stop
+    return generate(model, prefixes, n_thoughts, opening, tokenizer.eos, new, stop)
 
 
 def score(
@@ -67,7 +70,7 @@ def score(
     tokenizer: Tokenizer,
     curriculum: Curriculum,
     rows: Sequence[Row],
-    n_thoughts: int,
+    n_slots: int,
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
@@ -79,13 +82,14 @@ def score(
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
         questions = [rows[i]["question"] for i in part]
-        out = ask(model, tokenizer, curriculum, questions, n_thoughts, max_new_tokens)
+        out = ask(model, tokenizer, curriculum, questions, n_slots, max_new_tokens)
         for i, tokens in zip(part, out.tokens, strict=True):
             texts[i] = tokenizer.decode(tokens)
             new += len(tokens)
+        new += sum(out.n_thoughts)
     model.train(was_training)
     right = [
         "#" in text and answer_of(text) == answer_of(row["answer"])
         for text, row in zip(texts, rows, strict=True)
     ]
-    return Score(sum(right), len(rows), n_thoughts + new / len(rows), texts)
+    return Score(sum(right), len(rows), new / len(rows), texts)

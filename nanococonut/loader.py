@@ -37,6 +37,7 @@ def curriculum_of(config: TrainConfig) -> Curriculum:
         config.uniform_prob,
         config.final_thoughts,
         config.uniform_to,
+        config.icot_tokens,
     )
 
 

@@ -40,6 +40,10 @@ class GPTConfig:
     smear: bool = False  # x_t += W x_(t-1) on the input embeddings; off for GPT-2
     token_std: float = 0.02  # of the token embeddings at first; GPT-2's
     position_std: float = 0.02
+    thought: str = "hidden"  # what is fed back: the hidden state, or "soft", or "projected"
+    soft_temperature: float = 1.0  # "soft": of the softmax that weighs the token embeddings
+    soft_top_k: int = 0  # "soft": only the k most probable tokens (0: all)
+    stop: bool = False  # a classifier that says when the thoughts are enough
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -129,8 +133,13 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=stds.get(name, 0.02) / depth)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if self.smear is not None:
-            nn.init.zeros_(self.smear.weight)  # starts as plain GPT-2
+        # made last, and all zero: they draw no random number that the rest would miss
+        projected = config.thought == "projected"
+        self.project = nn.Linear(config.n_embd, config.n_embd) if projected else None
+        self.stop = nn.Linear(config.n_embd, 1) if config.stop else None
+        for added in (self.smear, self.project, self.stop):
+            for p in added.parameters() if added is not None else ():
+                nn.init.zeros_(p)  # starts as plain GPT-2
 
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -172,6 +181,28 @@ class GPT(nn.Module):
             last = layer == len(self.h) - 1
             x = block(x, partial(attend, layer), only if last else None)
         return self.ln_f(x)
+
+    def feed_back(self, hidden: Tensor) -> Tensor:
+        """What a thought puts in place of a token's embedding: hidden states (..., C) -> (..., C).
+
+        Coconut's is the hidden state itself (paper, section 3). "projected" adds a learned map that
+        starts at zero; "soft" is the mean of the token embeddings, weighted by the probabilities
+        that the head gives them."""
+        if self.project is not None:
+            return hidden + self.project(hidden)
+        if self.config.thought == "hidden":
+            return hidden
+        logits = self.head(hidden) / self.config.soft_temperature
+        if not self.config.soft_top_k:
+            return logits.softmax(-1) @ self.wte.weight
+        best = logits.topk(self.config.soft_top_k, dim=-1)
+        p = best.values.softmax(-1)  # (..., k)
+        return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
+
+    def enough(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> (...) the logit of "no further thought is needed" (paper,
+        section 3: a binary classifier on latent thoughts). Only with config.stop."""
+        return self.stop(hidden)[..., 0]
 
     @property
     def attn_dropout(self) -> float:

@@ -1,5 +1,7 @@
 """The three-block pass equals a naive loop: one row at a time, all re-run for every thought."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_gpt
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from nanococonut import coconut
 from nanococonut.curriculum import IGNORE, Batch
+from nanococonut.model import GPT, GPTConfig
 
 
 def random_batch(seed, n_thoughts, markers=True, vocab=41):
@@ -29,12 +32,29 @@ def random_batch(seed, n_thoughts, markers=True, vocab=41):
         prefix=pad([p for p, _, _ in rows], 0),
         length=torch.tensor([len(p) for p, _, _ in rows]),
         n_thoughts=torch.tensor(n_thoughts),
+        needed=torch.tensor(n_thoughts),
         suffix=pad([s for _, _, s in rows], 0),
         targets=pad(targets, IGNORE),
         max_thoughts=max(n_thoughts),
         n_labels=sum(t != IGNORE for row in targets for t in row),
     )
     return batch, [(p, n, s, t) for (p, n, s), t in zip(rows, targets, strict=True)]
+
+
+def naive_thought(model, h):
+    """What is fed back for a hidden state (1, 1, C), by definition."""
+    c = model.config
+    if c.thought == "projected":
+        return h + h @ model.project.weight.T + model.project.bias
+    if c.thought == "soft":
+        logits = (h @ model.wte.weight.T / c.soft_temperature)[0, 0]
+        if c.soft_top_k:
+            least = logits.sort(descending=True).values[c.soft_top_k - 1]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        return sum(p * row for p, row in zip(logits.softmax(0), model.wte.weight, strict=True))[
+            None, None
+        ]
+    return h
 
 
 def naive_loss(model, rows):
@@ -44,7 +64,7 @@ def naive_loss(model, rows):
         e = model.embed(torch.tensor([prefix]))
         for _ in range(n):
             h = model.trunk(e, torch.arange(e.shape[1]))
-            e = torch.cat([e, h[:, -1:]], dim=1)
+            e = torch.cat([e, naive_thought(model, h[:, -1:])], dim=1)
         e = torch.cat([e, model.embed(torch.tensor([suffix]))], dim=1)
         logits = model.head(model.trunk(e, torch.arange(e.shape[1])))[0]
         before = len(prefix) + n - 1  # the position that predicts the first suffix token
@@ -81,6 +101,76 @@ def test_loss_and_every_gradient_equal_the_naive_loop(gpt, case, seed):
             torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"thought": "projected"},
+        {"thought": "soft", "soft_temperature": 0.7},
+        {"thought": "soft", "soft_top_k": 3, "smear": True},
+    ],
+    ids=["projected", "soft", "soft_top_k"],
+)
+def test_other_thoughts_equal_the_naive_loop(switches):
+    model = random_gpt(seed=4, **switches)
+    batch, rows = random_batch(11, [3, 0, 1, 4])
+    loss = coconut.loss_sum(coconut.forward(model, batch), batch.targets)
+    expected = naive_loss(model, rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    want = torch.autograd.grad(expected, list(model.parameters()))
+    for (name, _), g, w in zip(model.named_parameters(), got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: n + m)
+
+
+def test_a_projection_starts_as_the_hidden_state_itself():
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(41, 48, 2, 3, 24))
+    torch.manual_seed(0)
+    projected = GPT(GPTConfig(41, 48, 2, 3, 24, thought="projected", stop=True))
+    batch, _ = random_batch(1, [3, 2])
+    assert torch.equal(coconut.forward(plain, batch), coconut.forward(projected, batch))
+
+
+def naive_stop_loss(model, rows, needed, target):
+    """Row by row: the hidden state after k thoughts, and whether they are enough."""
+    losses = []
+    for (prefix, n, suffix, targets), need in zip(rows, needed, strict=True):
+        for k in range(n + 1):
+            e = model.embed(torch.tensor([prefix]))
+            for _ in range(k):
+                e = torch.cat([e, model.trunk(e, torch.arange(e.shape[1]))[:, -1:]], dim=1)
+            h = model.trunk(e, torch.arange(e.shape[1]))[0, -1]
+            if target == "steps":
+                enough = k >= need
+            else:
+                e = torch.cat([e, model.embed(torch.tensor([suffix]))], dim=1)
+                said = model.head(model.trunk(e, torch.arange(e.shape[1])))[0].argmax(-1)
+                said = said[len(prefix) + k - 1 :].tolist()
+                enough = all(t in (IGNORE, s) for s, t in zip(said, targets, strict=False))
+            p = torch.sigmoid(h.detach() @ model.stop.weight[0] + model.stop.bias[0])
+            losses.append(-torch.log(p if enough else 1 - p))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("target", ["steps", "correct"])
+def test_the_stop_classifiers_loss_equals_the_naive_loop(target):
+    model = random_gpt(seed=2, vocab_size=7, stop=True)
+    batch, rows = random_batch(12, [3, 0, 1, 4, 4], vocab=7)
+    rows = [(p, n, s[:2], t[:2]) for p, n, s, t in rows]  # short: some right by chance
+    suffix, targets = (
+        torch.tensor([r[i] + [f] * (2 - len(r[i])) for r in rows]) for i, f in ((2, 0), (3, IGNORE))
+    )
+    needed = torch.tensor([2, 0, 3, 1, 9])
+    batch = replace(batch, suffix=suffix, targets=targets, needed=needed)
+    thinking = coconut.think(model, batch)
+    loss = coconut.stop_loss(model, batch, thinking, target)
+    expected = naive_stop_loss(model, rows, batch.needed.tolist(), target)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    loss.backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert touched == {"stop.weight", "stop.bias"}  # it watches the model, it does not train it
+
+
 def test_the_gradient_reaches_the_first_thought():
     """Detaching a thought would leave the loss as it is and cut this."""
     model = random_gpt(seed=1)
@@ -112,6 +202,7 @@ def test_padding_changes_nothing(gpt):
             batch.prefix[b : b + 1, :n],
             batch.length[b : b + 1],
             batch.n_thoughts[b : b + 1],
+            batch.needed[b : b + 1],
             batch.suffix[b : b + 1, :s],
             batch.targets[b : b + 1, :s],
             int(batch.n_thoughts[b]),

@@ -5,7 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import random_gpt
+from torch.nn import functional as F
 
+from nanococonut import coconut
+from nanococonut.config import METHOD_NAMES
 from nanococonut.curriculum import (
     IGNORE,
     METHODS,
@@ -140,6 +144,123 @@ def test_the_answer_stands_behind_the_last_hash(text, answer):
     assert answer_of(text) == answer
 
 
-def test_methods_say_only_what_plan_understands():
+def test_methods_say_only_what_is_understood():
+    assert tuple(METHODS) == METHOD_NAMES
     for method in METHODS.values():
-        assert method.drop in ("stage", "none", "all") and method.insert in ("stage", "none")
+        assert method.drop in ("none", "stage", "all", "tokens")
+        assert method.insert in ("none", "stage", "all")
+        assert method.moves in ("stages", "epochs", "never")
+        assert method.slot in ("hidden", "soft", "projected", "pause", "")
+        assert (method.slot == "") == (method.insert == "none")
+
+
+# Written by hand: the whole sequence of ROW (question 1 2, steps 3 | 4 5 | 6, answer 7 8) at stages
+# of max_latent_stage = 3, c_thought = 1. B E: markers, P: pause, $: eos, ~: a thought (what is fed
+# back). Words behind | are labels.
+WRITTEN = {
+    "coconut": {
+        0: "1 2 B E | 3 4 5 6 7 8 $",
+        1: "1 2 B ~ E | 4 5 6 7 8 $",
+        2: "1 2 B ~ ~ E | 6 7 8 $",
+        4: "1 2 B ~ ~ ~ E | 7 8 $",
+    },
+    "cot": {0: "1 2 | 3 4 5 6 7 8 $", 2: "1 2 | 3 4 5 6 7 8 $", 4: "1 2 | 3 4 5 6 7 8 $"},
+    "no_cot": {0: "1 2 | 7 8 $", 2: "1 2 | 7 8 $", 4: "1 2 | 7 8 $"},
+    "icot": {  # 1.5 tokens a stage
+        0: "1 2 | 3 4 5 6 7 8 $",
+        1: "1 2 | 4 5 6 7 8 $",
+        2: "1 2 | 6 7 8 $",
+        3: "1 2 | 7 8 $",
+        40: "1 2 | 7 8 $",
+    },
+    "pause": {n: "1 2 B P P P E | 7 8 $" for n in (0, 2, 4)},
+    "coconut_no_curriculum": {n: "1 2 B ~ ~ ~ E | 7 8 $" for n in (0, 2, 4)},
+    "coconut_no_thought": {
+        0: "1 2 | 3 4 5 6 7 8 $",
+        1: "1 2 | 4 5 6 7 8 $",
+        2: "1 2 | 6 7 8 $",
+        4: "1 2 | 7 8 $",
+    },
+    "pause_as_thought": {
+        0: "1 2 B E | 3 4 5 6 7 8 $",
+        1: "1 2 B P E | 4 5 6 7 8 $",
+        2: "1 2 B P P E | 6 7 8 $",
+        4: "1 2 B P P P E | 7 8 $",
+    },
+}
+WRITTEN["soft_thought"] = WRITTEN["projected"] = WRITTEN["coconut"]
+CASES = [(method, stage) for method, stages in WRITTEN.items() for stage in stages]
+
+
+def written(method, stage, tokenizer):
+    """-> (sequence of token ids and None for thoughts, index of its first label)"""
+    given, labels = WRITTEN[method][stage].split("|")
+    names = {"B": tokenizer.bot, "E": tokenizer.eot, "P": tokenizer.latent, "$": tokenizer.eos}
+    names |= {"~": None} | {str(i): i for i in range(10)}
+    return [names[w] for w in (given + labels).split()], len(given.split())
+
+
+@pytest.mark.parametrize(("method", "stage"), CASES)
+def test_layout_labels_and_positions_are_those_written_by_hand(tokenizer, method, stage):
+    sequence, first_label = written(method, stage, tokenizer)
+    c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
+    batch = collate(c, [stage, stage], [ROW, SHORT], tokenizer)
+    n, k = int(batch.length[0]), int(batch.n_thoughts[0])
+    s = int((batch.targets[0] != IGNORE).sum()) + len(sequence[n + k : first_label])
+    assert batch.prefix[0, :n].tolist() == sequence[:n]
+    assert sequence[n : n + k] == [None] * k and None not in sequence[n + k :]
+    assert batch.suffix[0, :s].tolist() == sequence[n + k :]
+    assert batch.targets[0, :s].tolist() == (
+        [IGNORE] * (first_label - n - k) + sequence[first_label:]
+    )
+    assert batch.targets[0, s:].eq(IGNORE).all() and batch.needed.tolist() == [3, 1]
+    # positions: the row alone takes as many as there are tokens and thoughts
+    assert n + k + s == len(sequence) <= longest(c, ROW, tokenizer)
+
+
+@pytest.mark.parametrize(("method", "stage"), CASES)
+def test_each_methods_loss_equals_a_naive_loop_over_the_hand_written_list(tokenizer, method, stage):
+    """One row, no cache, no blocks: the sequence is read from the start for every thought."""
+    slot = METHODS[method].slot
+    model = random_gpt(
+        vocab_size=tokenizer.vocab_size,
+        thought=slot if slot in ("soft", "projected") else "hidden",
+        soft_temperature=0.5,
+        smear=True,
+    )
+    c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
+    batch = collate(c, [stage], [ROW], tokenizer)
+    loss = coconut.loss_sum(coconut.forward(model, batch), batch.targets)
+
+    sequence, first_label = written(method, stage, tokenizer)
+    e = torch.empty(1, 0, model.config.n_embd, dtype=torch.float64)
+    h = None
+    for token in sequence:
+        if token is not None:
+            new = model.embed(torch.tensor([[token]]))
+        elif slot == "hidden":
+            new = h
+        elif slot == "soft":
+            new = (h @ model.wte.weight.T / 0.5).softmax(-1) @ model.wte.weight
+        else:
+            new = h + h @ model.project.weight.T + model.project.bias
+        e = torch.cat([e, new], dim=1)
+        hidden = model.trunk(e, torch.arange(e.shape[1]))
+        h = hidden[:, -1:]
+    logits = model.head(hidden)[0, first_label - 1 : -1]
+    expected = F.cross_entropy(logits, torch.tensor(sequence[first_label:]), reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_fewer_slots_for_shorter_rows_where_they_are_not_padded(tokenizer):
+    for method in ("pause", "coconut_no_curriculum", "pause_as_thought"):
+        c = Curriculum(method, c_thought=2, max_latent_stage=3, pad_latent_to_max=False)
+        prefix, thoughts, _, _ = layout(c, 4, SHORT, tokenizer)
+        assert thoughts + prefix.count(tokenizer.latent) == 2
+        assert c.thoughts_at(4) == 6
+
+
+def test_icot_has_a_stage_for_each_epoch():
+    assert schedule(Curriculum("icot"), 4, 5) == [Stage(i, 1) for i in range(4)]
+    draws = Curriculum("icot", uniform_prob=1.0).draw_stages(9, [2] * 500, np.random.default_rng(0))
+    assert set(draws) == set(range(10))  # its stages do not count steps

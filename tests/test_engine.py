@@ -9,7 +9,7 @@ from nanococonut.engine import generate
 EOS, EOT = 40, 39
 
 
-def naive(model, prefix, n_thoughts, opening, max_new):
+def naive(model, prefix, n_thoughts, opening, max_new, stop=False):
     """No cache: the whole sequence again for each thought and word."""
     e = model.embed(torch.tensor([prefix]))
 
@@ -18,8 +18,10 @@ def naive(model, prefix, n_thoughts, opening, max_new):
 
     thoughts = []
     for _ in range(n_thoughts):
+        if stop and model.stop(last())[0, 0, 0] > 0:
+            break
         thoughts.append(last())
-        e = torch.cat([e, thoughts[-1]], 1)
+        e = torch.cat([e, model.feed_back(thoughts[-1])], 1)
     for token in opening:
         e = torch.cat([e, model.embed(torch.tensor([[token]]))], 1)
     words = []
@@ -51,6 +53,24 @@ def test_batched_and_ragged_equals_the_naive_loop(gpt, n_thoughts, opening):
             torch.testing.assert_close(out.thoughts[b], thoughts[0], rtol=1e-9, atol=1e-9)
         alone = generate(gpt, [row], n_thoughts, opening, EOS, 12)
         assert alone.tokens[0] == words
+
+
+@pytest.mark.parametrize("thought", ["hidden", "soft", "projected"])
+@pytest.mark.parametrize("smear", [False, True])
+@torch.no_grad()
+def test_each_row_thinks_until_its_classifier_says_enough(thought, smear):
+    model = random_gpt(seed=5, thought=thought, smear=smear, stop=True)
+    rows = prefixes(6, 9)
+    model.stop.bias.fill_(-0.3)
+    out = generate(model, rows, 5, [EOT], EOS, 10, stop=True)
+    for b, row in enumerate(rows):
+        words, thoughts = naive(model, row, 5, [EOT], 10, stop=True)
+        n = 0 if thoughts is None else thoughts.shape[1]
+        assert (out.n_thoughts[b], out.tokens[b]) == (n, words)
+        if n:
+            torch.testing.assert_close(out.thoughts[b, :n], thoughts[0], rtol=1e-9, atol=1e-9)
+    assert len(set(out.n_thoughts)) > 2  # none, all and some in between: the test's own bias
+    assert generate(model, rows, 5, [EOT], EOS, 10).n_thoughts == [5] * 9  # only where asked
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from conftest import random_gpt
 
 from nanococonut import evaluate
-from nanococonut.curriculum import Curriculum
+from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.errors import UserError
 
 QUESTIONS = ["Tom is a lempus.", "Every lempus is a wumpus. Tom is a lempus.", "?"] * 5
@@ -16,11 +16,11 @@ def model(tokenizer):
     return random_gpt(vocab_size=tokenizer.vocab_size, block_size=64)
 
 
-@pytest.mark.parametrize("method", ["coconut", "cot"])
+@pytest.mark.parametrize("method", METHODS)
 def test_batched_equals_one_by_one(model, tokenizer, method):
     rows = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
     c = Curriculum(method)
-    n = 3 if method == "coconut" else 0
+    n = 3 if METHODS[method].insert != "none" else 0
     batched = evaluate.score(model, tokenizer, c, rows, n, batch_size=4, max_new_tokens=9)
     alone = evaluate.score(model, tokenizer, c, rows, n, batch_size=1, max_new_tokens=9)
     assert batched == alone and len(set(batched.texts)) > 1
@@ -29,25 +29,28 @@ def test_batched_equals_one_by_one(model, tokenizer, method):
 def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, monkeypatch):
     asked = []
 
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new):
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop):
         asked.append((prefixes, n_thoughts, opening))
 
     monkeypatch.setattr(evaluate, "generate", fake)
     question = tokenizer.encode("Tom?")
     evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom?"], 2)
     evaluate.ask(model, tokenizer, Curriculum("no_cot"), ["Tom?"], 0)
+    evaluate.ask(model, tokenizer, Curriculum("pause"), ["Tom?"], 2)
     assert asked == [
         ([question + [tokenizer.bot]], 2, [tokenizer.eot]),
         ([question], 0, []),
+        ([question + [tokenizer.bot] + [tokenizer.latent] * 2], 0, [tokenizer.eot]),
     ]
 
 
 def scripted(monkeypatch, tokenizer, texts):
     """generate() says these texts, whatever it is asked."""
 
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new):
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop):
         tokens = [tokenizer.encode(texts.pop(0)) for _ in prefixes]
-        return evaluate.Generation(tokens, torch.zeros(1), 0, 0, 0, 0)
+        had = [n_thoughts] * len(tokens)
+        return evaluate.Generation(tokens, torch.zeros(1), had, 0, 0, 0, 0)
 
     monkeypatch.setattr(evaluate, "generate", fake)
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "model": {"cache"},
     "hub": {"errors", "model"},
     "muon": set(),
-    "build": {"config", "hub", "model", "muon"},
+    "build": {"config", "curriculum", "hub", "model", "muon"},
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
     "engine": {"cache", "model"},

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanococonut import checkpoint
+from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -356,3 +357,35 @@ def test_an_unwritable_out_dir(train, tiny, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, err = train(tiny, "--out_dir=locked/run")
     assert code == 2 and "cannot be written" in err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_and_is_asked(train, tiny, method):
+    """By one flag each: a run, its end resumed to the same bits, and an answer."""
+    flags = [tiny, f"--method={method}", "--epochs=8", "--reset_optimizer=never"]
+    assert train(*flags, "--out_dir=whole")[0] == 0
+    assert train(*flags, "--out_dir=part", "--max_steps=13")[0] == 0
+    assert train(*flags, "--out_dir=part", "--resume")[0] == 0
+    assert digests("whole") == digests("part") and logged("whole") == logged("part")
+    manifest = checkpoint.read_manifest(checkpoint.find("whole"))
+    slots = METHODS[method].insert != "none"
+    assert (manifest["method"], manifest["n_thoughts"]) == (method, 2 if slots else 0)
+    code, out, err = train("--out_dir=whole", "--seed=1", script="sample.py")
+    assert (code, err) == (0, "") and "answer" in out
+    assert ("ms a thought" in out) == (METHODS[method].slot in ("hidden", "soft", "projected"))
+
+
+def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
+    """With it or without, the model is the same to the bit; asked, it says how much is enough."""
+    shape = ["--epochs=8", "--pad_latent_to_max=False"]
+    assert train(tiny, *shape, "--out_dir=without")[0] == 0
+    assert train(tiny, *shape, "--stop=classifier", "--out_dir=with")[0] == 0
+    assert train(tiny, *shape, "--stop=classifier", "--stop_target=correct", "--out_dir=c")[0] == 0
+    plain = checkpoint.load("without")[0].state_dict()
+    watched = checkpoint.load("with")[0].state_dict()
+    assert watched.keys() - plain.keys() == {"stop.weight", "stop.bias"}
+    assert all(torch.equal(watched[name], tensor) for name, tensor in plain.items())
+    assert watched["stop.weight"].abs().max() > 0
+    assert not torch.equal(checkpoint.load("c")[0].stop.weight, watched["stop.weight"])
+    code, out, err = train("--out_dir=with", "--seed=1", script="sample.py")
+    assert (code, err) == (0, "") and "answer" in out
