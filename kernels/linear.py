@@ -1,0 +1,186 @@
+"""What the linear maps of one step share: (B, N) = f(x) W^T, f a LayerNorm or nothing.
+
+A step has one row per sequence, so its linear maps read far more weight than anything else and the
+weight's bytes are the floor. W is an nn.Linear's, (N, K) with K contiguous. Two shapes of the same
+sum, both a program per block of output columns and both with fp32 accumulation:
+
+- `gemv`, for a few rows: the program asks for all of its weights at once, before it looks at x, and
+  multiplies them with every row while they sit in registers. No loop, no shared memory for W.
+- `tile`, from about eight rows on: tensor cores (`tl.dot`), the rows padded to 16, W streamed
+  through `num_stages` buffers of shared memory.
+
+Beyond `library_from` rows the library's GEMM is taken. LayerNorm's mean and variance are found anew
+by each program: K values per row, which the L2 cache serves, against a launch of their own.
+
+`plan` is a pure function of static shapes: a captured graph replays what an eager call would do.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GEMV_UP_TO = 4  # rows; on paper: beyond it shuffles cost more than tensor cores (unmeasured)
+LIBRARY_FROM = 64  # rows; on paper: from here on each program's own LayerNorm costs (unmeasured)
+PROGRAMS = 132  # streaming multiprocessors of an H100 or H200: as many programs fill the chip
+
+
+@triton.jit
+def gemv(
+    x_ptr,  # (B, K) rows
+    w_ptr,  # (N, K) weights
+    gain_ptr,  # (K,) LayerNorm's weight; not read without NORM
+    shift_ptr,  # (K,) LayerNorm's bias; not read without NORM
+    eps,
+    B,
+    row0,
+    col0,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,  # power of two; CHUNKS * BLOCK_K >= K
+):
+    """Rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N) fp32.
+
+    K is cut into CHUNKS of BLOCK_K so that a warp reads whole columns: lanes along BLOCK_K, warps
+    along the columns, chunks in registers. A sum over chunks then needs no other thread."""
+    m = row0 + tl.arange(0, BLOCK_M)[:, None, None, None]
+    n = col0 + tl.arange(0, BLOCK_N)[None, None, :, None]
+    k = tl.arange(0, CHUNKS)[None, :, None, None] * BLOCK_K
+    k += tl.arange(0, BLOCK_K)[None, None, None, :]  # (1, CHUNKS, 1, BLOCK_K)
+    x = tl.load(x_ptr + m * K + k, mask=(m < B) & (k < K), other=0.0).to(tl.float32)
+    if NORM:
+        gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    # asked for before anything is computed, and last: the sums below then keep its layout
+    w = tl.load(w_ptr + n * K + k, mask=(n < N) & (k < K), other=0.0)
+    if NORM:
+        mean = tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True) / K
+        x = tl.where(k < K, x - mean, 0.0)
+        var = tl.sum(tl.sum(x * x, 1, keep_dims=True), 3, keep_dims=True) / K
+        x = x * tl.rsqrt(var + eps) * gain + shift
+    return tl.sum(tl.sum(x * w.to(tl.float32), 1), 2)
+
+
+@triton.jit
+def tile(
+    x_ptr,
+    w_ptr,
+    gain_ptr,
+    shift_ptr,
+    eps,
+    B,
+    row0,
+    col0,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """The same block on tensor cores.
+
+    K is cut into CHUNKS of BLOCK_K here too, for the warps to share: each multiplies its own, the
+    products are added at the end. What is left of K is a pipelined loop. With NORM there is none,
+    CHUNKS * BLOCK_K >= K: the statistics want the whole row, and the weights are on their way
+    meanwhile. The normalised rows are rounded to the weights' dtype, as nn.LayerNorm's output is.
+    """
+    m = row0 + tl.arange(0, BLOCK_M)[None, :, None]
+    n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
+    chunk = tl.arange(0, CHUNKS)[:, None, None]
+    acc = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, CHUNKS * BLOCK_K):
+        k = k0 + chunk * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]  # (CHUNKS, 1, BLOCK_K)
+        x = tl.load(x_ptr + m * K + k, mask=(m < B) & (k < K), other=0.0)
+        if NORM:
+            tl.static_assert(CHUNKS * BLOCK_K >= K)
+            gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            shift = tl.load(shift_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + n * K + k, mask=(n < N) & (k < K), other=0.0)
+        if NORM:
+            x32 = x.to(tl.float32)
+            mean = tl.sum(tl.sum(x32, 0, keep_dims=True), 2, keep_dims=True) / K
+            x32 = tl.where(k < K, x32 - mean, 0.0)
+            var = tl.sum(tl.sum(x32 * x32, 0, keep_dims=True), 2, keep_dims=True) / K
+            x = (x32 * tl.rsqrt(var + eps) * gain + shift).to(w.dtype)
+        # "ieee": fp32 stays fp32, no TF32
+        acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
+    return tl.sum(acc, 0)
+
+
+def auto_form(batch: int, gemv_up_to: int = GEMV_UP_TO, library_from: int = LIBRARY_FROM) -> str:
+    """The form for a batch of rows. Both thresholds are to be measured on the GPU at hand."""
+    if batch >= library_from:
+        return "library"
+    return "gemv" if batch <= gemv_up_to else "tile"
+
+
+@cache
+def plan(
+    form: str, batch: int, n_out: int, n_in: int, itemsize: int, norm: bool
+) -> tuple[tuple, dict]:
+    """(grid, block sizes and launch options) of form "gemv" or "tile" for (B, K) x (N, K)^T.
+
+    gemv: enough blocks of columns to fill the chip, and at most 16,384 weights per program, 64 per
+    thread: whatever is in flight must fit into registers.
+    tile: the least bytes that the busiest multiprocessor reads, (rows + columns) * K per program;
+    without LayerNorm four buffers of 32 KiB, so that 48 programs keep 3 MB under way.
+    """
+    if form == "gemv":
+        block_k = min(512 // itemsize, triton.next_power_of_2(n_in))  # 32 lanes of 128 bits
+        chunks = triton.next_power_of_2(triton.cdiv(n_in, block_k))
+        fill = min(16, max(4, n_out // 128))
+        block_n = min(1 << (fill.bit_length() - 1), max(1, 16384 // (chunks * block_k)))
+        block_m = min(4, triton.next_power_of_2(batch))
+        warps = min(8, max(1, block_n * chunks * block_k // 2048))
+        stages = 1
+    elif form == "tile":
+        whole = max(16, triton.next_power_of_2(n_in))
+        shapes = [(m, n) for m in (16, 32, 64) for n in (16, 32, 64)]
+        if norm:  # rows and weights in registers, 8 warps
+            shapes = [(16, n) for n in (16, 32) if n == 16 or n * whole <= 32768]
+
+        def busiest(shape: tuple[int, int]) -> tuple[int, int]:
+            programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
+            return triton.cdiv(programs, PROGRAMS) * sum(shape), programs
+
+        block_m, block_n = min(shapes, key=busiest)
+        buffered = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
+        block_k = min(whole, 128)
+        chunks = min(whole // block_k, max(1, buffered // block_k) if not norm else whole)
+        warps, stages = (8, 1) if norm else (4, 2 if torch.version.hip else 5)
+    else:
+        raise ValueError(f"form {form!r}: one of auto, gemv, tile, library is wanted")
+    grid = (triton.cdiv(n_out, block_n), triton.cdiv(batch, block_m))
+    return grid, dict(
+        DOT=form == "tile",
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        CHUNKS=chunks,
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> None:
+    """ValueError where x (B, K), weight (N, K), bias (N,) and a LayerNorm's (K,) do not fit."""
+    K = x.shape[-1]
+    wanted = [("x", x, (len(x), K)), ("weight", weight, (len(bias), K)), ("bias", bias, bias.shape)]
+    wanted += [("a LayerNorm's parameter", p, (K,)) for p in norm]
+    for name, t, shape in wanted:
+        if t.shape != shape or not t.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(t.shape)}, strides {t.stride()}: {tuple(shape)}, contiguous, "
+                "is wanted"
+            )
+        if t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, x is {x.dtype} on {x.device}")

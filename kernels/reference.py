@@ -1,0 +1,67 @@
+"""The truth of every kernel, in the plainest torch: same name with _ref, same arguments, same
+effects. Run in fp64 (or fp32) it is what a kernel's error is measured against; run in the kernel's
+own dtype it is the error that plain torch makes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def append_ref(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    lengths: Tensor,
+    active: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """q (B, nh, hs) of x (B, C); k and v are written at each row's length (see kernels/append.py)"""
+    B, nh, T, hs = cache_k.shape
+    qkv = F.linear(F.layer_norm(x, (nh * hs,), ln_weight, ln_bias, eps), weight, bias)
+    q, k, v = qkv.view(B, 3, nh, hs).unbind(1)  # (B, nh, hs) each
+    for b, length in enumerate(lengths.tolist()):
+        if length < T and (active is None or active[b]):
+            cache_k[b, :, length] = k[b]
+            cache_v[b, :, length] = v[b]
+    return q
+
+
+def linear_residual_ref(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """x (B, N) += y (B, K) @ weight (N, K)^T + bias (N,), in place."""
+    return x.add_(F.linear(y, weight, bias))
+
+
+def ln_linear_gelu_ref(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)) -> (B, N)."""
+    h = F.linear(F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps), weight, bias)
+    return F.gelu(h, approximate="tanh")
+
+
+def feedback_ref(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    wpe: Tensor,
+    lengths: Tensor,
+    hidden: Tensor,
+    active: Tensor | None = None,
+    eps: float = 1e-5,
+) -> None:
+    """x, lengths and hidden in place (see kernels/feedback.py)."""
+    active = torch.ones_like(lengths, dtype=torch.bool) if active is None else active
+    h = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
+    hidden.copy_(torch.where(active[:, None], h, hidden))
+    lengths += active
+    x.copy_(hidden + wpe[lengths.clamp(max=len(wpe) - 1)])
+
+
+def embed_ref(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
+    """x (B, C) = wte[token] + wpe[lengths], in place."""
+    x.copy_(wte[token] + wpe[lengths.clamp(max=len(wpe) - 1)])
