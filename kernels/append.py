@@ -86,7 +86,8 @@ def _append_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
         )  # fmt: skip
     _store_qkv(
-        acc + bias, m, n, q_ptr, k_ptr, v_ptr, length, store, B, stride_b, stride_h, stride_t, C, HEAD
+        acc + bias, m, n, q_ptr, k_ptr, v_ptr, length, store, B,
+        stride_b, stride_h, stride_t, C, HEAD,
     )  # fmt: skip
 
 
@@ -116,7 +117,8 @@ def _append_store_kernel(
         store = store & tl.load(active_ptr + m).to(tl.int1)
     qkv = tl.load(qkv_ptr + m * (3 * C) + n, mask=n < 3 * C, other=0.0)
     _store_qkv(
-        qkv, m, n, q_ptr, k_ptr, v_ptr, length, store, B, stride_b, stride_h, stride_t, C, HEAD
+        qkv, m, n, q_ptr, k_ptr, v_ptr, length, store, B,
+        stride_b, stride_h, stride_t, C, HEAD,
     )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def append(
     eps: float = 1e-5,
     form: str = "auto",
 ) -> Tensor:
-    """x (B, C) -> q (B, nh, hs), a new tensor; k and v are stored in the cache at [b, :, lengths[b]].
+    """x (B, C) -> q (B, nh, hs), a new tensor; k, v go to cache_k, cache_v at [b, :, lengths[b]].
 
     weight (3C, C), bias (3C,): an nn.Linear's, the columns those of q, k and v, head by head.
     cache_k, cache_v (B, nh, T, hs): one layer's views of the cache, hs contiguous, equal strides.
@@ -162,7 +164,7 @@ def append(
     if active is not None and (active.shape != (B,) or not active.is_contiguous()):
         raise ValueError(f"active is {tuple(active.shape)}: ({B},), contiguous, is wanted")
     q = x.new_empty(B, nh, hs)
-    form = auto_form(B) if form == "auto" else form
+    form = auto_form(B, C * x.element_size()) if form == "auto" else form
     cache = (q, cache_k, cache_v, lengths, lengths if active is None else active)
     sizes = (B, T, *cache_k.stride()[:3], C, hs, active is not None)
     if form == "library":
@@ -174,7 +176,5 @@ def append(
         )
         return q
     grid, options = plan(form, B, 3 * C, C, x.element_size(), norm=True)
-    _append_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, **options
-    )
+    _append_kernel[grid](x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, **options)
     return q

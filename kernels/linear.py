@@ -24,6 +24,8 @@ from torch import Tensor
 
 GEMV_UP_TO = 4  # rows; on paper: beyond it shuffles cost more than tensor cores (unmeasured)
 LIBRARY_FROM = 64  # rows; on paper: from here on each program's own LayerNorm costs (unmeasured)
+TILE_ROW_BYTES = 4096  # of a row that a tile normalises: it is in registers, 16 at a time
+HIP = bool(torch.version.hip)
 PROGRAMS = 132  # streaming multiprocessors of an H100 or H200: as many programs fill the chip
 
 
@@ -57,8 +59,9 @@ def gemv(
     if NORM:
         gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    # asked for before anything is computed, and last: the sums below then keep its layout
+    # last of the loads: the sums below then keep its layout
     w = tl.load(w_ptr + n * K + k, mask=(n < N) & (k < K), other=0.0)
+    tl.debug_barrier()  # no load is put off: all are under way before the first is waited for
     if NORM:
         mean = tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True) / K
         x = tl.where(k < K, x - mean, 0.0)
@@ -89,8 +92,8 @@ def tile(
 
     K is cut into CHUNKS of BLOCK_K here too, for the warps to share: each multiplies its own, the
     products are added at the end. What is left of K is a pipelined loop. With NORM there is none,
-    CHUNKS * BLOCK_K >= K: the statistics want the whole row, and the weights are on their way
-    meanwhile. The normalised rows are rounded to the weights' dtype, as nn.LayerNorm's output is.
+    CHUNKS * BLOCK_K >= K: the statistics want the whole row, and are made while the weights are on
+    their way. The normalised rows are rounded to the weights' dtype, as nn.LayerNorm's output is.
     """
     m = row0 + tl.arange(0, BLOCK_M)[None, :, None]
     n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
@@ -98,64 +101,81 @@ def tile(
     acc = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, CHUNKS * BLOCK_K):
         k = k0 + chunk * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]  # (CHUNKS, 1, BLOCK_K)
-        x = tl.load(x_ptr + m * K + k, mask=(m < B) & (k < K), other=0.0)
-        if NORM:
-            tl.static_assert(CHUNKS * BLOCK_K >= K)
-            gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-            shift = tl.load(shift_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + n * K + k, mask=(n < N) & (k < K), other=0.0)
         if NORM:
-            x32 = x.to(tl.float32)
-            mean = tl.sum(tl.sum(x32, 0, keep_dims=True), 2, keep_dims=True) / K
-            x32 = tl.where(k < K, x32 - mean, 0.0)
-            var = tl.sum(tl.sum(x32 * x32, 0, keep_dims=True), 2, keep_dims=True) / K
-            x = (x32 * tl.rsqrt(var + eps) * gain + shift).to(w.dtype)
+            tl.static_assert(CHUNKS * BLOCK_K >= K)
+            # in x's shape: a broadcast would be preceded by a change of layout, which waits
+            whole = tl.broadcast_to(k, (CHUNKS, BLOCK_M, BLOCK_K))
+            gain = tl.load(gain_ptr + whole, mask=whole < K, other=0.0)
+            shift = tl.load(shift_ptr + whole, mask=whole < K, other=0.0)
+            tl.debug_barrier()  # all of the above is asked for before x is
+        x = tl.load(x_ptr + m * K + k, mask=(m < B) & (k < K), other=0.0)
+        if NORM:
+            h = x.to(tl.float32)
+            mean = tl.sum(tl.sum(h, 2, keep_dims=True), 0, keep_dims=True) / K
+            h = tl.where(k < K, h - mean, 0.0)
+            var = tl.sum(tl.sum(h * h, 2, keep_dims=True), 0, keep_dims=True) / K
+            h = h * tl.rsqrt(var + eps) * gain.to(tl.float32) + shift.to(tl.float32)
+            x = h.to(w.dtype)
+            w = tl.where(n < N, w, 0.0)  # w as it is would be waited for as soon as it is loaded
         # "ieee": fp32 stays fp32, no TF32
         acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
     return tl.sum(acc, 0)
 
 
-def auto_form(batch: int, gemv_up_to: int = GEMV_UP_TO, library_from: int = LIBRARY_FROM) -> str:
-    """The form for a batch of rows. Both thresholds are to be measured on the GPU at hand."""
+def auto_form(
+    batch: int, norm_bytes: int = 0, gemv_up_to: int = GEMV_UP_TO, library_from: int = LIBRARY_FROM
+) -> str:
+    """The form for a batch of rows. Both thresholds are to be measured on the GPU at hand.
+
+    norm_bytes: of a row, where there is a LayerNorm; more than 4 KiB do not fit a tile."""
     if batch >= library_from:
         return "library"
-    return "gemv" if batch <= gemv_up_to else "tile"
+    return "gemv" if batch <= gemv_up_to or norm_bytes > TILE_ROW_BYTES else "tile"
 
 
 @cache
 def plan(
-    form: str, batch: int, n_out: int, n_in: int, itemsize: int, norm: bool
+    form: str, batch: int, n_out: int, n_in: int, itemsize: int, norm: bool, hip: bool = HIP
 ) -> tuple[tuple, dict]:
     """(grid, block sizes and launch options) of form "gemv" or "tile" for (B, K) x (N, K)^T.
 
-    gemv: enough blocks of columns to fill the chip, and at most 16,384 weights per program, 64 per
-    thread: whatever is in flight must fit into registers.
+    gemv: enough blocks of columns to fill the chip, and at most 16,384 weights per program, all of
+    them in registers; a warp has a column of its own.
     tile: the least bytes that the busiest multiprocessor reads, (rows + columns) * K per program;
     without LayerNorm four buffers of 32 KiB, so that 48 programs keep 3 MB under way.
     """
+    whole = triton.next_power_of_2(n_in)
+    chunks, stages = 1, 1
     if form == "gemv":
-        block_k = min(512 // itemsize, triton.next_power_of_2(n_in))  # 32 lanes of 128 bits
-        chunks = triton.next_power_of_2(triton.cdiv(n_in, block_k))
+        block_k = min(512 // itemsize, whole)  # 32 lanes of 128 bits
+        chunks = whole // block_k
         fill = min(16, max(4, n_out // 128))
-        block_n = min(1 << (fill.bit_length() - 1), max(1, 16384 // (chunks * block_k)))
+        block_n = min(1 << (fill.bit_length() - 1), max(1, 16384 // whole))
         block_m = min(4, triton.next_power_of_2(batch))
-        warps = min(8, max(1, block_n * chunks * block_k // 2048))
-        stages = 1
+        per_thread = 64 if block_n * whole <= 2048 * block_n else 128
+        warps = min(8, max(1, block_n * whole // (32 * per_thread)))
     elif form == "tile":
-        whole = max(16, triton.next_power_of_2(n_in))
+        whole = max(16, whole)
+        if norm and n_in * itemsize > TILE_ROW_BYTES:
+            raise ValueError(f"form 'tile': a row of {n_in} is too long, 'gemv' is wanted")
         shapes = [(m, n) for m in (16, 32, 64) for n in (16, 32, 64)]
-        if norm:  # rows and weights in registers, 8 warps
-            shapes = [(16, n) for n in (16, 32) if n == 16 or n * whole <= 32768]
+        if norm:  # rows and weights go through registers and 64 KiB of shared memory (AMD: 32)
+            most = 32768 if hip else 65536
+            shapes = [(16, n) for n in (16, 32) if n == 16 or n * whole * itemsize <= most]
 
         def busiest(shape: tuple[int, int]) -> tuple[int, int]:
             programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
             return triton.cdiv(programs, PROGRAMS) * sum(shape), programs
 
         block_m, block_n = min(shapes, key=busiest)
-        buffered = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
         block_k = min(whole, 128)
-        chunks = min(whole // block_k, max(1, buffered // block_k) if not norm else whole)
-        warps, stages = (8, 1) if norm else (4, 2 if torch.version.hip else 5)
+        if norm:
+            chunks, warps = whole // block_k, 8 if whole <= 1024 else 16
+        else:
+            buffer = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
+            chunks, warps = max(1, min(whole, buffer) // block_k), 4
+            stages = 2 if hip else 5
     else:
         raise ValueError(f"form {form!r}: one of auto, gemv, tile, library is wanted")
     grid = (triton.cdiv(n_out, block_n), triton.cdiv(batch, block_m))

@@ -65,7 +65,7 @@ def ln_linear_gelu(
     """
     check_linear(x, weight, bias, ln_weight, ln_bias)
     B, (N, K) = len(x), weight.shape
-    form = auto_form(B) if form == "auto" else form
+    form = auto_form(B, K * x.element_size()) if form == "auto" else form
     if form == "library":
         h = F.linear(F.layer_norm(x, (K,), ln_weight, ln_bias, eps), weight, bias)
         return F.gelu(h, approximate="tanh")

@@ -1,7 +1,4 @@
-"""The truth of every kernel, in the plainest torch: same name with _ref, same arguments, same
-effects. Run in fp64 (or fp32) it is what a kernel's error is measured against; run in the kernel's
-own dtype it is the error that plain torch makes.
-"""
+"""The truth: what each kernel computes, in the plainest torch. Slow, and correct in any dtype."""
 
 import torch
 from torch import Tensor
@@ -20,7 +17,7 @@ def append_ref(
     active: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """q (B, nh, hs) of x (B, C); k and v are written at each row's length (see kernels/append.py)"""
+    """q (B, nh, hs) of x (B, C); k, v are written at each row's length (see kernels/append.py)."""
     B, nh, T, hs = cache_k.shape
     qkv = F.linear(F.layer_norm(x, (nh * hs,), ln_weight, ln_bias, eps), weight, bias)
     q, k, v = qkv.view(B, 3, nh, hs).unbind(1)  # (B, nh, hs) each

@@ -1,0 +1,187 @@
+"""feedback and embed against their truths, and a whole chain of thoughts made of the kernels."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from conftest import assert_three_way, random_gpt
+from torch.nn import functional as F
+
+from kernels.append import append
+from kernels.feedback import embed, feedback
+from kernels.linear_residual import linear_residual
+from kernels.ln_linear_gelu import ln_linear_gelu
+from kernels.reference import embed_ref, feedback_ref
+from nanococonut import engine
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("B, C", [(1, 24), (2, 64), (5, 7), (9, 100), (17, 1)])
+def test_feedback(B, C, masked, dtype, device, seed):
+    """Rows at the first position, somewhere, and at the last one."""
+    P = 6
+    x, hidden, wpe = (torch.randn(n, C, device=device).to(dtype) for n in (B, B, P))
+    ln_w, ln_b = (torch.randn(C, device=device).to(dtype) for _ in range(2))
+    lengths = torch.randint(0, P, (B,), device=device)
+    active = torch.rand(B, device=device) < 0.5 if masked else None
+    if masked:
+        active[0] = False
+    got, usual = ([t.clone() for t in (x, lengths, hidden)] for _ in range(2))
+    truth = [x.double(), lengths.clone(), hidden.double()]
+    feedback(got[0], ln_w, ln_b, wpe, *got[1:], active)
+    feedback_ref(usual[0], ln_w, ln_b, wpe, *usual[1:], active)
+    feedback_ref(truth[0], ln_w.double(), ln_b.double(), wpe.double(), *truth[1:], active)
+    assert_three_way(got[0], usual[0], truth[0])
+    assert_three_way(got[2], usual[2], truth[2])
+    assert torch.equal(got[1], lengths + (1 if active is None else active))
+    if masked:
+        assert torch.equal(got[2][~active], hidden[~active])
+    # the next input is made of the hidden state as it is kept, rounded
+    at = got[1].clamp(max=P - 1)
+    assert torch.equal(got[0], got[2] + wpe[at])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, C", [(1, 24), (5, 7), (9, 100)])
+def test_embed(B, C, dtype, device, seed):
+    wte, wpe = (torch.randn(n, C, device=device).to(dtype) for n in (11, 6))
+    token = torch.randint(0, 11, (B,), device=device)
+    lengths = torch.randint(0, 8, (B,), device=device)  # some behind the last position
+    x, want = (torch.full((B, C), float("nan"), dtype=dtype, device=device) for _ in range(2))
+    embed(wte, token, wpe, lengths, x)
+    embed_ref(wte, token, wpe, lengths, want)
+    assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "hidden", "strides", "lengths", "active"])
+def test_what_does_not_fit_is_an_error(wrong, device):
+    x, hidden, wpe = (torch.zeros(n, 8, device=device) for n in (2, 2, 6))
+    gain, lengths, active = wpe[0], torch.zeros(2, dtype=torch.int64, device=device), None
+    if wrong == "dtype":
+        wpe = wpe.half()
+    elif wrong == "hidden":
+        hidden = hidden[:1]
+    elif wrong == "strides":
+        x = torch.zeros(8, 2, device=device).T
+    elif wrong == "lengths":
+        lengths = lengths[:1]
+    else:
+        active = torch.ones(3, dtype=torch.bool, device=device)
+    with pytest.raises(ValueError, match="wanted"):
+        feedback(x, gain, gain, wpe, lengths, hidden, active)
+    if wrong in ("dtype", "strides", "lengths"):
+        with pytest.raises(ValueError, match="wanted"):
+            embed(hidden, lengths, wpe, lengths, x)
+
+
+def attention(q, k, v, lengths):
+    """q (B, nh, hs) over the keys [0, lengths] -> (B, C): plain torch in the kernels' midst."""
+    seen = torch.arange(k.shape[2], device=q.device) <= lengths[:, None]
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None])
+    return y.flatten(1)
+
+
+def blocks(model, cache, x, form, active):
+    """Every layer of one step, in place on the residual stream x (B, C)."""
+    for layer, block in enumerate(model.h):
+        k, v = cache.data[layer]
+        ln, fc = block.ln_1, block.attn.c_attn
+        args = (ln.weight, ln.bias, fc.weight, fc.bias)
+        q = append(x, *args, k, v, cache.lengths, active, form=form)
+        y = attention(q, k, v, cache.lengths)
+        linear_residual(y, block.attn.c_proj.weight, block.attn.c_proj.bias, x, form)
+        ln, fc = block.ln_2, block.mlp.c_fc
+        h = ln_linear_gelu(x, ln.weight, ln.bias, fc.weight, fc.bias, form=form)
+        linear_residual(h, block.mlp.c_proj.weight, block.mlp.c_proj.bias, x, form)
+
+
+def chain(model, cache, hidden, n, token, form, active):
+    """n thoughts and a word on the kernels: hidden (B, C) in, the hidden state of each step out."""
+    x, rows, hidden = torch.empty_like(hidden), cache.rows[:, 0].contiguous(), hidden.clone()
+    said = []
+    embed(hidden, rows, model.wpe.weight, cache.lengths, x)
+    for step in range(n + 1):
+        if step == n:  # a word takes the next thought's place
+            active = None
+            embed(model.wte.weight, token, model.wpe.weight, cache.lengths, x)
+        blocks(model, cache, x, form, active)
+        ln = model.ln_f
+        feedback(x, ln.weight, ln.bias, model.wpe.weight, cache.lengths, hidden, active)
+        said.append(hidden.clone())
+    return torch.stack(said)
+
+
+def engines_chain(model, cache, state, n, token, active):
+    """The same by the engine's torch path."""
+    said = []
+    for _ in range(n):
+        state = engine.latent_step(model, cache, state, active)
+        said.append(state.hidden)
+    state = engine.decode_step(model, cache, token, state)
+    return torch.stack([*said, state.hidden])
+
+
+def prefilled(dtype, lengths, device, **shape):
+    """A random GPT, its cache with a ragged batch of questions read, what came of it, a word."""
+    model = random_gpt(**shape).to(device)
+    idx = torch.randint(0, 41, (len(lengths), max(lengths)), device=device)
+    cache = model.new_cache(len(lengths), max(lengths) + 8)
+    state = engine.prefill(model, cache, idx, torch.tensor(lengths, device=device))
+    model, cache.data = model.to(dtype), cache.data.to(dtype)
+    state = engine.State(state.hidden.to(dtype), state.prev.to(dtype), state.span)
+    return model, cache, state, torch.randint(0, 41, (len(lengths),), device=device)
+
+
+def compare(model, cache, state, token, n, active, form):
+    exact, exact_cache = copy.deepcopy(model).double(), copy.deepcopy(cache)
+    exact_cache.data = exact_cache.data.double()
+    exact_state = engine.State(state.hidden.double(), state.prev.double(), state.span)
+    truth = engines_chain(exact, exact_cache, exact_state, n, token, active)
+    usual_cache = copy.deepcopy(cache)
+    usual = engines_chain(model, usual_cache, state, n, token, active)
+    got = chain(model, cache, state.hidden, n, token, form, active)
+    assert_three_way(got, usual, truth)
+    assert torch.equal(cache.lengths, exact_cache.lengths)
+    valid = torch.arange(cache.capacity, device=token.device) < cache.lengths[:, None]
+    kept = [c.data.transpose(3, 4)[:, :, valid.nonzero()[:, 0], valid.nonzero()[:, 1]]
+            for c in (cache, usual_cache, exact_cache)]  # fmt: skip
+    assert_three_way(*kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["gemv", "tile", "library"])
+def test_a_chain_of_thoughts_equals_the_models(form, device, seed):
+    """Ragged rows, one of them inactive: each thought's hidden state, every key and value."""
+    args = prefilled(torch.float32, [5, 1, 9], device, n_embd=12, seed=seed)
+    active = torch.tensor([True, False, True], device=device)
+    compare(*args, 3, active, form)
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("form", ["gemv", "tile", "library"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_chain_equals_the_eager_one(dtype, form, seed):
+    """One CUDA graph of several thoughts, replayed from fresh state: bit for bit the eager run."""
+    args = prefilled(dtype, [5, 1, 9, 30, 2], "cuda", n_embd=96, n_head=6, seed=seed)
+    model, cache, state, token = args
+    active = torch.tensor([True, False, True, True, True], device="cuda")
+    data, lengths = cache.data.clone(), cache.lengths.clone()
+    eager = chain(model, cache, state.hidden, 4, token, form, active)
+    eager_data, eager_lengths = cache.data.clone(), cache.lengths.clone()
+
+    cache.data.copy_(data), cache.lengths.copy_(lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(model, cache, state.hidden, 4, token, form, active)
+    for _ in range(3):
+        cache.data.copy_(data), cache.lengths.copy_(lengths)
+        graph.replay()
+        assert torch.equal(captured, eager)
+        assert torch.equal(cache.data, eager_data) and torch.equal(cache.lengths, eager_lengths)
