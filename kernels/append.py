@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import auto_form, check_linear, gemv, plan, tile
+from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def append(
     if active is not None and (active.shape != (B,) or not active.is_contiguous()):
         raise ValueError(f"active is {tuple(active.shape)}: ({B},), contiguous, is wanted")
     q = x.new_empty(B, nh, hs)
-    form = auto_form(B, C * x.element_size()) if form == "auto" else form
+    form = auto_form(B, x.element_size(), C) if form == "auto" else form
     cache = (q, cache_k, cache_v, lengths, lengths if active is None else active)
     sizes = (B, T, *cache_k.stride()[:3], C, hs, active is not None)
     if form == "library":
@@ -172,9 +172,29 @@ def append(
         block = min(1024, triton.next_power_of_2(3 * C))
         grid = (triton.cdiv(3 * C, block), B)
         _append_store_kernel[grid](
-            qkv, *cache, *sizes, BLOCK_N=block, num_warps=4, enable_fp_fusion=True
+            qkv, *cache, *sizes, BLOCK_N=block, num_warps=2, enable_fp_fusion=True
         )
         return q
     grid, options = plan(form, B, 3 * C, C, x.element_size(), norm=True)
     _append_kernel[grid](x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, **options)
     return q
+
+
+def aot_cases(hip: bool = False) -> list:
+    """What kernels.aot compiles: GPT-2 124M's. hip: as planned on an AMD GPU."""
+    from kernels.aot import Case
+
+    strides = dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i32")
+    more = dict(lengths_ptr="*i64", active_ptr="*i1", T="i32", **strides)
+    more |= dict(C=768, HEAD=64, MASKED=True)
+    pointers = {a: "*bf16" for a in _append_store_kernel.arg_names if a.endswith("_ptr")}
+    signature = pointers | dict(B="i32") | {k: t for k, t in more.items() if isinstance(t, str)}
+    constexprs = dict(C=768, HEAD=64, MASKED=True, BLOCK_N=1024)
+    return [
+        *(
+            aot_case(_append_kernel, form, B, 2304, 768, True, hip, eps="fp32", **more)
+            for form, B in [("gemv", 1), ("gemv", 4), ("tile", 8)]
+        ),
+        Case("store", _append_store_kernel, signature, constexprs, num_warps=2, wide_loads=True,
+             divisible=[*pointers, *strides]),
+    ]  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 
 GEMV_UP_TO = 4  # rows; on paper: beyond it shuffles cost more than tensor cores (unmeasured)
 LIBRARY_FROM = 64  # rows; on paper: from here on each program's own LayerNorm costs (unmeasured)
-TILE_ROW_BYTES = 4096  # of a row that a tile normalises: it is in registers, 16 at a time
+TILE_ROW_BYTES = 2560  # of a row that a tile normalises in registers: GPT-2 large in bf16
 HIP = bool(torch.version.hip)
 PROGRAMS = 132  # streaming multiprocessors of an H100 or H200: as many programs fill the chip
 
@@ -124,14 +124,20 @@ def tile(
 
 
 def auto_form(
-    batch: int, norm_bytes: int = 0, gemv_up_to: int = GEMV_UP_TO, library_from: int = LIBRARY_FROM
+    batch: int,
+    itemsize: int,
+    norm_width: int = 0,
+    gemv_up_to: int = GEMV_UP_TO,
+    library_from: int = LIBRARY_FROM,
 ) -> str:
     """The form for a batch of rows. Both thresholds are to be measured on the GPU at hand.
 
-    norm_bytes: of a row, where there is a LayerNorm; more than 4 KiB do not fit a tile."""
+    A tile is for two-byte types (fp32 proper has no tensor cores) and for a LayerNorm, if there is
+    one, of norm_width numbers that fit."""
     if batch >= library_from:
         return "library"
-    return "gemv" if batch <= gemv_up_to or norm_bytes > TILE_ROW_BYTES else "tile"
+    tiled = itemsize == 2 and norm_width * itemsize <= TILE_ROW_BYTES
+    return "tile" if tiled and batch > gemv_up_to else "gemv"
 
 
 @cache
@@ -141,7 +147,7 @@ def plan(
     """(grid, block sizes and launch options) of form "gemv" or "tile" for (B, K) x (N, K)^T.
 
     gemv: enough blocks of columns to fill the chip, and at most 16,384 weights per program, all of
-    them in registers; a warp has a column of its own.
+    them in registers, 64 per thread.
     tile: the least bytes that the busiest multiprocessor reads, (rows + columns) * K per program;
     without LayerNorm four buffers of 32 KiB, so that 48 programs keep 3 MB under way.
     """
@@ -153,8 +159,7 @@ def plan(
         fill = min(16, max(4, n_out // 128))
         block_n = min(1 << (fill.bit_length() - 1), max(1, 16384 // whole))
         block_m = min(4, triton.next_power_of_2(batch))
-        per_thread = 64 if block_n * whole <= 2048 * block_n else 128
-        warps = min(8, max(1, block_n * whole // (32 * per_thread)))
+        warps = min(8, max(1, block_n * whole // 2048))
     elif form == "tile":
         whole = max(16, whole)
         if norm and n_in * itemsize > TILE_ROW_BYTES:
@@ -204,3 +209,21 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> None
             )
         if t.dtype != x.dtype or t.device != x.device:
             raise ValueError(f"{name} is {t.dtype} on {t.device}, x is {x.dtype} on {x.device}")
+
+
+def aot_case(
+    kernel, form: str, batch: int, n_out: int, n_in: int, norm: bool, hip: bool, **others
+) -> "Case":  # noqa: F821
+    """One case for kernels.aot in bf16, as a launcher would have it. others: the kernel's further
+    arguments, their type (a string) or value (a constexpr)."""
+    from kernels.aot import Case
+
+    options = dict(plan(form, batch, n_out, n_in, 2, norm, hip)[1])
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    del options["enable_fp_fusion"]
+    given = {a: "*bf16" for a in kernel.arg_names if a.endswith("_ptr")} | dict(B="i32") | others
+    signature = {a: t for a, t in given.items() if isinstance(t, str)}
+    constexprs = {a: v for a, v in given.items() if not isinstance(v, str)} | options
+    divisible = [a for a in signature if a.endswith("_ptr") or a.startswith("stride")]
+    name = f"{form} B={batch} {n_out}x{n_in}"
+    return Case(name, kernel, signature, constexprs, warps, stages, True, form == "tile", divisible)

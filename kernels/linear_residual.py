@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import auto_form, check_linear, gemv, plan, tile
+from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
 
 
 @triton.jit
@@ -63,9 +63,19 @@ def linear_residual(
             f"{(len(y), len(weight))} {y.dtype}, contiguous, is wanted"
         )
     B, (N, K) = len(y), weight.shape
-    form = auto_form(B) if form == "auto" else form
+    form = auto_form(B, y.element_size()) if form == "auto" else form
     if form == "library":
         return x.add_(F.linear(y, weight, bias))
     grid, options = plan(form, B, N, K, y.element_size(), norm=False)
     _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **options)
     return x
+
+
+def aot_cases(hip: bool = False) -> list:
+    """What kernels.aot compiles: both projections of GPT-2 124M. hip: as planned on an AMD GPU."""
+    batches = [("gemv", 1), ("gemv", 4), ("tile", 8), ("tile", 63)]
+    return [
+        aot_case(_linear_residual_kernel, *form, 768, K, False, hip, N=768, K=K)
+        for form in batches
+        for K in (768, 3072)
+    ]

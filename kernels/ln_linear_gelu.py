@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import auto_form, check_linear, gemv, plan, tile
+from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def ln_linear_gelu(
     """
     check_linear(x, weight, bias, ln_weight, ln_bias)
     B, (N, K) = len(x), weight.shape
-    form = auto_form(B, K * x.element_size()) if form == "auto" else form
+    form = auto_form(B, x.element_size(), K) if form == "auto" else form
     if form == "library":
         h = F.linear(F.layer_norm(x, (K,), ln_weight, ln_bias, eps), weight, bias)
         return F.gelu(h, approximate="tanh")
@@ -73,3 +73,13 @@ def ln_linear_gelu(
     out = x.new_empty(B, N)
     _ln_linear_gelu_kernel[grid](x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, **options)
     return out
+
+
+def aot_cases(hip: bool = False) -> list:
+    """What kernels.aot compiles: GPT-2 124M's and, the longest tile, GPT-2 large's. hip: as planned
+    on an AMD GPU."""
+    shapes = [("gemv", 1, 768), ("gemv", 4, 768), ("tile", 8, 768), ("tile", 8, 1280)]
+    return [
+        aot_case(_ln_linear_gelu_kernel, form, B, 4 * C, C, True, hip, eps="fp32", N=4 * C, K=C)
+        for form, B, C in shapes
+    ]

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from conftest import assert_three_way
 
-from kernels.linear import auto_form, plan
+from kernels.linear import TILE_ROW_BYTES, auto_form, plan
 from kernels.linear_residual import linear_residual
 from kernels.ln_linear_gelu import ln_linear_gelu
 from kernels.reference import linear_residual_ref, ln_linear_gelu_ref
@@ -75,6 +75,8 @@ def test_a_rows_values_do_not_reach_another(form, device, seed):
 @pytest.mark.parametrize("C", GPT2)
 @pytest.mark.parametrize("B", [1, 3, 8, 33, 64, 256])
 def test_gpt2_sizes(B, C, form, seed, nan_memory):
+    if form == "tile" and 2 * C > TILE_ROW_BYTES:
+        pytest.skip("too long a row")
     args = layer(B, 4 * C, C, torch.bfloat16, "cuda")
     got = ln_linear_gelu(*args, form=form)
     assert_three_way(got, ln_linear_gelu_ref(*args), ln_linear_gelu_ref(*double(*args)))
@@ -89,13 +91,15 @@ def test_gpt2_sizes(B, C, form, seed, nan_memory):
 
 
 def test_forms_follow_the_batch():
-    forms = [auto_form(b) for b in (1, 4, 5, 63, 64, 999)]
+    forms = [auto_form(b, 2) for b in (1, 4, 5, 63, 64, 999)]
     assert forms == ["gemv", "gemv", "tile", "tile", "library", "library"]
-    assert auto_form(32, library_from=32) == "library" and auto_form(2, gemv_up_to=1) == "tile"
-    assert auto_form(9, norm_bytes=1600 * 2) == "tile"  # GPT-2 XL in bf16
-    assert auto_form(9, norm_bytes=1600 * 4) == "gemv"
+    assert auto_form(32, 2, library_from=32) == "library"
+    assert auto_form(2, 2, gemv_up_to=1) == "tile"
+    assert auto_form(9, 4) == "gemv"  # no tensor cores for fp32
+    assert auto_form(9, 2, norm_width=1280) == "tile"
+    assert auto_form(9, 2, norm_width=1600) == "gemv"  # GPT-2 XL's rows do not fit
     with pytest.raises(ValueError, match="too long"):
-        plan("tile", 9, 4800, 1600, 4, True)
+        plan("tile", 9, 4800, 1600, 2, True)
 
 
 @pytest.mark.parametrize("hip", [False, True])
@@ -105,23 +109,21 @@ def test_forms_follow_the_batch():
 def test_plans_cover_and_fit(form, batch, C, itemsize, hip):
     """The grid covers every row and column; LayerNorm's whole row is in one block; what a program
     keeps in registers and shared memory stays within what an A100 (or an MI300) has."""
-    shared = (64 if hip else 163) * 1024
     for n_out, n_in, norm in [(3 * C, C, 1), (C, C, 0), (4 * C, C, 1), (C, 4 * C, 0)]:
-        if form == "tile" and norm and C * itemsize > 4096:
+        if form == "tile" and norm and C * itemsize > TILE_ROW_BYTES:
             continue
         (columns, rows), o = plan(form, batch, n_out, n_in, itemsize, bool(norm), hip)
         assert (columns - 1) * o["BLOCK_N"] < n_out <= columns * o["BLOCK_N"]
         assert (rows - 1) * o["BLOCK_M"] < batch <= rows * o["BLOCK_M"]
         step = o["CHUNKS"] * o["BLOCK_K"]
         assert step >= n_in or not (norm or form == "gemv")
-        buffer = (o["BLOCK_M"] + o["BLOCK_N"]) * step * itemsize
+        buffers = max(1, o["num_stages"] - 1)
+        buffered = buffers * (o["BLOCK_M"] + o["BLOCK_N"]) * step * itemsize
         if form == "gemv":
-            assert o["BLOCK_N"] * step <= 128 * 32 * o["num_warps"]  # 128 weights per thread
+            assert o["BLOCK_N"] * step <= 64 * 32 * o["num_warps"]  # 64 weights per thread
             assert columns >= 128 or C not in GPT2
-        elif norm and not hip:
-            assert buffer <= shared
         else:
-            assert max(1, o["num_stages"] - 1) * buffer <= shared or norm
+            assert buffered <= (64 if hip else 163) * 1024
 
 
 @pytest.mark.parametrize("wrong", ["weight", "bias", "dtype", "strides", "residual", "form"])
