@@ -83,7 +83,7 @@ def _append_kernel(
     else:
         acc = gemv(
             x_ptr, w_ptr, gain_ptr, shift_ptr, eps, B, row0, col0, 3 * C, C, True,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     _store_qkv(
         acc + bias, m, n, q_ptr, k_ptr, v_ptr, length, store, B,

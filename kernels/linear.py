@@ -4,8 +4,9 @@ A step has one row per sequence, so its linear maps read far more weight than an
 weight's bytes are the floor. W is an nn.Linear's, (N, K) with K contiguous. Two shapes of the same
 sum, both a program per block of output columns and both with fp32 accumulation:
 
-- `gemv`, for a few rows: the program asks for all of its weights at once, before it looks at x, and
-  multiplies them with every row while they sit in registers. No loop, no shared memory for W.
+- `gemv`, for a few rows: a warp per few columns asks for all of its weights at once, before it
+  looks at x, and multiplies them with every row while they sit in registers. No loop, no shared
+  memory.
 - `tile`, from about eight rows on: tensor cores (`tl.dot`), the rows padded to 16, W streamed
   through `num_stages` buffers of shared memory.
 
@@ -24,9 +25,9 @@ from torch import Tensor
 
 GEMV_UP_TO = 4  # rows; on paper: beyond it shuffles cost more than tensor cores (unmeasured)
 LIBRARY_FROM = 64  # rows; on paper: from here on each program's own LayerNorm costs (unmeasured)
-TILE_ROW_BYTES = 2560  # of a row that a tile normalises in registers: GPT-2 large in bf16
+TILE_ROW_BYTES = 2048  # of a row that a tile normalises in registers: GPT-2 medium in bf16
 HIP = bool(torch.version.hip)
-PROGRAMS = 132  # streaming multiprocessors of an H100 or H200: as many programs fill the chip
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @triton.jit
@@ -44,30 +45,26 @@ def gemv(
     NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,  # power of two; CHUNKS * BLOCK_K >= K
+    BLOCK_K: tl.constexpr,  # a power of two, >= K
 ):
     """Rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N) fp32.
 
-    K is cut into CHUNKS of BLOCK_K so that a warp reads whole columns: lanes along BLOCK_K, warps
-    along the columns, chunks in registers. A sum over chunks then needs no other thread."""
-    m = row0 + tl.arange(0, BLOCK_M)[:, None, None, None]
-    n = col0 + tl.arange(0, BLOCK_N)[None, None, :, None]
-    k = tl.arange(0, CHUNKS)[None, :, None, None] * BLOCK_K
-    k += tl.arange(0, BLOCK_K)[None, None, None, :]  # (1, CHUNKS, 1, BLOCK_K)
-    x = tl.load(x_ptr + m * K + k, mask=(m < B) & (k < K), other=0.0).to(tl.float32)
+    All threads lie along K, so that rows and weights are held alike and multiplied where they are:
+    nothing changes threads but the sums at the end."""
+    m = row0 + tl.arange(0, BLOCK_M)[:, None, None]
+    n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
+    k = tl.arange(0, BLOCK_K)[None, None, :]
+    w = tl.load(w_ptr + n * K + k, mask=(n < N) & (k < K), other=0.0)  # (1, BLOCK_N, BLOCK_K)
     if NORM:
         gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    # last of the loads: the sums below then keep its layout
-    w = tl.load(w_ptr + n * K + k, mask=(n < N) & (k < K), other=0.0)
-    tl.debug_barrier()  # no load is put off: all are under way before the first is waited for
+    tl.debug_barrier()  # the compiler would put loads off: all of the above are under way now
+    x = tl.load(x_ptr + m * K + k, mask=(m < B) & (k < K), other=0.0).to(tl.float32)
     if NORM:
-        mean = tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True) / K
-        x = tl.where(k < K, x - mean, 0.0)
-        var = tl.sum(tl.sum(x * x, 1, keep_dims=True), 3, keep_dims=True) / K
+        x = tl.where(k < K, x - tl.sum(x, 2, keep_dims=True) / K, 0.0)
+        var = tl.sum(x * x, 2, keep_dims=True) / K
         x = x * tl.rsqrt(var + eps) * gain + shift
-    return tl.sum(tl.sum(x * w.to(tl.float32), 1), 2)
+    return tl.sum(x * w.to(tl.float32), 2)
 
 
 @triton.jit
@@ -146,20 +143,17 @@ def plan(
 ) -> tuple[tuple, dict]:
     """(grid, block sizes and launch options) of form "gemv" or "tile" for (B, K) x (N, K)^T.
 
-    gemv: enough blocks of columns to fill the chip, and at most 16,384 weights per program, all of
-    them in registers, 64 per thread.
+    gemv: a warp per 4 columns (2 beside four rows) and 1,024 of K, many such programs on each
+    multiprocessor; a thread holds at most 128 weights.
     tile: the least bytes that the busiest multiprocessor reads, (rows + columns) * K per program;
     without LayerNorm four buffers of 32 KiB, so that 48 programs keep 3 MB under way.
     """
     whole = triton.next_power_of_2(n_in)
     chunks, stages = 1, 1
     if form == "gemv":
-        block_k = min(512 // itemsize, whole)  # 32 lanes of 128 bits
-        chunks = whole // block_k
-        fill = min(16, max(4, n_out // 128))
-        block_n = min(1 << (fill.bit_length() - 1), max(1, 16384 // whole))
-        block_m = min(4, triton.next_power_of_2(batch))
-        warps = min(8, max(1, block_n * whole // 2048))
+        block_m, block_k = min(4, triton.next_power_of_2(batch)), whole
+        block_n = 4 if block_m < 4 else 2  # what fits into registers beside the rows
+        warps = min(8, max(1, whole // 1024))
     elif form == "tile":
         whole = max(16, whole)
         if norm and n_in * itemsize > TILE_ROW_BYTES:
@@ -171,12 +165,12 @@ def plan(
 
         def busiest(shape: tuple[int, int]) -> tuple[int, int]:
             programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
-            return triton.cdiv(programs, PROGRAMS) * sum(shape), programs
+            return triton.cdiv(programs, MULTIPROCESSORS) * sum(shape), programs
 
         block_m, block_n = min(shapes, key=busiest)
         block_k = min(whole, 128)
         if norm:
-            chunks, warps = whole // block_k, 8 if whole <= 1024 else 16
+            chunks, warps = whole // block_k, 8
         else:
             buffer = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
             chunks, warps = max(1, min(whole, buffer) // block_k), 4

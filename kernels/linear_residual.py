@@ -41,8 +41,7 @@ def _linear_residual_kernel(
         )  # fmt: skip
     else:
         acc = gemv(
-            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K,
-            CHUNKS,
+            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K
         )  # fmt: skip
     tl.store(x_ptr + m * N + n, (x + (acc + bias)).to(x_ptr.dtype.element_ty), mask=valid)
 
