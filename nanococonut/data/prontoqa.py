@@ -15,7 +15,7 @@ the entity's fact says which of the two to follow: every such rule is worth 50 %
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
