@@ -270,12 +270,9 @@ def rows_of_raw(raw: dict[str, Any]) -> list[Row]:
 
 # -- text to claims
 
-PREDICATE = r"(not )?((?!not\b|[a-z]*pus(?:es)?\b)[a-z]+)"  # a property
-ONE = re.compile(
-    rf"(?:(?:Each|Every) ([a-z]*pus)|([A-Z][a-z]*)) is (?:an? ([a-z]*pus)|{PREDICATE})"
-)
-MANY = re.compile(rf"([A-Z][a-z]*pus)es are (?:([a-z]*pus)es|{PREDICATE})")
-ASKED = "True or false:"
+PROPERTY = r"(not )?((?!not\b|[a-z]*pus(?:es)?\b)[a-z]+)"
+ONE = re.compile(rf"(?:(?:Each|Every) ([a-z]*pus)|([A-Z][a-z]*)) is (?:an? ([a-z]*pus)|{PROPERTY})")
+MANY = re.compile(rf"([A-Z][a-z]*pus)es are (?:([a-z]*pus)es|{PROPERTY})")
 
 
 def _claim(sentence: str) -> Claim:
@@ -295,19 +292,25 @@ def _sentences(text: str) -> list[str]:
     return [s.strip() for s in " ".join(text.split()).removesuffix(".").split(".")]
 
 
+def _parts(question: str) -> tuple[list[str], str]:
+    """The sentences of what is said, and what is asked behind "True or false:"."""
+    told, _, asked = " ".join(question.split()).partition("True or false:")
+    return _sentences(told) if told else [], asked.strip()
+
+
 def parse_question(question: str) -> Question:
     """What is said and what is asked. UserError for a text that is not a ProntoQA question."""
-    told, _, asked = question.partition(ASKED)
+    told, asked = _parts(question)
     try:
-        query = _claim(asked.strip().removesuffix("."))
+        query = _claim(asked.removesuffix("."))
     except UserError:
         query = None
-    if not told.strip() or not query or not query.subject[0].isupper() or _is_concept(query):
+    if not told or not query or not query.subject[0].isupper() or _is_concept(query):
         raise UserError(
             f"not a ProntoQA question: {question[-60:]!r}.\nWrite rules, facts and what is asked: "
             '"Each wumpus is red. Max is a wumpus. True or false: Max is not red."'
         )
-    claims = [_claim(sentence) for sentence in _sentences(told)]
+    claims = [_claim(sentence) for sentence in told]
     facts = [claim for claim in claims if claim.subject[0].isupper()]
     return Question(facts, [claim for claim in claims if claim.subject[0].islower()], query)
 
@@ -428,8 +431,7 @@ def expand_steps(text: str, question: str) -> list[str]:
     left as it is. UserError as parse_question.
     """
     entity = parse_question(question).query.subject
-    told = question.partition(ASKED)[0]
-    known = {_claim(sentence): f"{sentence}." for sentence in _sentences(told)}
+    known = {_claim(sentence): f"{sentence}." for sentence in _parts(question)[0]}
     steps = []
     for m in STEP.finditer(" ".join(text.split())):
         if m[1]:
@@ -479,7 +481,7 @@ def _measured(row: Row) -> dict[str, list[float]]:
     supports = [claim.subject in reached for claim in about]
     right = about[supports.index(True)]
     way = {_claim(_sentences(step)[0]).predicate for step in row["steps"]}
-    told = _sentences(row["question"].partition(ASKED)[0])
+    told, _ = _parts(row["question"])
     opening = [sentence.split()[0] for sentence in told if _claim(sentence) in rules]
     parents = Counter(rule.subject for rule in rising)
     return {
