@@ -101,7 +101,10 @@ def hub(monkeypatch, tmp_path):
     return put
 
 
-@pytest.mark.parametrize("columns, kind", [(ONE, "parquet"), (OTHER, "json")])
+EMPTY = {**ONE, "steps": [STEPS[0], [""], STEPS[2]]}
+
+
+@pytest.mark.parametrize("columns, kind", [(ONE, "parquet"), (EMPTY, "parquet"), (OTHER, "json")])
 def test_both_copies_columns_give_the_same_rows_and_the_commit(hub, columns, kind):
     hub(columns, kind)
     rows, commit = gsm8k.from_hub("validation", gsm8k.HUB[kind == "json"])

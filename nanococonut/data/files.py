@@ -151,11 +151,8 @@ def _row(value: Any) -> list[Row]:
     return [value]
 
 
-# the tasks' modules import this one
-
-
 def _gsm8k(line: str) -> list[Row]:
-    from nanococonut.data import gsm8k
+    from nanococonut.data import gsm8k  # which imports this module
 
     return [gsm8k.row_of_line(_utf8(line))]
 

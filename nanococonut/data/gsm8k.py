@@ -56,14 +56,14 @@ def _row(columns: dict[str, Any]) -> Row:
     """A row of a hub copy's columns. ValueError where they are others or hold something else."""
     row = dict(columns)
     if isinstance(row.get("cot"), str):
-        row["steps"] = [step for step in row.pop("cot").split(" ") if step.strip()]
+        row["steps"] = row.pop("cot").split(" ")
     if row.keys() != {"question", "steps", "answer"}:
         raise ValueError(
             f"the columns are {', '.join(columns)}; wanted are question, steps or cot, answer"
         )
     if wrong := fault(row):
         raise ValueError(wrong)
-    steps = [step.strip() for step in row["steps"]]
+    steps = [step.strip() for step in row["steps"] if step.strip()]  # none is no empty one
     return {"question": row["question"].strip(), "steps": steps, "answer": row["answer"].strip()}
 
 
