@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 
 from nanococonut import checkpoint, device
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
-from nanococonut.data import prosqa, read_rows
+from nanococonut.data import prosqa
+from nanococonut.data.files import read_rows
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import score
 from nanococonut.loader import curriculum_of, graph_config, rendered

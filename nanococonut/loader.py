@@ -12,7 +12,8 @@ import numpy as np
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum, EncodedRow, encode_row, longest
-from nanococonut.data import Row, prosqa, read_rows
+from nanococonut.data import Row, prosqa
+from nanococonut.data.files import read_rows
 from nanococonut.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 

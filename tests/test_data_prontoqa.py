@@ -9,7 +9,8 @@ from math import sqrt
 
 import pytest
 
-from nanococonut.data import prontoqa, read_rows
+from nanococonut.data import prontoqa
+from nanococonut.data.files import read_rows
 from nanococonut.data.prontoqa import Claim, OntologyConfig
 from nanococonut.errors import UserError
 from nanococonut.tokenizer import Tokenizer

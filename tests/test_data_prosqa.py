@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from nanococonut.data import prosqa, read_rows
+from nanococonut.data import prosqa
+from nanococonut.data.files import read_rows
 from nanococonut.data.prosqa import GraphConfig
 from nanococonut.errors import UserError
 

@@ -14,7 +14,8 @@ import torch
 
 from nanococonut import checkpoint
 from nanococonut.curriculum import METHODS
-from nanococonut.data import prosqa, write_rows
+from nanococonut.data import prosqa
+from nanococonut.data.files import write_rows
 
 ROOT = Path(__file__).parent.parent
 # small in every way, but with all that has a state: dropout, own stages, early advance, clipping
