@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nanococonut.data import prosqa, read_rows
-from nanococonut.data.paths import CATEGORIES, categories, classify
+from nanococonut.data.paths import CATEGORIES, categories, classify, heights
 from nanococonut.errors import UserError
 
 # Tom - a - b - c - t          Sam - d - s         the shortest: Tom a c t
@@ -162,3 +162,29 @@ def test_shares_add_up():
     found = categories(rows, texts)
     wanted = dict.fromkeys(CATEGORIES, 0.25) | {"Longer Path": 0, "Hallucination": 0}
     assert found == wanted and sum(found.values()) == 1
+
+
+def test_heights_by_hand():
+    edges = [tuple(edge.split()) for edge in EDGES]
+    leaves = {"t": 0, "w": 0, "s": 0, "d": 1, "e": 1, "Sam": 2, "c": 1}
+    assert heights(edges) == leaves | {"a": 2, "b": 2, "Tom": 3}
+    assert heights(edges, longest=True) == leaves | {"b": 2, "a": 3, "Tom": 4}
+    short_cut = [*edges, ("Tom", "w")]
+    assert heights(short_cut)["Tom"] == 1 and heights(short_cut, longest=True)["Tom"] == 4
+    cycle = [("Tom", "a"), ("a", "b"), ("b", "a"), ("b", "t"), ("c", "d"), ("d", "c")]
+    assert heights(cycle) == {"t": 0, "b": 1, "a": 2, "Tom": 3}
+    assert heights(cycle, longest=True) == {"t": 0}
+
+
+@pytest.mark.parametrize("longest", [False, True])
+def test_heights_of_random_rows(longest):
+    """One more than the least, or most, of the children's."""
+    seed = random.randrange(2**32)
+    for row in prosqa.generate(30, seed):
+        edges, _, _ = prosqa.parse_question(row["question"])
+        found = heights(edges, longest)
+        assert set(found) == set(row["idx_to_symbol"])
+        for node, height in found.items():
+            below = [found[b] for a, b in edges if a == node]
+            wanted = 1 + (max if longest else min)(below) if below else 0
+            assert height == wanted, seed

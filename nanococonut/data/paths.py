@@ -1,4 +1,5 @@
-"""What kind of answer is it? The six categories of the paper's section 5.1, for ProsQA.
+"""What kind of answer is it? The six categories of the paper's section 5.1, for ProsQA, and
+how high a node stands above the graph's leaves (section 5.4).
 
 A text is what a model says to a question, in sentences: steps, then "### " and the answer
 (prosqa.expand_text makes such text of the compact rendering).
@@ -71,3 +72,27 @@ def categories(rows: Sequence[Row], texts: Sequence[str], k: int = 0) -> dict[st
         for row, text in zip(rows, texts, strict=True)
     )
     return {name: found[name] / len(rows) for name in CATEGORIES}
+
+
+def heights(edges: Sequence[tuple[str, str]], longest: bool = False) -> dict[str, int]:
+    """Node -> fewest steps down to a leaf (section 5.4), or most (figure 7).
+
+    What only leads round a cycle has no height and is left out; of the longest, also what leads
+    into one.
+    """
+    children: dict[str, list[str]] = {}
+    for parent, child in edges:
+        children.setdefault(parent, []).append(child)
+    every = all if longest else any
+    found = {child: 0 for _, child in edges if child not in children}
+    level = 0
+    while True:
+        level += 1
+        new = [
+            node
+            for node, below in children.items()
+            if node not in found and every(child in found for child in below)
+        ]
+        if not new:
+            return found
+        found |= dict.fromkeys(new, level)
