@@ -56,10 +56,10 @@ def node_values(
         state = decode_step(model, cache, torch.full_like(idx[:, 0], given), state)
     log_p = torch.zeros(len(names), device=device)
     for i in range(longest):
-        if i:
-            state = decode_step(model, cache, token, state)
         token = torch.tensor([s[i] if i < len(s) else 0 for s in said], device=device)  # (B,)
         of_all = model.head(state.hidden).float().log_softmax(-1)  # (B, V)
         left = torch.tensor([i < len(s) for s in said], device=device)
         log_p += torch.where(left, of_all.gather(1, token[:, None])[:, 0], 0.0)
+        if i + 1 < longest:
+            state = decode_step(model, cache, token, state)
     return dict(zip(names, log_p.exp().tolist(), strict=True))
