@@ -25,6 +25,7 @@ ALLOWED = {
     "engine": {"cache", "model"},
     "evaluate": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
     "loader": {"config", "curriculum", "data", "errors", "tokenizer"},
+    "nodes": {"curriculum", "data", "engine", "errors", "loader", "model", "tokenizer"},
     "checkpoint": {"errors", "model", "tokenizer"},
 }
 
