@@ -17,11 +17,12 @@ from rich.table import Table
 from nanococonut import checkpoint, device
 from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.curriculum import Curriculum, answer_of
-from nanococonut.data import Row, prosqa
+from nanococonut.data import Row
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import ask
-from nanococonut.loader import curriculum_of, graph_config, read_data, render_question
+from nanococonut.loader import curriculum_of, read_data, render_question
 from nanococonut.model import GPT
+from nanococonut.tasks import TASKS, generated
 from nanococonut.tokenizer import Tokenizer
 
 console = Console(highlight=False, soft_wrap=True)
@@ -73,7 +74,7 @@ def answer(
     model: GPT,
     tokenizer: Tokenizer,
     curriculum: Curriculum,
-    render: str,
+    trained: TrainConfig,
     question: str,
     known: str | None,
     thoughts: int,
@@ -81,7 +82,7 @@ def answer(
 ) -> None:
     """Ask one question and print everything there is to see."""
     console.print(f"\n[bold]question[/]  {escape(question)}")
-    asked = render_question(question, render)
+    asked = render_question(trained, question)
     if unknown := tokenizer.unknown_words(asked):
         console.print(
             f"[yellow]warning[/]   never trained on: {escape(', '.join(unknown[:8]))}. "
@@ -92,13 +93,12 @@ def answer(
     if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
     text = tokenizer.decode(out.tokens[0])
-    before, mark, _ = text.rpartition("###")
-    said = answer_of(text) if mark else text.strip()
-    steps = before.splitlines()
-    if render == "compact":
-        steps, said = prosqa.expand_steps(before), prosqa.expand_answer(said, question)
-    for step in steps:
+    if trained.render == "compact":
+        text = TASKS[trained.task].expand(text, question)
+    chain, mark, _ = text.rpartition("###")
+    for step in chain.splitlines():
         console.print(f"[bold]step[/]      {escape(step)}")
+    said = answer_of(text) if mark else text.strip()
     verdict = ""
     if known is not None:
         right = said == answer_of(known)
@@ -141,17 +141,18 @@ def main() -> None:
     rows = iter(range(seed, seed + 10**9))
 
     # a task of one's own has its questions in a file: those that were held out
-    own = read_data(trained)[1]["valid"] if trained.data or trained.valid_data else None
+    from_file = trained.data or trained.valid_data or not TASKS[trained.task].splits
+    own = read_data(trained)[1]["valid"] if from_file and config.question is None else None
 
     def drawn() -> Row:
         if own:
             return own[next(rows) % len(own)]
-        return prosqa.generate(1, next(rows), graph_config(trained))[0]
+        return generated(trained.task, 1, next(rows), trained)[0]
 
     question = config.question
     talk = question is None and sys.stdin.isatty() and sys.stdout.isatty()
     while True:
-        known = prosqa.solve(question) if question is not None else None
+        known = TASKS[trained.task].solve(question) if question is not None else None
         if question is None:
             row = drawn()
             question, known = row["question"], row["answer"]
@@ -160,7 +161,7 @@ def main() -> None:
                 model,
                 tokenizer,
                 curriculum,
-                trained.render,
+                trained,
                 question,
                 known,
                 thoughts,

@@ -28,7 +28,7 @@ from nanococonut import checkpoint, coconut, device, hub
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import collate, schedule
-from nanococonut.data import prosqa
+from nanococonut.data.files import skipped_line
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import score
 from nanococonut.loader import (
@@ -39,6 +39,7 @@ from nanococonut.loader import (
     rendered,
     task_tokenizer,
 )
+from nanococonut.tasks import TASKS
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -105,12 +106,17 @@ def main() -> None:
         ) from None
 
     # -- tokenizer, rows, model, optimizer
-    given, splits = read_data(config)
+    skipped: list[str] | None = [] if config.skip_bad_rows else None
+    given, splits = read_data(config, skipped)
     tokenizer = task_tokenizer(config, given)
     curriculum = curriculum_of(config)
     held_out = [row for rows in splits.values() for row in rows]
-    epochs = Epochs(config, curriculum, tokenizer, given, held_out)
-    epochs.encode(held_out)  # what does not fit is refused now, not at the first validation
+    epochs = Epochs(config, curriculum, tokenizer, given, held_out, skipped)
+    # what does not fit is refused now, not at the first validation
+    splits = {name: epochs.fitting(rows) for name, rows in splits.items()}
+    if skipped:
+        n_rows = epochs.n_rows + sum(map(len, splits.values()))
+        console.print(f"  {escape(skipped_line(n_rows, skipped))}")
     if config.data and not config.valid_data:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
@@ -198,7 +204,7 @@ def main() -> None:
                     model,
                     tokenizer,
                     curriculum,
-                    rendered(rows, config.render),
+                    rendered(config, rows),
                     n,
                     config.eval_batch_size,
                     config.max_new_tokens,
@@ -365,8 +371,9 @@ def main() -> None:
         minutes = f"{row['minutes']:.1f}"
         table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
     console.print(table)
-    with suppress(UserError):  # rows that are not ProsQA have no such heuristics
-        baselines = {split: prosqa.heuristics(rows) for split, rows in splits.items()}
+    with suppress(UserError):  # rows of one's own have no such heuristics
+        task = TASKS[config.task]
+        baselines = {split: task.heuristics(rows) for split, rows in splits.items()}
         for rule in baselines["valid"]:
             shares = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
             console.print(f"  no model, {rule}: {', '.join(shares)}")

@@ -21,18 +21,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 
 from nanococonut import checkpoint, device
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
-from nanococonut.data import prosqa
 from nanococonut.data.files import read_rows
 from nanococonut.data.paths import categories
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import score
-from nanococonut.loader import curriculum_of, graph_config, rendered
+from nanococonut.loader import curriculum_of, rendered
+from nanococonut.tasks import TASKS, generated
 
 
 @dataclass(frozen=True)
 class AccuracyConfig:
     checkpoint: str | None = opt(None, "a run's folder, one checkpoint's, or None: the bundled one")
-    data: str = opt("prosqa", f"a JSON file of rows, or generated ones: {', '.join(prosqa.SPLITS)}")
+    data: str = opt(
+        "prosqa",
+        "a file of rows, or generated ones of the checkpoint's task: "
+        + ", ".join(name for task in TASKS.values() for name in task.splits),
+    )
     n: int = opt(1000, "generated rows", at_least=1)
     seed: int = opt(1_000_003, "of generated rows (training never uses it)", at_least=0)
     latent: int | None = opt(None, "thoughts (None: as trained)", at_least=0)
@@ -52,18 +56,14 @@ def main() -> None:
     folder = checkpoint.find(config.checkpoint or checkpoint.BUNDLED, best=True)
     model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
-    if config.data in prosqa.SPLITS:
-        graphs = prosqa.split(config.data, graph_config(trained))
-        rows = prosqa.generate(config.n, config.seed, graphs)
-    else:
-        rows = read_rows(config.data)
+    task = TASKS[trained.task]
+    drawn = generated(config.data, config.n, config.seed, trained)
+    rows = read_rows(config.data) if drawn is None else drawn
+    shown = rendered(trained, rows)
     try:
-        baselines = prosqa.heuristics(rows)
-        shown = rendered(rows, trained.render)
-    except UserError:
-        if trained.render == "compact":
-            raise
-        baselines, shown = {}, rows
+        baselines = task.heuristics(rows)
+    except UserError:  # rows of one's own: nothing is known of them
+        baselines = {}
     trained_thoughts = manifest["n_thoughts"]
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
@@ -94,15 +94,15 @@ def main() -> None:
             f"{k} thoughts: {s.accuracy:.1%} (95 %: {low:.1%} to {high:.1%}), "
             f"{s.generated_tokens:.1f} generated tokens (thoughts + words, without eos)"
         )
-        if baselines:  # these are rows of ProsQA
+        if baselines and trained.task == "prosqa":
             texts = s.texts
             if trained.render == "compact":
                 pairs = zip(texts, rows, strict=True)
-                texts = [prosqa.expand_text(text, row["question"]) for text, row in pairs]
+                texts = [task.expand(text, row["question"]) for text, row in pairs]
             shares = categories(rows, texts, k)
             result["categories"] = {name: round(share, 4) for name, share in shares.items()}
         results.append(result)
-    if baselines:
+    if "categories" in results[0]:
         print(f"{'thoughts':<16}" + "".join(f"{r['thoughts']:>8}" for r in results))
         for category in results[0]["categories"]:
             columns = [f"{r['categories'][category]:>8.1%}" for r in results]
@@ -122,7 +122,7 @@ def main() -> None:
             "commit": manifest.get("trained_with", manifest)["commit"],
         },
         "data": Path(config.data).name,
-        "generated_seed": config.seed if config.data in prosqa.SPLITS else None,
+        "generated_seed": config.seed if drawn is not None else None,
         "rows": len(rows),
         **results[-1],
         "heuristics": baselines,

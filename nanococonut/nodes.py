@@ -6,11 +6,10 @@ come to: the probability of each concept's name is that node's value.
 
 import torch
 
-from nanococonut.curriculum import METHODS, Curriculum
-from nanococonut.data.prosqa import parse_question
+from nanococonut.curriculum import Curriculum, asking
+from nanococonut.data.prosqa import compact_question, parse_question
 from nanococonut.engine import decode_step, latent_step, prefill
 from nanococonut.errors import UserError
-from nanococonut.loader import render_question
 from nanococonut.model import GPT
 from nanococonut.tokenizer import Tokenizer
 
@@ -33,10 +32,10 @@ def node_values(
     """
     words = {word for edge in parse_question(question).edges for word in edge}
     names = sorted(word for word in words if word[0].islower())
-    prefix = tokenizer.encode(render_question(question, render))
-    opening = [] if render == "compact" else tokenizer.encode("Every")
-    if METHODS[curriculum.method].markers:
-        prefix, opening = [*prefix, tokenizer.bot], [tokenizer.eot, *opening]
+    compact = render == "compact"
+    asked = tokenizer.encode(compact_question(question) if compact else question + "\n")
+    prefix, n_thoughts, opening = asking(curriculum, asked, n_thoughts, tokenizer)
+    opening = opening if compact else [*opening, *tokenizer.encode("Every")]
     said = [tokenizer.encode(" " + name) for name in names]
     longest = max(map(len, said))
     capacity = len(prefix) + n_thoughts + len(opening) + longest - 1  # the last is asked only

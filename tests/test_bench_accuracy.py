@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nanococonut.data import prosqa, write_rows
+from nanococonut.data import prosqa
+from nanococonut.data.files import write_rows
 from nanococonut.data.paths import CATEGORIES
 
 

@@ -8,6 +8,7 @@ from nanococonut.data import prosqa
 from nanococonut.data.files import read_rows
 from nanococonut.data.paths import CATEGORIES, categories, classify, heights
 from nanococonut.errors import UserError
+from nanococonut.tasks import TASKS
 
 # Tom - a - b - c - t          Sam - d - s         the shortest: Tom a c t
 #        \_____/ \_ w           \_ e _/
@@ -110,7 +111,7 @@ def test_random_rows(base):
             assert judge(steps[k:], k) == "Correct Path", seed
             assert (judge(steps[k:], 0) == "Correct Path") == (k == 0), seed
             compact = "".join(prosqa.compact_row(row)["steps"][k:]) + "### " + row["answer"]
-            text = prosqa.expand_text(compact, row["question"])
+            text = TASKS["prosqa"].expand(compact, row["question"])
             assert classify(row["question"], row["answer"], text, k) == "Correct Path", seed
             if k < len(steps) - 1:
                 assert judge(steps[k:-1], k) == "Wrong Target", seed

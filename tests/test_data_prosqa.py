@@ -12,6 +12,7 @@ from nanococonut.data import prosqa
 from nanococonut.data.files import read_rows
 from nanococonut.data.prosqa import GraphConfig
 from nanococonut.errors import UserError
+from nanococonut.tasks import TASKS
 
 FULL = GraphConfig()
 MINI = GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
@@ -328,11 +329,11 @@ def test_the_compact_rendering_by_hand():
     assert prosqa.expand_steps(" p c half") == ["Every p is a c.", "half"]
     assert prosqa.expand_answer("half a thought", QUESTION) == "half a thought"
     assert prosqa.expand_answer("c", QUESTION) == "Tom is a c."
-    whole = prosqa.expand_text(" Tom p p c### c", QUESTION)
+    whole = TASKS["prosqa"].expand(" Tom p p c### c", QUESTION)
     assert whole == "Tom is a p.\nEvery p is a c.\n### Tom is a c."
-    assert prosqa.expand_text("### c", QUESTION) == "### Tom is a c."
-    assert prosqa.expand_text(" Tom p p", QUESTION) == "Tom is a p.\np"
-    assert prosqa.expand_text("", QUESTION) == ""
+    assert TASKS["prosqa"].expand("### c", QUESTION) == "### Tom is a c."
+    assert TASKS["prosqa"].expand(" Tom p p", QUESTION) == "Tom is a p.\np"
+    assert TASKS["prosqa"].expand("", QUESTION) == ""
 
 
 def test_a_question_typed_by_a_user_is_taken_apart():

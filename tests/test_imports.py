@@ -24,8 +24,9 @@ ALLOWED = {
     "coconut": {"curriculum", "model"},
     "engine": {"cache", "model"},
     "evaluate": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
-    "loader": {"config", "curriculum", "data", "errors", "tokenizer"},
-    "nodes": {"curriculum", "data", "engine", "errors", "loader", "model", "tokenizer"},
+    "tasks": {"config", "data"},
+    "loader": {"config", "curriculum", "data", "errors", "tasks", "tokenizer"},
+    "nodes": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
     "checkpoint": {"errors", "model", "tokenizer"},
 }
 

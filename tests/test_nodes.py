@@ -9,8 +9,9 @@ from nanococonut.config import TrainConfig, build
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa
 from nanococonut.errors import UserError
-from nanococonut.loader import curriculum_of, graph_config
+from nanococonut.loader import curriculum_of
 from nanococonut.nodes import node_values
+from nanococonut.tasks import generated
 
 # zonk and imp are in no vocabulary: several tokens each, not equally many
 QUESTION = "Tom is a lempus. Every lempus is a zonk. Sam is a imp. Is Tom a imp or zonk?"
@@ -57,7 +58,7 @@ def test_the_bundled_models_thoughts_hold_the_nodes_that_many_steps_away():
     model, tokenizer, manifest = checkpoint.load(checkpoint.BUNDLED, torch.device("cpu"))
     trained = build(TrainConfig, manifest["config"])
     near = {0: 0.0, 1: 0.0}
-    rows = prosqa.generate(30, torch.seed() % 2**32, graph_config(trained))
+    rows = generated("prosqa", 30, torch.seed() % 2**32, trained)
     for row in rows:
         edges, entity, _ = prosqa.parse_question(row["question"])
         steps = prosqa.reachable(edges, entity)

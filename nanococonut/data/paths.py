@@ -2,7 +2,7 @@
 how high a node stands above the graph's leaves (section 5.4).
 
 A text is what a model says to a question, in sentences: steps, then "### " and the answer
-(prosqa.expand_text makes such text of the compact rendering).
+(tasks.Task.expand makes such text of the compact rendering).
 """
 
 from collections import Counter

@@ -455,8 +455,9 @@ def compact_row(row: Row) -> Row:
     }
 
 
-def expand_steps(text: str) -> list[str]:
-    """Compact steps, one behind the other, as sentences; a word left over as it is."""
+def expand_steps(text: str, question: str = "") -> list[str]:
+    """Compact steps, one behind the other, as sentences, whatever the question; a word left over
+    as it is."""
     words = text.split()
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
     return [_sentence(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
@@ -466,15 +467,6 @@ def expand_answer(text: str, question: str) -> str:
     """A compact answer to a question in sentences -> the sentence; several words as they are."""
     words = text.split()
     return _sentence(parse_question(question).entity, text.strip()) if len(words) == 1 else text
-
-
-def expand_text(text: str, question: str) -> str:
-    """All that a model says to a question, compact: " Tom a a b### b" -> a line for each step and
-    "### Tom is a b."; what is no such text is left as it is."""
-    steps, mark, said = text.rpartition("###")
-    if not mark:
-        return "\n".join(expand_steps(text))
-    return "\n".join([*expand_steps(steps), f"### {expand_answer(said, question)}"])
 
 
 def expand_question(text: str) -> str:
