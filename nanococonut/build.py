@@ -4,19 +4,32 @@ import torch
 
 from nanococonut import hub
 from nanococonut.config import TrainConfig
+from nanococonut.errors import UserError
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.muon import Muon
+from nanococonut.tokenizer import Tokenizer
 
 
-def build_model(config: TrainConfig, vocab_size: int) -> GPT:
-    """A model from random weights (torch's seed is the caller's), or GPT-2's from the hub's cache
-    or a folder, whose size is then its own."""
-    folder = None if config.init_from == "scratch" else hub.find_weights(config.init_from)
-    if folder:
-        return hub.load_gpt2(folder, vocab_size, config.dropout)
+def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
+    """A model from random weights (torch's seed is the caller's), or init_from's with their sizes.
+
+    Raises UserError where block_size, which rows are checked against, is more than the weights have
+    positions for.
+    """
+    if config.init_from != "scratch":
+        path = hub.find_weights(config.init_from)
+        model = hub.load_gpt2(
+            path, tokenizer.vocab_size, config.dropout, tokenizer.spec, config.smear
+        )
+        if config.block_size > model.config.block_size:
+            raise UserError(
+                f"block_size={config.block_size}, and {config.init_from} has positions for "
+                f"{model.config.block_size}.\nGive --block_size={model.config.block_size}."
+            )
+        return model
     return GPT(
         GPTConfig(
-            vocab_size=vocab_size,
+            vocab_size=tokenizer.vocab_size,
             block_size=config.block_size,
             n_layer=config.n_layer,
             n_head=config.n_head,
