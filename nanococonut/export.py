@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanococonut import checkpoint, hub
+from nanococonut.config import TrainConfig, build
 from nanococonut.curriculum import METHODS
 from nanococonut.errors import UserError
 from nanococonut.loader import render_question
@@ -294,9 +295,11 @@ ask the run itself with nanococonut's sample.py.
 
 def card(model: GPT, manifest: dict[str, Any]) -> str:
     """README.md: what it is, how it was trained, how to run it."""
-    config, method = manifest["config"], manifest["method"]
+    config, method = asdict(build(TrainConfig, manifest["config"])), manifest["method"]
     trained = manifest.get("trained_with", manifest)  # a bundled one was written by another commit
     markers = METHODS[method].markers
+    shown = {k: v for k, v in config.items() if k not in checkpoint.FREE}
+    shown |= {k: Path(shown[k]).name for k in PATHS if shown[k]}
     known = {
         **manifest,
         "n_params": model.n_params(),
@@ -306,11 +309,7 @@ def card(model: GPT, manifest: dict[str, Any]) -> str:
         "max_new_tokens": config["max_new_tokens"],
         "bot": " + [tokenizer.bot]" if markers else "",
         "eot": "tokenizer.eot" if markers else "",
-        "settings": "\n".join(
-            f"{k} = {Path(v).name if k in PATHS and isinstance(v, str) else v!r}"
-            for k, v in config.items()
-            if k not in checkpoint.FREE
-        ),
+        "settings": "\n".join(f"{k} = {v!r}" for k, v in shown.items()),
     }
     how = WITH if markers else WITHOUT
     if manifest["n_thoughts"] and method not in FED_BACK:

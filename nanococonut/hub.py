@@ -9,6 +9,7 @@ as plain tensors or not at all.
 import json
 import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,11 @@ def load_gpt2(
     wrong = []
     for alias in ("lm_head.weight", "embedding.weight"):  # GPT-2's head is tied
         tied = tensors.pop(alias, None)
-        if tied is not None and wte is not None and not torch.equal(tied, wte):
+        if tied is None or wte is None:
+            continue
+        if tied.shape != wte.shape or not torch.equal(tied.float(), wte.float()):
             wrong.append(f"{alias} differs from wte.weight, to which it should be tied")
-    if vocab_size == rows + N_SPECIAL and wte is not None:
+    if vocab_size == rows + N_SPECIAL and wte is not None and wte.dim() == 2:
         tensors["wte.weight"] = torch.cat([wte, wte[_like_row(wte)].expand(N_SPECIAL, -1)])
     config = replace(
         shape, vocab_size=vocab_size or rows, dropout=dropout, smear=smear or shape.smear
@@ -200,7 +203,9 @@ def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | No
 def _load_torch(file: Path) -> dict[str, Tensor]:
     """A state dict written by torch.save, as the released code does. Nothing else is unpickled."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # a torn or hostile pickle may raise anything
         raise ValueError(
             f"neither safetensors nor a state dict of plain tensors ({type(e).__name__}), and "
@@ -228,15 +233,16 @@ def _sizes_said(file: Path, tensors: dict[str, Tensor]) -> tuple[GPTConfig, dict
     exported = c.get("nanococonut")
     spec = exported.get("tokenizer") if isinstance(exported, dict) else None
     wte = tensors.get("wte.weight")  # its rows are the vocabulary, whatever the config says
-    vocab_size = len(wte) if wte is not None and wte.dim() == 2 else 1
-    return GPTConfig(vocab_size=vocab_size, **sizes), spec
+    known = wte is not None and wte.dim() == 2
+    vocab_size = len(wte) if known else GPTConfig.vocab_size - N_SPECIAL
+    return GPTConfig(vocab_size=vocab_size, **sizes), spec if isinstance(spec, dict) else None
 
 
 def _sizes_seen(tensors: dict[str, Tensor]) -> GPTConfig:
     """Sizes by the tensors alone. How many heads there are they do not show: 64 wide, as GPT-2."""
     wte, wpe = tensors.get("wte.weight"), tensors.get("wpe.weight")
     layers = {found[1] for key in tensors if (found := re.match(r"h\.(\d+)\.", key))}
-    if wte is None or wpe is None or wte.dim() != 2 or not layers:
+    if wte is None or wpe is None or not wte.dim() == wpe.dim() == 2 or not layers:
         raise ValueError("it has no wte.weight, wpe.weight or layers")
     vocab_size, n_embd = wte.shape
     if n_embd % 64:

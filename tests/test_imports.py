@@ -18,7 +18,16 @@ ALLOWED = {
     "tokenizer": {"errors"},
     "model": {"cache", "hub"},  # hub inside from_pretrained only
     "hub": {"checkpoint", "errors", "export", "model"},
-    "export": {"checkpoint", "curriculum", "errors", "hub", "loader", "model", "tokenizer"},
+    "export": {
+        "checkpoint",
+        "config",
+        "curriculum",
+        "errors",
+        "hub",
+        "loader",
+        "model",
+        "tokenizer",
+    },  # fmt: skip
     "muon": set(),
     "build": {"config", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
