@@ -179,6 +179,7 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
             "model_max_length": longest,
             "clean_up_tokenization_spaces": False,
             **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),

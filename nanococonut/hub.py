@@ -153,16 +153,16 @@ def _is_ours(path: Path) -> bool:
 
 def _from_hub(name: str) -> Path:
     """The folder of the hub's cache with both files of `name`, after a download if need be."""
-    repo = f"openai-community/{name}"
-    found = [try_to_load_from_cache(repo, file) for file in (CONFIG, WEIGHTS)]
+    repo, cache = f"openai-community/{name}", constants.HF_HUB_CACHE
+    found = [try_to_load_from_cache(repo, file, cache) for file in (CONFIG, WEIGHTS)]
     if not all(isinstance(f, str) for f in found):
         try:
             # a look first, which fails at once where the download would try for minutes
             get_hf_file_metadata(hf_hub_url(repo, WEIGHTS), timeout=10)
-            found = [hf_hub_download(repo, file) for file in (CONFIG, WEIGHTS)]
+            found = [hf_hub_download(repo, file, cache_dir=cache) for file in (CONFIG, WEIGHTS)]
         except Exception as e:  # the hub lets through whatever its HTTP client raises
             raise Unavailable(
-                f"no weights of {name!r}: not in {constants.HF_HUB_CACHE} and no way to the hub "
+                f"no weights of {name!r}: not in {cache} and no way to the hub "
                 f"({type(e).__name__}).\nGive a folder as --init_from, made elsewhere by `hf "
                 f"download {repo} {CONFIG} {WEIGHTS} --local-dir FOLDER`, or train from scratch "
                 "(config/prosqa_small.py)."

@@ -318,7 +318,7 @@ def test_without_internet_three_ways_on_are_named_at_once(cache, monkeypatch):
 def test_only_the_two_files_are_downloaded(cache, monkeypatch, tmp_path):
     asked = []
 
-    def download(repo, file):
+    def download(repo, file, cache_dir):
         asked.append((repo, file))
         return str(tmp_path / file)
 
@@ -539,6 +539,7 @@ def test_auto_tokenizer_gives_the_same_ids_on_anything(case):
         *tokenizer.encode("Tom is"), tokenizer.bot, tokenizer.latent, tokenizer.eot
     ]  # fmt: skip
     assert theirs.decode(special, skip_special_tokens=True) == ""
+    assert set(theirs("Tom")) == {"input_ids", "attention_mask"}
     assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.eos
 
 
@@ -579,8 +580,9 @@ def test_the_cards_two_programs_run_and_agree(tmp_path, monkeypatch, capsys, met
     said = []
     for block in blocks(folder):
         exec(block, {})
-        said.append(capsys.readouterr().out)
-    assert len(said) == 2 and said[0] == said[1] and said[0].strip()
+        # a random model also says special tokens, which transformers is told to leave out
+        said.append(re.sub(r"<\|[a-z-]+\|>", "", capsys.readouterr().out))
+    assert len(said) == 2 and said[0] == said[1] and len(said[0]) > 1
 
 
 def test_the_card_says_how_it_was_trained(case):
