@@ -202,7 +202,7 @@ pipeline_tag: text-generation
 tags: [gpt2, coconut, nanococonut]
 ---
 
-# {method}, {n_thoughts} thoughts
+# GPT-2 trained by {method}, thoughts: {n_thoughts}
 
 A GPT-2 of {n_params:,} parameters, trained by nanococonut with method `{method}` (after Coconut,
 [arXiv 2412.06769](https://arxiv.org/abs/2412.06769)).
@@ -216,6 +216,8 @@ A GPT-2 of {n_params:,} parameters, trained by nanococonut with method `{method}
 | minutes of training | {minutes:.1f} on {device} |
 | commit | {commit} |
 | versions | {versions} |
+
+The question in the code is an example: write yours the way the training rows do.
 
 {how}
 <details><summary>All settings</summary>
@@ -248,9 +250,9 @@ With nanococonut:
 {ours}```
 """
 WITH = """\
-A stock `generate` **does not run its thoughts**: behind `<|start-latent|>` the last hidden
-state is fed back as the next input, {n_thoughts} times, before `<|end-latent|>` and the words. In
-plain torch, in this folder:
+A stock `generate` **does not run its thoughts**: behind `<|start-latent|>` the last hidden state is
+fed back as the next input, once for each thought, before `<|end-latent|>` and the words. In plain
+torch, in this folder:
 
 ```python
 import torch
