@@ -48,25 +48,24 @@ def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
     """Command line -> (resolved config, the run's name, why a fallback was taken if it was)."""
     given, path = parse_cli(TrainConfig, argv, __doc__.split("\n")[0], config_file=True)
     config = build(TrainConfig, read_config_file(path, TrainConfig) if path else {}, given)
-    fell_back = {}
-    if config.init_from != "scratch":
-        why = None
-        if hub.find_weights(config.init_from) is None:
-            why = f"no weights of {config.init_from!r} on this machine"
-        elif not torch.cuda.is_available() and config.device in ("auto", "cpu"):
-            why = f"no GPU to train {config.init_from!r} on"
-        if why and config.fallback:
-            to = str(Path(path or ".").parent / config.fallback)
-            console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(why)}.")
-            console.print(f"[bold red]TRAINING {to} INSTEAD[/]. To insist: --fallback=None")
-            fell_back = {"instead_of": path, "because": why}
-            given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
-            config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
-        elif hub.find_weights(config.init_from) is None:
-            raise UserError(
-                f"{why}, looked in the hub's cache.\nGive a folder with config.json and "
-                "model.safetensors as --init_from, or train --init_from=scratch."
-            )
+    fell_back, why = {}, None
+    no_gpu = not torch.cuda.is_available() and config.device in ("auto", "cpu")
+    if config.init_from in hub.NAMES and no_gpu and config.fallback:
+        why = f"no GPU to train {config.init_from!r} on"  # nothing is downloaded in vain
+    elif config.init_from != "scratch":
+        try:
+            hub.find_weights(config.init_from)
+        except hub.Unavailable as e:
+            if not config.fallback:
+                raise
+            why = str(e).split("\n")[0].rstrip(".")
+    if why:
+        to = str(Path(path or ".").parent / config.fallback)
+        console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(why)}.")
+        console.print(f"[bold red]TRAINING {to} INSTEAD[/]. To insist: --fallback=None")
+        fell_back = {"instead_of": path, "because": why}
+        given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
+        config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
     return config, Path(path).stem if path else "run", fell_back
 
 
@@ -120,7 +119,7 @@ def main() -> None:
     if config.data and not config.valid_data:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer.vocab_size).to(where)
+    model = build_model(config, tokenizer).to(where)
     optimizers = build_optimizers(config, model)
 
     # -- the schedule, in steps

@@ -76,7 +76,10 @@ class TrainConfig:
         "sentences", "how ProsQA and ProntoQA are written", "data", choices=("sentences", "compact")
     )
     # model
-    init_from: str = opt("scratch", '"scratch", or "gpt2": hub weights', "model")
+    init_from: str = opt(
+        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a folder, run or file of weights",
+        "model",
+    )  # fmt: skip
     fallback: str | None = opt(
         None, "config trained instead where the weights or a GPU for them are missing", "model"
     )

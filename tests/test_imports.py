@@ -16,10 +16,20 @@ ALLOWED = {
     "device": {"errors"},
     "data": {"errors", "data"},
     "tokenizer": {"errors"},
-    "model": {"cache"},
-    "hub": {"errors", "model"},
+    "model": {"cache", "hub"},  # hub inside from_pretrained only
+    "hub": {"checkpoint", "errors", "export", "model"},
+    "export": {
+        "checkpoint",
+        "config",
+        "curriculum",
+        "errors",
+        "hub",
+        "loader",
+        "model",
+        "tokenizer",
+    },  # fmt: skip
     "muon": set(),
-    "build": {"config", "curriculum", "hub", "model", "muon"},
+    "build": {"config", "curriculum", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
     "engine": {"cache", "model"},
