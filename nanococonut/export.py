@@ -226,10 +226,13 @@ The question in the code is an example: write yours the way the training rows do
 ```
 </details>
 """
-QUESTION = (
-    "Tom is a lempus. Every lempus is a brimpus. Every brimpus is a wumpus. Max is a gorpus. "
-    "Is Tom a wumpus or gorpus?"
-)
+EXAMPLES = {  # a question of each task
+    "prosqa": "Tom is a terpus. Every brimpus is a lempus. Sam is a gorpus. Every terpus is a "
+    "brimpus. Is Tom a lempus or gorpus?",
+    "prontoqa": "Every vumpus is a lempus. Lempuses are not windy. Each impus is windy. Max is a "
+    "vumpus. True or false: Max is not windy.",
+    "gsm8k": "Tom has 3 apples and buys 2 bags of 4. How many apples does he have?",
+}
 WITHOUT = """\
 It writes its answer, and its steps if it has any, as words: a stock `generate` is all that it
 needs. In this folder:
@@ -297,7 +300,8 @@ ask the run itself with nanococonut's sample.py.
 
 def card(model: GPT, manifest: dict[str, Any]) -> str:
     """README.md: what it is, how it was trained, how to run it."""
-    config, method = asdict(build(TrainConfig, manifest["config"])), manifest["method"]
+    trained_as, method = build(TrainConfig, manifest["config"]), manifest["method"]
+    config = asdict(trained_as)
     trained = manifest.get("trained_with", manifest)  # a bundled one was written by another commit
     markers = METHODS[method].markers
     shown = {k: v for k, v in config.items() if k not in checkpoint.FREE}
@@ -307,7 +311,7 @@ def card(model: GPT, manifest: dict[str, Any]) -> str:
         "n_params": model.n_params(),
         "commit": trained["commit"],
         "versions": ", ".join(f"{k} {v}" for k, v in trained["versions"].items()),
-        "question": render_question(QUESTION, config["render"]),
+        "question": render_question(trained_as, EXAMPLES[trained_as.task]),
         "max_new_tokens": config["max_new_tokens"],
         "bot": " + [tokenizer.bot]" if markers else "",
         "eot": "tokenizer.eot" if markers else "",

@@ -630,9 +630,9 @@ def test_the_card_says_how_it_was_trained(case):
     assert "somebody" not in card  # a machine's paths are nobody's business
 
 
-def test_thoughts_that_are_no_hidden_states_get_no_program(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("nanococonut.export.FED_BACK", set())
-    run_of(tmp_path / "run", tokenizer)
+@pytest.mark.parametrize("method", ["pause", "soft_thought"])
+def test_thoughts_that_are_no_hidden_states_get_no_program(tmp_path, tokenizer, method):
+    run_of(tmp_path / "run", tokenizer, method)
     folder = export(tmp_path / "run", tmp_path / "hf")
     assert blocks(folder) == [] and "sample.py" in (folder / "README.md").read_text()
 
