@@ -3,6 +3,7 @@
 python sample.py --latent 6                          a question of its task, six thoughts
 python sample.py --latent 0 --question "..."         your own question, no thoughts
 python sample.py --out_dir out/prosqa_small          a run of your own
+python sample.py --nodes                             ProsQA: where in the graph each thought is
 """
 
 import sys
@@ -17,11 +18,12 @@ from rich.table import Table
 from nanococonut import checkpoint, device
 from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.curriculum import Curriculum, answer_of
-from nanococonut.data import Row
+from nanococonut.data import Row, prosqa
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import ask
 from nanococonut.loader import curriculum_of, read_data, render_question
 from nanococonut.model import GPT
+from nanococonut.nodes import node_values
 from nanococonut.tasks import TASKS, generated
 from nanococonut.tokenizer import Tokenizer
 
@@ -37,6 +39,7 @@ class SampleConfig:
         None, "layout of the question (None: as trained)", choices=METHOD_NAMES
     )
     max_new_tokens: int = opt(128, "longest answer", at_least=1)
+    nodes: bool = opt(False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts")
     seed: int | None = opt(None, "of the drawn question (None: another one every time)", at_least=0)
     device: str = opt("auto", "auto, cpu, cuda, mps")
 
@@ -65,8 +68,38 @@ def thoughts_table(model: GPT, tokenizer: Tokenizer, thoughts: torch.Tensor) -> 
     for i, p in enumerate(model.head(thoughts).softmax(-1)):
         best = p.topk(min(5, len(p)))
         words = [repr(tokenizer.decode([t]))[1:-1].strip() for t in best.indices.tolist()]
-        shown = (f"{w} {v:.1%}" for w, v in zip(words, best.values.tolist(), strict=True))
+        shown = (f"{w} {v:.0%}" for w, v in zip(words, best.values.tolist(), strict=True))
         table.add_row(str(i + 1), *map(escape, shown))
+    return table
+
+
+def nodes_table(
+    model: GPT,
+    tokenizer: Tokenizer,
+    curriculum: Curriculum,
+    render: str,
+    question: str,
+    thoughts: int,
+) -> Table:
+    """What each number of thoughts has come to: the concepts that the model would name if it had to
+    speak then, and how many steps from the entity each is ("-": not reached from it). Shares are of
+    what all concepts have together; the last column says how much that is."""
+    edges, entity, _ = prosqa.parse_question(question)
+    away = prosqa.reachable(edges, entity)
+    table = Table(title="if it had to speak: concept (steps away)", title_justify="left")
+    table.add_column("#", justify="right", no_wrap=True)
+    for i in range(3):
+        table.add_column(f"node {i + 1}", no_wrap=True)
+    table.add_column("a node", justify="right", no_wrap=True)
+    for k in range(thoughts + 1):
+        values = node_values(model, tokenizer, curriculum, question, render, k)
+        all_of_them = sum(values.values())
+        best = sorted(values.items(), key=lambda item: -item[1])[:3]
+        shown = [
+            f"{node} ({away[node][0] if node in away else '-'}) {p / all_of_them:.0%}"
+            for node, p in best
+        ]
+        table.add_row(str(k), *map(escape, shown), f"{all_of_them:.1%}")
     return table
 
 
@@ -79,6 +112,7 @@ def answer(
     known: str | None,
     thoughts: int,
     max_new_tokens: int,
+    nodes: bool,
 ) -> None:
     """Ask one question and print everything there is to see."""
     console.print(f"\n[bold]question[/]  {escape(question)}")
@@ -92,6 +126,8 @@ def answer(
     out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens)
     if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
+    if nodes:
+        console.print(nodes_table(model, tokenizer, curriculum, trained.render, question, thoughts))
     text = tokenizer.decode(out.tokens[0])
     if trained.render == "compact":
         text = TASKS[trained.task].expand(text, question)
@@ -122,6 +158,8 @@ def main() -> None:
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
+    if config.nodes and trained.task != "prosqa":
+        raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
     trained_thoughts = manifest["n_thoughts"] if curriculum.thoughts_at(1) else 0
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
@@ -166,6 +204,7 @@ def main() -> None:
                 known,
                 thoughts,
                 config.max_new_tokens,
+                config.nodes,
             )
         except UserError as e:
             if not talk:

@@ -99,3 +99,11 @@ def test_accuracy_bench_agrees_with_what_is_claimed(sample):
     assert row["heuristics"]["random"] == 0.5 and row["commit"]
     code, _, err = sample("--data=none.json", script="bench/accuracy.py")
     assert code == 2 and "none.json" in err
+
+
+def test_nodes_are_named_with_their_distance(sample):
+    """The bundled model's first thought holds what is one step away (paper, section 5.4)."""
+    code, out, err = sample("--latent=2", "--nodes", "--question", QUESTION)
+    assert (code, err) == (0, "") and "if it had to speak" in out
+    after_one = next(line for line in out.splitlines() if "brimpus (2)" in line or "(1)" in line)
+    assert "%" in after_one and "(-)" in out  # gorpus is not reached from Tom
