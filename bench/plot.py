@@ -1,7 +1,7 @@
 """Pictures and README tables, from committed rows only.
 
 python bench/plot.py                      draw docs/*.png from bench/results/*.jsonl
-python bench/plot.py --readme             rewrite the README's marked tables
+python bench/plot.py --readme             rewrite the marked tables of README.md, docs/DATA.md
 python bench/plot.py --readme --check     say whether they are in step, and change nothing
 python bench/plot.py --curve out/RUN      first add a run's learning curve to the results
 """
@@ -28,30 +28,40 @@ STEPS_A_POINT = 50
 
 @dataclass(frozen=True)
 class PlotConfig:
-    readme: bool = opt(False, "rewrite the README's marked tables instead of drawing")
+    readme: bool = opt(False, "rewrite the marked tables instead of drawing")
     check: bool = opt(False, "with --readme: only compare, exit code 1 where they differ")
     curve: str | None = opt(None, "a run, or runs with commas, whose curves to add to the results")
 
 
-def sections() -> dict[str, str]:
-    """Name of a marked README section -> its Markdown."""
+def sections() -> dict[str, dict[str, str]]:
+    """Document -> name of a marked section in it -> the section's Markdown."""
     rows = tables.read_jsonl(RESULTS / "table1.jsonl")
+    like = tables.read_jsonl(RESULTS / "rows.jsonl")[-1]
+    prosqa = [name for name in like["found"] if name.startswith("prosqa") and "(" not in name]
+    prontoqa = ["prontoqa", "prontoqa: prontoqa_valid.json", "prontoqa_matched"]
     return {
-        "methods": tables.methods_table(),
-        "table1": tables.paper_cells(rows),
-        **{
-            f"table1_{task}_small": tables.table1(rows, task, "small")
-            for task in ("prosqa", "prontoqa")
+        "README.md": {
+            "methods": tables.methods_table(),
+            "table1": tables.paper_cells(rows),
+            "table1_prosqa_small": tables.table1(rows, "prosqa", "small"),
+            "table1_prontoqa_small": tables.table1(rows, "prontoqa", "small"),
+        },
+        "docs/DATA.md": {
+            "prosqa_rules": tables.compared(like, "heuristics", prosqa),
+            "prosqa_rows": tables.compared(like, "statistics", prosqa),
+            "prontoqa_rules": tables.compared(like, "heuristics", prontoqa),
+            "prontoqa_rows": tables.compared(like, "statistics", prontoqa),
+            "gsm8k_rows": tables.compared(like, "statistics", ["gsm8k: gsm8k_valid.txt"]),
         },
     }
 
 
-def with_sections(text: str) -> str:
-    """The README with every marked section as it should be. UserError where a mark is missing."""
-    for name, table in sections().items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+def with_sections(name: str, text: str) -> str:
+    """A document with all its marked sections as they should be. UserError where one is missing."""
+    for section, table in sections()[name].items():
+        marked = re.compile(rf"(<!-- {section} -->\n).*?(\n<!-- /{section} -->)", re.DOTALL)
         if not marked.search(text):
-            raise UserError(f"README.md has no section <!-- {name} --> ... <!-- /{name} -->.")
+            raise UserError(f"{name} has no section <!-- {section} --> ... <!-- /{section} -->.")
         text = marked.sub(lambda m, table=table: m[1] + table + m[2], text)
     return text
 
@@ -139,16 +149,18 @@ def draw_curve(row: dict[str, Any], to: Path) -> None:
 def main() -> None:
     given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(PlotConfig, given)
-    readme = ROOT / "README.md"
     if config.readme:
-        old = readme.read_text(encoding="utf-8")
-        new = with_sections(old)
-        if config.check and new != old:
-            print("README.md is not in step with the rows: python bench/plot.py --readme")
+        changed = []
+        for name in sections():
+            old = (ROOT / name).read_text(encoding="utf-8")
+            new = with_sections(name, old)
+            changed += [name] * (new != old)
+            if not config.check:
+                checkpoint.replace_text(ROOT / name, new)
+        print(json.dumps({"bench": "readme", "changed": changed}))
+        if config.check and changed:
+            print(f"{changed[0]} is not in step with the rows: python bench/plot.py --readme")
             sys.exit(1)
-        if not config.check:
-            checkpoint.replace_text(readme, new)
-        print(json.dumps({"bench": "readme", "changed": new != old}))
         return
     for run in (config.curve or "").split(","):
         if run:

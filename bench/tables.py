@@ -139,3 +139,19 @@ def paper_cells(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{paper}; {_ours(here)}")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def compared(row: dict[str, Any], kind: str, names: Sequence[str]) -> str:
+    """One row of bench/rows.py: "statistics" or "heuristics" (in %) of the named splits and files,
+    side by side."""
+    columns = [row["found"][name] for name in names]
+    keys = list(dict.fromkeys(key for column in columns for key in column[kind]))
+    heads = [
+        f"{name} ({column['rows']:,} rows)" for name, column in zip(names, columns, strict=True)
+    ]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(names)]
+    scale, digits = (100, 1) if kind == "heuristics" else (1, 3)
+    for key in keys:
+        cells = [f"{scale * c[kind][key]:.{digits}f}" if key in c[kind] else "" for c in columns]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(lines)
