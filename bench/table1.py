@@ -36,19 +36,15 @@ from nanococonut.config import (
     read_config_file,
 )
 from nanococonut.errors import UserError, main_guard
+from nanococonut.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
-SPLITS = {
-    "prosqa": ("prosqa", "prosqa_matched"),
-    "prontoqa": ("prontoqa",),
-    "gsm8k": (),  # no generator: --data files
-}
 console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Table1Config:
-    task: str = opt("prosqa", "what to learn", choices=tuple(SPLITS))
+    task: str = opt("prosqa", "what to learn", choices=tuple(TASKS))
     preset: str = opt("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
     seeds: int = opt(1, "seeds 0 .. seeds - 1", at_least=1)
     methods: str = opt(",".join(METHOD_NAMES), "which, with commas")
@@ -165,7 +161,7 @@ def evaluate(job: Job, config: Table1Config) -> None:
          r["trained"]["seed"], r["data"])
         for r in read_jsonl(Path(config.out))
     }  # fmt: skip
-    for split in [*SPLITS[config.task], *files]:
+    for split in [*TASKS[config.task].splits, *files]:
         kind = (config.task, config.preset, job.method, job.setting, job.seed, Path(split).name)
         if kind in have:
             continue

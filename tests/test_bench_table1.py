@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import tables  # noqa: E402
 
 from nanococonut.curriculum import METHODS  # noqa: E402
+from nanococonut.tasks import TASKS  # noqa: E402
 
 TINY = "--set=epochs=2,rows_per_epoch=64,valid_rows=10,advance_at=0,max_new_tokens=4"
 
@@ -23,7 +24,7 @@ def test_a_stopped_table_goes_on_where_it_was(script):
     code, out, err = script(*argv, script="bench/table1.py")
     assert (code, err) == (0, "") and json.loads(out.splitlines()[-1])["left"] == 0
     rows = tables.read_jsonl(Path("rows.jsonl"))
-    assert [r["data"] for r in rows] == ["prosqa", "prosqa_matched"]
+    assert [r["data"] for r in rows] == list(TASKS["prosqa"].splits)
     assert all(r["method"] == "no_cot" and r["trained"]["steps"] == 2 for r in rows)
     table = Path("table1_prosqa_small.md").read_text()
     assert f"no_cot {TINY[6:]}" in table and table in out
