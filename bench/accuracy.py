@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 
 from nanococonut import checkpoint, device
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
+from nanococonut.data import Row
 from nanococonut.data.files import read_rows
 from nanococonut.data.paths import categories
 from nanococonut.errors import UserError, main_guard
@@ -48,6 +49,16 @@ class AccuracyConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+def by_steps(rows: list[Row], right: list[bool]) -> dict[str, list[int]]:
+    """Steps of a row's written chain -> [right, rows]."""
+    counts: dict[int, list[int]] = {}
+    for row, ok in zip(rows, right, strict=True):
+        count = counts.setdefault(len(row["steps"]), [0, 0])
+        count[0] += ok
+        count[1] += 1
+    return {str(n): counts[n] for n in sorted(counts)}
 
 
 def main() -> None:
@@ -89,6 +100,7 @@ def main() -> None:
             "high": round(high, 4),
             "generated_tokens": round(s.generated_tokens, 2),
             "seconds": round(time.perf_counter() - began, 2),
+            "by_steps": by_steps(rows, s.right),
         }
         print(
             f"{k} thoughts: {s.accuracy:.1%} (95 %: {low:.1%} to {high:.1%}), "
@@ -102,6 +114,10 @@ def main() -> None:
             shares = categories(rows, texts, k)
             result["categories"] = {name: round(share, 4) for name, share in shares.items()}
         results.append(result)
+    print("by steps of the written chain (right / rows):", end="")
+    for n, (right, n_rows) in results[-1]["by_steps"].items():
+        print(f"  {n}: {right} / {n_rows}", end="")
+    print()
     if "categories" in results[0]:
         print(f"{'thoughts':<16}" + "".join(f"{r['thoughts']:>8}" for r in results))
         for category in results[0]["categories"]:

@@ -13,6 +13,7 @@ table (mean ± standard deviation over seeds).
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -191,7 +192,12 @@ def finish(job: Job, config: Table1Config) -> None:
     evaluate(job, config)
 
 
+def asked_to_stop(number: int, _: object) -> None:
+    sys.exit(128 + number)  # through the finally that ends the runs
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, asked_to_stop)
     given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
     config = build(Table1Config, given)
     jobs = jobs_of(config)

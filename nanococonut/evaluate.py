@@ -18,16 +18,20 @@ from nanococonut.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Score:
-    """correct of rows; interval: 95 % (Wilson); generated_tokens: a row's mean; texts: in order."""
+    """right: of each row, in order; generated_tokens: a row's mean; texts: in order; interval: 95 %
+    (Wilson)."""
 
-    correct: int
-    rows: int
+    right: list[bool]
     generated_tokens: float
     texts: list[str]
 
     @property
+    def rows(self) -> int:
+        return len(self.right)
+
+    @property
     def accuracy(self) -> float:
-        return self.correct / self.rows
+        return sum(self.right) / self.rows
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -92,4 +96,4 @@ def score(
         "#" in text and answer_of(text) == answer_of(row["answer"])
         for text, row in zip(texts, rows, strict=True)
     ]
-    return Score(sum(right), len(rows), new / len(rows), texts)
+    return Score(right, new / len(rows), texts)
