@@ -39,8 +39,11 @@ class SampleConfig:
         None, "layout of the question (None: as trained)", choices=METHOD_NAMES
     )
     max_new_tokens: int = opt(128, "longest answer", at_least=1)
+    temperature: float = opt(0.0, "0: greedy; more: words are drawn", at_least=0)
     nodes: bool = opt(False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts")
-    seed: int | None = opt(None, "of the drawn question (None: another one every time)", at_least=0)
+    seed: int | None = opt(
+        None, "of the drawn question and words (None: others every time)", at_least=0
+    )
     device: str = opt("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
@@ -113,6 +116,8 @@ def answer(
     thoughts: int,
     max_new_tokens: int,
     nodes: bool,
+    temperature: float,
+    seed: int,
 ) -> None:
     """Ask one question and print everything there is to see."""
     console.print(f"\n[bold]question[/]  {escape(question)}")
@@ -123,7 +128,7 @@ def answer(
             "Do not expect sense from this answer."
         )
     ask(model, tokenizer, curriculum, [asked], 0, 1)  # first use of anything is slow: not timed
-    out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens)
+    out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens, temperature, seed)
     if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
     if nodes:
@@ -205,6 +210,8 @@ def main() -> None:
                 thoughts,
                 config.max_new_tokens,
                 config.nodes,
+                config.temperature,
+                seed,
             )
         except UserError as e:
             if not talk:

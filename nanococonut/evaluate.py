@@ -48,8 +48,11 @@ def ask(
     questions: Sequence[str],
     n_slots: int,
     max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Generation:
-    """Greedy answers to a batch of rendered questions, in the layout the method was trained in.
+    """Answers to a batch of rendered questions, in the layout the method was trained in: greedy, or
+    drawn at a temperature by the seed.
 
     n_slots: thoughts or pauses. A model with a classifier that stops them has no more than these.
     max_new_tokens is cut to what block_size leaves. UserError where it leaves nothing.
@@ -64,9 +67,17 @@ def ask(
             f"model's block_size={model.config.block_size}.\nAsk a shorter question or use fewer "
             "thoughts."
         )
-    new = min(max_new_tokens, room)
-    stop = model.config.stop
-    return generate(model, prefixes, n_thoughts, opening, tokenizer.eos, new, stop)
+    return generate(
+        model,
+        prefixes,
+        n_thoughts,
+        opening,
+        tokenizer.eos,
+        min(max_new_tokens, room),
+        model.config.stop,
+        temperature,
+        seed,
+    )
 
 
 def score(

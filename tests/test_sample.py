@@ -107,3 +107,12 @@ def test_nodes_are_named_with_their_distance(sample):
     assert (code, err) == (0, "") and "if it had to speak" in out
     after_one = next(line for line in out.splitlines() if "brimpus (2)" in line or "(1)" in line)
     assert "%" in after_one and "(-)" in out  # gorpus is not reached from Tom
+
+
+def test_words_are_drawn_at_a_temperature(sample):
+    said = {sample("--latent=0", "--temperature=9", f"--seed={s}", "--question", QUESTION)[1]
+            for s in range(3)}  # fmt: skip
+    answers = {out[out.index("answer") : out.index("first word")] for out in said}
+    assert len(answers) == 3
+    code, _, err = sample("--temperature=-1")
+    assert code == 2 and "temperature=-1" in err
