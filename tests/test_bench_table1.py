@@ -18,15 +18,15 @@ TINY = "--set=epochs=2,rows_per_epoch=64,valid_rows=10,advance_at=0,max_new_toke
 
 
 def test_a_stopped_table_goes_on_where_it_was(script):
-    argv = ["--methods=no_cot", TINY, "--n=20", "--out=rows.jsonl", "--runs=runs"]
+    argv = ["--task=prontoqa", "--methods=no_cot", TINY, "--n=20", "--out=rows.jsonl", "--runs=runs"]
     code, out, err = script(*argv, "--minutes=0.0001", script="bench/table1.py")
     assert (code, err) == (0, "") and json.loads(out.splitlines()[-1])["left"] == 1
     code, out, err = script(*argv, script="bench/table1.py")
     assert (code, err) == (0, "") and json.loads(out.splitlines()[-1])["left"] == 0
     rows = tables.read_jsonl(Path("rows.jsonl"))
-    assert [r["data"] for r in rows] == list(TASKS["prosqa"].splits)
+    assert [r["data"] for r in rows] == list(TASKS["prontoqa"].splits)
     assert all(r["method"] == "no_cot" and r["trained"]["steps"] == 2 for r in rows)
-    table = Path("table1_prosqa_small.md").read_text()
+    table = Path("table1_prontoqa_small.md").read_text()
     assert f"no_cot {TINY[6:]}" in table and table in out
     assert script(*argv, script="bench/table1.py")[0] == 0  # all is done: nothing is run again
     assert tables.read_jsonl(Path("rows.jsonl")) == rows
