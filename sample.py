@@ -3,6 +3,7 @@
 python sample.py --latent 6                          a question of its task, six thoughts
 python sample.py --latent 0 --question "..."         your own question, no thoughts
 python sample.py --out_dir out/prosqa_small          a run of your own
+python sample.py --nodes                             ProsQA: where in the graph each thought is
 """
 
 import sys
@@ -20,8 +21,10 @@ from nanococonut.curriculum import Curriculum, answer_of
 from nanococonut.data import Row, prosqa
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import ask
-from nanococonut.loader import curriculum_of, graph_config, read_data, render_question
+from nanococonut.loader import curriculum_of, read_data, render_question
 from nanococonut.model import GPT
+from nanococonut.nodes import node_values
+from nanococonut.tasks import TASKS, generated
 from nanococonut.tokenizer import Tokenizer
 
 console = Console(highlight=False, soft_wrap=True)
@@ -36,7 +39,11 @@ class SampleConfig:
         None, "layout of the question (None: as trained)", choices=METHOD_NAMES
     )
     max_new_tokens: int = opt(128, "longest answer", at_least=1)
-    seed: int | None = opt(None, "of the drawn question (None: another one every time)", at_least=0)
+    temperature: float = opt(0.0, "0: greedy; more: words are drawn", at_least=0)
+    nodes: bool = opt(False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts")
+    seed: int | None = opt(
+        None, "of the drawn question and words (None: others every time)", at_least=0
+    )
     device: str = opt("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
@@ -64,8 +71,38 @@ def thoughts_table(model: GPT, tokenizer: Tokenizer, thoughts: torch.Tensor) -> 
     for i, p in enumerate(model.head(thoughts).softmax(-1)):
         best = p.topk(min(5, len(p)))
         words = [repr(tokenizer.decode([t]))[1:-1].strip() for t in best.indices.tolist()]
-        shown = (f"{w} {v:.1%}" for w, v in zip(words, best.values.tolist(), strict=True))
+        shown = (f"{w} {v:.0%}" for w, v in zip(words, best.values.tolist(), strict=True))
         table.add_row(str(i + 1), *map(escape, shown))
+    return table
+
+
+def nodes_table(
+    model: GPT,
+    tokenizer: Tokenizer,
+    curriculum: Curriculum,
+    render: str,
+    question: str,
+    thoughts: int,
+) -> Table:
+    """What each number of thoughts has come to: the concepts that the model would name if it had to
+    speak then, and how many steps from the entity each is ("-": not reached from it). Shares are of
+    what all concepts have together; the last column says how much that is."""
+    edges, entity, _ = prosqa.parse_question(question)
+    away = prosqa.reachable(edges, entity)
+    table = Table(title="if it had to speak: concept (steps away)", title_justify="left")
+    table.add_column("#", justify="right", no_wrap=True)
+    for i in range(3):
+        table.add_column(f"node {i + 1}", no_wrap=True)
+    table.add_column("a node", justify="right", no_wrap=True)
+    for k in range(thoughts + 1):
+        values = node_values(model, tokenizer, curriculum, question, render, k)
+        all_of_them = sum(values.values())
+        best = sorted(values.items(), key=lambda item: -item[1])[:3]
+        shown = [
+            f"{node} ({away[node][0] if node in away else '-'}) {p / all_of_them:.0%}"
+            for node, p in best
+        ]
+        table.add_row(str(k), *map(escape, shown), f"{all_of_them:.1%}")
     return table
 
 
@@ -73,32 +110,36 @@ def answer(
     model: GPT,
     tokenizer: Tokenizer,
     curriculum: Curriculum,
-    render: str,
+    trained: TrainConfig,
     question: str,
     known: str | None,
     thoughts: int,
     max_new_tokens: int,
+    nodes: bool,
+    temperature: float,
+    seed: int,
 ) -> None:
     """Ask one question and print everything there is to see."""
     console.print(f"\n[bold]question[/]  {escape(question)}")
-    asked = render_question(question, render)
+    asked = render_question(trained, question)
     if unknown := tokenizer.unknown_words(asked):
         console.print(
             f"[yellow]warning[/]   never trained on: {escape(', '.join(unknown[:8]))}. "
             "Do not expect sense from this answer."
         )
     ask(model, tokenizer, curriculum, [asked], 0, 1)  # first use of anything is slow: not timed
-    out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens)
+    out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens, temperature, seed)
     if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
+    if nodes:
+        console.print(nodes_table(model, tokenizer, curriculum, trained.render, question, thoughts))
     text = tokenizer.decode(out.tokens[0])
-    before, mark, _ = text.rpartition("###")
-    said = answer_of(text) if mark else text.strip()
-    steps = before.splitlines()
-    if render == "compact":
-        steps, said = prosqa.expand_steps(before), prosqa.expand_answer(said, question)
-    for step in steps:
+    if trained.render == "compact":
+        text = TASKS[trained.task].expand(text, question)
+    chain, mark, _ = text.rpartition("###")
+    for step in chain.splitlines():
         console.print(f"[bold]step[/]      {escape(step)}")
+    said = answer_of(text) if mark else text.strip()
     verdict = ""
     if known is not None:
         right = said == answer_of(known)
@@ -122,6 +163,8 @@ def main() -> None:
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
+    if config.nodes and trained.task != "prosqa":
+        raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
     trained_thoughts = manifest["n_thoughts"] if curriculum.thoughts_at(1) else 0
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
@@ -141,17 +184,18 @@ def main() -> None:
     rows = iter(range(seed, seed + 10**9))
 
     # a task of one's own has its questions in a file: those that were held out
-    own = read_data(trained)[1]["valid"] if trained.data or trained.valid_data else None
+    from_file = trained.data or trained.valid_data or not TASKS[trained.task].splits
+    own = read_data(trained)[1]["valid"] if from_file and config.question is None else None
 
     def drawn() -> Row:
         if own:
             return own[next(rows) % len(own)]
-        return prosqa.generate(1, next(rows), graph_config(trained))[0]
+        return generated(trained.task, 1, next(rows), trained)[0]
 
     question = config.question
     talk = question is None and sys.stdin.isatty() and sys.stdout.isatty()
     while True:
-        known = prosqa.solve(question) if question is not None else None
+        known = TASKS[trained.task].solve(question) if question is not None else None
         if question is None:
             row = drawn()
             question, known = row["question"], row["answer"]
@@ -160,11 +204,14 @@ def main() -> None:
                 model,
                 tokenizer,
                 curriculum,
-                trained.render,
+                trained,
                 question,
                 known,
                 thoughts,
                 config.max_new_tokens,
+                config.nodes,
+                config.temperature,
+                seed,
             )
         except UserError as e:
             if not talk:

@@ -27,6 +27,7 @@ setup(
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
         "rich>=13",
+        "datasets>=2.19",
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.46"],

@@ -28,7 +28,7 @@ from nanococonut import checkpoint, coconut, device, hub
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import collate, schedule
-from nanococonut.data import prosqa
+from nanococonut.data.files import skipped_line
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import score
 from nanococonut.loader import (
@@ -39,6 +39,7 @@ from nanococonut.loader import (
     rendered,
     task_tokenizer,
 )
+from nanococonut.tasks import TASKS
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -47,25 +48,24 @@ def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
     """Command line -> (resolved config, the run's name, why a fallback was taken if it was)."""
     given, path = parse_cli(TrainConfig, argv, __doc__.split("\n")[0], config_file=True)
     config = build(TrainConfig, read_config_file(path, TrainConfig) if path else {}, given)
-    fell_back = {}
-    if config.init_from != "scratch":
-        why = None
-        if hub.find_weights(config.init_from) is None:
-            why = f"no weights of {config.init_from!r} on this machine"
-        elif not torch.cuda.is_available() and config.device in ("auto", "cpu"):
-            why = f"no GPU to train {config.init_from!r} on"
-        if why and config.fallback:
-            to = str(Path(path or ".").parent / config.fallback)
-            console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(why)}.")
-            console.print(f"[bold red]TRAINING {to} INSTEAD[/]. To insist: --fallback=None")
-            fell_back = {"instead_of": path, "because": why}
-            given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
-            config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
-        elif hub.find_weights(config.init_from) is None:
-            raise UserError(
-                f"{why}, looked in the hub's cache.\nGive a folder with config.json and "
-                "model.safetensors as --init_from, or train --init_from=scratch."
-            )
+    fell_back, why = {}, None
+    no_gpu = not torch.cuda.is_available() and config.device in ("auto", "cpu")
+    if config.init_from in hub.NAMES and no_gpu and config.fallback:
+        why = f"no GPU to train {config.init_from!r} on"  # nothing is downloaded in vain
+    elif config.init_from != "scratch":
+        try:
+            hub.find_weights(config.init_from)
+        except hub.Unavailable as e:
+            if not config.fallback:
+                raise
+            why = str(e).split("\n")[0].rstrip(".")
+    if why:
+        to = str(Path(path or ".").parent / config.fallback)
+        console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(why)}.")
+        console.print(f"[bold red]TRAINING {to} INSTEAD[/]. To insist: --fallback=None")
+        fell_back = {"instead_of": path, "because": why}
+        given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
+        config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
     return config, Path(path).stem if path else "run", fell_back
 
 
@@ -105,16 +105,21 @@ def main() -> None:
         ) from None
 
     # -- tokenizer, rows, model, optimizer
-    given, splits = read_data(config)
+    skipped: list[str] | None = [] if config.skip_bad_rows else None
+    given, splits = read_data(config, skipped)
     tokenizer = task_tokenizer(config, given)
     curriculum = curriculum_of(config)
     held_out = [row for rows in splits.values() for row in rows]
-    epochs = Epochs(config, curriculum, tokenizer, given, held_out)
-    epochs.encode(held_out)  # what does not fit is refused now, not at the first validation
+    epochs = Epochs(config, curriculum, tokenizer, given, held_out, skipped)
+    # what does not fit is refused now, not at the first validation
+    splits = {name: epochs.fitting(rows) for name, rows in splits.items()}
+    if skipped:
+        n_rows = epochs.n_rows + sum(map(len, splits.values()))
+        console.print(f"  {escape(skipped_line(n_rows, skipped))}")
     if config.data and not config.valid_data:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer.vocab_size).to(where)
+    model = build_model(config, tokenizer).to(where)
     optimizers = build_optimizers(config, model)
 
     # -- the schedule, in steps
@@ -198,7 +203,7 @@ def main() -> None:
                     model,
                     tokenizer,
                     curriculum,
-                    rendered(rows, config.render),
+                    rendered(config, rows),
                     n,
                     config.eval_batch_size,
                     config.max_new_tokens,
@@ -365,8 +370,9 @@ def main() -> None:
         minutes = f"{row['minutes']:.1f}"
         table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
     console.print(table)
-    with suppress(UserError):  # rows that are not ProsQA have no such heuristics
-        baselines = {split: prosqa.heuristics(rows) for split, rows in splits.items()}
+    with suppress(UserError):  # rows of one's own have no such heuristics
+        task = TASKS[config.task]
+        baselines = {split: task.heuristics(rows) for split, rows in splits.items()}
         for rule in baselines["valid"]:
             shares = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
             console.print(f"  no model, {rule}: {', '.join(shares)}")

@@ -2,9 +2,13 @@
 
     python bench/accuracy.py --checkpoint out/RUN --data FILE     a JSON file of rows
     python bench/accuracy.py --checkpoint out/RUN --data prosqa_matched
+    python bench/accuracy.py --checkpoint out/RUN --data prosqa_balanced --sweep
 
 Rows are answered by batched greedy generation. The number of thoughts is the checkpoint's own (its
-manifest), unless --latent gives another. The last line is JSON.
+manifest), unless --latent gives another; --sweep asks with 0, 1, ... up to it. Generated splits are
+scaled to the graphs the checkpoint was trained on (nanococonut/data/prosqa.py, split). Beside the
+accuracy of ProsQA rows stand the categories of what was said (nanococonut/data/paths.py). The last
+line is JSON.
 """
 
 import json
@@ -17,21 +21,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 
 from nanococonut import checkpoint, device
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
-from nanococonut.data import prosqa, read_rows
+from nanococonut.data import Row
+from nanococonut.data.files import read_rows
+from nanococonut.data.paths import categories
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import score
-from nanococonut.loader import curriculum_of, graph_config, rendered
-
-SPLITS = ("prosqa", "prosqa_matched")
+from nanococonut.loader import curriculum_of, rendered
+from nanococonut.tasks import TASKS, generated
 
 
 @dataclass(frozen=True)
 class AccuracyConfig:
     checkpoint: str | None = opt(None, "a run's folder, one checkpoint's, or None: the bundled one")
-    data: str = opt("prosqa", f"a JSON file of rows, or generated ones: {', '.join(SPLITS)}")
+    data: str = opt(
+        "prosqa",
+        "a file of rows, or generated ones of the checkpoint's task: "
+        + ", ".join(name for task in TASKS.values() for name in task.splits),
+    )
     n: int = opt(1000, "generated rows", at_least=1)
     seed: int = opt(1_000_003, "of generated rows (training never uses it)", at_least=0)
     latent: int | None = opt(None, "thoughts (None: as trained)", at_least=0)
+    sweep: bool = opt(False, "ask with 0, 1, ... up to that many thoughts")
     batch_size: int = opt(100, "rows answered at once", at_least=1)
     max_new_tokens: int = opt(128, "longest answer", at_least=1)
     out: str | None = opt(None, "append the JSON row to this file")
@@ -41,41 +51,78 @@ class AccuracyConfig:
         check_values(self)
 
 
+def by_steps(rows: list[Row], right: list[bool]) -> dict[str, list[int]]:
+    """Steps of a row's written chain -> [right, rows]."""
+    counts: dict[int, list[int]] = {}
+    for row, ok in zip(rows, right, strict=True):
+        count = counts.setdefault(len(row["steps"]), [0, 0])
+        count[0] += ok
+        count[1] += 1
+    return {str(n): counts[n] for n in sorted(counts)}
+
+
 def main() -> None:
     given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(AccuracyConfig, given)
     folder = checkpoint.find(config.checkpoint or checkpoint.BUNDLED, best=True)
     model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
-    if config.data in SPLITS:
-        graphs = graph_config(trained, matched=config.data.endswith("matched"))
-        rows = prosqa.generate(config.n, config.seed, graphs)
-    else:
-        rows = read_rows(config.data)
+    task = TASKS[trained.task]
+    drawn = generated(config.data, config.n, config.seed, trained)
+    rows = read_rows(config.data) if drawn is None else drawn
+    shown = rendered(trained, rows)
     try:
-        baselines = prosqa.heuristics(rows)
-        shown = rendered(rows, trained.render)
-    except UserError:
-        if trained.render == "compact":
-            raise
-        baselines, shown = {}, rows
-    thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
-    began = time.perf_counter()
-    s = score(
-        model,
-        tokenizer,
-        curriculum_of(trained),
-        shown,
-        thoughts,
-        config.batch_size,
-        config.max_new_tokens,
-    )
-    seconds = time.perf_counter() - began
-    low, high = s.interval
+        baselines = task.heuristics(rows)
+    except UserError:  # rows of one's own: nothing is known of them
+        baselines = {}
+    trained_thoughts = manifest["n_thoughts"]
+    thoughts = trained_thoughts if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
-    print(f"{name}: {manifest['method']}, step {manifest['step']}, {thoughts} thoughts")
-    print(f"{config.data}: {s.accuracy:.1%} of {s.rows} rows (95 %: {low:.1%} to {high:.1%})")
-    print(f"generated tokens (thoughts + words, without eos): {s.generated_tokens:.1f}")
+    print(f"{name}: {manifest['method']}, step {manifest['step']}, trained with {trained_thoughts}")
+    print(f"{config.data}: {len(rows)} rows")
+    results = []
+    for k in range(thoughts + 1) if config.sweep else [thoughts]:
+        began = time.perf_counter()
+        s = score(
+            model,
+            tokenizer,
+            curriculum_of(trained),
+            shown,
+            k,
+            config.batch_size,
+            config.max_new_tokens,
+        )
+        low, high = s.interval
+        result = {
+            "thoughts": k,
+            "accuracy": s.accuracy,
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "generated_tokens": round(s.generated_tokens, 2),
+            "seconds": round(time.perf_counter() - began, 2),
+            "by_steps": by_steps(rows, s.right),
+        }
+        print(
+            f"{k} thoughts: {s.accuracy:.1%} (95 %: {low:.1%} to {high:.1%}), "
+            f"{s.generated_tokens:.1f} generated tokens (thoughts + words, without eos)"
+        )
+        if baselines and trained.task == "prosqa":
+            texts = s.texts
+            if trained.render == "compact":
+                pairs = zip(texts, rows, strict=True)
+                texts = [task.expand(text, row["question"]) for text, row in pairs]
+            shares = categories(rows, texts, k)
+            result["categories"] = {name: round(share, 4) for name, share in shares.items()}
+        results.append(result)
+    print("by steps of the written chain (right / rows):", end="")
+    for n, (right, n_rows) in results[-1]["by_steps"].items():
+        print(f"  {n}: {right} / {n_rows}", end="")
+    print()
+    if "categories" in results[0]:
+        print(f"{'thoughts':<16}" + "".join(f"{r['thoughts']:>8}" for r in results))
+        for category in results[0]["categories"]:
+            columns = [f"{r['categories'][category]:>8.1%}" for r in results]
+            print(f"{category:<16}" + "".join(columns))
     for rule, share in baselines.items():
         print(f"no model, {rule}: {share:.1%}")
     row = {
@@ -91,18 +138,15 @@ def main() -> None:
             "commit": manifest.get("trained_with", manifest)["commit"],
         },
         "data": Path(config.data).name,
-        "generated_seed": config.seed if config.data in SPLITS else None,
-        "thoughts": thoughts,
-        "rows": s.rows,
-        "accuracy": s.accuracy,
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "generated_tokens": round(s.generated_tokens, 2),
+        "generated_seed": config.seed if drawn is not None else None,
+        "rows": len(rows),
+        **results[-1],
         "heuristics": baselines,
-        "seconds": round(seconds, 2),
         "device": str(model.wte.weight.device),
         **checkpoint.provenance(),
     }
+    if config.sweep:
+        row["sweep"] = results
     print(json.dumps(row))
     if config.out:
         checkpoint.append_row(Path(config.out), row)

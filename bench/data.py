@@ -42,7 +42,8 @@ class DataConfig:
 def main() -> None:
     given, _ = parse_cli(DataConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(DataConfig, given)
-    tokenizer = task_tokenizer(build(TrainConfig, {"tokenizer": "words"}), None)
+    compact = build(TrainConfig, {"tokenizer": "words", "render": "compact"})
+    tokenizer = task_tokenizer(compact, None)
     figures = {}
     for name, graphs in KINDS.items():
         made, ready = [], []
@@ -50,7 +51,7 @@ def main() -> None:
             began = time.perf_counter()
             rows = prosqa.generate(config.n, repeat, graphs)
             generated = time.perf_counter()
-            for row in rendered(rows, "compact"):
+            for row in rendered(compact, rows):
                 encode_row(tokenizer, row)
             if repeat:  # the first one warms up
                 made.append(config.n / (generated - began))

@@ -165,7 +165,7 @@ class Ours:
         half = bench.dtype == "bfloat16"
         self.autocast = torch.autocast(bench.device, torch.bfloat16) if half else nullcontext()
         torch.manual_seed(recipe.seed)
-        self.model = build_model(recipe, rows.tokenizer.vocab_size).to(self.device)
+        self.model = build_model(recipe, rows.tokenizer).to(self.device)
         # every pass through the layers ends in ln_f: that tells the three blocks apart
         self.model.ln_f.register_forward_hook(lambda *_: self._lap())
         self.laps: list[Any] = []

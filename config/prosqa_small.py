@@ -30,6 +30,7 @@ epochs = 50
 uniform_prob = 0.3
 uniform_to = "stage"
 advance_at = 0.93
+icot_tokens = 0.34  # a step is two tokens and a stage six epochs: iCoT removes as fast as Coconut
 
 batch_size = 64
 micro_batch_size = 64

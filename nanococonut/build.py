@@ -5,34 +5,50 @@ import torch
 from nanococonut import hub
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
+from nanococonut.errors import UserError
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.muon import Muon
+from nanococonut.tokenizer import Tokenizer
 
 
-def build_model(config: TrainConfig, vocab_size: int) -> GPT:
-    """A model from random weights (torch's seed is the caller's), or GPT-2's from the hub's cache
-    or a folder, whose size is then its own."""
-    folder = None if config.init_from == "scratch" else hub.find_weights(config.init_from)
-    if folder:
-        return hub.load_gpt2(folder, vocab_size, config.dropout)
+def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
+    """A model from random weights (torch's seed is the caller's), or init_from's with their sizes.
+
+    Raises UserError where block_size, which rows are checked against, is more than the weights have
+    positions for.
+    """
     slot = METHODS[config.method].slot
-    return GPT(
-        GPTConfig(
-            vocab_size=vocab_size,
-            block_size=config.block_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            dropout=config.dropout,
-            smear=config.smear,
-            token_std=config.token_std,
-            position_std=config.position_std,
-            thought=slot if slot in ("soft", "projected") else "hidden",
-            soft_temperature=config.soft_temperature,
-            soft_top_k=config.soft_top_k,
-            stop=config.stop == "classifier",
-        )
+    switches = dict(
+        smear=config.smear,
+        thought=slot if slot in ("soft", "projected") else "hidden",
+        soft_temperature=config.soft_temperature,
+        soft_top_k=config.soft_top_k,
+        stop=config.stop == "classifier",
     )
+    if config.init_from == "scratch":
+        return GPT(
+            GPTConfig(
+                vocab_size=tokenizer.vocab_size,
+                block_size=config.block_size,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_embd=config.n_embd,
+                dropout=config.dropout,
+                token_std=config.token_std,
+                position_std=config.position_std,
+                **switches,
+            )
+        )
+    path = hub.find_weights(config.init_from)
+    model = hub.load_gpt2(
+        path, tokenizer.vocab_size, config.dropout, tokenizer.spec, switches=switches
+    )
+    if config.block_size > model.config.block_size:
+        raise UserError(
+            f"block_size={config.block_size}, and {config.init_from} has positions for "
+            f"{model.config.block_size}.\nGive --block_size={model.config.block_size}."
+        )
+    return model
 
 
 def build_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:

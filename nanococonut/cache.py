@@ -46,5 +46,10 @@ class KVCache:
         """Forget what stands at or behind lengths (B,)."""
         self.lengths = torch.minimum(self.lengths, lengths)
 
+    def keep(self, which: Tensor) -> None:
+        """Go on with the rows which (n,) only, in that order; the others' memory is given back."""
+        self.data, self.lengths = self.data[:, :, which], self.lengths[which]
+        self.rows = self.rows[: len(which)]
+
     def reset(self) -> None:
         self.lengths.zero_()

@@ -285,6 +285,7 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     model, _, manifest = load(run)
     kept = {k: v for k, v in manifest.items() if k not in ("files", "format", "progress")}
     trained = {k: kept.pop(k) for k in ("commit", "versions", "platform")}
+    kept["config"] = kept["config"] | {"out_dir": None}  # where it lay is nobody's business
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     write(fresh, model.to(torch.bfloat16), [], kept | {"trained_with": trained})

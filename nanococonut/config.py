@@ -49,15 +49,19 @@ class TrainConfig:
     """Everything train.py can be told. The defaults are the paper's ProsQA recipe."""
 
     # data
-    task: str = opt("prosqa", "what the rows are", "data", choices=("prosqa",))
-    data: str | None = opt(None, "train on this JSON file instead of generated rows", "data")
-    valid_data: str | None = opt(None, "validate on this JSON file", "data")
+    task: str = opt("prosqa", "what the rows are", "data", choices=("prosqa", "prontoqa", "gsm8k"))
+    data: str | None = opt(None, "train on this file of rows instead of the task's own", "data")
+    valid_data: str | None = opt(None, "validate on this file of rows", "data")
+    skip_bad_rows: bool = opt(
+        False, "leave out rows of files that are bad or too long, and say so", "data"
+    )
     rows_per_epoch: int = opt(17_886, "generated rows in an epoch", "data", at_least=1)
     fresh_rows: bool = opt(False, "generate new rows for every epoch", "data")
     valid_rows: int = opt(300, "generated validation rows", "data", at_least=1)
     n_nodes: int = opt(28, "ProsQA: nodes before pruning", "data", at_least=4, at_most=55)
     min_hops: int = opt(3, "ProsQA: fewest steps to the answer", "data", at_least=1)
     max_hops: int = opt(6, "ProsQA: most steps to the answer", "data", at_least=1)
+    hops: int = opt(5, "ProntoQA: concepts on the way to the property", "data", at_least=1)
     matched_share: float = opt(
         0.0, "share of training rows without the depth shortcut", "data", at_least=0, at_most=1
     )
@@ -69,10 +73,13 @@ class TrainConfig:
         1, "batches among which rows of like length are put together (1: off)", "data", at_least=1
     )
     render: str = opt(
-        "sentences", "how ProsQA is written", "data", choices=("sentences", "compact")
+        "sentences", "how ProsQA and ProntoQA are written", "data", choices=("sentences", "compact")
     )
     # model
-    init_from: str = opt("scratch", '"scratch", or "gpt2": hub weights', "model")
+    init_from: str = opt(
+        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a folder, run or file of weights",
+        "model",
+    )  # fmt: skip
     fallback: str | None = opt(
         None, "config trained instead where the weights or a GPU for them are missing", "model"
     )
@@ -194,6 +201,11 @@ class TrainConfig:
             raise UserError(
                 f"start_stage={self.start_stage} lies behind the final stage "
                 f"{self.max_latent_stage + 1}.\nChoose 0 to {self.max_latent_stage + 1}."
+            )
+        if self.render == "compact" and self.task == "gsm8k":
+            raise UserError(
+                "render='compact' is not for gsm8k, whose rows are any text.\nUse "
+                "--render=sentences."
             )
         if self.render == "compact" and self.tokenizer == "gpt2":
             raise UserError(

@@ -81,6 +81,14 @@ def decode_step(model: GPT, cache: KVCache, token: Tensor, state: State) -> Stat
     return step(model, cache, model.embed(token), state)
 
 
+def pick(logits: Tensor, temperature: float, draw: torch.Generator) -> Tensor:
+    """Logits (B, V) -> the next token (B,): the most probable, or one drawn."""
+    if not temperature:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(p, 1, generator=draw)[:, 0]
+
+
 @torch.no_grad()
 def generate(
     model: GPT,
@@ -90,10 +98,14 @@ def generate(
     eos: int,
     max_new_tokens: int,
     stop: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Generation:
-    """Greedy answers to a batch of token prefixes.
+    """Answers to a batch of token prefixes, greedy or (temperature > 0) sampled.
 
     stop: a row has no further thought once the model's classifier says enough (n_thoughts at most).
+    seed: of a generator of this call's own. Rows that have said eos leave the batch once they are
+    half of it, so they cost nothing more.
     opening: tokens put behind the thoughts before the first word is asked for ([<eot>] or []).
     Raises ValueError, before any work, where a row would not fit into block_size.
     """
@@ -102,6 +114,8 @@ def generate(
     capacity = longest + n_thoughts + len(opening) + max_new_tokens
     if min(map(len, prefixes)) == 0 or n_thoughts < 0 or max_new_tokens < 1:
         raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} has to be 0 (greedy) or more")
     if capacity > model.config.block_size:
         raise ValueError(
             f"{longest} tokens + {n_thoughts} thoughts + {len(opening)} + {max_new_tokens} new "
@@ -135,24 +149,34 @@ def generate(
     thought = now()
     for token in opening:
         state = decode_step(model, cache, torch.full_like(lengths, token), state)
-    words: list[Tensor] = []
-    done = torch.zeros_like(lengths, dtype=torch.bool)
+    words = torch.full((len(prefixes), max_new_tokens), eos, device=device)
+    left = torch.arange(len(prefixes), device=device)  # of each row in the batch, which it is
+    done = torch.zeros_like(left, dtype=torch.bool)
+    draw = torch.Generator(device).manual_seed(seed)
+    every = 4 if device.type == "cuda" else 1  # tokens between two looks at who is done
     first = thought
     for i in range(max_new_tokens):
-        token = model.head(state.hidden).argmax(-1)
+        token = pick(model.head(state.hidden), temperature, draw)
         token = torch.where(done, eos, token)
+        words[left, i] = token
         done |= token == eos  # the first token may be eos already
-        words.append(token)
         if i == 0:
             first = now()
-        if done.all() or i == max_new_tokens - 1:
+        if i == max_new_tokens - 1:
             break
+        if i % every == 0:
+            alive = (~done).nonzero()[:, 0]
+            if not len(alive):
+                break
+            if 2 * len(alive) <= len(left):
+                cache.keep(alive)
+                state = State(state.hidden[alive], state.prev[alive], state.span)
+                left, token, done = left[alive], token[alive], done[alive]
         state = decode_step(model, cache, token, state)
     end = now()
 
-    rows = torch.stack(words, 1).tolist()
-    tokens = [row[: row.index(eos)] if eos in row else row for row in rows]
-    kept = torch.stack(thoughts, 1) if thoughts else state.hidden.new_zeros(len(rows), 0, 1)
+    tokens = [row[: row.index(eos)] if eos in row else row for row in words.tolist()]
+    kept = torch.stack(thoughts, 1) if thoughts else state.hidden.new_zeros(len(prefixes), 0, 1)
     return Generation(
         tokens,
         kept,

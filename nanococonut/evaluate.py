@@ -18,16 +18,20 @@ from nanococonut.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Score:
-    """correct of rows; interval: 95 % (Wilson); generated_tokens: a row's mean; texts: in order."""
+    """right: of each row, in order; generated_tokens: a row's mean; texts: in order; interval: 95 %
+    (Wilson)."""
 
-    correct: int
-    rows: int
+    right: list[bool]
     generated_tokens: float
     texts: list[str]
 
     @property
+    def rows(self) -> int:
+        return len(self.right)
+
+    @property
     def accuracy(self) -> float:
-        return self.correct / self.rows
+        return sum(self.right) / self.rows
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -44,8 +48,11 @@ def ask(
     questions: Sequence[str],
     n_slots: int,
     max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Generation:
-    """Greedy answers to a batch of rendered questions, in the layout the method was trained in.
+    """Answers to a batch of rendered questions, in the layout the method was trained in: greedy, or
+    drawn at a temperature by the seed.
 
     n_slots: thoughts or pauses. A model with a classifier that stops them has no more than these.
     max_new_tokens is cut to what block_size leaves. UserError where it leaves nothing.
@@ -60,9 +67,17 @@ def ask(
             f"model's block_size={model.config.block_size}.\nAsk a shorter question or use fewer "
             "thoughts."
         )
-    new = min(max_new_tokens, room)
-    stop = model.config.stop
-    return generate(model, prefixes, n_thoughts, opening, tokenizer.eos, new, stop)
+    return generate(
+        model,
+        prefixes,
+        n_thoughts,
+        opening,
+        tokenizer.eos,
+        min(max_new_tokens, room),
+        model.config.stop,
+        temperature,
+        seed,
+    )
 
 
 def score(
@@ -92,4 +107,4 @@ def score(
         "#" in text and answer_of(text) == answer_of(row["answer"])
         for text, row in zip(texts, rows, strict=True)
     ]
-    return Score(sum(right), len(rows), new / len(rows), texts)
+    return Score(right, new / len(rows), texts)

@@ -5,27 +5,21 @@ it, so a run resumed in any epoch sees the same rows in the same order.
 """
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import suppress
 
 import numpy as np
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum, EncodedRow, encode_row, longest
-from nanococonut.data import Row, prosqa, read_rows
+from nanococonut.data import Row
+from nanococonut.data.files import read_rows
 from nanococonut.errors import UserError
+from nanococonut.tasks import TASKS
 from nanococonut.tokenizer import Tokenizer
 
 TRAIN, VALID, MATCHED, ORDER, DRAWS = range(5)  # streams of one seed, kept apart (see PUBLIC)
-
-
-def graph_config(config: TrainConfig, matched: bool = False) -> prosqa.GraphConfig:
-    return prosqa.GraphConfig(
-        n_nodes=config.n_nodes,
-        min_hops=config.min_hops,
-        max_hops=config.max_hops,
-        matched=matched,
-    )
 
 
 def curriculum_of(config: TrainConfig) -> Curriculum:
@@ -41,19 +35,22 @@ def curriculum_of(config: TrainConfig) -> Curriculum:
     )
 
 
-def render_question(question: str, render: str) -> str:
-    return prosqa.compact_question(question) if render == "compact" else question + "\n"
+def render_question(config: TrainConfig, question: str) -> str:
+    """As a model reads it: with a newline behind it, as in the released code, or compact."""
+    if config.render == "compact":
+        return TASKS[config.task].module.compact_question(question)
+    return question + "\n"
 
 
-def rendered(rows: list[Row], render: str) -> list[Row]:
-    """Rows as a model reads them: sentences with a newline behind the question and each step, as in
-    the released code, or ProsQA's compact rendering, which has no need of newlines."""
-    if render == "compact":
-        return [prosqa.compact_row(row) for row in rows]
+def rendered(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
+    """Rows as a model reads them: sentences with a newline behind the question and each step, or
+    the task's compact rendering, which has no need of newlines."""
+    if config.render == "compact":
+        return [TASKS[config.task].module.compact_row(row) for row in rows]
     return [
         row
         | {
-            "question": render_question(row["question"], render),
+            "question": render_question(config, row["question"]),
             "steps": [step + "\n" for step in row["steps"]],
         }
         for row in rows
@@ -61,24 +58,31 @@ def rendered(rows: list[Row], render: str) -> list[Row]:
 
 
 def task_tokenizer(config: TrainConfig, rows: list[Row] | None) -> Tokenizer:
-    """GPT-2's, or words: ProsQA's own, and those of the rows that are trained on."""
+    """GPT-2's, or words: the task's own, and those of the rows that are trained on."""
     if config.tokenizer == "gpt2":
         return Tokenizer.gpt2()
     text = " ".join(" ".join([r["question"], *r["steps"], r["answer"]]) for r in rows or ())
     return Tokenizer.words(
-        [*prosqa.VOCABULARY, *re.findall(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]", text)]
+        [*TASKS[config.task].words(), *re.findall(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]", text)]
     )
 
 
-def read_data(config: TrainConfig) -> tuple[list[Row] | None, dict[str, list[Row]]]:
+def read_data(
+    config: TrainConfig, skipped: list[str] | None = None
+) -> tuple[list[Row] | None, dict[str, list[Row]]]:
     """(rows to train on, or None where they are generated; name of a split -> validation rows).
 
     Of a file without valid_data a tenth, at most valid_rows, is held out. Generated validation rows
-    come with a depth-matched split.
+    come with those without shortcut. skipped: as in data.files.read_rows.
     """
-    rows = read_rows(config.data) if config.data else None
+    task = TASKS[config.task]
+    rows = read_rows(config.data, skipped) if config.data else None
+    if rows is None and task.read:
+        rows = task.read("train", skipped)
+        if not config.valid_data:
+            return rows, {"valid": task.read("validation", skipped)}
     if config.valid_data:
-        return rows, {"valid": read_rows(config.valid_data)}
+        return rows, {"valid": read_rows(config.valid_data, skipped)}
     n = config.valid_rows
     if rows is not None:
         if len(rows) < 2:
@@ -89,9 +93,10 @@ def read_data(config: TrainConfig) -> tuple[list[Row] | None, dict[str, list[Row
         n = min(n, max(1, len(rows) // 10))
         order = np.random.default_rng((config.seed, VALID)).permutation(len(rows))
         return [rows[i] for i in order[n:]], {"valid": [rows[i] for i in order[:n]]}
+    plain, matched, *_ = task.splits.values()
     return None, {
-        "valid": prosqa.generate(n, (config.seed, VALID), graph_config(config)),
-        "matched": prosqa.generate(n, (config.seed, MATCHED), graph_config(config, matched=True)),
+        "valid": task.module.generate(n, (config.seed, VALID), plain(config)),
+        "matched": task.module.generate(n, (config.seed, MATCHED), matched(config)),
     }
 
 
@@ -100,7 +105,8 @@ class Epochs:
 
     rows: those to train on; None: generated ones. held_out: rows that generated ones must never
     repeat (by graph, whatever the names in it).
-    Raises UserError where a row would not fit into block_size at some stage.
+    Raises UserError where a row would not fit into block_size at some stage; with a list `skipped`
+    such rows are left out and it is told.
     """
 
     def __init__(
@@ -110,9 +116,11 @@ class Epochs:
         tokenizer: Tokenizer,
         rows: list[Row] | None,
         held_out: list[Row],
+        skipped: list[str] | None = None,
     ) -> None:
         self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
-        self.exclude = frozenset(prosqa.signature(row) for row in held_out if "edges" in row)
+        self.task, self.skipped = TASKS[config.task], skipped
+        self.exclude = self._signatures(held_out) if rows is None else frozenset()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self.ahead: tuple[int, Future[list[EncodedRow]]] | None = None
         self.fixed: list[EncodedRow] | None = None
@@ -152,32 +160,57 @@ class Epochs:
             batches += [full[i] for i in rng.permutation(len(full))] + parts[len(full) :]
         return [row for batch in batches for row in batch]
 
+    def _signatures(self, rows: list[Row]) -> frozenset[bytes]:
+        """Of those rows that are the task's: a file to validate on may hold any."""
+        found = set()
+        for row in rows:
+            with suppress(UserError):
+                found.add(self.task.module.signature(row))
+        return frozenset(found)
+
     def _generate(self, epoch: int) -> list[Row]:
-        """rows_per_epoch rows: plain ones, without the depth shortcut, and with short chains."""
+        """rows_per_epoch rows: plain ones, without the shortcut, and with fewer steps."""
         c = self.config
+        plain, matched, *_ = self.task.splits.values()
         n_matched = round(c.matched_share * c.rows_per_epoch)
-        n_short = round(c.short_share * c.rows_per_epoch) if c.min_hops > 1 else 0
-        short = replace(graph_config(c), min_hops=1, max_hops=max(1, c.min_hops - 1))
+        shorter = self.task.shorter(c)
+        n_short = round(c.short_share * c.rows_per_epoch) if shorter else 0
+        n_each = [len(part) for part in np.array_split(range(n_short), max(1, len(shorter)))]
+        kinds = [
+            (c.rows_per_epoch - n_matched - n_short, plain(c)),
+            (n_matched, matched(c)),
+            *zip(n_each, shorter, strict=False),
+        ]
         rows: list[Row] = []
-        for kind, (n, graphs) in enumerate(
-            (
-                (c.rows_per_epoch - n_matched - n_short, graph_config(c)),
-                (n_matched, graph_config(c, matched=True)),
-                (n_short, short),
-            )
-        ):
+        for i, (n, kind) in enumerate(kinds):
             if n:
-                rows += prosqa.generate(n, (c.seed, TRAIN, epoch, kind), graphs, self.exclude)
+                seed = (c.seed, TRAIN, epoch, i)
+                rows += self.task.module.generate(n, seed, kind, self.exclude)
         return rows
 
     def encode(self, rows: list[Row]) -> list[EncodedRow]:
         """Rows in tokens. UserError names the first that does not fit into block_size."""
-        encoded = [encode_row(self.tokenizer, row) for row in rendered(rows, self.config.render)]
+        return [row for _, row in self._fitting(rows)]
+
+    def fitting(self, rows: list[Row]) -> list[Row]:
+        """Those rows that fit into block_size; see encode."""
+        return [row for row, _ in self._fitting(rows)]
+
+    def _fitting(self, rows: list[Row]) -> list[tuple[Row, EncodedRow]]:
+        encoded = [encode_row(self.tokenizer, row) for row in rendered(self.config, rows)]
+        fit = []
         for i, row in enumerate(encoded):
-            if (need := longest(self.curriculum, row, self.tokenizer)) > self.config.block_size:
-                raise UserError(
-                    f"row {i} needs {need} positions with its thoughts, "
-                    f"block_size={self.config.block_size}: {rows[i]['question'][:30]!r}...\n"
-                    "Use a longer --block_size or shorter rows."
-                )
-        return encoded
+            need = longest(self.curriculum, row, self.tokenizer)
+            if need <= self.config.block_size:
+                fit.append((rows[i], row))
+                continue
+            wrong = (
+                f"row {i} needs {need} positions with its thoughts, "
+                f"block_size={self.config.block_size}: {rows[i]['question'][:30]!r}..."
+            )
+            if self.skipped is None:
+                raise UserError(f"{wrong}\nUse a longer --block_size or shorter rows.")
+            self.skipped.append(wrong)
+        if not fit:
+            raise UserError(f"no row fits: {wrong}\nUse a longer --block_size or shorter rows.")
+        return fit

@@ -141,6 +141,14 @@ class GPT(nn.Module):
             for p in added.parameters() if added is not None else ():
                 nn.init.zeros_(p)  # starts as plain GPT-2
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, dropout: float = 0.0) -> "GPT":
+        """GPT-2 with its own vocabulary, as in nanoGPT. name_or_path: gpt2, gpt2-medium, -large,
+        -xl (cached or downloaded), or whatever else --init_from takes. UserError where it fails."""
+        from nanococonut import hub  # it imports this module
+
+        return hub.load_gpt2(hub.find_weights(name_or_path), dropout=dropout)
+
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; only network tests go there
+
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
 

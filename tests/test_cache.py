@@ -28,3 +28,15 @@ def test_crop_only_shortens_and_reset_empties():
     cache.reset()
     assert cache.lengths.tolist() == [0, 0, 0]
     assert cache.capacity == 8
+
+
+def test_rows_that_are_kept_stay_as_they_were():
+    cache = KVCache(2, 4, 1, 5, 3)
+    cache.data.copy_(torch.randn(cache.data.shape))
+    cache.lengths.copy_(torch.tensor([1, 2, 3, 4]))
+    before = cache.data.clone()
+    cache.keep(torch.tensor([3, 1]))
+    assert torch.equal(cache.data, before[:, :, [3, 1]]) and cache.lengths.tolist() == [4, 2]
+    k, v = torch.randn(2, 2, 1, 1, 3)
+    cache.append(0, k, v, cache.lengths[:, None])
+    assert torch.equal(cache.data[0, 0, :, 0][[0, 1], [4, 2]], k[:, 0, 0])

@@ -9,7 +9,7 @@ from conftest import random_gpt
 from torch.nn import functional as F
 
 from nanococonut import coconut
-from nanococonut.config import METHOD_NAMES
+from nanococonut.config import METHOD_NAMES, TrainConfig
 from nanococonut.curriculum import (
     IGNORE,
     METHODS,
@@ -130,7 +130,7 @@ def test_longest_is_the_longest_stage(tokenizer):
 
 def test_parts_are_tokenised_on_their_own(tokenizer):
     rows = [{"question": "Tom is.", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}]
-    row = encode_row(tokenizer, rendered(rows, "sentences")[0])
+    row = encode_row(tokenizer, rendered(TrainConfig(), rows)[0])
     assert tokenizer.decode(row.question) == "Tom is.\n"
     assert [tokenizer.decode(s) for s in row.steps] == ["Tom is a lempus.\n"]
     assert tokenizer.decode(row.answer) == "### Tom is a lempus."

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from nanococonut.data import prosqa, read_rows
+from nanococonut.data import prosqa
+from nanococonut.data.files import read_rows
 from nanococonut.data.prosqa import GraphConfig
 from nanococonut.errors import UserError
+from nanococonut.tasks import TASKS
 
 FULL = GraphConfig()
 MINI = GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
@@ -19,8 +21,12 @@ CONFIGS = {
     "mini": MINI,
     "full matched": replace(FULL, matched=True),
     "mini matched": replace(MINI, matched=True),
-    "long": GraphConfig(min_hops=7, max_hops=8),
     "dense": GraphConfig(n_nodes=40, parent_rate=2.5, min_hops=3, max_hops=4),
+    **{
+        f"{size} {name}": prosqa.split(name, base)
+        for size, base in (("full", FULL), ("mini", MINI))
+        for name in prosqa.SPLITS[2:]
+    },
 }
 
 
@@ -62,6 +68,8 @@ def check(row: dict, config: GraphConfig) -> None:
         people = [node for node in nodes if node not in parents]
         near = [min(distances(edges, p).get(o, 99) for p in people) for o in (target, neg_target)]
         assert near[0] == near[1]
+    if config.balanced:
+        assert hops == theirs[neg_target]
 
     # words: persons are those without parents, no word twice
     for node, word in enumerate(symbol):
@@ -92,7 +100,7 @@ def check(row: dict, config: GraphConfig) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_are_right_by_an_independent_search(name):
-    for row in prosqa.generate(30 if name == "long" else 150, 1, CONFIGS[name]):
+    for row in prosqa.generate(20 if "long" in name else 100, 1, CONFIGS[name]):
         check(row, CONFIGS[name])
 
 
@@ -167,6 +175,45 @@ def test_the_matched_split_is_worth_nothing_to_the_shortcut(config):
     found = prosqa.heuristics(rows)
     assert found["deeper"] == 0.5 and all(0.4 < share < 0.65 for share in found.values())
     assert prosqa.heuristics(prosqa.generate(400, 2, config))["deeper"] > 0.75
+
+
+@pytest.mark.parametrize("base", [FULL, MINI], ids=["full", "mini"])
+def test_splits_differ_from_their_base_as_they_say(base):
+    by_name = {name: prosqa.split(name, replace(base, matched=True)) for name in prosqa.SPLITS}
+    assert by_name["prosqa"] == base
+    assert by_name["prosqa_matched"] == replace(base, matched=True)
+    assert by_name["prosqa_balanced"] == replace(base, balanced=True)
+    assert by_name["prosqa_dense"] == replace(base, balanced=True, parent_rate=2.5)
+    long = by_name["prosqa_long"]
+    assert long.balanced and long.min_hops == base.max_hops + 1
+    assert base.n_nodes < long.n_nodes <= base.n_nodes + 4
+    with pytest.raises(UserError, match="'prosqa_wide' is no split.\nChoose one of prosqa, "):
+        prosqa.split("prosqa_wide", base)
+
+
+def test_a_split_of_the_largest_graphs_keeps_to_the_words_there_are():
+    assert prosqa.split("prosqa_long", replace(FULL, n_nodes=55)).n_nodes == 55
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if CONFIGS[n].balanced])
+def test_a_balanced_split_is_worth_nothing_to_any_shortcut(name):
+    """Each rule is right in half of the rows, whatever it is: here also ones made up for the test,
+    of the text alone. 0.15 are more than four standard deviations."""
+    rows = prosqa.generate(200, 3, CONFIGS[name])
+    found = prosqa.heuristics(rows)
+    for rule in ("said last", "said more often", "of the first root"):
+        found[rule] = 0.0
+        for row in rows:
+            asked = prosqa.parse_question(row["question"])
+            words = [word for edge in asked.edges for word in edge]
+            good, bad = (row["idx_to_symbol"][row[key]] for key in ("target", "neg_target"))
+            scores = {
+                "said last": [-words[::-1].index(w) for w in (good, bad)],
+                "said more often": [words.count(w) for w in (good, bad)],
+                "of the first root": [row["root"] == 0, row["root"] == 1],
+            }[rule]
+            found[rule] += ((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])) / len(rows)
+    assert all(share == pytest.approx(0.5, abs=0.15) for share in found.values()), found
 
 
 def test_options_names_and_sentences_come_in_random_order(rows):
@@ -282,6 +329,11 @@ def test_the_compact_rendering_by_hand():
     assert prosqa.expand_steps(" p c half") == ["Every p is a c.", "half"]
     assert prosqa.expand_answer("half a thought", QUESTION) == "half a thought"
     assert prosqa.expand_answer("c", QUESTION) == "Tom is a c."
+    whole = TASKS["prosqa"].expand(" Tom p p c### c", QUESTION)
+    assert whole == "Tom is a p.\nEvery p is a c.\n### Tom is a c."
+    assert TASKS["prosqa"].expand("### c", QUESTION) == "### Tom is a c."
+    assert TASKS["prosqa"].expand(" Tom p p", QUESTION) == "Tom is a p.\np"
+    assert TASKS["prosqa"].expand("", QUESTION) == ""
 
 
 def test_a_question_typed_by_a_user_is_taken_apart():
@@ -317,6 +369,9 @@ def test_compact_text_that_is_none_is_refused():
             prosqa.expand_question(text)
     with pytest.raises(UserError, match="not a ProsQA sentence"):
         prosqa.compact_sentence("Tom likes c.")
+    assert prosqa.parse_sentence(" Every p is a c.\n") == ("p", "c")
+    with pytest.raises(UserError, match="not a ProsQA sentence"):
+        prosqa.parse_sentence("")
 
 
 def test_solving_by_search(rows):
@@ -343,6 +398,8 @@ def test_solving_by_search(rows):
         ({"first_share": 1.1}, "first_share"),
         ({"second_share": 0.7}, "second_share"),
         ({"depth_weight": -1}, "depth_weight"),
+        ({"depth_power": 21}, "depth_power"),
+        ({"matched": True, "balanced": True}, "matched"),
     ],
 )
 def test_values_that_cannot_be_are_refused(values, field):

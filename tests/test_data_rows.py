@@ -2,16 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import random
 
 import pytest
 
-from nanococonut.data import prosqa, read_rows, write_rows
+from nanococonut.data import gsm8k, prosqa
+from nanococonut.data.files import read_rows, skipped_line, write_rows
 from nanococonut.errors import UserError, main_guard
 
-ROOT = Path(__file__).parents[1]
 GOOD = {"question": "Is it so?", "steps": ["It is.", "So it is."], "answer": "Yes."}
 
 
@@ -73,11 +71,14 @@ WRONG = {
     "broken list": ("[\n" + json.dumps(GOOD) + ",\n{,\n]", "line 3: not JSON"),
     "broken line": (json.dumps(GOOD) + "\n{oh\n", "line 2: not JSON"),
     "too deep": ("[" * 100_000, "not JSON"),
+    "broken object": ('{\n"example1": {\n{}', "line 3: not JSON"),
+    "plain text": ("Is it so?\nYes.", "line 1: not JSON"),
+    "long number": ("[" + "7" * 5000 + "]", "line 1"),
     "a number": ("3", "a JSON number, where a list of rows"),
-    "one object": (json.dumps(GOOD, indent=1), "a JSON object, where a list of rows"),
+    "another object": (json.dumps({"rows": [GOOD]}, indent=1), "row 0: 'question' is missing"),
     "no rows": ("[]", "holds no rows"),
     "row is a list": (json.dumps([GOOD, [GOOD]]), "row 1: a JSON list, where an object"),
-    "line is a text": (json.dumps(GOOD) + '\n"x"', "row 1: a JSON text, where an object"),
+    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: a JSON text, where an object"),
     "no question": (json.dumps([without("question")]), "row 0: 'question' is missing"),
     "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "row 2: 'steps' is missing"),
     "no answer": (json.dumps([without("answer")]), "row 0: 'answer' is missing"),
@@ -100,12 +101,110 @@ def test_a_file_that_is_none_is_refused_with_file_and_place(tmp_path, name):
     assert len(lines) == 2 and "bad.json" in lines[0] and len(lines[1]) > 20
 
 
+LINE = "How many?||<<1+1=2>> #### 2"
+# rows left out -> (what is in the file, complaints about them); GOOD or LINE stays in each
+SKIPPED = {
+    "list": (json.dumps([3, GOOD, without("steps")]), ["row 0: a JSON number", "row 2: 'steps'"]),
+    "lines": (
+        f'{{oh\n\n{json.dumps(GOOD)}\n{{"question": "a\udce9"}}\nno\n[]',
+        ["line 1: not JSON", "line 4: not UTF-8", "line 5: not JSON", "line 6: a JSON list"],
+    ),
+    "gsm8k": (
+        f"Two #### 2\n||1 #### 1\r\n\nAn\udce9||1 #### 1\n{LINE}\r\nThree?||3",
+        ["line 1: no ||", "line 2: 'question' is blank", "line 4: not UTF-8", "line 6: no ####"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_bad_rows_are_left_out_when_told_to_and_said(tmp_path, name):
+    path = tmp_path / "mixed"
+    text, complaints = SKIPPED[name]
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError) as e:
+        read_rows(path)
+    assert complaints[0] in str(e.value)
+    skipped: list[str] = []
+    rows = read_rows(path, skipped)
+    assert rows == [GOOD if name != "gsm8k" else gsm8k.row_of_line(LINE)]
+    assert len(skipped) == len(complaints)
+    for said, complaint in zip(skipped, complaints, strict=True):
+        assert said.startswith(f"{path}, {complaint}") and "\n" not in said
+    n = len(complaints)
+    said = skipped_line(1, skipped)
+    assert said.startswith(f"{n} of {n + 1} rows skipped, the first: {path}, {complaints[0]}")
+
+
+def test_any_broken_lines_among_good_ones_are_counted(tmp_path):
+    rows = [{**GOOD, "question": f"{i}?"} for i in range(40)]
+    lines = [json.dumps(row) for row in rows]
+    bad = set(random.sample(range(40), random.randint(1, 30)))
+    for i in bad:
+        lines[i] = lines[i][: random.randint(1, len(lines[i]) - 1)]
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines))
+    skipped: list[str] = []
+    good = [row for i, row in enumerate(rows) if i not in bad]
+    assert read_rows(tmp_path / "cut.jsonl", skipped) == good
+    assert [int(said.split("line ")[1].split(":")[0]) - 1 for said in skipped] == sorted(bad)
+
+
+@pytest.mark.parametrize("text", [f"[{json.dumps(GOOD)},\n3", "[]", "7", "", "{\n", "no rows"])
+def test_a_file_that_is_broken_as_a_whole_is_refused_all_the_same(tmp_path, text):
+    (tmp_path / "bad").write_text(text)
+    with pytest.raises(UserError):
+        read_rows(tmp_path / "bad", [])
+
+
+def test_a_file_of_bad_rows_only_is_refused_and_none_is_reported(tmp_path):
+    (tmp_path / "bad").write_text(json.dumps([1, 2]))
+    skipped: list[str] = []
+    with pytest.raises(UserError, match="all 2 rows are bad, the first: .*row 0: a JSON number"):
+        read_rows(tmp_path / "bad", skipped)
+    assert skipped == []
+
+
+def test_gsm8k_lines_are_told_apart_from_json(tmp_path):
+    lines = [LINE, "Half of {it}? [or all]||<<4/2=2>> <<2-1=1>> #### 1,000"]
+    (tmp_path / "any.name").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    assert read_rows(tmp_path / "any.name") == [gsm8k.row_of_line(line) for line in lines]
+
+
+def test_one_object_is_json_lines_of_one_line(tmp_path):
+    for indent in (None, 1):
+        (tmp_path / "one.jsonl").write_text(json.dumps(GOOD, indent=indent))
+        assert read_rows(tmp_path / "one.jsonl") == [GOOD]
+
+
+def test_lines_end_at_newlines_only(tmp_path):
+    row = {**GOOD, "question": "a\u2028b\x85c?"}
+    text = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "odd.jsonl").write_text(f"{text}\n{text}", encoding="utf-8")
+    assert read_rows(tmp_path / "odd.jsonl") == [row, row]
+
+
+def test_raw_prontoqa_is_converted_example_by_example(tmp_path, released):
+    prontoqa = pytest.importorskip("nanococonut.data.prontoqa")
+    path = released / "prontoqa_raw_5hop_sample.json"
+    raw = json.loads(path.read_text())
+    rows = read_rows(path)
+    assert rows == prontoqa.rows_of_raw(raw) and len(rows) == len(raw) > 2
+    last = list(raw)[-1]
+    del raw[last]["test_example"]["answer"]
+    for indent in (None, 1):  # over many lines as well as in one
+        (tmp_path / "raw.json").write_text(json.dumps(raw, indent=indent))
+        with pytest.raises(UserError, match=f"raw.json, {last}: "):
+            read_rows(tmp_path / "raw.json")
+        skipped: list[str] = []
+        assert read_rows(tmp_path / "raw.json", skipped) == rows[:-1]
+        assert len(skipped) == 1 and last in skipped[0]
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    (tmp_path / "latin.json").write_bytes(b'["caf\xe9"]')
+    (tmp_path / "latin.json").write_bytes(b'["cafe",\n"caf\xe9"]')
     for path, complaint in (
         (tmp_path / "none.json", "No such file"),
         (tmp_path, "Is a directory"),
-        (tmp_path / "latin.json", "not UTF-8 text .byte 5"),
+        (tmp_path / "latin.json", "latin.json, line 2: not UTF-8 text"),
         ("a\0b", "cannot be read"),
     ):
         with pytest.raises(UserError, match=complaint):
@@ -126,44 +225,3 @@ def test_a_users_mistake_ends_a_script_with_its_message_and_code_2(capsys):
         main_guard(main)
     assert e.value.code == 2
     assert capsys.readouterr().err == "error: this is wrong.\nDo that.\n"
-
-
-def run(*args: str) -> subprocess.CompletedProcess:
-    """The command line, from the checkout."""
-    command = [sys.executable, "-m", "nanococonut.data", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command_writes_rows_and_shows_their_statistics(tmp_path):
-    out = str(tmp_path / "mini.json")
-    size = ["--n_nodes", "13", "--min_hops", "2", "--max_hops", "3"]
-    done = run("prosqa", "--n", "50", "--seed", "4", "--out", out, "--matched", *size)
-    assert (done.returncode, done.stderr) == (0, "")
-    mini = prosqa.GraphConfig(n_nodes=13, min_hops=2, max_hops=3, matched=True)
-    assert read_rows(out) == prosqa.generate(50, 4, mini)
-    done = run("prosqa", "--stats", out)
-    assert (done.returncode, done.stderr) == (0, "")
-    shown = {line[:18].strip(): line[18:].split() for line in done.stdout.splitlines()[2:]}
-    assert shown["deeper"] == ["0.500", "0.925"]
-    assert shown["nodes"][1] == "22.800" and 9 < float(shown["nodes"][0]) < 13
-    assert float(shown["hops 2"][0]) + float(shown["hops 3"][0]) == pytest.approx(1, abs=2e-3)
-
-
-@pytest.mark.parametrize(
-    "args, complaint",
-    [
-        ((), "task"),
-        (("prosqa",), "--out FILE"),
-        (("prosqa", "--stats", "no.json"), "no.json cannot be read"),
-        (("prosqa", "--out", "pyproject.toml"), "pyproject.toml exists already"),
-        (("prosqa", "--out", "no/x", "--n", "many"), "--n"),
-        (("prosqa", "--out", "no/x", "--n", "0"), "--n 0"),
-        (("prosqa", "--out", "no/x", "--n", "5"), "no/x cannot be written"),
-        (("prosqa", "--out", "no/x", "--min_hops", "9"), "max_hops=6"),
-    ],
-)
-def test_a_wrong_command_is_one_error_and_code_2(tmp_path, args, complaint):
-    done = run(*args)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and complaint in done.stderr
-    assert 1 <= done.stderr.count("\n") <= 2 and done.stdout == ""

@@ -95,3 +95,42 @@ def test_what_does_not_fit_is_refused_before_any_work(gpt):
     for bad in ([[]], -1, 8), ([[1]], -1, 8), ([[1]], 0, 0):
         with pytest.raises(ValueError, match="must not be empty"):
             generate(gpt, bad[0], bad[1], [], EOS, bad[2])
+
+
+@torch.no_grad()
+def test_rows_that_are_done_leave_the_batch_and_the_others_do_not_notice():
+    model = random_gpt(seed=8, smear=True)
+    rows = prefixes(3, 12)
+    never = -1
+    free = [generate(model, [row], 2, [EOT], never, 14).tokens[0] for row in rows]
+    ends = [t for row in free for t in row[1:4]]
+    eos = max(set(ends), key=ends.count)  # a token that many rows say early
+    sizes = []
+    trunk = model.trunk
+
+    def spy(e, *args, **kwargs):
+        sizes.append(len(e))
+        return trunk(e, *args, **kwargs)
+
+    model.trunk = spy
+    out = generate(model, rows, 2, [EOT], eos, 14).tokens
+    assert out == [row[: row.index(eos)] if eos in row else row for row in free]
+    assert sizes[0] == 12 and sizes[-1] <= 6
+
+
+@torch.no_grad()
+def test_sampling_draws_from_the_softmax_by_its_own_seed():
+    model = random_gpt(seed=9)
+    logits = model(torch.tensor([[3, 7, 1]]))[0, -1]
+    said = generate(model, [[3, 7, 1]] * 4000, 0, [], EOS, 1, temperature=2.0, seed=1).tokens
+    found = torch.bincount(torch.tensor([t[0] if t else EOS for t in said]), minlength=41) / 4000
+    wanted = (logits / 2.0).softmax(-1)
+    # 5 standard errors of a share of 4,000, and a floor for rare ones
+    assert ((found - wanted).abs() < 5 * (wanted / 4000).sqrt() + 1e-3).all()
+    state = torch.random.get_rng_state()
+    ask = [[3, 7], [1]]
+    a, b, c = (generate(model, ask, 1, [], EOS, 9, temperature=1.5, seed=s) for s in (5, 5, 6))
+    assert a.tokens == b.tokens != c.tokens
+    assert torch.equal(state, torch.random.get_rng_state())  # torch's own is left alone
+    with pytest.raises(ValueError, match="temperature"):
+        generate(model, ask, 1, [], EOS, 9, temperature=-1.0)

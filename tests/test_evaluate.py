@@ -29,7 +29,7 @@ def test_batched_equals_one_by_one(model, tokenizer, method):
 def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, monkeypatch):
     asked = []
 
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop):
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed):
         asked.append((prefixes, n_thoughts, opening))
 
     monkeypatch.setattr(evaluate, "generate", fake)
@@ -47,7 +47,7 @@ def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, 
 def scripted(monkeypatch, tokenizer, texts):
     """generate() says these texts, whatever it is asked."""
 
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop):
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed):
         tokens = [tokenizer.encode(texts.pop(0)) for _ in prefixes]
         had = [n_thoughts] * len(tokens)
         return evaluate.Generation(tokens, torch.zeros(1), had, 0, 0, 0, 0)
@@ -61,16 +61,19 @@ def test_what_counts_as_right_and_as_generated(model, tokenizer, monkeypatch):
     scripted(monkeypatch, tokenizer, list(texts))
     rows = [{"question": "?", "steps": [], "answer": a} for a in answers]
     s = evaluate.score(model, tokenizer, Curriculum("coconut"), rows, 6, batch_size=3)
-    assert (s.correct, s.rows, s.texts) == (2, 4, texts)  # without "###" there is no answer
+    assert (s.right, s.texts) == (
+        [True, False, False, True],
+        texts,
+    )  # without "###" there is no answer
     words = sum(len(tokenizer.encode(t)) for t in texts)
     assert s.generated_tokens == 6 + words / 4
 
 
 def test_the_interval_is_wilsons():
     """Values of the closed form, computed by hand: 95 of 100 and 10 of 10."""
-    low, high = evaluate.Score(95, 100, 0, []).interval
+    low, high = evaluate.Score([True] * 95 + [False] * 5, 0, []).interval
     assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
-    low, high = evaluate.Score(10, 10, 0, []).interval
+    low, high = evaluate.Score([True] * 10, 0, []).interval
     assert (round(low, 4), round(high, 12)) == (0.7225, 1.0)
 
 

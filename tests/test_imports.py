@@ -16,15 +16,27 @@ ALLOWED = {
     "device": {"errors"},
     "data": {"errors", "data"},
     "tokenizer": {"errors"},
-    "model": {"cache"},
-    "hub": {"errors", "model"},
+    "model": {"cache", "hub"},  # hub inside from_pretrained only
+    "hub": {"checkpoint", "errors", "export", "model"},
+    "export": {
+        "checkpoint",
+        "config",
+        "curriculum",
+        "errors",
+        "hub",
+        "loader",
+        "model",
+        "tokenizer",
+    },  # fmt: skip
     "muon": set(),
-    "build": {"config", "curriculum", "hub", "model", "muon"},
+    "build": {"config", "curriculum", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
     "engine": {"cache", "model"},
     "evaluate": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
-    "loader": {"config", "curriculum", "data", "errors", "tokenizer"},
+    "tasks": {"config", "data"},
+    "loader": {"config", "curriculum", "data", "errors", "tasks", "tokenizer"},
+    "nodes": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
     "checkpoint": {"errors", "model", "tokenizer"},
 }
 

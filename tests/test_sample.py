@@ -99,3 +99,20 @@ def test_accuracy_bench_agrees_with_what_is_claimed(sample):
     assert row["heuristics"]["random"] == 0.5 and row["commit"]
     code, _, err = sample("--data=none.json", script="bench/accuracy.py")
     assert code == 2 and "none.json" in err
+
+
+def test_nodes_are_named_with_their_distance(sample):
+    """The bundled model's first thought holds what is one step away (paper, section 5.4)."""
+    code, out, err = sample("--latent=2", "--nodes", "--question", QUESTION)
+    assert (code, err) == (0, "") and "if it had to speak" in out
+    after_one = next(line for line in out.splitlines() if "brimpus (2)" in line or "(1)" in line)
+    assert "%" in after_one and "(-)" in out  # gorpus is not reached from Tom
+
+
+def test_words_are_drawn_at_a_temperature(sample):
+    said = {sample("--latent=0", "--temperature=9", f"--seed={s}", "--question", QUESTION)[1]
+            for s in range(3)}  # fmt: skip
+    answers = {out[out.index("answer") : out.index("first word")] for out in said}
+    assert len(answers) == 3
+    code, _, err = sample("--temperature=-1")
+    assert code == 2 and "temperature=-1" in err

@@ -14,7 +14,8 @@ import torch
 
 from nanococonut import checkpoint
 from nanococonut.curriculum import METHODS
-from nanococonut.data import prosqa, write_rows
+from nanococonut.data import prosqa
+from nanococonut.data.files import write_rows
 
 ROOT = Path(__file__).parent.parent
 # small in every way, but with all that has a state: dropout, own stages, early advance, clipping
@@ -280,7 +281,7 @@ def test_other_methods_run_the_same_loop(train, tiny):
 
 
 def test_the_fallback_is_said_and_recorded(train, tiny, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
     code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run", "--init_from=gpt2")
     assert code == 0
@@ -324,7 +325,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, case):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "bad.py").write_text("n_layer = int('2')\n")
     (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9"}]')
     (tmp_path / "keys.json").write_text('[{"question": "Is it?"}]')

@@ -8,14 +8,15 @@ drawn at a time: the loop goes over the nodes, parents first.
 The released rows can be answered by shortcuts: ignore the entity, take the option that lies farther
 from its nearest parentless node, and be right in 92 % (from its farthest one: 94 %). `heuristics`
 measures such shortcuts on any rows. On those of GraphConfig(matched=True) the first is worth
-nothing (50 %) and the second little (56 %).
+nothing (50 %) and the second little (56 %); on those of GraphConfig(balanced=True) no rule that
+ignores the entity is worth anything: which of the two roots is asked about is a coin's toss.
 """
 
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -58,8 +59,12 @@ class GraphConfig:
     parent_rate   mean of the Poisson number of parents a node asks for
     first_share   nodes whose parents all descend from root 0 only (label 1)
     second_share  ... from root 1 only (label 2); the rest takes parents anywhere
-    depth_weight  parents are drawn with weight depth_weight * depth + 1
+    depth_weight  parents are drawn with weight (depth_weight * depth + 1) ** depth_power
+    depth_power   1 fits the released rows; more makes longer chains
     matched       both options equally far from their nearest parentless node
+    balanced      both options the deepest of their own root, and these equally deep: the same graph
+                  and options are as likely with the other answer, so that no rule which ignores the
+                  entity is right in more than half of the rows
     """
 
     n_nodes: int = 28
@@ -69,7 +74,9 @@ class GraphConfig:
     first_share: float = 0.35
     second_share: float = 0.455
     depth_weight: float = 1.5
+    depth_power: float = 1.0
     matched: bool = False
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         words = len(NAMES) + len(CONCEPTS)
@@ -83,6 +90,9 @@ class GraphConfig:
             "second_share", 0, 1 - self.first_share + 1e-9, "no more than first_share leaves"
         )
         self._check("depth_weight", 0, 1000, "0 draws parents regardless of depth")
+        self._check("depth_power", 0, 20, "more makes longer chains")
+        if self.matched and self.balanced:  # the coin would not be fair any more
+            raise UserError("matched=True and balanced=True are two splits.\nChoose one.")
 
     def _check(self, field: str, low: float, high: float, why: str) -> None:
         value = getattr(self, field)
@@ -93,6 +103,39 @@ class GraphConfig:
                 f"{field}={value!r}: wanted is a number from {low:g} to {high:g} ({why}).\n"
                 f"Change {field}."
             )
+
+
+SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_dense")
+
+
+def split(name: str, base: GraphConfig) -> GraphConfig:
+    """The graphs of a named split, for a model that is trained on those of base.
+
+    prosqa            as trained, with all the shortcuts (see heuristics)
+    prosqa_matched    both options equally far from their nearest parentless node
+    prosqa_balanced   no rule that ignores the entity is right in more than half of the rows
+    prosqa_long       balanced, and one or two hops more than any in training. Such graphs are
+                      hardly ever drawn as trained (and where they are, "farthest" is right in
+                      100 %), so a seventh more nodes hang in longer chains
+    prosqa_dense      balanced, and one parent more for each node
+    UserError for another name.
+    """
+    changes: dict[str, dict[str, float]] = {
+        "prosqa": {},
+        "prosqa_matched": {"matched": True},
+        "prosqa_balanced": {"balanced": True},
+        "prosqa_long": {
+            "balanced": True,
+            "min_hops": base.max_hops + 1,
+            "max_hops": base.max_hops + 2,
+            "n_nodes": min(round(base.n_nodes * 8 / 7), len(NAMES) + len(CONCEPTS)),
+            "depth_power": 6,
+        },
+        "prosqa_dense": {"balanced": True, "parent_rate": base.parent_rate + 1},
+    }
+    if name not in changes:
+        raise UserError(f"{name!r} is no split.\nChoose one of {', '.join(SPLITS)}.")
+    return replace(base, **({"matched": False, "balanced": False} | changes[name]))
 
 
 class Question(NamedTuple):
@@ -127,7 +170,8 @@ def generate(
             raise UserError(
                 f"{drawn:,} graphs gave {len(rows)} rows with n_nodes={config.n_nodes}, "
                 f"min_hops={config.min_hops}, max_hops={config.max_hops}, "
-                f"matched={config.matched}.\nAsk for fewer hops or another number of nodes."
+                f"matched={config.matched}, balanced={config.balanced}.\n"
+                "Ask for fewer hops or another number of nodes."
             )
     return rows[:n]
 
@@ -162,7 +206,8 @@ def _draw(rng: np.random.Generator, size: int, c: GraphConfig) -> _Graphs:
         fits = (only[:, node, None] == 0) | (label[:, :node] == only[:, node, None])
         n_in = np.minimum(asked[:, node], fits.sum(1))
         # least Exponential(1) / weight first is drawing by weight without replacement
-        race = rng.standard_exponential((size, node)) / (c.depth_weight * depth[:, :node] + 1)
+        weight = (c.depth_weight * depth[:, :node] + 1) ** c.depth_power
+        race = rng.standard_exponential((size, node)) / weight
         order = np.where(fits, race, np.inf).argsort(1)
         depth[:, node] = np.where(n_in > 0, FAR, 0)
         for slot in range(n_in.max()):
@@ -204,6 +249,8 @@ def _choose(rng: np.random.Generator, graphs: _Graphs, c: GraphConfig) -> _Quest
     graphs, root = graphs.take(g), root[g]
     target = _one_of(rng, reach[g, root] == top[g, None])
     others = reach[g, 1 - root] >= 1
+    if c.balanced:
+        others = reach[g, 1 - root] == top[g, None]
     if c.matched:
         others &= graphs.depth == graphs.depth[np.arange(len(g)), target][:, None]
     neg_target = _one_of(rng, others)
@@ -348,8 +395,13 @@ def parse_question(question: str) -> Question:
     return Question([_edge(fact) for fact in facts], asked[1], (asked[2], asked[3]))
 
 
+def parse_sentence(sentence: str) -> tuple[str, str]:
+    """(parent, child) of a fact, step or answer, with or without its full stop. UserError else."""
+    return _edge(sentence.strip().removesuffix("."))
+
+
 def _edge(sentence: str) -> tuple[str, str]:
-    """(parent, child) of a fact, step or answer without its full stop. UserError else."""
+    """parse_sentence where there is no full stop."""
     match sentence.split():
         case ["Every", parent, "is", "a" | "an", child] if parent.islower() and child.islower():
             return parent, child
@@ -382,7 +434,7 @@ def solve(question: str) -> str | None:
 
 def compact_sentence(sentence: str) -> str:
     """A fact or step: "Every p is a c." -> " p c" UserError for anything else."""
-    parent, child = _edge(sentence.strip().removesuffix("."))
+    parent, child = parse_sentence(sentence)
     return f" {parent} {child}"
 
 
@@ -399,12 +451,13 @@ def compact_row(row: Row) -> Row:
         **row,
         "question": compact_question(row["question"]),
         "steps": [compact_sentence(step) for step in row["steps"]],
-        "answer": _edge(row["answer"].strip().removesuffix("."))[1],
+        "answer": parse_sentence(row["answer"])[1],
     }
 
 
-def expand_steps(text: str) -> list[str]:
-    """Compact steps, one behind the other, as sentences; a word left over as it is."""
+def expand_steps(text: str, question: str = "") -> list[str]:
+    """Compact steps, one behind the other, as sentences, whatever the question; a word left over
+    as it is."""
     words = text.split()
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
     return [_sentence(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
@@ -446,7 +499,7 @@ def statistics(rows: Sequence[Row]) -> dict[str, float]:
         edges, root, target, _ = _graph(row)
         n = 1 + max(map(max, edges))
         parents = _parents(edges)
-        below = [_below(edges, 0), _below(edges, 1)]
+        below = [reachable(edges, 0), reachable(edges, 1)]
         if root not in (0, 1) or target not in below[root] or n < 3:
             raise UserError(
                 f"a row's target does not follow from its root: {row['question'][:40]!r}...\n"
@@ -517,7 +570,7 @@ def _above(parents: dict[Node, list[Node]], node: Node) -> dict[Node, int]:
     return steps
 
 
-def _below(edges: Iterable[Sequence[Node]], root: Node) -> dict[Node, tuple[int, int]]:
+def reachable(edges: Iterable[Sequence[Node]], root: Node) -> dict[Node, tuple[int, int]]:
     """All that the root leads to -> (fewest steps down, number of shortest paths)."""
     children = _parents((child, parent) for parent, child in edges)
     found: dict[Node, tuple[int, int]] = {}

@@ -1,0 +1,157 @@
+"""Markdown tables made of what is in the repository: the methods, and committed rows beside the
+paper's Table 1. Used by table1.py and plot.py; prints nothing and measures nothing."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanococonut.curriculum import METHODS
+
+# Table 1 of the paper (arXiv 2412.06769): accuracy in %, its deviation, generated tokens
+PAPER: dict[str, dict[str, tuple[float, float | None, float]]] = {
+    "gsm8k": {
+        "CoT": (42.9, 0.2, 25.0),
+        "No-CoT": (16.5, 0.5, 2.2),
+        "iCoT": (30.0, None, 2.2),
+        "Pause token": (16.4, 1.8, 2.2),
+        "Coconut": (34.1, 1.5, 8.2),
+        "w/o curriculum": (14.4, 0.8, 8.2),
+        "w/o thought": (21.6, 0.5, 2.3),
+        "pause as thought": (24.1, 0.7, 2.2),
+    },
+    "prontoqa": {
+        "CoT": (98.8, 0.8, 92.5),
+        "No-CoT": (93.8, 0.7, 3.0),
+        "iCoT": (99.8, 0.3, 3.0),
+        "Pause token": (77.7, 21.0, 3.0),
+        "Coconut": (99.8, 0.2, 9.0),
+        "w/o curriculum": (52.4, 0.4, 9.0),
+        "w/o thought": (99.9, 0.1, 3.0),
+        "pause as thought": (100.0, 0.1, 3.0),
+    },
+    "prosqa": {
+        "CoT": (77.5, 1.9, 49.4),
+        "No-CoT": (76.7, 1.0, 8.2),
+        "iCoT": (98.2, 0.3, 8.2),
+        "Pause token": (75.9, 0.7, 8.2),
+        "Coconut": (97.0, 0.3, 14.2),
+        "w/o curriculum": (76.1, 0.2, 14.2),
+        "w/o thought": (95.5, 1.1, 8.2),
+        "pause as thought": (96.6, 0.8, 8.2),
+    },
+}
+
+_DROPS = {
+    "none": "nothing",
+    "stage": "the first s steps at stage s",
+    "all": "all steps",
+    "tokens": "the chain's first tokens, more at every epoch",
+}
+_SLOTS = {
+    "hidden": "thoughts: the last hidden state",
+    "soft": "thoughts: the token embeddings' mean by probability",
+    "projected": "thoughts: a learned map of the hidden state",
+    "pause": "<pause> tokens, read at once",
+}
+_COUNTS = {"stage": "s · c_thought", "all": "as in the final stage"}
+_MOVES = {"stages": "stage by stage", "epochs": "epoch by epoch", "never": "never"}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; none where it is not there."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def methods_table() -> str:
+    """The entries of curriculum.METHODS."""
+    lines = [
+        "| `--method=` | dropped | inserted | moves on | markers | in the paper |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, m in METHODS.items():
+        slots = f"{_SLOTS[m.slot]}, {_COUNTS[m.insert]}" if m.slot else "nothing"
+        markers = "yes" if m.markers else "no"
+        cells = (_DROPS[m.drop], slots, _MOVES[m.moves], markers, m.paper or "not there")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _figure(mean: float, deviation: float | None, tokens: float | None = None) -> str:
+    text = f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+    return text if tokens is None else f"{text} / {tokens:.1f}"
+
+
+def _ours(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy in % and generated tokens over seeds: mean ± standard deviation."""
+    if not rows:
+        return "not run"
+    shares = [100 * row["accuracy"] for row in rows]
+    deviation = statistics.stdev(shares) if len(shares) > 1 else None
+    tokens = statistics.mean(row["generated_tokens"] for row in rows)
+    return _figure(statistics.mean(shares), deviation, tokens)
+
+
+def table1(rows: Sequence[dict[str, Any]], task: str, preset: str) -> str:
+    """Accuracy % / generated tokens of every method beside the paper's; one column a split.
+
+    rows: those of bench/table1.py, of any task and preset; sweeps have lines of their own.
+    """
+    mine = [r for r in rows if (r["table1"]["task"], r["table1"]["preset"]) == (task, preset)]
+    splits = list(dict.fromkeys(r["data"] for r in mine))
+    lines = [
+        "| method | paper (GPT-2 124M) | " + "".join(f"{s} | " for s in splits) + "seeds |",
+        "|---|---|" + "---|" * len(splits) + "---|",
+    ]
+    kinds = [(m, "") for m in METHODS]
+    kinds += sorted({(r["method"], r["table1"]["setting"]) for r in mine} - set(kinds))
+    for method, setting in kinds:
+        here = [r for r in mine if (r["method"], r["table1"]["setting"]) == (method, setting)]
+        known = None if setting else PAPER[task].get(METHODS[method].paper)
+        cells = [f"{method} {setting}".strip(), _figure(*known) if known else ""]
+        cells += [_ours([r for r in here if r["data"] == split]) for split in splits]
+        seeds = sorted({r["trained"]["seed"] for r in here})
+        lines.append(f"| {' | '.join(cells)} | {', '.join(map(str, seeds)) or 'not run'} |")
+    for rule in mine[0]["heuristics"] if mine else ():
+        best = {r["data"]: r["heuristics"][rule] for r in mine}
+        cells = [f"{100 * best[split]:.1f}" for split in splits]
+        lines.append(f"| no model: {rule} | | {' | '.join(cells)} | |")
+    return "\n".join(lines)
+
+
+def paper_cells(rows: Sequence[dict[str, Any]]) -> str:
+    """Every (method, task) cell: the paper's figure, and ours with GPT-2 or "not run"."""
+    lines = ["| method | " + " | ".join(PAPER) + " |", "|---|" + "---|" * len(PAPER)]
+    for method, entry in METHODS.items():
+        cells = []
+        for task, known in PAPER.items():
+            here = [
+                r
+                for r in rows
+                if (r["table1"]["task"], r["table1"]["preset"]) == (task, "gpt2")
+                and r["method"] == method
+                and not r["table1"]["setting"]
+            ]
+            paper = _figure(*known[entry.paper]) if entry.paper else "-"
+            cells.append(f"{paper}; {_ours(here)}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def compared(row: dict[str, Any], kind: str, names: Sequence[str]) -> str:
+    """One row of bench/rows.py: "statistics" or "heuristics" (in %) of the named splits and files,
+    side by side."""
+    columns = [row["found"][name] for name in names]
+    keys = list(dict.fromkeys(key for column in columns for key in column[kind]))
+    heads = [
+        f"{name} ({column['rows']:,} rows)" for name, column in zip(names, columns, strict=True)
+    ]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(names)]
+    scale, digits = (100, 1) if kind == "heuristics" else (1, 3)
+    for key in keys:
+        cells = [f"{scale * c[kind][key]:.{digits}f}" if key in c[kind] else "" for c in columns]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(lines)
