@@ -20,7 +20,6 @@ Bytes: K and V up to each row's length, once; the rest is small. Backward: K and
 read and written.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -253,7 +252,8 @@ def latent_attention_scratch(
     if not splits:
         device = torch.device(device)
         sms = 1
-        if device.type == "cuda":
+        # AMD: one split. Triton 3.9's barrier there does not wait for stores (seen in its code)
+        if device.type == "cuda" and not torch.version.hip:
             sms = torch.cuda.get_device_properties(device).multi_processor_count
         wanted = min(triton.cdiv(2 * sms, max(1, B * nh)), triton.cdiv(T, _blocks(hs)[0]))
         splits = min(MAX_SPLITS, triton.next_power_of_2(max(1, wanted)))
@@ -281,7 +281,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
             "(B, nh, T, hs) with the same B, nh and hs"
         )
     if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.stride(0) != 1:
-        raise ValueError(f"lengths must be ({B},) int64, not {tuple(lengths.shape)} {lengths.dtype}")
+        raise ValueError(
+            f"lengths must be ({B},) int64, not {tuple(lengths.shape)} {lengths.dtype}"
+        )
+    if torch.float64 in (q.dtype, k.dtype, v.dtype):
+        raise ValueError("sums are fp32 here: float64 would be rounded, use the reference")
     if hs > 128 or not all(x.stride(-1) == 1 for x in (q, k, v)):
         raise ValueError(f"heads have at most 128 dimensions ({hs} given), in steps of one element")
 
@@ -409,9 +413,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     q, k, v, lengths, out, lse = ctx.saved_tensors
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    dq = latent_attention_backward_(
-        grad, grad_lse, q, k, v, lengths, out, lse, dk, dv, ctx.splits
-    )
+    dq = latent_attention_backward_(grad, grad_lse, q, k, v, lengths, out, lse, dk, dv, ctx.splits)
     return dq, dk, dv, None, None
 
 
