@@ -4,9 +4,13 @@
     python -m kernels.aot --target sm_90 --only latent_attention
 
 One line per kernel, case and target: registers, bytes of stack (spills), shared memory, how many
-128-bit and 16-bit loads from global memory ("/" those inside loops), tensor-core instructions. Exit
-code 1 where a must fails: no stack, shared memory within the chip's limit, 128-bit loads where a
-case says wide_loads (in its loops, if it loads there), tensor cores where it says dots.
+128-bit and 16-bit loads from global memory (in brackets: those in loops), how many of them go to
+shared memory on their own (cp.async; NVIDIA), tensor-core instructions. Exit code 1 where a must
+fails: no stack, shared memory within the chip's limit, 128-bit loads where a case says wide_loads
+(in its loops, if it loads there), tensor cores where it says dots.
+
+What to look for in the "async" column: ptxas puts a masked load right before its use, however early
+it stands in the source, so that a loop with none has few loads in flight.
 
 Each module in MODULES offers `aot_cases() -> list[Case]`. Triton must not be interpreting
 (TRITON_INTERPRET unset). AMD's code is compiled and read only, never run by us.
@@ -69,6 +73,7 @@ class Report:
     wide_looped: int
     narrow: int
     narrow_looped: int
+    ahead: int  # cp.async
     tensor: int
 
     def failures(self, case: Case, target: str) -> list[str]:
@@ -90,6 +95,7 @@ NVIDIA = dict(
     jump=r"\bBRA\b.*`\((\.L_x_\w+)\)",
     wide=r"\bLDG\S*\.128|\bLDGSTS\S*\.128",
     narrow=r"\bLDG\S*\.[US]16",
+    ahead=r"\bLDGSTS",
     tensor=r"\b(?:HMMA|HGMMA|IMMA|QGMMA)\b",
 )
 AMD = dict(
@@ -97,6 +103,7 @@ AMD = dict(
     jump=r"\bs_c?branch\w*\s+(\.LBB\w+)",
     wide=r"\b(?:global|buffer|flat)_load_dwordx4",
     narrow=r"\b(?:global|buffer|flat)_load_(?:ushort|sshort|short_d16)",
+    ahead=r"\b(?:global|buffer)_load_lds|\b(?:global|buffer)_load_\w+ .*\blds\b",
     tensor=r"\bv_s?mfma_",
 )
 
@@ -150,8 +157,8 @@ def compile_case(case: Case, target: str) -> Report:
         found = [i for i, line in enumerate(lines) if re.search(family[kind], line)]
         return len(found), len(inside & set(found))
 
-    shared = compiled.metadata.shared
-    return Report(registers, stack, shared, *count("wide"), *count("narrow"), count("tensor")[0])
+    shared, ahead, tensor = compiled.metadata.shared, count("ahead")[0], count("tensor")[0]
+    return Report(registers, stack, shared, *count("wide"), *count("narrow"), ahead, tensor)
 
 
 def all_cases(only: str = "") -> Iterable[Case]:
@@ -177,8 +184,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no kernel and no case is named like {args.only!r}")
 
     print(f"triton {triton.__version__}; counts are of instructions, (n) of them in loops")
-    row = "{:<34} {:<26} {:<7} {:>5} {:>5} {:>7} {:>9} {:>9} {:>6}  {}"
-    print(row.format(*"kernel case target regs stack shared 128-bit 16-bit tensor musts".split()))
+    row = "{:<34} {:<26} {:<7} {:>5} {:>5} {:>7} {:>9} {:>9} {:>5} {:>6}  {}"
+    heads = "kernel case target regs stack shared 128-bit 16-bit async tensor musts"
+    print(row.format(*heads.split()))
     failed = 0
     for case in cases:
         for target in targets:
@@ -186,21 +194,9 @@ def main(argv: list[str] | None = None) -> int:
             bad = r.failures(case, target)
             failed += bool(bad)
             wide, narrow = f"{r.wide} ({r.wide_looped})", f"{r.narrow} ({r.narrow_looped})"
-            kernel = case.kernel.fn.__name__
-            print(
-                row.format(
-                    kernel,
-                    case.name,
-                    target,
-                    r.registers,
-                    r.stack,
-                    r.shared,
-                    wide,
-                    narrow,
-                    r.tensor,
-                    "; ".join(bad) or "ok",
-                )  # fmt: skip
-            )
+            code = (r.registers, r.stack, r.shared, wide, narrow, r.ahead, r.tensor)
+            kernel, verdict = case.kernel.fn.__name__, "; ".join(bad) or "ok"
+            print(row.format(kernel, case.name, target, *code, verdict), flush=True)
     print(f"{failed} of {len(cases) * len(targets)} fail" if failed else "all musts hold")
     return int(failed > 0)
 

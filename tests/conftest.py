@@ -1,5 +1,6 @@
 """What every test shares: small models, and released data where the machine has it."""
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -12,6 +13,9 @@ from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
+# read when a kernel is decorated, so before any module of kernels/ is imported
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 
@@ -54,6 +58,32 @@ def script(monkeypatch, capsys, tmp_path):
 @pytest.fixture(params=[False, True], ids=["gpt2", "smear"])
 def gpt(request) -> GPT:
     return random_gpt(smear=request.param)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Where kernels run: Triton's interpreter where there is no GPU, else the GPU."""
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip("no CUDA GPU" if request.param == "cuda" else "kernels run on the GPU here")
+    return request.param
+
+
+@pytest.fixture
+def seed() -> int:
+    """Another one in every run; pytest shows it where a test fails."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return seed
+
+
+def assert_three_way(got, in_dtype, truth, floor: float = 4.0) -> None:
+    """A kernel may be at most twice as far from the fp64 truth as plain torch in the same dtype is,
+    and `floor` roundings of the greatest value more."""
+    assert got.shape == truth.shape and got.dtype == in_dtype.dtype, (got.dtype, in_dtype.dtype)
+    error, usual = ((x.double() - truth).abs().max().item() for x in (got, in_dtype))
+    small = floor * torch.finfo(got.dtype).eps * truth.abs().max().item()
+    assert error <= 2 * usual + small, f"error {error:.3g}, torch's {usual:.3g}, floor {small:.3g}"
 
 
 @pytest.fixture
