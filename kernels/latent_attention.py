@@ -3,7 +3,8 @@
 Row b's query sees the keys [0, lengths[b] + extra), never more than the cache holds. `lengths` are
 those before the step (KVCache.lengths, moved only after the last layer): after append has stored
 the step's own key at index lengths[b], pass extra=1. A row that sees nothing gives zeros. What
-stands behind the last key is not read, NaN or not.
+stands behind the last key is not read, NaN or not. An inactive row, for which append stored nothing
+there, attends to what it finds: its output is the caller's to drop.
 
 One program per (row, head, split of the keys). It keeps an online softmax (Milakov and Gimelshein,
 arXiv 1805.02867) in fp32 for each of the BLOCK_N lanes of its tile, so that nothing crosses threads
@@ -31,8 +32,8 @@ LOG2E = 1.4426950408889634
 TILE = 2048  # elements of K (and V) per step of the loop: 16 of each for every thread
 MAX_SPLITS = 32
 NUM_WARPS = 4
-# Two steps of the loop are on their way to shared memory while one is worked on. Not left to ptxas:
-# it puts each masked load right before its use, so that one is in flight at a time (seen in SASS).
+# One or two steps of the loop are on their way to shared memory while one is worked on. Not left to
+# ptxas: it puts each masked load right before its use, one in flight at a time (seen in SASS).
 NUM_STAGES = 3
 
 

@@ -108,6 +108,22 @@ def test_log_sum_exp_and_empty_rows(device, seed):
         assert (grad[0] == 0).all() and grad.isfinite().all()
 
 
+def test_scores_far_below_zero(device, seed):
+    """exp2(-lse) overflows here: a lane behind the last key must not make 0 * inf of it."""
+    q, k, v, lengths = random_rows([5, 130], 1, 300, 16, torch.float32, device)
+    q, k = q.abs() * 20, -k.abs() - 10
+    grads = torch.randn(2, 1, 16, device=device), torch.zeros(2, 1, device=device)
+    got = gradients(latent_attention_lse, (q, k, v, lengths), grads)
+    doubles = (q.double(), k.double(), v.double(), lengths)
+    assert (truth_of(*doubles)[1] < -100).all()
+    truth = gradients(latent_attention_lse_ref, doubles, grads)
+    for x, y in zip(got, truth, strict=True):  # scores near -1000 leave four digits
+        torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-4)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    only_out = torch.autograd.grad(latent_attention_lse(*leaves, lengths)[0], leaves, grads[0])
+    assert all(map(torch.equal, got, only_out))
+
+
 def test_backward_adds_and_touches_nothing_behind_the_lengths(device, seed):
     """Later passes over one cache add into the same dk and dv, in fp32 if wanted."""
     T, splits = 300, 2
