@@ -348,9 +348,9 @@ def latent_attention_lse(
     parts of a sequence, attended to apart, are joined by the softmax of their lse.
 
     Memory: nothing of the cache's size is saved but k and v themselves. Backward returns dk and dv
-    of the cache's shape and dtype, zero behind the lengths. n passes over one cache make n of them,
-    which autograd sums: 10 times the bytes of K+V move per pass over reading alone.
-    latent_attention_backward_ adds into two tensors instead: 3 times.
+    of the cache's shape and dtype, zero behind the lengths: two at a time where n passes over one
+    cache are summed by autograd. A pass then moves 7 times the bytes of K and V backward (zeros 1,
+    the kernel 3, the sum 3); latent_attention_backward_ adds into dk and dv of all passes: 3 times.
     """
     _check(q, k, v, lengths)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
