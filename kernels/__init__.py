@@ -1,4 +1,4 @@
-"""Triton kernels of nanococonut, one op per file (none yet: they come with the kernels release).
+"""Triton kernels of nanococonut, one op per file; their truths are in kernels/reference.py.
 
 The owner of the project named this package `kernels`. Hugging Face publishes another package of
 the same import name; whoever meets this one by accident is told so.

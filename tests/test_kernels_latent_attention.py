@@ -1,0 +1,285 @@
+"""latent_attention against its truth: the three-way rule, ragged and empty rows, NaN that must not
+leak, splits, every gradient. On Triton's interpreter; on a GPU (-m gpu) in bf16 and large too."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from conftest import assert_three_way
+
+from kernels.latent_attention import (
+    _blocks,
+    latent_attention,
+    latent_attention_backward_,
+    latent_attention_lse,
+    latent_attention_scratch,
+)
+from kernels.reference import latent_attention_lse_ref, latent_attention_ref
+from nanococonut.cache import KVCache
+from nanococonut.model import cached_attention
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+NAN = float("nan")
+
+
+def random_rows(lengths, nh, T, hs, dtype, device, over=3):
+    """q, k, v as the engine has them: views of a qkv and of a larger cache, NaN behind lengths."""
+    lengths = torch.tensor(lengths, device=device)
+    B = len(lengths)
+    q = torch.randn(B, 3, nh, hs, device=device).to(dtype)[:, 0]
+    data = torch.randn(2, 2, B, nh, T + over, hs, device=device).to(dtype)
+    seen = torch.arange(T + over, device=device) < lengths[:, None]
+    data.masked_fill_(~seen[:, None, :, None], NAN)
+    return q, *data[1, :, :, :, :T], lengths
+
+
+def truth_of(q, k, v, lengths):
+    return latent_attention_lse_ref(q.double(), k.double(), v.double(), lengths)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hs", [16, 24, 48, 64, 80, 96, 128])
+def test_forward(hs, dtype, splits, device, seed):
+    T = 3 * _blocks(hs)[0] + 5
+    q, k, v, lengths = random_rows([T, 0, 1, T // 2 + 3], 2, T, hs, dtype, device)
+    scratch = latent_attention_scratch(*k.shape, device, splits)
+    out = torch.full(q.shape, NAN, dtype=dtype, device=device)
+    got = latent_attention(q, k, v, lengths, scratch=scratch, out=out)
+    assert got is out and (got[1] == 0).all()
+    assert_three_way(got, latent_attention_ref(q, k, v, lengths), truth_of(q, k, v, lengths)[0])
+    again = latent_attention(q, k, v, lengths, scratch=scratch)  # the counters are at zero again
+    assert torch.equal(got, again)
+
+
+def test_the_steps_own_key(device, seed):
+    """extra=1: the key just stored at lengths[b] counts; none is looked for behind the cache."""
+    q, k, v, lengths = random_rows([9, 1, 40], 1, 40, 16, torch.float32, device)
+    before = latent_attention(q, k, v, lengths - 1, extra=1)
+    assert torch.equal(before, latent_attention(q, k, v, lengths))
+    assert torch.equal(before[2], latent_attention(q, k, v, lengths, extra=1)[2])  # full
+
+
+def test_equals_the_models_attention_over_a_cache(device, seed):
+    """What engine.step does with cached_attention: append, then look at everything so far."""
+    cache = KVCache(3, 4, 2, 20, 16, device=device)
+    cache.data.normal_()
+    cache.lengths.copy_(torch.tensor([7, 0, 19, 3]))
+    q, k, v = torch.randn(3, 4, 2, 1, 16, device=device)
+    want = cached_attention(cache, cache.lengths[:, None], 20, 1, q, k, v)  # (B, nh, 1, hs)
+    got = latent_attention(q[:, :, 0], *cache.data[1], cache.lengths, extra=1)
+    torch.testing.assert_close(got, want[:, :, 0], rtol=1e-5, atol=1e-6)
+
+
+def gradients(op, inputs, grads, **kwargs):
+    """Gradients of out and lse in q, k, v."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
+    outputs = op(*leaves, inputs[3], **kwargs)
+    grads = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+    return torch.autograd.grad(outputs, leaves, grads)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hs", [16, 24, 64, 80, 128])
+def test_every_gradient(hs, dtype, splits, device, seed):
+    T, nh = 2 * _blocks(hs)[0] + 3, 2 if hs == 16 else 1
+    q, k, v, lengths = random_rows([T, 1, T - 9], nh, T, hs, dtype, device)
+    grad_lse = torch.randn(3, nh, device=device)
+    grads = torch.randn(3, nh, hs, device=device).to(dtype), grad_lse
+    got = gradients(latent_attention_lse, (q, k, v, lengths), grads, splits=splits)
+    usual = gradients(latent_attention_lse_ref, (q, k, v, lengths), grads)
+    truth = gradients(
+        latent_attention_lse_ref, (q.double(), k.double(), v.double(), lengths), grads
+    )
+    for x, y, z in zip(got, usual, truth, strict=True):
+        assert_three_way(x, y, z)
+    again = gradients(latent_attention_lse, (q, k, v, lengths), grads, splits=splits)
+    assert all(map(torch.equal, got, again))
+
+
+def test_log_sum_exp_and_empty_rows(device, seed):
+    q, k, v, lengths = random_rows([0, 33, 50], 2, 50, 48, torch.float32, device)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = latent_attention_lse(*inputs, lengths, splits=2)
+    torch.testing.assert_close(lse.double(), truth_of(q, k, v, lengths)[1])
+    assert (lse[0] == float("-inf")).all() and (out[0] == 0).all()
+    for grad in torch.autograd.grad((out.sum(), lse[1:].sum()), inputs):
+        assert (grad[0] == 0).all() and grad.isfinite().all()
+
+
+def test_scores_far_below_zero(device, seed):
+    """exp2(-lse) overflows here: a lane behind the last key must not make 0 * inf of it."""
+    q, k, v, lengths = random_rows([5, 130], 1, 300, 16, torch.float32, device)
+    q, k = q.abs() * 20, -k.abs() - 10
+    grads = torch.randn(2, 1, 16, device=device), torch.zeros(2, 1, device=device)
+    got = gradients(latent_attention_lse, (q, k, v, lengths), grads)
+    doubles = (q.double(), k.double(), v.double(), lengths)
+    assert (truth_of(*doubles)[1] < -100).all()
+    truth = gradients(latent_attention_lse_ref, doubles, grads)
+    for x, y in zip(got, truth, strict=True):  # scores near -1000 leave four digits
+        torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-4)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    only_out = torch.autograd.grad(latent_attention_lse(*leaves, lengths)[0], leaves, grads[0])
+    assert all(map(torch.equal, got, only_out))
+
+
+def test_backward_adds_and_touches_nothing_behind_the_lengths(device, seed):
+    """Later passes over one cache add into the same dk and dv, in fp32 if wanted."""
+    T, splits = 300, 2
+    q, k, v, lengths = random_rows([T, 2, 131], 1, T, 16, torch.float16, device)
+    dk, dv = torch.randn(2, 3, 1, T + 1, 16, device=device)[:, :, :, :T]
+    behind = (torch.arange(T, device=device) >= lengths[:, None])[:, None, :, None]
+    dk.masked_fill_(behind, NAN), dv.masked_fill_(behind, NAN)
+    want = [dk.double(), dv.double()]
+    out, lse = latent_attention_lse(q, k, v, lengths)
+    for _ in range(2):
+        grad, grad_lse = torch.randn(3, 1, 16, device=device).half(), torch.randn(3, 1).to(device)
+        latent_attention_backward_(grad, grad_lse, q, k, v, lengths, out, lse, dk, dv, splits)
+        inputs = (q.double(), k.double(), v.double(), lengths)
+        more = gradients(latent_attention_lse_ref, inputs, (grad, grad_lse))
+        want = [want[0] + more[1], want[1] + more[2]]
+    for got, wanted in zip((dk, dv), want, strict=True):
+        assert got.isnan().equal(behind.expand_as(got))
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=2e-3, equal_nan=True)
+
+
+def test_two_parts_are_joined_by_their_lse(device, seed):
+    """A prefix that stays where it is and thoughts that are kept apart: the same as one cache."""
+    T, a = 45, 30
+    q, k, v, _ = random_rows([T, T], 2, T, 16, torch.float32, device)
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    ends = torch.tensor([a, a - 4], device=device)  # the second row's prefix is shorter
+    rest = torch.tensor([T - a, 6], device=device)
+    parts = [
+        latent_attention_lse(q, k[:, :, :a], v[:, :, :a], ends),
+        latent_attention_lse(q, k[:, :, a:], v[:, :, a:], rest),
+    ]
+    weights = torch.stack([lse for _, lse in parts]).softmax(dim=0)[..., None]
+    joined = weights[0] * parts[0][0] + weights[1] * parts[1][0]
+
+    def in_one_row(x):  # the keys of row 1 side by side
+        return [x[:1], torch.cat([x[1:, :, : a - 4], x[1:, :, a : a + 6]], dim=2)]
+
+    whole = [
+        latent_attention_ref(q[i : i + 1], *in_row, torch.tensor([n], device=device))
+        for i, (in_row, n) in enumerate(
+            zip(zip(in_one_row(k), in_one_row(v), strict=True), (T, a + 2), strict=True)
+        )
+    ]
+    torch.testing.assert_close(joined, torch.cat(whole))
+    grad = torch.randn_like(joined)
+    got = torch.autograd.grad(joined, (q, k, v), grad)
+    for x, y in zip(got, torch.autograd.grad(torch.cat(whole), (q, k, v), grad), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_the_ops_are_what_torch_expects(device, seed):
+    q, k, v, lengths = random_rows([5, 33], 1, 40, 16, torch.float32, device)
+    leaves = [x.detach().clone().nan_to_num().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(latent_attention_lse, (*leaves, lengths, 2))
+    q, k, v = (x.detach() for x in leaves)
+    out, lse = latent_attention_lse(q, k, v, lengths)
+    args = (torch.randn_like(out), torch.randn_like(lse), q, k, v, lengths, out, lse)
+    torch.library.opcheck(
+        latent_attention_backward_, (*args, torch.zeros_like(k), torch.zeros_like(v))
+    )
+
+
+def test_compiles_as_one_graph(device, seed):
+    *inputs, lengths = random_rows([5, 33], 1, 40, 16, torch.float32, device)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+
+    def loss(q, k, v):
+        out, lse = latent_attention_lse(2 * q, k, v, lengths)
+        return (out * q).sum() + lse.sum()
+
+    backend = "aot_eager" if device == "cpu" else "inductor"
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    got = torch.autograd.grad(compiled(*leaves), leaves)
+    for x, y in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_bad_input_is_named(device):
+    q, k, v, lengths = random_rows([4, 2], 2, 8, 16, torch.float32, device)
+    for args, said in [
+        ((q[:, :1], k, v, lengths), "same B, nh and hs"),
+        ((q, k, v, lengths.int()), "int64"),
+        ((q, k.transpose(2, 3).contiguous().transpose(2, 3), v, lengths), "one element"),
+        ((q.double(), k.double(), v.double(), lengths), "float64"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            latent_attention(*args)
+    with pytest.raises(ValueError, match="scratch is for"):
+        scratch = latent_attention_scratch(3, 2, 8, 16, device, splits=2)
+        latent_attention(q, k, v, lengths, scratch=scratch)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        latent_attention(q, k, v, lengths, out=q)
+
+
+@pytest.mark.parametrize("B, T, splits", [(1, 448, 16), (8, 448, 4), (64, 448, 1), (1, 64, 2)])
+def test_splits_come_from_shapes_alone(B, T, splits, monkeypatch):
+    """GPT-2's 12 heads of 64 on 132 multiprocessors."""
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for name in ("empty", "zeros"):
+        monkeypatch.setattr(torch, name, lambda *shape, **kwargs: shape)
+    assert latent_attention_scratch(B, 12, T, 64, "cuda").splits == splits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+class TestOnAGpu:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("B", [1, 8, 64])
+    def test_long_contexts(self, B, dtype, seed):
+        T = 4096
+        lengths = [T, *torch.randint(0, T, (B - 1,)).tolist()]
+        q, k, v, lengths = random_rows(lengths, 12, T, 64, dtype, "cuda")
+        got = latent_attention(q, k, v, lengths)
+        usual = latent_attention_ref(q, k, v, lengths)
+        assert_three_way(got, usual, truth_of(q, k, v, lengths)[0])
+        assert all(torch.equal(got, latent_attention(q, k, v, lengths)) for _ in range(20))
+
+    def test_a_cache_of_more_than_2_to_the_31_elements(self, seed):
+        B, nh, T, hs = 264, 16, 4096, 128
+        k = torch.empty(B, nh, T, hs, dtype=torch.bfloat16, device="cuda").normal_()
+        v = torch.empty_like(k).normal_()
+        assert k.numel() > 2**31
+        q = torch.randn(B, nh, hs, device="cuda").bfloat16()
+        lengths = torch.randint(0, T + 1, (B,), device="cuda")
+        lengths[-1] = T
+        out, lse = latent_attention_lse(q, k, v, lengths)
+        last = slice(B - 2, B)
+        inputs = [x[last] for x in (q, k, v, lengths)]
+        usual = latent_attention_lse_ref(*inputs)
+        truth = truth_of(*inputs)
+        assert_three_way(out[last], usual[0], truth[0])
+        grad, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dq = latent_attention_backward_(grad, grad_lse, q, k, v, lengths, out, lse, dk, dv)
+        grads = grad[last], grad_lse[last]
+        usual = gradients(latent_attention_lse_ref, inputs, grads)
+        doubles = [x.double() for x in inputs[:3]]
+        truth = gradients(latent_attention_lse_ref, [*doubles, inputs[3]], grads)
+        for got, plain, true in zip((dq[last], dk[last], dv[last]), usual, truth, strict=True):
+            assert_three_way(got, plain, true)
+
+    def test_a_captured_graph_follows_the_lengths(self, seed):
+        """Grids are static, loops and used splits are read from the device; the counters come back
+        to zero after each replay."""
+        q, k, v, lengths = random_rows([900] * 2, 12, 1000, 64, torch.bfloat16, "cuda")
+        k, v = k.nan_to_num(), v.nan_to_num()
+        scratch = latent_attention_scratch(*k.shape, "cuda")
+        assert scratch.splits > 1
+        out = torch.empty(q.shape, dtype=q.dtype, device="cuda")
+        latent_attention(q, k, v, lengths, 1, scratch, out)  # compiled before capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            latent_attention(q, k, v, lengths, 1, scratch, out)
+        for n in ([0, 1], [899, 30], [1000, 500], [63, 64]):
+            lengths.copy_(torch.tensor(n))
+            graph.replay()
+            assert torch.equal(out, latent_attention(q, k, v, lengths, 1))
+            assert (scratch.counter == 0).all()
