@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nanococonut import checkpoint, device
+from nanococonut import checkpoint, device, ops
 from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.curriculum import Curriculum, answer_of
 from nanococonut.data import Row, prosqa
@@ -45,6 +45,7 @@ class SampleConfig:
         None, "of the drawn question and words (None: others every time)", at_least=0
     )
     device: str = opt("auto", "auto, cpu, cuda, mps")
+    kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -118,6 +119,7 @@ def answer(
     nodes: bool,
     temperature: float,
     seed: int,
+    kernels: str,
 ) -> None:
     """Ask one question and print everything there is to see."""
     console.print(f"\n[bold]question[/]  {escape(question)}")
@@ -128,7 +130,9 @@ def answer(
             "Do not expect sense from this answer."
         )
     ask(model, tokenizer, curriculum, [asked], 0, 1)  # first use of anything is slow: not timed
-    out = ask(model, tokenizer, curriculum, [asked], thoughts, max_new_tokens, temperature, seed)
+    out = ask(
+        model, tokenizer, curriculum, [asked], thoughts, max_new_tokens, temperature, seed, kernels
+    )
     if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
     if nodes:
@@ -160,6 +164,7 @@ def main() -> None:
     folder = choose(config.out_dir)
     model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
+    kernels, reason = ops.choose(config.kernels, model)
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
@@ -170,7 +175,7 @@ def main() -> None:
     name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
     console.print(
         f"{name}: {manifest['method']}, stage {manifest['stage']}, step {manifest['step']}, "
-        f"{model.n_params():,} parameters, {thoughts} thoughts",
+        f"{model.n_params():,} parameters, {thoughts} thoughts; kernels: {kernels} ({reason})",
         markup=False,
     )
     if thoughts != manifest["n_thoughts"]:
@@ -212,6 +217,7 @@ def main() -> None:
                 config.nodes,
                 config.temperature,
                 seed,
+                kernels,
             )
         except UserError as e:
             if not talk:

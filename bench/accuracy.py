@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
-from nanococonut import checkpoint, device
+from nanococonut import checkpoint, device, ops
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.data import Row
 from nanococonut.data.files import read_rows
@@ -46,6 +46,7 @@ class AccuracyConfig:
     max_new_tokens: int = opt(128, "longest answer", at_least=1)
     out: str | None = opt(None, "append the JSON row to this file")
     device: str = opt("auto", "auto, cpu, cuda, mps")
+    kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -67,6 +68,7 @@ def main() -> None:
     folder = checkpoint.find(config.checkpoint or checkpoint.BUNDLED, best=True)
     model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
+    kernels, reason = ops.choose(config.kernels, model)
     task = TASKS[trained.task]
     drawn = generated(config.data, config.n, config.seed, trained)
     rows = read_rows(config.data) if drawn is None else drawn
@@ -79,7 +81,7 @@ def main() -> None:
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
     print(f"{name}: {manifest['method']}, step {manifest['step']}, trained with {trained_thoughts}")
-    print(f"{config.data}: {len(rows)} rows")
+    print(f"{config.data}: {len(rows)} rows, kernels: {kernels} ({reason})")
     results = []
     for k in range(thoughts + 1) if config.sweep else [thoughts]:
         began = time.perf_counter()
@@ -91,6 +93,7 @@ def main() -> None:
             k,
             config.batch_size,
             config.max_new_tokens,
+            kernels,
         )
         low, high = s.interval
         result = {
@@ -142,6 +145,7 @@ def main() -> None:
         "rows": len(rows),
         **results[-1],
         "heuristics": baselines,
+        "kernels": kernels,
         "device": str(model.wte.weight.device),
         **checkpoint.provenance(),
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanococonut.cache import KVCache
 from nanococonut.model import GPT, cached_attention
+from nanococonut.ops import Step, triton_step
 
 
 @dataclass
@@ -56,10 +57,18 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> State:
 
 
 def step(
-    model: GPT, cache: KVCache, e: Tensor, state: State, active: Tensor | None = None
+    model: GPT,
+    cache: KVCache,
+    e: Tensor,
+    state: State,
+    active: Tensor | None = None,
+    kernels: Step | None = None,
 ) -> State:
     """Append one input embedding e (B, C) to every row and move on. A row that is not active (B,)
-    stays where it is: what was written behind its end is overwritten by its next token."""
+    stays where it is: what was written behind its end is overwritten by its next token. kernels:
+    what does it in place of plain PyTorch (ops.py)."""
+    if kernels is not None:
+        return State(kernels(e, state.hidden, active), e, state.span + 1)
     pos, span = cache.lengths[:, None], state.span + 1
     attend = partial(cached_attention, cache, pos, span)
     h = model.trunk(e[:, None], pos, attend, state.prev)[:, 0]
@@ -71,14 +80,22 @@ def step(
     return State(torch.where(active, h, state.hidden), torch.where(active, e, state.prev), span)
 
 
-def latent_step(model: GPT, cache: KVCache, state: State, active: Tensor | None = None) -> State:
+def latent_step(
+    model: GPT,
+    cache: KVCache,
+    state: State,
+    active: Tensor | None = None,
+    kernels: Step | None = None,
+) -> State:
     """One thought: the last hidden state (or what the model makes of it) is the next input."""
-    return step(model, cache, model.feed_back(state.hidden), state, active)
+    return step(model, cache, model.feed_back(state.hidden), state, active, kernels)
 
 
-def decode_step(model: GPT, cache: KVCache, token: Tensor, state: State) -> State:
+def decode_step(
+    model: GPT, cache: KVCache, token: Tensor, state: State, kernels: Step | None = None
+) -> State:
     """One word: tokens (B,) are the next input."""
-    return step(model, cache, model.embed(token), state)
+    return step(model, cache, model.embed(token), state, None, kernels)
 
 
 def pick(logits: Tensor, temperature: float, draw: torch.Generator) -> Tensor:
@@ -100,12 +117,13 @@ def generate(
     stop: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
+    kernels: str = "torch",
 ) -> Generation:
     """Answers to a batch of token prefixes, greedy or (temperature > 0) sampled.
 
     stop: a row has no further thought once the model's classifier says enough (n_thoughts at most).
-    seed: of a generator of this call's own. Rows that have said eos leave the batch once they are
-    half of it, so they cost nothing more.
+    seed: of a generator of this call's own. kernels: "torch" or "triton", as ops.choose says.
+    Rows that have said eos leave the batch once they are half of it, so they cost nothing more.
     opening: tokens put behind the thoughts before the first word is asked for ([<eot>] or []).
     Raises ValueError, before any work, where a row would not fit into block_size.
     """
@@ -134,6 +152,7 @@ def generate(
     state = prefill(model, cache, idx, lengths)
 
     prefilled = now()
+    run = triton_step(model, cache) if kernels == "triton" else None
     thoughts = []
     active = torch.ones_like(lengths, dtype=torch.bool) if stop else None
     had = torch.zeros_like(lengths)
@@ -143,12 +162,12 @@ def generate(
             if not active.any():
                 break
         thoughts.append(state.hidden)
-        state = latent_step(model, cache, state, active)
+        state = latent_step(model, cache, state, active, run)
         had += 1 if active is None else active
 
     thought = now()
     for token in opening:
-        state = decode_step(model, cache, torch.full_like(lengths, token), state)
+        state = decode_step(model, cache, torch.full_like(lengths, token), state, run)
     words = torch.full((len(prefixes), max_new_tokens), eos, device=device)
     left = torch.arange(len(prefixes), device=device)  # of each row in the batch, which it is
     done = torch.zeros_like(left, dtype=torch.bool)
@@ -172,7 +191,8 @@ def generate(
                 cache.keep(alive)
                 state = State(state.hidden[alive], state.prev[alive], state.span)
                 left, token, done = left[alive], token[alive], done[alive]
-        state = decode_step(model, cache, token, state)
+                run = triton_step(model, cache) if run is not None else None
+        state = decode_step(model, cache, token, state, run)
     end = now()
 
     tokens = [row[: row.index(eos)] if eos in row else row for row in words.tolist()]

@@ -50,9 +50,10 @@ def ask(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    kernels: str = "torch",
 ) -> Generation:
     """Answers to a batch of rendered questions, in the layout the method was trained in: greedy, or
-    drawn at a temperature by the seed.
+    drawn at a temperature by the seed. kernels: "torch" or "triton", as ops.choose says.
 
     n_slots: thoughts or pauses. A model with a classifier that stops them has no more than these.
     max_new_tokens is cut to what block_size leaves. UserError where it leaves nothing.
@@ -77,6 +78,7 @@ def ask(
         model.config.stop,
         temperature,
         seed,
+        kernels,
     )
 
 
@@ -88,6 +90,7 @@ def score(
     n_slots: int,
     batch_size: int = 100,
     max_new_tokens: int = 128,
+    kernels: str = "torch",
 ) -> Score:
     """Accuracy over rendered rows: exact match of what stands behind the last "#"."""
     was_training = model.training
@@ -97,7 +100,7 @@ def score(
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
         questions = [rows[i]["question"] for i in part]
-        out = ask(model, tokenizer, curriculum, questions, n_slots, max_new_tokens)
+        out = ask(model, tokenizer, curriculum, questions, n_slots, max_new_tokens, kernels=kernels)
         for i, tokens in zip(part, out.tokens, strict=True):
             texts[i] = tokenizer.decode(tokens)
             new += len(tokens)

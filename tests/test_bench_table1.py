@@ -18,7 +18,14 @@ TINY = "--set=epochs=2,rows_per_epoch=64,valid_rows=10,advance_at=0,max_new_toke
 
 
 def test_a_stopped_table_goes_on_where_it_was(script):
-    argv = ["--task=prontoqa", "--methods=no_cot", TINY, "--n=20", "--out=rows.jsonl", "--runs=runs"]
+    argv = [
+        "--task=prontoqa",
+        "--methods=no_cot",
+        TINY,
+        "--n=20",
+        "--out=rows.jsonl",
+        "--runs=runs",
+    ]
     code, out, err = script(*argv, "--minutes=0.0001", script="bench/table1.py")
     assert (code, err) == (0, "") and json.loads(out.splitlines()[-1])["left"] == 1
     code, out, err = script(*argv, script="bench/table1.py")

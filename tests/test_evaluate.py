@@ -29,7 +29,7 @@ def test_batched_equals_one_by_one(model, tokenizer, method):
 def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, monkeypatch):
     asked = []
 
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed):
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed, kernels):
         asked.append((prefixes, n_thoughts, opening))
 
     monkeypatch.setattr(evaluate, "generate", fake)
@@ -47,7 +47,7 @@ def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, 
 def scripted(monkeypatch, tokenizer, texts):
     """generate() says these texts, whatever it is asked."""
 
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed):
+    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed, kernels):
         tokens = [tokenizer.encode(texts.pop(0)) for _ in prefixes]
         had = [n_thoughts] * len(tokens)
         return evaluate.Generation(tokens, torch.zeros(1), had, 0, 0, 0, 0)

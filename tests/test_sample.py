@@ -116,3 +116,9 @@ def test_words_are_drawn_at_a_temperature(sample):
     assert len(answers) == 3
     code, _, err = sample("--temperature=-1")
     assert code == 2 and "temperature=-1" in err
+
+
+def test_kernels_that_cannot_run_are_an_error_and_what_runs_is_said(sample):
+    code, out, err = sample("--kernels=triton", "--device=cpu")
+    assert code == 2 and "triton cannot run here" in err and err.count("\n") <= 2
+    assert "kernels: torch (as asked for)" in sample("--kernels=torch", "--seed=1")[1]

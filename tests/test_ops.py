@@ -1,0 +1,47 @@
+"""Which kernels run is said and never silently changed; with them the engine says the same."""
+
+import pytest
+import torch
+from conftest import random_gpt
+
+from nanococonut import ops
+from nanococonut.engine import generate
+from nanococonut.errors import UserError
+
+pytest.importorskip("triton")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_engine_says_the_same_with_triton(device):
+    """Ragged rows, thoughts that stop row by row, rows that end early and leave the batch."""
+    model = random_gpt(seed=4, dtype=torch.float32, n_layer=1, n_head=2, n_embd=32, stop=True)
+    model = model.to(device)
+    rows = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    free = generate(model, rows, 2, [39], -1, 3, stop=True)
+    eos = free.tokens[0][0]
+    plain = generate(model, rows, 2, [39], eos, 2, stop=True)
+    fused = generate(model, rows, 2, [39], eos, 2, stop=True, kernels="triton")
+    assert fused.tokens == plain.tokens and len({len(t) for t in plain.tokens}) > 1
+    assert fused.n_thoughts == plain.n_thoughts and len(set(plain.n_thoughts)) > 1
+    for b, n in enumerate(plain.n_thoughts):
+        torch.testing.assert_close(
+            fused.thoughts[b, :n], plain.thoughts[b, :n], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_what_cannot_run_is_said(monkeypatch):
+    plain, smeared = random_gpt(), random_gpt(smear=True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert ops.choose("torch", plain) == ("torch", "as asked for")
+    assert ops.choose("auto", plain) == ("torch", "the model is on cpu, not on a GPU")
+    with pytest.raises(UserError, match="triton cannot run here: the model is on cpu"):
+        ops.choose("triton", plain)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.choose("auto", plain)[0] == "triton"
+    for model, why in ((smeared, "smear"), (random_gpt(thought="soft"), "soft thoughts")):
+        assert why in ops.choose("auto", model)[1] and ops.choose("auto", model)[0] == "torch"
+        with pytest.raises(UserError, match=why):
+            ops.choose("triton", model)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    assert ops.choose("auto", plain) == ("torch", "triton is not installed")
