@@ -145,6 +145,5 @@ def aot_cases(hip: bool = False) -> list:
 
     return [
         case(_feedback_kernel, "active", active_ptr="*i1", eps="fp32", MASKED=True),
-        case(_feedback_kernel, "all", active_ptr="*i64", eps="fp32", MASKED=False),
         case(_embed_kernel, "bf16", token_ptr="*i64"),
     ]

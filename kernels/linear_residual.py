@@ -72,9 +72,8 @@ def linear_residual(
 
 def aot_cases(hip: bool = False) -> list:
     """What kernels.aot compiles: both projections of GPT-2 124M. hip: as planned on an AMD GPU."""
-    batches = [("gemv", 1), ("gemv", 4), ("tile", 8), ("tile", 63)]
+    shapes = [("gemv", 1, 768), ("gemv", 4, 3072), ("tile", 8, 3072), ("tile", 63, 768)]
     return [
-        aot_case(_linear_residual_kernel, *form, 768, K, False, hip, N=768, K=K)
-        for form in batches
-        for K in (768, 3072)
+        aot_case(_linear_residual_kernel, form, B, 768, K, False, hip, N=768, K=K)
+        for form, B, K in shapes
     ]

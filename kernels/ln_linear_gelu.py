@@ -76,9 +76,9 @@ def ln_linear_gelu(
 
 
 def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: GPT-2 124M's and, the longest tile, GPT-2 medium's. hip: as
-    planned on an AMD GPU."""
-    shapes = [("gemv", 1, 768), ("gemv", 4, 768), ("tile", 8, 768), ("tile", 8, 1024)]
+    """What kernels.aot compiles: those that want most registers. hip: as planned on an AMD
+    GPU."""
+    shapes = [("gemv", 4, 768), ("tile", 8, 1024)]
     return [
         aot_case(_ln_linear_gelu_kernel, form, B, 4 * C, C, True, hip, eps="fp32", N=4 * C, K=C)
         for form, B, C in shapes

@@ -14,7 +14,7 @@ FORMS = ["gemv", "tile", "library"]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 NAN = float("nan")
 # rows, heads, size of a head: heads narrower than a block of columns, C no power of two
-SHAPES = [(1, 3, 8), (2, 5, 5), (5, 2, 12), (9, 3, 4), (17, 1, 8)]
+SHAPES = [(1, 3, 8), (3, 5, 5), (17, 1, 8)]
 
 
 def layer(B, C, dtype, device):

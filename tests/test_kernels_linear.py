@@ -14,7 +14,7 @@ from kernels.reference import linear_residual_ref, ln_linear_gelu_ref
 FORMS = ["gemv", "tile", "library"]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # rows, outputs, inputs: no powers of two, less than a block, several chunks, several loops
-SHAPES = [(1, 24, 96), (2, 20, 300), (5, 13, 24), (9, 17, 700), (17, 12, 40)]
+SHAPES = [(1, 24, 96), (2, 20, 300), (17, 17, 700)]
 GPT2 = [768, 1024, 1280, 1600]
 
 
