@@ -109,7 +109,7 @@ def test_log_sum_exp_and_empty_rows(device, seed):
 
 
 def test_scores_far_below_zero(device, seed):
-    """exp2(-lse) overflows here: a lane behind the last key must not make 0 * inf of it."""
+    """exp(-lse) overflows here: a lane behind the last key must not make 0 * inf of it."""
     q, k, v, lengths = random_rows([5, 130], 1, 300, 16, torch.float32, device)
     q, k = q.abs() * 20, -k.abs() - 10
     grads = torch.randn(2, 1, 16, device=device), torch.zeros(2, 1, device=device)
