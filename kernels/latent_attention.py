@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
 TILE = 2048  # elements of K (and V) per step of the loop: 16 of each for every thread
 MAX_SPLITS = 32
 NUM_WARPS = 4
@@ -71,7 +70,7 @@ def _latent_attention_fwd_kernel(
     part_ptr,  # (B * nh, SPLITS, D) fp32: unnormalised outputs; None without splits
     stat_ptr,  # (B * nh, SPLITS, 2) fp32: their maximum and sum
     counter_ptr,  # (B * nh,) int32 zeros: splits that have arrived
-    nh, T, scale_log2e,
+    nh, T, scale,
     stride_qb, stride_qh,
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
@@ -86,11 +85,11 @@ def _latent_attention_fwd_kernel(
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     d_ok = d < D
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + d, mask=d_ok, other=0.0)  # (BLOCK_D,)
-    q = q.to(tl.float32) * scale_log2e
+    q = q.to(tl.float32) * scale
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
 
-    # per lane: finite, so that a lane without keys gives exp2(very negative) = 0 and no NaN
+    # per lane: finite, so that a lane without keys gives exp(very negative) = 0 and no NaN
     top = tl.full((BLOCK_N,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -104,13 +103,13 @@ def _latent_attention_fwd_kernel(
         s = tl.sum(k.to(tl.float32) * q[None, :], axis=1)  # (BLOCK_N,)
         s = tl.where(n_ok, s, float("-inf"))
         new_top = tl.maximum(top, s)
-        shrink, p = tl.exp2(top - new_top), tl.exp2(s - new_top)
+        shrink, p = tl.exp(top - new_top), tl.exp(s - new_top)
         total = total * shrink + p
         acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
         top = new_top
 
     best = tl.max(top, axis=0)
-    weight = tl.exp2(top - best)
+    weight = tl.exp(top - best)
     total = tl.sum(total * weight, axis=0)
     acc = tl.sum(acc * weight[:, None], axis=0)  # (BLOCK_D,)
 
@@ -133,7 +132,7 @@ def _latent_attention_fwd_kernel(
                 mask=s_ok[:, None] & d_ok[None, :], other=0.0, cache_modifier=".cg",
             )  # (SPLITS, BLOCK_D)  # fmt: skip
             best = tl.max(tops, axis=0)
-            share = tl.exp2(tops - best)
+            share = tl.exp(tops - best)
             total = tl.sum(totals * share, axis=0)
             acc = tl.sum(parts * share[:, None], axis=0)
             _store_out(out_ptr, lse_ptr, bh, d, d_ok, acc, best, total, D)
@@ -145,7 +144,7 @@ def _store_out(out_ptr, lse_ptr, bh, d, d_ok, acc, best, total, D: tl.constexpr)
     out = acc / some  # no key: zeros
     tl.store(out_ptr + bh * D + d, out.to(out_ptr.dtype.element_ty), mask=d_ok)
     if lse_ptr is not None:
-        lse = (best + tl.log2(some)) * 0.6931471805599453
+        lse = best + tl.log(some)
         tl.store(lse_ptr + bh, tl.where(total == 0.0, float("-inf"), lse))
 
 
@@ -186,8 +185,8 @@ def _latent_attention_bwd_kernel(
     out = tl.load(out_ptr + bh * D + d, mask=d_ok, other=0.0).to(tl.float32)
     # d lse / d s = p, and d out / d s = p (v - out): both in ds = p (v.g - shared)
     shared = tl.sum(out * g, axis=0) - tl.load(grad_lse_ptr + bh)
-    lse_log2 = tl.load(lse_ptr + bh) * 1.4426950408889634
-    q_log2 = q * (scale * 1.4426950408889634)
+    lse = tl.load(lse_ptr + bh)
+    q_scaled = q * scale  # as in forward: a lone key's p is then exactly 1
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     dk_ptr += b * stride_dkb + h * stride_dkh
@@ -205,7 +204,7 @@ def _latent_attention_bwd_kernel(
         v = tl.load(v_ptr + at_v, mask=ok, other=0.0).to(tl.float32)
         dk = tl.load(dk_at, mask=ok, other=0.0).to(tl.float32)
         dv = tl.load(dv_at, mask=ok, other=0.0).to(tl.float32)
-        p = tl.exp2(tl.sum(k * q_log2[None, :], axis=1) - lse_log2)  # (BLOCK_N,)
+        p = tl.exp(tl.sum(k * q_scaled[None, :], axis=1) - lse)  # (BLOCK_N,)
         ds = p * (tl.sum(v * g[None, :], axis=1) - shared) * scale
         ds = tl.where(n_ok, ds, 0.0)
         dq += ds[:, None] * k
@@ -299,7 +298,7 @@ def _forward(
     block_n, block_d = _blocks(hs)
     _latent_attention_fwd_kernel[(B * nh, scratch.splits)](
         q, k, v, lengths, out, lse, scratch.part, scratch.stat, scratch.counter,
-        nh, T, hs**-0.5 * LOG2E,
+        nh, T, hs**-0.5,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         EXTRA=extra, D=hs, SPLITS=scratch.splits,
         BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,

@@ -48,18 +48,20 @@ def _softmax_cross_entropy_kernel(
         where = tl.where(x > top, start + v, where)
         top = new_top
     best = tl.max(top, axis=0)
-    lse = best + tl.log(tl.sum(total * tl.exp(top - best), axis=0))
+    total = tl.sum(total * tl.exp(top - best), axis=0)
     first = tl.min(tl.where(top == best, where, V), axis=0)
     known = (label >= 0) & (label < V)
     at_label = tl.load(x_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(loss_ptr + row, lse - at_label)
+    # best and total are kept apart: their sum would round by |best|, and every p of the row with it
+    tl.store(loss_ptr + row, best - at_label + tl.log(total))
     tl.store(right_ptr + row, first == label)
 
     if GRAD:
+        share = 1.0 / total
         tl.debug_barrier()  # the label's logit has been read by all before it is written over
         for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
             x = _logits(x_ptr, start + v, V, stride_x)
-            grad = tl.exp(x - lse) - tl.where(start + v == label, 1.0, 0.0)
+            grad = tl.exp(x - best) * share - tl.where(start + v == label, 1.0, 0.0)
             tl.store(x_ptr + start + v, grad.to(x_ptr.dtype.element_ty), mask=start + v < stride_x)
 
 

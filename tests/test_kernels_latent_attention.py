@@ -98,7 +98,8 @@ def test_every_gradient(hs, dtype, splits, device, seed):
         latent_attention_lse_ref, (q.double(), k.double(), v.double(), lengths), grads
     )
     for x, y, z in zip(got, usual, truth, strict=True):
-        assert_three_way(x, y, z)
+        # v.g - out.g cancels, each rounded by itself (FlashAttention's form of softmax's backward)
+        assert_three_way(x, y, z, floor=16.0)
     again = gradients(latent_attention_lse, (q, k, v, lengths), grads, splits=splits)
     assert all(map(torch.equal, got, again))
 
@@ -114,7 +115,7 @@ def test_log_sum_exp_and_empty_rows(device, seed):
 
 
 def test_scores_far_below_zero(device, seed):
-    """exp2(-lse) overflows here: a lane behind the last key must not make 0 * inf of it."""
+    """exp(-lse) overflows here: a lane behind the last key must not make 0 * inf of it."""
     q, k, v, lengths = random_rows([5, 130], 1, 300, 16, torch.float32, device)
     q, k = q.abs() * 20, -k.abs() - 10
     grads = torch.randn(2, 1, 16, device=device), torch.zeros(2, 1, device=device)
@@ -269,7 +270,7 @@ class TestOnAGpu:
         doubles = [x.double() for x in inputs[:3]]
         truth = gradients(latent_attention_lse_ref, [*doubles, inputs[3]], grads)
         for got, plain, true in zip((dq[last], dk[last], dv[last]), usual, truth, strict=True):
-            assert_three_way(got, plain, true)
+            assert_three_way(got, plain, true, floor=16.0)
 
     def test_a_captured_graph_follows_the_lengths(self, seed):
         """Grids are static, loops and used splits are read from the device; the counters come back

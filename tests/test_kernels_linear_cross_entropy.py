@@ -47,8 +47,8 @@ def test_loss_and_gradients(N, C, V, chunk, dtype, kernel, device, seed):
     assert torch.equal(got[1], usual[1])
     for x, y, z in zip(got[::2] + got[3:], usual[::2] + usual[3:], truth[::2] + truth[3:],
                        strict=True):  # fmt: skip
-        # the loss is fp32, made of logits in dtype
-        floor = 4.0 if x.dtype == dtype else 4 * torch.finfo(dtype).eps / torch.finfo(x.dtype).eps
+        # p - 1 cancels: roundings of 1 in a smaller gradient. The loss is fp32, of logits in dtype
+        floor = 16.0 if x.dtype == dtype else 4 * torch.finfo(dtype).eps / torch.finfo(x.dtype).eps
         assert_three_way(x, y, z, floor)
     assert (got[2][:3] == 0).all()  # rows without a label
     again = with_gradients(linear_cross_entropy, h, w, targets, chunk, kernel)
