@@ -146,7 +146,8 @@ def plan(
     gemv: a warp per 4 columns (2 beside four rows) and 1,024 of K, many such programs on each
     multiprocessor; a thread holds at most 128 weights.
     tile: the least bytes that the busiest multiprocessor reads, (rows + columns) * K per program;
-    without LayerNorm four buffers of 32 KiB, so that 48 programs keep 3 MB under way.
+    without LayerNorm three buffers of 32 KiB, so that 48 programs keep 3 MB under way and consumer
+    cards' 99 KiB are enough.
     """
     whole = triton.next_power_of_2(n_in)
     chunks, stages = 1, 1
@@ -174,7 +175,7 @@ def plan(
         else:
             buffer = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
             chunks, warps = max(1, min(whole, buffer) // block_k), 4
-            stages = 2 if hip else 5
+            stages = 2 if hip else 4
     else:
         raise ValueError(f"form {form!r}: one of auto, gemv, tile, library is wanted")
     grid = (triton.cdiv(n_out, block_n), triton.cdiv(batch, block_m))
