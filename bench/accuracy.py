@@ -33,9 +33,9 @@ from nanococonut.tasks import TASKS, generated
 @dataclass(frozen=True)
 class AccuracyConfig:
     checkpoint: str | None = opt(None, "a run's folder, one checkpoint's, or None: the bundled one")
-    data: str = opt(
-        "prosqa",
-        "a file of rows, or generated ones of the checkpoint's task: "
+    data: str | None = opt(
+        None,
+        "a file of rows, or a split of the checkpoint's task (None: its first): "
         + ", ".join(name for task in TASKS.values() for name in task.splits),
     )
     n: int = opt(1000, "generated rows", at_least=1)
@@ -70,8 +70,14 @@ def main() -> None:
     trained = build(TrainConfig, manifest["config"])
     kernels, reason = ops.choose(config.kernels, model)
     task = TASKS[trained.task]
-    drawn = generated(config.data, config.n, config.seed, trained)
-    rows = read_rows(config.data) if drawn is None else drawn
+    data = config.data or next(iter(task.splits), None)
+    if data is None or any(data in other.splits for other in TASKS.values() if other != task):
+        raise UserError(
+            f"--data {config.data}: the checkpoint is of {trained.task}.\nGive a file of its rows"
+            + (f", or one of {', '.join(task.splits)}." if task.splits else ".")
+        )
+    drawn = generated(data, config.n, config.seed, trained)
+    rows = read_rows(data) if drawn is None else drawn
     shown = rendered(trained, rows)
     try:
         baselines = task.heuristics(rows)
@@ -81,7 +87,7 @@ def main() -> None:
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
     print(f"{name}: {manifest['method']}, step {manifest['step']}, trained with {trained_thoughts}")
-    print(f"{config.data}: {len(rows)} rows, kernels: {kernels} ({reason})")
+    print(f"{data}: {len(rows)} rows, kernels: {kernels} ({reason})")
     results = []
     for k in range(thoughts + 1) if config.sweep else [thoughts]:
         began = time.perf_counter()
@@ -140,7 +146,7 @@ def main() -> None:
             "threads": manifest["threads"],
             "commit": manifest.get("trained_with", manifest)["commit"],
         },
-        "data": Path(config.data).name,
+        "data": Path(data).name,
         "generated_seed": config.seed if drawn is not None else None,
         "rows": len(rows),
         **results[-1],

@@ -15,9 +15,19 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     """A model from random weights (torch's seed is the caller's), or init_from's with their sizes.
 
     Raises UserError where block_size, which rows are checked against, is more than the weights have
-    positions for.
+    positions for, and where a setting of the thoughts fits neither method nor vocabulary.
     """
     slot = METHODS[config.method].slot
+    if config.stop == "classifier" and slot not in ("hidden", "soft", "projected"):
+        raise UserError(
+            f"--stop=classifier ends thoughts, and method {config.method} feeds none back.\n"
+            "Leave it out, or choose a method with thoughts, such as coconut."
+        )
+    if config.soft_top_k > tokenizer.vocab_size:
+        raise UserError(
+            f"soft_top_k={config.soft_top_k} is more than the vocabulary has: "
+            f"{tokenizer.vocab_size}.\nUse less, or 0 for all."
+        )
     switches = dict(
         smear=config.smear,
         thought=slot if slot in ("soft", "projected") else "hidden",

@@ -68,3 +68,8 @@ def test_bad_input_is_refused_in_two_lines(accuracy, argv, words):
     code, _, err = accuracy(*argv)
     assert code == 2 and words in err, err
     assert err.startswith("error: ") and err.count("\n") <= 2 and "Traceback" not in err
+
+
+def test_a_split_of_another_task_is_refused(script):
+    code, _, err = script("--data=prontoqa", script="bench/accuracy.py")
+    assert code == 2 and "the checkpoint is of prosqa" in err and "prosqa_matched" in err

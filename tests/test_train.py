@@ -390,3 +390,19 @@ def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
     assert not torch.equal(checkpoint.load("c")[0].stop.weight, watched["stop.weight"])
     code, out, err = train("--out_dir=with", "--seed=1", script="sample.py")
     assert (code, err) == (0, "") and "answer" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stop=classifier", "--method=cot"], "cot feeds none back"),
+        (["--stop=classifier", "--method=pause_as_thought"], "feeds none back"),
+        (["--method=soft_thought", "--soft_top_k=100000"], "more than the vocabulary"),
+        (["--task=gsm8k"], "render='compact' is not for gsm8k"),
+        (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(train, tiny, flags, words):
+    code, _, err = train(tiny, *flags, "--out_dir=new")
+    assert code == 2 and words in err and err.count("\n") <= 2 and "Traceback" not in err
+    assert not checkpoint.steps_in(Path("new"))
