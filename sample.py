@@ -42,7 +42,10 @@ class SampleConfig:
     temperature: float = opt(0.0, "0: greedy; more: words are drawn", at_least=0)
     nodes: bool = opt(False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts")
     seed: int | None = opt(
-        None, "of the drawn question and words (None: others every time)", at_least=0
+        None,
+        "of the drawn question and words (None: others every time)",
+        at_least=0,
+        at_most=2**32 - 1,
     )
     device: str = opt("auto", "auto, cpu, cuda, mps")
     kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
@@ -170,7 +173,7 @@ def main() -> None:
         curriculum = replace(curriculum, method=config.method)
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
-    trained_thoughts = manifest["n_thoughts"] if curriculum.thoughts_at(1) else 0
+    trained_thoughts = manifest["n_thoughts"] if curriculum.entry.insert != "none" else 0
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
     console.print(
@@ -182,7 +185,7 @@ def main() -> None:
         console.print(
             f"[yellow]note[/]      it was trained to answer after {manifest['n_thoughts']}"
         )
-    if curriculum.thoughts_at(1) == 0 and thoughts:
+    if curriculum.entry.insert == "none" and thoughts:
         console.print(f"[yellow]note[/]      {curriculum.method} has no thoughts in training")
 
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
@@ -190,7 +193,8 @@ def main() -> None:
 
     # a task of one's own has its questions in a file: those that were held out
     from_file = trained.data or trained.valid_data or not TASKS[trained.task].splits
-    own = read_data(trained)[1]["valid"] if from_file and config.question is None else None
+    skipped: list[str] | None = [] if trained.skip_bad_rows else None
+    own = read_data(trained, skipped)[1]["valid"] if from_file and not config.question else None
 
     def drawn() -> Row:
         if own:

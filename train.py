@@ -94,7 +94,8 @@ def main() -> None:
     if config.resume:
         folder = checkpoint.find(out)
         manifest = checkpoint.verify(folder, resume=True)
-        checkpoint.same_settings(manifest, asdict(config), out)
+        begun = asdict(build(TrainConfig, manifest["config"]))  # what came later has its default
+        checkpoint.same_settings(manifest | {"config": begun}, asdict(config), out)
     history = out / "metrics.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -286,7 +287,8 @@ def main() -> None:
                 part = coconut.loss_sum(logits, batch.targets) / n_labels
                 loss += part.item()
                 if model.stop is not None:
-                    watcher = coconut.stop_loss(model, batch, thinking, config.stop_target)
+                    with autocast:
+                        watcher = coconut.stop_loss(model, batch, thinking, config.stop_target)
                     part = part + watcher * len(row_stages) / len(mine)
                 part.backward()
                 of_stage = torch.tensor([s == stage for s in row_stages], device=where)

@@ -70,10 +70,11 @@ def main() -> None:
     trained = build(TrainConfig, manifest["config"])
     kernels, reason = ops.choose(config.kernels, model)
     task = TASKS[trained.task]
-    data = config.data or next(iter(task.splits), None)
+    data = config.data or (None if trained.data else next(iter(task.splits), None))
     if data is None or any(data in other.splits for other in TASKS.values() if other != task):
         raise UserError(
-            f"--data {config.data}: the checkpoint is of {trained.task}.\nGive a file of its rows"
+            f"--data {config.data}: the checkpoint is of {trained.data or trained.task}.\n"
+            "Give a file of its rows"
             + (f", or one of {', '.join(task.splits)}." if task.splits else ".")
         )
     drawn = generated(data, config.n, config.seed, trained)

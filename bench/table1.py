@@ -102,6 +102,13 @@ def pairs(text: str | None) -> dict[str, str]:
 def jobs_of(config: Table1Config) -> list[Job]:
     """Every run that the table needs. UserError for a setting that train.py would refuse."""
     methods = [m for m in config.methods.split(",") if m]
+    if not methods:
+        raise UserError("--methods names none.\nGive some, with commas, or leave it out.")
+    names = [Path(f).name for f in files_of(config)]
+    if len(set(names)) < len(names) or not all(Path(f).is_file() for f in files_of(config)):
+        raise UserError(
+            f"--data {config.data}: files that are there, of different names, are wanted."
+        )
     if unknown := [m for m in methods if m not in METHOD_NAMES]:
         raise UserError(
             f"--methods {unknown[0]!r} is not known.\nChoose of: {', '.join(METHOD_NAMES)}."
@@ -113,10 +120,17 @@ def jobs_of(config: Table1Config) -> list[Job]:
             f"there is no {config.preset} preset for {config.task} (config/{file}).\n"
             "Choose another --preset or --task."
         )
+    if not (TASKS[config.task].splits or names):
+        raise UserError(f"{config.task} has no generated rows.\nGive --data FILE to evaluate on.")
     fixed = pairs(config.set) | {"device": config.device}
     if config.preset == "gpt2":
         fixed["fallback"] = "None"
     key, _, values = (config.sweep or "").partition("=")
+    if ours := {key, *pairs(config.set)} & {"method", "seed", "device", "out_dir", "resume"}:
+        raise UserError(
+            f"--sweep and --set leave {min(ours)!r} to this script.\nSee --methods, --seeds, "
+            "--device and --runs."
+        )
     swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
     if config.sweep and not (key and all(values.split(","))):
         raise UserError(f"--sweep {config.sweep} has no values.\nWrite c_thought=0,1,2.")
@@ -125,7 +139,7 @@ def jobs_of(config: Table1Config) -> list[Job]:
         for method in methods:
             for one in swept:
                 setting = ",".join(filter(None, (config.set, one)))
-                name = "_".join(filter(None, (method, setting, f"s{seed}")))
+                name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
                 folder = Path(config.runs) / f"{config.task}_{config.preset}" / name
                 told = fixed | pairs(one) | {"method": method, "seed": str(seed)}
                 flags = [f"--{k}={v}" for k, v in told.items()]
@@ -139,10 +153,15 @@ def jobs_of(config: Table1Config) -> list[Job]:
                         seed,
                         folder,
                         [sys.executable, str(ROOT / "train.py"), str(path), *flags],
-                        0 if resolved.data else resolved.epochs * steps,
+                        0 if resolved.data or TASKS[config.task].read else resolved.epochs * steps,
                     )
                 )
     return jobs
+
+
+def files_of(config: Table1Config) -> list[str]:
+    """Files of rows to evaluate on."""
+    return [f for f in (config.data or "").split(",") if f]
 
 
 def start(job: Job) -> None:
@@ -156,15 +175,20 @@ def start(job: Job) -> None:
 
 def evaluate(job: Job, config: Table1Config) -> None:
     """One row for each split that has none yet."""
-    files = [f for f in (config.data or "").split(",") if f]
     have = {
         (r["table1"]["task"], r["table1"]["preset"], r["method"], r["table1"]["setting"],
-         r["trained"]["seed"], r["data"])
+         r["trained"]["seed"], r["data"]): r["rows"]
         for r in read_jsonl(Path(config.out))
     }  # fmt: skip
-    for split in [*TASKS[config.task].splits, *files]:
+    for split in [*TASKS[config.task].splits, *files_of(config)]:
         kind = (config.task, config.preset, job.method, job.setting, job.seed, Path(split).name)
         if kind in have:
+            if split in TASKS[config.task].splits and have[kind] != config.n:
+                raise UserError(
+                    f"{config.out} has {job.folder.name} on {split} by {have[kind]} rows, now --n "
+                    f"{config.n} is asked for.\nGive another --out: cells of one table are of as "
+                    "many rows."
+                )
             continue
         command = [sys.executable, str(ROOT / "bench/accuracy.py"), f"--checkpoint={job.folder}"]
         command += [f"--data={split}", f"--n={config.n}", f"--device={config.device}"]
@@ -202,7 +226,12 @@ def main() -> None:
     config = build(Table1Config, given)
     jobs = jobs_of(config)
     out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    read_jsonl(out)  # what cannot be read or written is said before the work
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written: {e.strerror}.\nGive another.") from None
     until = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
 
     waiting, running = [], []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanococonut.curriculum import METHODS
+from nanococonut.errors import UserError
 
 # Table 1 of the paper (arXiv 2412.06769): accuracy in %, its deviation, generated tokens
 PAPER: dict[str, dict[str, tuple[float, float | None, float]]] = {
@@ -60,10 +61,18 @@ _MOVES = {"stages": "stage by stage", "epochs": "epoch by epoch", "never": "neve
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; none where it is not there."""
+    """The rows of a results file; none where it is not there. UserError names a bad line."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            raise UserError(
+                f"{path}, line {i}: no JSON row.\nGive another file, or mend this one."
+            ) from None
+    return rows
 
 
 def methods_table() -> str:
@@ -115,9 +124,9 @@ def table1(rows: Sequence[dict[str, Any]], task: str, preset: str) -> str:
         cells += [_ours([r for r in here if r["data"] == split]) for split in splits]
         seeds = sorted({r["trained"]["seed"] for r in here})
         lines.append(f"| {' | '.join(cells)} | {', '.join(map(str, seeds)) or 'not run'} |")
-    for rule in mine[0]["heuristics"] if mine else ():
-        best = {r["data"]: r["heuristics"][rule] for r in mine}
-        cells = [f"{100 * best[split]:.1f}" for split in splits]
+    for rule in dict.fromkeys(rule for r in mine for rule in r["heuristics"]):
+        best = {r["data"]: r["heuristics"][rule] for r in mine if rule in r["heuristics"]}
+        cells = [f"{100 * best[split]:.1f}" if split in best else "" for split in splits]
         lines.append(f"| no model: {rule} | | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
@@ -133,6 +142,7 @@ def paper_cells(rows: Sequence[dict[str, Any]]) -> str:
                 for r in rows
                 if (r["table1"]["task"], r["table1"]["preset"]) == (task, "gpt2")
                 and r["method"] == method
+                and r["data"] == (task if task != "gsm8k" else r["data"])
                 and not r["table1"]["setting"]
             ]
             paper = _figure(*known[entry.paper]) if entry.paper else "-"

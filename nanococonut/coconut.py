@@ -158,6 +158,10 @@ def stop_loss(model: GPT, batch: Batch, thinking: Thinking, target: str) -> Tens
     if target == "steps":
         labels = after >= batch.needed[:, None]
     else:
+        # without dropout: right or not is a fact, and no random number is drawn for it
+        was_training, dropout = model.training, thinking.memory.dropout
+        model.eval()
+        thinking.memory.dropout = 0.0
         with torch.no_grad():
             labels = torch.stack(
                 [
@@ -169,6 +173,8 @@ def stop_loss(model: GPT, batch: Batch, thinking: Thinking, target: str) -> Tens
                 ],
                 dim=1,
             )
+        model.train(was_training)
+        thinking.memory.dropout = dropout
     logits = model.enough(torch.stack(thinking.states, dim=1).detach())
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")

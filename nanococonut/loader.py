@@ -119,7 +119,8 @@ class Epochs:
         skipped: list[str] | None = None,
     ) -> None:
         self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
-        self.task, self.skipped = TASKS[config.task], skipped
+        # generated rows that do not fit are the settings' fault, not the rows'
+        self.task, self.skipped = TASKS[config.task], skipped if rows is not None else None
         self.exclude = self._signatures(held_out) if rows is None else frozenset()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self.ahead: tuple[int, Future[list[EncodedRow]]] | None = None

@@ -45,6 +45,8 @@ class Muon(Optimizer):
             momentum, lr = group["momentum"], group["lr"]
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
             for p in group["params"]:
+                if p.grad is None:  # a part that this step did not use
+                    continue
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)

@@ -37,6 +37,8 @@ def test_a_stopped_table_goes_on_where_it_was(script):
     assert f"no_cot {TINY[6:]}" in table and table in out
     assert script(*argv, script="bench/table1.py")[0] == 0  # all is done: nothing is run again
     assert tables.read_jsonl(Path("rows.jsonl")) == rows
+    code, _, err = script(*argv[:3], "--n=21", *argv[4:], script="bench/table1.py")
+    assert code == 2 and "by 20 rows" in err
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,11 @@ def test_a_stopped_table_goes_on_where_it_was(script):
         (["--sweep=c_thout=0,1"], "Did you mean --c_thought"),
         (["--set=epochs=0"], "at least 1"),
         (["--seeds=0"], "at least 1"),
+        (["--methods="], "names none"),
+        (["--sweep=method=cot,coconut"], "'method'"),
+        (["--set=out_dir=x"], "'out_dir'"),
+        (["--data=nope.json"], "that are there"),
+        (["--out=."], "cannot be"),
     ],
 )
 def test_bad_input_is_refused_before_any_run(script, argv, words):
@@ -78,6 +85,12 @@ def test_a_cell_is_mean_and_deviation_or_not_run():
     assert "| no_cot | 76.7 ± 1.0 / 8.2 | not run | not run |" in table
     assert "| coconut c_thought=2 |  | 25.0 / 8.0 | 0 |" in table
     assert "| no model: deeper | | 87.5 | |" in table
+    rows += [row("coconut", 0, 0.5, data="rows.json") | {"heuristics": {}}]  # no rules known
+    assert "| no model: deeper | | 87.5 |  | |" in tables.table1(rows, "prosqa", "small")
+    gpt2 = [row("coconut", 0, a, data=d) for d, a in (("prosqa", 0.97), ("prosqa_long", 0.4))]
+    for r in gpt2:
+        r["table1"] = r["table1"] | {"preset": "gpt2"}
+    assert "; 97.0 / 8.0 |" in tables.paper_cells(gpt2)  # the task's own rows alone
     cells = tables.paper_cells(rows)
     assert cells.count("not run") == 3 * len(METHODS)  # small models do not count as GPT-2's
 

@@ -86,8 +86,9 @@ def from_hub(
         raise UserError(
             f"{name} ({revision}) is neither in the Hugging Face cache nor can it be downloaded: "
             f"{_first_line(e)}\nGo online (unset HF_HUB_OFFLINE), copy the cache of a machine that "
-            "has it, or give text lines with --from FILE: the released code's preprocessing/"
-            "gsm_icot.bash has their addresses (github.com/facebookresearch/coconut)."
+            "has it, or give text lines (--from FILE; train.py: --data, --valid_data): the "
+            "released code's preprocessing/gsm_icot.bash has their addresses "
+            "(github.com/facebookresearch/coconut)."
         ) from None
     try:
         from datasets import load_dataset
