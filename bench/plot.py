@@ -149,6 +149,8 @@ def draw_curve(row: dict[str, Any], to: Path) -> None:
 def main() -> None:
     given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(PlotConfig, given)
+    if config.check and not config.readme:
+        raise UserError("--check compares the marked tables.\nGive it with --readme.")
     if config.readme:
         changed = []
         for name in sections():

@@ -293,8 +293,8 @@ out = generate(model, [ids], {n_thoughts}, [{eot}], tokenizer.eos, {max_new_toke
 print(tokenizer.decode(out.tokens[0]))
 """
 ELSEWHERE = """\
-What it is fed as thoughts is no hidden state, and a stock `generate` does not run them:
-ask the run itself with nanococonut's sample.py.
+What stands between its question and its words is not the last hidden state: ask the run itself with
+nanococonut's sample.py, which lays the question out as in training.
 """
 
 

@@ -93,7 +93,7 @@ def load_gpt2(
     if spec and trained_spec and spec != trained_spec:
         raise UserError(
             f"{path} was trained with another vocabulary: {rows} tokens of kind "
-            f"{trained_spec.get('kind')!r}, this run's is {spec['kind']!r}.\n"
+            f"{trained_spec.get('kind')!r}, this run's has {vocab_size} of kind {spec['kind']!r}.\n"
             "Use its --tokenizer, and rows with the same words."
         )
     if vocab_size not in (None, rows, rows + N_SPECIAL):

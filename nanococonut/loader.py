@@ -198,20 +198,24 @@ class Epochs:
         return [row for row, _ in self._fitting(rows)]
 
     def _fitting(self, rows: list[Row]) -> list[tuple[Row, EncodedRow]]:
-        encoded = [encode_row(self.tokenizer, row) for row in rendered(self.config, rows)]
-        fit = []
-        for i, row in enumerate(encoded):
-            need = longest(self.curriculum, row, self.tokenizer)
-            if need <= self.config.block_size:
-                fit.append((rows[i], row))
-                continue
-            wrong = (
-                f"row {i} needs {need} positions with its thoughts, "
-                f"block_size={self.config.block_size}: {rows[i]['question'][:30]!r}..."
-            )
+        fit, wrong = [], ""
+        for i, row in enumerate(rendered(self.config, rows)):
+            try:
+                encoded = encode_row(self.tokenizer, row)
+                need = longest(self.curriculum, encoded, self.tokenizer)
+                if need <= self.config.block_size:
+                    fit.append((rows[i], encoded))
+                    continue
+                wrong = (
+                    f"row {i} needs {need} positions with its thoughts, "
+                    f"block_size={self.config.block_size}: {rows[i]['question'][:30]!r}...\n"
+                    "Use a longer --block_size or shorter rows."
+                )
+            except UserError as e:  # a special token written out
+                wrong = f"row {i}, {rows[i]['question'][:30]!r}...: {e}"
             if self.skipped is None:
-                raise UserError(f"{wrong}\nUse a longer --block_size or shorter rows.")
-            self.skipped.append(wrong)
+                raise UserError(wrong)
+            self.skipped.append(wrong.split("\n")[0])
         if not fit:
-            raise UserError(f"no row fits: {wrong}\nUse a longer --block_size or shorter rows.")
+            raise UserError(f"no row can be used, the last: {wrong}")
         return fit

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from nanococonut import checkpoint
 from nanococonut.data.files import read_rows
 
@@ -52,3 +54,24 @@ def test_ten_lines_make_a_task_that_trains(script):
     assert not tokenizer.unknown_words("7 + 8 + 9 = ?")
     code, out, err = script("--out_dir=out/small", "--seed=1", "--latent=2", script="sample.py")
     assert (code, err) == (0, "") and "= ?" in out
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"question": "<|endoftext|> + 1 = ?", "steps": [], "answer": "1"}, "special token"),
+        ({"question": "1 + 1 = ? " * 30, "steps": [], "answer": "2"}, "block_size=64"),
+        ({"question": "\ud800 = ?", "steps": [], "answer": "2"}, "surrogate"),
+        ({"question": "1 = ?", "steps": []}, "'answer' is missing"),
+    ],
+)
+def test_a_bad_row_is_named_or_on_demand_left_out(script, bad, words):
+    good = {"question": "1 + 1 = ?", "steps": ["1 + 1 = 2"], "answer": "2"}
+    Path("mine.json").write_text(json.dumps([good] * 20 + [bad]))
+    Path("small.py").write_text(SMALL)
+    argv = ["small.py", "--data=mine.json", "--valid_data=valid.json", "--max_steps=1"]
+    Path("valid.json").write_text(json.dumps([good]))
+    code, _, err = script(*argv, "--out_dir=a")
+    assert code == 2 and "row 20" in err and words in err and err.count("\n") <= 2
+    code, out, err = script(*argv, "--out_dir=b", "--skip_bad_rows")
+    assert (code, err) == (0, "") and "1 of 22 rows skipped" in out and words in out

@@ -32,6 +32,9 @@ def fault(row: Any) -> str | None:
     for i, step in enumerate(steps):
         if not isinstance(step, str):
             return f"'steps'[{i}] is a {kind(step)}, where a text is wanted"
+    for text in (row["question"], *steps, row["answer"]):
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            return f"{text[:20]!a} holds half of a surrogate pair, which is no text"
     return None
 
 
