@@ -252,6 +252,7 @@ def main() -> None:
     n_done = len(jobs) - len(waiting)
     whole = bar.add_task("table", total=sum(job.total for job in jobs) or None)
     lines: dict[str, int] = {}
+    failed: list[str] = []
     try:
         with bar:
             while waiting or running:
@@ -266,7 +267,11 @@ def main() -> None:
                     if job.process.poll() is not None:
                         running.remove(job)
                         bar.remove_task(lines.pop(job.folder.name))
-                        finish(job, config)
+                        try:
+                            finish(job, config)
+                        except UserError as e:  # the others go on
+                            failed.append(str(e))
+                            console.print(f"error: {e}", markup=False)
                         n_done += 1
                 steps = sum(job.total if job.done.exists() else job.step() for job in jobs)
                 bar.update(whole, completed=steps, description=f"run {n_done + 1} of {len(jobs)}")
@@ -287,6 +292,8 @@ def main() -> None:
         print(f"{left} of {len(jobs)} runs are not done: give the same command to go on")
     summary = {"bench": "table1", "task": config.task, "preset": config.preset}
     print(json.dumps(summary | {"runs": len(jobs), "left": left, "rows": str(out)}))
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
 
 
 if __name__ == "__main__":

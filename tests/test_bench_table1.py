@@ -41,6 +41,17 @@ def test_a_stopped_table_goes_on_where_it_was(script):
     assert code == 2 and "by 20 rows" in err
 
 
+def test_a_run_that_fails_is_told_and_the_table_still_made(script):
+    """A folder that is a checkpoint already cannot take a run."""
+    place = Path("runs/prontoqa_small") / f"no_cot_{TINY[6:]}_s0"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text("{}")
+    argv = ["--task=prontoqa", "--methods=no_cot", TINY, "--out=rows.jsonl", "--runs=runs"]
+    code, out, err = script(*argv, script="bench/table1.py")
+    assert code == 2 and "1 runs failed" in err and "is a checkpoint" in err
+    assert "| no_cot |" in out and json.loads(out.splitlines()[-1])["left"] == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
