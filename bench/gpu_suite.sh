@@ -12,14 +12,14 @@ python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
 failed=0
 run() { echo "== $*"; timeout "$1" "${@:2}" || { echo "failed: ${*:2}"; failed=1; }; }
 
-run 60 python -m pytest -q -m gpu
+run 120 python -m pytest -q -m gpu
 for size in "config/prosqa_small.py" "config/prosqa_scratch.py"; do
   for dtype in float32 bfloat16; do
-    run 60 python bench/training.py --config="$size" --batch_size=64 --device=cuda \
+    run 30 python bench/training.py --config="$size" --batch_size=64 --device=cuda \
       --dtype="$dtype" --out="$out/training.jsonl"
   done
 done
-run 240 python train.py config/prosqa_small.py --device=cuda --out_dir="$out/prosqa_small" \
+run 200 python train.py config/prosqa_small.py --device=cuda --out_dir="$out/prosqa_small" \
   > "$out/train.log" 2>&1
 for split in prosqa prosqa_matched; do
   run 30 python bench/accuracy.py --checkpoint="$out/prosqa_small" --data="$split" --device=cuda \
