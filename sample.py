@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nanococonut import checkpoint, device, ops
+from nanococonut import checkpoint, device
 from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.curriculum import Curriculum, answer_of
 from nanococonut.data import Row, prosqa
+from nanococonut.engine import Engine
 from nanococonut.errors import UserError, main_guard
-from nanococonut.evaluate import ask
 from nanococonut.loader import curriculum_of, read_data, render_question
 from nanococonut.model import GPT
 from nanococonut.nodes import node_values
@@ -49,6 +49,7 @@ class SampleConfig:
     )
     device: str = opt("auto", "auto, cpu, cuda, mps")
     kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    graph: str = opt("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -111,9 +112,7 @@ def nodes_table(
 
 
 def answer(
-    model: GPT,
-    tokenizer: Tokenizer,
-    curriculum: Curriculum,
+    engine: Engine,
     trained: TrainConfig,
     question: str,
     known: str | None,
@@ -122,9 +121,9 @@ def answer(
     nodes: bool,
     temperature: float,
     seed: int,
-    kernels: str,
 ) -> None:
     """Ask one question and print everything there is to see."""
+    model, tokenizer, curriculum = engine.model, engine.tokenizer, engine.curriculum
     console.print(f"\n[bold]question[/]  {escape(question)}")
     asked = render_question(trained, question)
     if unknown := tokenizer.unknown_words(asked):
@@ -132,15 +131,14 @@ def answer(
             f"[yellow]warning[/]   never trained on: {escape(', '.join(unknown[:8]))}. "
             "Do not expect sense from this answer."
         )
-    ask(model, tokenizer, curriculum, [asked], 0, 1)  # first use of anything is slow: not timed
-    out = ask(
-        model, tokenizer, curriculum, [asked], thoughts, max_new_tokens, temperature, seed, kernels
-    )
+    # first use of anything is slow: not timed
+    engine.generate([asked], thoughts, max_new_tokens)
+    out = engine.generate([asked], thoughts, max_new_tokens, temperature, seed)
     if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))
     if nodes:
         console.print(nodes_table(model, tokenizer, curriculum, trained.render, question, thoughts))
-    text = tokenizer.decode(out.tokens[0])
+    text = out.text[0]
     if trained.render == "compact":
         text = TASKS[trained.task].expand(text, question)
     chain, mark, _ = text.rpartition("###")
@@ -167,10 +165,10 @@ def main() -> None:
     folder = choose(config.out_dir)
     model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
-    kernels, reason = ops.choose(config.kernels, model)
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
+    engine = Engine(model, tokenizer, curriculum, config.kernels, config.graph)
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
     trained_thoughts = manifest["n_thoughts"] if curriculum.entry.insert != "none" else 0
@@ -178,7 +176,8 @@ def main() -> None:
     name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
     console.print(
         f"{name}: {manifest['method']}, stage {manifest['stage']}, step {manifest['step']}, "
-        f"{model.n_params():,} parameters, {thoughts} thoughts; kernels: {kernels} ({reason})",
+        f"{model.n_params():,} parameters, {thoughts} thoughts; kernels: {engine.kernels} "
+        f"({engine.reason}), CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
     if thoughts != manifest["n_thoughts"]:
@@ -210,9 +209,7 @@ def main() -> None:
             question, known = row["question"], row["answer"]
         try:
             answer(
-                model,
-                tokenizer,
-                curriculum,
+                engine,
                 trained,
                 question,
                 known,
@@ -221,7 +218,6 @@ def main() -> None:
                 config.nodes,
                 config.temperature,
                 seed,
-                kernels,
             )
         except UserError as e:
             if not talk:

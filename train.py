@@ -29,6 +29,7 @@ from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import collate, schedule
 from nanococonut.data.files import skipped_line
+from nanococonut.engine import Engine
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import score
 from nanococonut.loader import (
@@ -198,17 +199,11 @@ def main() -> None:
 
     def validate(stage: int) -> dict:
         n, row = curriculum.thoughts_at(stage), {"stage": stage}
+        engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
         with autocast:
             for split, rows in splits.items():
-                s = score(
-                    model,
-                    tokenizer,
-                    curriculum,
-                    rendered(config, rows),
-                    n,
-                    config.eval_batch_size,
-                    config.max_new_tokens,
-                )
+                shown = rendered(config, rows)
+                s = score(engine, shown, n, config.eval_batch_size, config.max_new_tokens)
                 row |= {f"{split}_accuracy": s.accuracy, f"{split}_tokens": s.generated_tokens}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
-from nanococonut import checkpoint, device, ops
+from nanococonut import checkpoint, device
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
 from nanococonut.data import Row
 from nanococonut.data.files import read_rows
 from nanococonut.data.paths import categories
+from nanococonut.engine import Engine
 from nanococonut.errors import UserError, main_guard
 from nanococonut.evaluate import score
 from nanococonut.loader import curriculum_of, rendered
@@ -47,6 +48,7 @@ class AccuracyConfig:
     out: str | None = opt(None, "append the JSON row to this file")
     device: str = opt("auto", "auto, cpu, cuda, mps")
     kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    graph: str = opt("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -68,7 +70,7 @@ def main() -> None:
     folder = checkpoint.find(config.checkpoint or checkpoint.BUNDLED, best=True)
     model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
     trained = build(TrainConfig, manifest["config"])
-    kernels, reason = ops.choose(config.kernels, model)
+    engine = Engine(model, tokenizer, curriculum_of(trained), config.kernels, config.graph)
     task = TASKS[trained.task]
     data = config.data or (None if trained.data else next(iter(task.splits), None))
     if data is None or any(data in other.splits for other in TASKS.values() if other != task):
@@ -88,20 +90,11 @@ def main() -> None:
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
     print(f"{name}: {manifest['method']}, step {manifest['step']}, trained with {trained_thoughts}")
-    print(f"{data}: {len(rows)} rows, kernels: {kernels} ({reason})")
+    print(f"{data}: {len(rows)} rows, kernels: {engine.kernels} ({engine.reason})")
     results = []
     for k in range(thoughts + 1) if config.sweep else [thoughts]:
         began = time.perf_counter()
-        s = score(
-            model,
-            tokenizer,
-            curriculum_of(trained),
-            shown,
-            k,
-            config.batch_size,
-            config.max_new_tokens,
-            kernels,
-        )
+        s = score(engine, shown, k, config.batch_size, config.max_new_tokens)
         low, high = s.interval
         result = {
             "thoughts": k,
@@ -152,7 +145,8 @@ def main() -> None:
         "rows": len(rows),
         **results[-1],
         "heuristics": baselines,
-        "kernels": kernels,
+        "kernels": engine.kernels,
+        "graph": engine.graph,
         "device": str(model.wte.weight.device),
         **checkpoint.provenance(),
     }

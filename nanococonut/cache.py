@@ -4,6 +4,8 @@ One invariant: **row b's valid keys are always [0, lengths[b])**. Whatever stand
 that nothing attends to and that the row's next token overwrites.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,19 @@ class KVCache:
         head_dim: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        memory: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> None:
-        # zeros, not empty: a NaN in a masked slot would still poison 0 * NaN in the weighted sum
-        self.data = torch.zeros(
-            n_layer, 2, batch, n_head, capacity, head_dim, device=device, dtype=dtype
-        )
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        """memory: where data is put, a flat tensor that is long enough, of finite numbers; lengths:
+        (batch,) int64, used as they are. None: new ones, all zero."""
+        shape = (n_layer, 2, batch, n_head, capacity, head_dim)
+        if memory is None:
+            # not empty: a NaN in a masked slot would still poison 0 * NaN in the weighted sum
+            memory = torch.zeros(math.prod(shape), device=device, dtype=dtype)
+        if lengths is None:
+            lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.data = memory[: math.prod(shape)].view(shape)
+        self.lengths = lengths
         self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1), to index with pos
 
     @property
@@ -45,11 +54,6 @@ class KVCache:
     def crop(self, lengths: Tensor) -> None:
         """Forget what stands at or behind lengths (B,)."""
         self.lengths = torch.minimum(self.lengths, lengths)
-
-    def keep(self, which: Tensor) -> None:
-        """Go on with the rows which (n,) only, in that order; the others' memory is given back."""
-        self.data, self.lengths = self.data[:, :, which], self.lengths[which]
-        self.rows = self.rows[: len(which)]
 
     def reset(self) -> None:
         self.lengths.zero_()

@@ -1,20 +1,29 @@
 """Inference: a question is read once, n thoughts are appended to its cache, words come out.
 
-Free functions over plain tensors. The engine knows tokens, never text or files. All rows are kept
-in one right-padded batch; row b's next token goes to its own length, so rows of any length run side
-by side and give what each would give alone.
+All rows are kept in one right-padded batch; row b's next token goes to its own length, so rows of
+any length run side by side and give what each would give alone.
+
+`prefill`, `latent_step` and `decode_step` are the parts, as plain functions. `Engine` runs them
+over memory that never moves, so that on a GPU reading a question, its whole chain of thoughts and
+every further word are each one CUDA graph.
 """
 
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanococonut.cache import KVCache
-from nanococonut.model import GPT, cached_attention
-from nanococonut.ops import Step, triton_step
+from nanococonut.curriculum import Curriculum, asking
+from nanococonut.errors import UserError
+from nanococonut.model import GPT, cached_attention, causal_attention
+from nanococonut.ops import TritonStep, choose, choose_graph
+from nanococonut.tokenizer import Tokenizer
 
 
 @dataclass
@@ -31,44 +40,29 @@ class State:
     span: int
 
 
-@dataclass
-class Generation:
-    """tokens: of each row, without eos. thoughts: (B, n, C), the hidden states that were fed back;
-    n_thoughts: how many of them each row had (all n, or until its classifier said enough). Times in
-    seconds; seconds_first: from the start to the first word."""
-
-    tokens: list[list[int]]
-    thoughts: Tensor
-    n_thoughts: list[int]
-    seconds_prefill: float
-    seconds_thoughts: float
-    seconds_first: float
-    seconds_decode: float
-
-
 def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> State:
     """Read right-padded ids (B, T) with lengths (B,) into an empty cache."""
-    B, T = idx.shape
-    pos = torch.arange(T, device=idx.device).expand(B, T)
+    (B, T), device = idx.shape, idx.device
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.data[layer, 0, :, :, :T] = k
+        cache.data[layer, 1, :, :, :T] = v
+        if q.shape[2] == T > 1:
+            return causal_attention(layer, q, k, v)
+        seen = torch.arange(T, device=device) < lengths[:, None]  # only each row's last token asks
+        return F.scaled_dot_product_attention(q, k, v, seen[:, None, None])
+
     e = model.embed(idx)
     cache.lengths.copy_(lengths)
-    h = model.trunk(e, pos, partial(cached_attention, cache, pos, T), only=lengths - 1)
-    return State(h[:, 0], e[torch.arange(B, device=idx.device), lengths - 1], T)
+    h = model.trunk(e, torch.arange(T, device=device), attend, only=lengths - 1)
+    return State(h[:, 0], e[torch.arange(B, device=device), lengths - 1], T)
 
 
 def step(
-    model: GPT,
-    cache: KVCache,
-    e: Tensor,
-    state: State,
-    active: Tensor | None = None,
-    kernels: Step | None = None,
+    model: GPT, cache: KVCache, e: Tensor, state: State, active: Tensor | None = None
 ) -> State:
     """Append one input embedding e (B, C) to every row and move on. A row that is not active (B,)
-    stays where it is: what was written behind its end is overwritten by its next token. kernels:
-    what does it in place of plain PyTorch (ops.py)."""
-    if kernels is not None:
-        return State(kernels(e, state.hidden, active), e, state.span + 1)
+    stays where it is: what was written behind its end is overwritten by its next token."""
     pos, span = cache.lengths[:, None], state.span + 1
     attend = partial(cached_attention, cache, pos, span)
     h = model.trunk(e[:, None], pos, attend, state.prev)[:, 0]
@@ -80,129 +74,449 @@ def step(
     return State(torch.where(active, h, state.hidden), torch.where(active, e, state.prev), span)
 
 
-def latent_step(
-    model: GPT,
-    cache: KVCache,
-    state: State,
-    active: Tensor | None = None,
-    kernels: Step | None = None,
-) -> State:
+def latent_step(model: GPT, cache: KVCache, state: State, active: Tensor | None = None) -> State:
     """One thought: the last hidden state (or what the model makes of it) is the next input."""
-    return step(model, cache, model.feed_back(state.hidden), state, active, kernels)
+    return step(model, cache, model.feed_back(state.hidden), state, active)
 
 
-def decode_step(
-    model: GPT, cache: KVCache, token: Tensor, state: State, kernels: Step | None = None
-) -> State:
+def decode_step(model: GPT, cache: KVCache, token: Tensor, state: State) -> State:
     """One word: tokens (B,) are the next input."""
-    return step(model, cache, model.embed(token), state, None, kernels)
+    return step(model, cache, model.embed(token), state)
 
 
-def pick(logits: Tensor, temperature: float, draw: torch.Generator) -> Tensor:
-    """Logits (B, V) -> the next token (B,): the most probable, or one drawn."""
-    if not temperature:
-        return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(p, 1, generator=draw)[:, 0]
+@dataclass
+class Generation:
+    """tokens: of each row, without eos; text: the same in words (Engine.generate). thoughts: (B, n,
+    C), the hidden states that were fed back; n_thoughts: how many of them each row had (all n, or
+    until its classifier said enough). Times in seconds; seconds_first: from the start to the first
+    word."""
+
+    tokens: list[list[int]]
+    thoughts: Tensor
+    n_thoughts: list[int]
+    seconds_prefill: float
+    seconds_thoughts: float
+    seconds_first: float
+    seconds_decode: float
+    text: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_first + self.seconds_decode
 
 
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prefixes: list[list[int]],
-    n_thoughts: int,
-    opening: list[int],
-    eos: int,
-    max_new_tokens: int,
-    stop: bool = False,
-    temperature: float = 0.0,
-    seed: int = 0,
-    kernels: str = "torch",
-) -> Generation:
-    """Answers to a batch of token prefixes, greedy or (temperature > 0) sampled.
+class Memory:
+    """Tensors that steps read and write, allocated once for up to so many rows; never moved."""
 
-    stop: a row has no further thought once the model's classifier says enough (n_thoughts at most).
-    seed: of a generator of this call's own. kernels: "torch" or "triton", as ops.choose says.
-    Rows that have said eos leave the batch once they are half of it, so they cost nothing more.
-    opening: tokens put behind the thoughts before the first word is asked for ([<eot>] or []).
-    Raises ValueError, before any work, where a row would not fit into block_size.
+    def __init__(self, model: GPT, rows: int, cache: int, idx: int, thoughts: int) -> None:
+        config, w = model.config, model.wte.weight
+        self.rows, self.n_thoughts = rows, thoughts
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=w.device)
+
+        self.cache = w.new_zeros(cache)  # flat: batches of any shape lie in it
+        self.idx = ints(idx)
+        self.lengths, self.had, self.token = ints(rows), ints(rows), ints(rows)
+        self.words, self.column = ints(rows, config.block_size), ints()
+        self.hidden, self.prev = w.new_zeros(2, rows, config.n_embd)
+        self.thoughts = w.new_zeros(thoughts, rows, config.n_embd)
+        self.active, self.done = torch.zeros(2, rows, dtype=torch.bool, device=w.device)
+        # sampling: Exp(1) noise, drawn outside of a graph
+        self.noise = torch.ones(rows, config.vocab_size, device=w.device)
+        self.temperature = torch.ones((), device=w.device)
+
+    def fits(self, rows: int, cache: int, idx: int, thoughts: int) -> bool:
+        have = (self.rows, self.cache.numel(), self.idx.numel(), self.n_thoughts)
+        return all(a <= b for a, b in zip((rows, cache, idx, thoughts), have, strict=True))
+
+    def small(self) -> list[Tensor]:
+        """What a step changes beside the cache, where it writes behind every row's end only."""
+        return [v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "cache"]
+
+    @property
+    def bytes(self) -> int:
+        return sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
+
+
+class Slots:
+    """A batch of so many rows and positions within Memory, and the steps over it, in place."""
+
+    def __init__(
+        self, model: GPT, memory: Memory, rows: int, capacity: int, kernels: str, span: int | None
+    ) -> None:
+        """span: of every step (None: as it grows), since a graph always does the same."""
+        self.model, self.rows, self.static = model, rows, span is not None
+        m = self.memory = memory
+        self.cache = model.new_cache(rows, capacity, m.cache, m.lengths[:rows])
+        self.hidden, self.prev, self.had = m.hidden[:rows], m.prev[:rows], m.had[:rows]
+        self.active, self.done, self.token = m.active[:rows], m.done[:rows], m.token[:rows]
+        self.words, self.noise = m.words[:rows], m.noise[:rows]
+        self.triton = TritonStep(model, self.cache) if kernels == "triton" else None
+        self.span = span or 0
+
+    def _keep(self, state: State) -> None:
+        self.prev.copy_(state.prev)  # first: a thought is the last hidden state itself
+        self.hidden.copy_(state.hidden)
+        self.span = self.span if self.static else state.span
+
+    def read(self, idx: Tensor) -> None:
+        """Prefill of ids (B, T); lengths stand in the cache."""
+        self._keep(prefill(self.model, self.cache, idx, self.cache.lengths.clone()))
+
+    def think(self, i: int, stop: bool, masked: bool) -> None:
+        """Thought i of every active row. stop: ask the classifier first. masked: some may not be
+        active."""
+        if stop:
+            self.active &= self.model.enough(self.hidden) <= 0
+        self.memory.thoughts[i, : self.rows].copy_(self.hidden)
+        active = self.active if stop or masked else None
+        if self.triton is not None:
+            self.triton.think(self.hidden, active, first=i == 0)
+        else:
+            state = State(self.hidden, self.prev, self.span)
+            self._keep(latent_step(self.model, self.cache, state, active))
+        self.had += self.active
+
+    def take(self) -> None:
+        """The last picked token is the next input."""
+        if self.triton is not None:
+            self.triton.say(self.token, self.hidden)
+        else:
+            state = State(self.hidden, self.prev, self.span)
+            self._keep(decode_step(self.model, self.cache, self.token, state))
+
+    def pick(self, eos: int, sampled: bool) -> None:
+        """The most probable token of each row, or one drawn from the softmax: with noise q ~ Exp(1)
+        p / q is greatest at token t with probability p_t."""
+        logits = self.model.head(self.hidden)
+        if sampled:
+            p = (logits.float() / self.memory.temperature).softmax(-1)
+            logits = p / self.noise
+        self.token.copy_(logits.argmax(-1).masked_fill(self.done, eos))
+        column = self.memory.column.expand(self.rows, 1)
+        self.words.scatter_(1, column, self.token[:, None])
+        self.memory.column += 1
+        self.done |= self.token == eos  # the first token may be eos already
+
+
+def _up(n: int, multiple: int, most: int) -> int:
+    return min(-(-n // multiple) * multiple, most)
+
+
+class Engine:
+    """A model that answers, batch after batch.
+
+        engine = Engine(model, tokenizer)
+        out = engine.generate(["Tom is a ..."], latent=6)
+        out.text, out.tokens, out.thoughts, out.seconds
+
+    curriculum: the method's layout of a question (default: Coconut's). kernels, graph: "auto", or
+    what is asked for, as ops.choose and ops.choose_graph say (UserError where it cannot run).
+    max_graphs: CUDA graphs kept, of all batch sizes and lengths; the one not used for longest goes
+    first. Their memory is shared, since they run one after another.
     """
-    device = model.wte.weight.device
-    longest = max(map(len, prefixes))
-    capacity = longest + n_thoughts + len(opening) + max_new_tokens
-    if min(map(len, prefixes)) == 0 or n_thoughts < 0 or max_new_tokens < 1:
-        raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} has to be 0 (greedy) or more")
-    if capacity > model.config.block_size:
-        raise ValueError(
-            f"{longest} tokens + {n_thoughts} thoughts + {len(opening)} + {max_new_tokens} new "
-            f"tokens do not fit into block_size={model.config.block_size}"
-        )
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None = None,
+        curriculum: Curriculum | None = None,
+        kernels: str = "auto",
+        graph: str = "auto",
+        max_graphs: int = 24,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.curriculum = curriculum or Curriculum("coconut")
+        self.kernels, self.reason = choose(kernels, model)
+        self.graph = choose_graph(graph, model)
+        self.max_graphs = max_graphs
+        self._forget()
 
-    start = now()
-    cache = model.new_cache(len(prefixes), capacity)
-    lengths = torch.tensor([len(p) for p in prefixes], device=device)
-    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prefixes], device=device)
-    state = prefill(model, cache, idx, lengths)
+    def _forget(self) -> None:
+        self._memory: Memory | None = None
+        self._slots: dict[tuple[int, int], Slots] = {}
+        self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
+        self._pool = None
+        self._graph_bytes = 0
+        self._weights = self._where()
 
-    prefilled = now()
-    run = triton_step(model, cache) if kernels == "triton" else None
-    thoughts = []
-    active = torch.ones_like(lengths, dtype=torch.bool) if stop else None
-    had = torch.zeros_like(lengths)
-    for _ in range(n_thoughts):
-        if active is not None:
-            active = active & (model.enough(state.hidden) <= 0)
-            if not active.any():
-                break
-        thoughts.append(state.hidden)
-        state = latent_step(model, cache, state, active, run)
-        had += 1 if active is None else active
+    def _where(self) -> tuple:
+        return tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
 
-    thought = now()
-    for token in opening:
-        state = decode_step(model, cache, torch.full_like(lengths, token), state, run)
-    words = torch.full((len(prefixes), max_new_tokens), eos, device=device)
-    left = torch.arange(len(prefixes), device=device)  # of each row in the batch, which it is
-    done = torch.zeros_like(left, dtype=torch.bool)
-    draw = torch.Generator(device).manual_seed(seed)
-    every = 4 if device.type == "cuda" else 1  # tokens between two looks at who is done
-    first = thought
-    for i in range(max_new_tokens):
-        token = pick(model.head(state.hidden), temperature, draw)
-        token = torch.where(done, eos, token)
-        words[left, i] = token
-        done |= token == eos  # the first token may be eos already
-        if i == 0:
-            first = now()
-        if i == max_new_tokens - 1:
-            break
-        if i % every == 0:
-            alive = (~done).nonzero()[:, 0]
-            if not len(alive):
-                break
-            if 2 * len(alive) <= len(left):
-                cache.keep(alive)
-                state = State(state.hidden[alive], state.prev[alive], state.span)
-                left, token, done = left[alive], token[alive], done[alive]
-                run = triton_step(model, cache) if run is not None else None
-        state = decode_step(model, cache, token, state, run)
-    end = now()
+    def memory(self) -> dict[str, int]:
+        """Bytes: of the cache and what else steps write to, and of captured graphs beside it."""
+        return {
+            "cache": self._memory.cache.nbytes if self._memory else 0,
+            "buffers": self._memory.bytes - self._memory.cache.nbytes if self._memory else 0,
+            "graphs": len(self._graphs),
+            "graph_bytes": self._graph_bytes,
+        }
 
-    tokens = [row[: row.index(eos)] if eos in row else row for row in words.tolist()]
-    kept = torch.stack(thoughts, 1) if thoughts else state.hidden.new_zeros(len(prefixes), 0, 1)
-    return Generation(
-        tokens,
-        kept,
-        had.tolist(),
-        prefilled - start,
-        thought - prefilled,
-        first - start,
-        end - first,
-    )
+    def generate(
+        self,
+        questions: Sequence[str],
+        latent: int,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generation:
+        """Answers to a batch of rendered questions, in the layout the method was trained in:
+        greedy, or drawn at a temperature by the seed.
+
+        latent: thoughts (or pauses). A model with a classifier that stops them has no more than
+        these. max_new_tokens is cut to what block_size leaves. UserError where it leaves nothing.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError("generate needs Engine(model, tokenizer); run takes tokens")
+        if not questions:
+            raise ValueError("generate needs at least one question")
+        asked = [asking(self.curriculum, tokenizer.encode(q), latent, tokenizer) for q in questions]
+        prefixes, (n_thoughts, *_), (opening, *_) = (list(x) for x in zip(*asked, strict=True))
+        longest = max(map(len, prefixes))
+        room = self.model.config.block_size - longest - n_thoughts - len(opening)
+        if room < 1:
+            raise UserError(
+                f"a question of {longest} tokens with {n_thoughts} thoughts does not fit into the "
+                f"model's block_size={self.model.config.block_size}.\nAsk a shorter question or "
+                "use fewer thoughts."
+            )
+        most = min(max_new_tokens, room)
+        stop = self.model.config.stop
+        out = self.run(prefixes, n_thoughts, opening, tokenizer.eos, most, stop, temperature, seed)
+        out.text = [tokenizer.decode(tokens) for tokens in out.tokens]
+        return out
+
+    @torch.no_grad()
+    def run(
+        self,
+        prefixes: list[list[int]],
+        n_thoughts: int,
+        opening: list[int],
+        eos: int,
+        max_new_tokens: int,
+        stop: bool = False,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generation:
+        """Answers to a batch of token prefixes, greedy or (temperature > 0) sampled.
+
+        stop: a row has no further thought once the model's classifier says enough (n_thoughts at
+        most). seed: of a generator of this call's own. Rows that have said eos leave the batch once
+        they are half of it, so they cost nothing more. opening: tokens put behind the thoughts
+        before the first word is asked for ([<eot>] or []). Raises ValueError, before any work,
+        where a row would not fit into block_size.
+        """
+        model, longest = self.model, max(map(len, prefixes))
+        block_size = model.config.block_size
+        capacity = longest + n_thoughts + len(opening) + max_new_tokens
+        if min(map(len, prefixes)) == 0 or n_thoughts < 0 or max_new_tokens < 1:
+            raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
+        if not temperature >= 0:
+            raise ValueError(f"temperature={temperature} has to be 0 (greedy) or more")
+        if capacity > block_size:
+            raise ValueError(
+                f"{longest} tokens + {n_thoughts} thoughts + {len(opening)} + {max_new_tokens} new "
+                f"tokens do not fit into block_size={block_size}"
+            )
+        if self._where() != self._weights:  # moved: what was captured reads the old ones
+            self._forget()
+        training = model.training
+        model.eval()
+        try:
+            return self._answer(
+                prefixes,
+                capacity,
+                n_thoughts,
+                opening,
+                eos,
+                max_new_tokens,
+                stop,
+                temperature,
+                seed,
+            )
+        finally:
+            model.train(training)
+
+    def _answer(
+        self,
+        prefixes: list[list[int]],
+        capacity: int,
+        n_thoughts: int,
+        opening: list[int],
+        eos: int,
+        max_new_tokens: int,
+        stop: bool,
+        temperature: float,
+        seed: int,
+    ) -> Generation:
+        model, device = self.model, self.model.wte.weight.device
+        block_size = model.config.block_size
+        B, longest = len(prefixes), max(map(len, prefixes))
+        rows, width = B, longest
+        if self.graph:  # few shapes, so few graphs
+            rows = 1 << (B - 1).bit_length()
+            width, capacity = _up(longest, 64, block_size), _up(capacity, 128, block_size)
+
+        def now() -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        start = now()
+        self._make_room(rows, capacity, width, n_thoughts)
+        m, slots = self._memory, self._at(rows, capacity)
+        # rows that only fill up the graph's batch: one token, no thoughts, done at once
+        filled = [p + [0] * (width - len(p)) for p in prefixes] + [[0] * width] * (rows - B)
+        idx = m.idx[: rows * width].view(rows, width)
+        idx.copy_(torch.tensor(filled))
+        slots.cache.lengths.copy_(torch.tensor([*map(len, prefixes), *[1] * (rows - B)]))
+        real = torch.arange(rows, device=device) < B
+        slots.active.copy_(real)
+        slots.done.copy_(~real)
+        slots.had.zero_()
+        slots.words.fill_(eos)
+        m.column.zero_()
+        m.temperature.fill_(temperature or 1.0)
+        self._play(("read", rows, capacity, width), partial(slots.read, idx))
+
+        prefilled = now()
+        masked = rows > B or self.graph
+        if self.graph and n_thoughts:
+
+            def chain() -> None:
+                for i in range(n_thoughts):
+                    slots.think(i, stop, masked)
+
+            self._play(("think", rows, capacity, n_thoughts, stop), chain)
+            thoughts = n_thoughts
+        else:
+            thoughts = 0
+            while thoughts < n_thoughts:
+                if stop and not (slots.active & (model.enough(slots.hidden) <= 0)).any():
+                    break
+                slots.think(thoughts, stop, masked)
+                thoughts += 1
+        kept = m.thoughts[:thoughts, :B].transpose(0, 1).clone()
+        had = slots.had[:B].tolist()
+
+        thought = now()
+        sampled, draw = temperature > 0, torch.Generator(device).manual_seed(seed)
+
+        def word(slots: Slots, taken: bool = True) -> None:
+            """Say the next word; taken: the last one is read first."""
+
+            def both() -> None:
+                if taken:
+                    slots.take()
+                slots.pick(eos, sampled)
+
+            if sampled:
+                slots.noise.exponential_(generator=draw)
+            self._play(("word", slots.rows, capacity, taken, eos, sampled), both)
+
+        for i, token in enumerate(opening):
+            slots.token.fill_(token)
+            if i < len(opening) - 1:
+                slots.take()
+        word(slots, taken=bool(opening))
+        first = now()
+        words = torch.full((B, max_new_tokens), eos, device=device)
+        left = torch.arange(B, device=device)  # of each row in the batch, which it is
+        every = 4 if device.type == "cuda" else 1  # tokens between two looks at who is done
+        for i in range(1, max_new_tokens):
+            if (i - 1) % every == 0:
+                alive = (~slots.done).nonzero()[:, 0]
+                if not len(alive):
+                    break
+                fewer = 1 << (len(alive) - 1).bit_length() if self.graph else len(alive)
+                if 2 * fewer <= slots.rows:
+                    words[left] = slots.words[: len(left), :max_new_tokens]
+                    left = left[alive]
+                    slots = self._shrink(slots, alive, fewer, capacity)
+            word(slots)
+        words[left] = slots.words[: len(left), :max_new_tokens]
+        end = now()
+
+        tokens = [row[: row.index(eos)] if eos in row else row for row in words.tolist()]
+        times = (prefilled - start, thought - prefilled, first - start, end - first)
+        return Generation(tokens, kept, had, *times)
+
+    def _make_room(self, rows: int, capacity: int, width: int, thoughts: int) -> None:
+        """Memory for such a batch: what there is, or more, and then nothing captured is right."""
+        c = self.model.config
+        need = (rows, rows * capacity * 2 * c.n_layer * c.n_embd, rows * width, thoughts)
+        if self._memory is not None:
+            if self._memory.fits(*need):
+                return
+            m = self._memory
+            have = (m.rows, m.cache.numel(), m.idx.numel(), m.n_thoughts)
+            need = tuple(map(max, need, have))
+            self._forget()  # the old memory goes before the new one comes
+            del m
+        self._memory = Memory(self.model, *need)
+
+    def _at(self, rows: int, capacity: int) -> Slots:
+        """The batch of this shape. Where shapes are not rounded up they are not kept either."""
+        key = (rows, capacity)
+        if key in self._slots:
+            return self._slots[key]
+        span = capacity - 1 if self.graph else None
+        slots = Slots(self.model, self._memory, rows, capacity, self.kernels, span)
+        if self.graph:
+            self._slots[key] = slots
+        return slots
+
+    def _shrink(self, old: Slots, alive: Tensor, rows: int, capacity: int) -> Slots:
+        """Go on with the rows alive (n,) only, as the first of a batch of so many."""
+        new, n = self._at(rows, capacity), len(alive)
+        # indexing copies, and it has to: the old and the new rows lie in the same memory
+        kept = old.cache.data[:, :, alive]
+        new.cache.data[:, :, :n] = kept
+        for t in ("hidden", "prev", "token", "words", "done"):
+            getattr(new, t)[:n] = getattr(old, t)[alive]
+        new.cache.lengths[:n] = old.cache.lengths[alive]
+        new.done[n:] = True
+        new.cache.lengths[n:] = 1
+        new.span = old.span
+        return new
+
+    def _play(self, key: tuple, work: Callable[[], None]) -> None:
+        """Do the work: as it is, or by its CUDA graph, captured where it is asked for first."""
+        if not self.graph:
+            work()
+            return
+        if key not in self._graphs:
+            while len(self._graphs) >= self.max_graphs:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = self._capture(work)
+        self._graphs.move_to_end(key)
+        self._graphs[key].replay()
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The work as a CUDA graph. It is done once before, for what is only made at first use
+        (kernels compiled, libraries' handles), and what that changed is put back."""
+        small = self._memory.small()
+        before = [t.clone() for t in small]
+        self._rehearse(work)
+        for t, value in zip(small, before, strict=True):
+            t.copy_(value)
+        return self._record(work)
+
+    def _rehearse(self, work: Callable[[], None]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        reserved = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        self._graph_bytes += max(0, torch.cuda.memory_reserved() - reserved)
+        return graph

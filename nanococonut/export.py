@@ -282,15 +282,15 @@ With nanococonut, which keeps a cache:
 """
 OURS = """import json
 
-from nanococonut.engine import generate
+from nanococonut.curriculum import Curriculum
+from nanococonut.engine import Engine
 from nanococonut.model import GPT
 from nanococonut.tokenizer import Tokenizer
 
-tokenizer = Tokenizer.from_spec(json.load(open("config.json"))["nanococonut"]["tokenizer"])
-model = GPT.from_pretrained(".").eval()
-ids = tokenizer.encode({question!r}){bot}
-out = generate(model, [ids], {n_thoughts}, [{eot}], tokenizer.eos, {max_new_tokens})
-print(tokenizer.decode(out.tokens[0]))
+own = json.load(open("config.json"))["nanococonut"]
+tokenizer, layout = Tokenizer.from_spec(own["tokenizer"]), Curriculum(own["method"])
+engine = Engine(GPT.from_pretrained("."), tokenizer, layout)
+print(engine.generate([{question!r}], own["n_thoughts"], {max_new_tokens}).text[0])
 """
 ELSEWHERE = """\
 What stands between its question and its words is not the last hidden state: ask the run itself with
@@ -313,8 +313,6 @@ def card(model: GPT, manifest: dict[str, Any]) -> str:
         "versions": ", ".join(f"{k} {v}" for k, v in trained["versions"].items()),
         "question": render_question(trained_as, EXAMPLES[trained_as.task]),
         "max_new_tokens": config["max_new_tokens"],
-        "bot": " + [tokenizer.bot]" if markers else "",
-        "eot": "tokenizer.eot" if markers else "",
         "settings": "\n".join(f"{k} = {v!r}" for k, v in shown.items()),
     }
     how = WITH if markers else WITHOUT

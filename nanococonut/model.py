@@ -56,13 +56,11 @@ def cached_attention(
 ) -> Tensor:
     """Append k, v at pos (B, T) and attend to the cache: position p sees the keys [0, p].
 
-    span: no key at or behind it is looked at (a host integer, so that no device is asked). A single
-    query among several keys is the row's last token's: it sees the keys [0, cache.lengths).
+    span: no key at or behind it is looked at (a host integer, so that no device is asked).
     """
     cache.append(layer, k, v, pos)
     keys, values = cache.data[layer, :, :, :, :span].to(q.dtype)  # (B, nh, span, hs) each
-    asking = pos if q.shape[2] == k.shape[2] else cache.lengths[:, None] - 1
-    seen = torch.arange(span, device=pos.device) <= asking[:, None, :, None]  # (B, 1, T, span)
+    seen = torch.arange(span, device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, span)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
 
 
@@ -152,11 +150,18 @@ class GPT(nn.Module):
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        memory: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> KVCache:
+        """A cache of this model's shape, in its dtype and on its device (memory, lengths: see
+        KVCache)."""
         c, w = self.config, self.wte.weight
-        return KVCache(
-            c.n_layer, batch, c.n_head, capacity, c.n_embd // c.n_head, w.device, w.dtype
-        )
+        hs = c.n_embd // c.n_head
+        return KVCache(c.n_layer, batch, c.n_head, capacity, hs, w.device, w.dtype, memory, lengths)
 
     def embed(self, idx: Tensor) -> Tensor:
         """Token ids (B, T) -> input embeddings (B, T, C), before smear and positions."""

@@ -1,15 +1,14 @@
-"""The one door to the kernels: which kind runs a step of inference, and why.
+"""The one door to the kernels: which kind runs a step of inference, how, and why.
 
     "torch"    plain PyTorch, everywhere
     "triton"   kernels/: five launches a layer, the keys and values stored by the projection itself
 
-There is no silent fallback: `choose` says what "auto" came to, and "triton" where it cannot run is
-an error.
+and whether steps are replayed from CUDA graphs. There is no silent fallback: `choose` and
+`choose_graph` say what "auto" came to, and what is asked for where it cannot run is an error.
 """
 
 import importlib.util
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,10 +16,6 @@ from torch import Tensor
 from nanococonut.cache import KVCache
 from nanococonut.errors import UserError
 from nanococonut.model import GPT
-
-# (input embeddings e (B, C), hidden states (B, C), active (B,) or None) -> hidden states (B, C);
-# appends to the cache and moves its lengths
-Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def choose(kernels: str, model: GPT) -> tuple[str, str]:
@@ -30,19 +25,36 @@ def choose(kernels: str, model: GPT) -> tuple[str, str]:
     """
     if kernels == "torch":
         return "torch", "as asked for"
-    why_not = _why_not(model)
+    # Triton's interpreter is for tests: slow, and never taken unasked
+    interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    why_not = _why_not(model, interpreted)
     if kernels == "triton" and why_not:
         raise UserError(f"--kernels=triton cannot run here: {why_not}.\nUse --kernels=torch.")
     return ("torch", why_not) if why_not else ("triton", "a GPU and a plain GPT-2")
 
 
-def _why_not(model: GPT) -> str:
+def choose_graph(graph: str, model: GPT) -> bool:
+    """--graph=auto|on|off -> whether steps are replayed from CUDA graphs. UserError for "on" where
+    there is no CUDA GPU."""
+    on_gpu = model.wte.weight.device.type == "cuda"
+    if graph == "on" and not on_gpu:
+        raise UserError(
+            f"--graph=on cannot run here: the model is on {model.wte.weight.device}, and CUDA "
+            "graphs are a GPU's.\nUse --graph=off."
+        )
+    return on_gpu and graph != "off"
+
+
+def _why_not(model: GPT, interpreted: bool) -> str:
     """What keeps Triton's kernels from running this model where it is; "" where nothing does."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if model.wte.weight.device.type != "cuda" and not interpreted:
         return f"the model is on {model.wte.weight.device}, not on a GPU"
+    if model.wte.weight.dtype == torch.float64:
+        return "there is no kernel for float64"
+    if model.config.n_embd // model.config.n_head > 128:
+        return "there is no kernel for heads of more than 128 dimensions"
     if model.config.smear:
         return "there is no kernel for the smear"
     if model.config.thought != "hidden":
@@ -50,35 +62,58 @@ def _why_not(model: GPT) -> str:
     return ""
 
 
-def triton_step(model: GPT, cache: KVCache) -> Step:
-    """One step of a plain GPT-2 by the kernels. For one batch size; nothing asks the device."""
-    from kernels.append import append
-    from kernels.feedback import feedback
-    from kernels.latent_attention import latent_attention, latent_attention_scratch
-    from kernels.linear_residual import linear_residual
-    from kernels.ln_linear_gelu import ln_linear_gelu
+class TritonStep:
+    """One step of a plain GPT-2 by the kernels, in place, for one cache. Nothing asks the device.
 
-    _, _, B, nh, T, hs = cache.data.shape
-    scratch = latent_attention_scratch(B, nh, T, hs, cache.data.device)
+    Both kinds of step append to the cache, move its lengths and write hidden (B, C), the hidden
+    states that the step starts from and ends in. A row that is not active (B,) keeps everything.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        from kernels.latent_attention import latent_attention_scratch
+
+        _, _, B, nh, T, hs = cache.data.shape
+        self.model, self.cache = model, cache
+        self.scratch = latent_attention_scratch(B, nh, T, hs, cache.data.device)
+        self.rows = torch.arange(B, device=cache.data.device)
+        # the residual stream; between two steps, the next thought's input
+        self.x = cache.data.new_empty(B, nh * hs)
+
+    def think(self, hidden: Tensor, active: Tensor | None, first: bool) -> None:
+        """One thought. first: the step before was not one of this object's own."""
+        from kernels.feedback import embed
+
+        if first:
+            embed(hidden, self.rows, self.model.wpe.weight, self.cache.lengths, self.x)
+        self._blocks(hidden, active)
+
+    def say(self, token: Tensor, hidden: Tensor) -> None:
+        """One word: tokens (B,) int64."""
+        from kernels.feedback import embed
+
+        wte, wpe = self.model.wte.weight, self.model.wpe.weight
+        embed(wte, token, wpe, self.cache.lengths, self.x)
+        self._blocks(hidden, None)
 
     @torch.no_grad()
-    def step(e: Tensor, hidden: Tensor, active: Tensor | None) -> Tensor:
-        x = e + model.wpe(cache.lengths)  # (B, C), the residual stream, written in place below
-        for layer, block in enumerate(model.h):
-            k, v = cache.data[layer]
+    def _blocks(self, hidden: Tensor, active: Tensor | None) -> None:
+        from kernels.append import append
+        from kernels.feedback import feedback
+        from kernels.latent_attention import latent_attention
+        from kernels.linear_residual import linear_residual
+        from kernels.ln_linear_gelu import ln_linear_gelu
+
+        x, lengths = self.x, self.cache.lengths
+        for layer, block in enumerate(self.model.h):
+            k, v = self.cache.data[layer]
             ln, qkv = block.ln_1, block.attn.c_attn
-            q = append(
-                x, ln.weight, ln.bias, qkv.weight, qkv.bias, k, v, cache.lengths, active, ln.eps
-            )
-            y = latent_attention(q, k, v, cache.lengths, extra=1, scratch=scratch)
+            q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, k, v, lengths, active, ln.eps)
+            y = latent_attention(q, k, v, lengths, extra=1, scratch=self.scratch)
             out = block.attn.c_proj
-            linear_residual(y.view(B, nh * hs), out.weight, out.bias, x)
+            linear_residual(y.flatten(1), out.weight, out.bias, x)
             ln, up, down = block.ln_2, block.mlp.c_fc, block.mlp.c_proj
             h = ln_linear_gelu(x, ln.weight, ln.bias, up.weight, up.bias, ln.eps)
             linear_residual(h, down.weight, down.bias, x)
-        hidden = hidden.clone()  # an inactive row keeps its own
-        ln = model.ln_f
-        feedback(x, ln.weight, ln.bias, model.wpe.weight, cache.lengths, hidden, active, ln.eps)
-        return hidden
-
-    return step
+        ln = self.model.ln_f
+        wpe = self.model.wpe.weight
+        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, ln.eps)

@@ -11,6 +11,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; only network tests go there
 
+from nanococonut.engine import Engine, Generation
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
 
@@ -36,6 +37,11 @@ def random_gpt(seed: int = 0, smear: bool = False, dtype=torch.float64, **shape)
         if "ln" in name and name.endswith("weight"):
             p.data += 1
     return model.to(dtype).eval()
+
+
+def generate(model: GPT, *asked, kernels="torch", graph="off", **given) -> Generation:
+    """One batch by an engine of its own."""
+    return Engine(model, kernels=kernels, graph=graph).run(*asked, **given)
 
 
 @pytest.fixture

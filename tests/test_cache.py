@@ -30,13 +30,11 @@ def test_crop_only_shortens_and_reset_empties():
     assert cache.capacity == 8
 
 
-def test_rows_that_are_kept_stay_as_they_were():
-    cache = KVCache(2, 4, 1, 5, 3)
-    cache.data.copy_(torch.randn(cache.data.shape))
-    cache.lengths.copy_(torch.tensor([1, 2, 3, 4]))
-    before = cache.data.clone()
-    cache.keep(torch.tensor([3, 1]))
-    assert torch.equal(cache.data, before[:, :, [3, 1]]) and cache.lengths.tolist() == [4, 2]
-    k, v = torch.randn(2, 2, 1, 1, 3)
-    cache.append(0, k, v, cache.lengths[:, None])
-    assert torch.equal(cache.data[0, 0, :, 0][[0, 1], [4, 2]], k[:, 0, 0])
+def test_caches_of_other_shapes_share_given_memory():
+    memory, lengths = torch.zeros(2 * 2 * 4 * 1 * 5 * 3), torch.tensor([1, 2, 3, 4])
+    wide = KVCache(2, 4, 1, 5, 3, memory=memory, lengths=lengths)
+    small = KVCache(2, 2, 1, 4, 3, memory=memory, lengths=lengths[:2])
+    small.append(1, *torch.ones(2, 2, 1, 1, 3), small.lengths[:, None])
+    assert memory.sum() == wide.data.sum() == small.data.sum() == 2 * 2 * 3
+    small.lengths += 1
+    assert wide.lengths.tolist() == [2, 3, 3, 4]

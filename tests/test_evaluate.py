@@ -6,6 +6,7 @@ from conftest import random_gpt
 
 from nanococonut import evaluate
 from nanococonut.curriculum import METHODS, Curriculum
+from nanococonut.engine import Engine, Generation
 from nanococonut.errors import UserError
 
 QUESTIONS = ["Tom is a lempus.", "Every lempus is a wumpus. Tom is a lempus.", "?"] * 5
@@ -19,24 +20,32 @@ def model(tokenizer):
 @pytest.mark.parametrize("method", METHODS)
 def test_batched_equals_one_by_one(model, tokenizer, method):
     rows = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
-    c = Curriculum(method)
+    engine = Engine(model, tokenizer, Curriculum(method))
     n = 3 if METHODS[method].insert != "none" else 0
-    batched = evaluate.score(model, tokenizer, c, rows, n, batch_size=4, max_new_tokens=9)
-    alone = evaluate.score(model, tokenizer, c, rows, n, batch_size=1, max_new_tokens=9)
+    batched = evaluate.score(engine, rows, n, batch_size=4, max_new_tokens=9)
+    alone = evaluate.score(engine, rows, n, batch_size=1, max_new_tokens=9)
     assert batched == alone and len(set(batched.texts)) > 1
 
 
-def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, monkeypatch):
-    asked = []
+def scripted(monkeypatch, tokenizer, texts=()):
+    """The engine says these texts, whatever it is asked -> what it is asked."""
+    asked, texts = [], list(texts)
 
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed, kernels):
+    def fake(self, prefixes, n_thoughts, opening, *_):
         asked.append((prefixes, n_thoughts, opening))
+        tokens = [tokenizer.encode(texts.pop(0) if texts else "") for _ in prefixes]
+        return Generation(tokens, torch.zeros(1), [n_thoughts] * len(tokens), 0, 0, 0, 0)
 
-    monkeypatch.setattr(evaluate, "generate", fake)
+    monkeypatch.setattr(Engine, "run", fake)
+    return asked
+
+
+def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, monkeypatch):
+    asked = scripted(monkeypatch, tokenizer)
     question = tokenizer.encode("Tom?")
-    evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom?"], 2)
-    evaluate.ask(model, tokenizer, Curriculum("no_cot"), ["Tom?"], 0)
-    evaluate.ask(model, tokenizer, Curriculum("pause"), ["Tom?"], 2)
+    Engine(model, tokenizer).generate(["Tom?"], 2)
+    Engine(model, tokenizer, Curriculum("no_cot")).generate(["Tom?"], 0)
+    Engine(model, tokenizer, Curriculum("pause")).generate(["Tom?"], 2)
     assert asked == [
         ([question + [tokenizer.bot]], 2, [tokenizer.eot]),
         ([question], 0, []),
@@ -44,23 +53,12 @@ def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, 
     ]
 
 
-def scripted(monkeypatch, tokenizer, texts):
-    """generate() says these texts, whatever it is asked."""
-
-    def fake(model, prefixes, n_thoughts, opening, eos, max_new, stop, temperature, seed, kernels):
-        tokens = [tokenizer.encode(texts.pop(0)) for _ in prefixes]
-        had = [n_thoughts] * len(tokens)
-        return evaluate.Generation(tokens, torch.zeros(1), had, 0, 0, 0, 0)
-
-    monkeypatch.setattr(evaluate, "generate", fake)
-
-
 def test_what_counts_as_right_and_as_generated(model, tokenizer, monkeypatch):
     texts = ["### Tom is", "Tom is", "### Tom a", "a\n### 2,125"]
     answers = ["Tom is", "Tom is", "Tom is", "2125"]
-    scripted(monkeypatch, tokenizer, list(texts))
+    scripted(monkeypatch, tokenizer, texts)
     rows = [{"question": "?", "steps": [], "answer": a} for a in answers]
-    s = evaluate.score(model, tokenizer, Curriculum("coconut"), rows, 6, batch_size=3)
+    s = evaluate.score(Engine(model, tokenizer), rows, 6, batch_size=3)
     assert (s.right, s.texts) == (
         [True, False, False, True],
         texts,
@@ -80,12 +78,16 @@ def test_the_interval_is_wilsons():
 def test_training_mode_is_left_as_it_was(model, tokenizer):
     rows = [{"question": "Tom", "steps": [], "answer": "x"}]
     model.train()
-    evaluate.score(model, tokenizer, Curriculum("coconut"), rows, 1, max_new_tokens=2)
+    evaluate.score(Engine(model, tokenizer), rows, 1, max_new_tokens=2)
     assert model.training
 
 
 def test_a_question_that_does_not_fit_is_refused(model, tokenizer):
+    engine = Engine(model, tokenizer)
     with pytest.raises(UserError, match="block_size=64"):
-        evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom is a lempus. " * 20], 3)
-    out = evaluate.ask(model, tokenizer, Curriculum("coconut"), ["Tom"], 60)  # one token of room
-    assert len(out.tokens[0]) <= 1
+        engine.generate(["Tom is a lempus. " * 20], 3)
+    assert len(engine.generate(["Tom"], 60).tokens[0]) <= 1  # one token of room
+    with pytest.raises(ValueError, match="at least one question"):
+        engine.generate([], 3)
+    with pytest.raises(ValueError, match="tokenizer"):
+        Engine(model).generate(["Tom"], 3)

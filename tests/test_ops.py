@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import random_gpt
+from conftest import generate, random_gpt
 
 from nanococonut import ops
-from nanococonut.engine import generate
 from nanococonut.errors import UserError
 
 pytest.importorskip("triton")
@@ -37,10 +36,16 @@ def test_what_cannot_run_is_said(monkeypatch):
     assert ops.choose("auto", plain) == ("torch", "the model is on cpu, not on a GPU")
     with pytest.raises(UserError, match="triton cannot run here: the model is on cpu"):
         ops.choose("triton", plain)
+    for graph, on in (("auto", False), ("off", False)):
+        assert ops.choose_graph(graph, plain) is on
+    with pytest.raises(UserError, match="graph=on cannot run here: the model is on cpu"):
+        ops.choose_graph("on", plain)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ops.choose("auto", plain)[0] == "triton"
-    for model, why in ((smeared, "smear"), (random_gpt(thought="soft"), "soft thoughts")):
-        assert why in ops.choose("auto", model)[1] and ops.choose("auto", model)[0] == "torch"
+    assert ops.choose("triton", random_gpt(dtype=torch.float32))[0] == "triton"
+    assert ops.choose("auto", plain)[0] == "torch"  # not unasked
+    for model, why in ((plain, "float64"), (smeared.float(), "smear"),
+                       (random_gpt(thought="soft").float(), "soft thoughts"),
+                       (random_gpt(n_head=1, n_embd=129).float(), "128 dimensions")):  # fmt: skip
         with pytest.raises(UserError, match=why):
             ops.choose("triton", model)
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
