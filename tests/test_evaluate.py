@@ -1,5 +1,7 @@
 """Scores are of exact matches, by batched generation that equals one question at a time."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import random_gpt
@@ -91,3 +93,12 @@ def test_a_question_that_does_not_fit_is_refused(model, tokenizer):
         engine.generate([], 3)
     with pytest.raises(ValueError, match="tokenizer"):
         Engine(model).generate(["Tom"], 3)
+
+
+def test_the_readmes_python_answers(capsys):
+    """As it stands there, on the bundled model: the right answer, six thoughts."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = [b for b in text.split("```python\n")[1:] if "Engine(" in b.split("```")[0]]
+    exec(block.split("```")[0], {})
+    out = capsys.readouterr().out
+    assert "### lempus 6 torch.Size([1, 6, " in out and out.rstrip().endswith("ms")
