@@ -81,6 +81,7 @@ def main() -> None:
         config.dtype == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported()
     )
     autocast = torch.autocast(where.type, torch.bfloat16) if half else nullcontext()
+    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
 
     # -- an earlier run is gone on with, or left alone
     if (out / checkpoint.MANIFEST).is_file():

@@ -1,5 +1,7 @@
 """From settings to a model and its optimizers, the same for training and for measuring it."""
 
+from typing import Any
+
 import torch
 
 from nanococonut import hub
@@ -12,7 +14,8 @@ from nanococonut.tokenizer import Tokenizer
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
-    """A model from random weights (torch's seed is the caller's), or init_from's with their sizes.
+    """A model from random weights (torch's seed is the caller's), or init_from's with their sizes;
+    with config.recompute its MLPs are made anew in backward.
 
     Raises UserError where block_size, which rows are checked against, is more than the weights have
     positions for, and where a setting of the thoughts fits neither method nor vocabulary.
@@ -35,6 +38,13 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         soft_top_k=config.soft_top_k,
         stop=config.stop == "classifier",
     )
+    model = _sized(config, tokenizer, switches)
+    for block in model.h:
+        block.recompute = config.recompute
+    return model
+
+
+def _sized(config: TrainConfig, tokenizer: Tokenizer, switches: dict[str, Any]) -> GPT:
     if config.init_from == "scratch":
         return GPT(
             GPTConfig(
@@ -74,6 +84,7 @@ def build_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimi
     chosen = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
         [p for p in model.parameters() if id(p) not in chosen],
+        fused=model.wte.weight.is_cuda or None,  # None: as torch chooses
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,

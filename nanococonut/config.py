@@ -171,9 +171,10 @@ class TrainConfig:
     max_new_tokens: int = opt(128, "longest generated answer", at_least=1)
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = opt(
-        "auto", "forward pass: bfloat16 autocast, or float32 (auto: bfloat16 on a GPU)",
-        choices=("auto", "float32", "bfloat16"),
+        "auto", "forward pass: bfloat16 autocast, or float32, or that with tf32 products on a GPU "
+        "(auto: bfloat16 on a GPU)", choices=("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
+    recompute: bool = opt(False, "make the MLPs anew in backward: less memory, more time")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanococonut.cache import KVCache
 
@@ -100,12 +101,15 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
+        self.recompute = False  # in backward make the MLP anew, the most of what is kept for it
 
     def forward(self, x: Tensor, attend: BlockAttend, only: Tensor | None = None) -> Tensor:
         y = self.attn(self.ln_1(x), attend, only)
         if only is not None:
             x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, C)
         x = x + y
+        if self.recompute and self.training:
+            return x + checkpoint(self.mlp, self.ln_2(x), use_reentrant=False)
         return x + self.mlp(self.ln_2(x))
 
 
