@@ -9,7 +9,6 @@ every further word are each one CUDA graph.
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from nanococonut.cache import KVCache
 from nanococonut.curriculum import Curriculum, asking
 from nanococonut.errors import UserError
+from nanococonut.graphs import Graphs
 from nanococonut.model import GPT, cached_attention, causal_attention
 from nanococonut.ops import TritonStep, choose, choose_graph
 from nanococonut.tokenizer import Tokenizer
@@ -213,8 +213,7 @@ class Engine:
 
     curriculum: the method's layout of a question (default: Coconut's). kernels, graph: "auto", or
     what is asked for, as ops.choose and ops.choose_graph say (UserError where it cannot run).
-    max_graphs: CUDA graphs kept, of all batch sizes and lengths; the one not used for longest goes
-    first. Their memory is shared, since they run one after another.
+    max_graphs: CUDA graphs kept, of all batch sizes and lengths.
     """
 
     def __init__(
@@ -229,17 +228,20 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.curriculum = curriculum or Curriculum("coconut")
         self.kernels, self.reason = choose(kernels, model)
-        self.graph = choose_graph(graph, model)
-        self.max_graphs = max_graphs
+        self.graphs = Graphs(max_graphs) if choose_graph(graph, model) else None
         self._forget()
 
     def _forget(self) -> None:
         self._memory: Memory | None = None
         self._slots: dict[tuple[int, int], Slots] = {}
-        self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
-        self._pool = None
-        self._graph_bytes = 0
+        if self.graphs is not None:
+            self.graphs = type(self.graphs)(self.graphs.most)
         self._weights = self._where()
+
+    @property
+    def graph(self) -> bool:
+        """Whether steps are replayed from CUDA graphs."""
+        return self.graphs is not None
 
     def _where(self) -> tuple:
         return tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
@@ -249,8 +251,8 @@ class Engine:
         return {
             "cache": self._memory.cache.nbytes if self._memory else 0,
             "buffers": self._memory.bytes - self._memory.cache.nbytes if self._memory else 0,
-            "graphs": len(self._graphs),
-            "graph_bytes": self._graph_bytes,
+            "graphs": len(self.graphs.kept) if self.graphs else 0,
+            "graph_bytes": self.graphs.bytes if self.graphs else 0,
         }
 
     def generate(
@@ -483,40 +485,8 @@ class Engine:
         return new
 
     def _play(self, key: tuple, work: Callable[[], None]) -> None:
-        """Do the work: as it is, or by its CUDA graph, captured where it is asked for first."""
-        if not self.graph:
+        """Do the work: as it is, or by its CUDA graph."""
+        if self.graphs is None:
             work()
-            return
-        if key not in self._graphs:
-            while len(self._graphs) >= self.max_graphs:
-                self._graphs.popitem(last=False)
-            self._graphs[key] = self._capture(work)
-        self._graphs.move_to_end(key)
-        self._graphs[key].replay()
-
-    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The work as a CUDA graph. It is done once before, for what is only made at first use
-        (kernels compiled, libraries' handles), and what that changed is put back."""
-        small = self._memory.small()
-        before = [t.clone() for t in small]
-        self._rehearse(work)
-        for t, value in zip(small, before, strict=True):
-            t.copy_(value)
-        return self._record(work)
-
-    def _rehearse(self, work: Callable[[], None]) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
-
-    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        reserved = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
-        self._graph_bytes += max(0, torch.cuda.memory_reserved() - reserved)
-        return graph
+        else:
+            self.graphs.play(key, work, self._memory.small())

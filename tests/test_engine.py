@@ -3,8 +3,7 @@
 import pytest
 import torch
 from conftest import generate, random_gpt
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from tapes import Tapes
 
 from nanococonut.engine import Engine
 
@@ -138,56 +137,11 @@ def test_sampling_draws_from_the_softmax_by_its_own_seed():
         generate(model, ask, 1, [], EOS, 9, temperature=-1.0)
 
 
-class Tape(TorchDispatchMode):
-    """What a CUDA graph does, on any device: remembers which operation was done to which tensors,
-    and does just that again. Python values and shapes are those of the recording."""
-
-    def __init__(self):
-        super().__init__()
-        self.done = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        asks = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
-        assert func not in asks, "a graph cannot ask the device"
-        out = func(*args, **(kwargs or {}))
-        self.done.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        now = {}  # id of a tensor made in the recording -> what stands for it in this replay
-
-        def mapped(tree):
-            return tree_map(lambda x: now.get(id(x), x), tree)
-
-        for func, args, kwargs, out in self.done:
-            again = func(*mapped(args), **mapped(kwargs))
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                now[id(old)] = new
-
-
-class Taped(Engine):
+def taped(model, max_graphs=24) -> Engine:
     """The engine as on a GPU, with tapes for graphs."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.graph, self.captured, self.replayed = True, 0, 0
-
-    def _rehearse(self, work):
-        work()
-
-    def _record(self, work):
-        small = self._memory.small()
-        before = [t.clone() for t in small]
-        with Tape() as tape:
-            work()
-        for t, value in zip(small, before, strict=True):
-            t.copy_(value)  # capturing does nothing
-        self.captured += 1
-        return tape
-
-    def _play(self, key, work):
-        self.replayed += key in self._graphs
-        super()._play(key, work)
+    engine = Engine(model)
+    engine.graphs = Tapes(max_graphs)
+    return engine
 
 
 @torch.no_grad()
@@ -196,9 +150,10 @@ class Taped(Engine):
 def test_replayed_steps_equal_the_naive_loop(thought, smear):
     """Batches of other sizes, lengths and contents, in turn, over one engine's memory and graphs:
     with rows that fill up the batch, rows that end early and leave it, thoughts that stop."""
+    Tapes.captured = Tapes.replayed = 0
     model = random_gpt(seed=8, smear=smear, thought=thought, stop=True)
     model.stop.bias.fill_(-0.3)
-    engine = Taped(model, max_graphs=12)
+    engine = taped(model, max_graphs=12)
     asked = [(2, 6, 3, [EOT]), (3, 5, 3, [EOT]), (4, 6, 3, []), (2, 1, 3, [EOT]),
              (5, 11, 4, [EOT]), (2, 6, 3, [EOT])]  # fmt: skip
     for seed, n, thoughts, opening in asked:
@@ -210,33 +165,33 @@ def test_replayed_steps_equal_the_naive_loop(thought, smear):
             assert (out.tokens[b], out.n_thoughts[b]) == (words, n_had)
             if n_had:
                 torch.testing.assert_close(out.thoughts[b, :n_had], had[0], rtol=1e-9, atol=1e-9)
-        assert len(engine._graphs) <= 12
-    assert engine.replayed > 2 * engine.captured > 8
+        assert len(engine.graphs.kept) <= 12
+    assert Tapes.replayed > 2 * Tapes.captured > 8
 
 
 @torch.no_grad()
 def test_graphs_are_made_anew_where_the_weights_moved():
     model = random_gpt(seed=8)
-    engine, rows = Taped(model, kernels="torch"), prefixes(2, 3)
+    engine, rows = taped(model), prefixes(2, 3)
 
     def right():
         words = [naive(model, row, 2, [EOT], 6)[0] for row in rows]
         return engine.run(rows, 2, [EOT], EOS, 6).tokens == words
 
     assert right()
-    captured = engine.captured
+    captured = Tapes.captured
     model.load_state_dict(random_gpt(seed=9).state_dict())  # in place
-    assert right() and engine.captured == captured  # the same graphs, other weights
+    assert right() and Tapes.captured == captured  # the same graphs, other weights
     model.float()
     assert engine.run(rows, 2, [EOT], EOS, 6).thoughts.dtype == torch.float32
-    assert engine.captured > captured
+    assert Tapes.captured > captured
 
 
 @torch.no_grad()
 def test_sampling_is_the_same_replayed():
     model, rows = random_gpt(seed=9), prefixes(4, 4)
-    plain, taped = Engine(model), Taped(model)
+    plain, replayed = Engine(model), taped(model)
     for seed in (1, 2):
         want = plain.run(rows, 2, [EOT], EOS, 7, temperature=1.3, seed=seed)
-        got = taped.run(rows, 2, [EOT], EOS, 7, temperature=1.3, seed=seed)
+        got = replayed.run(rows, 2, [EOT], EOS, 7, temperature=1.3, seed=seed)
         assert got.tokens == want.tokens
