@@ -193,7 +193,10 @@ def main() -> None:
     # a task of one's own has its questions in a file: those that were held out
     from_file = trained.data or trained.valid_data or not TASKS[trained.task].splits
     skipped: list[str] | None = [] if trained.skip_bad_rows else None
-    own = read_data(trained, skipped)[1]["valid"] if from_file and not config.question else None
+    own = None
+    if from_file and not config.question:
+        revision = manifest.get("hub_commit") or trained.hub_revision
+        own = read_data(replace(trained, hub_revision=revision), skipped)[1]["valid"]
 
     def drawn() -> Row:
         if own:

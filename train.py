@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,9 @@ def main() -> None:
 
     # -- tokenizer, rows, model, optimizer
     skipped: list[str] | None = [] if config.skip_bad_rows else None
-    given, splits = read_data(config, skipped)
+    # a branch may have moved since the run began: its rows are those of the commit it began with
+    begun_at = (manifest or {}).get("hub_commit") or config.hub_revision
+    given, splits, hub_commit = read_data(replace(config, hub_revision=begun_at), skipped)
     tokenizer = task_tokenizer(config, given)
     curriculum = curriculum_of(config)
     held_out = [row for rows in splits.values() for row in rows]
@@ -118,6 +120,8 @@ def main() -> None:
     if skipped:
         n_rows = epochs.n_rows + sum(map(len, splits.values()))
         console.print(f"  {escape(skipped_line(n_rows, skipped))}")
+    if hub_commit:
+        console.print(f"  rows of the hub's commit {hub_commit}", markup=False)
     if config.data and not config.valid_data:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
@@ -171,6 +175,7 @@ def main() -> None:
                 "stage": at["trained"],
                 "n_thoughts": curriculum.thoughts_at(at["trained"]),
                 "best_step": best_step,
+                "hub_commit": hub_commit,
                 "fell_back": fell_back,
                 "minutes": at["seconds"] / 60,
                 "device": str(where),

@@ -424,3 +424,34 @@ def test_half_precision_trains_everything(train, tiny):
 def test_generated_rows_that_do_not_fit_are_an_error_even_where_bad_rows_are_skipped(train, tiny):
     code, _, err = train(tiny, "--skip_bad_rows", "--block_size=40", "--out_dir=new")
     assert code == 2 and "block_size=40" in err
+
+
+def test_rows_of_the_hub_stay_those_of_the_commit_that_the_run_began_with(train, tiny, monkeypatch):
+    """Here only the hub is not the real one: its branch moves between two calls."""
+    tips, asked = {"main": "c0ffee", "v1": "beef"}, []
+
+    def from_hub(split, name="", revision="main", skipped=None):
+        asked.append((split, revision))
+        commit = tips.get(revision, revision)
+        b = len(commit)  # other rows at another commit
+        sums = [(f"{a} + {b}?", f"{a + b}") for a in range(20)]
+        return [{"question": q, "steps": [], "answer": a} for q, a in sums], commit
+
+    monkeypatch.setattr("nanococonut.data.gsm8k.from_hub", from_hub)
+    flags = [tiny, "--task=gsm8k", "--render=sentences"]
+    assert train(*flags, "--out_dir=whole", "--max_steps=4")[0] == 0
+    code, out, err = train(*flags, "--out_dir=run", "--max_steps=2")
+    assert (code, err) == (0, "") and "c0ffee" in out
+    assert asked[-2:] == [("train", "main"), ("validation", "c0ffee")]
+    tips["main"] = "another one"
+    code, _, err = train(*flags, "--out_dir=run", "--max_steps=4", "--resume")
+    assert (code, err) == (0, "") and digests("run") == digests("whole")
+    assert asked[-2:] == [("train", "c0ffee"), ("validation", "c0ffee")]
+    manifest = checkpoint.read_manifest(checkpoint.find("run"))
+    assert manifest["hub_commit"] == "c0ffee" and manifest["config"]["hub_revision"] == "main"
+    assert train("--out_dir=run", "--seed=1", script="sample.py")[0] == 0
+    assert asked[-2:] == [("train", "c0ffee"), ("validation", "c0ffee")]
+    assert train(*flags, "--hub_revision=v1", "--out_dir=v1", "--max_steps=1")[0] == 0
+    assert asked[-2:] == [("train", "v1"), ("validation", "beef")]
+    code, _, err = train(*flags, "--hub_revision=v1", "--out_dir=run", "--resume")
+    assert code == 2 and "hub_revision='main'" in err
