@@ -426,6 +426,32 @@ def test_a_run_of_ours_is_gone_on_from(tmp_path, tokenizer, smear):
     assert torch.equal(model.eval()(idx), saved(idx))
 
 
+def test_a_run_with_more_than_this_one_has_is_gone_on_from_or_refused(tmp_path, tokenizer, capsys):
+    """A stop classifier only watched, so it is left out, aloud; thoughts went through a map."""
+    saved = run_of(tmp_path / "stop", tokenizer, stop=True)
+    run_of(tmp_path / "map", tokenizer, "projected", thought="projected")
+    idx = torch.randint(tokenizer.vocab_size, (2, 30))
+    for method in ("cot", "pause", "soft_thought", "projected"):
+        asked = TrainConfig(tokenizer="words", block_size=96, method=method)
+        config = replace(asked, init_from=str(tmp_path / "stop"))
+        assert torch.equal(build_model(config, tokenizer).eval()(idx), saved(idx))
+        assert "stop classifier is left out" in capsys.readouterr().out
+        config = replace(asked, init_from=str(tmp_path / "map"))
+        if method == "projected":
+            assert build_model(config, tokenizer).project.weight.abs().max() > 0
+            continue
+        with pytest.raises(
+            UserError, match=r"trained by --method=projected.*\nGo on with"
+        ) as error:
+            build_model(config, tokenizer)
+        assert str(error.value).count("\n") == 1
+    config = TrainConfig(
+        tokenizer="words", block_size=96, stop="classifier", init_from=str(tmp_path / "stop")
+    )
+    assert torch.equal(build_model(config, tokenizer).stop.weight, saved.stop.weight)
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_a_run_with_another_vocabulary_is_refused(tmp_path, tokenizer):
     run_of(tmp_path / "run", tokenizer)
     other = Tokenizer.words([*tokenizer.spec["words"][1:], "gorpus"])
