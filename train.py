@@ -27,7 +27,7 @@ from rich.table import Table
 from nanococonut import checkpoint, coconut, device, hub
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
-from nanococonut.curriculum import collate, schedule
+from nanococonut.curriculum import METHODS, collate, schedule, unused
 from nanococonut.data.files import skipped_line
 from nanococonut.engine import Engine
 from nanococonut.errors import UserError, main_guard
@@ -67,6 +67,9 @@ def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
         fell_back = {"instead_of": path, "because": why}
         given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
         config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
+    # a config file may be for several methods; what is typed is meant to do something
+    if idle := [f"--{key}" for key in given if key in unused(METHODS[config.method])]:
+        console.print(f"[bold red]NOT USED[/] by method {config.method}: {', '.join(idle)}")
     return config, Path(path).stem if path else "run", fell_back
 
 

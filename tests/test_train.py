@@ -280,6 +280,17 @@ def test_other_methods_run_the_same_loop(train, tiny):
         assert [(r["stage"], r["thoughts"]) for r in ends] == [(3, 0)]
 
 
+def test_settings_that_a_method_does_not_look_at_are_named_where_they_were_typed(train, tiny):
+    """tiny.py has stages too, as a config file for several methods may."""
+    flags = [tiny, "--max_steps=1"]
+    code, out, _ = train(*flags, "--method=cot", "--out_dir=a")
+    assert code == 0 and "NOT USED" not in out
+    code, out, _ = train(*flags, "--method=cot", "--start_stage=1", "--dropout=0", "--out_dir=b")
+    assert code == 0 and "NOT USED by method cot: --start_stage\n" in out
+    code, out, _ = train(*flags, "--start_stage=1", "--out_dir=c")
+    assert code == 0 and "NOT USED" not in out
+
+
 def test_the_fallback_is_said_and_recorded(train, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
