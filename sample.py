@@ -38,7 +38,7 @@ class SampleConfig:
     method: str | None = opt(
         None, "layout of the question (None: as trained)", choices=METHOD_NAMES
     )
-    max_new_tokens: int = opt(128, "longest answer", at_least=1)
+    max_new_tokens: int | None = opt(None, "longest answer (None: the run's own)", at_least=1)
     temperature: float = opt(0.0, "0: greedy; more: words are drawn", at_least=0)
     nodes: bool = opt(False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts")
     seed: int | None = opt(
@@ -217,7 +217,7 @@ def main() -> None:
                 question,
                 known,
                 thoughts,
-                config.max_new_tokens,
+                config.max_new_tokens or trained.max_new_tokens,
                 config.nodes,
                 config.temperature,
                 seed,
