@@ -168,6 +168,11 @@ def main() -> None:
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
+        if curriculum.entry.slot in {"hidden", "soft", "projected"} - {model.config.thought}:
+            raise UserError(
+                f"--method={config.method} feeds back something else than this model, trained by "
+                f"{manifest['method']}.\nLeave it out, or ask a model trained by {config.method}."
+            )
     engine = Engine(model, tokenizer, curriculum, config.kernels, config.graph)
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")

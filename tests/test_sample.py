@@ -58,8 +58,9 @@ def test_unknown_words_are_warned_of(sample):
     assert code == 0 and "never trained on: zonk" in out
 
 
-def test_another_layout(sample):
-    code, out, _ = sample("--method=no_cot", "--latent=0", "--seed=3")
+@pytest.mark.parametrize("method", ["no_cot", "pause", "coconut_no_curriculum"])
+def test_another_layout(sample, method):
+    code, out, _ = sample(f"--method={method}", "--latent=0", "--seed=3")
     assert code == 0 and "answer" in out
 
 
@@ -74,6 +75,8 @@ REFUSED = {
     "special token": (["--question", QUESTION.replace("Sam", "<|latent|>")], "ProsQA"),
     "no device": (["--device=toaster"], "cannot be used"),
     "unknown key": (["--latnt=3"], "Did you mean --latent?"),
+    "other thoughts": (["--method=soft_thought"], "trained by soft_thought"),
+    "thoughts of no map": (["--method=projected"], "something else than this model"),
     "unknown method": (["--method=cots"], "Did you mean cot?"),
 }
 
