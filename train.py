@@ -374,7 +374,10 @@ def main() -> None:
         tokens = f"{row['valid_tokens']:.1f}"
         minutes = f"{row['minutes']:.1f}"
         table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
-    console.print(table)
+    if at["table"]:
+        console.print(table)
+    else:
+        console.print(f"no stage has ended in {at['step']} of {total} steps: none is validated yet")
     with suppress(UserError):  # rows of one's own have no such heuristics
         task = TASKS[config.task]
         baselines = {split: task.heuristics(rows) for split, rows in splits.items()}

@@ -107,6 +107,13 @@ def test_a_checkpoint_at_a_stages_end_is_of_the_stage_it_was_trained_in(train, t
     assert (manifest["stage"], manifest["n_thoughts"]) == (1, 1)
 
 
+def test_a_run_that_has_ended_no_stage_has_a_line_in_place_of_a_table(train, tiny):
+    code, out, _ = train(tiny, "--out_dir=run", "--max_steps=7")
+    assert code == 0 and "no stage has ended in 7 of 40 steps" in out and "generated" not in out
+    code, out, _ = train(tiny, "--out_dir=run", "--max_steps=8", "--resume")
+    assert code == 0 and "no stage has ended" not in out and "generated tokens" in out
+
+
 def test_killed_twice_before_the_first_step_the_log_is_still_there(train, tiny):
     train(tiny, "--out_dir=run", "--max_steps=9")
     before = logged("run")
