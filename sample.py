@@ -38,7 +38,7 @@ class SampleConfig:
     method: str | None = opt(
         None, "layout of the question (None: as trained)", choices=METHOD_NAMES
     )
-    max_new_tokens: int = opt(128, "longest answer", at_least=1)
+    max_new_tokens: int | None = opt(None, "longest answer (None: the run's own)", at_least=1)
     temperature: float = opt(0.0, "0: greedy; more: words are drawn", at_least=0)
     nodes: bool = opt(False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts")
     seed: int | None = opt(
@@ -168,6 +168,11 @@ def main() -> None:
     curriculum = curriculum_of(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
+        if curriculum.entry.slot in {"hidden", "soft", "projected"} - {model.config.thought}:
+            raise UserError(
+                f"--method={config.method} feeds back something else than this model, trained by "
+                f"{manifest['method']}.\nLeave it out, or ask a model trained by {config.method}."
+            )
     engine = Engine(model, tokenizer, curriculum, config.kernels, config.graph)
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
@@ -193,7 +198,10 @@ def main() -> None:
     # a task of one's own has its questions in a file: those that were held out
     from_file = trained.data or trained.valid_data or not TASKS[trained.task].splits
     skipped: list[str] | None = [] if trained.skip_bad_rows else None
-    own = read_data(trained, skipped)[1]["valid"] if from_file and not config.question else None
+    own = None
+    if from_file and not config.question:
+        revision = manifest.get("hub_commit") or trained.hub_revision
+        own = read_data(replace(trained, hub_revision=revision), skipped)[1]["valid"]
 
     def drawn() -> Row:
         if own:
@@ -214,7 +222,7 @@ def main() -> None:
                 question,
                 known,
                 thoughts,
-                config.max_new_tokens,
+                config.max_new_tokens or trained.max_new_tokens,
                 config.nodes,
                 config.temperature,
                 seed,

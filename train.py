@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from rich.table import Table
 from nanococonut import checkpoint, coconut, device, hub
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
-from nanococonut.curriculum import collate, schedule
+from nanococonut.curriculum import METHODS, collate, schedule, unused
 from nanococonut.data.files import skipped_line
 from nanococonut.engine import Engine
 from nanococonut.errors import UserError, main_guard
@@ -67,6 +67,9 @@ def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
         fell_back = {"instead_of": path, "because": why}
         given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
         config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
+    # a config file may be for several methods; what is typed is meant to do something
+    if idle := [f"--{key}" for key in given if key in unused(METHODS[config.method])]:
+        console.print(f"[bold red]NOT USED[/] by method {config.method}: {', '.join(idle)}")
     return config, Path(path).stem if path else "run", fell_back
 
 
@@ -109,7 +112,9 @@ def main() -> None:
 
     # -- tokenizer, rows, model, optimizer
     skipped: list[str] | None = [] if config.skip_bad_rows else None
-    given, splits = read_data(config, skipped)
+    # a branch may have moved since the run began: its rows are those of the commit it began with
+    begun_at = (manifest or {}).get("hub_commit") or config.hub_revision
+    given, splits, hub_commit = read_data(replace(config, hub_revision=begun_at), skipped)
     tokenizer = task_tokenizer(config, given)
     curriculum = curriculum_of(config)
     held_out = [row for rows in splits.values() for row in rows]
@@ -119,6 +124,8 @@ def main() -> None:
     if skipped:
         n_rows = epochs.n_rows + sum(map(len, splits.values()))
         console.print(f"  {escape(skipped_line(n_rows, skipped))}")
+    if hub_commit:
+        console.print(f"  rows of the hub's commit {hub_commit}", markup=False)
     if config.data and not config.valid_data:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
@@ -172,6 +179,7 @@ def main() -> None:
                 "stage": at["trained"],
                 "n_thoughts": curriculum.thoughts_at(at["trained"]),
                 "best_step": best_step,
+                "hub_commit": hub_commit,
                 "fell_back": fell_back,
                 "minutes": at["seconds"] / 60,
                 "device": str(where),
@@ -367,7 +375,10 @@ def main() -> None:
         tokens = f"{row['valid_tokens']:.1f}"
         minutes = f"{row['minutes']:.1f}"
         table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
-    console.print(table)
+    if at["table"]:
+        console.print(table)
+    else:
+        console.print(f"no stage has ended in {at['step']} of {total} steps: none is validated yet")
     with suppress(UserError):  # rows of one's own have no such heuristics
         task = TASKS[config.task]
         baselines = {split: task.heuristics(rows) for split, rows in splits.items()}

@@ -44,7 +44,7 @@ class AccuracyConfig:
     latent: int | None = opt(None, "thoughts (None: as trained)", at_least=0)
     sweep: bool = opt(False, "ask with 0, 1, ... up to that many thoughts")
     batch_size: int = opt(100, "rows answered at once", at_least=1)
-    max_new_tokens: int = opt(128, "longest answer", at_least=1)
+    max_new_tokens: int | None = opt(None, "longest answer (None: the run's own)", at_least=1)
     out: str | None = opt(None, "append the JSON row to this file")
     device: str = opt("auto", "auto, cpu, cuda, mps")
     kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
@@ -90,14 +90,18 @@ def main() -> None:
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
     print(f"{name}: {manifest['method']}, step {manifest['step']}, trained with {trained_thoughts}")
+    if engine.curriculum.entry.insert == "none" and thoughts:
+        print(f"note: {manifest['method']} has no thoughts in training")
     print(f"{data}: {len(rows)} rows, kernels: {engine.kernels} ({engine.reason})")
+    longest = config.max_new_tokens or trained.max_new_tokens
     results = []
     for k in range(thoughts + 1) if config.sweep else [thoughts]:
         began = time.perf_counter()
-        s = score(engine, shown, k, config.batch_size, config.max_new_tokens)
+        s = score(engine, shown, k, config.batch_size, longest)
         low, high = s.interval
         result = {
-            "thoughts": k,
+            "thoughts": k,  # or pauses; at most, where a classifier stops them
+            "thoughts_had": round(s.thoughts, 2),
             "accuracy": s.accuracy,
             "low": round(low, 4),
             "high": round(high, 4),
@@ -105,8 +109,9 @@ def main() -> None:
             "seconds": round(time.perf_counter() - began, 2),
             "by_steps": by_steps(rows, s.right),
         }
+        had = f" at most, {s.thoughts:.1f} had" if model.config.stop else ""
         print(
-            f"{k} thoughts: {s.accuracy:.1%} (95 %: {low:.1%} to {high:.1%}), "
+            f"{k} thoughts{had}: {s.accuracy:.1%} (95 %: {low:.1%} to {high:.1%}), "
             f"{s.generated_tokens:.1f} generated tokens (thoughts + words, without eos)"
         )
         if baselines and trained.task == "prosqa":
@@ -143,6 +148,7 @@ def main() -> None:
         "data": Path(data).name,
         "generated_seed": config.seed if drawn is not None else None,
         "rows": len(rows),
+        "max_new_tokens": longest,
         **results[-1],
         "heuristics": baselines,
         "kernels": engine.kernels,

@@ -20,6 +20,7 @@ import tables
 from nanococonut import checkpoint
 from nanococonut.config import build, opt, parse_cli
 from nanococonut.errors import UserError, main_guard
+from nanococonut.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 RESULTS, CURVES = ROOT / "bench/results", ROOT / "bench/results/curves.jsonl"
@@ -36,8 +37,8 @@ class PlotConfig:
 def sections() -> dict[str, dict[str, str]]:
     """Document -> name of a marked section in it -> the section's Markdown."""
     rows = tables.read_jsonl(RESULTS / "table1.jsonl")
-    like = tables.read_jsonl(RESULTS / "rows.jsonl")[-1]
-    prosqa = [name for name in like["found"] if name.startswith("prosqa") and "(" not in name]
+    like = [{"found": {}}, *tables.read_jsonl(RESULTS / "rows.jsonl")][-1]
+    prosqa = [*TASKS["prosqa"].splits, "prosqa: prosqa_valid.json"]
     prontoqa = ["prontoqa", "prontoqa: prontoqa_valid.json", "prontoqa_matched"]
     return {
         "README.md": {

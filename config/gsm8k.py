@@ -1,7 +1,8 @@
 """The paper's GSM8k-Aug recipe: GPT-2 124M, 385,620 rows, two thoughts for each step.
 
-Rows come from the hub, or from text lines by --data=FILE --valid_data=FILE. The released code
-starts from a CoT checkpoint instead, and has no stage 0:
+Rows come from the hub (a run keeps to the commit it began with; --hub_revision=COMMIT gives the
+same to another), or from text lines by --data=FILE --valid_data=FILE. The released code starts from
+a CoT checkpoint instead, and has no stage 0:
 
     python train.py config/gsm8k.py --method=cot --epochs=25 --out_dir=out/gsm8k_cot
     python train.py config/gsm8k.py --init_from=out/gsm8k_cot --start_stage=1 \

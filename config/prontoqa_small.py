@@ -3,7 +3,9 @@
 task = "prontoqa"
 tokenizer = "words"  # needs no download
 render = "compact"  # five words of eight, and nothing lost but Each, Every and the plural
-hops = 3  # the released rows have five
+# the released rows have five: in 5,000 steps only their shortcut was learnt, 91 % of plain rows and
+# half of the matched ones after stage 3 (docs/LOG.md)
+hops = 3
 
 n_layer = 2
 n_head = 2

@@ -52,6 +52,9 @@ class TrainConfig:
     task: str = opt("prosqa", "what the rows are", "data", choices=("prosqa", "prontoqa", "gsm8k"))
     data: str | None = opt(None, "train on this file of rows instead of the task's own", "data")
     valid_data: str | None = opt(None, "validate on this file of rows", "data")
+    hub_revision: str = opt(
+        "main", "GSM8k: commit, tag or branch of the rows' copy on the hub", "data"
+    )
     skip_bad_rows: bool = opt(
         False, "leave out rows of files that are bad or too long, and say so", "data"
     )

@@ -148,6 +148,24 @@ def schedule(
     return [*stages, Stage(final, left)] if left else stages
 
 
+def unused(method: Method) -> set[str]:
+    """Settings of the curriculum (TrainConfig's names) that change nothing in how this method
+    trains."""
+    names = set()
+    if method.moves != "stages":
+        names |= {"start_stage", "first_stage_epochs", "epochs_per_stage", "uniform_to"}
+        names |= {"max_latent_stage"} if method.insert == "none" else set()
+    if method.moves == "never":
+        names |= {"uniform_prob", "advance_at"}
+    if method.insert == "none":
+        names |= {"c_thought", "final_thoughts", "pad_latent_to_max"}
+    if method.drop != "tokens":
+        names |= {"icot_tokens"}
+    if method.slot != "soft":
+        names |= {"soft_temperature", "soft_top_k"}
+    return names
+
+
 @dataclass(frozen=True)
 class EncodedRow:
     """A row in tokens: question, each step, "### " + answer (no eos)."""

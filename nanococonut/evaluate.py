@@ -15,11 +15,12 @@ from nanococonut.engine import Engine
 
 @dataclass(frozen=True)
 class Score:
-    """right: of each row, in order; generated_tokens: a row's mean; texts: in order; interval: 95 %
-    (Wilson)."""
+    """right: of each row, in order; generated_tokens, thoughts (fed back): a row's means; texts: in
+    order; interval: 95 % (Wilson)."""
 
     right: list[bool]
     generated_tokens: float
+    thoughts: float
     texts: list[str]
 
     @property
@@ -50,15 +51,16 @@ def score(
     n_slots: thoughts or pauses.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]))  # little padding
-    texts, new = [""] * len(rows), 0
+    texts, words, thoughts = [""] * len(rows), 0, 0
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
         out = engine.generate([rows[i]["question"] for i in part], n_slots, max_new_tokens)
         for i, text in zip(part, out.text, strict=True):
             texts[i] = text
-        new += sum(map(len, out.tokens)) + sum(out.n_thoughts)
+        words += sum(map(len, out.tokens))
+        thoughts += sum(out.n_thoughts)
     right = [
         "#" in text and answer_of(text) == answer_of(row["answer"])
         for text, row in zip(texts, rows, strict=True)
     ]
-    return Score(right, new / len(rows), texts)
+    return Score(right, (words + thoughts) / len(rows), thoughts / len(rows), texts)

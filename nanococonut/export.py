@@ -201,7 +201,7 @@ pipeline_tag: text-generation
 tags: [gpt2, coconut, nanococonut]
 ---
 
-# GPT-2 trained by {method}, thoughts: {n_thoughts}
+# GPT-2 trained by {method}, {slots}: {n_thoughts}
 
 A GPT-2 of {n_params:,} parameters, trained by nanococonut with method `{method}` (after Coconut,
 [arXiv 2412.06769](https://arxiv.org/abs/2412.06769)).
@@ -211,7 +211,7 @@ A GPT-2 of {n_params:,} parameters, trained by nanococonut with method `{method}
 | method | {method} |
 | stage | {stage} |
 | optimizer steps | {step} |
-| thoughts before an answer | {n_thoughts} |
+| {slots} before an answer | {n_thoughts} |
 | minutes of training | {minutes:.1f} on {device} |
 | commit | {commit} |
 | versions | {versions} |
@@ -234,14 +234,13 @@ EXAMPLES = {  # a question of each task
     "gsm8k": "Tom has 3 apples and buys 2 bags of 4. How many apples does he have?",
 }
 WITHOUT = """\
-It writes its answer, and its steps if it has any, as words: a stock `generate` is all that it
-needs. In this folder:
+{reads}a stock `generate` is all that it needs. In this folder:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
-ids = tokenizer({question!r}, return_tensors="pt")
+ids = tokenizer({question!r}{behind}, return_tensors="pt")
 out = model.generate(**ids, max_new_tokens={max_new_tokens})[0, ids["input_ids"].shape[1] :]
 print(tokenizer.decode(out, skip_special_tokens=True))
 ```
@@ -251,6 +250,11 @@ With nanococonut:
 ```python
 {ours}```
 """
+WORDS = """\
+It writes its answer, and its steps if it has any, as words: """
+PAUSES = """\
+Its pauses are tokens, read along with the question. Where the prompt holds them, and the markers
+around them, """
 WITH = """\
 A stock `generate` **does not run its thoughts**: behind `<|start-latent|>` the last hidden state is
 fed back as the next input, once for each thought, before `<|end-latent|>` and the words. In plain
@@ -292,10 +296,6 @@ tokenizer, layout = Tokenizer.from_spec(own["tokenizer"]), Curriculum(own["metho
 engine = Engine(GPT.from_pretrained("."), tokenizer, layout)
 print(engine.generate([{question!r}], own["n_thoughts"], {max_new_tokens}).text[0])
 """
-ELSEWHERE = """\
-What stands between its question and its words is not the last hidden state: ask the run itself with
-nanococonut's sample.py, which lays the question out as in training.
-"""
 
 
 def card(model: GPT, manifest: dict[str, Any]) -> str:
@@ -303,7 +303,9 @@ def card(model: GPT, manifest: dict[str, Any]) -> str:
     trained_as, method = build(TrainConfig, manifest["config"]), manifest["method"]
     config = asdict(trained_as)
     trained = manifest.get("trained_with", manifest)  # a bundled one was written by another commit
-    markers = METHODS[method].markers
+    markers, n = METHODS[method].markers, manifest["n_thoughts"]
+    pauses = n if METHODS[method].slot == "pause" else 0
+    held = f' + "{LATENT}" * {pauses}' if pauses else ""
     shown = {k: v for k, v in config.items() if k not in checkpoint.FREE}
     shown |= {k: Path(shown[k]).name for k in PATHS if shown[k]}
     known = {
@@ -313,9 +315,11 @@ def card(model: GPT, manifest: dict[str, Any]) -> str:
         "versions": ", ".join(f"{k} {v}" for k, v in trained["versions"].items()),
         "question": render_question(trained_as, EXAMPLES[trained_as.task]),
         "max_new_tokens": config["max_new_tokens"],
+        "slots": "pauses" if METHODS[method].slot == "pause" else "thoughts",
+        "reads": PAUSES if pauses else WORDS,
+        "behind": f' + "{BOT}"{held} + "{EOT}"' if markers else "",
         "settings": "\n".join(f"{k} = {v!r}" for k, v in shown.items()),
     }
-    how = WITH if markers else WITHOUT
-    if manifest["n_thoughts"] and METHODS[method].slot != "hidden":  # not the hidden state itself
-        how = ELSEWHERE
+    # a thought is the hidden state: what else may be fed back makes a model that is not exported
+    how = WITH if n and not pauses else WITHOUT
     return CARD.format(**known, how=how.format(**known, ours=OURS.format(**known)))

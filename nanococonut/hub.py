@@ -122,6 +122,14 @@ def load_gpt2(
         key: p.t() if conv1d and key.endswith(TRANSPOSED) else p
         for key, p in model.state_dict().items()
     }
+    if shape.thought == "projected" and model.project is None:
+        raise UserError(
+            f"{path} was trained by --method=projected: another method has no place for its map of "
+            "the hidden state.\nGo on with --method=projected, or give a run of another one."
+        )
+    if shape.stop and model.stop is None:  # it watched: without it the model is the same
+        print(f"{path}: its stop classifier is left out; --stop=classifier goes on with it")
+        tensors = {key: p for key, p in tensors.items() if not key.startswith("stop.")}
     for key, tensor in tensors.items():
         if key not in own:
             wrong.append(f"{key} is unknown")

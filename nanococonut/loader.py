@@ -69,20 +69,21 @@ def task_tokenizer(config: TrainConfig, rows: list[Row] | None) -> Tokenizer:
 
 def read_data(
     config: TrainConfig, skipped: list[str] | None = None
-) -> tuple[list[Row] | None, dict[str, list[Row]]]:
-    """(rows to train on, or None where they are generated; name of a split -> validation rows).
+) -> tuple[list[Row] | None, dict[str, list[Row]], str | None]:
+    """(rows to train on, or None where they are generated; name of a split -> validation rows; the
+    commit of those from the hub, or None).
 
     Of a file without valid_data a tenth, at most valid_rows, is held out. Generated validation rows
     come with those without shortcut. skipped: as in data.files.read_rows.
     """
     task = TASKS[config.task]
-    rows = read_rows(config.data, skipped) if config.data else None
+    rows, commit = read_rows(config.data, skipped) if config.data else None, None
     if rows is None and task.read:
-        rows = task.read("train", skipped)
+        rows, commit = task.read("train", config.hub_revision, skipped)
         if not config.valid_data:
-            return rows, {"valid": task.read("validation", skipped)}
+            return rows, {"valid": task.read("validation", commit, skipped)[0]}, commit
     if config.valid_data:
-        return rows, {"valid": read_rows(config.valid_data, skipped)}
+        return rows, {"valid": read_rows(config.valid_data, skipped)}, commit
     n = config.valid_rows
     if rows is not None:
         if len(rows) < 2:
@@ -92,12 +93,13 @@ def read_data(
             )
         n = min(n, max(1, len(rows) // 10))
         order = np.random.default_rng((config.seed, VALID)).permutation(len(rows))
-        return [rows[i] for i in order[n:]], {"valid": [rows[i] for i in order[:n]]}
+        return [rows[i] for i in order[n:]], {"valid": [rows[i] for i in order[:n]]}, None
     plain, matched, *_ = task.splits.values()
-    return None, {
+    valid = {
         "valid": task.module.generate(n, (config.seed, VALID), plain(config)),
         "matched": task.module.generate(n, (config.seed, MATCHED), matched(config)),
     }
+    return None, valid, None
 
 
 class Epochs:

@@ -24,13 +24,13 @@ class Task:
     splits     name -> kind of generated rows; the first is the task itself, the second, where there
                is one, its rows without shortcut. Empty: rows are read, never generated
     shorter    kinds of rows with fewer steps than the task's own, from which search starts
-    read       split of the hub -> its rows, where they can be had
+    read       (split of the hub, revision, skipped) -> (its rows, their commit), where they are had
     """
 
     module: ModuleType
     splits: Mapping[str, Kind] = field(default_factory=dict)
     shorter: Callable[[TrainConfig], Sequence[Any]] = lambda config: ()
-    read: Callable[[str, list[str] | None], list[Row]] | None = None
+    read: Callable[[str, str, list[str] | None], tuple[list[Row], str]] | None = None
 
     def words(self) -> list[str]:
         """What a word-level vocabulary has to hold beside the words of the rows in a file."""
@@ -84,7 +84,12 @@ TASKS: dict[str, Task] = {
             prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, config.hops)
         ],
     ),
-    "gsm8k": Task(gsm8k, read=lambda split, skipped: gsm8k.from_hub(split, skipped=skipped)[0]),
+    "gsm8k": Task(
+        gsm8k,
+        read=lambda split, revision, skipped: gsm8k.from_hub(
+            split, revision=revision, skipped=skipped
+        ),
+    ),
 }
 
 

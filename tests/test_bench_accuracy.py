@@ -1,12 +1,15 @@
 """bench/accuracy.py: the bundled checkpoint on every split, with the categories of its answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from nanococonut import checkpoint
 from nanococonut.data import prosqa
 from nanococonut.data.files import write_rows
 from nanococonut.data.paths import CATEGORIES
+from nanococonut.model import GPT
 
 
 @pytest.fixture
@@ -73,3 +76,43 @@ def test_bad_input_is_refused_in_two_lines(accuracy, argv, words):
 def test_a_split_of_another_task_is_refused(script):
     code, _, err = script("--data=prontoqa", script="bench/accuracy.py")
     assert code == 2 and "the checkpoint is of prosqa" in err and "prosqa_matched" in err
+
+
+def like_the_bundled(run, stop=None, **changes):
+    """A run of the bundled model; stop: with a classifier whose logit is always this."""
+    model, _, manifest = checkpoint.load(checkpoint.BUNDLED)
+    if stop is not None:
+        watched = GPT(replace(model.config, stop=True))
+        watched.load_state_dict(model.state_dict(), strict=False)
+        watched.stop.bias.data.fill_(stop)
+        model = watched
+    manifest["config"] |= changes.pop("config", {})
+    manifest |= changes | {"model": checkpoint.describe_model(model)}
+    checkpoint.save(run, manifest["step"], model, [], manifest)
+
+
+@pytest.mark.parametrize("logit, had", [(1.0, 0), (-1.0, 6)])
+def test_a_classifiers_row_has_the_most_thoughts_and_the_mean_had(accuracy, tmp_path, logit, had):
+    like_the_bundled(tmp_path / "run", stop=logit, config={"stop": "classifier"})
+    code, out, _ = accuracy("--checkpoint=run", "--n=20", "--latent=6", "--max_new_tokens=1")
+    row = json.loads(out.splitlines()[-1])
+    assert code == 0 and (row["thoughts"], row["thoughts_had"]) == (6, had)
+    assert row["generated_tokens"] == had + 1 and f"6 thoughts at most, {had}.0 had" in out
+
+
+def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
+    like_the_bundled(tmp_path / "run", config={"max_new_tokens": 1})
+    for more, longest in (([], 1), (["--max_new_tokens=2"], 2)):
+        code, out, _ = accuracy("--checkpoint=run", "--n=20", *more)
+        row = json.loads(out.splitlines()[-1])
+        assert (code, row["max_new_tokens"], row["generated_tokens"]) == (0, longest, 6 + longest)
+        code, out, _ = script("--out_dir=run", "--seed=1", *more, script="sample.py")
+        assert code == 0 and f", {longest} tokens" in out
+
+
+def test_thoughts_that_a_method_never_had_are_noted(accuracy, tmp_path):
+    config = {"method": "cot", "max_new_tokens": 1}
+    like_the_bundled(tmp_path / "run", method="cot", n_thoughts=0, config=config)
+    for argv, noted in (([], False), (["--latent=3"], True)):
+        code, out, _ = accuracy("--checkpoint=run", "--n=5", *argv)
+        assert code == 0 and ("note: cot has no thoughts in training" in out) == noted

@@ -22,8 +22,9 @@ from nanococonut.curriculum import (
     layout,
     longest,
     schedule,
+    unused,
 )
-from nanococonut.loader import rendered
+from nanococonut.loader import curriculum_of, rendered
 
 ROW = EncodedRow(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
 SHORT = EncodedRow(question=[9], steps=[[3]], answer=[7])
@@ -264,3 +265,33 @@ def test_icot_has_a_stage_for_each_epoch():
     assert schedule(Curriculum("icot"), 4, 5) == [Stage(i, 1) for i in range(4)]
     draws = Curriculum("icot", uniform_prob=1.0).draw_stages(9, [2] * 500, np.random.default_rng(0))
     assert set(draws) == set(range(10))  # its stages do not count steps
+
+
+SETTINGS = dict(start_stage=2, first_stage_epochs=3, epochs_per_stage=1, uniform_prob=0.0)
+SETTINGS |= dict(uniform_to="stage", max_latent_stage=1, c_thought=2, final_thoughts=5)
+SETTINGS |= dict(pad_latent_to_max=False, icot_tokens=2.5)
+
+
+def trained_on(config, tokenizer):
+    """Every epoch's rows in tokens, and the thoughts that are had in the end."""
+    c, rng = curriculum_of(config), np.random.default_rng(1)
+    schedules = config.epochs_per_stage, config.first_stage_epochs, config.start_stage
+    epochs = [s.index for s in schedule(c, 12, *schedules) for _ in range(s.epochs)]
+    drawn = [c.draw_stages(stage, [3, 1], rng) for stage in epochs]
+    rows = [
+        [layout(c, s, r, tokenizer) for s, r in zip(d, (ROW, SHORT), strict=True)] for d in drawn
+    ]
+    return rows, c.thoughts_at(epochs[-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unused_are_the_settings_that_change_nothing(tokenizer, method):
+    base = TrainConfig(method=method, max_latent_stage=3, uniform_prob=0.5, epochs_per_stage=2)
+    as_it_is = trained_on(base, tokenizer)
+    idle = unused(METHODS[method])
+    for name, value in SETTINGS.items():
+        changed = trained_on(replace(base, **{name: value}), tokenizer) != as_it_is
+        assert changed == (name not in idle), name
+    assert ("soft_top_k" in idle) == (method != "soft_thought")
+    assert ("advance_at" in idle) == (METHODS[method].moves == "never")  # train.py asks for it
+    assert idle - set(SETTINGS) <= {"soft_top_k", "soft_temperature", "advance_at"}

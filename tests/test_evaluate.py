@@ -66,14 +66,14 @@ def test_what_counts_as_right_and_as_generated(model, tokenizer, monkeypatch):
         texts,
     )  # without "###" there is no answer
     words = sum(len(tokenizer.encode(t)) for t in texts)
-    assert s.generated_tokens == 6 + words / 4
+    assert s.generated_tokens == 6 + words / 4 and s.thoughts == 6
 
 
 def test_the_interval_is_wilsons():
     """Values of the closed form, computed by hand: 95 of 100 and 10 of 10."""
-    low, high = evaluate.Score([True] * 95 + [False] * 5, 0, []).interval
+    low, high = evaluate.Score([True] * 95 + [False] * 5, 0, 0, []).interval
     assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
-    low, high = evaluate.Score([True] * 10, 0, []).interval
+    low, high = evaluate.Score([True] * 10, 0, 0, []).interval
     assert (round(low, 4), round(high, 12)) == (0.7225, 1.0)
 
 

@@ -20,9 +20,11 @@ from tiktoken import load
 from nanococonut import checkpoint, hub
 from nanococonut.build import build_model
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
+from nanococonut.engine import Engine
 from nanococonut.errors import UserError
-from nanococonut.export import export, tokenizer_files
+from nanococonut.export import EXAMPLES, export, tokenizer_files
 from nanococonut.hub import find_weights, load_gpt2
 from nanococonut.model import GPT
 from nanococonut.tokenizer import BOT, EOS, EOT, LATENT, Tokenizer
@@ -426,6 +428,32 @@ def test_a_run_of_ours_is_gone_on_from(tmp_path, tokenizer, smear):
     assert torch.equal(model.eval()(idx), saved(idx))
 
 
+def test_a_run_with_more_than_this_one_has_is_gone_on_from_or_refused(tmp_path, tokenizer, capsys):
+    """A stop classifier only watched, so it is left out, aloud; thoughts went through a map."""
+    saved = run_of(tmp_path / "stop", tokenizer, stop=True)
+    run_of(tmp_path / "map", tokenizer, "projected", thought="projected")
+    idx = torch.randint(tokenizer.vocab_size, (2, 30))
+    for method in ("cot", "pause", "soft_thought", "projected"):
+        asked = TrainConfig(tokenizer="words", block_size=96, method=method)
+        config = replace(asked, init_from=str(tmp_path / "stop"))
+        assert torch.equal(build_model(config, tokenizer).eval()(idx), saved(idx))
+        assert "stop classifier is left out" in capsys.readouterr().out
+        config = replace(asked, init_from=str(tmp_path / "map"))
+        if method == "projected":
+            assert build_model(config, tokenizer).project.weight.abs().max() > 0
+            continue
+        with pytest.raises(
+            UserError, match=r"trained by --method=projected.*\nGo on with"
+        ) as error:
+            build_model(config, tokenizer)
+        assert str(error.value).count("\n") == 1
+    config = TrainConfig(
+        tokenizer="words", block_size=96, stop="classifier", init_from=str(tmp_path / "stop")
+    )
+    assert torch.equal(build_model(config, tokenizer).stop.weight, saved.stop.weight)
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_a_run_with_another_vocabulary_is_refused(tmp_path, tokenizer):
     run_of(tmp_path / "run", tokenizer)
     other = Tokenizer.words([*tokenizer.spec["words"][1:], "gorpus"])
@@ -597,19 +625,35 @@ def blocks(folder):
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("method, n_thoughts", [("coconut", 3), ("coconut", 0), ("cot", 0)])
-def test_the_cards_two_programs_run_and_agree(tmp_path, monkeypatch, capsys, method, n_thoughts):
+@pytest.mark.parametrize(
+    "method, n",
+    [
+        ("coconut", 3),
+        ("coconut", 0),
+        ("pause", 3),
+        ("pause_as_thought", 0),
+        ("cot", 0),
+        ("icot", 0),
+    ],
+)
+def test_the_cards_two_programs_say_what_the_run_says(tmp_path, monkeypatch, capsys, method, n):
     pytest.importorskip("transformers")
     tokenizer = Tokenizer.words(prosqa.VOCABULARY)
-    run_of(tmp_path / "run", tokenizer, method, n_thoughts)
+    model = run_of(tmp_path / "run", tokenizer, method, n)
     folder = export(tmp_path / "run", tmp_path / "hf")
     monkeypatch.chdir(folder)
     said = []
     for block in blocks(folder):
         exec(block, {})
-        # a random model also says special tokens, which transformers is told to leave out
-        said.append(re.sub(r"<\|[a-z-]+\|>", "", capsys.readouterr().out))
-    assert len(said) == 2 and said[0] == said[1] and len(said[0]) > 1
+        said.append(capsys.readouterr().out[:-1])
+    question = prosqa.compact_question(EXAMPLES["prosqa"])
+    said += Engine(model, tokenizer, Curriculum(method)).generate([question], n, 9).text
+    # a random model also says special tokens, which transformers is told to leave out
+    said = [re.sub(r"<\|[a-z-]+\|>", "", text) for text in said]
+    assert len(said) == 3 and said[0] == said[1] == said[2]
+    card = (folder / "README.md").read_text()
+    assert ("**does not run its thoughts**" in card) == (method == "coconut" and n > 0)
+    assert f"| {'pauses' if 'pause' in method else 'thoughts'} before an answer | {n} |" in card
 
 
 def test_the_card_says_how_it_was_trained(case):
@@ -630,11 +674,11 @@ def test_the_card_says_how_it_was_trained(case):
     assert "somebody" not in card  # a machine's paths are nobody's business
 
 
-@pytest.mark.parametrize("method", ["pause", "soft_thought"])
-def test_thoughts_that_are_no_hidden_states_get_no_program(tmp_path, tokenizer, method):
-    run_of(tmp_path / "run", tokenizer, method)
-    folder = export(tmp_path / "run", tmp_path / "hf")
-    assert blocks(folder) == [] and "sample.py" in (folder / "README.md").read_text()
+@pytest.mark.parametrize("method", ["soft_thought", "projected"])
+def test_thoughts_that_are_no_hidden_states_are_not_exported(tmp_path, tokenizer, method):
+    run_of(tmp_path / "run", tokenizer, method, thought=METHODS[method].slot)
+    with pytest.raises(UserError, match="no plain GPT-2, it has thought="):
+        export(tmp_path / "run", tmp_path / "hf")
 
 
 def test_an_export_is_whole_or_not_there(tmp_path, tokenizer, monkeypatch):

@@ -1,11 +1,14 @@
 """sample.py answers at once from the bundled checkpoint, and refuses in two lines."""
 
 import json
+import re
 from functools import partial
 
 import pytest
 
 from nanococonut import checkpoint
+from nanococonut.curriculum import Curriculum
+from nanococonut.nodes import node_values
 
 QUESTION = (
     "Tom is a terpus. Every terpus is a brimpus. Sam is a gorpus. Every gorpus is a lorpus. "
@@ -58,8 +61,9 @@ def test_unknown_words_are_warned_of(sample):
     assert code == 0 and "never trained on: zonk" in out
 
 
-def test_another_layout(sample):
-    code, out, _ = sample("--method=no_cot", "--latent=0", "--seed=3")
+@pytest.mark.parametrize("method", ["no_cot", "pause", "coconut_no_curriculum"])
+def test_another_layout(sample, method):
+    code, out, _ = sample(f"--method={method}", "--latent=0", "--seed=3")
     assert code == 0 and "answer" in out
 
 
@@ -74,6 +78,8 @@ REFUSED = {
     "special token": (["--question", QUESTION.replace("Sam", "<|latent|>")], "ProsQA"),
     "no device": (["--device=toaster"], "cannot be used"),
     "unknown key": (["--latnt=3"], "Did you mean --latent?"),
+    "other thoughts": (["--method=soft_thought"], "trained by soft_thought"),
+    "thoughts of no map": (["--method=projected"], "something else than this model"),
     "unknown method": (["--method=cots"], "Did you mean cot?"),
 }
 
@@ -101,12 +107,34 @@ def test_accuracy_bench_agrees_with_what_is_claimed(sample):
     assert code == 2 and "none.json" in err
 
 
+# a short cut from terpus to lempus past brimpus; gorpus and lorpus are Sam's
+GRAPH = (
+    "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Every terpus is a "
+    "lempus. Every lempus is a yumpus. Every yumpus is a wumpus. Sam is a gorpus. Every gorpus is "
+    "a lorpus. Is Tom a lorpus or wumpus?"
+)
+AWAY = {"terpus": "1", "brimpus": "2", "lempus": "2", "yumpus": "3", "wumpus": "4"}
+AWAY |= {"gorpus": "-", "lorpus": "-"}  # counted by hand
+
+
 def test_nodes_are_named_with_their_distance(sample):
-    """The bundled model's first thought holds what is one step away (paper, section 5.4)."""
-    code, out, err = sample("--latent=2", "--nodes", "--question", QUESTION)
-    assert (code, err) == (0, "") and "if it had to speak" in out
-    after_one = next(line for line in out.splitlines() if "brimpus (2)" in line or "(1)" in line)
-    assert "%" in after_one and "(-)" in out  # gorpus is not reached from Tom
+    """For 0, 1, ... thoughts the three likeliest concepts of nodes.py, and how far each is."""
+    code, out, err = sample("--latent=6", "--nodes", "--question", GRAPH)
+    assert (code, err) == (0, "")
+    table = out[out.index("if it had to speak") : out.index("answer")]
+    lines = [line for line in table.splitlines() if "%" in line]
+    model, tokenizer, _ = checkpoint.load(checkpoint.BUNDLED)
+    shown = {}
+    for k, line in enumerate(lines):
+        values = node_values(model, tokenizer, Curriculum("coconut"), GRAPH, "compact", k)
+        best = sorted(values, key=values.get, reverse=True)[:3]
+        found = re.findall(r"(\w+) \(([-\d]+)\) (\d+%)", line)
+        total = sum(values.values())
+        assert [node for node, _, _ in found] == best
+        assert [share for _, _, share in found] == [f"{values[n] / total:.0%}" for n in best]
+        assert f" {total:.1%} " in line
+        shown |= {node: away for node, away, _ in found}
+    assert len(lines) == 7 and shown == AWAY
 
 
 def test_words_are_drawn_at_a_temperature(sample):

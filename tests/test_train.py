@@ -107,6 +107,13 @@ def test_a_checkpoint_at_a_stages_end_is_of_the_stage_it_was_trained_in(train, t
     assert (manifest["stage"], manifest["n_thoughts"]) == (1, 1)
 
 
+def test_a_run_that_has_ended_no_stage_has_a_line_in_place_of_a_table(train, tiny):
+    code, out, _ = train(tiny, "--out_dir=run", "--max_steps=7")
+    assert code == 0 and "no stage has ended in 7 of 40 steps" in out and "generated" not in out
+    code, out, _ = train(tiny, "--out_dir=run", "--max_steps=8", "--resume")
+    assert code == 0 and "no stage has ended" not in out and "generated tokens" in out
+
+
 def test_killed_twice_before_the_first_step_the_log_is_still_there(train, tiny):
     train(tiny, "--out_dir=run", "--max_steps=9")
     before = logged("run")
@@ -280,6 +287,17 @@ def test_other_methods_run_the_same_loop(train, tiny):
         assert [(r["stage"], r["thoughts"]) for r in ends] == [(3, 0)]
 
 
+def test_settings_that_a_method_does_not_look_at_are_named_where_they_were_typed(train, tiny):
+    """tiny.py has stages too, as a config file for several methods may."""
+    flags = [tiny, "--max_steps=1"]
+    code, out, _ = train(*flags, "--method=cot", "--out_dir=a")
+    assert code == 0 and "NOT USED" not in out
+    code, out, _ = train(*flags, "--method=cot", "--start_stage=1", "--dropout=0", "--out_dir=b")
+    assert code == 0 and "NOT USED by method cot: --start_stage\n" in out
+    code, out, _ = train(*flags, "--start_stage=1", "--out_dir=c")
+    assert code == 0 and "NOT USED" not in out
+
+
 def test_the_fallback_is_said_and_recorded(train, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
@@ -424,3 +442,34 @@ def test_half_precision_trains_everything(train, tiny):
 def test_generated_rows_that_do_not_fit_are_an_error_even_where_bad_rows_are_skipped(train, tiny):
     code, _, err = train(tiny, "--skip_bad_rows", "--block_size=40", "--out_dir=new")
     assert code == 2 and "block_size=40" in err
+
+
+def test_rows_of_the_hub_stay_those_of_the_commit_that_the_run_began_with(train, tiny, monkeypatch):
+    """Here only the hub is not the real one: its branch moves between two calls."""
+    tips, asked = {"main": "c0ffee", "v1": "beef"}, []
+
+    def from_hub(split, name="", revision="main", skipped=None):
+        asked.append((split, revision))
+        commit = tips.get(revision, revision)
+        b = len(commit)  # other rows at another commit
+        sums = [(f"{a} + {b}?", f"{a + b}") for a in range(20)]
+        return [{"question": q, "steps": [], "answer": a} for q, a in sums], commit
+
+    monkeypatch.setattr("nanococonut.data.gsm8k.from_hub", from_hub)
+    flags = [tiny, "--task=gsm8k", "--render=sentences"]
+    assert train(*flags, "--out_dir=whole", "--max_steps=4")[0] == 0
+    code, out, err = train(*flags, "--out_dir=run", "--max_steps=2")
+    assert (code, err) == (0, "") and "c0ffee" in out
+    assert asked[-2:] == [("train", "main"), ("validation", "c0ffee")]
+    tips["main"] = "another one"
+    code, _, err = train(*flags, "--out_dir=run", "--max_steps=4", "--resume")
+    assert (code, err) == (0, "") and digests("run") == digests("whole")
+    assert asked[-2:] == [("train", "c0ffee"), ("validation", "c0ffee")]
+    manifest = checkpoint.read_manifest(checkpoint.find("run"))
+    assert manifest["hub_commit"] == "c0ffee" and manifest["config"]["hub_revision"] == "main"
+    assert train("--out_dir=run", "--seed=1", script="sample.py")[0] == 0
+    assert asked[-2:] == [("train", "c0ffee"), ("validation", "c0ffee")]
+    assert train(*flags, "--hub_revision=v1", "--out_dir=v1", "--max_steps=1")[0] == 0
+    assert asked[-2:] == [("train", "v1"), ("validation", "beef")]
+    code, _, err = train(*flags, "--hub_revision=v1", "--out_dir=run", "--resume")
+    assert code == 2 and "hub_revision='main'" in err
