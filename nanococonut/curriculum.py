@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanococonut.data import Row
 from nanococonut.tokenizer import Tokenizer
@@ -212,8 +213,9 @@ class Batch:
     max_thoughts: int
     n_labels: int
 
-    def to(self, device: torch.device) -> "Batch":
-        blocks = (
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        return (
             self.prefix,
             self.length,
             self.n_thoughts,
@@ -221,8 +223,36 @@ class Batch:
             self.suffix,
             self.targets,
         )
-        moved = (t.to(device, non_blocking=True) for t in blocks)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (t.to(device, non_blocking=True) for t in self.blocks)
         return Batch(*moved, self.max_thoughts, self.n_labels)
+
+    def copy_(self, other: "Batch") -> None:
+        """Take over the other's rows, of the same shape, in place."""
+        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+
+    def padded(
+        self, rows: int, prefix: int, suffix: int, max_thoughts: int, n_labels: int
+    ) -> "Batch":
+        """The same rows in a batch of this shape, never a smaller one. Rows that fill it up have
+        a prefix of one token and nothing else; n_labels is then no more than a bound."""
+        more = rows - len(self.length)
+
+        def wide(t: Tensor, width: int, fill: int) -> Tensor:
+            return F.pad(t, (0, width - t.shape[1], 0, more), value=fill)
+
+        return Batch(
+            prefix=wide(self.prefix, prefix, 0),
+            length=F.pad(self.length, (0, more), value=1),
+            n_thoughts=F.pad(self.n_thoughts, (0, more)),
+            needed=F.pad(self.needed, (0, more)),
+            suffix=wide(self.suffix, suffix, 0),
+            targets=wide(self.targets, suffix, IGNORE),
+            max_thoughts=max_thoughts,
+            n_labels=n_labels,
+        )
 
 
 def asking(
