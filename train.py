@@ -2,6 +2,7 @@
 
     python train.py config/prosqa.py                 the paper's recipe
     python train.py config/prosqa_small.py --seed=1  any setting of the config file, by name
+    torchrun --nproc_per_node=8 train.py config/prosqa.py   the same batch on eight GPUs
 
 The loop is in view below: rows -> three blocks -> loss -> AdamW -> next stage -> validation.
 Schedules count steps and rows, never time, so a run can be repeated and resumed bit for bit (CPU).
@@ -9,6 +10,7 @@ Schedules count steps and rows, never time, so a run can be repeated and resumed
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -27,9 +29,10 @@ from rich.table import Table
 from nanococonut import checkpoint, coconut, device, hub
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
-from nanococonut.curriculum import collate, schedule
+from nanococonut.curriculum import collate, n_labels, schedule
 from nanococonut.data.files import skipped_line
-from nanococonut.errors import UserError, main_guard
+from nanococonut.distributed import Ranks, guard
+from nanococonut.errors import UserError
 from nanococonut.evaluate import score
 from nanococonut.loader import (
     DRAWS,
@@ -75,7 +78,8 @@ def main() -> None:
 
     # -- where it runs
     device.keep_freed_memory()
-    where = device.choose(config.device)
+    ranks = Ranks.here()  # one, or those that torchrun started; rank 0 writes
+    where = ranks.device(config.device)
     half = config.dtype == "bfloat16" or (
         config.dtype == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported()
     )
@@ -98,8 +102,9 @@ def main() -> None:
         checkpoint.same_settings(manifest | {"config": begun}, asdict(config), out)
     history = out / "metrics.jsonl"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        history.open("a").close()
+        if ranks.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            history.open("a").close()
     except OSError as e:
         raise UserError(
             f"--out_dir {out} cannot be written: {e.strerror}.\nChoose another --out_dir."
@@ -144,18 +149,21 @@ def main() -> None:
         at = manifest["progress"]
         console.print(f"going on with {out} at step {at['step']} of {total}", markup=False)
     # what a killed run logged after its last save will be logged again
-    whole = [line for line in history.read_text().splitlines(True) if line.endswith("\n")]
-    kept = [line for line in whole if checkpoint.logged_step(line) <= at["step"]]
-    if whole and not manifest:  # a run that ended before its first save, or somebody's file
-        history.replace(out / "metrics.before.jsonl")
-    checkpoint.replace_text(history, "".join(kept) if manifest else "")
-    metrics = history.open("a")
+    if ranks.rank == 0:
+        whole = [line for line in history.read_text().splitlines(True) if line.endswith("\n")]
+        kept = [line for line in whole if checkpoint.logged_step(line) <= at["step"]]
+        if whole and not manifest:  # a run that ended before its first save, or somebody's file
+            history.replace(out / "metrics.before.jsonl")
+        checkpoint.replace_text(history, "".join(kept) if manifest else "")
+    metrics = open(os.devnull if ranks.rank else history, "a")
     recent = deque(map(tuple, at["recent"]))  # (rows all right, rows) of the last batches
     best_step = manifest.get("best_step", -1) if manifest else -1
 
     def save() -> None:
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             diverged("weights")
+        if ranks.rank:
+            return
         at["recent"] = list(recent)
         checkpoint.save(
             out,
@@ -174,6 +182,7 @@ def main() -> None:
                 "minutes": at["seconds"] / 60,
                 "device": str(where),
                 "threads": torch.get_num_threads(),
+                "processes": ranks.world,
                 "progress": at,
             },
         )
@@ -200,21 +209,28 @@ def main() -> None:
         n, row = curriculum.thoughts_at(stage), {"stage": stage}
         with autocast:
             for split, rows in splits.items():
-                s = score(
-                    model,
-                    tokenizer,
-                    curriculum,
-                    rendered(config, rows),
-                    n,
-                    config.eval_batch_size,
-                    config.max_new_tokens,
-                )
-                row |= {f"{split}_accuracy": s.accuracy, f"{split}_tokens": s.generated_tokens}
+                right, tokens = 0, 0
+                if mine := ranks.share(rows):
+                    s = score(
+                        model,
+                        tokenizer,
+                        curriculum,
+                        rendered(config, mine),
+                        n,
+                        config.eval_batch_size,
+                        config.max_new_tokens,
+                    )
+                    right, tokens = sum(s.right), round(s.generated_tokens * s.rows)
+                right, tokens = ranks.total([right, tokens])
+                row |= {f"{split}_accuracy": right / len(rows)}
+                row |= {f"{split}_tokens": tokens / len(rows)}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
 
     stop = []  # the signal that asked for an end; honoured between two steps
 
     def asked_to_stop(number: int, _: object) -> None:
+        if stop and ranks.world > 1:  # torchrun passes one on and waits half a minute
+            return
         if stop:  # for the second time: at once, what is saved is saved
             sys.exit(128 + number)
         stop.append(number)
@@ -244,10 +260,10 @@ def main() -> None:
     task = bar.add_task(
         "", total=until, completed=at["step"], stage=0, loss=0.0, right=0.0, speed=0.0
     )
-    began, seen, rows = time.time(), 0, []
+    began, seen, rows, ending = time.time(), 0, [], 0
     model.train()
     with bar:
-        while at["step"] < until and not stop:
+        while at["step"] < until and not ending:
             epoch, batch_index = divmod(at["step"], steps_per_epoch)
             if batch_index == 0 or not rows:
                 rows = epochs(epoch)
@@ -255,18 +271,19 @@ def main() -> None:
                     optimizers = build_optimizers(config, model)
             stage = stages[at["stage"]].index
 
-            # this step's rows, each at its own stage, and their micro-batches: like lengths
-            # together, so that little is padding
+            # this step's rows, each at its own stage, and this process's micro-batches of them:
+            # like lengths together, so that little is padding
             mine = rows[batch_index * config.batch_size :][: config.batch_size]
             rng = np.random.default_rng((config.seed, DRAWS, at["step"]))
             drawn = curriculum.draw_stages(stage, [len(row.steps) for row in mine], rng)
+            labels = n_labels(curriculum, drawn, mine, tokenizer)
             pairs = sorted(zip(drawn, mine, strict=True), key=lambda p: len(p[1].question))
+            pairs = ranks.share(pairs)
             batches = [
                 (s, collate(curriculum, s, r, tokenizer))
                 for i in range(0, len(pairs), config.micro_batch_size)
                 for s, r in [zip(*pairs[i : i + config.micro_batch_size], strict=True)]
             ]
-            n_labels = sum(batch.n_labels for _, batch in batches)
 
             rate_share = min(
                 1.0,
@@ -277,14 +294,15 @@ def main() -> None:
             for optimizer, rate in zip(optimizers, rates, strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * rate_share
-            torch.manual_seed(config.seed * 1_000_003 + at["step"])  # dropout; no state to keep
+            # dropout; no state to keep
+            torch.manual_seed(ranks.seed(config.seed * 1_000_003 + at["step"]))
             loss, right, counted = 0.0, 0, 0
             for row_stages, batch in batches:
                 batch = batch.to(where)
                 with autocast:
                     thinking = coconut.think(model, batch)
                     logits = coconut.answer(model, batch, thinking)
-                part = coconut.loss_sum(logits, batch.targets) / n_labels
+                part = coconut.loss_sum(logits, batch.targets) / labels
                 loss += part.item()
                 if model.stop is not None:
                     with autocast:
@@ -294,6 +312,9 @@ def main() -> None:
                 of_stage = torch.tensor([s == stage for s in row_stages], device=where)
                 right += int((coconut.right_rows(logits, batch.targets) & of_stage).sum())
                 counted += int(of_stage.sum())
+            loss, right, counted, ending = ranks.sum_gradients(
+                model.parameters(), [loss, right, counted, len(stop)]
+            )
             if not math.isfinite(loss):
                 diverged("loss")
             if config.grad_clip:
@@ -358,9 +379,9 @@ def main() -> None:
     at["seconds"] += time.time() - began
     save()
     epochs.close()
-    if stop:
+    if ending:
         print(f"stopped at step {at['step']}, saved in {out}; go on with --resume")
-        sys.exit(128 + stop[0])
+        sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
     # -- how it went
     table = Table(title=f"{name}: {config.method}, {at['step']} of {total} steps")
@@ -383,4 +404,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    guard(main)

@@ -14,6 +14,7 @@ ALLOWED = {
     "config": {"errors"},
     "cache": set(),
     "device": {"errors"},
+    "distributed": {"device", "errors"},
     "data": {"errors", "data"},
     "tokenizer": {"errors"},
     "model": {"cache", "hub"},  # hub inside from_pretrained only
