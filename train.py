@@ -143,10 +143,11 @@ def main() -> None:
     # -- where we are; everything that a resumed run needs beside weights and moments
     at = {"step": 0, "stage": 0, "stage_start": 0, "recent": [], "table": [], "best": -1.0}
     at |= {"seconds": 0.0, "trained": stages[0].index}  # the stage of the last step taken
+    at["time_to"] = None  # the first validation of the final stage that was good enough
     if manifest:
         checkpoint.load_weights(model, folder)
         checkpoint.load_optimizers(optimizers, folder)
-        at = manifest["progress"]
+        at |= manifest["progress"]
         console.print(f"going on with {out} at step {at['step']} of {total}", markup=False)
     # what a killed run logged after its last save will be logged again
     if ranks.rank == 0:
@@ -180,6 +181,7 @@ def main() -> None:
                 "best_step": best_step,
                 "fell_back": fell_back,
                 "minutes": at["seconds"] / 60,
+                "time_to": at["time_to"],
                 "device": str(where),
                 "threads": torch.get_num_threads(),
                 "processes": ranks.world,
@@ -226,15 +228,18 @@ def main() -> None:
                 row |= {f"{split}_tokens": tokens / len(rows)}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
 
+    def reached() -> bool:
+        return bool(at["time_to"] and 0 < config.time_to <= at["time_to"]["accuracy"])
+
     stop = []  # the signal that asked for an end; honoured between two steps
 
     def asked_to_stop(number: int, _: object) -> None:
-        if stop and ranks.world > 1:  # torchrun passes one on and waits half a minute
-            return
-        if stop:  # for the second time: at once, what is saved is saved
+        if stop and ranks.world == 1:  # for the second time: at once, what is saved is saved
             sys.exit(128 + number)
-        stop.append(number)
-        print("stopping after this step; once more: at once", flush=True)
+        stop.append(number)  # torchrun adds its own to the terminal's, and waits half a minute
+        if len(stop) == 1:
+            once_more = "" if ranks.world > 1 else "; once more: at once"
+            print(f"stopping after this step{once_more}", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, asked_to_stop)
@@ -263,7 +268,7 @@ def main() -> None:
     began, seen, rows, ending = time.time(), 0, [], 0
     model.train()
     with bar:
-        while at["step"] < until and not ending:
+        while at["step"] < until and not ending and not reached():
             epoch, batch_index = divmod(at["step"], steps_per_epoch)
             if batch_index == 0 or not rows:
                 rows = epochs(epoch)
@@ -359,7 +364,11 @@ def main() -> None:
                 log(row)
                 if last and row["valid_accuracy"] > at["best"]:
                     at["best"], best_step = row["valid_accuracy"], at["step"]
-                if ended:
+                if last and 0 < config.time_to <= row["valid_accuracy"]:
+                    at["time_to"] = {"wanted": config.time_to, "accuracy": row["valid_accuracy"]}
+                    at["time_to"] |= {"minutes": row["minutes"], "step": at["step"]}
+                    log({"time_to": at["time_to"]})
+                if ended or reached():
                     at["table"].append(row)
                 console.print(
                     f"step {at['step']} stage {stage}: "
@@ -384,6 +393,13 @@ def main() -> None:
         sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
     # -- how it went
+    if config.time_to and (won := at["time_to"]):
+        console.print(
+            f"time to {won['wanted']:.1%}: {won['minutes']:.1f} minutes, {won['step']} steps "
+            f"(validation accuracy {won['accuracy']:.1%})"
+        )
+    elif config.time_to:
+        console.print(f"{config.time_to:.1%} was not reached")
     table = Table(title=f"{name}: {config.method}, {at['step']} of {total} steps")
     for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
         table.add_column(heading, justify="right")

@@ -162,6 +162,10 @@ class TrainConfig:
     seed: int = opt(0, "of rows, weights, dropout and draws", at_least=0, at_most=2**32 - 1)
     out_dir: str | None = opt(None, "where the run is kept (None: out/<config's name>)")
     resume: bool = opt(False, "go on with the run in out_dir")
+    time_to: float = opt(
+        0.0, "stop at the first validation of the final stage that is this accurate, and say after "
+        "how many minutes (0: off)", at_least=0, at_most=1,
+    )  # fmt: skip
     max_steps: int = opt(0, "stop after this many steps (0: at the schedule's end)", at_least=0)
     save_interval: int = opt(200, "steps between checkpoints", at_least=1)
     eval_interval: int = opt(
@@ -196,6 +200,11 @@ class TrainConfig:
             raise UserError(
                 f"matched_share={self.matched_share} and short_share={self.short_share} are more "
                 "than all rows.\nLower one: together they may be 1."
+            )
+        if self.time_to and not self.eval_interval:
+            raise UserError(
+                f"time_to={self.time_to} looks at validations within the final stage, and "
+                "eval_interval=0 has none.\nGive --eval_interval too: steps between them."
             )
         if self.start_stage > self.max_latent_stage + 1:
             raise UserError(
