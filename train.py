@@ -17,6 +17,7 @@ import time
 from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, device, hub
+from nanococonut import checkpoint, coconut, device, hub, jacobi
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import collate, n_labels, schedule
@@ -127,6 +128,8 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer).to(where)
     optimizers = build_optimizers(config, model)
+    passes = {"iterations": config.jacobi_iterations, "latent": tokenizer.latent}
+    think = partial(jacobi.think, **passes) if config.thoughts == "jacobi" else coconut.think
 
     # -- the schedule, in steps
     stages = schedule(
@@ -226,6 +229,15 @@ def main() -> None:
                 right, tokens = ranks.total([right, tokens])
                 row |= {f"{split}_accuracy": right / len(rows)}
                 row |= {f"{split}_tokens": tokens / len(rows)}
+                if 0 < config.jacobi_iterations < n:  # asked, thoughts are had one by one
+                    encoded, size = epochs.encode(rows), config.eval_batch_size
+                    parts = [encoded[i : i + size] for i in range(0, len(rows), size)]
+                    batches = (
+                        collate(curriculum, [stage] * len(part), part, tokenizer).to(where)
+                        for part in ranks.share(parts)
+                    )
+                    (right,) = ranks.total([jacobi.right(model, batches, **passes)])
+                    row |= {f"{split}_as_trained": right / len(rows)}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
 
     def reached() -> bool:
@@ -305,7 +317,7 @@ def main() -> None:
             for row_stages, batch in batches:
                 batch = batch.to(where)
                 with autocast:
-                    thinking = coconut.think(model, batch)
+                    thinking = think(model, batch)
                     logits = coconut.answer(model, batch, thinking)
                 part = coconut.loss_sum(logits, batch.targets) / labels
                 loss += part.item()

@@ -136,6 +136,14 @@ class TrainConfig:
         "steps", "stop=classifier learns when all steps are replaced, or when the answer is right",
         "curriculum", choices=("steps", "correct"),
     )  # fmt: skip
+    thoughts: str = opt(
+        "sequential", "in training: one by one, or all at once in passes (an experiment)",
+        "curriculum", choices=("sequential", "jacobi"),
+    )  # fmt: skip
+    jacobi_iterations: int = opt(
+        0, "thoughts=jacobi: passes (0: one for each thought, which is exact)", "curriculum",
+        at_least=0,
+    )  # fmt: skip
     # optimizer
     batch_size: int = opt(128, "rows of an optimizer step", "optimizer", at_least=1)
     micro_batch_size: int = opt(32, "rows of a forward pass", "optimizer", at_least=1)
@@ -205,6 +213,11 @@ class TrainConfig:
             raise UserError(
                 f"time_to={self.time_to} looks at validations within the final stage, and "
                 "eval_interval=0 has none.\nGive --eval_interval too: steps between them."
+            )
+        if self.jacobi_iterations and self.thoughts != "jacobi":
+            raise UserError(
+                f"jacobi_iterations={self.jacobi_iterations} is for parallel thoughts, thoughts is "
+                f"{self.thoughts!r}.\nUse --thoughts=jacobi, or leave it out."
             )
         if self.start_stage > self.max_latent_stage + 1:
             raise UserError(

@@ -33,6 +33,7 @@ ALLOWED = {
     "build": {"config", "curriculum", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
+    "jacobi": {"coconut", "curriculum", "model"},
     "ops": {"cache", "errors", "model"},
     "engine": {"cache", "model", "ops"},
     "evaluate": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
