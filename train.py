@@ -2,6 +2,7 @@
 
     python train.py config/prosqa.py                 the paper's recipe
     python train.py config/prosqa_small.py --seed=1  any setting of the config file, by name
+    torchrun --nproc_per_node=8 train.py config/prosqa.py   the same batch on eight GPUs
 
 The loop is in view below: rows -> three blocks -> loss -> AdamW -> next stage -> validation.
 Schedules count steps and rows, never time, so a run can be repeated and resumed bit for bit (CPU).
@@ -9,12 +10,14 @@ Schedules count steps and rows, never time, so a run can be repeated and resumed
 
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +27,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, device, hub
+from nanococonut import checkpoint, coconut, device, hub, jacobi
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
-from nanococonut.curriculum import METHODS, collate, schedule, unused
+from nanococonut.curriculum import METHODS, collate, n_labels, schedule, unused
 from nanococonut.data.files import skipped_line
+from nanococonut.distributed import Ranks, guard
 from nanococonut.engine import Engine
-from nanococonut.errors import UserError, main_guard
+from nanococonut.errors import UserError
 from nanococonut.evaluate import score
 from nanococonut.loader import (
     DRAWS,
@@ -79,7 +83,8 @@ def main() -> None:
 
     # -- where it runs
     device.keep_freed_memory()
-    where = device.choose(config.device)
+    ranks = Ranks.here()  # one, or those that torchrun started; rank 0 writes
+    where = ranks.device(config.device)
     half = config.dtype == "bfloat16" or (
         config.dtype == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported()
     )
@@ -103,8 +108,9 @@ def main() -> None:
         checkpoint.same_settings(manifest | {"config": begun}, asdict(config), out)
     history = out / "metrics.jsonl"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        history.open("a").close()
+        if ranks.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            history.open("a").close()
     except OSError as e:
         raise UserError(
             f"--out_dir {out} cannot be written: {e.strerror}.\nChoose another --out_dir."
@@ -131,6 +137,8 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer).to(where)
     optimizers = build_optimizers(config, model)
+    passes = {"iterations": config.jacobi_iterations, "latent": tokenizer.latent}
+    think = partial(jacobi.think, **passes) if config.thoughts == "jacobi" else coconut.think
 
     # -- the schedule, in steps
     stages = schedule(
@@ -147,24 +155,28 @@ def main() -> None:
     # -- where we are; everything that a resumed run needs beside weights and moments
     at = {"step": 0, "stage": 0, "stage_start": 0, "recent": [], "table": [], "best": -1.0}
     at |= {"seconds": 0.0, "trained": stages[0].index}  # the stage of the last step taken
+    at["time_to"] = None  # the first validation of the final stage that was good enough
     if manifest:
         checkpoint.load_weights(model, folder)
         checkpoint.load_optimizers(optimizers, folder)
-        at = manifest["progress"]
+        at |= manifest["progress"]
         console.print(f"going on with {out} at step {at['step']} of {total}", markup=False)
     # what a killed run logged after its last save will be logged again
-    whole = [line for line in history.read_text().splitlines(True) if line.endswith("\n")]
-    kept = [line for line in whole if checkpoint.logged_step(line) <= at["step"]]
-    if whole and not manifest:  # a run that ended before its first save, or somebody's file
-        history.replace(out / "metrics.before.jsonl")
-    checkpoint.replace_text(history, "".join(kept) if manifest else "")
-    metrics = history.open("a")
+    if ranks.rank == 0:
+        whole = [line for line in history.read_text().splitlines(True) if line.endswith("\n")]
+        kept = [line for line in whole if checkpoint.logged_step(line) <= at["step"]]
+        if whole and not manifest:  # a run that ended before its first save, or somebody's file
+            history.replace(out / "metrics.before.jsonl")
+        checkpoint.replace_text(history, "".join(kept) if manifest else "")
+    metrics = open(os.devnull if ranks.rank else history, "a")
     recent = deque(map(tuple, at["recent"]))  # (rows all right, rows) of the last batches
     best_step = manifest.get("best_step", -1) if manifest else -1
 
     def save() -> None:
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             diverged("weights")
+        if ranks.rank:
+            return
         at["recent"] = list(recent)
         checkpoint.save(
             out,
@@ -182,8 +194,10 @@ def main() -> None:
                 "hub_commit": hub_commit,
                 "fell_back": fell_back,
                 "minutes": at["seconds"] / 60,
+                "time_to": at["time_to"],
                 "device": str(where),
                 "threads": torch.get_num_threads(),
+                "processes": ranks.world,
                 "progress": at,
             },
         )
@@ -211,18 +225,37 @@ def main() -> None:
         engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
         with autocast:
             for split, rows in splits.items():
-                shown = rendered(config, rows)
-                s = score(engine, shown, n, config.eval_batch_size, config.max_new_tokens)
-                row |= {f"{split}_accuracy": s.accuracy, f"{split}_tokens": s.generated_tokens}
+                right, tokens = 0, 0
+                if mine := ranks.share(rows):
+                    shown = rendered(config, mine)
+                    s = score(engine, shown, n, config.eval_batch_size, config.max_new_tokens)
+                    right, tokens = sum(s.right), round(s.generated_tokens * s.rows)
+                right, tokens = ranks.total([right, tokens])
+                row |= {f"{split}_accuracy": right / len(rows)}
+                row |= {f"{split}_tokens": tokens / len(rows)}
+                if 0 < config.jacobi_iterations < n:  # asked, thoughts are had one by one
+                    encoded, size = epochs.encode(rows), config.eval_batch_size
+                    parts = [encoded[i : i + size] for i in range(0, len(rows), size)]
+                    batches = (
+                        collate(curriculum, [stage] * len(part), part, tokenizer).to(where)
+                        for part in ranks.share(parts)
+                    )
+                    (right,) = ranks.total([jacobi.right(model, batches, **passes)])
+                    row |= {f"{split}_as_trained": right / len(rows)}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
+
+    def reached() -> bool:
+        return bool(at["time_to"] and 0 < config.time_to <= at["time_to"]["accuracy"])
 
     stop = []  # the signal that asked for an end; honoured between two steps
 
     def asked_to_stop(number: int, _: object) -> None:
-        if stop:  # for the second time: at once, what is saved is saved
+        if stop and ranks.world == 1:  # for the second time: at once, what is saved is saved
             sys.exit(128 + number)
-        stop.append(number)
-        print("stopping after this step; once more: at once", flush=True)
+        stop.append(number)  # torchrun adds its own to the terminal's, and waits half a minute
+        if len(stop) == 1:
+            once_more = "" if ranks.world > 1 else "; once more: at once"
+            print(f"stopping after this step{once_more}", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, asked_to_stop)
@@ -248,10 +281,10 @@ def main() -> None:
     task = bar.add_task(
         "", total=until, completed=at["step"], stage=0, loss=0.0, right=0.0, speed=0.0
     )
-    began, seen, rows = time.time(), 0, []
+    began, seen, rows, ending = time.time(), 0, [], 0
     model.train()
     with bar:
-        while at["step"] < until and not stop:
+        while at["step"] < until and not ending and not reached():
             epoch, batch_index = divmod(at["step"], steps_per_epoch)
             if batch_index == 0 or not rows:
                 rows = epochs(epoch)
@@ -259,18 +292,19 @@ def main() -> None:
                     optimizers = build_optimizers(config, model)
             stage = stages[at["stage"]].index
 
-            # this step's rows, each at its own stage, and their micro-batches: like lengths
-            # together, so that little is padding
+            # this step's rows, each at its own stage, and this process's micro-batches of them:
+            # like lengths together, so that little is padding
             mine = rows[batch_index * config.batch_size :][: config.batch_size]
             rng = np.random.default_rng((config.seed, DRAWS, at["step"]))
             drawn = curriculum.draw_stages(stage, [len(row.steps) for row in mine], rng)
+            labels = n_labels(curriculum, drawn, mine, tokenizer)
             pairs = sorted(zip(drawn, mine, strict=True), key=lambda p: len(p[1].question))
+            pairs = ranks.share(pairs)
             batches = [
                 (s, collate(curriculum, s, r, tokenizer))
                 for i in range(0, len(pairs), config.micro_batch_size)
                 for s, r in [zip(*pairs[i : i + config.micro_batch_size], strict=True)]
             ]
-            n_labels = sum(batch.n_labels for _, batch in batches)
 
             rate_share = min(
                 1.0,
@@ -281,14 +315,15 @@ def main() -> None:
             for optimizer, rate in zip(optimizers, rates, strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * rate_share
-            torch.manual_seed(config.seed * 1_000_003 + at["step"])  # dropout; no state to keep
+            # dropout; no state to keep
+            torch.manual_seed(ranks.seed(config.seed * 1_000_003 + at["step"]))
             loss, right, counted = 0.0, 0, 0
             for row_stages, batch in batches:
                 batch = batch.to(where)
                 with autocast:
-                    thinking = coconut.think(model, batch)
+                    thinking = think(model, batch)
                     logits = coconut.answer(model, batch, thinking)
-                part = coconut.loss_sum(logits, batch.targets) / n_labels
+                part = coconut.loss_sum(logits, batch.targets) / labels
                 loss += part.item()
                 if model.stop is not None:
                     with autocast:
@@ -298,6 +333,9 @@ def main() -> None:
                 of_stage = torch.tensor([s == stage for s in row_stages], device=where)
                 right += int((coconut.right_rows(logits, batch.targets) & of_stage).sum())
                 counted += int(of_stage.sum())
+            loss, right, counted, ending = ranks.sum_gradients(
+                model.parameters(), [loss, right, counted, len(stop)]
+            )
             if not math.isfinite(loss):
                 diverged("loss")
             if config.grad_clip:
@@ -342,7 +380,11 @@ def main() -> None:
                 log(row)
                 if last and row["valid_accuracy"] > at["best"]:
                     at["best"], best_step = row["valid_accuracy"], at["step"]
-                if ended:
+                if last and 0 < config.time_to <= row["valid_accuracy"]:
+                    at["time_to"] = {"wanted": config.time_to, "accuracy": row["valid_accuracy"]}
+                    at["time_to"] |= {"minutes": row["minutes"], "step": at["step"]}
+                    log({"time_to": at["time_to"]})
+                if ended or reached():
                     at["table"].append(row)
                 console.print(
                     f"step {at['step']} stage {stage}: "
@@ -362,11 +404,18 @@ def main() -> None:
     at["seconds"] += time.time() - began
     save()
     epochs.close()
-    if stop:
+    if ending:
         print(f"stopped at step {at['step']}, saved in {out}; go on with --resume")
-        sys.exit(128 + stop[0])
+        sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
     # -- how it went
+    if config.time_to and (won := at["time_to"]):
+        console.print(
+            f"time to {won['wanted']:.1%}: {won['minutes']:.1f} minutes, {won['step']} steps "
+            f"(validation accuracy {won['accuracy']:.1%})"
+        )
+    elif config.time_to:
+        console.print(f"{config.time_to:.1%} was not reached")
     table = Table(title=f"{name}: {config.method}, {at['step']} of {total} steps")
     for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
         table.add_column(heading, justify="right")
@@ -390,4 +439,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    guard(main)

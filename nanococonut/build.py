@@ -26,6 +26,11 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
             f"--stop=classifier ends thoughts, and method {config.method} feeds none back.\n"
             "Leave it out, or choose a method with thoughts, such as coconut."
         )
+    if config.thoughts == "jacobi" and slot not in ("hidden", "soft", "projected"):
+        raise UserError(
+            f"--thoughts=jacobi has thoughts in parallel, and method {config.method} feeds none "
+            "back.\nLeave it out, or choose a method with thoughts, such as coconut."
+        )
     if config.soft_top_k > tokenizer.vocab_size:
         raise UserError(
             f"soft_top_k={config.soft_top_k} is more than the vocabulary has: "

@@ -139,6 +139,14 @@ class TrainConfig:
         "steps", "stop=classifier learns when all steps are replaced, or when the answer is right",
         "curriculum", choices=("steps", "correct"),
     )  # fmt: skip
+    thoughts: str = opt(
+        "sequential", "in training: one by one, or all at once in passes (an experiment)",
+        "curriculum", choices=("sequential", "jacobi"),
+    )  # fmt: skip
+    jacobi_iterations: int = opt(
+        0, "thoughts=jacobi: passes (0: one for each thought, which is exact)", "curriculum",
+        at_least=0,
+    )  # fmt: skip
     # optimizer
     batch_size: int = opt(128, "rows of an optimizer step", "optimizer", at_least=1)
     micro_batch_size: int = opt(32, "rows of a forward pass", "optimizer", at_least=1)
@@ -165,6 +173,10 @@ class TrainConfig:
     seed: int = opt(0, "of rows, weights, dropout and draws", at_least=0, at_most=2**32 - 1)
     out_dir: str | None = opt(None, "where the run is kept (None: out/<config's name>)")
     resume: bool = opt(False, "go on with the run in out_dir")
+    time_to: float = opt(
+        0.0, "stop at the first validation of the final stage that is this accurate, and say after "
+        "how many minutes (0: off)", at_least=0, at_most=1,
+    )  # fmt: skip
     max_steps: int = opt(0, "stop after this many steps (0: at the schedule's end)", at_least=0)
     save_interval: int = opt(200, "steps between checkpoints", at_least=1)
     eval_interval: int = opt(
@@ -200,6 +212,16 @@ class TrainConfig:
             raise UserError(
                 f"matched_share={self.matched_share} and short_share={self.short_share} are more "
                 "than all rows.\nLower one: together they may be 1."
+            )
+        if self.time_to and not self.eval_interval:
+            raise UserError(
+                f"time_to={self.time_to} looks at validations within the final stage, and "
+                "eval_interval=0 has none.\nGive --eval_interval too: steps between them."
+            )
+        if self.jacobi_iterations and self.thoughts != "jacobi":
+            raise UserError(
+                f"jacobi_iterations={self.jacobi_iterations} is for parallel thoughts, thoughts is "
+                f"{self.thoughts!r}.\nUse --thoughts=jacobi, or leave it out."
             )
         if self.start_stage > self.max_latent_stage + 1:
             raise UserError(

@@ -279,6 +279,16 @@ def layout(
     return prefix, thoughts, [*opening, *chain, *row.answer, tokenizer.eos], len(opening)
 
 
+def n_labels(
+    curriculum: Curriculum, stages: Sequence[int], rows: Sequence[EncodedRow], tokenizer: Tokenizer
+) -> int:
+    """Supervised labels of rows, each at its own stage: what a batch's loss is a mean over."""
+    parts = (
+        layout(curriculum, stage, row, tokenizer) for stage, row in zip(stages, rows, strict=True)
+    )
+    return sum(len(suffix) - skipped for _, _, suffix, skipped in parts)
+
+
 def longest(curriculum: Curriculum, row: EncodedRow, tokenizer: Tokenizer) -> int:
     """The most positions this row takes at any stage: what block_size has to hold."""
     stages = range(curriculum.max_latent_stage + 2)

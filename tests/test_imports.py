@@ -14,6 +14,7 @@ ALLOWED = {
     "config": {"errors"},
     "cache": set(),
     "device": {"errors"},
+    "distributed": {"device", "errors"},
     "data": {"errors", "data"},
     "tokenizer": {"errors"},
     "model": {"cache", "hub"},  # hub inside from_pretrained only
@@ -32,6 +33,7 @@ ALLOWED = {
     "build": {"config", "curriculum", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
+    "jacobi": {"coconut", "curriculum", "model"},
     "ops": {"cache", "errors", "model"},
     "graphs": set(),
     "engine": {"cache", "curriculum", "errors", "graphs", "model", "ops", "tokenizer"},

@@ -167,6 +167,30 @@ def test_a_stage_ends_when_it_is_learnt(train, tiny):
     assert by_step[150]["stage"] == 3
 
 
+def test_a_run_ends_once_it_is_good_enough_and_says_when(train, tiny):
+    """One row, learnt by heart; in two parts, since the minutes of both count."""
+    write_rows("one.json", prosqa.generate(1, 0, prosqa.GraphConfig(10, 2, 3)) * 16)
+    flags = [tiny, "--data=one.json", "--valid_data=one.json", "--dropout=0", "--uniform_prob=0"]
+    flags += ["--start_stage=2", "--lr=1e-2", "--epochs=150", "--out_dir=run", "--eval_interval=10"]
+    code, out, _ = train(*flags, "--time_to=1.0", "--max_steps=5")
+    assert code == 0 and "100.0% was not reached" in out
+    before = checkpoint.read_manifest(checkpoint.find("run"))
+    code, out, err = train(*flags, "--time_to=0.9", "--resume")
+    assert (code, err) == (0, "") and "time to 90.0%:" in out
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").open()]
+    *earlier, last = [row for row in rows if "valid_accuracy" in row]
+    assert last["valid_accuracy"] >= 0.9 > max((r["valid_accuracy"] for r in earlier), default=0)
+    manifest = checkpoint.read_manifest(checkpoint.find("run"))
+    found = {"wanted": 0.9, "accuracy": last["valid_accuracy"]}
+    found |= {"minutes": last["minutes"], "step": last["step"]}
+    assert manifest["time_to"] == rows[-1]["time_to"] == found and before["time_to"] is None
+    assert before["minutes"] < last["minutes"] <= manifest["minutes"]
+    assert manifest["step"] == last["step"] < 150 and last["stage"] == 3
+    code, out, _ = train(*flags, "--time_to=0.9", "--resume")  # nothing more to do
+    assert code == 0 and "time to 90.0%:" in out
+    assert checkpoint.read_manifest(checkpoint.find("run"))["step"] == last["step"]
+
+
 def start(tiny, *argv, **kwargs):
     command = [sys.executable, str(ROOT / "train.py"), tiny, *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -419,6 +443,9 @@ def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
         (["--stop=classifier", "--method=cot"], "cot feeds none back"),
         (["--stop=classifier", "--method=pause_as_thought"], "feeds none back"),
         (["--method=soft_thought", "--soft_top_k=100000"], "more than the vocabulary"),
+        (["--thoughts=jacobi", "--method=cot"], "cot feeds none back"),
+        (["--jacobi_iterations=2"], "Use --thoughts=jacobi"),
+        (["--time_to=0.97"], "Give --eval_interval too"),
         (["--task=gsm8k"], "render='compact' is not for gsm8k"),
         (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
     ],
