@@ -192,6 +192,8 @@ def evaluate(job: Job, config: Table1Config) -> None:
             continue
         command = [sys.executable, str(ROOT / "bench/accuracy.py"), f"--checkpoint={job.folder}"]
         command += [f"--data={split}", f"--n={config.n}", f"--device={config.device}"]
+        # one limit for all cells, whatever a run's own: some written chains never end
+        command.append("--max_new_tokens=128")
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise UserError(
