@@ -8,9 +8,9 @@ import torch
 
 from nanococonut.curriculum import Curriculum, asking
 from nanococonut.data.prosqa import compact_question, parse_question
-from nanococonut.engine import decode_step, latent_step, prefill
 from nanococonut.errors import UserError
 from nanococonut.model import GPT
+from nanococonut.steps import decode_step, latent_step, prefill
 from nanococonut.tokenizer import Tokenizer
 
 

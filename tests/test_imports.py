@@ -36,11 +36,12 @@ ALLOWED = {
     "jacobi": {"coconut", "curriculum", "model"},
     "ops": {"cache", "errors", "model"},
     "graphs": set(),
-    "engine": {"cache", "curriculum", "errors", "graphs", "model", "ops", "tokenizer"},
+    "steps": {"cache", "model", "ops"},
+    "engine": {"curriculum", "errors", "graphs", "model", "ops", "steps", "tokenizer"},
     "evaluate": {"curriculum", "data", "engine"},
     "tasks": {"config", "data"},
     "loader": {"config", "curriculum", "data", "errors", "tasks", "tokenizer"},
-    "nodes": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
+    "nodes": {"curriculum", "data", "errors", "model", "steps", "tokenizer"},
     "checkpoint": {"errors", "model", "tokenizer"},
 }
 

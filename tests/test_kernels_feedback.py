@@ -14,7 +14,7 @@ from kernels.feedback import embed, feedback
 from kernels.linear_residual import linear_residual
 from kernels.ln_linear_gelu import ln_linear_gelu
 from kernels.reference import embed_ref, feedback_ref
-from nanococonut import engine
+from nanococonut import steps
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -120,9 +120,9 @@ def engines_chain(model, cache, state, n, token, active):
     """The same by the engine's torch path."""
     said = []
     for _ in range(n):
-        state = engine.latent_step(model, cache, state, active)
+        state = steps.latent_step(model, cache, state, active)
         said.append(state.hidden)
-    state = engine.decode_step(model, cache, token, state)
+    state = steps.decode_step(model, cache, token, state)
     return torch.stack([*said, state.hidden])
 
 
@@ -131,16 +131,16 @@ def prefilled(dtype, lengths, device, **shape):
     model = random_gpt(**shape).to(device)
     idx = torch.randint(0, 41, (len(lengths), max(lengths)), device=device)
     cache = model.new_cache(len(lengths), max(lengths) + 8)
-    state = engine.prefill(model, cache, idx, torch.tensor(lengths, device=device))
+    state = steps.prefill(model, cache, idx, torch.tensor(lengths, device=device))
     model, cache.data = model.to(dtype), cache.data.to(dtype)
-    state = engine.State(state.hidden.to(dtype), state.prev.to(dtype), state.span)
+    state = steps.State(state.hidden.to(dtype), state.prev.to(dtype), state.span)
     return model, cache, state, torch.randint(0, 41, (len(lengths),), device=device)
 
 
 def compare(model, cache, state, token, n, active, form):
     exact, exact_cache = copy.deepcopy(model).double(), copy.deepcopy(cache)
     exact_cache.data = exact_cache.data.double()
-    exact_state = engine.State(state.hidden.double(), state.prev.double(), state.span)
+    exact_state = steps.State(state.hidden.double(), state.prev.double(), state.span)
     truth = engines_chain(exact, exact_cache, exact_state, n, token, active)
     usual_cache = copy.deepcopy(cache)
     usual = engines_chain(model, usual_cache, state, n, token, active)
