@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, device, hub, jacobi
+from nanococonut import checkpoint, coconut, device, hub, jacobi, sharding
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import METHODS, collate, n_labels, schedule, unused
@@ -136,6 +136,15 @@ def main() -> None:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer).to(where)
+    if manifest:
+        checkpoint.load_weights(model, folder)
+    if config.shard:
+        if ranks.world == 1:
+            raise UserError(
+                "--shard has nobody to share with: this is one process.\n"
+                "Start several, torchrun --nproc_per_node=8 train.py ..., or leave it out."
+            )
+        sharding.shard(model)
     optimizers = build_optimizers(config, model)
     passes = {"iterations": config.jacobi_iterations, "latent": tokenizer.latent}
     think = partial(jacobi.think, **passes) if config.thoughts == "jacobi" else coconut.think
@@ -157,7 +166,6 @@ def main() -> None:
     at |= {"seconds": 0.0, "trained": stages[0].index}  # the stage of the last step taken
     at["time_to"] = None  # the first validation of the final stage that was good enough
     if manifest:
-        checkpoint.load_weights(model, folder)
         checkpoint.load_optimizers(optimizers, folder)
         at |= manifest["progress"]
         console.print(f"going on with {out} at step {at['step']} of {total}", markup=False)
@@ -173,10 +181,9 @@ def main() -> None:
     best_step = manifest.get("best_step", -1) if manifest else -1
 
     def save() -> None:
-        if not all(torch.isfinite(p).all() for p in model.parameters()):
+        mine = (p.to_local() if config.shard else p for p in model.parameters())
+        if any(ranks.total([not all(torch.isfinite(p).all() for p in mine)])):
             diverged("weights")
-        if ranks.rank:
-            return
         at["recent"] = list(recent)
         checkpoint.save(
             out,
@@ -200,6 +207,7 @@ def main() -> None:
                 "processes": ranks.world,
                 "progress": at,
             },
+            writes=ranks.rank == 0,
         )
 
     def diverged(what: str) -> None:
@@ -223,7 +231,7 @@ def main() -> None:
     def validate(stage: int) -> dict:
         n, row = curriculum.thoughts_at(stage), {"stage": stage}
         engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
-        with autocast:
+        with autocast, sharding.whole(model) if config.shard else nullcontext():
             for split, rows in splits.items():
                 right, tokens = 0, 0
                 if mine := ranks.share(rows):
@@ -318,6 +326,8 @@ def main() -> None:
             # dropout; no state to keep
             torch.manual_seed(ranks.seed(config.seed * 1_000_003 + at["step"]))
             loss, right, counted = 0.0, 0, 0
+            if config.shard:
+                sharding.gather(model)
             for row_stages, batch in batches:
                 batch = batch.to(where)
                 with autocast:
@@ -333,8 +343,10 @@ def main() -> None:
                 of_stage = torch.tensor([s == stage for s in row_stages], device=where)
                 right += int((coconut.right_rows(logits, batch.targets) & of_stage).sum())
                 counted += int(of_stage.sum())
+            if config.shard:
+                sharding.reduce(model)
             loss, right, counted, ending = ranks.sum_gradients(
-                model.parameters(), [loss, right, counted, len(stop)]
+                [] if config.shard else model.parameters(), [loss, right, counted, len(stop)]
             )
             if not math.isfinite(loss):
                 diverged("loss")

@@ -98,13 +98,25 @@ def logged_step(line: str) -> float:
         return float("inf")
 
 
-def _optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    return {
-        f"{o}.{i}.{name}": tensor
+def tensors(
+    model: nn.Module, optimizers: Sequence[Optimizer], keep: bool = True
+) -> dict[str, dict[str, Tensor]]:
+    """File -> name -> tensor on the CPU: all that a checkpoint holds. Those that several processes
+    have in shares (sharding.py) are put together, so all of them call this; keep: this one wants
+    the result."""
+    found: dict[str, dict[str, Tensor]] = {WEIGHTS: {}} | ({OPTIMIZER: {}} if optimizers else {})
+    entries = [(WEIGHTS, name, tensor) for name, tensor in model.state_dict().items()]
+    entries += [
+        (OPTIMIZER, f"{o}.{i}.{name}", tensor)
         for o, optimizer in enumerate(optimizers)
         for i, entry in optimizer.state_dict()["state"].items()
         for name, tensor in entry.items()
-    }
+    ]
+    for file, name, tensor in entries:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if keep:
+            found[file][name] = whole.detach().contiguous().cpu()
+    return found
 
 
 def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
@@ -112,24 +124,29 @@ def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for key, tensor in load_file(folder / OPTIMIZER).items():
         o, i, name = key.split(".", 2)
+        parameter = [p for group in optimizers[int(o)].param_groups for p in group["params"]][
+            int(i)
+        ]
+        if hasattr(parameter, "full_tensor") and tensor.shape == parameter.shape:
+            from torch.distributed.tensor import distribute_tensor  # slow to import
+
+            mesh, placements = parameter.device_mesh, parameter.placements
+            tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements)
         states[int(o)].setdefault(int(i), {})[name] = tensor
     for optimizer, state in zip(optimizers, states, strict=True):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def write(
-    folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], manifest: dict[str, Any]
-) -> None:
-    """One complete checkpoint at `folder`, which must not exist. UserError if it cannot be kept."""
+def write(folder: Path, found: dict[str, dict[str, Tensor]], manifest: dict[str, Any]) -> None:
+    """One complete checkpoint of `tensors` at `folder`, which must not exist. UserError if it
+    cannot be kept."""
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-        save_file(weights, temporary / WEIGHTS)
-        if optimizers:
-            save_file(_optimizer_tensors(optimizers), temporary / OPTIMIZER)
+        for name, part in found.items():
+            save_file(part, temporary / name)
         files = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, **manifest, **provenance(), "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -159,12 +176,17 @@ def save(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     manifest: dict[str, Any],
+    writes: bool = True,
 ) -> Path:
     """Write run/step_<step>, then drop the older ones but for the one before, in case this one
-    turns out to be where a run went wrong, and the manifest's best_step."""
+    turns out to be where a run went wrong, and the manifest's best_step. Of several processes all
+    call it, and one writes."""
     folder = run / f"step_{step:08d}"
+    found = tensors(model, optimizers, writes)
+    if not writes:
+        return folder
     if not (folder / MANIFEST).is_file():
-        write(folder, model, optimizers, manifest | {"step": step})
+        write(folder, found, manifest | {"step": step})
     for old in steps_in(run)[:-2]:
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
             shutil.rmtree(old, ignore_errors=True)
@@ -231,6 +253,7 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
 
 # what a resumed run may be told anew: it does not change the run's bits
 FREE = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size", "time_to"}
+FREE |= {"shard"}  # but for rounding: as the number of processes
 
 
 def same_settings(manifest: dict[str, Any], config: dict[str, Any], run: Path) -> None:
@@ -288,7 +311,7 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     kept["config"] = kept["config"] | {"out_dir": None}  # where it lay is nobody's business
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    write(fresh, model.to(torch.bfloat16), [], kept | {"trained_with": trained})
+    write(fresh, tensors(model.to(torch.bfloat16), []), kept | {"trained_with": trained})
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
     return target

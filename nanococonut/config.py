@@ -185,6 +185,9 @@ class TrainConfig:
     eval_batch_size: int = opt(100, "rows validated at once", at_least=1)
     max_new_tokens: int = opt(128, "longest generated answer", at_least=1)
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    shard: bool = opt(
+        False, "several processes: each keeps a share of weights and moments (FSDP2, for gpt2-xl)"
+    )
     dtype: str = opt(
         "auto", "forward pass: bfloat16 autocast, or float32, or that with tf32 products on a GPU "
         "(auto: bfloat16 on a GPU)", choices=("auto", "float32", "tf32", "bfloat16"),
@@ -222,6 +225,11 @@ class TrainConfig:
             raise UserError(
                 f"jacobi_iterations={self.jacobi_iterations} is for parallel thoughts, thoughts is "
                 f"{self.thoughts!r}.\nUse --thoughts=jacobi, or leave it out."
+            )
+        if self.shard and self.optimizer == "muon":
+            raise UserError(
+                "--shard keeps a share of every matrix, and optimizer='muon' needs whole ones.\n"
+                "Use --optimizer=adamw, or leave --shard out."
             )
         if self.start_stage > self.max_latent_stage + 1:
             raise UserError(

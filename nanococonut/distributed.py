@@ -84,6 +84,8 @@ class Ranks:
         if self.world == 1:
             return values
         parameters = list(parameters)
+        if not parameters:
+            return self.total(values)
         sizes = [p.numel() for p in parameters]
         riders = [float(p.grad is not None) for p in parameters] + list(values)
         flat = torch.cat(

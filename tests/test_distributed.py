@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from nanococonut import checkpoint, coconut
 from nanococonut.distributed import Ranks
@@ -122,6 +123,25 @@ def test_two_processes_train_what_one_trains(script):
     assert (codes, err) == ([0, 0], "") and out.count("ask it: python sample.py") == 1
     assert_same("two", "one")
     assert checkpoint.read_manifest(checkpoint.find("two"))["processes"] == 2
+
+
+def test_shares_of_the_weights_train_what_whole_ones_do(script):
+    """In shares from and to checkpoints that are whole."""
+    import torch.distributed.fsdp  # noqa: F401 - once here, not in each process
+
+    flags = ["--method=projected", "--stop=classifier", "--eval_interval=4"]
+    assert script("tiny.py", "--out_dir=whole", *flags, "--max_steps=20")[0] == 0
+    assert script("tiny.py", "--out_dir=run", *flags, "--max_steps=6")[0] == 0
+    codes, _, err = Run(2, "--out_dir=run", *flags, "--shard", "--max_steps=20", "--resume").end()
+    assert codes == [0, 0], err
+    assert_same("run", "whole")
+    for file in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+        run, whole = (load_file(checkpoint.find(name) / file) for name in ("run", "whole"))
+        assert run.keys() == whole.keys()
+        for name in run:  # stop's loss is a mean over each micro-batch, and these are others
+            if file == checkpoint.WEIGHTS and not name.startswith("stop."):
+                torch.testing.assert_close(run[name], whole[name], rtol=1e-3, atol=1e-5)
+            assert run[name].shape == whole[name].shape
 
 
 def test_torchrun(script):

@@ -34,6 +34,7 @@ ALLOWED = {
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model"},
     "jacobi": {"coconut", "curriculum", "model"},
+    "sharding": {"model"},
     "ops": {"cache", "errors", "model"},
     "graphs": set(),
     "steps": {"cache", "model", "ops"},

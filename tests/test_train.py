@@ -444,6 +444,8 @@ def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
         (["--stop=classifier", "--method=pause_as_thought"], "feeds none back"),
         (["--method=soft_thought", "--soft_top_k=100000"], "more than the vocabulary"),
         (["--thoughts=jacobi", "--method=cot"], "cot feeds none back"),
+        (["--shard"], "this is one process"),
+        (["--shard", "--optimizer=muon"], "Use --optimizer=adamw"),
         (["--jacobi_iterations=2"], "Use --thoughts=jacobi"),
         (["--time_to=0.97"], "Give --eval_interval too"),
         (["--task=gsm8k"], "render='compact' is not for gsm8k"),
