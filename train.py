@@ -252,6 +252,9 @@ def main() -> None:
                     row |= {f"{split}_as_trained": right / len(rows)}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
 
+    def measured(row: dict, split: str) -> float:
+        return row.get(f"{split}_as_trained", row[f"{split}_accuracy"])
+
     def reached() -> bool:
         return bool(at["time_to"] and 0 < config.time_to <= at["time_to"]["accuracy"])
 
@@ -390,17 +393,18 @@ def main() -> None:
             if (ended and not by_epoch) or due:
                 row = validate(stage)
                 log(row)
-                if last and row["valid_accuracy"] > at["best"]:
-                    at["best"], best_step = row["valid_accuracy"], at["step"]
-                if last and 0 < config.time_to <= row["valid_accuracy"]:
-                    at["time_to"] = {"wanted": config.time_to, "accuracy": row["valid_accuracy"]}
+                accuracy = measured(row, "valid")
+                if last and accuracy > at["best"]:
+                    at["best"], best_step = accuracy, at["step"]
+                if last and 0 < config.time_to <= accuracy:
+                    at["time_to"] = {"wanted": config.time_to, "accuracy": accuracy}
                     at["time_to"] |= {"minutes": row["minutes"], "step": at["step"]}
                     log({"time_to": at["time_to"]})
                 if ended or reached():
                     at["table"].append(row)
                 console.print(
                     f"step {at['step']} stage {stage}: "
-                    + " ".join(f"{s} {row[f'{s}_accuracy']:.3f}" for s in splits)
+                    + " ".join(f"{s} {measured(row, s):.3f}" for s in splits)
                 )
             if ended and not last:
                 at["stage"] += 1
@@ -432,7 +436,7 @@ def main() -> None:
     for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
         table.add_column(heading, justify="right")
     for row in at["table"]:
-        accuracies = [f"{row[f'{split}_accuracy']:.1%}" for split in splits]
+        accuracies = [f"{measured(row, split):.1%}" for split in splits]
         tokens = f"{row['valid_tokens']:.1f}"
         minutes = f"{row['minutes']:.1f}"
         table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
@@ -447,6 +451,9 @@ def main() -> None:
             shares = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
             console.print(f"  no model, {rule}: {', '.join(shares)}")
     thoughts = curriculum.thoughts_at(at["trained"])
+    if 0 < config.jacobi_iterations < thoughts:
+        print(f"trained with {config.jacobi_iterations} passes for {thoughts} thoughts: not to ask")
+        return
     print(f"ask it: python sample.py --out_dir {out} --latent {thoughts}")
 
 

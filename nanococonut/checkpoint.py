@@ -287,9 +287,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Model (eval mode), tokenizer and manifest of a checkpoint or of a run's best one."""
+    """Model (eval mode), tokenizer and manifest of a checkpoint or of a run's best one.
+
+    UserError where its thoughts were trained in fewer parallel passes than there are thoughts: had
+    one by one, as here, they are not the ones it learnt (jacobi.py)."""
     folder = find(path, best=True)
     manifest = verify(folder)
+    passes, n = manifest["config"].get("jacobi_iterations", 0), manifest["n_thoughts"]
+    if 0 < passes < n:
+        raise UserError(
+            f"{folder} was trained to have its {n} thoughts in {passes} parallel passes; here they "
+            "are had one by one, and are others.\nHow good it is stands in the run's metrics.jsonl "
+            "as valid_as_trained."
+        )
     try:
         model = GPT(GPTConfig(**manifest["model"]))
         tokenizer = Tokenizer.from_spec(manifest["tokenizer"])

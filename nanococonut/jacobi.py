@@ -4,9 +4,9 @@ After "Parallel Continuous Chain-of-Thought with Jacobi Iteration" (arXiv 2506.1
 by one are a recurrence; here every slot starts as the <latent> token's embedding, and each pass
 takes the hidden states of the pass before, one slot to the left, as its inputs. The first slot's
 input is exact from the start, so pass k makes thought k exact, and n passes make all n: the same
-values and the same gradients as coconut.think. Fewer passes make another model, which is trained
-for them. Inference (engine.py) has thoughts one by one always; `right` is how such a model does in
-the passes it was trained with.
+values and the same gradients as coconut.think. Fewer passes make another model: asked with thoughts
+one by one, the only way engine.py has, a model trained so answers far worse (docs/LOG.md). Its
+validation is therefore `right`, in the passes it was trained with, and checkpoint.load refuses it.
 """
 
 from collections.abc import Iterable

@@ -93,3 +93,7 @@ def test_train_has_parallel_thoughts(script, tmp_path):
     assert losses["few"][3] != pytest.approx(losses["all"][3], abs=1e-5)
     assert [r["thoughts"] for r in logs["few"] if "valid_as_trained" in r] == [2, 2]
     assert not any("valid_as_trained" in r for r in logs["all"])
+    for name in ("few", "all"):  # inference has thoughts one by one
+        code, _, err = script(f"--out_dir={name}", "--max_new_tokens=2", script="sample.py")
+        assert (code, "in 1 parallel passes" in err) == ((2, True) if name == "few" else (0, False))
+        assert err.count("\n") <= 2
