@@ -230,8 +230,8 @@ def main() -> None:
 
     def validate(stage: int) -> dict:
         n, row = curriculum.thoughts_at(stage), {"stage": stage}
-        engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
         with autocast, sharding.whole(model) if config.shard else nullcontext():
+            engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
             for split, rows in splits.items():
                 right, tokens = 0, 0
                 if mine := ranks.share(rows):

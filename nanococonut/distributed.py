@@ -28,8 +28,9 @@ SPREAD = 0x9E3779B1  # between two processes' seeds; odd, and torch's CPU genera
 
 
 def _launched() -> bool:
-    """By torchrun, or anything that sets the same variables, and not alone."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """By torchrun, or anything that sets the same variables, and not alone. Cluster nodes may have
+    the others set without it."""
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
