@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, device, hub
+from nanococonut import checkpoint, coconut, device, hub, ops
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import collate, schedule
@@ -121,6 +121,7 @@ def main() -> None:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer).to(where)
+    kernels, why_kernels = ops.choose_training(config.kernels, model)
     optimizers = build_optimizers(config, model)
 
     # -- the schedule, in steps
@@ -173,6 +174,7 @@ def main() -> None:
                 "fell_back": fell_back,
                 "minutes": at["seconds"] / 60,
                 "device": str(where),
+                "kernels": kernels,
                 "threads": torch.get_num_threads(),
                 "progress": at,
             },
@@ -226,7 +228,7 @@ def main() -> None:
     console.print(show(config), markup=False)
     console.print(
         f"  {model.n_params():,} parameters on {where}, {epochs.n_rows:,} rows an epoch, "
-        f"{total:,} steps, run kept in {out}",
+        f"{total:,} steps, run kept in {out}\n  kernels: {kernels} ({why_kernels})",
         markup=False,
     )
 
@@ -282,9 +284,9 @@ def main() -> None:
             for row_stages, batch in batches:
                 batch = batch.to(where)
                 with autocast:
-                    thinking = coconut.think(model, batch)
-                    logits = coconut.answer(model, batch, thinking)
-                part = coconut.loss_sum(logits, batch.targets) / n_labels
+                    thinking = coconut.think(model, batch, kernels)
+                    summed, right_rows = coconut.loss(model, batch, thinking)
+                part = summed / n_labels
                 loss += part.item()
                 if model.stop is not None:
                     with autocast:
@@ -292,7 +294,7 @@ def main() -> None:
                     part = part + watcher * len(row_stages) / len(mine)
                 part.backward()
                 of_stage = torch.tensor([s == stage for s in row_stages], device=where)
-                right += int((coconut.right_rows(logits, batch.targets) & of_stage).sum())
+                right += int((right_rows & of_stage).sum())
                 counted += int(of_stage.sum())
             if not math.isfinite(loss):
                 diverged("loss")

@@ -230,7 +230,7 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
 
 
 # what a resumed run may be told anew: it does not change the run's bits
-FREE = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size"}
+FREE = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size", "kernels"}
 
 
 def same_settings(manifest: dict[str, Any], config: dict[str, Any], run: Path) -> None:

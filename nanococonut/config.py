@@ -174,6 +174,11 @@ class TrainConfig:
         "auto", "forward pass: bfloat16 autocast, or float32 (auto: bfloat16 on a GPU)",
         choices=("auto", "float32", "bfloat16"),
     )  # fmt: skip
+    kernels: str = opt(
+        "auto", "thoughts' attention over the prefix and the head's loss by Triton or plain torch "
+        "(auto: Triton on a GPU without dropout)",
+        choices=("auto", "triton", "torch"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -31,7 +31,7 @@ ALLOWED = {
     "muon": set(),
     "build": {"config", "curriculum", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
-    "coconut": {"curriculum", "model"},
+    "coconut": {"curriculum", "model", "ops"},
     "ops": {"cache", "errors", "model"},
     "engine": {"cache", "model", "ops"},
     "evaluate": {"curriculum", "data", "engine", "errors", "model", "tokenizer"},
