@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, device, hub, jacobi, sharding
+from nanococonut import checkpoint, coconut, device, hub, jacobi, ops, sharding
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import METHODS, collate, n_labels, schedule, unused
@@ -138,6 +138,8 @@ def main() -> None:
     model = build_model(config, tokenizer).to(where)
     if manifest:
         checkpoint.load_weights(model, folder)
+    asked = "torch" if config.thoughts == "jacobi" else config.kernels
+    kernels, why_kernels = ops.choose_training(asked, model)
     if config.shard:
         if ranks.world == 1:
             raise UserError(
@@ -147,7 +149,8 @@ def main() -> None:
         sharding.shard(model)
     optimizers = build_optimizers(config, model)
     passes = {"iterations": config.jacobi_iterations, "latent": tokenizer.latent}
-    think = partial(jacobi.think, **passes) if config.thoughts == "jacobi" else coconut.think
+    one_by_one = partial(coconut.think, kernels=kernels)
+    think = partial(jacobi.think, **passes) if config.thoughts == "jacobi" else one_by_one
 
     # -- the schedule, in steps
     stages = schedule(
@@ -203,6 +206,7 @@ def main() -> None:
                 "minutes": at["seconds"] / 60,
                 "time_to": at["time_to"],
                 "device": str(where),
+                "kernels": kernels,
                 "threads": torch.get_num_threads(),
                 "processes": ranks.world,
                 "progress": at,
@@ -274,7 +278,7 @@ def main() -> None:
     console.print(show(config), markup=False)
     console.print(
         f"  {model.n_params():,} parameters on {where}, {epochs.n_rows:,} rows an epoch, "
-        f"{total:,} steps, run kept in {out}",
+        f"{total:,} steps, run kept in {out}\n  kernels: {kernels} ({why_kernels})",
         markup=False,
     )
 
@@ -335,8 +339,8 @@ def main() -> None:
                 batch = batch.to(where)
                 with autocast:
                     thinking = think(model, batch)
-                    logits = coconut.answer(model, batch, thinking)
-                part = coconut.loss_sum(logits, batch.targets) / labels
+                    summed, right_rows = coconut.loss(model, batch, thinking)
+                part = summed / labels
                 loss += part.item()
                 if model.stop is not None:
                     with autocast:
@@ -344,7 +348,7 @@ def main() -> None:
                     part = part + watcher * len(row_stages) / len(mine)
                 part.backward()
                 of_stage = torch.tensor([s == stage for s in row_stages], device=where)
-                right += int((coconut.right_rows(logits, batch.targets) & of_stage).sum())
+                right += int((right_rows & of_stage).sum())
                 counted += int(of_stage.sum())
             if config.shard:
                 sharding.reduce(model)

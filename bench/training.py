@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 import torch
 from safetensors.torch import save_file
 
-from nanococonut import checkpoint, coconut
+from nanococonut import checkpoint, coconut, ops
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
 from nanococonut.curriculum import IGNORE, Batch, collate, layout
@@ -65,6 +65,7 @@ class StepConfig:
     released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
     device: str = opt("cpu", "where", choices=("cpu", "cuda"))
     dtype: str = opt("float32", "forward pass", choices=("float32", "bfloat16"))
+    kernels: str = opt("auto", "as train.py's", choices=("auto", "triton", "torch"))
     out: str | None = opt(None, "append the JSON row to this file")
 
     def __post_init__(self) -> None:
@@ -170,6 +171,7 @@ class Ours:
         self.model.ln_f.register_forward_hook(lambda *_: self._lap())
         self.laps: list[Any] = []
         self.optimizers = build_optimizers(recipe, self.model)
+        self.kernels, self.why_kernels = ops.choose_training(bench.kernels, self.model)
 
     def _lap(self) -> None:
         """The time now; on a GPU as an event in its queue, so that nobody waits for it."""
@@ -184,8 +186,8 @@ class Ours:
         """Loss and norm of the gradient on the first batch, without dropout."""
         self.model.eval()
         batch = self.rows.collate(0).to(self.device)
-        logits = coconut.forward(self.model, batch)
-        loss = coconut.loss_sum(logits, batch.targets) / batch.n_labels
+        thinking = coconut.think(self.model, batch, self.kernels)
+        loss = coconut.loss(self.model, batch, thinking)[0] / batch.n_labels
         loss.backward()
         norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
         self.model.zero_grad()
@@ -199,9 +201,10 @@ class Ours:
         batch = self.rows.collate(i).to(self.device)
         self._lap()
         with self.autocast:
-            logits = coconut.forward(self.model, batch)  # a lap for each block and thought
-        loss = coconut.loss_sum(logits, batch.targets) / batch.n_labels
-        coconut.right_rows(logits, batch.targets).sum()
+            thinking = coconut.think(self.model, batch, self.kernels)  # a lap for each thought
+            loss, right = coconut.loss(self.model, batch, thinking)
+        loss = loss / batch.n_labels
+        right.sum()
         self._lap()
         loss.backward()
         loss.item()
@@ -344,6 +347,7 @@ def main() -> None:
 
     rows = Rows(bench, recipe)
     ours = Ours(bench, recipe, rows)
+    print(f"kernels: {ours.kernels} ({ours.why_kernels})")
     released = start_released(bench, recipe, ours) if bench.released else None
 
     parts, theirs = [], []
@@ -362,6 +366,7 @@ def main() -> None:
         "parameters": ours.model.n_params(),
         **{k: v for k, v in asdict(bench).items() if k in ("batch_size", "latent", "repeats")},
         "dtype": bench.dtype,
+        "kernels": ours.kernels,
         "rows_per_s": spread([bench.batch_size / s for s in seconds], 2),
         "step_ms": spread([s * 1000 for s in seconds], 3),
         "parts_ms": {name: spread([part[name] * 1000 for part in parts], 3) for name in PARTS},

@@ -16,6 +16,8 @@ shapes only, how many have keys is read from the device: a captured graph stays 
     latent_attention      inference: a raw launch, nothing saved, scratch made once by the caller
     latent_attention_lse  training: a torch.library op with autograd, also returns log-sum-exp
     latent_attention_backward_  its backward, which adds into dk and dv
+    latent_attention_pass  training: one of several passes over a cache, whose backwards add to one
+                           dk and dv
 
 Bytes: K and V up to each row's length, once; the rest is small. Backward: K and V read, dk and dv
 read and written.
@@ -27,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TILE = 2048  # elements of K (and V) per step of the loop: 16 of each for every thread
 MAX_SPLITS = 32
@@ -418,6 +421,57 @@ def _backward(ctx, grad, grad_lse):
 
 
 latent_attention_lse.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _to_add_to(grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient that may be written to: what another pass made, else a copy."""
+    if grad is None:  # nothing has read what the last pass returned
+        return torch.zeros_like(like)
+    if not torch.compiler.is_compiling() and getattr(grad, "made_by_a_pass", False):
+        return grad
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
+class _Pass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, lengths, splits):
+        out, lse = latent_attention_lse(q, k, v, lengths, splits)
+        ctx.splits = splits
+        ctx.save_for_backward(q, k, v, lengths, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse, k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_lse, dk, dv):
+        q, k, v, lengths, out, lse = ctx.saved_tensors
+        dk, dv = (_to_add_to(x, k) for x in (dk, dv))
+        grad = torch.zeros_like(out) if grad is None else grad
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        dq = latent_attention_backward_(
+            grad, grad_lse, q, k, v, lengths, out, lse, dk, dv, ctx.splits
+        )
+        if not torch.compiler.is_compiling():
+            dk.made_by_a_pass = dv.made_by_a_pass = True
+        return dq, dk, dv, None, None
+
+
+def latent_attention_pass(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, splits: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As latent_attention_lse, for n passes over the same k and v -> out, lse, k, v. The next pass
+    takes the k and v that this one returns, and so does whatever else reads them last.
+
+    They are the same memory. What differs is their gradient: backward goes through the passes in
+    reverse, and each adds to the dk and dv that the one behind it made, in place, and hands them
+    on. So there is one buffer for all passes and no state but autograd's graph: two graphs cannot
+    mix theirs; retain_graph, partial gradients and torch.utils.checkpoint are as anywhere else.
+    torch.compile(fullgraph=True) takes it, and copies dk and dv where it cannot prove what we know.
+
+    dk and dv are in k's dtype, rounded once a pass, as autograd's own sum of n of them would be.
+    No second derivative.
+    """
+    return _Pass.apply(q, k, v, lengths, splits)
 
 
 def aot_cases(hip: bool = False) -> list:

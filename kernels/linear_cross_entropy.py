@@ -35,6 +35,7 @@ def _softmax_cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_x
     label = tl.load(label_ptr + row).to(tl.int32)
+    counts = label != -100  # of those that do not: no loss, no gradient, right
     v = tl.arange(0, BLOCK_V)
 
     # per lane of the block, so that nothing crosses threads inside the loop
@@ -53,8 +54,8 @@ def _softmax_cross_entropy_kernel(
     known = (label >= 0) & (label < V)
     at_label = tl.load(x_ptr + label, mask=known, other=float("nan")).to(tl.float32)
     # best and total are kept apart: their sum would round by |best|, and every p of the row with it
-    tl.store(loss_ptr + row, best - at_label + tl.log(total))
-    tl.store(right_ptr + row, first == label)
+    tl.store(loss_ptr + row, tl.where(counts, best - at_label + tl.log(total), 0.0))
+    tl.store(right_ptr + row, (first == label) | ~counts)
 
     if GRAD:
         share = 1.0 / total
@@ -62,6 +63,7 @@ def _softmax_cross_entropy_kernel(
         for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
             x = _logits(x_ptr, start + v, V, stride_x)
             grad = tl.exp(x - best) * share - tl.where(start + v == label, 1.0, 0.0)
+            grad = tl.where(counts, grad, 0.0)
             tl.store(x_ptr + start + v, grad.to(x_ptr.dtype.element_ty), mask=start + v < stride_x)
 
 
@@ -89,22 +91,35 @@ def _rows_triton(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Te
 def _rows_torch(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
     x = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     loss = F.cross_entropy(x, labels, reduction="none")
-    right = x.argmax(-1) == labels
+    none = labels == IGNORE
+    right = (x.argmax(-1) == labels) | none
     if grad:
         p = x.softmax(-1)
-        p[torch.arange(len(p), device=p.device), labels] -= 1
-        logits.copy_(p)
+        p[torch.arange(len(p), device=p.device), labels.masked_fill(none, 0)] -= 1
+        logits.copy_(p.masked_fill_(none[:, None], 0.0))
     return loss, right
 
 
 @torch.library.custom_op("nanococonut::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    h: Tensor, w: Tensor, targets: Tensor, chunk: int, kernel: bool, grad_h: bool, grad_w: bool
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    n_labels: int,
+    chunk: int,
+    kernel: bool,
+    grad_h: bool,
+    grad_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), right (N,), dh like h or (0,), dw like w or (0,): gradients of the loss."""
     V, wide = w.shape[0], h.dtype in (torch.float32, torch.float64)
     w_h = w.to(h.dtype)
-    at = (targets != IGNORE).nonzero()[:, 0]  # the host waits here, once per call
+    none = targets == IGNORE
+    if n_labels < 0:
+        n_labels = int((~none).sum())  # the host waits here
+    elif not h.is_cuda and n_labels < (found := int((~none).sum())):  # a GPU is not asked
+        raise ValueError(f"n_labels={n_labels}, and {found} targets are not {IGNORE}")
+    at = none.int().argsort(stable=True)[:n_labels]
     rows, labels = h[at], targets[at]
     right = torch.ones(len(h), dtype=torch.bool, device=h.device)
     losses = h.new_zeros(len(at), dtype=h.dtype if wide else torch.float32)
@@ -123,12 +138,15 @@ def _linear_cross_entropy(
         if grad_h:
             dh[at[part]] = logits @ w_h
         if grad_w:
-            dw += logits.t() @ x
+            if dw.dtype == x.dtype:
+                dw.addmm_(logits.t(), x)
+            else:
+                dw += logits.t() @ x
     return losses.sum(), right, dh, dw.to(w.dtype)
 
 
 @_linear_cross_entropy.register_fake
-def _(h, w, targets, chunk, kernel, grad_h, grad_w):
+def _(h, w, targets, n_labels, chunk, kernel, grad_h, grad_w):
     loss = h.new_empty((), dtype=torch.promote_types(h.dtype, torch.float32))
     right = torch.empty(h.shape[0], dtype=torch.bool, device=h.device)
     dh = torch.empty_like(h) if grad_h else h.new_empty(0)
@@ -146,14 +164,19 @@ def _backward(ctx, grad, *_):
     dh, dw = ctx.saved_tensors
     dh = (dh * grad).to(dh.dtype) if ctx.grad_h else None
     dw = (dw * grad).to(dw.dtype) if ctx.grad_w else None
-    return dh, dw, None, None, None, None, None
+    return dh, dw, None, None, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(
-    h: Tensor, w: Tensor, targets: Tensor, chunk: int = CHUNK, kernel: bool | None = None
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    chunk: int = CHUNK,
+    kernel: bool | None = None,
+    n_labels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states h (N, C), head w (V, C), targets (N,) int64 -> the summed cross-entropy (), in
     fp32 (fp64 for fp64), and right (N,) bool: whether each label is the most probable token (of
@@ -162,7 +185,8 @@ def linear_cross_entropy(
     Rows whose target is -100 cost nothing, have no loss, and count as right. Products are in h's
     dtype (autocast's, under autocast) and accumulate in fp32; w may be fp32 then, and its gradient
     is w's dtype. chunk: rows whose logits exist at once. kernel: Triton (None: on a GPU) or torch.
-    A label outside the vocabulary gives a loss of NaN (Triton) or an error (torch).
+    A label outside the vocabulary gives a loss of NaN (Triton) or an error (torch). n_labels: how
+    many targets are not -100, at most, where the host knows: it then waits for no GPU.
 
     Gradients are made in this call unless grad mode is off: evaluate under torch.no_grad(). The
     gradient of the logits is in h's dtype and not scaled by what comes after the sum.
@@ -180,7 +204,7 @@ def linear_cross_entropy(
         kernel = h.is_cuda and h.dtype != torch.float64  # the kernel's sums are fp32
     grads = torch.is_grad_enabled()
     loss, right, _, _ = _linear_cross_entropy(
-        h, w, targets, chunk, kernel,
+        h, w, targets, -1 if n_labels is None else n_labels, chunk, kernel,
         grads and h.requires_grad, grads and w.requires_grad,
     )  # fmt: skip
     return loss, right

@@ -10,6 +10,9 @@ behind the thoughts reaches every thought. What else may be fed back stands in m
 Each block keeps its own keys and values, so nothing saved for backward is ever written to. Row b
 has n_thoughts[b] <= n thoughts; after them it is inactive: its slots are masked for whatever comes
 later, and its suffix follows its last real token directly.
+
+With kernels="triton" a thought's attention over the prefix is one kernel. The prefix then counts as
+a single key among the thoughts': its score is the log-sum-exp, its value the output.
 """
 
 from dataclasses import dataclass
@@ -19,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.curriculum import Batch
+from nanococonut import ops
+from nanococonut.curriculum import IGNORE, Batch
 from nanococonut.model import GPT, causal_attention
 
 
@@ -27,24 +31,34 @@ class BlockMemory:
     """Keys and values of the blocks so far, and attention of a new block to them and itself.
 
     Scores are concatenated, never the keys: the prefix's are the bulk and stay where they are.
+    Raises ValueError for kernels="triton" with dropout, which the kernel has not.
     """
 
-    def __init__(self, n_layer: int, prefix_valid: Tensor, dropout: float) -> None:
+    def __init__(
+        self, n_layer: int, length: Tensor, prefix_valid: Tensor, dropout: float, kernels: str
+    ) -> None:
+        if kernels == "triton" and dropout:
+            raise ValueError(f"dropout={dropout} in attention is for kernels='torch'")
         self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer (B, nh, Tp, hs)
         self.k: list[list[Tensor]] = [[] for _ in range(n_layer)]  # thoughts: (B, nh, 1, hs)
         self.v: list[list[Tensor]] = [[] for _ in range(n_layer)]
-        self.prefix_valid = prefix_valid  # (B, Tp) bool
+        self.length, self.prefix_valid = length, prefix_valid  # (B,), (B, Tp) bool
         self.dropout = dropout
+        self.triton = kernels == "triton"
 
-    def valid(self, thoughts: int, taken: Tensor) -> Tensor:
-        """(B, Tp + thoughts) bool: the prefix's keys, and of `thoughts` columns the first taken."""
+    def valid(self, thoughts: int, taken: Tensor, as_one: bool = False) -> Tensor:
+        """(B, Tp + thoughts) bool: the prefix's keys, and of `thoughts` columns the first taken.
+        as_one: the whole prefix is a single key, always seen."""
         column = torch.arange(thoughts, device=taken.device)
-        return torch.cat([self.prefix_valid, column < taken[:, None]], dim=1)
+        prefix = self.prefix_valid[:, :1] if as_one else self.prefix_valid
+        return torch.cat([prefix, column < taken[:, None]], dim=1)
 
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # contiguous once here, or every thought's matrix products would each copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
         if q.shape[2] == 1:  # the last layer: only the last token of each row asks
+            if self.triton:
+                return self._ask_prefix(layer, q)[1]
             seen = self.prefix_valid[:, None, None]
             return F.scaled_dot_product_attention(q, k, v, seen, self.dropout)
         return causal_attention(layer, q, k, v, self.dropout)
@@ -52,21 +66,32 @@ class BlockMemory:
     def attend_thought(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.k[layer].append(k)
         self.v[layer].append(v)
-        return self._attend(bias, q, [self.prefix[layer], self._thoughts(layer)])
+        prefix = self._ask_prefix(layer, q) if self.triton else self._scored(q, *self.prefix[layer])
+        return self._attend(bias, [prefix, self._scored(q, *self._thoughts(layer))])
 
     def attend_suffix(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         thoughts = [self._thoughts(layer)] if self.k[layer] else []
-        return self._attend(bias, q, [self.prefix[layer], *thoughts, (k, v)])
+        blocks = [self.prefix[layer], *thoughts, (k, v)]
+        return self._attend(bias, [self._scored(q, *block) for block in blocks])
 
     def _thoughts(self, layer: int) -> tuple[Tensor, Tensor]:
         return torch.cat(self.k[layer], dim=2), torch.cat(self.v[layer], dim=2)
 
-    def _attend(self, bias: Tensor, q: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """q (B, nh, T, hs) against blocks of keys and values; bias (B, 1, T or 1, all keys)."""
-        q = q * q.shape[-1] ** -0.5
-        scores = torch.cat([q @ k.transpose(2, 3) for k, _ in blocks], dim=-1) + bias
-        p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
-        parts = p.split([k.shape[2] for k, _ in blocks], dim=-1)
+    def _ask_prefix(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, nh, 1, hs) -> the prefix as one key: score (B, nh, 1, 1), value (B, nh, 1, hs)."""
+        out, lse, k, v = ops.prefix_attention(q[:, :, 0], *self.prefix[layer], self.length)
+        self.prefix[layer] = k, v  # backward goes through them to add to this pass's gradients
+        return lse[..., None, None], out[:, :, None]
+
+    def _scored(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, nh, T, hs) and keys (B, nh, n, hs) -> scores (B, nh, T, n), values."""
+        return (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3), v
+
+    def _attend(self, bias: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Blocks of scores and values; bias (B, 1, T or 1, all keys) -> (B, nh, T, hs)."""
+        scores = torch.cat([s for s, _ in blocks], dim=-1) + bias
+        p = F.dropout(scores.softmax(dim=-1).to(blocks[-1][1].dtype), self.dropout)
+        parts = p.split([s.shape[-1] for s, _ in blocks], dim=-1)
         return sum(part @ v for part, (_, v) in zip(parts, blocks, strict=True))
 
 
@@ -89,14 +114,15 @@ class Thinking:
     inputs: list[Tensor]
 
 
-def think(model: GPT, batch: Batch) -> Thinking:
-    """Prefill and thoughts. Differentiable; shapes depend on the batch's only."""
+def think(model: GPT, batch: Batch, kernels: str = "torch") -> Thinking:
+    """Prefill and thoughts. Differentiable; shapes depend on the batch's only. kernels: "torch" or
+    "triton", as ops.choose_training says."""
     B, Tp = batch.prefix.shape
     device = batch.prefix.device
     rows, last = torch.arange(B, device=device), batch.length - 1
 
     valid = torch.arange(Tp, device=device) < batch.length[:, None]
-    memory = BlockMemory(model.config.n_layer, valid, model.attn_dropout)
+    memory = BlockMemory(model.config.n_layer, batch.length, valid, model.attn_dropout, kernels)
     e = model.embed(batch.prefix)
     h = model.trunk(e, torch.arange(Tp, device=device), memory.attend_prefix, only=last)[:, 0]
     states, inputs = [h], [e[rows, last]]
@@ -104,7 +130,7 @@ def think(model: GPT, batch: Batch) -> Thinking:
     for i in range(batch.max_thoughts):
         active = i < batch.n_thoughts  # (B,)
         # an inactive row has no valid key of its own here; it still sees its prefix, so no NaN
-        bias = _bias(memory.valid(i + 1, batch.n_thoughts))[:, None, None, :]
+        bias = _bias(memory.valid(i + 1, batch.n_thoughts, memory.triton))[:, None, None]
         thought = model.feed_back(states[-1])
         pos = (batch.length + i).clamp(max=model.config.block_size - 1)
         attend = partial(memory.attend_thought, bias)
@@ -114,8 +140,8 @@ def think(model: GPT, batch: Batch) -> Thinking:
     return Thinking(memory, states, inputs)
 
 
-def read_suffix(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: int) -> Tensor:
-    """Logits (B, Ts, V) that predict batch.suffix: column j is read just before suffix token j.
+def suffix_states(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: int) -> Tensor:
+    """Hidden states (B, Ts, C) that predict batch.suffix: column j stands before suffix token j.
 
     taken (B,): how many of its thoughts each row answers after; thinking.states[n] is the state
     after them. Column 0 comes from the last prefix position or thought, so that methods without
@@ -124,7 +150,7 @@ def read_suffix(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: 
     Ts, device = batch.suffix.shape[1], batch.prefix.device
     h, prev, memory = thinking.states[n], thinking.inputs[n], thinking.memory
     if Ts == 1:  # a lone label: nothing is read behind it
-        return model.head(h[:, None])
+        return h[:, None]
     causal = torch.ones(Ts - 1, Ts - 1, dtype=torch.bool, device=device).tril()
     valid = memory.valid(batch.max_thoughts, taken)[:, None].expand(-1, Ts - 1, -1)
     seen = torch.cat([valid, causal.expand(len(taken), -1, -1)], dim=2)
@@ -132,7 +158,33 @@ def read_suffix(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: 
     pos = pos.clamp(max=model.config.block_size - 1)  # only padding is ever clamped
     attend = partial(memory.attend_suffix, _bias(seen)[:, None])
     out = model.trunk(model.embed(batch.suffix[:, :-1]), pos, attend, prev)
-    return model.head(torch.cat([h[:, None], out], dim=1))
+    return torch.cat([h[:, None], out], dim=1)
+
+
+def read_suffix(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: int) -> Tensor:
+    """Logits (B, Ts, V) that predict batch.suffix (see suffix_states)."""
+    return model.head(suffix_states(model, batch, thinking, taken, n))
+
+
+def loss(model: GPT, batch: Batch, thinking: Thinking) -> tuple[Tensor, Tensor]:
+    """What training wants of the suffix, each row after all of its thoughts: the cross-entropy
+    summed over the supervised labels (), and (B,) bool: rows whose every label is the most probable
+    token. As loss_sum and right_rows of `answer`, but only supervised positions have logits (and
+    others where batch.n_labels is more than there are); with Triton some at a time, and their
+    gradient is made in this call, unless grad mode is off.
+    """
+    h = suffix_states(model, batch, thinking, batch.n_thoughts, batch.max_thoughts)
+    h, targets = h.flatten(0, 1), batch.targets.flatten()  # (B * Ts, C), (B * Ts,)
+    if thinking.memory.triton:
+        total, right = ops.head_loss(h, model.wte.weight, targets, batch.n_labels)
+    else:
+        # those with a label, in order; how many is known, so that no device is asked
+        at = (targets == IGNORE).int().argsort(stable=True)[: batch.n_labels]
+        logits = model.head(h[at])  # (n_labels, V)
+        total = loss_sum(logits, targets[at])
+        right = torch.ones_like(targets, dtype=torch.bool)
+        right[at] = (logits.argmax(-1) == targets[at]) | (targets[at] == IGNORE)
+    return total, right.view(batch.targets.shape).all(dim=1)
 
 
 def answer(model: GPT, batch: Batch, thinking: Thinking) -> Tensor:
@@ -182,8 +234,8 @@ def stop_loss(model: GPT, batch: Batch, thinking: Thinking, target: str) -> Tens
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over the supervised labels: logits (B, Ts, V), targets (B, Ts)."""
-    logits = logits.flatten(0, 1)
+    """Cross-entropy summed over the supervised labels: logits (..., V), targets (...)."""
+    logits = logits.flatten(0, -2)
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 

@@ -193,6 +193,11 @@ class TrainConfig:
         "(auto: bfloat16 on a GPU)", choices=("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
     recompute: bool = opt(False, "make the MLPs anew in backward: less memory, more time")
+    kernels: str = opt(
+        "auto", "thoughts' attention over the prefix and the head's loss by Triton or plain torch "
+        "(auto: Triton on a GPU without dropout)",
+        choices=("auto", "triton", "torch"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -225,6 +230,11 @@ class TrainConfig:
             raise UserError(
                 f"jacobi_iterations={self.jacobi_iterations} is for parallel thoughts, thoughts is "
                 f"{self.thoughts!r}.\nUse --thoughts=jacobi, or leave it out."
+            )
+        if self.thoughts == "jacobi" and self.kernels == "triton":
+            raise UserError(
+                "there is no kernel for parallel thoughts (thoughts='jacobi').\n"
+                "Use --kernels=torch or auto."
             )
         if self.shard and self.optimizer == "muon":
             raise UserError(

@@ -1,4 +1,4 @@
-"""The one door to the kernels: which kind runs a step of inference, how, and why.
+"""The one door to the kernels: which kind runs inference and training, how, and why.
 
     "torch"    plain PyTorch, everywhere
     "triton"   kernels/: five launches a layer, the keys and values stored by the projection itself
@@ -60,6 +60,44 @@ def _why_not(model: GPT, interpreted: bool) -> str:
     if model.config.thought != "hidden":
         return f"there is no kernel for {model.config.thought} thoughts"
     return ""
+
+
+def choose_training(kernels: str, model: GPT) -> tuple[str, str]:
+    """As `choose`, for training: what a thought's attention over the prefix and the head's
+    cross-entropy run by. Triton's interpreter is for tests, which ask for "triton"."""
+    if kernels == "torch":
+        return "torch", "as asked for"
+    device, heads = model.wte.weight.device.type, model.config.n_embd // model.config.n_head
+    why_not = ""
+    if importlib.util.find_spec("triton") is None:
+        why_not = "triton is not installed"
+    elif device != "cuda" and (kernels == "auto" or os.environ.get("TRITON_INTERPRET") != "1"):
+        why_not = f"the model is on {model.wte.weight.device}, not on a GPU"
+    elif model.config.dropout:
+        why_not = f"there is no kernel for attention with dropout, which is {model.config.dropout}"
+    elif heads > 128 or model.wte.weight.dtype == torch.float64:
+        why_not = f"there is no kernel for heads of {heads} in {model.wte.weight.dtype}"
+    if kernels == "triton" and why_not:
+        raise UserError(f"--kernels=triton cannot run here: {why_not}.\nUse --kernels=torch.")
+    return ("torch", why_not) if why_not else ("triton", "a GPU and no dropout")
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One query per row over its prefix, by Triton (kernels/latent_attention.py): out, lse, and the
+    k and v for whatever reads them next."""
+    from kernels.latent_attention import latent_attention_pass
+
+    return latent_attention_pass(q, k, v, lengths)
+
+
+def head_loss(h: Tensor, w: Tensor, targets: Tensor, n_labels: int) -> tuple[Tensor, Tensor]:
+    """The head w (V, C) and its cross-entropy on the n_labels of h (N, C) that have a target (N,),
+    by Triton (kernels/linear_cross_entropy.py): the sum, and right (N,)."""
+    from kernels.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(h, w, targets, kernel=True, n_labels=n_labels)
 
 
 class TritonStep:

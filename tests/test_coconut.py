@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_gpt
+from conftest import assert_three_way, random_gpt
 from torch.nn import functional as F
 
 from nanococonut import coconut
@@ -75,6 +75,10 @@ def naive_loss(model, rows):
     return total
 
 
+def training_loss(model, batch, kernels="torch"):
+    return coconut.loss(model, batch, coconut.think(model, batch, kernels))[0]
+
+
 CASES = {
     "ragged": ([3, 0, 1, 5, 2], True),
     "none": ([0, 0, 0], True),
@@ -88,7 +92,7 @@ CASES = {
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_every_gradient_equal_the_naive_loop(gpt, case, seed):
     batch, rows = random_batch(seed, *CASES[case])
-    loss = coconut.loss_sum(coconut.forward(gpt, batch), batch.targets)
+    loss = training_loss(gpt, batch)
     expected = naive_loss(gpt, rows)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     if batch.n_labels == 0:
@@ -113,13 +117,26 @@ def test_loss_and_every_gradient_equal_the_naive_loop(gpt, case, seed):
 def test_other_thoughts_equal_the_naive_loop(switches):
     model = random_gpt(seed=4, **switches)
     batch, rows = random_batch(11, [3, 0, 1, 4])
-    loss = coconut.loss_sum(coconut.forward(model, batch), batch.targets)
+    loss = training_loss(model, batch)
     expected = naive_loss(model, rows)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     got = torch.autograd.grad(loss, list(model.parameters()))
     want = torch.autograd.grad(expected, list(model.parameters()))
     for (name, _), g, w in zip(model.named_parameters(), got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_right_are_those_of_all_logits(case, seed):
+    """coconut.loss makes logits of supervised positions only."""
+    model = random_gpt(seed % 1000, vocab_size=5)
+    batch, _ = random_batch(seed, *CASES[case], vocab=5)
+    logits = coconut.forward(model, batch)
+    supervised = batch.targets[0] != IGNORE
+    batch.targets[0, supervised] = logits[0].argmax(-1)[supervised]  # one row is right
+    loss, right = coconut.loss(model, batch, coconut.think(model, batch))
+    torch.testing.assert_close(loss, coconut.loss_sum(logits, batch.targets))
+    assert torch.equal(right, coconut.right_rows(logits, batch.targets)) and right[0]
 
 
 def test_a_projection_starts_as_the_hidden_state_itself():
@@ -186,7 +203,7 @@ def test_the_gradient_reaches_the_first_thought():
         return trunk(e, pos, attend, prev, only)
 
     model.trunk = spy
-    coconut.loss_sum(coconut.forward(model, batch), batch.targets).backward()
+    training_loss(model, batch).backward()
     assert len(seen) == 4
     for thought in seen:
         assert (thought.grad.flatten(1).norm(dim=1) > 1e-6).all()
@@ -247,3 +264,65 @@ def test_right_rows_counts_whole_rows():
     logits[0, 1, 2] = logits[0, 2, 3] = logits[1, 1, 2] = 1.0
     targets = torch.tensor([[IGNORE, 2, 3], [IGNORE, 2, 3]])
     assert coconut.right_rows(logits, targets).tolist() == [True, False]
+
+
+def gradients(model, batch, kernels="torch", autocast=False):
+    """The loss, and every parameter's gradient by name."""
+    model.zero_grad()
+    with torch.autocast(batch.prefix.device.type, torch.bfloat16, autocast):
+        loss = training_loss(model, batch, kernels)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "n_thoughts, shape",
+    [([2, 0, 3], {}), ([1, 1], {"n_layer": 1, "smear": True}), ([0, 0], {"thought": "projected"})],
+    ids=["ragged", "one_layer", "none"],
+)
+def test_with_kernels_every_gradient_is_as_near_the_truth(
+    n_thoughts, shape, autocast, device, seed
+):
+    pytest.importorskip("triton")
+    shape = dict(n_embd=32, n_head=2) | shape
+    model = random_gpt(seed % 1000, dtype=torch.float32, **shape).to(device)
+    exact = random_gpt(seed % 1000, **shape).to(device)
+    exact.load_state_dict(model.state_dict())
+    batch = random_batch(seed, n_thoughts)[0].to(torch.device(device))
+    got, usual = (gradients(model, batch, k, autocast) for k in ("triton", "torch"))
+    truth = gradients(exact, batch)
+    # assert_three_way's four roundings in a row, once for every layer of every pass: the paths that
+    # a gradient takes are as long. One of bfloat16 is as large as 2^16 of float32
+    roundings = 4 * model.config.n_layer * (batch.max_thoughts + 2) * (2**16 if autocast else 1)
+    assert_three_way(got[0], usual[0], truth[0], roundings)
+    assert got[1].keys() == usual[1].keys() == truth[1].keys()
+    for name, grad in truth[1].items():
+        assert_three_way(got[1][name], usual[1][name], grad, roundings)
+
+
+def test_no_thought_masks_the_prefix_or_has_a_gradient_of_its_own(monkeypatch, seed):
+    attention = pytest.importorskip("kernels.latent_attention")
+    model = random_gpt(seed % 1000, dtype=torch.float32, n_embd=32, n_head=2)
+    batch = random_batch(seed, [2, 3])[0]
+    biases, buffers = [], []
+    plain, backward = coconut._bias, attention.latent_attention_backward_
+    monkeypatch.setattr(coconut, "_bias", lambda seen: biases.append(seen) or plain(seen))
+    monkeypatch.setattr(
+        attention,
+        "latent_attention_backward_",
+        lambda *args: buffers.append(args[8:10]) or backward(*args),
+    )
+    if torch.cuda.is_available():
+        model, batch = model.cuda(), batch.to(torch.device("cuda"))
+    training_loss(model, batch, "triton").backward()
+    assert [seen.shape[1] for seen in biases[:3]] == [2, 3, 4]  # the prefix, and the thoughts
+    assert len(buffers) == 3 + 4  # every thought, and in the last layer the prefix's last token
+    assert len({(dk.data_ptr(), dv.data_ptr()) for dk, dv in buffers}) == model.config.n_layer
+
+
+def test_dropout_is_for_torch():
+    model = random_gpt(dropout=0.5).train()
+    batch, _ = random_batch(3, [3, 1])
+    with pytest.raises(ValueError, match="dropout=0.5 in attention"):
+        coconut.think(model, batch, "triton")

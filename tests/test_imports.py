@@ -32,7 +32,7 @@ ALLOWED = {
     "muon": set(),
     "build": {"config", "curriculum", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
-    "coconut": {"curriculum", "model"},
+    "coconut": {"curriculum", "model", "ops"},
     "jacobi": {"coconut", "curriculum", "model"},
     "sharding": {"model"},
     "ops": {"cache", "errors", "model"},

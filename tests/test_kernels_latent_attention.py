@@ -7,11 +7,13 @@ import torch
 pytest.importorskip("triton")
 from conftest import assert_three_way
 
+import kernels.latent_attention as module
 from kernels.latent_attention import (
     _blocks,
     latent_attention,
     latent_attention_backward_,
     latent_attention_lse,
+    latent_attention_pass,
     latent_attention_scratch,
 )
 from kernels.reference import latent_attention_lse_ref, latent_attention_ref
@@ -180,6 +182,92 @@ def test_two_parts_are_joined_by_their_lse(device, seed):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
+def several(op, q, k, v, lengths):
+    """Three dependent passes over one k and v, which a product then reads too. op: see below."""
+    total, x = 0.0, q
+    for _ in range(3):
+        out, lse, k, v = op(x, k, v, lengths)
+        x = out + lse[..., None] / 8
+        total = total + (x * x).sum()
+    return total + ((q[:, :, None] @ k.transpose(2, 3)) @ v).sum()
+
+
+def apart(q, k, v, lengths):
+    """Each pass with a dk and dv of its own, summed by autograd."""
+    return *latent_attention_lse(q, k, v, lengths), k, v
+
+
+def leaves_of(device, dtype=torch.float32):
+    *inputs, lengths = random_rows([5, 33], 1, 40, 16, dtype, device)
+    return [x.detach().nan_to_num().clone().requires_grad_() for x in inputs], lengths
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passes_add_to_one_gradient(dtype, device, seed, monkeypatch):
+    """Equal to what autograd sums; each pass writes where the one behind it wrote."""
+    leaves, lengths = leaves_of(device, dtype)
+    wrote = []
+    monkeypatch.setattr(
+        module,
+        "latent_attention_backward_",
+        lambda *args: wrote.append(args[8:10]) or latent_attention_backward_(*args),
+    )
+    got = torch.autograd.grad(several(latent_attention_pass, *leaves, lengths), leaves)
+    assert len({(dk.data_ptr(), dv.data_ptr()) for dk, dv in wrote}) == 1 and len(wrote) == 3
+    usual = torch.autograd.grad(several(apart, *leaves, lengths), leaves)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    exact = several(lambda *a: (*latent_attention_lse_ref(*a), *a[1:3]), *doubles, lengths)
+    for x, y, z in zip(got, usual, torch.autograd.grad(exact, doubles), strict=True):
+        assert_three_way(x, y, z)
+        assert x.isfinite().all()
+
+
+def test_passes_of_two_graphs_do_not_mix(device, seed):
+    """Backward in any order, twice, in part, and through a checkpoint of either kind."""
+    from torch.utils.checkpoint import checkpoint
+
+    leaves, lengths = leaves_of(device)
+    want = torch.autograd.grad(several(latent_attention_pass, *leaves, lengths), leaves)
+    one, other = (several(latent_attention_pass, *leaves, lengths) for _ in range(2))
+    only_q = torch.autograd.grad(other, leaves[0], retain_graph=True)
+    found = [
+        torch.autograd.grad(one, leaves, retain_graph=True),
+        torch.autograd.grad(other, leaves),
+        torch.autograd.grad(one, leaves),
+        (*only_q, *want[1:]),
+    ]
+    for again in (True, False):
+        copies = [x.detach().clone().requires_grad_() for x in leaves]
+
+        def op(*args, again=again):
+            return checkpoint(latent_attention_pass, *args, use_reentrant=again)
+
+        several(op, *copies, lengths).backward()
+        found.append([x.grad for x in copies])
+    for grads in found:
+        assert all(map(torch.equal, grads, want))
+
+
+def test_a_gradient_that_is_somebody_elses_is_not_written_to(device, seed):
+    """A sum hands one tensor to both of its terms, an expanded one to every element."""
+    (q, k, v), lengths = leaves_of(device)
+    for read in (lambda k, v: (k + v).square().sum(), lambda k, v: k.sum() + 3 * v.sum()):
+        grads = []
+        for op in (latent_attention_pass, apart):
+            out, _, k2, v2 = op(q, k, v, lengths)
+            grads.append(torch.autograd.grad(out.sum() + read(k2, v2), (q, k, v)))
+        for x, y in zip(*grads, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_passes_have_no_second_derivative(device, seed):
+    leaves, lengths = leaves_of(device)
+    loss = several(latent_attention_pass, *leaves, lengths)
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
 def test_the_ops_are_what_torch_expects(device, seed):
     q, k, v, lengths = random_rows([5, 33], 1, 40, 16, torch.float32, device)
     leaves = [x.detach().clone().nan_to_num().requires_grad_() for x in (q, k, v)]
@@ -192,13 +280,12 @@ def test_the_ops_are_what_torch_expects(device, seed):
     )
 
 
-def test_compiles_as_one_graph(device, seed):
-    *inputs, lengths = random_rows([5, 33], 1, 40, 16, torch.float32, device)
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+@pytest.mark.parametrize("op", [apart, latent_attention_pass])
+def test_compiles_as_one_graph(op, device, seed):
+    leaves, lengths = leaves_of(device)
 
-    def loss(q, k, v):
-        out, lse = latent_attention_lse(2 * q, k, v, lengths)
-        return (out * q).sum() + lse.sum()
+    def loss(*leaves):
+        return several(op, *leaves, lengths)
 
     backend = "aot_eager" if device == "cpu" else "inductor"
     compiled = torch.compile(loss, fullgraph=True, backend=backend)

@@ -110,13 +110,29 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@KERNEL
+def test_the_number_of_labels_may_be_given(kernel, device, seed):
+    h, w, targets = random_rows(11, 24, 101, torch.float32, device)
+    targets = targets[torch.randperm(11).to(device)]
+    n = int((targets != -100).sum())
+    want = with_gradients(linear_cross_entropy, h, w, targets, 3, kernel)
+    got = with_gradients(linear_cross_entropy, h, w, targets, 3, kernel, n)
+    assert all(map(torch.equal, got, want))
+    more = with_gradients(linear_cross_entropy, h, w, targets, 3, kernel, n + 2)
+    for a, b in zip(more, want, strict=True):  # two rows more, which add nothing
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=f"n_labels={n - 1}, and {n} targets"):
+            linear_cross_entropy(h, w, targets, 3, kernel, n - 1)
+
+
 def test_no_more_logits_than_a_chunk(seed):
     h, w, targets = random_rows(64, 4, 500, torch.float32, "cpu", ignored=20)
     with Largest() as largest, torch.no_grad():
         linear_cross_entropy_ref(h, w, targets)
     assert largest.numel == 64 * 500
     with Largest() as largest, torch.no_grad():
-        module._linear_cross_entropy._init_fn(h, w, targets, 6, False, True, True)
+        module._linear_cross_entropy._init_fn(h, w, targets, 44, 6, False, True, True)
     assert largest.numel == 6 * 512  # rows start at multiples of 16
 
 
@@ -146,7 +162,7 @@ def test_autocast_keeps_the_gradient_of_an_fp32_head_in_fp32(device, seed):
 def test_the_op_is_what_torch_expects(kernel, device, seed):
     h, w, targets = random_rows(6, 8, 30, torch.float32, device)
     torch.library.opcheck(
-        torch.ops.nanococonut.linear_cross_entropy, (h, w, targets, 2, kernel, True, True)
+        torch.ops.nanococonut.linear_cross_entropy, (h, w, targets, -1, 2, kernel, True, True)
     )
 
 

@@ -29,6 +29,34 @@ def test_the_engine_says_the_same_with_triton(device):
         )
 
 
+def test_what_cannot_train_is_said(monkeypatch):
+    plain, dropout = random_gpt(dtype=torch.float32), random_gpt(dtype=torch.float32, dropout=0.1)
+    assert ops.choose_training("torch", plain) == ("torch", "as asked for")
+    if not torch.cuda.is_available():  # interpreted kernels are for who asks for them
+        assert ops.choose_training("auto", plain) == ("torch", "the model is on cpu, not on a GPU")
+        assert ops.choose_training("triton", plain)[0] == "triton"
+        for model, why in (
+            (dropout, "no kernel for attention with dropout, which is 0.1"),
+            (random_gpt(), "float64"),
+            (random_gpt(dtype=torch.float32, n_head=1, n_embd=144), "heads of 144"),
+        ):
+            with pytest.raises(UserError, match=why):
+                ops.choose_training("triton", model)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="triton cannot run here: the model is on cpu"):
+        ops.choose_training("triton", plain)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    assert ops.choose_training("auto", plain) == ("torch", "triton is not installed")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu_training_takes_the_kernels_unless_there_is_dropout():
+    plain, dropout = random_gpt(dtype=torch.float32), random_gpt(dtype=torch.float32, dropout=0.1)
+    assert ops.choose_training("auto", plain.cuda())[0] == "triton"
+    assert ops.choose_training("auto", dropout.cuda())[0] == "torch"
+
+
 def test_what_cannot_run_is_said(monkeypatch):
     plain, smeared = random_gpt(), random_gpt(smear=True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

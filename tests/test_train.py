@@ -95,6 +95,7 @@ def test_a_run_goes_through_its_stages_and_says_how_it_went(train, tiny):
         assert word in out
     manifest = checkpoint.verify(checkpoint.find("run"))
     assert (manifest["step"], manifest["stage"], manifest["n_thoughts"]) == (40, 3, 2)
+    assert "kernels: torch (the model is on" in out and manifest["kernels"] == "torch"
     assert manifest["config"]["n_embd"] == 16 and manifest["tokenizer"]["kind"] == "words"
 
 
@@ -448,6 +449,7 @@ def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
         (["--shard", "--optimizer=muon"], "Use --optimizer=adamw"),
         (["--jacobi_iterations=2"], "Use --thoughts=jacobi"),
         (["--time_to=0.97"], "Give --eval_interval too"),
+        (["--kernels=triton"], "kernels=triton cannot run here"),
         (["--task=gsm8k"], "render='compact' is not for gsm8k"),
         (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
     ],
@@ -466,6 +468,17 @@ def test_half_precision_trains_everything(train, tiny):
             out = f"--out_dir={method}_{target}"
             code, _, err = train(*flags, f"--method={method}", f"--stop_target={target}", out)
             assert (code, err) == (0, "")
+
+
+def test_a_step_by_kernels_is_the_step_without(train, tiny):
+    pytest.importorskip("triton")
+    losses = []
+    for kernels in ("torch", "triton"):
+        flags = ["--dropout=0", "--start_stage=2", "--max_steps=2", "--batch_size=2"]
+        code, out, err = train(tiny, *flags, f"--kernels={kernels}", f"--out_dir={kernels}")
+        assert (code, err) == (0, "") and f"kernels: {kernels} (" in out
+        losses.append([row["loss"] for row in logged(kernels)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][1]
 
 
 def test_generated_rows_that_do_not_fit_are_an_error_even_where_bad_rows_are_skipped(train, tiny):
