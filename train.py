@@ -36,6 +36,7 @@ from nanococonut.distributed import Ranks, guard
 from nanococonut.engine import Engine
 from nanococonut.errors import UserError
 from nanococonut.evaluate import score
+from nanococonut.graphs import Graphs
 from nanococonut.loader import (
     DRAWS,
     Epochs,
@@ -44,6 +45,7 @@ from nanococonut.loader import (
     rendered,
     task_tokenizer,
 )
+from nanococonut.stepper import MicroBatch, Stepper
 from nanococonut.tasks import TASKS
 
 console = Console(highlight=False, soft_wrap=True)
@@ -140,6 +142,7 @@ def main() -> None:
         checkpoint.load_weights(model, folder)
     asked = "torch" if config.thoughts == "jacobi" else config.kernels
     kernels, why_kernels = ops.choose_training(asked, model)
+    graph = ops.choose_graph("off" if config.ungraphed else config.graph, model)
     if config.shard:
         if ranks.world == 1:
             raise UserError(
@@ -207,6 +210,7 @@ def main() -> None:
                 "time_to": at["time_to"],
                 "device": str(where),
                 "kernels": kernels,
+                "graph": graph,
                 "threads": torch.get_num_threads(),
                 "processes": ranks.world,
                 "progress": at,
@@ -278,7 +282,8 @@ def main() -> None:
     console.print(show(config), markup=False)
     console.print(
         f"  {model.n_params():,} parameters on {where}, {epochs.n_rows:,} rows an epoch, "
-        f"{total:,} steps, run kept in {out}\n  kernels: {kernels} ({why_kernels})",
+        f"{total:,} steps, run kept in {out}\n  kernels: {kernels} ({why_kernels}), "
+        f"CUDA graphs {'on' if graph else 'off'}",
         markup=False,
     )
 
@@ -296,30 +301,40 @@ def main() -> None:
     task = bar.add_task(
         "", total=until, completed=at["step"], stage=0, loss=0.0, right=0.0, speed=0.0
     )
-    began, seen, rows, ending = time.time(), 0, [], 0
+    began, seen, ending, ahead = time.time(), 0, 0, None
+    epoch_rows: tuple[int, list] = (-1, [])
+    stepper = Stepper(model, think, half, config.stop_target, Graphs(64) if graph else None)
+
+    def prepared(step: int, stage: int) -> tuple[list[MicroBatch], int, int]:
+        """A step's rows, each at its own stage, and this process's micro-batches of them: like
+        lengths together, so that little is padding. -> these, labels and rows of the whole step"""
+        nonlocal epoch_rows
+        epoch, index = divmod(step, steps_per_epoch)
+        if epoch_rows[0] != epoch:
+            epoch_rows = epoch, epochs(epoch)
+        mine = epoch_rows[1][index * config.batch_size :][: config.batch_size]
+        rng = np.random.default_rng((config.seed, DRAWS, step))
+        drawn = curriculum.draw_stages(stage, [len(row.steps) for row in mine], rng)
+        labels = n_labels(curriculum, drawn, mine, tokenizer)
+        pairs = sorted(zip(drawn, mine, strict=True), key=lambda p: len(p[1].question))
+        pairs, size = ranks.share(pairs), config.micro_batch_size
+        batches = []
+        for i in range(0, len(pairs), size):
+            its_stages, its_rows = zip(*pairs[i : i + size], strict=True)
+            batch = collate(curriculum, its_stages, its_rows, tokenizer)
+            counts = [s == stage for s in its_stages]
+            batches.append(stepper.ready(batch, counts, curriculum.thoughts_at(stage)))
+        return batches, labels, len(mine)
+
     model.train()
     with bar:
         while at["step"] < until and not ending and not reached():
-            epoch, batch_index = divmod(at["step"], steps_per_epoch)
-            if batch_index == 0 or not rows:
-                rows = epochs(epoch)
-                if config.reset_optimizer == "epoch" and batch_index == 0:
-                    optimizers = build_optimizers(config, model)
             stage = stages[at["stage"]].index
-
-            # this step's rows, each at its own stage, and this process's micro-batches of them:
-            # like lengths together, so that little is padding
-            mine = rows[batch_index * config.batch_size :][: config.batch_size]
-            rng = np.random.default_rng((config.seed, DRAWS, at["step"]))
-            drawn = curriculum.draw_stages(stage, [len(row.steps) for row in mine], rng)
-            labels = n_labels(curriculum, drawn, mine, tokenizer)
-            pairs = sorted(zip(drawn, mine, strict=True), key=lambda p: len(p[1].question))
-            pairs = ranks.share(pairs)
-            batches = [
-                (s, collate(curriculum, s, r, tokenizer))
-                for i in range(0, len(pairs), config.micro_batch_size)
-                for s, r in [zip(*pairs[i : i + config.micro_batch_size], strict=True)]
-            ]
+            if config.reset_optimizer == "epoch" and at["step"] % steps_per_epoch == 0:
+                optimizers = build_optimizers(config, model)
+            if ahead is None or ahead[0] != (at["step"], stage):
+                ahead = (at["step"], stage), prepared(at["step"], stage)
+            batches, labels, n_rows = ahead[1]
 
             rate_share = min(
                 1.0,
@@ -332,31 +347,19 @@ def main() -> None:
                     group["lr"] = rate * rate_share
             # dropout; no state to keep
             torch.manual_seed(ranks.seed(config.seed * 1_000_003 + at["step"]))
-            loss, right, counted = 0.0, 0, 0
+            stepper.begin()
             if config.shard:
                 sharding.gather(model)
-            for row_stages, batch in batches:
-                batch = batch.to(where)
-                with autocast:
-                    thinking = think(model, batch)
-                    summed, right_rows = coconut.loss(model, batch, thinking)
-                part = summed / labels
-                loss += part.item()
-                if model.stop is not None:
-                    with autocast:
-                        watcher = coconut.stop_loss(model, batch, thinking, config.stop_target)
-                    part = part + watcher * len(row_stages) / len(mine)
-                part.backward()
-                of_stage = torch.tensor([s == stage for s in row_stages], device=where)
-                right += int((right_rows & of_stage).sum())
-                counted += int(of_stage.sum())
+            for batch in batches:
+                stepper(batch, labels, n_rows)
             if config.shard:
                 sharding.reduce(model)
-            loss, right, counted, ending = ranks.sum_gradients(
-                [] if config.shard else model.parameters(), [loss, right, counted, len(stop)]
-            )
-            if not math.isfinite(loss):
-                diverged("loss")
+            counts = None
+            if ranks.world > 1:
+                counts = ranks.sum_gradients(
+                    [] if config.shard else model.parameters(),
+                    [*stepper.sums.tolist(), len(stop)],
+                )
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(
                     [p for name, p in model.named_parameters() if not name.startswith("stop.")],
@@ -364,10 +367,15 @@ def main() -> None:
                 )  # the stop classifier watches: with it or without, the model is the same
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            if where.type == "cuda" and at["step"] + 1 < until:  # while it computes
+                ahead = (at["step"] + 1, stage), prepared(at["step"] + 1, stage)
+            # here the host waits for the device, once a step
+            loss, right, counted, ending = counts or [*stepper.sums.tolist(), len(stop)]
+            if not math.isfinite(loss):
+                diverged("loss")
             at["step"] += 1
             at["trained"] = stage
-            seen += len(mine)
+            seen += n_rows
 
             recent.append((right, counted))
             while len(recent) > 1 and sum(n for _, n in recent) - recent[0][1] >= (
@@ -379,7 +387,7 @@ def main() -> None:
             log({"stage": stage, "loss": loss, "right": share, "rows_per_s": round(speed, 1)})
             bar.update(task, completed=at["step"], stage=stage, loss=loss, right=share, speed=speed)
             if not console.is_terminal and at["step"] % 100 == 0:
-                left = (until - at["step"]) * (time.time() - began) / seen * len(mine) / 60
+                left = (until - at["step"]) * (time.time() - began) / seen * n_rows / 60
                 console.print(
                     f"step {at['step']}/{until} stage {stage} loss {loss:.3f} right {share:.3f} "
                     f"{speed:.0f} rows/s, {left:.1f} min left"

@@ -253,7 +253,7 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
 
 # what a resumed run may be told anew: it does not change the run's bits
 FREE = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size", "time_to"}
-FREE |= {"shard", "kernels"}  # but for rounding: as the number of processes
+FREE |= {"shard", "kernels", "graph"}  # but for rounding: as the number of processes
 
 
 def same_settings(manifest: dict[str, Any], config: dict[str, Any], run: Path) -> None:

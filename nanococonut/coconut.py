@@ -206,7 +206,8 @@ def stop_loss(model: GPT, batch: Batch, thinking: Thinking, target: str) -> Tens
     """
     n = batch.max_thoughts + 1
     after = torch.arange(n, device=batch.length.device)
-    reached = after <= batch.n_thoughts[:, None]  # (B, n)
+    real = (batch.targets != IGNORE).any(dim=1)  # a row that fills up a batch has no label
+    reached = (after <= batch.n_thoughts[:, None]) & real[:, None]  # (B, n)
     if target == "steps":
         labels = after >= batch.needed[:, None]
     else:

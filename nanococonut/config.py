@@ -198,6 +198,7 @@ class TrainConfig:
         "(auto: Triton on a GPU without dropout)",
         choices=("auto", "triton", "torch"),
     )  # fmt: skip
+    graph: str = opt("auto", "forward and backward by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -236,6 +237,11 @@ class TrainConfig:
                 "there is no kernel for parallel thoughts (thoughts='jacobi').\n"
                 "Use --kernels=torch or auto."
             )
+        if self.graph == "on" and self.ungraphed:
+            raise UserError(
+                "graph='on' goes neither with shard nor with recompute and dropout.\n"
+                "Use --graph=auto, which leaves graphs out there."
+            )
         if self.shard and self.optimizer == "muon":
             raise UserError(
                 "--shard keeps a share of every matrix, and optimizer='muon' needs whole ones.\n"
@@ -256,6 +262,12 @@ class TrainConfig:
                 "render='compact' is for the word-level vocabulary, tokenizer is 'gpt2'.\n"
                 "Use --render=sentences or --tokenizer=words."
             )
+
+    @property
+    def ungraphed(self) -> bool:
+        """Settings that a CUDA graph cannot hold: weights in shares, or random numbers drawn a
+        second time."""
+        return self.shard or (self.recompute and self.dropout > 0)
 
 
 def check_values(config: Any) -> None:

@@ -228,6 +228,10 @@ class Batch:
         moved = (t.to(device, non_blocking=True) for t in self.blocks)
         return Batch(*moved, self.max_thoughts, self.n_labels)
 
+    def pinned(self) -> "Batch":
+        """In memory from which a GPU copies by itself."""
+        return Batch(*(t.pin_memory() for t in self.blocks), self.max_thoughts, self.n_labels)
+
     def copy_(self, other: "Batch") -> None:
         """Take over the other's rows, of the same shape, in place."""
         for mine, theirs in zip(self.blocks, other.blocks, strict=True):

@@ -42,11 +42,13 @@ class Graphs:
         self.kept[key].replay()
 
     def _rehearse(self, work: Callable[[], None]) -> None:
+        state = torch.cuda.get_rng_state()  # what it draws is drawn again
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             work()
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_rng_state(state)
 
     def _record(self, work: Callable[[], None], changes: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         if self.pool is None:

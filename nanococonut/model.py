@@ -109,7 +109,8 @@ class Block(nn.Module):
             x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, C)
         x = x + y
         if self.recompute and self.training:
-            return x + checkpoint(self.mlp, self.ln_2(x), use_reentrant=False)
+            h, drawn = self.ln_2(x), self.mlp.dropout.p > 0
+            return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=drawn)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -1,5 +1,6 @@
 """What stands for CUDA graphs where there is no GPU: operations remembered and done again."""
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -23,6 +24,7 @@ class Tape(TorchDispatchMode):
         self.done.append((func, args, kwargs or {}, out))
         return out
 
+    @torch.no_grad()  # a backward pass is among what is done again, as plain operations
     def replay(self):
         now = {}  # id of a tensor made in the recording -> what stands for it in this replay
 

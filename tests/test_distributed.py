@@ -169,13 +169,13 @@ def test_one_that_fails_ends_all_with_one_error(failing, how):
     def before(rank):
         think, calls = coconut.think, []
 
-        def fails(model, batch):
+        def fails(model, batch, **given):
             calls.append(1)
             if len(calls) == 9:
                 if how == "SIGKILL":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise UserError("the dog ate it.\nTry a cat.")
-            return think(model, batch)
+            return think(model, batch, **given)
 
         if rank == failing:
             coconut.think = fails

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from test_coconut import random_batch
 
 from nanococonut import coconut
 from nanococonut.engine import Engine
+from nanococonut.graphs import Graphs
+from nanococonut.stepper import Stepper
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +75,47 @@ def test_no_more_graphs_are_kept_than_asked_for():
     for n in (1, 2, 4, 8, 1, 8):
         engine.run([[1, 2, 3]] * n, 2, [39], 40, 6)
         assert 0 < engine.memory()["graphs"] <= 4
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("half", [False, True])
+def test_training_by_graphs_equals_training_without(kernels, half):
+    """Steps of SGD over micro-batches of several shapes, on the GPU and never waiting for it."""
+    models = [random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32).cuda().train()]
+    models.append(copy.deepcopy(models[0]))
+    think = partial(coconut.think, kernels=kernels)
+    steppers = [Stepper(models[0], think, half), Stepper(models[1], think, half, graphs=Graphs(8))]
+    for step in range(4):
+        batches = [random_batch(10 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
+        labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
+        for model, one in zip(models, steppers, strict=True):
+            ready = [one.ready(b, [True] * len(b.length), 3) for b in batches]
+            one.begin()
+            if step:  # the first captures
+                torch.cuda.set_sync_debug_mode("error")
+            for micro in ready:
+                one(micro, labels, rows)
+            torch.cuda.set_sync_debug_mode("default")
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.01 * p.grad
+        close = dict(rtol=2e-2, atol=2e-3) if half else dict(rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(steppers[1].sums[0], steppers[0].sums[0], **close)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(q, p, **close)
+
+
+def test_dropout_by_graphs_draws_anew_each_step_and_repeats_by_its_seed():
+    model = random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32, dropout=0.3)
+    one = Stepper(model.cuda().train(), graphs=Graphs(8))
+    batch, _ = random_batch(1, [3, 0, 2])
+    losses = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        one.begin()
+        one(one.ready(batch, [True] * 3), batch.n_labels, 3)
+        losses.append(one.sums[0].item())
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_bfloat16_training_runs(tmp_path):

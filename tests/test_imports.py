@@ -35,6 +35,7 @@ ALLOWED = {
     "coconut": {"curriculum", "model", "ops"},
     "jacobi": {"coconut", "curriculum", "model"},
     "sharding": {"model"},
+    "stepper": {"coconut", "curriculum", "graphs", "model"},
     "ops": {"cache", "errors", "model"},
     "graphs": set(),
     "steps": {"cache", "model", "ops"},
