@@ -66,13 +66,13 @@ class BlockMemory:
     def attend_thought(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.k[layer].append(k)
         self.v[layer].append(v)
-        prefix = self._ask_prefix(layer, q) if self.triton else self._scored(q, *self.prefix[layer])
-        return self._attend(bias, [prefix, self._scored(q, *self._thoughts(layer))])
+        if self.triton:
+            return self._attend(bias, q, [self._thoughts(layer)], self._ask_prefix(layer, q))
+        return self._attend(bias, q, [self.prefix[layer], self._thoughts(layer)])
 
     def attend_suffix(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         thoughts = [self._thoughts(layer)] if self.k[layer] else []
-        blocks = [self.prefix[layer], *thoughts, (k, v)]
-        return self._attend(bias, [self._scored(q, *block) for block in blocks])
+        return self._attend(bias, q, [self.prefix[layer], *thoughts, (k, v)])
 
     def _thoughts(self, layer: int) -> tuple[Tensor, Tensor]:
         return torch.cat(self.k[layer], dim=2), torch.cat(self.v[layer], dim=2)
@@ -83,16 +83,22 @@ class BlockMemory:
         self.prefix[layer] = k, v  # backward goes through them to add to this pass's gradients
         return lse[..., None, None], out[:, :, None]
 
-    def _scored(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (B, nh, T, hs) and keys (B, nh, n, hs) -> scores (B, nh, T, n), values."""
-        return (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3), v
-
-    def _attend(self, bias: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Blocks of scores and values; bias (B, 1, T or 1, all keys) -> (B, nh, T, hs)."""
-        scores = torch.cat([s for s, _ in blocks], dim=-1) + bias
-        p = F.dropout(scores.softmax(dim=-1).to(blocks[-1][1].dtype), self.dropout)
-        parts = p.split([s.shape[-1] for s, _ in blocks], dim=-1)
-        return sum(part @ v for part, (_, v) in zip(parts, blocks, strict=True))
+    def _attend(
+        self,
+        bias: Tensor,
+        q: Tensor,
+        blocks: list[tuple[Tensor, Tensor]],
+        first: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """q (B, nh, T, hs) against blocks of keys and values; bias (B, 1, T or 1, all keys). first:
+        a block before them that has its scores already."""
+        q = q * q.shape[-1] ** -0.5
+        scored = [(q @ k.transpose(2, 3), v) for k, v in blocks]
+        scored = scored if first is None else [first, *scored]
+        scores = torch.cat([s for s, _ in scored], dim=-1) + bias
+        p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
+        parts = p.split([s.shape[-1] for s, _ in scored], dim=-1)
+        return sum(part @ v for part, (_, v) in zip(parts, scored, strict=True))
 
 
 def _bias(seen: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def gradient_bounds(q, k, v, lengths, grads):
     With u and w the unit roundoffs of the inputs' dtype and of fp32: out is stored in the former,
     all else is fp32. A sum of m terms counts as sqrt(m) roundings of the sum of their magnitudes
     (Higham and Mary 2019, with lambda = 1). What makes the bound large is out: ds = p (v.g - out.g)
-    cancels, and out.g brings u |out|.|g| along, however small ds is.
+    cancels, and out.g brings u |out|.|g| along, however small ds is. That error and the lse's are
+    the same for every key, so that in dq they come with sums of keys, not of their magnitudes.
     """
     hs, T = q.shape[-1], k.shape[2]
     u, w = (torch.finfo(t).eps / 2 for t in (q.dtype, torch.float32))
@@ -112,21 +113,24 @@ def gradient_bounds(q, k, v, lengths, grads):
     s = (over_hs(k, q) * scale).masked_fill(~seen, float("-inf"))
     lse = s.logsumexp(dim=-1, keepdim=True)
     p = (s - lse).exp()
-    # p's relative error: the score's; the lse's, which is their mean and its own; exp(s - lse)'s
+    # p's relative error: the score's and exp(s - lse)'s (as a GPU has it); and the lse's, which is
+    # the mean of the scores' and its own
     d_s = (dot + 2 * w) * over_hs(k.abs(), q.abs()) * scale
+    d_p = d_s + w * (3 * (s - lse).abs().masked_fill(~seen, 0) + 8)
     d_lse = (p * d_s).sum(-1, keepdim=True) + total + w * lse.abs()
-    d_p = d_s + d_lse + w * (3 * (s - lse).abs().masked_fill(~seen, 0) + 8)  # a GPU's exp
     out = over_keys(p, v)
-    d_out = over_keys(p * (d_p + total), v.abs()) + u * out.abs() + smallest
+    d_out = over_keys(p * (d_p + d_lse + total), v.abs()) + u * out.abs() + smallest
     shared = (out * g).sum(-1, keepdim=True) - g_lse[..., None]
     d_shared = ((d_out + dot * out.abs()) * g.abs()).sum(-1, keepdim=True) + w * shared.abs()
     d_vg = dot * over_hs(v.abs(), g.abs())
     ds = p * (over_hs(v, g) - shared) * scale
-    d_ds = (d_p + 3 * w) * ds.abs() + p * scale * (d_vg + d_shared)
+    d_ds = (d_p + 3 * w) * ds.abs() + p * scale * d_vg  # each key's own part
 
-    d_dq = over_keys(d_ds + total * ds.abs(), k.abs()) + u * over_keys(ds, k).abs() + smallest
+    d_dq = over_keys(d_ds + total * ds.abs(), k.abs()) + scale * d_shared * over_keys(p, k).abs()
+    d_dq += (d_lse + u) * over_keys(ds, k).abs() + smallest
+    d_ds += d_lse * ds.abs() + p * scale * d_shared
     d_dk = (d_ds + u * ds.abs())[..., None] * q.abs()[:, :, None] + smallest
-    d_dv = (p * (d_p + w + u))[..., None] * g.abs()[:, :, None] + smallest
+    d_dv = (p * (d_p + d_lse + w + u))[..., None] * g.abs()[:, :, None] + smallest
     return d_dq, d_dk, d_dv
 
 
