@@ -72,8 +72,8 @@ def main() -> None:
     }
     print(json.dumps(answer), flush=True)
     for line in sys.stdin:
-        asked = line.strip()
-        print(json.dumps(check() if asked == "check" else step(int(asked))), flush=True)
+        asked = json.loads(line)
+        print(json.dumps(check() if asked == "check" else step(asked)), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 
 import torch
 from safetensors.torch import save_file
+from worker import Worker, as_gpt2, commit_of
 
 from nanococonut import checkpoint, coconut, ops
 from nanococonut.build import build_model, build_optimizers
@@ -224,64 +224,14 @@ class Ours:
         return dict(zip(PARTS, took, strict=True))
 
 
-class Released:
-    """Their side: released_worker.py, waiting for a line on stdin."""
-
-    def __init__(self, python: str, task: dict[str, Any]) -> None:
-        self.stderr = tempfile.TemporaryFile("w+")
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        worker = Path(__file__).with_name("released_worker.py")
-        try:
-            self.process = subprocess.Popen(
-                [python, "-I", str(worker)],  # -I: nothing of ours on its path
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.stderr,
-                text=True,
-                env=os.environ | offline,
-            )
-        except OSError as e:
-            raise UserError(
-                f"--released_python {python} cannot be run: {e.strerror}.\n"
-                "Give the bin/python of a venv with torch and transformers 4.46.2."
-            ) from None
-        self.about = self.ask(json.dumps(task))
-
-    def ask(self, line: str) -> dict[str, Any]:
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):  # it is gone, or does not speak JSON
-            self.process.kill()
-            self.process.wait()
-            self.stderr.seek(0)
-            said = self.stderr.read().strip() or "no error message (out of memory?)"
-            raise UserError(
-                f"the released code's worker ended: {said.splitlines()[-1][:200]}\n"
-                "--released_python has to be a Python with torch and transformers 4.46.2."
-            ) from None
-
-
-def start_released(bench: StepConfig, recipe: TrainConfig, ours: Ours) -> Released:
-    """Their model with our size and weights, checked to compute what ours does."""
+def start_released(
+    bench: StepConfig, recipe: TrainConfig, ours: Ours
+) -> tuple[Worker, dict[str, Any]]:
+    """Their model with our size and weights, checked to compute what ours does, and what it is."""
     with torch.no_grad():  # with initial weights, thoughts and positions hardly touch the loss
         for p in ours.model.parameters():
             p.add_(torch.randn_like(p) * recipe.n_embd**-0.5)
-    gpt2 = {
-        "vocab_size": ours.model.config.vocab_size,
-        "n_positions": recipe.block_size,
-        "n_layer": recipe.n_layer,
-        "n_head": recipe.n_head,
-        "n_embd": recipe.n_embd,
-        "resid_pdrop": recipe.dropout,
-        "embd_pdrop": recipe.dropout,
-        "attn_pdrop": recipe.dropout,
-    }
-    weights = {  # their linear layers are stored transposed
-        name: p.t().contiguous() if name.startswith("h.") and p.dim() == 2 else p
-        for name, p in ours.model.state_dict().items()
-    }
+    gpt2, weights = as_gpt2(ours.model, recipe.dropout)
     special = {name: getattr(ours.rows.tokenizer, name) for name in ("eos", "bot", "eot", "latent")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -296,32 +246,19 @@ def start_released(bench: StepConfig, recipe: TrainConfig, ours: Ours) -> Releas
             "threads": torch.get_num_threads(),
             "device": bench.device,
         }
-        released = Released(bench.released_python, task)
-    mine, theirs = ours.check(), released.ask("check")
+        flag, needs = "--released_python", "torch and transformers 4.46.2"
+        worker = Worker("released_worker.py", bench.released_python, flag, needs)
+        about = worker.ask(task)
+    mine, theirs = ours.check(), worker.ask("check")
     for what in mine:
         if not abs(mine[what] - theirs[what]) <= TOLERANCE * abs(theirs[what]):
             raise UserError(
                 f"the two do not compute the same: {what} {mine[what]:.6f} (ours), "
                 f"{theirs[what]:.6f} (released).\nA comparison of their speed would mean nothing."
             )
-    released.about |= {"commit": commit_of(bench.released)}
-    released.about |= {what: {"ours": mine[what], "released": theirs[what]} for what in mine}
-    return released
-
-
-def commit_of(clone: str) -> str:
-    """The clone's commit, and whether its coconut.py is that commit's."""
-
-    def git(*args: str) -> str:
-        run = subprocess.run(["git", "-C", clone, *args], capture_output=True, text=True)
-        return run.stdout.strip()
-
-    try:
-        committed = git("rev-parse", "HEAD:./coconut.py")
-        changed = "" if git("hash-object", "coconut.py") == committed else "-dirty"
-        return git("rev-parse", "HEAD") + changed if committed else "unknown"
-    except OSError:
-        return "unknown"
+    about |= {"commit": commit_of(bench.released)}
+    about |= {what: {"ours": mine[what], "released": theirs[what]} for what in mine}
+    return worker, about
 
 
 def spread(values: Sequence[float], digits: int) -> dict[str, float]:
@@ -348,13 +285,13 @@ def main() -> None:
     rows = Rows(bench, recipe)
     ours = Ours(bench, recipe, rows)
     print(f"kernels: {ours.kernels} ({ours.why_kernels})")
-    released = start_released(bench, recipe, ours) if bench.released else None
+    released, about = start_released(bench, recipe, ours) if bench.released else (None, {})
 
     parts, theirs = [], []
     for i in range(WARMUP + bench.repeats):
         parts.append(ours.step(i))
         if released:
-            theirs.append(released.ask(str(i))["seconds"])
+            theirs.append(released.ask(i)["seconds"])
     parts, theirs = parts[WARMUP:], theirs[WARMUP:]
     seconds = [sum(part.values()) for part in parts]
 
@@ -374,7 +311,7 @@ def main() -> None:
         "released": None,
     }
     if released:
-        row["released"] = released.about | {
+        row["released"] = about | {
             "rows_per_s": spread([bench.batch_size / s for s in theirs], 2),
             "step_ms": spread([s * 1000 for s in theirs], 3),
             "ours_times_faster": spread([b / a for a, b in zip(seconds, theirs, strict=True)], 3),

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# bench/'s modules import each other as in a script of it; `kernels` has to stay the package
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; only network tests go there
 
 from nanococonut.engine import Engine, Generation

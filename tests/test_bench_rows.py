@@ -32,7 +32,6 @@ def test_a_file_of_no_task_is_refused(script):
 
 def test_tables_say_not_run_for_what_no_row_has(script, tmp_path, monkeypatch):
     """Rows of bench/rows.py without files, or none: the sections are still made."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     names = runpy.run_path(str(ROOT / "bench/plot.py"), run_name="bench")
     monkeypatch.setitem(names["sections"].__globals__, "RESULTS", tmp_path)
     nothing = names["sections"]()["docs/DATA.md"]

@@ -1,18 +1,15 @@
 """bench/table1.py: runs, stops and goes on; the tables say "not run" where nothing was."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import tables
+
+from nanococonut.curriculum import METHODS
+from nanococonut.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import tables  # noqa: E402
-
-from nanococonut.curriculum import METHODS  # noqa: E402
-from nanococonut.tasks import TASKS  # noqa: E402
 
 TINY = "--set=epochs=2,rows_per_epoch=64,valid_rows=10,advance_at=0,max_new_tokens=4"
 

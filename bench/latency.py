@@ -1,0 +1,600 @@
+"""Thoughts against a chain of thought written token by token, and against what else there is.
+
+    python bench/latency.py                    anywhere: a GPU or a CPU, three minutes
+    python bench/latency.py --released CLONE --released_python VENV/bin/python --compile
+
+The model is the newest run in out/, else a GPT-2 124M of random weights, which are as fast as any.
+Measured: a step that feeds back a thought, a step that reads a word and says the next, the time to
+the first word behind 6 thoughts, and whole answers with the paper's lengths: question -> 6 thoughts
+-> answer; question -> written chain and answer; question -> answer. No row ends early.
+
+Everybody takes turns: what is compared stems from the same minutes. Peers (bench/peers.py) have the
+same weights and prompts and are timed only where they say the same greedy tokens in float32. The
+floor of a step is the bytes that it has to read (weights of the layers, for a word also the head,
+keys and values) at the bandwidth measured between the turns: the faster of copying and summing
+more than fits into a cache. The last line is JSON; --out appends its rows (bench/schema.py).
+"""
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
+
+import peers
+import torch
+from peers import Side, Sides
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from schema import Rows, command_of, quantiles
+from subject import TASKS, THOUGHTS, Subject, find, out_of_memory
+
+from nanococonut import device as devices
+from nanococonut.config import build, check_values, opt, parse_cli
+from nanococonut.errors import UserError, main_guard
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+STEP_TOKENS = 9  # words said where single steps are measured: 8 steps between them
+KINDS = {"thoughts": f"{THOUGHTS} thoughts", "chain": "written chain", "direct": "direct"}
+STEPS = {"latent step": "latent_step", "token step": "token_step", "first token": "first"}
+COLUMNS = "ms|batch|context|by|p10|p50|p90|no prefill|chain / it|floor|GB/s|launches|n".split("|")
+MAIN_CONTEXT = 400  # of those swept, what comes first
+LEAST, MOST = 3, 25  # rounds of a job
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    checkpoint: str | None = opt(
+        None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
+    )
+    minutes: float = opt(3.0, "about how long it may take", above=0)
+    batches: str = opt("1,8,64,256", "rows at once, with commas")
+    contexts: str = opt("100,400,1000", "tokens before the thoughts, with commas")
+    tasks: str = opt(",".join(TASKS), "whose answers' lengths, with commas")
+    device: str = opt("auto", "auto, cpu, cuda, mps")
+    dtype: str = opt(
+        "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
+    )
+    peers: bool = opt(True, "others too, where they are installed")
+    released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
+    released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
+    transformers_python: str | None = opt(
+        None, "a Python that has transformers 5 (None: this one, if it has)"
+    )
+    compile: bool | None = opt(
+        None, "transformers with a static cache, compiled, too (None: on a GPU)"
+    )
+    n_layer: int | None = opt(None, "random weights: layers", at_least=1)
+    n_head: int | None = opt(None, "random weights: heads", at_least=1)
+    n_embd: int | None = opt(None, "random weights: width", at_least=1)
+    block_size: int | None = opt(None, "random weights: longest sequence", at_least=32)
+    vocab_size: int | None = opt(None, "random weights: vocabulary", at_least=16)
+    seed: int = opt(0, "of the prompts", at_least=0)
+    out: str | None = opt(None, "append the rows to this file")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if (self.released is None) != (self.released_python is None):
+            raise UserError(
+                "--released and --released_python go together.\n"
+                "Give a clone of facebookresearch/coconut and a Python that has what it needs."
+            )
+        if self.released and not (Path(self.released) / "coconut.py").is_file():
+            raise UserError(
+                f"--released {self.released} holds no coconut.py.\n"
+                "Give a clone of facebookresearch/coconut."
+            )
+        self.numbers("batches")
+        self.numbers("contexts")
+        for task in filter(None, self.tasks.split(",")):
+            if task not in TASKS:
+                raise UserError(f"--tasks names {task!r}.\nThere are {', '.join(TASKS)}.")
+
+    def numbers(self, name: str) -> list[int]:
+        parts = getattr(self, name).split(",")
+        if not all(p.strip().isdigit() and int(p) for p in parts):
+            raise UserError(f"--{name}={getattr(self, name)} is no list of numbers, as in 1,8,64.")
+        return sorted({int(p) for p in parts})
+
+
+@dataclass
+class Call:
+    """One answer of one side: the unit of a round."""
+
+    side: Side
+    kind: str  # of KINDS
+    tokens: int
+
+    @property
+    def thoughts(self) -> int:
+        return THOUGHTS if self.kind == "thoughts" else 0
+
+
+@dataclass
+class Job:
+    """Calls that are compared with each other, at one batch and context. task: whose answers' they
+    are; "" for single steps. found: per call, what each round took."""
+
+    task: str
+    batch: int
+    context: int
+    calls: list[Call]
+    found: list[list[dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        what = f"{self.task} answers" if self.task else "steps"
+        return f"{what}, batch {self.batch}, context {self.context}"
+
+    @property
+    def positions(self) -> int:
+        return max(c.thoughts + 1 + c.tokens for c in self.calls) + self.context
+
+    def values(self, name: str, kind: str, what: str) -> list[float]:
+        """Of the side `name`, seconds in every round; what as in peers.Answer, or "after prefill",
+        the rest of a whole answer."""
+        for call, rounds in zip(self.calls, self.found, strict=True):
+            if (call.side.name, call.kind) == (name, kind):
+                if what == "after prefill":
+                    return [r["total"] - r["prefill"] for r in rounds]
+                return [r[what] for r in rounds]
+        return []
+
+
+def jobs_of(config: LatencyConfig, sides: Sides) -> list[Job]:
+    """All there is to measure, what matters most first."""
+    gpu = sides.first.engine.model.wte.weight.device.type == "cuda"
+    tasks = [t for t in TASKS if t in config.tasks.split(",")]
+    batches, contexts = config.numbers("batches"), config.numbers("contexts")
+    main = min(contexts, key=lambda c: abs(c - MAIN_CONTEXT))
+
+    def answers(task: str, others: bool) -> Job:
+        sizes = TASKS[task]
+        words = {"thoughts": sizes.answer, "chain": sizes.chain, "direct": sizes.answer}
+        calls = []
+        for side in sides.all:
+            for kind, n in words.items():
+                # released: a whole forward pass for each word. Others: what answers the same
+                mine = side is sides.first
+                if mine or (
+                    others and (kind == "thoughts" or (kind == "chain" and side.most_rows is None))
+                ):
+                    calls.append(Call(side, kind, n))
+        return Job(task, 1, sizes.question, calls)
+
+    def steps(batch: int, context: int) -> Job:
+        able = [
+            side
+            for side in sides.all
+            if side is sides.first
+            or (gpu and batch <= (side.most_rows or batch))
+            and (not side.slow_start or (batch, context) == (1, main))
+        ]
+        return Job("", batch, context, [Call(side, "thoughts", STEP_TOKENS) for side in able])
+
+    first = [answers(tasks[0], True)] if tasks else []
+    at_one = sorted(contexts, key=lambda c: c != main) if 1 in batches else []
+    swept = sorted(
+        ((b, c) for b in batches for c in contexts if b > 1), key=lambda bc: (bc[0] * bc[1], bc)
+    )
+    return [
+        *first,
+        *(steps(1, c) for c in at_one),
+        *(answers(task, False) for task in reversed(tasks[1:])),
+        *(steps(*bc) for bc in swept),
+    ]
+
+
+@dataclass
+class Pace:
+    """How long things take, to plan by. rate: seconds of prefill per token of a large batch;
+    read, step: of each side, for a prompt of `length` tokens and a step, one row."""
+
+    rate: float
+    length: int
+    read: dict[str, float]
+    step: dict[str, float]
+    scale: float = 1.0  # what jobs took, of what they should have
+
+    def round(self, job: Job) -> float:
+        """Seconds of a round of a job, but for the scale."""
+        total = 0.0
+        for call in job.calls:
+            name, tokens = call.side.name, job.batch * job.context
+            read = max(self.read[name], tokens * self.rate)
+            step = self.step[name] + (job.batch - 1) * self.rate
+            total += read + (call.thoughts + 1 + call.tokens) * step
+            if call.side.most_rows == 1:  # no cache behind the thoughts
+                total += (call.tokens - 1) * read
+        return total
+
+
+def pace_of(sides: Sides, subject: Subject, length: int) -> Pace:
+    gpu = subject.model.wte.weight.device.type == "cuda"
+    read, step = {}, {}
+    prompt = subject.prompts(1, length, seed=0)
+    for side in sides.all:
+        for _ in range(2 if gpu else 1):  # peers.check has been here, but at other lengths
+            took = side.answer(prompt, THOUGHTS, subject.opening, 2)
+        read[side.name], step[side.name] = took["prefill"], took["latent_step"]
+    rate = read[sides.first.name] / length
+    if gpu:  # one row does not fill it
+        rows = subject.prompts(8, length, seed=1)
+        for _ in range(2):
+            took = sides.first.answer(rows, 1, subject.opening, 1)
+        rate = took["prefill"] / (8 * length)
+    return Pace(rate, length, read, step)
+
+
+class Bandwidth:
+    """GB/s of memory, measured whenever asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        n = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
+        self.device = device
+        self.a, self.b = torch.ones(n, device=device), torch.zeros(n, device=device)
+        self.copied: list[float] = []
+        self.summed: list[float] = []
+        self.measure()  # touches every page
+        self.copied.clear(), self.summed.clear()
+
+    def _rate(self, work: Callable[[], Any], n_bytes: int) -> float:
+        began = self._now()
+        work()
+        return n_bytes / (self._now() - began) / 1e9
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def measure(self) -> None:
+        self.copied.append(self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes))
+        self.summed.append(self._rate(lambda: self.a.sum(), self.a.nbytes))
+
+    @property
+    def values(self) -> list[float]:
+        return max(self.copied, self.summed, key=statistics.median)
+
+
+def run_job(
+    job: Job,
+    rounds: int,
+    subject: Subject,
+    bandwidth: Bandwidth,
+    deadline: float,
+    seed: int,
+    tick: Callable[[], None],
+) -> None:
+    """So many rounds, or fewer where the deadline comes first, but one. In every round each call is
+    made once; the order turns."""
+    job.found = [[] for _ in job.calls]
+    gpu = subject.model.wte.weight.device.type == "cuda"
+    if gpu:  # what is captured, compiled or chosen at first use is not counted
+        prompts = subject.prompts(job.batch, job.context, seed)
+        for call in job.calls:
+            call.side.answer(prompts, call.thoughts, subject.opening[: call.thoughts], call.tokens)
+    for i in range(rounds):
+        prompts = subject.prompts(job.batch, job.context, seed + i)
+        for j in range(len(job.calls)):
+            j = (i + j) % len(job.calls)
+            call = job.calls[j]
+            if i and time.monotonic() > deadline:
+                for found in job.found:  # rounds are whole, so that they can be paired
+                    del found[i:]
+                return
+            opening = subject.opening if call.thoughts else []
+            took = call.side.answer(prompts, call.thoughts, opening, call.tokens)
+            job.found[j].append({k: v for k, v in took.items() if k != "tokens"})
+            tick()
+        bandwidth.measure()
+
+
+def fitting(jobs: list[Job], pace: Pace, left: float) -> list[Job]:
+    """Those of which LEAST rounds fit into the seconds left, in order of importance."""
+    chosen = []
+    for job in jobs:
+        need = LEAST * pace.round(job) * pace.scale
+        if need <= left:
+            chosen.append(job)
+            left -= need
+    return chosen
+
+
+def free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
+def measure(
+    config: LatencyConfig, subject: Subject, sides: Sides, began: float, console: Console
+) -> tuple[list[Job], list[str], Bandwidth]:
+    """-> the jobs done, what was left out and why, the bandwidth."""
+    device, block_size = subject.model.wte.weight.device, subject.model.config.block_size
+    deadline = began + 60 * config.minutes
+    left_out = []
+    waiting = []
+    for job in jobs_of(config, sides):
+        if job.positions > block_size:
+            left_out.append(f"{job.name}: {job.positions} positions, the model has {block_size}")
+        elif subject.cache_bytes(job.batch, job.positions) > 0.6 * free_memory(device):
+            left_out.append(f"{job.name}: memory")
+        else:
+            waiting.append(job)
+    bandwidth, done = Bandwidth(device), []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("a first look", total=60 * config.minutes)
+
+        def tick() -> None:
+            bar.update(task, completed=time.monotonic() - began)
+
+        shortest = min((job.context for job in waiting), default=16)
+        pace = pace_of(sides, subject, shortest)
+        bandwidth.measure()
+        while waiting:
+            left = deadline - time.monotonic()
+            chosen = fitting(waiting, pace, left)
+            if not done and waiting[0] not in chosen:
+                chosen.insert(0, waiting[0])  # what it is all about is measured in any case
+            if not chosen:
+                break
+            job = chosen[0]
+            waiting.remove(job)
+            bar.update(task, description=job.name)
+            each = sum(map(pace.round, chosen)) * pace.scale
+            rounds = min(MOST, max(LEAST, int(left / each))) if left > 0 else 1
+            since = time.monotonic()
+            with out_of_memory(device) as failed:
+                run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick)
+            if failed:
+                left_out.append(f"{job.name}: out of memory")
+                continue
+            took = (time.monotonic() - since) / len(job.found[0])
+            pace.scale = min(20.0, max(0.05, took / pace.round(job)))
+            done.append(job)
+    left_out += [f"{job.name}: no time in {config.minutes:g} minutes" for job in waiting]
+    return done, left_out, bandwidth
+
+
+def count(job: Job, subject: Subject) -> dict[tuple[str, str], tuple[float, float]]:
+    """(side, "latent step" or "token step") -> launches by the host, kernels on the GPU, each."""
+    prompts, opening = subject.prompts(job.batch, job.context, seed=0), subject.opening
+    found = {}
+    for side in {call.side.name: call.side for call in job.calls}.values():
+        none, thought, said = (
+            side.launches(prompts, *what)
+            for what in ((0, opening, 1), (THOUGHTS, opening, 1), (0, opening, STEP_TOKENS))
+        )
+        for what, more, n in (
+            ("latent step", thought, THOUGHTS),
+            ("token step", said, STEP_TOKENS - 1),
+        ):
+            found[side.name, what] = tuple((b - a) / n for a, b in zip(none, more, strict=True))
+    return found
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """Of what stems from the same rounds: the median of their ratios."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def shown(v: float) -> str:
+    return f"{v:,.3f}" if v < 1 else f"{v:,.2f}" if v < 100 else f"{v:,.0f}"
+
+
+def report(
+    subject: Subject,
+    rows: Rows,
+    jobs: list[Job],
+    bandwidth: Bandwidth,
+    launches: dict[tuple[str, str], tuple[float, float]],
+    console: Console,
+) -> None:
+    """Rows of everything, and the table."""
+    gb = statistics.median(bandwidth.values)
+    counted = next((job for job in jobs if not job.task), None)
+    kind = "copy" if bandwidth.values is bandwidth.copied else "sum"
+    rows.add("memory bandwidth", kind, bandwidth.values, "GB/s")
+    table = Table(title=f"{rows.common['device']}, {rows.common['dtype']}", title_justify="left")
+    for name in COLUMNS:
+        justify = "left" if name in ("ms", "by") else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
+
+    def add(what: str, job: Job, side: Side, seconds: list[float]) -> list[str]:
+        values = [1e3 * s for s in seconds]
+        sizes = dict(batch=job.batch, context=job.context)
+        rows.add(what, side.name, values, "ms", side.versions, **sizes)
+        return [shown(v) for v in quantiles(values)]
+
+    for job in jobs:
+        mine, where = job.calls[0].side.name, [str(job.batch), str(job.context)]
+        for call in job.calls if job.task else ():
+            name, kind = call.side.name, KINDS[call.kind]
+            total, rest = (job.values(name, call.kind, w) for w in ("total", "after prefill"))
+            cells = add(f"{job.task} answer, {kind}", job, call.side, total)
+            behind = add(f"{job.task} answer after prefill, {kind}", job, call.side, rest)[1]
+            times = f"{ratio(job.values(mine, 'chain', 'total'), total):.2f}x"
+            more = [behind, times, "-", "-", "-", str(len(total))]
+            table.add_row(f"{job.task}, {kind}", *where, name, *cells, *more)
+        sides = {call.side.name: call.side for call in job.calls if call.kind == "thoughts"}
+        word = job.values(mine, "thoughts", "token_step")
+        for what in STEPS if not job.task or len(sides) > 1 else ():
+            for name, side in sides.items():
+                seconds = job.values(name, "thoughts", STEPS[what])
+                cells, more = add(what, job, side, seconds), ["-"] * 5
+                if what != "first token":
+                    n_bytes = subject.step_bytes(job.batch, job.context, what == "token step")
+                    reads = n_bytes / statistics.median(seconds) / 1e9
+                    more[1:4] = [f"{ratio(word, seconds):.2f}x", f"{reads / gb:.0%}", shown(reads)]
+                if (name, what) in launches and job is counted:
+                    asked, ran = launches[name, what]
+                    more[4] = f"{asked:.3g} ({ran:.0f})"
+                table.add_row(what, *where, name, *cells, *more, str(len(seconds)))
+        table.add_section()
+    console.print(table)
+    for job in jobs:
+        for what, head in (("latent step", False), ("token step", True)):
+            n_bytes = subject.step_bytes(job.batch, job.context, head)
+            sizes = dict(batch=job.batch, context=job.context)
+            rows.add(what, "floor", [n_bytes / gb / 1e6], "ms", derived=True, **sizes)
+    for (name, what), numbers in launches.items():
+        for suffix, value in zip(("launches", "kernels"), numbers, strict=True):
+            rows.add(f"{what} {suffix}", name, [value], "launches", derived=True, batch=1)
+
+
+def conclusions(subject: Subject, jobs: list[Job]) -> tuple[list[str], dict[str, Any]]:
+    """The few figures that matter: in words, and as numbers."""
+    said: list[str] = []
+    numbers: dict[str, Any] = {}
+    for job in jobs:
+        if job.task:
+            continue
+        mine = job.calls[0].side.name
+        latent, token = (job.values(mine, "thoughts", w) for w in ("latent_step", "token_step"))
+        measured, (by_bytes, by_flops) = (
+            ratio(token, latent),
+            (
+                of(job.batch, job.context, True) / of(job.batch, job.context, False)
+                for of in (subject.step_bytes, subject.step_flops)
+            ),
+        )
+        found = {"measured": measured, "bytes": by_bytes, "operations": by_flops}
+        where = f"batch {job.batch}, context {job.context}"
+        numbers[f"token step / latent step, {where}"] = {k: round(v, 3) for k, v in found.items()}
+        if not said:  # the first of them is the main one
+            said.append(
+                f"token step / latent step, {where}: measured {measured:.2f}, by bytes "
+                f"{by_bytes:.2f} ({measured / by_bytes - 1:+.0%}), by operations {by_flops:.2f}: a "
+                "thought needs no LM head"
+            )
+    for job in jobs:
+        if not job.task:
+            continue
+        mine = job.calls[0].side.name
+
+        def faster(name: str, kind: str, what: str, job: Job = job, mine: str = mine) -> float:
+            return ratio(job.values(name, kind, what), job.values(mine, "thoughts", what))
+
+        whole, rest = (faster(mine, "chain", what) for what in ("total", "after prefill"))
+        times = (job.values(mine, "thoughts", what) for what in ("prefill", "total"))
+        read = ratio(*times)
+        said.append(
+            f"{job.task}, {THOUGHTS} thoughts against the written chain: {whole:.2f}x faster, "
+            f"{rest:.2f}x behind the prefill, which is {read:.0%} of the answer"
+        )
+        found = {"whole": whole, "after prefill": rest, "prefill share": read}
+        numbers[f"{job.task}, chain / thoughts"] = {k: round(v, 3) for k, v in found.items()}
+        for name in [c.side.name for c in job.calls if c.kind == "thoughts"][1:]:
+            found = {
+                what: round(faster(name, "thoughts", what), 3)
+                for what in ("total", "after prefill", "latent_step", "token_step")
+            }
+            numbers[f"{job.task}, {name} / ours"] = found
+            said.append(
+                f"{job.task}, against {name}: whole answer {found['total']:.2f}x, latent step "
+                f"{found['latent_step']:.2f}x, each further word {found['token_step']:.2f}x faster"
+            )
+    return said, numbers
+
+
+def main() -> None:
+    began = time.monotonic()
+    given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    config = build(LatencyConfig, given)
+    device = devices.choose(config.device)
+    shape = {k: v for k in SHAPE if (v := getattr(config, k)) is not None}
+    subject = find(config.checkpoint, shape, device)
+    model = subject.model
+    load = os.getloadavg()[0]
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+    sizes = {k: getattr(model.config, k) for k in ("n_layer", "n_embd", "vocab_size")}
+    command = command_of(config, "bench/latency.py")
+    rows = Rows(device, dtype, command, config.out, sizes | {"parameters": model.n_params()})
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    aside = Console(stderr=True)
+    console.print(
+        f"{subject.name}: {model.config.n_layer} layers, width {model.config.n_embd}, "
+        f"{model.n_params():,} parameters (weights make no difference to the speed)"
+    )
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    with aside.status("starting and checking peers"):
+        sides = peers.start(
+            subject,
+            config.released,
+            config.released_python,
+            config.transformers_python,
+            compiled,
+            config.peers,
+        )
+        try:
+            length = min(48, model.config.block_size // 2)
+            peers.check(sides, subject, [length])
+        except UserError:
+            sides.end()
+            raise
+    engine = sides.first.engine
+    console.print(
+        f"{rows.common['device']}, {rows.common['dtype']}, kernels: {engine.kernels} "
+        f"({engine.reason}), CUDA graphs: {'yes' if engine.graph else 'no'}, load {load:.1f} at "
+        "the start"
+    )
+    names = ", ".join(side.name for side in sides.all)
+    console.print(f"in turns, the same greedy tokens in float32: {names}")
+    for name, why in sides.missing.items():
+        console.print(f"[yellow]without[/] {name}: {why}", soft_wrap=True)
+    try:
+        model.to(dtype)
+        for side in sides.all:
+            side.cast(rows.common["dtype"])
+        jobs, left_out, bandwidth = measure(config, subject, sides, began, aside)
+        steps = [job for job in jobs if not job.task]
+        launches = count(steps[0], subject) if steps and device.type == "cuda" else {}
+    finally:
+        sides.end()
+    report(subject, rows, jobs, bandwidth, launches, console)
+    console.print(
+        "no prefill: what comes behind it. chain / it: how many times longer it takes word by word "
+        "(an answer: with the written chain; a step: a word's).\nfloor: share of the speed that memory bandwidth allows, "
+        f"{statistics.median(bandwidth.values):,.1f} GB/s in this run; GB/s: of what a step has to "
+        "read. launches: by the host (kernels run). n: repeats."
+    )
+    said, numbers = conclusions(subject, jobs)
+    for line in said:
+        console.print(f"[bold]{line}[/]")
+    for what in left_out:
+        console.print(f"[yellow]left out[/] {what}")
+    seconds = time.monotonic() - began
+    console.print(f"{seconds:.0f} seconds")
+    more = {
+        "model": subject.name,
+        "kernels": engine.kernels,
+        "graph": engine.graph,
+        "load_at_start": round(load, 2),
+        "seconds": round(seconds, 1),
+        "ratios": numbers,
+        "without": sides.missing,
+        "left_out": left_out,
+    }
+    print(rows.line("latency", **more))
+
+
+if __name__ == "__main__":
+    main_guard(main)
