@@ -31,5 +31,6 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.46"],
+        "plot": ["matplotlib>=3.8"],
     },
 )

@@ -29,18 +29,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 
 import peers
 import torch
+from bandwidth import Bandwidth
 from peers import Side, Sides
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from schema import Rows, command_of, quantiles
-from subject import TASKS, THOUGHTS, Subject, find, out_of_memory
+from subject import SHAPE, TASKS, THOUGHTS, Subject, dtype_of, find, out_of_memory
 
 from nanococonut import device as devices
 from nanococonut.config import build, check_values, opt, parse_cli
 from nanococonut.errors import UserError, main_guard
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 STEP_TOKENS = 9  # words said where single steps are measured: 8 steps between them
 KINDS = {"thoughts": f"{THOUGHTS} thoughts", "chain": "written chain", "direct": "direct"}
 STEPS = {"latent step": "latent_step", "token step": "token_step", "first token": "first"}
@@ -120,12 +120,14 @@ class Call:
 @dataclass
 class Job:
     """Calls that are compared with each other, at one batch and context. task: whose answers' they
-    are; "" for single steps. found: per call, what each round took."""
+    are; "" for single steps. needed: it is measured even where there is hardly time. found: per
+    call, what each round took."""
 
     task: str
     batch: int
     context: int
     calls: list[Call]
+    needed: bool = False
     found: list[list[dict[str, float]]] = field(default_factory=list)
 
     @property
@@ -158,16 +160,12 @@ def jobs_of(config: LatencyConfig, sides: Sides) -> list[Job]:
     def answers(task: str, others: bool) -> Job:
         sizes = TASKS[task]
         words = {"thoughts": sizes.answer, "chain": sizes.chain, "direct": sizes.answer}
-        calls = []
-        for side in sides.all:
-            for kind, n in words.items():
-                # released: a whole forward pass for each word. Others: what answers the same
-                mine = side is sides.first
-                if mine or (
-                    others and (kind == "thoughts" or (kind == "chain" and side.most_rows is None))
-                ):
-                    calls.append(Call(side, kind, n))
-        return Job(task, 1, sizes.question, calls)
+        calls = [Call(sides.first, kind, n) for kind, n in words.items()]
+        for side in sides.all[1:] if others else ():
+            # released: every further word is a whole forward pass, so no chain of it
+            kinds = ("thoughts",) if side.most_rows else ("thoughts", "chain")
+            calls += [Call(side, kind, words[kind]) for kind in kinds]
+        return Job(task, 1, sizes.question, calls, needed=others)
 
     def steps(batch: int, context: int) -> Job:
         able = [
@@ -177,16 +175,17 @@ def jobs_of(config: LatencyConfig, sides: Sides) -> list[Job]:
             or (gpu and batch <= (side.most_rows or batch))
             and (not side.slow_start or (batch, context) == (1, main))
         ]
-        return Job("", batch, context, [Call(side, "thoughts", STEP_TOKENS) for side in able])
+        calls = [Call(side, "thoughts", STEP_TOKENS) for side in able]
+        return Job("", batch, context, calls, needed=(batch, context) == (1, main))
 
-    first = [answers(tasks[0], True)] if tasks else []
     at_one = sorted(contexts, key=lambda c: c != main) if 1 in batches else []
     swept = sorted(
         ((b, c) for b in batches for c in contexts if b > 1), key=lambda bc: (bc[0] * bc[1], bc)
     )
     return [
-        *first,
-        *(steps(1, c) for c in at_one),
+        *(steps(1, c) for c in at_one[:1]),
+        *(answers(task, True) for task in tasks[:1]),
+        *(steps(1, c) for c in at_one[1:]),
         *(answers(task, False) for task in reversed(tasks[1:])),
         *(steps(*bc) for bc in swept),
     ]
@@ -233,37 +232,6 @@ def pace_of(sides: Sides, subject: Subject, length: int) -> Pace:
     return Pace(rate, length, read, step)
 
 
-class Bandwidth:
-    """GB/s of memory, measured whenever asked."""
-
-    def __init__(self, device: torch.device) -> None:
-        n = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
-        self.device = device
-        self.a, self.b = torch.ones(n, device=device), torch.zeros(n, device=device)
-        self.copied: list[float] = []
-        self.summed: list[float] = []
-        self.measure()  # touches every page
-        self.copied.clear(), self.summed.clear()
-
-    def _rate(self, work: Callable[[], Any], n_bytes: int) -> float:
-        began = self._now()
-        work()
-        return n_bytes / (self._now() - began) / 1e9
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def measure(self) -> None:
-        self.copied.append(self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes))
-        self.summed.append(self._rate(lambda: self.a.sum(), self.a.nbytes))
-
-    @property
-    def values(self) -> list[float]:
-        return max(self.copied, self.summed, key=statistics.median)
-
-
 def run_job(
     job: Job,
     rounds: int,
@@ -272,9 +240,9 @@ def run_job(
     deadline: float,
     seed: int,
     tick: Callable[[], None],
-) -> None:
+) -> list[Call]:
     """So many rounds, or fewer where the deadline comes first, but one. In every round each call is
-    made once; the order turns."""
+    made once; the order turns. -> calls for which there was no time, taken from the job."""
     job.found = [[] for _ in job.calls]
     gpu = subject.model.wte.weight.device.type == "cuda"
     if gpu:  # what is captured, compiled or chosen at first use is not counted
@@ -284,17 +252,23 @@ def run_job(
     for i in range(rounds):
         prompts = subject.prompts(job.batch, job.context, seed + i)
         for j in range(len(job.calls)):
-            j = (i + j) % len(job.calls)
-            call = job.calls[j]
-            if i and time.monotonic() > deadline:
+            late = time.monotonic() > deadline
+            if late and i:
                 for found in job.found:  # rounds are whole, so that they can be paired
                     del found[i:]
-                return
+                return []
+            if late and j >= len(KINDS):  # ours come first
+                dropped = job.calls[j:]
+                del job.calls[j:], job.found[j:]
+                return dropped
+            j = (i + j) % len(job.calls)
+            call = job.calls[j]
             opening = subject.opening if call.thoughts else []
             took = call.side.answer(prompts, call.thoughts, opening, call.tokens)
             job.found[j].append({k: v for k, v in took.items() if k != "tokens"})
             tick()
         bandwidth.measure()
+    return []
 
 
 def fitting(jobs: list[Job], pace: Pace, left: float) -> list[Job]:
@@ -351,8 +325,8 @@ def measure(
         while waiting:
             left = deadline - time.monotonic()
             chosen = fitting(waiting, pace, left)
-            if not done and waiting[0] not in chosen:
-                chosen.insert(0, waiting[0])  # what it is all about is measured in any case
+            if waiting[0].needed and waiting[0] not in chosen and (left > 0 or not done):
+                chosen.insert(0, waiting[0])
             if not chosen:
                 break
             job = chosen[0]
@@ -362,7 +336,9 @@ def measure(
             rounds = min(MOST, max(LEAST, int(left / each))) if left > 0 else 1
             since = time.monotonic()
             with out_of_memory(device) as failed:
-                run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick)
+                for call in run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick):
+                    name = f"{job.name}, {call.side.name}, {KINDS[call.kind]}"
+                    left_out.append(f"{name}: no time in {config.minutes:g} minutes")
             if failed:
                 left_out.append(f"{job.name}: out of memory")
                 continue
@@ -417,10 +393,12 @@ def report(
         justify = "left" if name in ("ms", "by") else "right"
         table.add_column(name, justify=justify, no_wrap=True)
 
+    def sizes(job: Job) -> dict[str, int]:
+        return {"batch": job.batch, "context": job.context}
+
     def add(what: str, job: Job, side: Side, seconds: list[float]) -> list[str]:
         values = [1e3 * s for s in seconds]
-        sizes = dict(batch=job.batch, context=job.context)
-        rows.add(what, side.name, values, "ms", side.versions, **sizes)
+        rows.add(what, side.name, values, "ms", side.versions, **sizes(job))
         return [shown(v) for v in quantiles(values)]
 
     for job in jobs:
@@ -435,13 +413,19 @@ def report(
             table.add_row(f"{job.task}, {kind}", *where, name, *cells, *more)
         sides = {call.side.name: call.side for call in job.calls if call.kind == "thoughts"}
         word = job.values(mine, "thoughts", "token_step")
-        for what in STEPS if not job.task or len(sides) > 1 else ():
+        if job.task and len(sides) == 1:
+            table.add_section()
+            continue
+        for what in STEPS:
             for name, side in sides.items():
                 seconds = job.values(name, "thoughts", STEPS[what])
                 cells, more = add(what, job, side, seconds), ["-"] * 5
                 if what != "first token":
                     n_bytes = subject.step_bytes(job.batch, job.context, what == "token step")
                     reads = n_bytes / statistics.median(seconds) / 1e9
+                    if name == mine:
+                        floor = [n_bytes / gb / 1e6]
+                        rows.add(what, "floor", floor, "ms", derived=True, **sizes(job))
                     more[1:4] = [f"{ratio(word, seconds):.2f}x", f"{reads / gb:.0%}", shown(reads)]
                 if (name, what) in launches and job is counted:
                     asked, ran = launches[name, what]
@@ -449,11 +433,6 @@ def report(
                 table.add_row(what, *where, name, *cells, *more, str(len(seconds)))
         table.add_section()
     console.print(table)
-    for job in jobs:
-        for what, head in (("latent step", False), ("token step", True)):
-            n_bytes = subject.step_bytes(job.batch, job.context, head)
-            sizes = dict(batch=job.batch, context=job.context)
-            rows.add(what, "floor", [n_bytes / gb / 1e6], "ms", derived=True, **sizes)
     for (name, what), numbers in launches.items():
         for suffix, value in zip(("launches", "kernels"), numbers, strict=True):
             rows.add(f"{what} {suffix}", name, [value], "launches", derived=True, batch=1)
@@ -468,12 +447,10 @@ def conclusions(subject: Subject, jobs: list[Job]) -> tuple[list[str], dict[str,
             continue
         mine = job.calls[0].side.name
         latent, token = (job.values(mine, "thoughts", w) for w in ("latent_step", "token_step"))
-        measured, (by_bytes, by_flops) = (
-            ratio(token, latent),
-            (
-                of(job.batch, job.context, True) / of(job.batch, job.context, False)
-                for of in (subject.step_bytes, subject.step_flops)
-            ),
+        measured = ratio(token, latent)
+        by_bytes, by_flops = (
+            of(job.batch, job.context, True) / of(job.batch, job.context, False)
+            for of in (subject.step_bytes, subject.step_flops)
         )
         found = {"measured": measured, "bytes": by_bytes, "operations": by_flops}
         where = f"batch {job.batch}, context {job.context}"
@@ -523,11 +500,9 @@ def main() -> None:
     subject = find(config.checkpoint, shape, device)
     model = subject.model
     load = os.getloadavg()[0]
-    auto = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-    sizes = {k: getattr(model.config, k) for k in ("n_layer", "n_embd", "vocab_size")}
+    dtype = dtype_of(config.dtype, device)
     command = command_of(config, "bench/latency.py")
-    rows = Rows(device, dtype, command, config.out, sizes | {"parameters": model.n_params()})
+    rows = Rows(device, dtype, command, config.out, subject.sizes())
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     aside = Console(stderr=True)
     console.print(
@@ -572,9 +547,9 @@ def main() -> None:
     report(subject, rows, jobs, bandwidth, launches, console)
     console.print(
         "no prefill: what comes behind it. chain / it: how many times longer it takes word by word "
-        "(an answer: with the written chain; a step: a word's).\nfloor: share of the speed that memory bandwidth allows, "
-        f"{statistics.median(bandwidth.values):,.1f} GB/s in this run; GB/s: of what a step has to "
-        "read. launches: by the host (kernels run). n: repeats."
+        "(an answer: with the written chain; a step: a word's).\nfloor: share of the speed that "
+        f"memory bandwidth allows, {statistics.median(bandwidth.values):,.1f} GB/s in this run; "
+        "GB/s: of what a step has to read. launches: by the host (kernels run). n: repeats."
     )
     said, numbers = conclusions(subject, jobs)
     for line in said:

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
+import schema
 import tables
 
 from nanococonut import checkpoint
@@ -23,8 +24,9 @@ from nanococonut.errors import UserError, main_guard
 from nanococonut.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
-RESULTS, CURVES = ROOT / "bench/results", ROOT / "bench/results/curves.jsonl"
+RESULTS = ROOT / "bench/results"
 STEPS_A_POINT = 50
+GPT2 = 100e6  # parameters: pictures are of models at least about as large as the paper's
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class PlotConfig:
     readme: bool = opt(False, "rewrite the marked tables instead of drawing")
     check: bool = opt(False, "with --readme: only compare, exit code 1 where they differ")
     curve: str | None = opt(None, "a run, or runs with commas, whose curves to add to the results")
+
+
+def bench_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of bench/schema.py, each of them checked."""
+    rows = tables.read_jsonl(RESULTS / f"{name}.jsonl")
+    for row in rows:
+        schema.check(row)
+    return rows
 
 
 def sections() -> dict[str, dict[str, str]]:
@@ -46,6 +56,7 @@ def sections() -> dict[str, dict[str, str]]:
             "table1": tables.paper_cells(rows),
             "table1_prosqa_small": tables.table1(rows, "prosqa", "small"),
             "table1_prontoqa_small": tables.table1(rows, "prontoqa", "small"),
+            "latency": tables.latency(bench_rows("latency")),
         },
         "docs/DATA.md": {
             "prosqa_rules": tables.compared(like, "heuristics", prosqa),
@@ -58,12 +69,17 @@ def sections() -> dict[str, dict[str, str]]:
 
 
 def with_sections(name: str, text: str) -> str:
-    """A document with all its marked sections as they should be. UserError where one is missing."""
-    for section, table in sections()[name].items():
+    """A document with all its marked sections as they should be. UserError where a mark is of no
+    section, or is not closed."""
+    made = sections()[name]
+    for section in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         marked = re.compile(rf"(<!-- {section} -->\n).*?(\n<!-- /{section} -->)", re.DOTALL)
-        if not marked.search(text):
-            raise UserError(f"{name} has no section <!-- {section} --> ... <!-- /{section} -->.")
-        text = marked.sub(lambda m, table=table: m[1] + table + m[2], text)
+        if section not in made or not marked.search(text):
+            raise UserError(
+                f"{name} has no whole section <!-- {section} --> ... <!-- /{section} -->.\n"
+                f"There are {', '.join(made)}."
+            )
+        text = marked.sub(lambda m, table=made[section]: m[1] + table + m[2], text)
     return text
 
 
@@ -96,55 +112,39 @@ def add_curve(run: str) -> None:
         "trained_commit": manifest["commit"],
         **checkpoint.provenance(),
     }
-    checkpoint.append_row(CURVES, row)
+    checkpoint.append_row(RESULTS / "curves.jsonl", row)
 
 
-def draw_curve(row: dict[str, Any], to: Path) -> None:
-    """Loss above, shares right below, a band for each stage."""
-    import matplotlib
+def draw(docs: Path) -> list[Path]:
+    """Every picture for which there are rows -> where they are."""
+    import pictures  # matplotlib, which nothing else needs
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    drawn = []
 
-    step, stage, loss, right = zip(*row["points"]["rows"], strict=True)
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
-    above.plot(step, loss, color="#0072B2")  # colours of Okabe and Ito, told apart by all
-    above.set_yscale("log")
-    above.set_ylabel("loss, nats a label")
-    below.plot(step, right, color="#0072B2", label="training rows all right, every word")
-    validated = row["validations"]
-    at = [v["step"] for v in validated]
-    for key, colour, mark, label in (
-        ("valid_accuracy", "#D55E00", "o", "validation, answer right"),
-        ("matched_accuracy", "#009E73", "s", "validation, no depth shortcut"),
-    ):
-        if validated and validated[0][key] is not None:
-            below.plot(at, [v[key] for v in validated], mark + "-", color=colour, label=label)
-    below.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    below.set_ylim(0, 1)
-    below.set_ylabel("share")
-    below.set_xlabel(f"optimizer steps of {row['batch_size']} rows")
-    below.legend(loc="lower right", fontsize=8)
-    begins = [0] + [i for i in range(1, len(step)) if stage[i] != stage[i - 1]]
-    for n, i in enumerate(begins):
-        left = step[i - 1] if i else 0
-        end = step[begins[n + 1] - 1] if n + 1 < len(begins) else step[-1]
-        for axis in (above, below):
-            if n % 2:
-                axis.axvspan(left, end, color="0.94", zorder=0)
-        middle = (left + end) / 2
-        above.text(
-            middle, 1.02, f"stage {stage[i]}" if n == 0 or end - left > step[-1] / 9 else stage[i],
-            ha="center", fontsize=8, transform=above.get_xaxis_transform(),
-        )  # fmt: skip
-    figure.suptitle(
-        f"{row['name']}: {row['method']}, seed {row['seed']}, {row['minutes']:.0f} minutes on "
-        f"{row['device']} ({row['threads']} thread{'s' * (row['threads'] > 1)})",
-        fontsize=10,
-    )
-    figure.tight_layout()
-    figure.savefig(to, dpi=110)
-    plt.close(figure)
+    def to(name: str) -> Path:
+        drawn.append(docs / f"{name}.png")
+        return drawn[-1]
+
+    curves = tables.read_jsonl(RESULTS / "curves.jsonl")
+    for row in curves:
+        pictures.curve(row, to(f"curve_{row['name']}"))
+    if curves:
+        pictures.stages(curves, to("stages"))
+    trained = tables.read_jsonl(RESULTS / "training.jsonl")
+    for device in dict.fromkeys(row["device"] for row in trained):
+        rows = [row for row in trained if row["device"] == device]
+        pictures.training(rows, to(f"training_{device}"))
+    for run in tables.runs(bench_rows("latency"), "latency"):
+        if run.rows[0]["shapes"]["parameters"] < GPT2:  # a model of one's own
+            continue
+        pictures.latency(run, to(f"latency_{run.slug}"))
+        pictures.answers(run, to(f"answers_{run.slug}"))
+        if run.peers(["latent step"]):
+            pictures.peers(run, to(f"peers_{run.slug}"))
+    for run in tables.runs(bench_rows("throughput"), "throughput"):
+        if run.rows[0]["shapes"]["parameters"] >= GPT2:
+            pictures.throughput(run, to(f"throughput_{run.slug}"))
+    return drawn
 
 
 def main() -> None:
@@ -168,10 +168,8 @@ def main() -> None:
     for run in (config.curve or "").split(","):
         if run:
             add_curve(run)
-    for row in tables.read_jsonl(CURVES):
-        to = ROOT / "docs" / f"curve_{row['name']}.png"
-        draw_curve(row, to)
-        print(f"drew {to.relative_to(ROOT)}")
+    for path in draw(ROOT / "docs"):
+        print(f"drew {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

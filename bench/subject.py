@@ -14,6 +14,7 @@ from nanococonut.errors import UserError
 from nanococonut.model import GPT, GPTConfig
 
 THOUGHTS = 6  # the paper's, on all three tasks
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Subject:
     @property
     def opening(self) -> list[int]:
         return [self.eot]
+
+    def sizes(self) -> dict[str, int]:
+        """What rows say of the model (bench/schema.py: shapes)."""
+        sizes = {k: getattr(self.model.config, k) for k in ("n_layer", "n_embd", "vocab_size")}
+        return sizes | {"parameters": self.model.n_params()}
 
     def prompts(self, batch: int, length: int, seed: int) -> list[list[int]]:
         """So many rows of random words, of one length, all else than special tokens."""
@@ -101,6 +107,12 @@ def find(given: str | None, shape: dict[str, int], device: torch.device) -> Subj
     last = model.config.vocab_size - 4
     name = "random weights, GPT-2 124M" if not shape else "random weights"
     return Subject(model.to(device).eval(), name, last, last + 1, last + 2, last + 3)
+
+
+def dtype_of(given: str, device: torch.device) -> torch.dtype:
+    """--dtype; auto is float32 on a CPU, else bfloat16."""
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, auto if given == "auto" else given)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ paper's Table 1. Used by table1.py and plot.py; prints nothing and measures noth
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,129 @@ def compared(row: dict[str, Any], kind: str, names: Sequence[str]) -> str:
         cells = [f"{scale * c[kind][key]:.{digits}f}" if key in c[kind] else "" for c in columns]
         lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of bench/schema.py that one command made."""
+
+    rows: list[dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        """The machine, the model's size, and the day."""
+        row = self.rows[0]
+        size = row["shapes"].get("parameters")
+        model = f"{size / 1e6:,.0f} M parameters, " if size else ""
+        return f"{model}{row['device']}, {row['dtype']}, {row['date'][:10]}"
+
+    @property
+    def slug(self) -> str:
+        """Of the device, for a file's name."""
+        device = self.rows[0]["device"].lower()
+        return "cpu" if device.startswith("cpu") else device.replace(" ", "_")
+
+    def value(self, what: str, variant: str, **shapes: int) -> float | None:
+        """The median; None where it was not measured."""
+        for row in self.rows:
+            if (row["what"], row["variant"]) == (what, variant):
+                if shapes.items() <= row["shapes"].items():
+                    return row["value"]
+        return None
+
+    def points(self) -> list[tuple[int, int]]:
+        """(batch, context) of the steps measured, in order."""
+        return sorted(
+            {
+                (row["shapes"]["batch"], row["shapes"]["context"])
+                for row in self.rows
+                if row["variant"] == "floor" and row["what"] == "latent step"
+            }
+        )
+
+    def peers(self, whats: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Name of another -> what -> its time by ours, where the two took turns over one row: in
+        the whole answers of ProsQA."""
+        answer = "prosqa answer, 6 thoughts"
+        found: dict[str, dict[str, float]] = {}
+        turns = [r["shapes"] for r in self.rows if r["what"] == answer and r["variant"] == "ours"]
+        for row in self.rows if turns else ():
+            mine = self.value(row["what"], "ours", **turns[0])
+            if row["variant"] not in ("ours", "floor") and row["what"] in whats and mine:
+                if row["shapes"] == turns[0]:
+                    found.setdefault(row["variant"], {})[row["what"]] = row["value"] / mine
+        return found
+
+
+def runs(rows: Sequence[dict[str, Any]], of: str) -> list[Run]:
+    """The newest run of bench/<of>.py on each device, in each dtype, of each size of model."""
+    newest: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if f"bench/{of}.py" not in row["command"]:
+            continue
+        key = (row["device"], row["dtype"], row["shapes"].get("parameters"))
+        kept = newest.setdefault(key, [])
+        if kept and row["date"] > kept[0]["date"]:
+            kept.clear()
+        if not kept or row["date"] == kept[0]["date"]:
+            kept.append(row)
+    return [Run(kept) for kept in newest.values()]
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return "not run"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def latency(rows: Sequence[dict[str, Any]]) -> str:
+    """Of bench/latency.py's rows: whole answers, single steps and others beside ours, for each
+    machine. Milliseconds, medians, one row."""
+    found = runs(rows, "latency")
+    if not found:
+        return "Not run."
+    text = []
+    for run in found:
+        whats = [row["what"] for row in run.rows if row["variant"] == "ours"]
+        tasks = [w.split()[0] for w in whats if w.endswith("answer, 6 thoughts")]
+        lines = [
+            f"{run.title}, commit {run.rows[0]['commit']}; ms, one row:",
+            "",
+            "| answer | 6 thoughts | written chain | direct | chain / thoughts | no prefill |",
+            "|---|---|---|---|---|---|",
+        ]
+        for task in tasks:
+            ways = ("6 thoughts", "written chain", "direct")
+            whole = [run.value(f"{task} answer, {way}", "ours") for way in ways]
+            rest = [run.value(f"{task} answer after prefill, {way}", "ours") for way in ways]
+            cells = [*map(_ms, whole), f"{whole[1] / whole[0]:.1f}x", f"{rest[1] / rest[0]:.1f}x"]
+            lines.append(f"| {task} | {' | '.join(cells)} |")
+        lines += [
+            "",
+            "| batch | context | a thought | its floor | a word | its floor | word / thought |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for batch, context in run.points():
+            at = dict(batch=batch, context=context)
+            steps = [
+                run.value(what, who, **at)
+                for what in ("latent step", "token step")
+                for who in ("ours", "floor")
+            ]
+            if steps[0] is not None:
+                ratio = f"{steps[2] / steps[0]:.2f}x"
+                lines.append(f"| {batch} | {context} | {' | '.join(map(_ms, steps))} | {ratio} |")
+        kinds = {
+            "latent step": "a thought",
+            "token step": "a further word",
+            "prosqa answer, 6 thoughts": "a ProsQA answer",
+        }
+        others = run.peers(list(kinds))
+        if others:
+            heads = " | ".join(kinds.values())
+            lines += ["", f"| times as long as ours | {heads} |", "|---|---|---|---|"]
+            for name, ratios in others.items():
+                cells = [f"{ratios[w]:.1f}x" if w in ratios else "not run" for w in kinds]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        text.append("\n".join(lines))
+    return "\n\n".join(text)

@@ -1,0 +1,260 @@
+"""Pictures of committed rows, one function each; used by plot.py. Nothing is measured here.
+
+Colours are Okabe and Ito's, which all can tell apart, and lines differ in their marks too. Width: a
+README's. Every title says on what machine and when.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from tables import Run
+
+BLUE, RED, GREEN, YELLOW, SKY, GREY = "#0072B2 #D55E00 #009E73 #E69F00 #56B4E9 #7F7F7F".split()
+SIZE, DPI = (8, 3.6), 110
+
+
+def _save(figure: Figure, title: str, to: Path) -> None:
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(to, dpi=DPI)
+    plt.close(figure)
+
+
+def _log(axis: Any, ticks: Iterable[float]) -> None:
+    """A logarithmic axis whose ticks are just these, in plain numbers."""
+    axis.set_major_locator(matplotlib.ticker.FixedLocator(sorted(ticks)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+
+
+def _steps(axes: Axes, points: dict[str, dict[int, dict[str, Any]]], against: str) -> None:
+    """points: "latent step" or "token step" -> batch or context -> variant -> row."""
+    looks = {"latent step": (BLUE, "o", "a thought"), "token step": (RED, "s", "a word")}
+    ticks: set[int] = set()
+    for what, (colour, mark, label) in looks.items():
+        at = sorted(points[what])
+        ticks |= set(at)
+        rows = [points[what][x]["ours"] for x in at]
+        values = [row["value"] for row in rows]
+        spread = [
+            [row["value"] - row["spread"]["p10"] for row in rows],
+            [row["spread"]["p90"] - row["value"] for row in rows],
+        ]
+        axes.errorbar(at, values, spread, fmt=mark + "-", color=colour, capsize=3, label=label)
+        floor = [points[what][x]["floor"]["value"] for x in at]
+        axes.plot(at, floor, "--", marker=mark, mfc="none", color=colour, label=f"{label}, floor")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _log(axes.xaxis, ticks)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.set_xlabel(against)
+    axes.grid(axis="y", color="0.9")
+
+
+def latency(run: Run, to: Path) -> None:
+    """Milliseconds of a step against batch and against context, and the floor that memory sets."""
+    kinds = ("latent step", "token step")
+    steps = {
+        (row["what"], row["shapes"]["batch"], row["shapes"]["context"], row["variant"]): row
+        for row in run.rows
+        if row["what"] in kinds and row["variant"] in ("ours", "floor")
+    }
+    points = {(b, c) for _, b, c, variant in steps if variant == "floor"}
+    contexts = [c for _, c in points]
+    main = max(set(contexts), key=contexts.count)  # with the most batches
+
+    def along(pick: Callable[[int, int], int | None]) -> dict[str, dict[int, dict[str, Any]]]:
+        return {
+            what: {
+                x: {v: steps[what, b, c, v] for v in ("ours", "floor")}
+                for b, c in points
+                if (x := pick(b, c)) is not None
+            }
+            for what in kinds
+        }
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE, sharey=False)
+    _steps(left, along(lambda b, c: b if c == main else None), f"rows at once (context {main})")
+    _steps(right, along(lambda b, c: c if b == 1 else None), "context, tokens (one row)")
+    left.set_ylabel("ms a step (p10 to p90)")
+    right.legend(fontsize=8)
+    _save(figure, f"one step, {run.title}", to)
+
+
+def answers(run: Run, to: Path) -> None:
+    """Whole answers, split into reading the question and the rest."""
+    ways = {"6 thoughts": BLUE, "written chain": RED, "direct": GREEN}
+    found = {
+        (row["what"], way): row["value"]
+        for row in run.rows
+        for way in ways
+        if row["variant"] == "ours" and row["what"].endswith(f", {way}")
+    }
+    tasks = list(dict.fromkeys(what.split()[0] for what, _ in found))
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.9 * len(tasks)))
+    longest = max(found.values())
+    scale, unit = (1, "ms") if longest < 2000 else (1e-3, "seconds")
+    for i, task in enumerate(tasks):
+        for j, (way, colour) in enumerate(ways.items()):
+            whole = scale * found[f"{task} answer, {way}", way]
+            rest = scale * found[f"{task} answer after prefill, {way}", way]
+            y = i + (j - 1) * 0.27
+            axes.barh(y, whole - rest, 0.24, color="0.8", label=None if i or j else "the question")
+            label = None if i else f"then {way if way != 'direct' else 'the answer at once'}"
+            axes.barh(y, rest, 0.24, left=whole - rest, color=colour, label=label)
+            axes.text(whole + 0.01 * scale * longest, y, f"{whole:,.3g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * scale * longest)
+    axes.set_xlabel(f"{unit} an answer, one row")
+    axes.legend(fontsize=8, loc="lower right")
+    _save(figure, f"whole answers, {run.title}", to)
+
+
+def peers(run: Run, to: Path) -> None:
+    """How many times longer others take, of what was measured in turns with ours."""
+    kinds = {
+        "latent step": (BLUE, "a thought"),
+        "token step": (RED, "a further word"),
+        "prosqa answer, 6 thoughts": (GREEN, "a ProsQA answer, 6 thoughts"),
+    }
+    ratios = run.peers(list(kinds))
+    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.7 * len(ratios)))
+    for i, values in enumerate(ratios.values()):
+        for j, (what, (colour, label)) in enumerate(kinds.items()):
+            if what in values:
+                y = i + (j - 1) * 0.27
+                axes.barh(y, values[what], 0.24, color=colour, label=None if i else label)
+                axes.text(values[what], y, f" {values[what]:.3g}x", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.5), max(high * 1.6, 4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.set_yticks(range(len(ratios)), [name.replace(", ", ",\n") for name in ratios])
+    axes.invert_yaxis()
+    axes.set_xlabel("times as long as ours (log scale)")
+    axes.legend(fontsize=8, loc="upper right")
+    _save(figure, f"others against ours, one row, {run.title}", to)
+
+
+def throughput(run: Run, to: Path) -> None:
+    """Questions per second against batch."""
+    looks = {"6 thoughts": (BLUE, "o"), "written chain": (RED, "s"), "direct": (GREEN, "^")}
+    figure, axes = plt.subplots(figsize=SIZE)
+    ticks: set[int] = set()
+    [task] = {row["what"].split()[0] for row in run.rows}
+    for way, (colour, mark) in looks.items():
+        rows = [row for row in run.rows if row["variant"] == way]
+        batches = [row["shapes"]["batch"] for row in rows]
+        ticks |= set(batches)
+        axes.plot(batches, [row["value"] for row in rows], mark + "-", color=colour, label=way)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _log(axes.xaxis, ticks)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+    axes.set_xlabel("rows at once")
+    axes.set_ylabel("questions a second")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(fontsize=8)
+    _save(figure, f"{task} throughput, {run.title}", to)
+
+
+def training(rows: Sequence[dict[str, Any]], to: Path) -> None:
+    """Rows per second of bench/training.py, and of the released code where it was compared."""
+    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.55 * len(rows)))
+    names = []
+    for i, row in enumerate(rows):
+        names.append(f"{Path(row['config']).stem}, {row['batch_size']} rows,\n{row['dtype']}")
+        for j, (who, found) in enumerate((("ours", row), ("released", row["released"]))):
+            if not found:
+                continue
+            rate = found["rows_per_s"]
+            spread = [[rate["median"] - rate["min"]], [rate["max"] - rate["median"]]]
+            y, colour = i + (j - 0.5) * 0.36, (BLUE, YELLOW)[j]
+            label = None if any(names[:-1]) and j == 0 else who
+            axes.barh(y, rate["median"], 0.32, xerr=spread, color=colour, label=label, capsize=3)
+            axes.text(rate["max"], y, f"  {rate['median']:,.0f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(row["rows_per_s"]["max"] for row in rows))
+    axes.set_xlabel("rows trained a second (least to most)")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(*zip(*dict(zip(labels, handles, strict=True)).items(), strict=True)[::-1])
+    row = rows[0]
+    machine = f"{row['device']} {row['hardware']}, {row['threads']} threads"
+    _save(figure, f"training with 6 thoughts, {machine}, commit {row['commit']}", to)
+
+
+def stages(rows: Sequence[dict[str, Any]], to: Path) -> None:
+    """Accuracy on validation rows at the end of every stage, of runs whose curves are kept."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    colours = (BLUE, RED, GREEN, YELLOW, SKY, GREY)
+    for row, colour in zip(rows, colours, strict=False):
+        for key, line, label in (
+            ("valid_accuracy", "o-", "validation"),
+            ("matched_accuracy", "s--", "no depth shortcut"),
+        ):
+            last = {v["stage"]: v[key] for v in row["validations"] if v[key] is not None}
+            name = f"{row['name']}, {label}"
+            axes.plot(list(last), [100 * a for a in last.values()], line, color=colour, label=name)
+    axes.axhline(50, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("stage (how many written steps are replaced by thoughts)")
+    axes.set_ylabel("right answers, %")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(fontsize=8, loc="lower right")
+    machines = ", ".join(dict.fromkeys(row["device"] for row in rows))
+    _save(figure, f"accuracy at the end of each stage, {machines}", to)
+
+
+def curve(row: dict[str, Any], to: Path) -> None:
+    """Loss above, shares right below, a band for each stage."""
+    step, stage, loss, right = zip(*row["points"]["rows"], strict=True)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
+    above.plot(step, loss, color=BLUE)
+    above.set_yscale("log")
+    above.set_ylabel("loss, nats a label")
+    below.plot(step, right, color=BLUE, label="training rows all right, every word")
+    validated = row["validations"]
+    at = [v["step"] for v in validated]
+    for key, colour, mark, label in (
+        ("valid_accuracy", RED, "o", "validation, answer right"),
+        ("matched_accuracy", GREEN, "s", "validation, no depth shortcut"),
+    ):
+        if validated and validated[0][key] is not None:
+            below.plot(at, [v[key] for v in validated], mark + "-", color=colour, label=label)
+    below.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    below.set_ylim(0, 1)
+    below.set_ylabel("share")
+    below.set_xlabel(f"optimizer steps of {row['batch_size']} rows")
+    below.legend(loc="lower right", fontsize=8)
+    begins = [0] + [i for i in range(1, len(step)) if stage[i] != stage[i - 1]]
+    for n, i in enumerate(begins):
+        left = step[i - 1] if i else 0
+        end = step[begins[n + 1] - 1] if n + 1 < len(begins) else step[-1]
+        for axis in (above, below):
+            if n % 2:
+                axis.axvspan(left, end, color="0.94", zorder=0)
+        middle = (left + end) / 2
+        above.text(
+            middle, 1.02, f"stage {stage[i]}" if n == 0 or end - left > step[-1] / 9 else stage[i],
+            ha="center", fontsize=8, transform=above.get_xaxis_transform(),
+        )  # fmt: skip
+    _save(
+        figure,
+        f"{row['name']}: {row['method']}, seed {row['seed']}, {row['minutes']:.0f} minutes on "
+        f"{row['device']} ({row['threads']} thread{'s' * (row['threads'] > 1)})",
+        to,
+    )
