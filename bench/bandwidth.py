@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+# of a buffer, more than fits into a cache (those of this decade's servers aside)
+BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+
 
 class Bandwidth:
     """GB/s of memory, measured whenever asked."""
 
     def __init__(self, device: torch.device) -> None:
-        n = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
+        n = BYTES.get(device.type, BYTES["cpu"]) // 4
         self.device = device
         self.a, self.b = torch.ones(n, device=device), torch.zeros(n, device=device)
         self.copied: list[float] = []

@@ -46,7 +46,7 @@ KINDS = {"thoughts": f"{THOUGHTS} thoughts", "chain": "written chain", "direct":
 STEPS = {"latent step": "latent_step", "token step": "token_step", "first token": "first"}
 COLUMNS = "ms|batch|context|by|p10|p50|p90|no prefill|chain / it|floor|GB/s|launches|n".split("|")
 MAIN_CONTEXT = 400  # of those swept, what comes first
-LEAST, MOST = 3, 25  # rounds of a job
+LEAST = 3  # rounds of a job, if there is time
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class LatencyConfig:
         None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
     )
     minutes: float = opt(3.0, "about how long it may take", above=0)
+    rounds: int = opt(25, "repeats of each comparison at most", at_least=1)
     batches: str = opt("1,8,64,256", "rows at once, with commas")
     contexts: str = opt("100,400,1000", "tokens before the thoughts, with commas")
     tasks: str = opt(",".join(TASKS), "whose answers' lengths, with commas")
@@ -333,7 +334,7 @@ def measure(
             waiting.remove(job)
             bar.update(task, description=job.name)
             each = sum(map(pace.round, chosen)) * pace.scale
-            rounds = min(MOST, max(LEAST, int(left / each))) if left > 0 else 1
+            rounds = min(config.rounds, max(LEAST, int(left / each))) if left > 0 else 1
             since = time.monotonic()
             with out_of_memory(device) as failed:
                 for call in run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick):

@@ -135,20 +135,24 @@ def start(
         settings, weights = as_gpt2(subject.model)
         path = Path(folder) / "model.safetensors"
         save_file(weights, path)
-        started: dict[str, Worker] = {}
-        for name, (kind, python, flag, needs) in wanted.items():  # side by side
-            started[name] = Worker("generate_worker.py", python, flag, f"torch and {needs}")
-            special = {n: getattr(subject, n) for n in ("bot", "eot", "latent")}
-            task = {
-                "kind": kind,
-                "clone": str(Path(released).resolve()) if released else None,
-                "weights": str(path),
-                "gpt2": settings,
-                "special": special,
-                "threads": torch.get_num_threads(),
-                "device": device.type,
-            }
-            started[name].tell(task)
+        special = {n: getattr(subject, n) for n in ("bot", "eot", "latent")}
+        task = {
+            "clone": str(Path(released).resolve()) if released else None,
+            "weights": str(path),
+            "gpt2": settings,
+            "special": special,
+            "threads": torch.get_num_threads(),
+            "device": device.type,
+        }
+        started = {
+            name: Worker("generate_worker.py", python, flag, f"torch and {needs}")
+            for name, (_, python, flag, needs) in wanted.items()
+        }  # side by side: each takes seconds to import what it needs
+        for name, worker in started.items():
+            try:
+                worker.tell(task | {"kind": wanted[name][0]})
+            except UserError:
+                pass  # it has ended, and hear() says why
         for name, worker in started.items():
             try:
                 versions = worker.hear()["versions"]

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from tables import Run
 
 BLUE, RED, GREEN, YELLOW, SKY, GREY = "#0072B2 #D55E00 #009E73 #E69F00 #56B4E9 #7F7F7F".split()
@@ -28,11 +28,20 @@ def _save(figure: Figure, title: str, to: Path) -> None:
     plt.close(figure)
 
 
-def _log(axis: Any, ticks: Iterable[float]) -> None:
-    """A logarithmic axis whose ticks are just these, in plain numbers."""
-    axis.set_major_locator(matplotlib.ticker.FixedLocator(sorted(ticks)))
+def _log(axis: Any, ticks: Iterable[float] = ()) -> None:
+    """Ticks of a logarithmic axis, in plain numbers: just these, or 1, 2, 5, 10, ..."""
+    plain = FixedLocator(sorted(ticks)) if ticks else LogLocator(subs=(1, 2, 5))
+    axis.set_major_locator(plain)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+
+
+def _legend(axes: Axes) -> None:
+    """Above the axes, where it hides nothing."""
+    names = len(axes.get_legend_handles_labels()[1])
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=names, fontsize=8, frameon=False
+    )
 
 
 def _steps(axes: Axes, points: dict[str, dict[int, dict[str, Any]]], against: str) -> None:
@@ -54,9 +63,7 @@ def _steps(axes: Axes, points: dict[str, dict[int, dict[str, Any]]], against: st
     axes.set_xscale("log")
     axes.set_yscale("log")
     _log(axes.xaxis, ticks)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.tick_params(axis="y", which="minor", labelsize=7)
+    _log(axes.yaxis)
     axes.set_xlabel(against)
     axes.grid(axis="y", color="0.9")
 
@@ -69,9 +76,9 @@ def latency(run: Run, to: Path) -> None:
         for row in run.rows
         if row["what"] in kinds and row["variant"] in ("ours", "floor")
     }
-    points = {(b, c) for _, b, c, variant in steps if variant == "floor"}
+    points = run.points()
     contexts = [c for _, c in points]
-    main = max(set(contexts), key=contexts.count)  # with the most batches
+    main = max(set(contexts), key=lambda c: (contexts.count(c), c))  # with the most batches
 
     def along(pick: Callable[[int, int], int | None]) -> dict[str, dict[int, dict[str, Any]]]:
         return {
@@ -87,7 +94,13 @@ def latency(run: Run, to: Path) -> None:
     _steps(left, along(lambda b, c: b if c == main else None), f"rows at once (context {main})")
     _steps(right, along(lambda b, c: c if b == 1 else None), "context, tokens (one row)")
     left.set_ylabel("ms a step (p10 to p90)")
-    right.legend(fontsize=8)
+    left.yaxis.set_label_coords(-0.12, 0.5)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.95), ncol=4, fontsize=8,
+        frameon=False,
+    )  # fmt: skip
+    left.set_title(" "), right.set_title(" ")  # room for it
     _save(figure, f"one step, {run.title}", to)
 
 
@@ -110,14 +123,15 @@ def answers(run: Run, to: Path) -> None:
             rest = scale * found[f"{task} answer after prefill, {way}", way]
             y = i + (j - 1) * 0.27
             axes.barh(y, whole - rest, 0.24, color="0.8", label=None if i or j else "the question")
-            label = None if i else f"then {way if way != 'direct' else 'the answer at once'}"
+            then = {"6 thoughts": "6 thoughts and answer", "written chain": "chain and answer"}
+            label = None if i else f"then {then.get(way, 'the answer at once')}"
             axes.barh(y, rest, 0.24, left=whole - rest, color=colour, label=label)
             axes.text(whole + 0.01 * scale * longest, y, f"{whole:,.3g}", va="center", fontsize=8)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * scale * longest)
     axes.set_xlabel(f"{unit} an answer, one row")
-    axes.legend(fontsize=8, loc="lower right")
+    _legend(axes)
     _save(figure, f"whole answers, {run.title}", to)
 
 
@@ -134,18 +148,18 @@ def peers(run: Run, to: Path) -> None:
         for j, (what, (colour, label)) in enumerate(kinds.items()):
             if what in values:
                 y = i + (j - 1) * 0.27
-                axes.barh(y, values[what], 0.24, color=colour, label=None if i else label)
-                axes.text(values[what], y, f" {values[what]:.3g}x", va="center", fontsize=8)
+                times = values[what]
+                axes.barh(y, times - 1, 0.24, left=1, color=colour, label=None if i else label)
+                axes.text(max(times, 1), y, f" {times:.3g}x", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.5), max(high * 1.6, 4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
-    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    most = [times for values in ratios.values() for times in values.values()]
+    axes.set_xlim(min(0.7, 0.9 * min(most)), 1.6 * max(most))
+    _log(axes.xaxis)
     axes.set_yticks(range(len(ratios)), [name.replace(", ", ",\n") for name in ratios])
     axes.invert_yaxis()
-    axes.set_xlabel("times as long as ours (log scale)")
-    axes.legend(fontsize=8, loc="upper right")
+    axes.set_xlabel("times as long as ours (logarithmic)")
+    _legend(axes)
     _save(figure, f"others against ours, one row, {run.title}", to)
 
 
@@ -163,7 +177,7 @@ def throughput(run: Run, to: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     _log(axes.xaxis, ticks)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+    _log(axes.yaxis)
     axes.set_xlabel("rows at once")
     axes.set_ylabel("questions a second")
     axes.grid(axis="y", color="0.9")
@@ -174,7 +188,7 @@ def throughput(run: Run, to: Path) -> None:
 def training(rows: Sequence[dict[str, Any]], to: Path) -> None:
     """Rows per second of bench/training.py, and of the released code where it was compared."""
     figure, axes = plt.subplots(figsize=(8, 1.3 + 0.55 * len(rows)))
-    names = []
+    names, named = [], set()
     for i, row in enumerate(rows):
         names.append(f"{Path(row['config']).stem}, {row['batch_size']} rows,\n{row['dtype']}")
         for j, (who, found) in enumerate((("ours", row), ("released", row["released"]))):
@@ -182,16 +196,16 @@ def training(rows: Sequence[dict[str, Any]], to: Path) -> None:
                 continue
             rate = found["rows_per_s"]
             spread = [[rate["median"] - rate["min"]], [rate["max"] - rate["median"]]]
-            y, colour = i + (j - 0.5) * 0.36, (BLUE, YELLOW)[j]
-            label = None if any(names[:-1]) and j == 0 else who
+            y, colour = i + (j - 0.5) * 0.36 * bool(row["released"]), (BLUE, YELLOW)[j]
+            label = None if who in named else who
+            named.add(who)
             axes.barh(y, rate["median"], 0.32, xerr=spread, color=colour, label=label, capsize=3)
             axes.text(rate["max"], y, f"  {rate['median']:,.0f}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(row["rows_per_s"]["max"] for row in rows))
     axes.set_xlabel("rows trained a second (least to most)")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(*zip(*dict(zip(labels, handles, strict=True)).items(), strict=True)[::-1])
+    _legend(axes)
     row = rows[0]
     machine = f"{row['device']} {row['hardware']}, {row['threads']} threads"
     _save(figure, f"training with 6 thoughts, {machine}, commit {row['commit']}", to)

@@ -197,14 +197,13 @@ class Run:
         return None
 
     def points(self) -> list[tuple[int, int]]:
-        """(batch, context) of the steps measured, in order."""
-        return sorted(
-            {
-                (row["shapes"]["batch"], row["shapes"]["context"])
-                for row in self.rows
-                if row["variant"] == "floor" and row["what"] == "latent step"
-            }
-        )
+        """(batch, context) of the steps measured, but for those of whole answers, in order."""
+
+        def of(what: str) -> set[tuple[int, int]]:
+            rows = [r["shapes"] for r in self.rows if what in r["what"] and r["variant"] == "ours"]
+            return {(shapes["batch"], shapes["context"]) for shapes in rows}
+
+        return sorted(of("latent step") - of("answer"))
 
     def peers(self, whats: Sequence[str]) -> dict[str, dict[str, float]]:
         """Name of another -> what -> its time by ours, where the two took turns over one row: in

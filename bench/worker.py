@@ -43,6 +43,7 @@ class Worker:
             ) from None
 
     def tell(self, message: Any) -> None:
+        """Without waiting for the answer."""
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
