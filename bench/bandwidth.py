@@ -2,28 +2,33 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
-# of a buffer, more than fits into a cache (those of this decade's servers aside)
+# of a buffer: more than fits into most caches
 BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+WIDTH = 1024  # of the matrix that a buffer is
 
 
 class Bandwidth:
-    """GB/s of memory, measured whenever asked."""
+    """GB/s of memory, whenever asked: of a plain copy, and of a matrix times a vector, which reads
+    as a step does."""
 
     def __init__(self, device: torch.device) -> None:
-        n = BYTES.get(device.type, BYTES["cpu"]) // 4
+        rows = BYTES.get(device.type, BYTES["cpu"]) // (4 * WIDTH)
         self.device = device
-        self.a, self.b = torch.ones(n, device=device), torch.zeros(n, device=device)
-        self.copied: list[float] = []
-        self.summed: list[float] = []
+        self.a, self.b = (torch.ones(rows, WIDTH, device=device) for _ in range(2))
+        self.vector = torch.ones(WIDTH, device=device)
         self.measure()  # touches every page
-        self.copied.clear(), self.summed.clear()
 
-    def _rate(self, work: Callable[[], Any], n_bytes: int) -> float:
+    def measure(self) -> dict[str, float]:
+        return {
+            "copy": self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes),
+            "matrix times vector": self._rate(lambda: self.a @ self.vector, self.a.nbytes),
+        }
+
+    def _rate(self, work: Callable[[], object], n_bytes: int) -> float:
         began = self._now()
         work()
         return n_bytes / (self._now() - began) / 1e9
@@ -33,10 +38,9 @@ class Bandwidth:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def measure(self) -> None:
-        self.copied.append(self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes))
-        self.summed.append(self._rate(lambda: self.a.sum(), self.a.nbytes))
 
-    @property
-    def values(self) -> list[float]:
-        return max(self.copied, self.summed, key=statistics.median)
+def best(measured: Sequence[dict[str, float]]) -> tuple[str, list[float]]:
+    """Of several measurements: the way that was faster, and its GB/s."""
+    values = {name: [m[name] for m in measured] for name in measured[0]}
+    name = max(values, key=lambda n: statistics.median(values[n]))
+    return name, values[name]

@@ -130,7 +130,7 @@ def static(gpt2: Any, task: dict[str, Any]) -> Callable:
 
     device, trunk = task["device"], gpt2.transformer
     by_position = "cache_position" in inspect.signature(trunk.forward).parameters
-    caches: dict[tuple[int, int], Any] = {}
+    caches: dict[tuple, Any] = {}
 
     def at(position: int, n: int) -> dict[str, Tensor]:
         where = torch.arange(position, position + n, device=device)
@@ -158,7 +158,7 @@ def static(gpt2: Any, task: dict[str, Any]) -> Callable:
         n = ids.shape[1]
         length = -(-(n + thoughts + len(opening) + tokens) // 512) * 512  # few lengths to compile
         length = min(length, gpt2.config.n_positions)
-        key = (len(ids), length)
+        key = (len(ids), length, gpt2.dtype)
         if key not in caches:
             caches[key] = StaticCache(config=gpt2.config, max_cache_len=length)
         cache = caches[key]

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Every row that needs a GPU, in one call of under nine minutes: bash bench/gpu_suite.sh [FOLDER]
-# Rows and logs go to FOLDER (default bench/results/gpu); copy what is worth keeping.
+# Rows and logs go to FOLDER (default bench/results/gpu); copy what is worth keeping. A part that
+# fails or runs out of its time does not end the others. With NANOCOCONUT_RELEASED (a clone of
+# facebookresearch/coconut) and NANOCOCONUT_RELEASED_PYTHON the released code is measured too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results/gpu}
@@ -10,19 +12,30 @@ python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
   exit 2
 }
 failed=0
-run() { echo "== $*"; timeout "$1" "${@:2}" || { echo "failed: ${*:2}"; failed=1; }; }
+# run SECONDS NAME COMMAND...: shown, and kept in FOLDER/NAME.log
+run() {
+  echo "== ${*:3}"
+  timeout "$1" "${@:3}" 2>&1 | tee "$out/$2.log" || { echo "failed: ${*:3}"; failed=1; }
+}
 
-run 120 python -m pytest -q -m gpu
-for size in "config/prosqa_small.py" "config/prosqa_scratch.py"; do
-  for dtype in float32 bfloat16; do
-    run 30 python bench/training.py --config="$size" --batch_size=64 --device=cuda \
-      --dtype="$dtype" --out="$out/training.jsonl"
-  done
+# the limits' sum is 525 s
+released=()
+if [ -n "${NANOCOCONUT_RELEASED:-}" ] && [ -n "${NANOCOCONUT_RELEASED_PYTHON:-}" ]; then
+  released=("--released=$NANOCOCONUT_RELEASED" "--released_python=$NANOCOCONUT_RELEASED_PYTHON")
+fi
+run 90 tests python -m pytest -q -m gpu
+run 130 latency python bench/latency.py --checkpoint=random --minutes=1.6 "${released[@]}" \
+  --out="$out/latency.jsonl"
+run 50 kernels python bench/kernels.py --out="$out/kernels.jsonl"
+run 45 throughput python bench/throughput.py --checkpoint=random --minutes=0.5 \
+  --out="$out/throughput.jsonl"
+for dtype in float32 bfloat16; do
+  run 20 "training_$dtype" python bench/training.py --config=config/prosqa_scratch.py \
+    --batch_size=64 --device=cuda --dtype="$dtype" --out="$out/training.jsonl"
 done
-run 200 python train.py config/prosqa_small.py --device=cuda --out_dir="$out/prosqa_small" \
-  > "$out/train.log" 2>&1
+run 130 train python train.py config/prosqa_small.py --device=cuda --out_dir="$out/prosqa_small"
 for split in prosqa prosqa_matched; do
-  run 30 python bench/accuracy.py --checkpoint="$out/prosqa_small" --data="$split" --device=cuda \
-    --out="$out/accuracy.jsonl"
+  run 20 "accuracy_$split" python bench/accuracy.py --checkpoint="$out/prosqa_small" \
+    --data="$split" --device=cuda --out="$out/accuracy.jsonl"
 done
 exit $failed

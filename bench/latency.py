@@ -11,8 +11,8 @@ the first word behind 6 thoughts, and whole answers with the paper's lengths: qu
 Everybody takes turns: what is compared stems from the same minutes. Peers (bench/peers.py) have the
 same weights and prompts and are timed only where they say the same greedy tokens in float32. The
 floor of a step is the bytes that it has to read (weights of the layers, for a word also the head,
-keys and values) at the bandwidth measured between the turns: the faster of copying and summing
-more than fits into a cache. The last line is JSON; --out appends its rows (bench/schema.py).
+keys and values) at the bandwidth measured in the same rounds (bench/bandwidth.py). The last line is
+JSON; --out appends its rows (bench/schema.py).
 """
 
 import math
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 
 import peers
 import torch
-from bandwidth import Bandwidth
+from bandwidth import Bandwidth, best
 from peers import Side, Sides
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -122,19 +122,24 @@ class Call:
 class Job:
     """Calls that are compared with each other, at one batch and context. task: whose answers' they
     are; "" for single steps. needed: it is measured even where there is hardly time. found: per
-    call, what each round took."""
+    call, what each round took. memory: GB/s in each round."""
 
     task: str
     batch: int
     context: int
     calls: list[Call]
     needed: bool = False
+    memory: list[dict[str, float]] = field(default_factory=list)
     found: list[list[dict[str, float]]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         what = f"{self.task} answers" if self.task else "steps"
         return f"{what}, batch {self.batch}, context {self.context}"
+
+    @property
+    def gb(self) -> float:
+        return statistics.median(best(self.memory)[1])
 
     @property
     def positions(self) -> int:
@@ -245,12 +250,18 @@ def run_job(
     """So many rounds, or fewer where the deadline comes first, but one. In every round each call is
     made once; the order turns. -> calls for which there was no time, taken from the job."""
     job.found = [[] for _ in job.calls]
+
+    def ask(call: Call, prompts: list[list[int]]) -> dict[str, Any]:
+        opening = subject.opening if call.thoughts else []
+        return call.side.answer(prompts, call.thoughts, opening, call.tokens)
+
     gpu = subject.model.wte.weight.device.type == "cuda"
     if gpu:  # what is captured, compiled or chosen at first use is not counted
         prompts = subject.prompts(job.batch, job.context, seed)
         for call in job.calls:
-            call.side.answer(prompts, call.thoughts, subject.opening[: call.thoughts], call.tokens)
+            ask(call, prompts)
     for i in range(rounds):
+        job.memory.append(bandwidth.measure())
         prompts = subject.prompts(job.batch, job.context, seed + i)
         for j in range(len(job.calls)):
             late = time.monotonic() > deadline
@@ -263,12 +274,9 @@ def run_job(
                 del job.calls[j:], job.found[j:]
                 return dropped
             j = (i + j) % len(job.calls)
-            call = job.calls[j]
-            opening = subject.opening if call.thoughts else []
-            took = call.side.answer(prompts, call.thoughts, opening, call.tokens)
+            took = ask(job.calls[j], prompts)
             job.found[j].append({k: v for k, v in took.items() if k != "tokens"})
             tick()
-        bandwidth.measure()
     return []
 
 
@@ -293,8 +301,8 @@ def free_memory(device: torch.device) -> float:
 
 def measure(
     config: LatencyConfig, subject: Subject, sides: Sides, began: float, console: Console
-) -> tuple[list[Job], list[str], Bandwidth]:
-    """-> the jobs done, what was left out and why, the bandwidth."""
+) -> tuple[list[Job], list[str]]:
+    """-> the jobs done, what was left out and why."""
     device, block_size = subject.model.wte.weight.device, subject.model.config.block_size
     deadline = began + 60 * config.minutes
     left_out = []
@@ -322,7 +330,6 @@ def measure(
 
         shortest = min((job.context for job in waiting), default=16)
         pace = pace_of(sides, subject, shortest)
-        bandwidth.measure()
         while waiting:
             left = deadline - time.monotonic()
             chosen = fitting(waiting, pace, left)
@@ -347,7 +354,7 @@ def measure(
             pace.scale = min(20.0, max(0.05, took / pace.round(job)))
             done.append(job)
     left_out += [f"{job.name}: no time in {config.minutes:g} minutes" for job in waiting]
-    return done, left_out, bandwidth
+    return done, left_out
 
 
 def count(job: Job, subject: Subject) -> dict[tuple[str, str], tuple[float, float]]:
@@ -380,15 +387,13 @@ def report(
     subject: Subject,
     rows: Rows,
     jobs: list[Job],
-    bandwidth: Bandwidth,
     launches: dict[tuple[str, str], tuple[float, float]],
     console: Console,
-) -> None:
-    """Rows of everything, and the table."""
-    gb = statistics.median(bandwidth.values)
+) -> float:
+    """Rows of everything, and the table -> GB/s of memory in the whole run."""
     counted = next((job for job in jobs if not job.task), None)
-    kind = "copy" if bandwidth.values is bandwidth.copied else "sum"
-    rows.add("memory bandwidth", kind, bandwidth.values, "GB/s")
+    kind, values = best([m for job in jobs for m in job.memory])
+    rows.add("memory bandwidth", kind, values, "GB/s")
     table = Table(title=f"{rows.common['device']}, {rows.common['dtype']}", title_justify="left")
     for name in COLUMNS:
         justify = "left" if name in ("ms", "by") else "right"
@@ -425,9 +430,13 @@ def report(
                     n_bytes = subject.step_bytes(job.batch, job.context, what == "token step")
                     reads = n_bytes / statistics.median(seconds) / 1e9
                     if name == mine:
-                        floor = [n_bytes / gb / 1e6]
+                        floor = [n_bytes / job.gb / 1e6]
                         rows.add(what, "floor", floor, "ms", derived=True, **sizes(job))
-                    more[1:4] = [f"{ratio(word, seconds):.2f}x", f"{reads / gb:.0%}", shown(reads)]
+                    more[1:4] = [
+                        f"{ratio(word, seconds):.2f}x",
+                        f"{reads / job.gb:.0%}",
+                        shown(reads),
+                    ]
                 if (name, what) in launches and job is counted:
                     asked, ran = launches[name, what]
                     more[4] = f"{asked:.3g} ({ran:.0f})"
@@ -437,6 +446,7 @@ def report(
     for (name, what), numbers in launches.items():
         for suffix, value in zip(("launches", "kernels"), numbers, strict=True):
             rows.add(f"{what} {suffix}", name, [value], "launches", derived=True, batch=1)
+    return statistics.median(values)
 
 
 def conclusions(subject: Subject, jobs: list[Job]) -> tuple[list[str], dict[str, Any]]:
@@ -540,16 +550,16 @@ def main() -> None:
         model.to(dtype)
         for side in sides.all:
             side.cast(rows.common["dtype"])
-        jobs, left_out, bandwidth = measure(config, subject, sides, began, aside)
+        jobs, left_out = measure(config, subject, sides, began, aside)
         steps = [job for job in jobs if not job.task]
         launches = count(steps[0], subject) if steps and device.type == "cuda" else {}
     finally:
         sides.end()
-    report(subject, rows, jobs, bandwidth, launches, console)
+    gb = report(subject, rows, jobs, launches, console)
     console.print(
         "no prefill: what comes behind it. chain / it: how many times longer it takes word by word "
         "(an answer: with the written chain; a step: a word's).\nfloor: share of the speed that "
-        f"memory bandwidth allows, {statistics.median(bandwidth.values):,.1f} GB/s in this run; "
+        f"memory bandwidth allows, measured in the same rounds, {gb:,.1f} GB/s in the whole run; "
         "GB/s: of what a step has to read. launches: by the host (kernels run). n: repeats."
     )
     said, numbers = conclusions(subject, jobs)
