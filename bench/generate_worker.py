@@ -214,14 +214,19 @@ def main() -> None:
     print(json.dumps({"versions": versions}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        with torch.no_grad():
-            if dtype := asked.pop("dtype", None):
-                gpt2.to(getattr(torch, dtype))
-                found: Any = {}
-            elif asked.pop("launches", False):
-                found = count_launches(lambda asked=asked: answer(**asked))
-            else:
-                found = answer(**asked)
+        found: Any = {}
+        try:
+            with torch.no_grad():
+                if dtype := asked.pop("dtype", None):
+                    gpt2.to(getattr(torch, dtype))
+                elif asked.pop("launches", False):
+                    found = count_launches(lambda asked=asked: answer(**asked))
+                else:
+                    found = answer(**asked)
+        except torch.OutOfMemoryError:
+            found = {"out_of_memory": True}
+        if "out_of_memory" in found and task["device"] == "cuda":
+            torch.cuda.empty_cache()
         print(json.dumps(found), flush=True)
 
 

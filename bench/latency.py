@@ -59,7 +59,7 @@ class LatencyConfig:
     batches: str = opt("1,8,64,256", "rows at once, with commas")
     contexts: str = opt("100,400,1000", "tokens before the thoughts, with commas")
     tasks: str = opt(",".join(TASKS), "whose answers' lengths, with commas")
-    device: str = opt("auto", "auto, cpu, cuda, mps")
+    device: str = opt("auto", "where", choices=("auto", "cpu", "cuda"))
     dtype: str = opt(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
     )
@@ -200,10 +200,9 @@ def jobs_of(config: LatencyConfig, sides: Sides) -> list[Job]:
 @dataclass
 class Pace:
     """How long things take, to plan by. rate: seconds of prefill per token of a large batch;
-    read, step: of each side, for a prompt of `length` tokens and a step, one row."""
+    read, step: of each side, for a short prompt and for a step, one row."""
 
     rate: float
-    length: int
     read: dict[str, float]
     step: dict[str, float]
     scale: float = 1.0  # what jobs took, of what they should have
@@ -235,7 +234,7 @@ def pace_of(sides: Sides, subject: Subject, length: int) -> Pace:
         for _ in range(2):
             took = sides.first.answer(rows, 1, subject.opening, 1)
         rate = took["prefill"] / (8 * length)
-    return Pace(rate, length, read, step)
+    return Pace(rate, read, step)
 
 
 def run_job(
@@ -246,10 +245,15 @@ def run_job(
     deadline: float,
     seed: int,
     tick: Callable[[], None],
-) -> list[Call]:
+) -> list[str]:
     """So many rounds, or fewer where the deadline comes first, but one. In every round each call is
-    made once; the order turns. -> calls for which there was no time, taken from the job."""
-    job.found = [[] for _ in job.calls]
+    made once; the order turns. -> others' calls that could not be made, and why."""
+    left_out = []
+
+    def drop(calls: list[Call], why: str) -> None:
+        for call in calls:
+            job.calls.remove(call)
+            left_out.append(f"{job.name}, {call.side.name}, {KINDS[call.kind]}: {why}")
 
     def ask(call: Call, prompts: list[list[int]]) -> dict[str, Any]:
         opening = subject.opening if call.thoughts else []
@@ -258,8 +262,14 @@ def run_job(
     gpu = subject.model.wte.weight.device.type == "cuda"
     if gpu:  # what is captured, compiled or chosen at first use is not counted
         prompts = subject.prompts(job.batch, job.context, seed)
-        for call in job.calls:
-            ask(call, prompts)
+        for call in list(job.calls):
+            try:
+                ask(call, prompts)
+            except torch.OutOfMemoryError:
+                if call.side is job.calls[0].side:
+                    raise
+                drop([call], "out of memory")
+    job.found = [[] for _ in job.calls]
     for i in range(rounds):
         job.memory.append(bandwidth.measure())
         prompts = subject.prompts(job.batch, job.context, seed + i)
@@ -268,16 +278,16 @@ def run_job(
             if late and i:
                 for found in job.found:  # rounds are whole, so that they can be paired
                     del found[i:]
-                return []
+                return left_out
             if late and j >= len(KINDS):  # ours come first
-                dropped = job.calls[j:]
-                del job.calls[j:], job.found[j:]
-                return dropped
+                drop(job.calls[j:], "no time")
+                del job.found[j:]
+                return left_out
             j = (i + j) % len(job.calls)
             took = ask(job.calls[j], prompts)
             job.found[j].append({k: v for k, v in took.items() if k != "tokens"})
             tick()
-    return []
+    return left_out
 
 
 def fitting(jobs: list[Job], pace: Pace, left: float) -> list[Job]:
@@ -314,6 +324,8 @@ def measure(
             left_out.append(f"{job.name}: memory")
         else:
             waiting.append(job)
+    if not waiting:
+        raise UserError(f"nothing fits: {left_out[0]}.\nGive smaller --contexts and --batches.")
     bandwidth, done = Bandwidth(device), []
     bar = Progress(
         TextColumn("{task.description}"),
@@ -328,7 +340,7 @@ def measure(
         def tick() -> None:
             bar.update(task, completed=time.monotonic() - began)
 
-        shortest = min((job.context for job in waiting), default=16)
+        shortest = min(job.context for job in waiting)
         pace = pace_of(sides, subject, shortest)
         while waiting:
             left = deadline - time.monotonic()
@@ -344,9 +356,7 @@ def measure(
             rounds = min(config.rounds, max(LEAST, int(left / each))) if left > 0 else 1
             since = time.monotonic()
             with out_of_memory(device) as failed:
-                for call in run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick):
-                    name = f"{job.name}, {call.side.name}, {KINDS[call.kind]}"
-                    left_out.append(f"{name}: no time in {config.minutes:g} minutes")
+                left_out += run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick)
             if failed:
                 left_out.append(f"{job.name}: out of memory")
                 continue

@@ -80,10 +80,16 @@ def _theirs(name: str, worker: Worker, **more: Any) -> Side:
     def asked(prefixes: list, thoughts: int, opening: list, tokens: int) -> dict[str, Any]:
         return dict(prefixes=prefixes, thoughts=thoughts, opening=opening, tokens=tokens)
 
+    def answer(*a: Any) -> dict[str, Any]:
+        found = worker.ask(asked(*a))
+        if "out_of_memory" in found:
+            raise torch.OutOfMemoryError(f"{name} ran out of memory")
+        return found
+
     def launches(*a: Any) -> tuple[int, int]:
         return tuple(worker.ask(asked(*a) | {"launches": True}))
 
-    return Side(name, lambda *a: worker.ask(asked(*a)), launches, worker=worker, **more)
+    return Side(name, answer, launches, worker=worker, **more)
 
 
 def start(

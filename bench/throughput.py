@@ -38,7 +38,7 @@ class ThroughputConfig:
     minutes: float = opt(2.0, "about how long it may take", above=0)
     repeats: int = opt(3, "of every batch", at_least=1)
     most: int = opt(65536, "largest batch", at_least=1)
-    device: str = opt("auto", "auto, cpu, cuda, mps")
+    device: str = opt("auto", "where", choices=("auto", "cpu", "cuda"))
     dtype: str = opt(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
     )

@@ -110,6 +110,7 @@ def test_what_does_not_fit_is_left_out_and_said(latency):
         (["--checkpoint=nowhere"], "Give no --checkpoint"),
         (["--n_head=3"], "does not divide"),
         (["--out=nowhere/rows.jsonl"], "folder is not there"),
+        (["--contexts=9000", "--tasks=", "--peers=False"], "nothing fits"),
     ],
 )
 def test_mistakes_take_two_lines(latency, argv, said):
@@ -141,7 +142,8 @@ def test_rounds_are_whole_and_what_there_is_no_time_for_is_named(names):
     assert [len(found) for found in done.found] == [3] * 4 and asked[4:8].count("other") == 1
     short = job()
     dropped = names["run_job"](short, 3, *rest, 0.0, 0, lambda: None)  # the deadline is long past
-    assert [call.side.name for call in dropped] == ["other"]
+    assert dropped == ["prosqa answers, batch 1, context 8, other, 6 thoughts: no time"]
+    assert [call.side.name for call in short.calls] == ["ours"] * 3
     assert [len(found) for found in short.found] == [1] * 3
 
 
