@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Every row that needs a GPU, in one call of under nine minutes: bash bench/gpu_suite.sh [FOLDER]
+# What only checks (compute-sanitizer, loss curves, drift), in another: ... gpu_suite.sh FOLDER checks
 # Rows and logs go to FOLDER (default bench/results/gpu); copy what is worth keeping. A part that
 # fails or runs out of its time does not end the others. With NANOCOCONUT_RELEASED (a clone of
 # facebookresearch/coconut) and NANOCOCONUT_RELEASED_PYTHON the released code is measured too.
@@ -17,6 +18,22 @@ run() {
   echo "== ${*:3}"
   timeout "$1" "${@:3}" 2>&1 | tee "$out/$2.log" || { echo "failed: ${*:3}"; failed=1; }
 }
+
+if [ "${2:-}" = checks ]; then  # the limits' sum is 530 s
+  small=(tests/test_kernels_append.py tests/test_kernels_latent_attention.py
+    tests/test_kernels_linear.py tests/test_kernels_feedback.py -k "not 31")
+  for tool in memcheck racecheck; do
+    if command -v compute-sanitizer > /dev/null; then
+      run 150 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        python -m pytest -q -x -m gpu "${small[@]}"
+    else
+      echo "no compute-sanitizer here: $tool not run"
+    fi
+  done
+  run 30 drift python bench/drift.py --out="$out/drift.jsonl"
+  run 200 loss python bench/loss.py --out="$out/loss.jsonl"
+  exit $failed
+fi
 
 # the limits' sum is 530 s
 released=()
