@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which all can tell apart, and lines differ in their
 README's. Every title says on what machine and when.
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from tables import Run
+
+from nanococonut.curriculum import METHODS
 
 BLUE, RED, GREEN, YELLOW, SKY, GREY = "#0072B2 #D55E00 #009E73 #E69F00 #56B4E9 #7F7F7F".split()
 SIZE, DPI = (8, 3.6), 110
@@ -272,3 +275,38 @@ def curve(row: dict[str, Any], to: Path) -> None:
         f"{row['device']} ({row['threads']} thread{'s' * (row['threads'] > 1)})",
         to,
     )
+
+
+def methods(rows: Sequence[dict[str, Any]], to: Path) -> None:
+    """Table 1, small models: every method on rows with the shortcut and on rows without it."""
+    tasks = {
+        "ProsQA": ("prosqa", "prosqa_balanced"),
+        "ProntoQA": ("prontoqa", "prontoqa_matched"),
+    }
+    found: dict[tuple[str, str], list[float]] = {}  # (method, split) -> of each seed
+    for row in rows:
+        if row["table1"]["preset"] == "small" and not row["table1"]["setting"]:
+            found.setdefault((row["method"], row["data"]), []).append(100 * row["accuracy"])
+    names = list(METHODS)
+    figure, both = plt.subplots(1, 2, figsize=(8, 4.2), sharey=True)
+    for axes, (task, (plain, without)) in zip(both, tasks.items(), strict=True):
+        axes.axvline(50, color="black", linewidth=0.8, linestyle=":", label="guessing")
+        for y, name in enumerate(names):
+            if (name, plain) not in found:
+                axes.text(50, y, " not run", va="center", fontsize=8, color=GREY)
+                continue
+            a, b = (statistics.fmean(found[name, split]) for split in (plain, without))
+            axes.plot([a, b], [y, y], color="0.8", linewidth=3, zorder=0)
+            labels = ("rows as they are", "rows without the shortcut") if not y else (None, None)
+            axes.plot(a, y, "o", mfc="white", color=RED, label=labels[0])
+            axes.plot(b, y, "D", color=BLUE, markersize=6, label=labels[1])
+        axes.set_xlim(44, 102)
+        axes.set_xlabel(f"{task}: right answers, %")
+        axes.grid(axis="x", color="0.92")
+    both[0].set_yticks(range(len(names)), names)
+    both[0].invert_yaxis()
+    _legend(both[0])
+    seeds = max(map(len, found.values()))
+    commits = ", ".join(dict.fromkeys(row["trained"]["commit"] for row in rows))
+    where = f"{rows[0]['device'].upper()}, trained at {commits}"
+    _save(figure, f"small models, {seeds} seed{'s at most' * (seeds > 1)}, {where}", to)

@@ -130,6 +130,9 @@ def draw(docs: Path) -> list[Path]:
         pictures.curve(row, to(f"curve_{row['name']}"))
     if curves:
         pictures.stages(curves, to("stages"))
+    table1 = tables.read_jsonl(RESULTS / "table1.jsonl")
+    if table1:
+        pictures.methods(table1, to("methods"))
     trained = tables.read_jsonl(RESULTS / "training.jsonl")
     for device in dict.fromkeys(row["device"] for row in trained):
         rows = [row for row in trained if row["device"] == device]
