@@ -132,7 +132,7 @@ def answer(
             "Do not expect sense from this answer."
         )
     # first use of anything is slow: not timed
-    engine.generate([asked], thoughts, max_new_tokens)
+    engine.generate([asked], thoughts, max_new_tokens, temperature, seed)
     out = engine.generate([asked], thoughts, max_new_tokens, temperature, seed)
     if out.n_thoughts[0]:
         console.print(thoughts_table(model, tokenizer, out.thoughts[0]))

@@ -20,8 +20,9 @@ run() {
 }
 
 if [ "${2:-}" = checks ]; then  # the limits' sum is 530 s
-  small=(tests/test_kernels_append.py tests/test_kernels_latent_attention.py
-    tests/test_kernels_linear.py tests/test_kernels_feedback.py -k "not 31")
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # or a read behind a tensor's end is within a block
+  small=(tests/test_kernels_append.py tests/test_kernels_latent_attention.py -k
+    "(bit or gradient or append) and not 31 and not captured and not bfloat16 and not float16")
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer > /dev/null; then
       run 150 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
@@ -40,7 +41,21 @@ released=()
 if [ -n "${NANOCOCONUT_RELEASED:-}" ] && [ -n "${NANOCOCONUT_RELEASED_PYTHON:-}" ]; then
   released=("--released=$NANOCOCONUT_RELEASED" "--released_python=$NANOCOCONUT_RELEASED_PYTHON")
 fi
-run 120 tests python -m pytest -q -m gpu
+# tests compile some hundred kernels, each on one core: file beside file
+names=() pids=()
+for file in tests/test_*.py; do
+  if grep -qE "mark\.gpu|device" "$file"; then
+    name=$(basename "$file" .py)
+    timeout -s INT 110 python -m pytest -q -m "gpu and not slow" "$file" > "$out/$name.log" 2>&1 &
+    names+=("$name") pids+=($!)
+  fi
+done
+for i in "${!pids[@]}"; do
+  wait "${pids[$i]}"
+  code=$?
+  echo "${names[$i]}: $(tail -n 1 "$out/${names[$i]}.log")"
+  [ $code = 0 ] || [ $code = 5 ] || failed=1  # 5: it has no such tests
+done
 run 120 latency python bench/latency.py --checkpoint=random --minutes=1.5 "${released[@]}" \
   --out="$out/latency.jsonl"
 run 50 kernels python bench/kernels.py --out="$out/kernels.jsonl"

@@ -225,7 +225,9 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (t.to(device, non_blocking=True) for t in self.blocks)
+        # pinned memory is kept until it was read; MPS may read what is gone already
+        later = torch.device(device).type == "cuda"
+        moved = (t.to(device, non_blocking=later) for t in self.blocks)
         return Batch(*moved, self.max_thoughts, self.n_labels)
 
     def pinned(self) -> "Batch":

@@ -18,6 +18,11 @@ def choose(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         first = str(e).splitlines()[0]
         raise UserError(f"device={name!r} cannot be used: {first}\nTry --device=cpu.") from None
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams, graphs and Triton use the current one
+        # cuDNN plans attention anew for every length (tens of ms each); flash does not
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

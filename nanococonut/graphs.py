@@ -17,10 +17,13 @@ class Graphs:
     """Graphs by key; of more than `most` the one not used for longest goes. All take their memory
     from one pool, since they run one after another and keep nothing there in between."""
 
+    # one for all rehearsals and captures: libraries keep memory for every stream they have seen
+    stream: torch.cuda.Stream | None = None
+
     def __init__(self, most: int) -> None:
         self.most = most
         self.kept: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
-        self.bytes = 0  # reserved for them at most
+        self.bytes = 0  # reserved for them, at most
         self.pool = None
 
     def play(self, key: tuple, work: Callable[[], None], changes: Sequence[Tensor]) -> None:
@@ -43,7 +46,7 @@ class Graphs:
 
     def _rehearse(self, work: Callable[[], None]) -> None:
         state = torch.cuda.get_rng_state()  # what it draws is drawn again
-        side = torch.cuda.Stream()
+        side = Graphs.stream = Graphs.stream or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             work()
@@ -51,11 +54,14 @@ class Graphs:
         torch.cuda.set_rng_state(state)
 
     def _record(self, work: Callable[[], None], changes: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-        if self.pool is None:
+        if self.pool is None or not self.kept:  # a pool does not outlive its last graph
             self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the rehearsal left is not the graph's
         reserved = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        mode = "thread_local"  # other threads may go on
+        with torch.cuda.graph(graph, self.pool, Graphs.stream, capture_error_mode=mode):
             work()
         self.bytes += max(0, torch.cuda.memory_reserved() - reserved)
         return graph

@@ -90,10 +90,9 @@ class Stepper:
         if self.device.type == "cuda":
             shares = shares.pin_memory()
         if self.graphs is None:
-            device, later = self.device, dict(non_blocking=True)
-            self._pass(
-                micro.batch.to(device), micro.counts.to(device, **later), shares.to(device, **later)
-            )
+            device, later = self.device, self.device.type == "cuda"
+            counts, shares = (t.to(device, non_blocking=later) for t in (micro.counts, shares))
+            self._pass(micro.batch.to(device), counts, shares)
             return
         batch = micro.batch
         key = (*batch.prefix.shape, batch.suffix.shape[1], batch.max_thoughts, batch.n_labels)
