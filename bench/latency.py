@@ -367,15 +367,22 @@ def measure(
     return done, left_out
 
 
-def count(job: Job, subject: Subject) -> dict[tuple[str, str], tuple[float, float]]:
-    """(side, "latent step" or "token step") -> launches by the host, kernels on the GPU, each."""
+def count(
+    job: Job, subject: Subject, left_out: list[str]
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """(side, "latent step" or "token step") -> launches by the host, kernels on the GPU, each. A
+    side that cannot be profiled is left out: all that was timed is still to be written."""
     prompts, opening = subject.prompts(job.batch, job.context, seed=0), subject.opening
     found = {}
     for side in {call.side.name: call.side for call in job.calls}.values():
-        none, thought, said = (
-            side.launches(prompts, *what)
-            for what in ((0, opening, 1), (THOUGHTS, opening, 1), (0, opening, STEP_TOKENS))
-        )
+        try:
+            none, thought, said = (
+                side.launches(prompts, *what)
+                for what in ((0, opening, 1), (THOUGHTS, opening, 1), (0, opening, STEP_TOKENS))
+            )
+        except (UserError, RuntimeError) as e:
+            left_out.append(f"launches of {side.name}: {str(e).splitlines()[0]}")
+            continue
         for what, more, n in (
             ("latent step", thought, THOUGHTS),
             ("token step", said, STEP_TOKENS - 1),
@@ -562,7 +569,7 @@ def main() -> None:
             side.cast(rows.common["dtype"])
         jobs, left_out = measure(config, subject, sides, began, aside)
         steps = [job for job in jobs if not job.task]
-        launches = count(steps[0], subject) if steps and device.type == "cuda" else {}
+        launches = count(steps[0], subject, left_out) if steps and device.type == "cuda" else {}
     finally:
         sides.end()
     gb = report(subject, rows, jobs, launches, console)
