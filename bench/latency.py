@@ -46,7 +46,7 @@ KINDS = {"thoughts": f"{THOUGHTS} thoughts", "chain": "written chain", "direct":
 STEPS = {"latent step": "latent_step", "token step": "token_step", "first token": "first"}
 COLUMNS = "ms|batch|context|by|p10|p50|p90|no prefill|chain / it|floor|GB/s|launches|n".split("|")
 MAIN_CONTEXT = 400  # of those swept, what comes first
-LEAST = 3  # rounds of a job, if there is time
+LEAST, NEEDED = 3, 5  # rounds of a job, and of one that matters most, if there is time
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,10 @@ class Job:
     def name(self) -> str:
         what = f"{self.task} answers" if self.task else "steps"
         return f"{what}, batch {self.batch}, context {self.context}"
+
+    @property
+    def least(self) -> int:
+        return NEEDED if self.needed else LEAST
 
     @property
     def gb(self) -> float:
@@ -291,10 +295,10 @@ def run_job(
 
 
 def fitting(jobs: list[Job], pace: Pace, left: float) -> list[Job]:
-    """Those of which LEAST rounds fit into the seconds left, in order of importance."""
+    """Those of which the least rounds fit into the seconds left, in order of importance."""
     chosen = []
     for job in jobs:
-        need = LEAST * pace.round(job) * pace.scale
+        need = job.least * pace.round(job) * pace.scale
         if need <= left:
             chosen.append(job)
             left -= need
@@ -352,8 +356,8 @@ def measure(
             job = chosen[0]
             waiting.remove(job)
             bar.update(task, description=job.name)
-            each = sum(map(pace.round, chosen)) * pace.scale
-            rounds = min(config.rounds, max(LEAST, int(left / each))) if left > 0 else 1
+            all_least = sum(j.least * pace.round(j) for j in chosen) * pace.scale
+            rounds = min(config.rounds, max(job.least, int(job.least * left / all_least)))
             since = time.monotonic()
             with out_of_memory(device) as failed:
                 left_out += run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick)
@@ -391,9 +395,13 @@ def count(
     return found
 
 
+def ratios(slower: list[float], faster: list[float]) -> list[float]:
+    """Of what stems from the same rounds, pair by pair."""
+    return [a / b for a, b in zip(slower, faster, strict=True)]
+
+
 def ratio(slower: list[float], faster: list[float]) -> float:
-    """Of what stems from the same rounds: the median of their ratios."""
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+    return statistics.median(ratios(slower, faster))
 
 
 def shown(v: float) -> str:
@@ -434,6 +442,15 @@ def report(
             times = f"{ratio(job.values(mine, 'chain', 'total'), total):.2f}x"
             more = [behind, times, "-", "-", "-", str(len(total))]
             table.add_row(f"{job.task}, {kind}", *where, name, *cells, *more)
+            if call.kind == "thoughts" and name != mine:
+                times = ratios(total, job.values(mine, call.kind, "total"))
+                what = f"{job.task} answer, {kind}, by ours"
+                rows.add(what, name, times, "times", call.side.versions, **sizes(job))
+        for what in ("total", "after prefill") if job.task else ():
+            times = ratios(*(job.values(mine, kind, what) for kind in ("chain", "thoughts")))
+            behind = " after prefill" if what != "total" else ""
+            what = f"{job.task} answer{behind}, written chain by {THOUGHTS} thoughts"
+            rows.add(what, mine, times, "times", **sizes(job))
         sides = {call.side.name: call.side for call in job.calls if call.kind == "thoughts"}
         word = job.values(mine, "thoughts", "token_step")
         if job.task and len(sides) == 1:
@@ -446,7 +463,11 @@ def report(
                 if what != "first token":
                     n_bytes = subject.step_bytes(job.batch, job.context, what == "token step")
                     reads = n_bytes / statistics.median(seconds) / 1e9
-                    if name == mine:
+                    if name != mine:
+                        times = ratios(seconds, job.values(mine, "thoughts", STEPS[what]))
+                        told = f"{what}, by ours"
+                        rows.add(told, name, times, "times", side.versions, **sizes(job))
+                    else:
                         floor = [n_bytes / job.gb / 1e6]
                         rows.add(what, "floor", floor, "ms", derived=True, **sizes(job))
                     more[1:4] = [
@@ -458,6 +479,8 @@ def report(
                     asked, ran = launches[name, what]
                     more[4] = f"{asked:.3g} ({ran:.0f})"
                 table.add_row(what, *where, name, *cells, *more, str(len(seconds)))
+        times = ratios(word, job.values(mine, "thoughts", "latent_step"))
+        rows.add("token step by latent step", mine, times, "times", **sizes(job))
         table.add_section()
     console.print(table)
     for (name, what), numbers in launches.items():

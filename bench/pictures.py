@@ -32,8 +32,11 @@ def _save(figure: Figure, title: str, to: Path) -> None:
 
 
 def _log(axis: Any, ticks: Iterable[float] = ()) -> None:
-    """Ticks of a logarithmic axis, in plain numbers: just these, or 1, 2, 5, 10, ..."""
-    plain = FixedLocator(sorted(ticks)) if ticks else LogLocator(subs=(1, 2, 5))
+    """Ticks of a logarithmic axis, in plain numbers: just these, or 1, 2, 5, 10, ..., and more of
+    them where the axis is short."""
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 5, 7)
+    plain = FixedLocator(sorted(ticks)) if ticks else LogLocator(subs=subs)
     axis.set_major_locator(plain)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))

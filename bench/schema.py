@@ -6,7 +6,7 @@
     dtype     of the weights and the cache
     shapes    the sizes it was measured at, whole numbers: batch, context, thoughts, tokens, n_layer
     value     the median, in `unit`
-    unit      ms, s, GB/s, questions/s, launches
+    unit      ms, GB/s, questions/s, launches, times (of two that took turns, pair by pair)
     spread    {"p10": ..., "p90": ...} of the repeats, in `unit`; {} where a value was derived
     repeats   how often it was measured
     versions  of Python and packages, of the process that was measured
@@ -50,7 +50,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "command": str,
     "date": str,
 }
-UNITS = ("ms", "s", "GB/s", "questions/s", "launches")
+UNITS = ("ms", "GB/s", "questions/s", "launches", "times")
 
 
 def check(row: Mapping[str, Any]) -> None:

@@ -201,21 +201,19 @@ class Run:
 
         def of(what: str) -> set[tuple[int, int]]:
             rows = [r["shapes"] for r in self.rows if what in r["what"] and r["variant"] == "ours"]
-            return {(shapes["batch"], shapes["context"]) for shapes in rows}
+            return {(s["batch"], s["context"]) for s in rows if "context" in s}
 
         return sorted(of("latent step") - of("answer"))
 
     def peers(self, whats: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Name of another -> what -> its time by ours, where the two took turns over one row: in
-        the whole answers of ProsQA."""
-        answer = "prosqa answer, 6 thoughts"
+        """Name of another -> what -> its time by ours, pair by pair, where the two took turns over
+        whole answers of one row."""
+        turns = [r["shapes"] for r in self.rows if r["what"].endswith("thoughts, by ours")]
         found: dict[str, dict[str, float]] = {}
-        turns = [r["shapes"] for r in self.rows if r["what"] == answer and r["variant"] == "ours"]
-        for row in self.rows if turns else ():
-            mine = self.value(row["what"], "ours", **turns[0])
-            if row["variant"] not in ("ours", "floor") and row["what"] in whats and mine:
-                if row["shapes"] == turns[0]:
-                    found.setdefault(row["variant"], {})[row["what"]] = row["value"] / mine
+        for row in self.rows:
+            what = row["what"].removesuffix(", by ours")
+            if what in whats and what != row["what"] and row["shapes"] in turns:
+                found.setdefault(row["variant"], {})[what] = row["value"]
         return found
 
 
@@ -259,8 +257,11 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
         for task in tasks:
             ways = ("6 thoughts", "written chain", "direct")
             whole = [run.value(f"{task} answer, {way}", "ours") for way in ways]
-            rest = [run.value(f"{task} answer after prefill, {way}", "ours") for way in ways]
-            cells = [*map(_ms, whole), f"{whole[1] / whole[0]:.1f}x", f"{rest[1] / rest[0]:.1f}x"]
+            behind = [
+                run.value(f"{task} answer{rest}, written chain by 6 thoughts", "ours")
+                for rest in ("", " after prefill")
+            ]
+            cells = [*map(_ms, whole), *(f"{times:.1f}x" for times in behind)]
             lines.append(f"| {task} | {' | '.join(cells)} |")
         lines += [
             "",
@@ -274,9 +275,8 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
                 for what in ("latent step", "token step")
                 for who in ("ours", "floor")
             ]
-            if steps[0] is not None:
-                ratio = f"{steps[2] / steps[0]:.2f}x"
-                lines.append(f"| {batch} | {context} | {' | '.join(map(_ms, steps))} | {ratio} |")
+            times = run.value("token step by latent step", "ours", **at)
+            lines.append(f"| {batch} | {context} | {' | '.join(map(_ms, steps))} | {times:.2f}x |")
         kinds = {
             "latent step": "a thought",
             "token step": "a further word",
@@ -287,7 +287,7 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
             heads = " | ".join(kinds.values())
             lines += ["", f"| times as long as ours | {heads} |", "|---|---|---|---|"]
             for name, ratios in others.items():
-                cells = [f"{ratios[w]:.1f}x" if w in ratios else "not run" for w in kinds]
+                cells = [f"{ratios[w]:.2g}x" if w in ratios else "not run" for w in kinds]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         text.append("\n".join(lines))
     return "\n\n".join(text)

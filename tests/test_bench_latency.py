@@ -72,6 +72,8 @@ def test_a_run_measures_everything(latency, tmp_path):
         assert 0 < floors[0] < floors[1] and token > 0
         at = f"token step / latent step, batch {batch}, context {context}"
         numbers = 2 * 2 * 16 * context * batch + 2 * (12 * 16 * 16 + 13 * 16)
+        times = run.value("token step by latent step", "ours", batch=batch, context=context)
+        assert line["ratios"][at]["measured"] == pytest.approx(times, abs=1e-3)
         assert line["ratios"][at]["bytes"] == pytest.approx(1 + 64 * 16 / numbers, abs=1e-3)
     for task in ("prosqa", "gsm8k"):
         whole = {
@@ -79,7 +81,10 @@ def test_a_run_measures_everything(latency, tmp_path):
         }
         rest = run.value(f"{task} answer after prefill, written chain", "ours")
         assert 0 < rest < whole["written chain"]
-        assert 0 < line["ratios"][f"{task}, chain / thoughts"]["prefill share"] < 1
+        times = run.value(f"{task} answer, written chain by 6 thoughts", "ours")
+        ratios = line["ratios"][f"{task}, chain / thoughts"]
+        assert 0 < ratios["prefill share"] < 1
+        assert ratios["whole"] == pytest.approx(times, rel=1e-3)
     rates = [run.value("memory bandwidth", way) for way in ("copy", "matrix times vector")]
     assert any(rates) and not all(rates)  # the faster of the two
     assert line["left_out"] == [] and set(line["without"]) >= {"released", "ours, eager"}
