@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from tables import Run
 
 from nanococonut.curriculum import METHODS
@@ -35,9 +35,12 @@ def _log(axis: Any, ticks: Iterable[float] = ()) -> None:
     """Ticks of a logarithmic axis, in plain numbers: just these, or 1, 2, 5, 10, ..., and more of
     them where the axis is short."""
     low, high = axis.get_view_interval()
-    subs = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 5, 7)
-    plain = FixedLocator(sorted(ticks)) if ticks else LogLocator(subs=subs)
-    axis.set_major_locator(plain)
+    if ticks:
+        axis.set_major_locator(FixedLocator(sorted(ticks)))
+    elif high < 5 * low:
+        axis.set_major_locator(MaxNLocator(6))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
 
@@ -100,7 +103,6 @@ def latency(run: Run, to: Path) -> None:
     _steps(left, along(lambda b, c: b if c == main else None), f"rows at once (context {main})")
     _steps(right, along(lambda b, c: c if b == 1 else None), "context, tokens (one row)")
     left.set_ylabel("ms a step (p10 to p90)")
-    left.yaxis.set_label_coords(-0.12, 0.5)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.95), ncol=4, fontsize=8,
@@ -235,8 +237,8 @@ def stages(rows: Sequence[dict[str, Any]], to: Path) -> None:
     axes.set_ylabel("right answers, %")
     axes.grid(axis="y", color="0.9")
     axes.legend(fontsize=8, loc="lower right")
-    machines = ", ".join(dict.fromkeys(row["device"] for row in rows))
-    _save(figure, f"accuracy at the end of each stage, {machines}", to)
+    made = ", ".join(dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in rows))
+    _save(figure, f"accuracy at the end of each stage, {made}", to)
 
 
 def curve(row: dict[str, Any], to: Path) -> None:
