@@ -274,7 +274,11 @@ def run_job(
                     raise
                 drop([call], "out of memory")
     job.found = [[] for _ in job.calls]
+    round_took = 0.0
     for i in range(rounds):
+        since = time.monotonic()
+        if i and since + round_took > deadline:
+            break
         job.memory.append(bandwidth.measure())
         prompts = subject.prompts(job.batch, job.context, seed + i)
         for j in range(len(job.calls)):
@@ -291,6 +295,7 @@ def run_job(
             took = ask(job.calls[j], prompts)
             job.found[j].append({k: v for k, v in took.items() if k != "tokens"})
             tick()
+        round_took = time.monotonic() - since
     return left_out
 
 
