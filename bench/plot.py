@@ -115,6 +115,18 @@ def add_curve(run: str) -> None:
     checkpoint.append_row(RESULTS / "curves.jsonl", row)
 
 
+def newest(name: str) -> list[tables.Run]:
+    """The newest run of a bench on each kind of device; runs of a small model of one's own aside.
+    Threads and dtypes have no picture each."""
+    found: dict[str, tables.Run] = {}
+    for run in tables.runs(bench_rows(name), name):
+        old = found.get(run.slug)
+        large = run.rows[0]["shapes"]["parameters"] >= GPT2
+        if large and (old is None or run.rows[0]["date"] > old.rows[0]["date"]):
+            found[run.slug] = run
+    return list(found.values())
+
+
 def draw(docs: Path) -> list[Path]:
     """Every picture for which there are rows -> where they are."""
     import pictures  # matplotlib, which nothing else needs
@@ -137,16 +149,13 @@ def draw(docs: Path) -> list[Path]:
     for device in dict.fromkeys(row["device"] for row in trained):
         rows = [row for row in trained if row["device"] == device]
         pictures.training(rows, to(f"training_{device}"))
-    for run in tables.runs(bench_rows("latency"), "latency"):
-        if run.rows[0]["shapes"]["parameters"] < GPT2:  # a model of one's own
-            continue
+    for run in newest("latency"):
         pictures.latency(run, to(f"latency_{run.slug}"))
         pictures.answers(run, to(f"answers_{run.slug}"))
         if run.peers(["latent step"]):
             pictures.peers(run, to(f"peers_{run.slug}"))
-    for run in tables.runs(bench_rows("throughput"), "throughput"):
-        if run.rows[0]["shapes"]["parameters"] >= GPT2:
-            pictures.throughput(run, to(f"throughput_{run.slug}"))
+    for run in newest("throughput"):
+        pictures.throughput(run, to(f"throughput_{run.slug}"))
     return drawn
 
 

@@ -96,6 +96,14 @@ def test_every_picture_is_drawn(plot, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
+def test_pictures_are_of_the_newest_large_run(plot, tmp_path):
+    for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (4, {"shapes": {"parameters": 1000}})):
+        for row in rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]:
+            plot["checkpoint"].append_row(tmp_path / "latency.jsonl", row | own)
+    [run] = plot["newest"]("latency")
+    assert run.rows[0]["date"] == "2026-01-03T00:00:00Z"
+
+
 def test_a_wrong_row_is_no_picture(plot, tmp_path):
     (tmp_path / "latency.jsonl").write_text('{"what": "latent step"}\n')
     with pytest.raises(UserError, match="a row of results is wrong"):
