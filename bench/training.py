@@ -21,6 +21,7 @@ a line of JSON; without --sweep the last line is one. Where others compute on th
 OMP_WAIT_POLICY=passive (both sides get it): threads that wait by spinning take each other's time.
 """
 
+import gc
 import json
 import math
 import os
@@ -329,6 +330,7 @@ def main() -> None:
         if bench.out:
             checkpoint.append_row(Path(bench.out), row)
         measured.append(row)
+        gc.collect()  # a model and the hook on it know each other: they would stay for a while
     if bench.sweep:
         table(measured)
 
