@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import sides
 import torch
 from conftest import random_gpt
 from flops import matmul_peak, step_flop
+from tapes import Tapes
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanococonut import coconut
+from nanococonut import coconut, ops
 from nanococonut.curriculum import EncodedRow
 from nanococonut.graphs import Graphs
 from nanococonut.model import GPTConfig
@@ -140,6 +142,20 @@ def test_both_ways_take_the_same_steps(names, made, latent, micro):
     for a, b, old in zip(*(m.parameters() for m in (ours.model, plain.model, before)), strict=True):
         torch.testing.assert_close(a, b)
         assert not torch.equal(a, old) or not old.any()
+
+
+def test_graphs_take_the_same_steps_too(names, made, monkeypatch):
+    """By tapes in their place; a check in between leaves what they write to where it is."""
+    monkeypatch.setattr(sides, "Graphs", Tapes)
+    monkeypatch.setattr(ops, "choose_graph", lambda *_: True)
+    recipe, rows = made(latent=1, micro_batch_size=3)
+    ours = names["Ours"](recipe, rows)
+    plain = names["Plain"](ours)
+    for i in (0, 1, 0):
+        (_, loss), (_, plain_loss) = ours.step(i), plain.step(i)
+        assert loss == pytest.approx(plain_loss, rel=1e-5)
+        assert ours.check()["loss"] > 0
+    assert 0 < len(ours.stepper.graphs.kept) < 6
 
 
 def test_two_ways_that_differ_are_not_compared(names):
