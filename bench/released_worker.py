@@ -29,6 +29,14 @@ def padded(batch: dict[str, list], pad: int, device: str) -> dict[str, torch.Ten
     return {name: torch.tensor(rows, device=device) for name, rows in columns.items()}
 
 
+def resident() -> int:
+    """KiB that this process has taken at most so far (0 where that is not known)."""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/status") as lines:  # getrusage's figure comes from the parent too
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def main() -> None:
     task = json.loads(sys.stdin.readline())
     torch.set_num_threads(task["threads"])
@@ -37,6 +45,7 @@ def main() -> None:
     sys.path.insert(0, task["clone"])
     from coconut import Coconut
 
+    before = resident()
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**task["gpt2"]))
     gpt2.transformer.load_state_dict(load_file(task["weights"]))  # the head is tied to it
     special = task["special"]
@@ -54,6 +63,12 @@ def main() -> None:
         model.train()
         return {"loss": loss.item(), "gradient": norms.norm().item()}
 
+    def memory() -> float | None:
+        """The most that the model, its moments and its steps took; on a CPU of this process."""
+        if task["device"] == "cuda":
+            return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        return round((resident() - before) / 2**10, 1) if before else None
+
     def step(i: int) -> dict[str, float]:
         began = time.perf_counter()
         loss = model(**batches[i]).loss
@@ -63,7 +78,8 @@ def main() -> None:
         value = loss.item()
         if task["device"] == "cuda":
             torch.cuda.synchronize()
-        return {"seconds": time.perf_counter() - began, "loss": value}
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "loss": value, "memory_mib": memory()}
 
     answer = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -2,47 +2,62 @@
 
     python bench/training.py --config=config/prosqa_small.py --batch_size=64
     python bench/training.py --released CLONE --released_python VENV/bin/python
+    python bench/training.py --sweep              thoughts and context lengths: how cost grows
 
 The step is train.py's in the final stage: no written steps, --latent thoughts in every row, one
-forward pass. With --released, a clone of facebookresearch/coconut takes the same steps in a process
-of its own: same weights, rows, dropout, AdamW and threads, float32, in turns, so that only one
-computes at a time; an error if the two do not compute the same. Our time includes making the batch,
-theirs does not, since their DataLoader makes it in another process. The last line is JSON.
+forward pass of each micro-batch. In turns with it, so that only one computes at a time (in an order
+drawn anew for each batch), go
+
+    plain     the same step by plain eager torch: no graphs, no kernels. Where the time goes is
+              measured here (within a graph nobody can look); on a CPU both are the same, so that
+              the ratio of the two says how much noise there is
+    released  a clone of facebookresearch/coconut in a process of its own: same weights, rows,
+              dropout, AdamW and threads, float32, whole batches; an error if it does not compute
+              the same. Our time includes making the batch, theirs does not, since their DataLoader
+              makes it in another process
+
+FLOP are counted by formula (flops.py), the machine's peak is measured in the same run. Each row is
+a line of JSON; without --sweep the last line is one. Where others compute on the same cores, set
+OMP_WAIT_POLICY=passive (both sides get it): threads that wait by spinning take each other's time.
 """
 
+import gc
 import json
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
 import torch
+from flops import matmul_peak, step_flop
 from safetensors.torch import save_file
+from sides import PARTS, Ours, Plain, Rows, high_water
 from worker import Worker, as_gpt2, commit_of
 
-from nanococonut import checkpoint, coconut, ops
-from nanococonut.build import build_model, build_optimizers
+from nanococonut import checkpoint
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
-from nanococonut.curriculum import IGNORE, Batch, collate, layout
 from nanococonut.errors import UserError, main_guard
-from nanococonut.loader import Epochs, curriculum_of, task_tokenizer
+from nanococonut.graphs import Graphs
+from nanococonut.stepper import Stepper
 
-PARTS = ("collate", "prefix", "thoughts", "suffix", "backward", "optimizer")
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 SETTINGS = "tokenizer render length_pool smear dropout optimizer grad_clip seed".split()
+ASKED = "batch_size micro_batch_size latent context repeats dtype".split()
+CONTEXTS, THOUGHTS = (100, 400, 1000), (0, 1, 3, 6)  # of --sweep
 WARMUP = 2  # steps before those that count
-TOLERANCE = 1e-4  # between our loss and gradient and theirs, relative; rounding makes up to 2e-5
+# relative, between our loss and gradient and theirs (rounding makes up to 2e-5), and between our
+# two losses of one step
+TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-2
 # train.py's keep_freed_memory, but for both sides: glibc reads these when a process starts
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -55,7 +70,14 @@ MALLOC = {
 class StepConfig:
     config: str = opt("config/prosqa_small.py", "training config whose model and rows are used")
     batch_size: int = opt(32, "rows of a step", at_least=1)
+    micro_batch_size: int | None = opt(
+        None, "rows of a forward pass, if not the config's; with --released all of them", at_least=1
+    )
     latent: int = opt(6, "thoughts of every row", at_least=0)
+    context: int | None = opt(
+        None, "tokens of every prefix: questions repeated or cut, if not as they are", at_least=2
+    )
+    sweep: bool = opt(False, "at 0 to 6 thoughts and contexts of 100 to 1,000 tokens, a row each")
     repeats: int = opt(7, "steps measured", at_least=1)
     n_layer: int | None = opt(None, "layers, if not the config's")
     n_head: int | None = opt(None, "attention heads, if not the config's")
@@ -64,9 +86,14 @@ class StepConfig:
     released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
     released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
     device: str = opt("cpu", "where", choices=("cpu", "cuda"))
-    dtype: str = opt("float32", "forward pass", choices=("float32", "bfloat16"))
+    dtype: str = opt("float32", "as train.py's", choices=("float32", "tf32", "bfloat16"))
     kernels: str = opt("auto", "as train.py's", choices=("auto", "triton", "torch"))
-    out: str | None = opt(None, "append the JSON row to this file")
+    graph: str = opt("auto", "as train.py's", choices=("auto", "on", "off"))
+    peak_size: int | None = opt(
+        None, "rows of the square matrices that the peak is measured by (None: 8192, a CPU's 1024)",
+        at_least=1,
+    )  # fmt: skip
+    out: str | None = opt(None, "append the JSON rows to this file")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -89,20 +116,27 @@ class StepConfig:
 def recipe_of(bench: StepConfig) -> TrainConfig:
     """The training config with what is measured put in its place."""
     own: dict[str, Any] = {k: v for k in SHAPE if (v := getattr(bench, k)) is not None}
+    if bench.micro_batch_size:
+        own |= {"micro_batch_size": bench.micro_batch_size}
     if bench.released:  # what it has not
         own |= {"smear": False, "grad_clip": 0.0, "optimizer": "adamw"}
+        own |= {"micro_batch_size": bench.batch_size}
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
     recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
     pools = math.ceil((WARMUP + bench.repeats) / recipe.length_pool)
+    room = bench.context + bench.latent + 64 if bench.context else 0  # an answer takes less
     return replace(
         recipe,
         method="coconut",
         final_thoughts=bench.latent,
         pad_latent_to_max=True,
         batch_size=bench.batch_size,
+        micro_batch_size=min(recipe.micro_batch_size, bench.batch_size),
+        block_size=max(recipe.block_size, room),
         data=None,
         fresh_rows=False,
         rows_per_epoch=pools * recipe.length_pool * bench.batch_size,  # as padded as in training
+        **{k: getattr(bench, k) for k in ("device", "dtype", "kernels", "graph")},
     )
 
 
@@ -112,116 +146,6 @@ def adamw(recipe: TrainConfig) -> dict[str, Any]:
         "betas": (recipe.beta1, recipe.beta2),
         "weight_decay": recipe.weight_decay,
     }
-
-
-class Rows:
-    """Batches of the final stage, as train.py gets them."""
-
-    def __init__(self, bench: StepConfig, recipe: TrainConfig) -> None:
-        self.tokenizer, self.curriculum = task_tokenizer(recipe, None), curriculum_of(recipe)
-        self.stage, self.thoughts = recipe.max_latent_stage + 1, bench.latent
-        epochs = Epochs(recipe, self.curriculum, self.tokenizer, None, [])
-        rows, size = epochs(0), bench.batch_size
-        epochs.close()
-        self.batches = [rows[i * size :][:size] for i in range(WARMUP + bench.repeats)]
-        self.layouts = [
-            [layout(self.curriculum, self.stage, row, self.tokenizer) for row in batch]
-            for batch in self.batches
-        ]
-
-    def collate(self, i: int) -> Batch:
-        batch = self.batches[i]
-        return collate(self.curriculum, [self.stage] * len(batch), batch, self.tokenizer)
-
-    def padded_share(self) -> float:
-        """Of all positions that are computed. With thoughts, the released code pads as many."""
-        real = slots = 0
-        for batch in self.layouts:
-            prefixes, _, suffixes, _ = zip(*batch, strict=True)
-            real += sum(map(len, prefixes)) + sum(map(len, suffixes)) + len(batch) * self.thoughts
-            width = max(map(len, prefixes)) + self.thoughts + max(map(len, suffixes))
-            slots += len(batch) * width
-        return 1 - real / slots
-
-    def as_released(self) -> list[dict[str, list]]:
-        """The batches as plain sequences: token ids, labels, where the thoughts begin."""
-        batches = []
-        for batch in self.layouts:
-            rows: dict[str, list] = {"ids": [], "labels": [], "first_thought": []}
-            for prefix, n, suffix, skipped in batch:
-                rows["ids"].append(prefix + [self.tokenizer.latent] * n + suffix)
-                masked = len(prefix) + n + skipped
-                rows["labels"].append([IGNORE] * masked + suffix[skipped:])
-                rows["first_thought"].append(len(prefix) if n else 0)  # without: pad right only
-            batches.append(rows)
-        return batches
-
-
-class Ours:
-    """Our side: the step of train.py."""
-
-    def __init__(self, bench: StepConfig, recipe: TrainConfig, rows: Rows) -> None:
-        self.rows, self.grad_clip = rows, recipe.grad_clip
-        self.device = torch.device(bench.device)
-        half = bench.dtype == "bfloat16"
-        self.autocast = torch.autocast(bench.device, torch.bfloat16) if half else nullcontext()
-        torch.manual_seed(recipe.seed)
-        self.model = build_model(recipe, rows.tokenizer).to(self.device)
-        # every pass through the layers ends in ln_f: that tells the three blocks apart
-        self.model.ln_f.register_forward_hook(lambda *_: self._lap())
-        self.laps: list[Any] = []
-        self.optimizers = build_optimizers(recipe, self.model)
-        self.kernels, self.why_kernels = ops.choose_training(bench.kernels, self.model)
-
-    def _lap(self) -> None:
-        """The time now; on a GPU as an event in its queue, so that nobody waits for it."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.laps.append(event)
-        else:
-            self.laps.append(time.perf_counter())
-
-    def check(self) -> dict[str, float]:
-        """Loss and norm of the gradient on the first batch, without dropout."""
-        self.model.eval()
-        batch = self.rows.collate(0).to(self.device)
-        thinking = coconut.think(self.model, batch, self.kernels)
-        loss = coconut.loss(self.model, batch, thinking)[0] / batch.n_labels
-        loss.backward()
-        norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
-        self.model.zero_grad()
-        self.model.train()
-        return {"loss": loss.item(), "gradient": norms.norm().item()}
-
-    def step(self, i: int) -> dict[str, float]:
-        """One optimizer step on batch i -> the seconds of each part."""
-        self.laps = []
-        self._lap()
-        batch = self.rows.collate(i).to(self.device)
-        self._lap()
-        with self.autocast:
-            thinking = coconut.think(self.model, batch, self.kernels)  # a lap for each thought
-            loss, right = coconut.loss(self.model, batch, thinking)
-        loss = loss / batch.n_labels
-        right.sum()
-        self._lap()
-        loss.backward()
-        loss.item()
-        self._lap()
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self._lap()
-        ends = [0, 1, 2, 2 + self.rows.thoughts, -3, -2, -1]  # of the parts, among the laps
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            took = [self.laps[a].elapsed_time(self.laps[b]) / 1000 for a, b in pairwise(ends)]
-        else:
-            took = [self.laps[b] - self.laps[a] for a, b in pairwise(ends)]
-        return dict(zip(PARTS, took, strict=True))
 
 
 def start_released(
@@ -270,90 +194,201 @@ def shown(s: dict[str, float], digits: int = 1) -> str:
     return f"{s['median']:9,.{digits}f}  ({s['min']:,.{digits}f}..{s['max']:,.{digits}f})"
 
 
-def main() -> None:
-    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
-    bench = build(StepConfig, given, {"config": path} if path else {})  # parse_cli sets it apart
-    recipe = recipe_of(bench)
-    try:
-        out = open(bench.out, "a") if bench.out else nullcontext()
-    except OSError as e:
-        raise UserError(f"--out {bench.out} cannot be written: {e.strerror}.") from None
-    if sys.platform == "linux" and not MALLOC.items() <= os.environ.items():
-        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
-    load = os.getloadavg()[0]
+def rates(rows: int, seconds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "rows_per_s": spread([rows / s for s in seconds], 2),
+        "step_ms": spread([s * 1000 for s in seconds], 3),
+    }
 
-    rows = Rows(bench, recipe)
-    ours = Ours(bench, recipe, rows)
-    print(f"kernels: {ours.kernels} ({ours.why_kernels})")
+
+def times_faster(ours: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    return spread([b / a for a, b in zip(ours, others, strict=True)], 3)
+
+
+def mebibytes(now: int | None, before: int | None) -> float | None:
+    return None if now is None or before is None else round((now - before) / 2**20, 1)
+
+
+def measure(bench: StepConfig) -> dict[str, Any]:
+    """One row of figures."""
+    load, recipe = os.getloadavg()[0], recipe_of(bench)
+    rows = Rows(recipe, WARMUP + bench.repeats, bench.context)
+    device = torch.device(bench.device)
+    before = high_water(device, reset=True)
+    ours = Ours(recipe, rows)
+    print(f"kernels: {ours.kernels} ({ours.why_kernels}), graphs {'on' if ours.graph else 'off'}")
+    # a graph is captured where its shape is met first: all are, or that would be measured
+    for i in range(len(rows.batches) if ours.graph else WARMUP):
+        ours.step(i)
+    memory = {"ours": mebibytes(high_water(device), before)}
     released, about = start_released(bench, recipe, ours) if bench.released else (None, {})
-
-    parts, theirs = [], []
-    for i in range(WARMUP + bench.repeats):
-        parts.append(ours.step(i))
+    before = high_water(device, reset=True)
+    plain = Plain(ours)
+    for i in range(WARMUP):
+        plain.step(i)
         if released:
-            theirs.append(released.ask(i)["seconds"])
-    parts, theirs = parts[WARMUP:], theirs[WARMUP:]
-    seconds = [sum(part.values()) for part in parts]
+            released.ask(i)
+    memory["plain"] = mebibytes(high_water(device), before)
+    if bench.device == "cpu":  # of one process only the first growth is known
+        memory["plain"] = None
+        memory["ours"] = None if bench.sweep else memory["ours"]
+    plain.model.load_state_dict(ours.model.state_dict())
 
+    sides = {"ours": ours.step, "plain": plain.step}
+    if released:
+        sides["released"] = lambda i: released.ask(i)
+    done: dict[str, list[Any]] = {name: [] for name in sides}
+    for i in range(WARMUP, WARMUP + bench.repeats):
+        # by chance, or one would always come behind the same other, with its caches
+        for name in random.Random(i).sample([*sides], len(sides)):
+            done[name].append(sides[name](i))
+    if not recipe.dropout:  # from the same weights
+        same(*(done[name][0][1] for name in ("ours", "plain")), bench.dtype)
+    seconds, parts = ([took for took, _ in done[name]] for name in ("ours", "plain"))
+    plain_seconds = [sum(part.values()) for part in parts]
+    if released:
+        released.end()
+        theirs = [answer["seconds"] for answer in done["released"]]
+        memory["released"] = done["released"][-1]["memory_mib"]
+
+    flop = [sum(step_flop(ours.model.config, rows.lengths(i))) for i in range(len(rows.batches))]
+    speed = [f / s for f, s in zip(flop[WARMUP:], seconds, strict=True)]
+    size = bench.peak_size or (8192 if bench.device == "cuda" else 1024)
+    half = bench.dtype == "bfloat16"
+    peak = matmul_peak(device, torch.bfloat16 if half else torch.float32, size)
     row = {
         "bench": "training",
         "config": Path(bench.config).name,
         **{k: getattr(recipe, k) for k in (*SHAPE, *SETTINGS)},
         "vocab_size": rows.tokenizer.vocab_size,
         "parameters": ours.model.n_params(),
-        **{k: v for k, v in asdict(bench).items() if k in ("batch_size", "latent", "repeats")},
-        "dtype": bench.dtype,
+        **{k: getattr(bench, k) for k in ASKED},
+        "micro_batch_size": recipe.micro_batch_size,
         "kernels": ours.kernels,
-        "rows_per_s": spread([bench.batch_size / s for s in seconds], 2),
-        "step_ms": spread([s * 1000 for s in seconds], 3),
+        "graphs": len(ours.stepper.graphs.kept) if ours.graph else 0,
+        **rates(bench.batch_size, seconds),
+        "plain": rates(bench.batch_size, plain_seconds)
+        | {"ours_times_faster": times_faster(seconds, plain_seconds)},
+        "parts_of": "plain",
         "parts_ms": {name: spread([part[name] * 1000 for part in parts], 3) for name in PARTS},
-        "padded_share": round(rows.padded_share(), 4),
+        "peak_memory_mib": memory,
+        "model_gflop": round(statistics.median(flop[WARMUP:]) / 1e9, 4),
+        "gflop_per_s": spread([s / 1e9 for s in speed], 3),
+        "peak_gflop_per_s": round(peak / 1e9, 1),
+        "share_of_peak": spread([s / peak for s in speed], 4),
+        "padded_share": round(rows.padded_share(plain.stepper), 4),
+        "padded_share_graphs": round(rows.padded_share(Stepper(ours.model, graphs=Graphs(1))), 4),
         "released": None,
     }
     if released:
-        row["released"] = about | {
-            "rows_per_s": spread([bench.batch_size / s for s in theirs], 2),
-            "step_ms": spread([s * 1000 for s in theirs], 3),
-            "ours_times_faster": spread([b / a for a, b in zip(seconds, theirs, strict=True)], 3),
-        }
+        row["released"] = about | rates(bench.batch_size, theirs)
+        row["released"] |= {"ours_times_faster": times_faster(seconds, theirs)}
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    row |= {
+    return row | {
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load_at_start": round(load, 2),
         "device": bench.device,
         "hardware": torch.cuda.get_device_name() if bench.device == "cuda" else cpu,
         **checkpoint.provenance(),
     }
-    report(row)
-    line = json.dumps(row)
-    with out as file:
-        if file:
-            file.write(line + "\n")
-    print(line)
+
+
+def same(loss: float, plain: float, dtype: str) -> None:
+    """UserError where the two ways of ours do not compute the same."""
+    tolerance = TOLERANCE if dtype == "float32" else HALF_TOLERANCE
+    if not abs(loss - plain) <= tolerance * abs(plain):
+        raise UserError(
+            f"our two ways do not compute the same: loss {loss:.6f}, {plain:.6f} (plain).\n"
+            "A comparison of their speed would mean nothing."
+        )
+
+
+def main() -> None:
+    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
+    bench = build(StepConfig, given, {"config": path} if path else {})  # parse_cli sets it apart
+    cells = [bench]
+    if bench.sweep:
+        if chosen := sorted({"context", "latent"} & given.keys()):
+            raise UserError(f"--sweep has a --{chosen[0]} of its own.\nLeave one of them out.")
+        cells = [replace(bench, context=c, latent=n) for c in CONTEXTS for n in THOUGHTS]
+    for cell in cells:
+        recipe_of(cell)  # what is wrong is said before any work
+    try:
+        if bench.out:
+            open(bench.out, "a").close()
+    except OSError as e:
+        raise UserError(f"--out {bench.out} cannot be written: {e.strerror}.") from None
+    if sys.platform == "linux" and not MALLOC.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
+    torch.set_float32_matmul_precision("high" if bench.dtype == "tf32" else "highest")
+    measured = []
+    for cell in cells:
+        row = measure(cell)
+        report(row)
+        print(json.dumps(row), flush=True)
+        if bench.out:
+            checkpoint.append_row(Path(bench.out), row)
+        measured.append(row)
+        gc.collect()  # a model and the hook on it know each other: they would stay for a while
+    if bench.sweep:
+        table(measured)
 
 
 def report(row: dict[str, Any]) -> None:
+    context = f" behind {row['context']} tokens" if row["context"] else ""
     print(
         f"{row['config']}: {row['n_layer']} layers, width {row['n_embd']}, {row['parameters']:,} "
-        f"parameters; {row['batch_size']} rows with {row['latent']} thoughts\n"
+        f"parameters; {row['batch_size']} rows with {row['latent']} thoughts{context}\n"
         f"{row['device']}, {row['threads']} threads, {row['dtype']}, load {row['load_at_start']} "
         f"at the start; median (min..max) of {row['repeats']} steps"
     )
-    print(f"rows per second  {shown(row['rows_per_s'])}")
-    print(f"ms per step      {shown(row['step_ms'], 2)}")
+
+    def rate(of: dict[str, Any]) -> None:
+        print(f"rows per second  {shown(of['rows_per_s'])}")
+        print(f"ms per step      {shown(of['step_ms'], 2)}")
+        if of is not row:
+            print(f"ours is faster   {shown(of['ours_times_faster'], 2)}  times, pair by pair")
+
+    rate(row)
+    print(f"model GFLOP/s    {shown(row['gflop_per_s'])}  of {row['model_gflop']:,.3f} a step")
+    share, peak = row["share_of_peak"], row["peak_gflop_per_s"]
+    print(
+        f"share of peak    {share['median']:9.1%}  of {peak:,.0f}, which a matrix product reaches"
+    )
+    print(
+        f"padded tokens    {row['padded_share']:9.1%}  {row['padded_share_graphs']:.1%} for graphs"
+    )
+    known = [
+        f"{mib:,.0f} {side}" for side, mib in row["peak_memory_mib"].items() if mib is not None
+    ]
+    print(f"peak memory, MiB {', '.join(known) or '-'}")
+    print("plain path, in turns with ours")
+    rate(row["plain"])
     for name, part in row["parts_ms"].items():
-        share = part["median"] / row["step_ms"]["median"]
+        share = part["median"] / row["plain"]["step_ms"]["median"]
         print(f"  {name:<14} {shown(part, 2)}  {share:.1%}")
-    print(f"padded tokens    {row['padded_share']:9.1%}")
     if theirs := row["released"]:
         versions = ", ".join(f"{k} {v}" for k, v in theirs["versions"].items())
         print(f"released code {theirs['commit'][:7]} ({versions}), in turns with ours")
         for what in ("loss", "gradient"):
             both = ", ".join(f"{side} {value:.6f}" for side, value in theirs[what].items())
             print(f"first {what:<10} {both}")
-        print(f"rows per second  {shown(theirs['rows_per_s'])}")
-        print(f"ms per step      {shown(theirs['step_ms'], 2)}")
-        print(f"ours is faster   {shown(theirs['ours_times_faster'], 2)}  times, pair by pair")
+        rate(theirs)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    """How cost grows: against no thoughts of the same context, and the shortest context."""
+    ms = {(row["context"], row["latent"]): row["step_ms"]["median"] for row in rows}
+    print("context  thoughts  rows/s   ms/step  x no thoughts  x context  x plain  share of peak")
+    for row in rows:
+        at, n = row["context"], row["latent"]
+        print(
+            f"{at:7} {n:9} {row['rows_per_s']['median']:7.0f} {ms[at, n]:9.1f} "
+            f"{ms[at, n] / ms[at, THOUGHTS[0]]:14.2f} {ms[at, n] / ms[CONTEXTS[0], n]:10.2f} "
+            f"{row['plain']['ours_times_faster']['median']:8.2f} "
+            f"{row['share_of_peak']['median']:14.1%}"
+        )
 
 
 if __name__ == "__main__":
