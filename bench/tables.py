@@ -265,8 +265,9 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| {task} | {' | '.join(cells)} |")
         lines += [
             "",
-            "| batch | context | a thought | its floor | a word | its floor | word / thought |",
-            "|---|---|---|---|---|---|---|",
+            "| batch | context | a thought | its floor | a word | its floor | word / thought | of "
+            "their bytes |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for batch, context in run.points():
             at = dict(batch=batch, context=context)
@@ -276,7 +277,8 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
                 for who in ("ours", "floor")
             ]
             times = run.value("token step by latent step", "ours", **at)
-            lines.append(f"| {batch} | {context} | {' | '.join(map(_ms, steps))} | {times:.2f}x |")
+            cells = [*map(_ms, steps), f"{times:.2f}x", f"{steps[3] / steps[1]:.2f}x"]
+            lines.append(f"| {batch} | {context} | {' | '.join(cells)} |")
         kinds = {
             "latent step": "a thought",
             "token step": "a further word",
@@ -285,9 +287,15 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
         others = run.peers(list(kinds))
         if others:
             heads = " | ".join(kinds.values())
-            lines += ["", f"| times as long as ours | {heads} |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"| times as long as ours (transformers) | {heads} |",
+                "|---|---|---|---|",
+            ]
             for name, ratios in others.items():
                 cells = [f"{ratios[w]:.2g}x" if w in ratios else "not run" for w in kinds]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
+                with_ = next(r["versions"] for r in run.rows if r["variant"] == name)
+                about = f" ({with_['transformers']})" if "transformers" in with_ else ""
+                lines.append(f"| {name}{about} | {' | '.join(cells)} |")
         text.append("\n".join(lines))
     return "\n\n".join(text)

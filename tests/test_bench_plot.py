@@ -68,7 +68,7 @@ def test_the_newest_run_of_a_machine_counts():
 def test_the_section_says_what_the_rows_say():
     text = tables.latency(rows_of("latency", "2026-01-02T00:00:00Z"))
     assert "| prosqa | 100 | 300 | 80 | 3.0x | 6.0x |" in text
-    assert "| 8 | 400 | 160 | 10 | 240 | 15 | 1.50x |" in text
+    assert "| 8 | 400 | 160 | 10 | 240 | 15 | 1.50x | 1.50x |" in text
     assert "| released | 4x | 20x | 9x |" in text
     assert "124 M parameters, CPU" in text and "2026-01-02" in text
     assert tables.latency([]) == "Not run."
