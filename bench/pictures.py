@@ -194,29 +194,46 @@ def throughput(run: Run, to: Path) -> None:
 
 
 def training(rows: Sequence[dict[str, Any]], to: Path) -> None:
-    """Rows per second of bench/training.py, and of the released code where it was compared."""
-    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.55 * len(rows)))
-    names, named = [], set()
-    for i, row in enumerate(rows):
-        names.append(f"{Path(row['config']).stem}, {row['batch_size']} rows,\n{row['dtype']}")
+    """Rows per second of bench/training.py beside the released code's, the newest run of each size;
+    and how the newest --sweep's step grows with thoughts and context."""
+    compared = {
+        (row["config"], row["batch_size"], row["dtype"]): row for row in rows if row["released"]
+    }
+    swept: dict[int, dict[int, float]] = {}  # context -> thoughts -> ms
+    for row in rows:
+        if row.get("context"):
+            swept.setdefault(row["context"], {})[row["latent"]] = row["step_ms"]["median"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
+    names = []
+    for i, ((config, batch_size, _), row) in enumerate(compared.items()):
+        layers = f"{row['n_layer']} x {row['n_embd']}"
+        names.append(f"{Path(config).stem},\n{layers}, {batch_size} rows")
         for j, (who, found) in enumerate((("ours", row), ("released", row["released"]))):
-            if not found:
-                continue
             rate = found["rows_per_s"]
             spread = [[rate["median"] - rate["min"]], [rate["max"] - rate["median"]]]
-            y, colour = i + (j - 0.5) * 0.36 * bool(row["released"]), (BLUE, YELLOW)[j]
-            label = None if who in named else who
-            named.add(who)
-            axes.barh(y, rate["median"], 0.32, xerr=spread, color=colour, label=label, capsize=3)
-            axes.text(rate["max"], y, f"  {rate['median']:,.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(row["rows_per_s"]["max"] for row in rows))
-    axes.set_xlabel("rows trained a second (least to most)")
-    _legend(axes)
-    row = rows[0]
+            y, label = i + (j - 0.5) * 0.36, None if i else who
+            left.barh(y, rate["median"], 0.32, xerr=spread, color=(BLUE, YELLOW)[j], label=label,
+                      capsize=3)  # fmt: skip
+            left.text(1.08 * rate["max"], y, f"{rate['median']:,.3g}", va="center", fontsize=8)
+    left.set_xscale("log")
+    _log(left.xaxis, [0.1, 1, 10, 100, 1000])
+    left.set_xlim(0.1, 3000)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel("rows trained a second, 6 thoughts\n(logarithmic; least to most)")
+    _legend(left)
+    looks = zip((GREEN, RED, SKY, GREY), "osD^", strict=True)
+    for (context, by), (colour, mark) in zip(sorted(swept.items()), looks, strict=False):
+        label = f"{context:,} tokens"
+        right.plot(list(by), list(by.values()), f"{mark}-", color=colour, label=label)
+    right.set_ylim(bottom=0)
+    right.set_xlabel("thoughts, by length of the question")
+    right.set_ylabel("ms a step")
+    right.grid(axis="y", color="0.9")
+    right.legend(fontsize=8, frameon=False)
+    row = rows[-1]
     machine = f"{row['device']} {row['hardware']}, {row['threads']} threads"
-    _save(figure, f"training with 6 thoughts, {machine}, commit {row['commit']}", to)
+    _save(figure, f"training, {machine}, commit {row['commit']}", to)
 
 
 def stages(rows: Sequence[dict[str, Any]], to: Path) -> None:
