@@ -37,7 +37,7 @@ def _log(axis: Any, ticks: Iterable[float] = ()) -> None:
     low, high = axis.get_view_interval()
     if ticks:
         axis.set_major_locator(FixedLocator(sorted(ticks)))
-    elif high < 5 * low:
+    elif high < 10 * low:
         axis.set_major_locator(MaxNLocator(6))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
