@@ -387,7 +387,7 @@ def main() -> None:
             log({"stage": stage, "loss": loss, "right": share, "rows_per_s": round(speed, 1)})
             bar.update(task, completed=at["step"], stage=stage, loss=loss, right=share, speed=speed)
             if not console.is_terminal and at["step"] % 100 == 0:
-                left = (until - at["step"]) * (time.time() - began) / seen * n_rows / 60
+                left = (until - at["step"]) * (time.time() - began) / seen * config.batch_size / 60
                 console.print(
                     f"step {at['step']}/{until} stage {stage} loss {loss:.3f} right {share:.3f} "
                     f"{speed:.0f} rows/s, {left:.1f} min left"

@@ -75,8 +75,9 @@ def main() -> None:
     data = config.data or (None if trained.data else next(iter(task.splits), None))
     if data is None or any(data in other.splits for other in TASKS.values() if other != task):
         raise UserError(
-            f"--data {config.data}: the checkpoint is of {trained.data or trained.task}.\n"
-            "Give a file of its rows"
+            f"the checkpoint is of {trained.data or trained.task}"
+            + (f", --data is {config.data}" if config.data else ", and --data is missing")
+            + ".\nGive --data: a file of its rows"
             + (f", or one of {', '.join(task.splits)}." if task.splits else ".")
         )
     drawn = generated(data, config.n, config.seed, trained)

@@ -227,13 +227,15 @@ def training(rows: Sequence[dict[str, Any]], to: Path) -> None:
         label = f"{context:,} tokens"
         right.plot(list(by), list(by.values()), f"{mark}-", color=colour, label=label)
     right.set_ylim(bottom=0)
-    right.set_xlabel("thoughts, by length of the question")
+    right.set_xlabel("thoughts, by length of the question\n(prosqa_small's size, 8 rows)")
     right.set_ylabel("ms a step")
     right.grid(axis="y", color="0.9")
     right.legend(fontsize=8, frameon=False)
     row = rows[-1]
     machine = f"{row['device']} {row['hardware']}, {row['threads']} threads"
-    _save(figure, f"training, {machine}, commit {row['commit']}", to)
+    shown = [r for r in rows if r in compared.values() or r.get("context")]
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in shown))
+    _save(figure, f"training, {machine}, commits {commits}", to)
 
 
 def stages(rows: Sequence[dict[str, Any]], to: Path) -> None:
@@ -319,10 +321,12 @@ def methods(rows: Sequence[dict[str, Any]], to: Path) -> None:
                 continue
             a, b = (statistics.fmean(found[name, split]) for split in (plain, without))
             axes.plot([a, b], [y, y], color="0.8", linewidth=3, zorder=0)
-            labels = ("rows as they are", "rows without the shortcut") if not y else (None, None)
+            shown = ("rows as they are", "no shortcut (prosqa_balanced, prontoqa_matched)")
+            labels = shown if not y else (None, None)
             axes.plot(a, y, "o", mfc="white", color=RED, label=labels[0])
             axes.plot(b, y, "D", color=BLUE, markersize=6, label=labels[1])
         axes.set_xlim(44, 102)
+        axes.set_xticks(range(50, 101, 10))
         axes.set_xlabel(f"{task}: right answers, %")
         axes.grid(axis="x", color="0.92")
     both[0].set_yticks(range(len(names)), names)

@@ -13,7 +13,7 @@ epochs_per_stage = 5
 epochs = 50  # 7 stages of 5, the rest in the final one
 pad_latent_to_max = True
 
-batch_size = 128  # maintainers: failed reproductions had less
+batch_size = 128  # the released code's authors: runs with less failed
 micro_batch_size = 32
 learning_rate = 1e-4
 weight_decay = 0.01

@@ -332,6 +332,11 @@ if __name__ == "__main__":  # python -m nanococonut.checkpoint out/RUN: re-make 
     def main() -> None:
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise UserError("one argument is wanted: the run's folder, as in out/prosqa_small.")
+        if verify(find(sys.argv[1], best=True)).get("best_step", -1) < 0:
+            raise UserError(
+                f"{sys.argv[1]} has not been validated in its final stage, and sample.py falls "
+                "back on what is bundled.\nTrain it to its end first."
+            )
         print(f"bundled {sys.argv[1]} as {bundle(sys.argv[1])}")
 
     main_guard(main)

@@ -115,8 +115,8 @@ class Engine:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ValueError("generate needs Engine(model, tokenizer); run takes tokens")
-        if not questions:
-            raise ValueError("generate needs at least one question")
+        if isinstance(questions, str) or not questions:
+            raise ValueError("generate needs a list of at least one question")
         asked = [asking(self.curriculum, tokenizer.encode(q), latent, tokenizer) for q in questions]
         prefixes, (n_thoughts, *_), (opening, *_) = (list(x) for x in zip(*asked, strict=True))
         longest = max(map(len, prefixes))

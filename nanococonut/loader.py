@@ -44,9 +44,19 @@ def render_question(config: TrainConfig, question: str) -> str:
 
 def rendered(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
     """Rows as a model reads them: sentences with a newline behind the question and each step, or
-    the task's compact rendering, which has no need of newlines."""
+    the task's compact rendering, which has no need of newlines and is for the task's own rows only
+    (UserError)."""
     if config.render == "compact":
-        return [TASKS[config.task].module.compact_row(row) for row in rows]
+        compact = []
+        for i, row in enumerate(rows):
+            try:
+                compact.append(TASKS[config.task].module.compact_row(row))
+            except UserError as e:
+                raise UserError(
+                    f"row {i} cannot be written compactly: {str(e).splitlines()[0]}\n"
+                    "Use --render=sentences for rows of your own."
+                ) from None
+        return compact
     return [
         row
         | {

@@ -1,7 +1,9 @@
 """A checkpoint is whole or not there, is what was saved, and says so when it is not."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -172,3 +174,12 @@ def test_bundle_is_small_and_answers_the_same(saved, tmp_path):
     assert not (target / "optimizer.safetensors").exists() and manifest["trained_with"]
     for a, b in zip(model.parameters(), small.parameters(), strict=True):
         assert torch.equal(a.to(torch.bfloat16).float(), b)
+
+
+def test_the_bundled_model_is_not_replaced_by_an_unfinished_run(saved, monkeypatch, capsys):
+    before = checkpoint.verify(checkpoint.BUNDLED)
+    monkeypatch.setattr(sys, "argv", ["checkpoint", str(saved[0].parent)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("nanococonut.checkpoint", run_name="__main__")
+    assert end.value.code == 2 and "final stage" in capsys.readouterr().err
+    assert checkpoint.verify(checkpoint.BUNDLED) == before

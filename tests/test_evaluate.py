@@ -89,8 +89,9 @@ def test_a_question_that_does_not_fit_is_refused(model, tokenizer):
     with pytest.raises(UserError, match="block_size=64"):
         engine.generate(["Tom is a lempus. " * 20], 3)
     assert len(engine.generate(["Tom"], 60).tokens[0]) <= 1  # one token of room
-    with pytest.raises(ValueError, match="at least one question"):
-        engine.generate([], 3)
+    for none in ([], "Tom"):  # a text is no list of its letters
+        with pytest.raises(ValueError, match="at least one question"):
+            engine.generate(none, 3)
     with pytest.raises(ValueError, match="tokenizer"):
         Engine(model).generate(["Tom"], 3)
 

@@ -73,5 +73,8 @@ def test_a_bad_row_is_named_or_on_demand_left_out(script, bad, words):
     Path("valid.json").write_text(json.dumps([good]))
     code, _, err = script(*argv, "--out_dir=a")
     assert code == 2 and "row 20" in err and words in err and err.count("\n") <= 2
+    wrong = (*argv, "--out_dir=c", "--render=compact", "--data=valid.json")
+    code, _, err = script(*wrong)
+    assert code == 2 and "row 0" in err and "--render=sentences" in err and err.count("\n") <= 2
     code, out, err = script(*argv, "--out_dir=b", "--skip_bad_rows")
     assert (code, err) == (0, "") and "1 of 22 rows skipped" in out and words in out
