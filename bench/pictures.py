@@ -331,8 +331,13 @@ def methods(rows: Sequence[dict[str, Any]], to: Path) -> None:
         axes.grid(axis="x", color="0.92")
     both[0].set_yticks(range(len(names)), names)
     both[0].invert_yaxis()
-    _legend(both[0])
+    legend = figure.legend(
+        *both[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.55, 0.95),
+        ncol=3, fontsize=8, frameon=False,
+    )  # fmt: skip
+    legend.set_in_layout(False)
     seeds = max(map(len, found.values()))
     commits = ", ".join(dict.fromkeys(row["trained"]["commit"] for row in rows))
     where = f"{rows[0]['device'].upper()}, trained at {commits}"
-    _save(figure, f"small models, {seeds} seed{'s at most' * (seeds > 1)}, {where}", to)
+    # a line more, where the legend stands
+    _save(figure, f"small models, {seeds} seed{'s at most' * (seeds > 1)}, {where}\n", to)
