@@ -108,15 +108,6 @@ def main() -> None:
         manifest = checkpoint.verify(folder, resume=True)
         begun = asdict(build(TrainConfig, manifest["config"]))  # what came later has its default
         checkpoint.same_settings(manifest | {"config": begun}, asdict(config), out)
-    history = out / "metrics.jsonl"
-    try:
-        if ranks.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            history.open("a").close()
-    except OSError as e:
-        raise UserError(
-            f"--out_dir {out} cannot be written: {e.strerror}.\nChoose another --out_dir."
-        ) from None
 
     # -- tokenizer, rows, model, optimizer
     skipped: list[str] | None = [] if config.skip_bad_rows else None
@@ -175,6 +166,16 @@ def main() -> None:
         checkpoint.load_optimizers(optimizers, folder)
         at |= manifest["progress"]
         console.print(f"going on with {out} at step {at['step']} of {total}", markup=False)
+    # only now: what was refused leaves no folder
+    history = out / "metrics.jsonl"
+    try:
+        if ranks.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            history.open("a").close()
+    except OSError as e:
+        raise UserError(
+            f"--out_dir {out} cannot be written: {e.strerror}.\nChoose another --out_dir."
+        ) from None
     # what a killed run logged after its last save will be logged again
     if ranks.rank == 0:
         whole = [line for line in history.read_text().splitlines(True) if line.endswith("\n")]

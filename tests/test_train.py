@@ -518,3 +518,9 @@ def test_rows_of_the_hub_stay_those_of_the_commit_that_the_run_began_with(train,
     assert asked[-2:] == [("train", "v1"), ("validation", "beef")]
     code, _, err = train(*flags, "--hub_revision=v1", "--out_dir=run", "--resume")
     assert code == 2 and "hub_revision='main'" in err
+
+
+def test_what_is_refused_leaves_no_folder(train, tiny):
+    for wrong in ("--kernels=triton", "--graph=on", "--data=nowhere.json"):
+        code, _, err = train(tiny, wrong, "--out_dir=refused")
+        assert code == 2 and err.count("\n") == 2 and not Path("refused").exists()
