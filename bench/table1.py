@@ -272,8 +272,12 @@ def main() -> None:
                         try:
                             finish(job, config)
                         except UserError as e:  # the others go on
-                            failed.append(str(e))
                             console.print(f"error: {e}", markup=False)
+                            reason = str(e).split(": ", 1)[-1].splitlines()[0]
+                            if job.process.returncode == 2 and any(reason in f for f in failed):
+                                console.print("the others are not tried: it would be the same")
+                                waiting.clear()
+                            failed.append(str(e))
                         n_done += 1
                 steps = sum(job.total if job.done.exists() else job.step() for job in jobs)
                 bar.update(whole, completed=steps, description=f"run {n_done + 1} of {len(jobs)}")

@@ -109,3 +109,11 @@ def test_every_method_stands_in_its_table():
         assert f"| {name} |" in table and (method.paper or "not there") in table
     for figures in tables.PAPER.values():
         assert figures.keys() == {m.paper for m in METHODS.values() if m.paper}
+
+
+@pytest.mark.slow
+def test_what_train_py_refuses_twice_is_not_tried_again(script):
+    argv = ("--methods=coconut,cot,no_cot,icot", "--set=graph=on,epochs=1", "--out=rows.jsonl")
+    code, out, err = script(*argv, "--runs=runs", script="bench/table1.py")
+    assert code == 2 and "2 runs failed" in err and "--graph=on cannot run here" in err
+    assert sorted(p.name for p in Path("runs").rglob("train.log")) == ["train.log"] * 2
