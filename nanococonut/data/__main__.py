@@ -149,7 +149,8 @@ def show_statistics(module: Any, path: str, rows: list[Row]) -> None:
     found = module.statistics(rows)
     if hasattr(module, "heuristics"):
         found |= module.heuristics(rows)
-    print(f"{len(rows)} rows of {path}, beside the released ones")
+    known = "800 released ones (rules: 300)" if released is PROSQA_RELEASED else "the released ones"
+    print(f"{len(rows)} rows of {path}, beside {known}")
     keys = [*released, *(key for key in found if key not in released)]
     width = max(map(len, keys))
     print(f"{'':<{width}}{'file':>10}{'released':>10}")
