@@ -36,6 +36,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from schema import Rows, command_of, quantiles
 from subject import SHAPE, TASKS, THOUGHTS, Subject, dtype_of, find, out_of_memory
+from worker import check_released
 
 from nanococonut import device as devices
 from nanococonut.config import build, check_values, opt, parse_cli
@@ -82,16 +83,7 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if (self.released is None) != (self.released_python is None):
-            raise UserError(
-                "--released and --released_python go together.\n"
-                "Give a clone of facebookresearch/coconut and a Python that has what it needs."
-            )
-        if self.released and not (Path(self.released) / "coconut.py").is_file():
-            raise UserError(
-                f"--released {self.released} holds no coconut.py.\n"
-                "Give a clone of facebookresearch/coconut."
-            )
+        check_released(self.released, self.released_python)
         self.numbers("batches")
         self.numbers("contexts")
         for task in filter(None, self.tasks.split(",")):

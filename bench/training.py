@@ -41,7 +41,7 @@ import torch
 from flops import matmul_peak, step_flop
 from safetensors.torch import save_file
 from sides import PARTS, Ours, Plain, Rows, high_water
-from worker import Worker, as_gpt2, commit_of
+from worker import Worker, as_gpt2, check_released, commit_of
 
 from nanococonut import checkpoint
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
@@ -97,16 +97,7 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if (self.released is None) != (self.released_python is None):
-            raise UserError(
-                "--released and --released_python go together.\n"
-                "Give a clone of facebookresearch/coconut and a Python that has what it needs."
-            )
-        if self.released and not (Path(self.released) / "coconut.py").is_file():
-            raise UserError(
-                f"--released {self.released} holds no coconut.py.\n"
-                "Give a clone of facebookresearch/coconut."
-            )
+        check_released(self.released, self.released_python)
         if self.released and self.dtype != "float32":
             raise UserError("the comparison is in float32.\nLeave --dtype out with --released.")
         if self.device == "cuda" and not torch.cuda.is_available():

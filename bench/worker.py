@@ -74,6 +74,19 @@ class Worker:
         )
 
 
+def check_released(clone: str | None, python: str | None) -> None:
+    """UserError where --released and --released_python do not go together or hold no such thing."""
+    if (clone is None) != (python is None):
+        raise UserError(
+            "--released and --released_python go together.\n"
+            "Give a clone of facebookresearch/coconut and a Python that has what it needs."
+        )
+    if clone and not (Path(clone) / "coconut.py").is_file():
+        raise UserError(
+            f"--released {clone} holds no coconut.py.\nGive a clone of facebookresearch/coconut."
+        )
+
+
 def commit_of(clone: str) -> str:
     """The clone's commit, and whether its coconut.py is that commit's."""
 
