@@ -131,8 +131,9 @@ def main() -> None:
     model = build_model(config, tokenizer).to(where)
     if manifest:
         checkpoint.load_weights(model, folder)
-    asked = "torch" if config.thoughts == "jacobi" else config.kernels
-    kernels, why_kernels = ops.choose_training(asked, model)
+    kernels, why_kernels = "torch", "there is no kernel for parallel thoughts"
+    if config.thoughts != "jacobi":
+        kernels, why_kernels = ops.choose_training(config.kernels, model)
     graph = ops.choose_graph("off" if config.ungraphed else config.graph, model)
     if config.shard:
         if ranks.world == 1:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import le
 
 import torch
 from torch import Tensor
 
 from nanococonut.curriculum import Curriculum, asking
 from nanococonut.errors import UserError
-from nanococonut.graphs import Graphs
+from nanococonut.graphs import Graphs, up
 from nanococonut.model import GPT
 from nanococonut.ops import choose, choose_graph
 from nanococonut.steps import Memory, Slots
@@ -41,10 +42,6 @@ class Generation:
     @property
     def seconds(self) -> float:
         return self.seconds_first + self.seconds_decode
-
-
-def _up(n: int, multiple: int, most: int) -> int:
-    return min(-(-n // multiple) * multiple, most)
 
 
 class Engine:
@@ -202,7 +199,9 @@ class Engine:
         rows, width = B, longest
         if self.graph:  # few shapes, so few graphs
             rows = 1 << (B - 1).bit_length()
-            width, capacity = _up(longest, 64, block_size), _up(capacity, 128, block_size)
+            width, capacity = (
+                min(up(n, m), block_size) for n, m in ((longest, 64), (capacity, 128))
+            )
 
         def now() -> float:
             if device.type == "cuda":
@@ -227,12 +226,11 @@ class Engine:
         self._play(("read", rows, capacity, width), partial(slots.read, idx))
 
         prefilled = now()
-        masked = rows > B or self.graph
         if self.graph and n_thoughts:
 
             def chain() -> None:
                 for i in range(n_thoughts):
-                    slots.think(i, stop, masked)
+                    slots.think(i, stop)
 
             self._play(("think", rows, capacity, n_thoughts, stop), chain)
             thoughts = n_thoughts
@@ -241,7 +239,7 @@ class Engine:
             while thoughts < n_thoughts:
                 if stop and not (slots.active & (model.enough(slots.hidden) <= 0)).any():
                     break
-                slots.think(thoughts, stop, masked)
+                slots.think(thoughts, stop)
                 thoughts += 1
         kept = m.thoughts[:thoughts, :B].transpose(0, 1).clone()
         had = slots.had[:B].tolist()
@@ -293,13 +291,11 @@ class Engine:
         c = self.model.config
         need = (rows, rows * capacity * 2 * c.n_layer * c.n_embd, rows * width, thoughts)
         if self._memory is not None:
-            if self._memory.fits(*need):
+            have = self._memory.size
+            if all(map(le, need, have)):
                 return
-            m = self._memory
-            have = (m.rows, m.cache.numel(), m.idx.numel(), m.n_thoughts)
             need = tuple(map(max, need, have))
             self._forget()  # the old memory goes before the new one comes
-            del m
         self._memory = Memory(self.model, *need)
 
     def _at(self, rows: int, capacity: int) -> Slots:

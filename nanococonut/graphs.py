@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def up(n: int, multiple: int) -> int:
+    """n rounded up, so that there are few shapes and few graphs."""
+    return -(-n // multiple) * multiple
+
+
 class Graphs:
     """Graphs by key; of more than `most` the one not used for longest goes. All take their memory
     from one pool, since they run one after another and keep nothing there in between."""

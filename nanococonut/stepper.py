@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nanococonut import coconut
 from nanococonut.curriculum import Batch
-from nanococonut.graphs import Graphs
+from nanococonut.graphs import Graphs, up
 from nanococonut.model import GPT
 
 PREFIX, SUFFIX, LABELS = 64, 16, 256
@@ -74,10 +74,10 @@ class Stepper:
         rows, counted = len(batch.length), torch.tensor(counts)
         if self.graphs is not None:
             block = self.model.config.block_size
-            prefix = min(_up(batch.prefix.shape[1], PREFIX), block)
-            suffix = min(_up(batch.suffix.shape[1], SUFFIX), block)
+            prefix = min(up(batch.prefix.shape[1], PREFIX), block)
+            suffix = min(up(batch.suffix.shape[1], SUFFIX), block)
             more = 1 << (rows - 1).bit_length()
-            labels = min(_up(batch.n_labels, LABELS), more * suffix)
+            labels = min(up(batch.n_labels, LABELS), more * suffix)
             batch = batch.padded(more, prefix, suffix, max(thoughts, batch.max_thoughts), labels)
             counted = F.pad(counted, (0, more - rows))
         if self.device.type == "cuda":  # from there it is copied without anybody waiting
@@ -119,7 +119,3 @@ class Stepper:
                 whole = loss + watcher * share
         whole.backward()
         self.sums += torch.stack([loss.detach(), (right & counts).sum(), counts.sum()])
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -80,7 +80,7 @@ class Memory:
 
     def __init__(self, model: GPT, rows: int, cache: int, idx: int, thoughts: int) -> None:
         config, w = model.config, model.wte.weight
-        self.rows, self.n_thoughts = rows, thoughts
+        self.size = (rows, cache, idx, thoughts)
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=w.device)
@@ -95,10 +95,6 @@ class Memory:
         # sampling: Exp(1) noise, drawn outside of a graph
         self.noise = torch.ones(rows, config.vocab_size, device=w.device)
         self.temperature = torch.ones((), device=w.device)
-
-    def fits(self, rows: int, cache: int, idx: int, thoughts: int) -> bool:
-        have = (self.rows, self.cache.numel(), self.idx.numel(), self.n_thoughts)
-        return all(a <= b for a, b in zip((rows, cache, idx, thoughts), have, strict=True))
 
     def small(self) -> list[Tensor]:
         """What a step changes beside the cache, where it writes behind every row's end only."""
@@ -134,13 +130,13 @@ class Slots:
         """Prefill of ids (B, T); lengths stand in the cache."""
         self._keep(prefill(self.model, self.cache, idx, self.cache.lengths.clone()))
 
-    def think(self, i: int, stop: bool, masked: bool) -> None:
-        """Thought i of every active row. stop: ask the classifier first. masked: some may not be
-        active."""
+    def think(self, i: int, stop: bool) -> None:
+        """Thought i of every active row. stop: ask the classifier first. Only then, or where rows
+        fill up a graph's batch, are there rows that are not active."""
         if stop:
             self.active &= self.model.enough(self.hidden) <= 0
         self.memory.thoughts[i, : self.rows].copy_(self.hidden)
-        active = self.active if stop or masked else None
+        active = self.active if stop or self.static else None
         if self.triton is not None:
             self.triton.think(self.hidden, active, first=i == 0)
         else:
