@@ -1,0 +1,247 @@
+"""Has a refactoring changed a number? Everything below is computed twice, before and after.
+
+    python tests/gate.py record FILE   the numbers of this tree, as JSON
+    python tests/gate.py check FILE    computes them again; exit 1 if one differs from FILE's
+
+Bit for bit, so FILE is for one machine and one torch. Each part is a process with one thread, two
+of them side by side. Not collected by pytest. It needs NANOCOCONUT_DATA and TIKTOKEN_CACHE_DIR.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# -- every name of the project that is used here
+from kernels.append import append
+from kernels.feedback import embed, feedback
+from kernels.latent_attention import latent_attention, latent_attention_lse, latent_attention_pass
+from kernels.latent_attention import latent_attention_scratch as scratch
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_residual import linear_residual
+from kernels.ln_linear_gelu import ln_linear_gelu
+from nanococonut.checkpoint import BUNDLED, load
+from nanococonut.config import TrainConfig, build, read_config_file
+from nanococonut.curriculum import METHODS, collate, encode_row
+from nanococonut.data import prosqa
+from nanococonut.data.files import read_rows
+from nanococonut.engine import Engine
+from nanococonut.loader import curriculum_of, rendered
+from nanococonut.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN, CONFIGS = ROOT / "train.py", ROOT / "config"
+# four steps an epoch: stages end at steps 4, 12, 20, 28, and 15 is within a stage and an epoch
+SETTINGS = (
+    "--rows_per_epoch=256 --batch_size=64 --micro_batch_size=32 --valid_rows=40 --epochs=12 "
+    "--first_stage_epochs=1 --epochs_per_stage=2 --warmup_steps=5 --advance_at=0 --device=cpu"
+).split()
+
+
+def digest(*values: Any) -> str:
+    """Of tensors their dtype, shape and bytes; of all else its JSON."""
+    sha = hashlib.sha256()
+    for x in values:
+        if isinstance(x, Tensor):
+            sha.update(f"{x.dtype} {tuple(x.shape)}".encode())
+            x = x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        sha.update(x if isinstance(x, bytes) else json.dumps(x).encode())
+    return sha.hexdigest()
+
+
+def train(out: str, steps: int, *more: str) -> dict[str, Any]:
+    """A run -> its losses, its validations and the digest of its last weights."""
+    command = [TRAIN, CONFIGS / "prosqa_small.py", *SETTINGS, f"--max_steps={steps}"]
+    command = [sys.executable, *map(str, command), f"--out_dir={out}", *more]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    timed = ("rows_per_s", "minutes")
+    rows = [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    assert sum("loss" in row for row in rows) == steps
+    weights = load_file(Path(out) / f"step_{steps:08}" / "model.safetensors")
+    return {"rows": rows, "weights": digest(*(x for pair in sorted(weights.items()) for x in pair))}
+
+
+def losses(method: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as out:
+        return train(out, 40, f"--method={method}")
+
+
+def resume() -> dict[str, Any]:
+    """With dropout: its random numbers have to go on too."""
+    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as parts:
+        one = train(whole, 30, "--dropout=0.1")
+        train(parts, 15, "--dropout=0.1")
+        two = train(parts, 30, "--dropout=0.1", "--resume")
+    assert one == two, "a resumed run is another one"
+    return one
+
+
+def greedy() -> dict[str, Any]:
+    model, tokenizer, manifest = load(BUNDLED)
+    config = build(TrainConfig, manifest["config"])
+    graphs = prosqa.GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
+    rows = prosqa.generate(200, 20241209, graphs)
+    asked = [row["question"] for row in rendered(config, rows)]
+    engine = Engine(model, tokenizer, curriculum_of(config), kernels="torch", graph="off")
+    found: dict[str, Any] = {"rows": digest(rows), "questions": digest(asked)}
+    for n in (0, 3, 6):
+        for start in range(0, len(asked), 50):
+            out = engine.generate(asked[start : start + 50], n, max_new_tokens=40)
+            for i, text in enumerate(out.text):
+                made = len(out.tokens[i]) + out.n_thoughts[i]
+                found[f"{n} thoughts, row {start + i}"] = [text, made, digest(out.thoughts[i])]
+    return found
+
+
+def layouts() -> dict[str, Any]:
+    tokenizer, found = Tokenizer.gpt2(), {}
+    data = Path(os.environ["NANOCOCONUT_DATA"])
+    for task, name, n in (
+        ("prosqa", "prosqa_valid.json", 300),
+        ("prontoqa", "prontoqa_valid.json", 100),
+        ("gsm8k", "gsm8k_valid.txt", 100),
+    ):
+        rows = read_rows(data / name)[:n]
+        given = read_config_file(CONFIGS / f"{task}.py", TrainConfig)
+        assert len(rows) == n
+        encoded = [encode_row(tokenizer, r) for r in rendered(build(TrainConfig, given), rows)]
+        for method in METHODS:
+            curriculum = curriculum_of(build(TrainConfig, given, {"method": method}))
+            for stage in range(curriculum.max_latent_stage + 2):
+                batches = (collate(curriculum, [stage], [row], tokenizer) for row in encoded)
+                parts = ((b.prefix, b.n_thoughts, b.suffix, b.targets) for b in batches)
+                found[f"{task} {method} {stage}"] = digest(*(x for part in parts for x in part))
+    return found
+
+
+def kernels() -> dict[str, Any]:
+    """On Triton's interpreter."""
+    return {f"{name} {d}": digest(*x) for d in ("float32", "float16") for name, x in outputs(d)}
+
+
+def outputs(dtype: str) -> Iterator[tuple[str, list[Tensor]]]:
+    """Of every kernel: what it returns, what it writes in place, its gradients."""
+    rng = torch.Generator().manual_seed(1)
+    B, nh, hs, T = 3, 2, 16, 40
+    C = nh * hs
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(getattr(torch, dtype))
+
+    lengths, active = torch.tensor([5, 0, 33]), torch.tensor([True, False, True])
+    x, gain, shift = randn(B, C) * 2 + 3, randn(C) + 1, randn(C)
+    w, b, up = randn(3 * C, C) / C**0.5, randn(3 * C), randn(B, 3 * C)
+    cache, wte, wpe = randn(2, B, nh, T, hs), randn(11, C), randn(T, C)
+    for form in ("gemv", "tile", "library", "auto"):
+        for name, rows in (("all", None), ("active", active)):
+            kv = cache.clone()
+            out = append(x, gain, shift, w, b, *kv, lengths, rows, form=form)
+            yield f"append {form} {name}", [out, kv]
+        yield f"linear_residual {form}", [linear_residual(x, w, b, up.clone(), form)]
+        yield f"ln_linear_gelu {form}", [ln_linear_gelu(x, gain, shift, w, b, form=form)]
+    for name, rows in (("all", None), ("active", active)):
+        state = x.clone(), lengths.clone(), randn(B, C)
+        feedback(state[0], gain, shift, wpe, *state[1:], rows)
+        yield f"feedback {name}", [*state]
+    out = torch.zeros_like(x)
+    embed(wte, torch.tensor([3, 0, 10]), wpe, lengths, out)
+    yield "embed", [out]
+
+    q, k, v = (randn(B, nh, *s, hs).requires_grad_() for s in ((), (300,), (300,)))
+    lengths = torch.tensor([5, 0, 290])
+    for splits in (1, 2):
+        with torch.no_grad():
+            room = scratch(*k.shape, "cpu", splits)
+            for extra in (0, 1):
+                got = latent_attention(q, k, v, lengths, extra, room)
+                yield f"latent_attention {splits} {extra}", [got]
+        got, lse = latent_attention_lse(q, k, v, lengths, splits)
+        total = got.float().square().sum() + lse[[0, 2]].sum()  # the other row's is -inf
+        grads = torch.autograd.grad(total, (q, k, v))
+        yield f"latent_attention_lse {splits}", [got, lse, *grads]
+        total, at, keys, values = torch.zeros(()), q, k, v
+        for _ in range(3):
+            at, lse, keys, values = latent_attention_pass(at, keys, values, lengths, splits)
+            total = total + at.float().square().sum() + lse[[0, 2]].sum()
+        grads = torch.autograd.grad(total, (q, k, v))
+        yield f"latent_attention_pass {splits}", [total, at, *grads]
+
+    h, head = randn(11, 24).requires_grad_(), (randn(101, 24) / 5).requires_grad_()
+    targets = torch.randint(101, (11,), generator=rng)
+    targets[:3] = -100
+    for kernel in (True, False):
+        loss, right = linear_cross_entropy(h, head, targets, 3, kernel, n_labels=8)
+        grads = torch.autograd.grad(loss / 8, (h, head))
+        yield f"linear_cross_entropy {kernel}", [loss, right, *grads]
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "kernels": kernels,
+    "resume": resume,
+    "layouts": layouts,
+    "greedy": greedy,
+    **{f"losses {m}": partial(losses, m) for m in ("coconut", "cot", "soft_thought")},
+}
+
+
+def computed(part: str) -> dict[str, Any] | None:
+    """The part's numbers, by a process of its own; None where it fails (it says why)."""
+    env = dict.fromkeys(("TRITON_INTERPRET", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    command = [sys.executable, __file__, "part", part]
+    run = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | env)
+    return None if run.returncode else json.loads(run.stdout)
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict | list) or not value:
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {p: x for key, v in items for p, x in leaves(v, f"{path} / {key}").items()}
+
+
+def main(action: str, name: str) -> int:
+    if action == "part":
+        torch.set_num_threads(1)
+        print(json.dumps(PARTS[name]()))
+        return 0
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(PARTS, pool.map(computed, PARTS), strict=True))
+    failed = [part for part, value in found.items() if value is None]
+    if action == "record" and not failed:
+        Path(name).write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{len(leaves(found))} values of {len(found)} parts in {name}")
+    if action == "record":
+        return len(failed) > 0
+    wanted, wrong = json.loads(Path(name).read_text()), 0
+    for part in PARTS | wanted:
+        if part in failed:
+            print(f"{part}: FAILED, see above")
+            wrong += 1
+            continue
+        was, now = (leaves(x.get(part)) for x in (wanted, found))
+        differ = [p for p in was | now if (p in was, was.get(p)) != (p in now, now.get(p))]
+        wrong += bool(differ)
+        print(f"{part}: {f'{len(differ)} of {len(was)} DIFFER' if differ else 'equal'}")
+        for p in differ[:8]:
+            print(f"   {p}: {was.get(p, '(none)')!r} -> {now.get(p, '(none)')!r}")
+    return wrong > 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("record", "check", "part"):
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))
