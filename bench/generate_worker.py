@@ -2,14 +2,12 @@
 
     released   the released code's own generate, as its run.py calls it: one row at a time
     dynamic    transformers: thoughts by `inputs_embeds` into a dynamic cache, words by generate
-    static     transformers: a static cache and compiled steps (CUDA graphs on a GPU)
 
 Runs under a Python of its own and shares nothing with nanococonut but JSON lines and a file of
 weights. The first line on stdin says what to build; every other one is {"prefixes", "thoughts",
 "opening", "tokens"}, with "launches" to have them counted, or {"dtype"} to go on in another one.
 """
 
-import inspect
 import json
 import sys
 import time
@@ -125,75 +123,6 @@ def dynamic(gpt2: Any, task: dict[str, Any]) -> Callable:
     return answer
 
 
-def static(gpt2: Any, task: dict[str, Any]) -> Callable:
-    from transformers import StaticCache
-
-    device, trunk = task["device"], gpt2.transformer
-    by_position = "cache_position" in inspect.signature(trunk.forward).parameters
-    caches: dict[tuple, Any] = {}
-
-    def at(position: int, n: int) -> dict[str, Tensor]:
-        where = torch.arange(position, position + n, device=device)
-        both = {"position_ids": where[None]}
-        return both | {"cache_position": where} if by_position else both
-
-    def think(hidden: Tensor, cache: Any, where: dict[str, Tensor]) -> Tensor:
-        out = trunk(inputs_embeds=hidden, past_key_values=cache, use_cache=True, **where)
-        return out.last_hidden_state
-
-    def say(token: Tensor, cache: Any, where: dict[str, Tensor]) -> Tensor:
-        out = trunk(input_ids=token, past_key_values=cache, use_cache=True, **where)
-        return gpt2.lm_head(out.last_hidden_state[:, -1:]).argmax(-1)
-
-    mode = "reduce-overhead" if device == "cuda" else None
-    fast_think, fast_say = (torch.compile(f, mode=mode, dynamic=False) for f in (think, say))
-
-    def kept(step: Callable, *args: Any) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return step(*args).clone()  # the next replay writes there again
-
-    def answer(prefixes: list, thoughts: int, opening: list, tokens: int) -> dict[str, Any]:
-        start = now(device)
-        ids = torch.tensor(prefixes, device=device)
-        n = ids.shape[1]
-        length = -(-(n + thoughts + len(opening) + tokens) // 512) * 512  # few lengths to compile
-        length = min(length, gpt2.config.n_positions)
-        key = (len(ids), length, gpt2.dtype)
-        if key not in caches:
-            caches[key] = StaticCache(config=gpt2.config, max_cache_len=length)
-        cache = caches[key]
-        cache.reset()
-        out = trunk(input_ids=ids, past_key_values=cache, use_cache=True, **at(0, n))
-        hidden = out.last_hidden_state[:, -1:]
-        prefilled = now(device)
-        for _ in range(thoughts):
-            hidden = kept(fast_think, hidden, cache, at(n, 1))
-            n += 1
-        thought = now(device)
-        token = gpt2.lm_head(hidden).argmax(-1) if not opening else None
-        for word in opening:
-            word = torch.full((len(ids), 1), word, device=device)
-            token = kept(fast_say, word, cache, at(n, 1))
-            n += 1
-        said = [token]
-        first = now(device)
-        for _ in range(tokens - 1):
-            said.append(kept(fast_say, said[-1], cache, at(n, 1)))
-            n += 1
-        said = torch.cat(said, 1).tolist()
-        end = now(device)
-        return {
-            "tokens": said,
-            "prefill": prefilled - start,
-            "latent_step": (thought - prefilled) / thoughts if thoughts else 0.0,
-            "first": first - start,
-            "token_step": (end - first) / (tokens - 1) if tokens > 1 else 0.0,
-            "total": end - start,
-        }
-
-    return answer
-
-
 def main() -> None:
     task = json.loads(sys.stdin.readline())
     torch.set_num_threads(task["threads"])
@@ -210,7 +139,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    answer = {"released": released, "dynamic": dynamic, "static": static}[task["kind"]](gpt2, task)
+    answer = {"released": released, "dynamic": dynamic}[task["kind"]](gpt2, task)
     print(json.dumps({"versions": versions}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -1,7 +1,7 @@
 """Thoughts against a chain of thought written token by token, and against what else there is.
 
-    python bench/latency.py                    anywhere: a GPU or a CPU, three minutes
-    python bench/latency.py --released CLONE --released_python VENV/bin/python --compile
+    python bench/latency.py                    anywhere: a GPU or a CPU
+    python bench/latency.py --released CLONE --released_python VENV/bin/python
 
 The model is the newest run in out/, else a GPT-2 124M of random weights, which are as fast as any.
 Measured: a step that feeds back a thought, a step that reads a word and says the next, the time to
@@ -11,8 +11,8 @@ the first word behind 6 thoughts, and whole answers with the paper's lengths: qu
 Everybody takes turns: what is compared stems from the same minutes. Peers (bench/peers.py) have the
 same weights and prompts and are timed only where they say the same greedy tokens in float32. The
 floor of a step is the bytes that it has to read (weights of the layers, for a word also the head,
-keys and values) at the bandwidth measured in the same rounds (bench/bandwidth.py). The last line is
-JSON; --out appends its rows (bench/schema.py).
+keys and values) at the bandwidth measured in the same rounds (bench/bandwidth.py). --out appends
+rows (bench/schema.py) after every case; the last line is JSON.
 """
 
 import math
@@ -20,7 +20,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ import torch
 from bandwidth import Bandwidth, best
 from peers import Side, Sides
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from schema import Rows, command_of, quantiles
 from subject import SHAPE, TASKS, THOUGHTS, Subject, dtype_of, find, out_of_memory
@@ -46,8 +44,8 @@ STEP_TOKENS = 9  # words said where single steps are measured: 8 steps between t
 KINDS = {"thoughts": f"{THOUGHTS} thoughts", "chain": "written chain", "direct": "direct"}
 STEPS = {"latent step": "latent_step", "token step": "token_step", "first token": "first"}
 COLUMNS = "ms|batch|context|by|p10|p50|p90|no prefill|chain / it|floor|GB/s|launches|n".split("|")
+BATCHES = {"cpu": "1,8", "cuda": "1,8,64,256"}
 MAIN_CONTEXT = 400  # of those swept, what comes first
-LEAST, NEEDED = 3, 5  # rounds of a job, and of one that matters most, if there is time
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,8 @@ class LatencyConfig:
     checkpoint: str | None = opt(
         None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
     )
-    minutes: float = opt(3.0, "about how long it may take", above=0)
-    rounds: int = opt(25, "repeats of each comparison at most", at_least=1)
-    batches: str = opt("1,8,64,256", "rows at once, with commas")
+    rounds: int = opt(5, "repeats of each comparison", at_least=1)
+    batches: str | None = opt(None, "rows at once, with commas (None: 1,8,64,256; on a CPU 1,8)")
     contexts: str = opt("100,400,1000", "tokens before the thoughts, with commas")
     tasks: str = opt(",".join(TASKS), "whose answers' lengths, with commas")
     device: str = opt("auto", "where", choices=("auto", "cpu", "cuda"))
@@ -70,9 +67,6 @@ class LatencyConfig:
     transformers_python: str | None = opt(
         None, "a Python that has transformers 5 (None: this one, if it has)"
     )
-    compile: bool | None = opt(
-        None, "transformers with a static cache, compiled, too (None: on a GPU)"
-    )
     n_layer: int | None = opt(None, "random weights: layers", at_least=1)
     n_head: int | None = opt(None, "random weights: heads", at_least=1)
     n_embd: int | None = opt(None, "random weights: width", at_least=1)
@@ -84,14 +78,14 @@ class LatencyConfig:
     def __post_init__(self) -> None:
         check_values(self)
         check_released(self.released, self.released_python)
-        self.numbers("batches")
+        self.numbers("batches", BATCHES["cuda"])
         self.numbers("contexts")
         for task in filter(None, self.tasks.split(",")):
             if task not in TASKS:
                 raise UserError(f"--tasks names {task!r}.\nThere are {', '.join(TASKS)}.")
 
-    def numbers(self, name: str) -> list[int]:
-        parts = getattr(self, name).split(",")
+    def numbers(self, name: str, default: str = "") -> list[int]:
+        parts = (getattr(self, name) or default).split(",")
         if not all(p.strip().isdigit() and int(p) for p in parts):
             raise UserError(f"--{name}={getattr(self, name)} is no list of numbers, as in 1,8,64.")
         return sorted({int(p) for p in parts})
@@ -113,14 +107,12 @@ class Call:
 @dataclass
 class Job:
     """Calls that are compared with each other, at one batch and context. task: whose answers' they
-    are; "" for single steps. needed: it is measured even where there is hardly time. found: per
-    call, what each round took. memory: GB/s in each round."""
+    are; "" for single steps. found: per call, what each round took. memory: GB/s in each round."""
 
     task: str
     batch: int
     context: int
     calls: list[Call]
-    needed: bool = False
     memory: list[dict[str, float]] = field(default_factory=list)
     found: list[list[dict[str, float]]] = field(default_factory=list)
 
@@ -128,10 +120,6 @@ class Job:
     def name(self) -> str:
         what = f"{self.task} answers" if self.task else "steps"
         return f"{what}, batch {self.batch}, context {self.context}"
-
-    @property
-    def least(self) -> int:
-        return NEEDED if self.needed else LEAST
 
     @property
     def gb(self) -> float:
@@ -156,7 +144,8 @@ def jobs_of(config: LatencyConfig, sides: Sides) -> list[Job]:
     """All there is to measure, what matters most first."""
     gpu = sides.first.engine.model.wte.weight.device.type == "cuda"
     tasks = [t for t in TASKS if t in config.tasks.split(",")]
-    batches, contexts = config.numbers("batches"), config.numbers("contexts")
+    batches = config.numbers("batches", BATCHES["cuda" if gpu else "cpu"])
+    contexts = config.numbers("contexts")
     main = min(contexts, key=lambda c: abs(c - MAIN_CONTEXT))
 
     def answers(task: str, others: bool) -> Job:
@@ -167,18 +156,16 @@ def jobs_of(config: LatencyConfig, sides: Sides) -> list[Job]:
             # released: every further word is a whole forward pass, so no chain of it
             kinds = ("thoughts",) if side.most_rows else ("thoughts", "chain")
             calls += [Call(side, kind, words[kind]) for kind in kinds]
-        return Job(task, 1, sizes.question, calls, needed=others)
+        return Job(task, 1, sizes.question, calls)
 
     def steps(batch: int, context: int) -> Job:
         able = [
             side
             for side in sides.all
-            if side is sides.first
-            or (gpu and batch <= (side.most_rows or batch))
-            and (not side.slow_start or (batch, context) == (1, main))
+            if side is sides.first or (gpu and batch <= (side.most_rows or batch))
         ]
         calls = [Call(side, "thoughts", STEP_TOKENS) for side in able]
-        return Job("", batch, context, calls, needed=(batch, context) == (1, main))
+        return Job("", batch, context, calls)
 
     at_one = sorted(contexts, key=lambda c: c != main) if 1 in batches else []
     swept = sorted(
@@ -193,63 +180,10 @@ def jobs_of(config: LatencyConfig, sides: Sides) -> list[Job]:
     ]
 
 
-@dataclass
-class Pace:
-    """How long things take, to plan by. rate: seconds of prefill per token of a large batch;
-    read, step: of each side, for a short prompt and for a step, one row."""
-
-    rate: float
-    read: dict[str, float]
-    step: dict[str, float]
-    scale: float = 1.0  # what jobs took, of what they should have
-
-    def round(self, job: Job) -> float:
-        """Seconds of a round of a job, but for the scale."""
-        total = 0.0
-        for call in job.calls:
-            name, tokens = call.side.name, job.batch * job.context
-            read = max(self.read[name], tokens * self.rate)
-            step = self.step[name] + (job.batch - 1) * self.rate
-            total += read + (call.thoughts + 1 + call.tokens) * step
-            if call.side.most_rows == 1:  # no cache behind the thoughts
-                total += (call.tokens - 1) * read
-        return total
-
-
-def pace_of(sides: Sides, subject: Subject, length: int) -> Pace:
-    gpu = subject.model.wte.weight.device.type == "cuda"
-    read, step = {}, {}
-    prompt = subject.prompts(1, length, seed=0)
-    for side in sides.all:
-        for _ in range(2 if gpu else 1):  # peers.check has been here, but at other lengths
-            took = side.answer(prompt, THOUGHTS, subject.opening, 2)
-        read[side.name], step[side.name] = took["prefill"], took["latent_step"]
-    rate = read[sides.first.name] / length
-    if gpu:  # one row does not fill it
-        rows = subject.prompts(8, length, seed=1)
-        for _ in range(2):
-            took = sides.first.answer(rows, 1, subject.opening, 1)
-        rate = took["prefill"] / (8 * length)
-    return Pace(rate, read, step)
-
-
-def run_job(
-    job: Job,
-    rounds: int,
-    subject: Subject,
-    bandwidth: Bandwidth,
-    deadline: float,
-    seed: int,
-    tick: Callable[[], None],
-) -> list[str]:
-    """So many rounds, or fewer where the deadline comes first, but one. In every round each call is
-    made once; the order turns. -> others' calls that could not be made, and why."""
+def run_job(job: Job, rounds: int, subject: Subject, bandwidth: Bandwidth, seed: int) -> list[str]:
+    """So many rounds. In every round each call is made once; the order turns. -> others' calls that
+    could not be made, and why."""
     left_out = []
-
-    def drop(calls: list[Call], why: str) -> None:
-        for call in calls:
-            job.calls.remove(call)
-            left_out.append(f"{job.name}, {call.side.name}, {KINDS[call.kind]}: {why}")
 
     def ask(call: Call, prompts: list[list[int]]) -> dict[str, Any]:
         opening = subject.opening if call.thoughts else []
@@ -264,42 +198,18 @@ def run_job(
             except torch.OutOfMemoryError:
                 if call.side is job.calls[0].side:
                     raise
-                drop([call], "out of memory")
+                job.calls.remove(call)
+                what = f"{call.side.name}, {KINDS[call.kind]}"
+                left_out.append(f"{job.name}, {what}: out of memory")
     job.found = [[] for _ in job.calls]
-    round_took = 0.0
     for i in range(rounds):
-        since = time.monotonic()
-        if i and since + round_took > deadline:
-            break
         job.memory.append(bandwidth.measure())
         prompts = subject.prompts(job.batch, job.context, seed + i)
         for j in range(len(job.calls)):
-            late = time.monotonic() > deadline
-            if late and i:
-                for found in job.found:  # rounds are whole, so that they can be paired
-                    del found[i:]
-                return left_out
-            if late and j >= len(KINDS):  # ours come first
-                drop(job.calls[j:], "no time")
-                del job.found[j:]
-                return left_out
             j = (i + j) % len(job.calls)
             took = ask(job.calls[j], prompts)
             job.found[j].append({k: v for k, v in took.items() if k != "tokens"})
-            tick()
-        round_took = time.monotonic() - since
     return left_out
-
-
-def fitting(jobs: list[Job], pace: Pace, left: float) -> list[Job]:
-    """Those of which the least rounds fit into the seconds left, in order of importance."""
-    chosen = []
-    for job in jobs:
-        need = job.least * pace.round(job) * pace.scale
-        if need <= left:
-            chosen.append(job)
-            left -= need
-    return chosen
 
 
 def free_memory(device: torch.device) -> float:
@@ -310,62 +220,20 @@ def free_memory(device: torch.device) -> float:
     return math.inf
 
 
-def measure(
-    config: LatencyConfig, subject: Subject, sides: Sides, began: float, console: Console
-) -> tuple[list[Job], list[str]]:
-    """-> the jobs done, what was left out and why."""
+def fitting(jobs: list[Job], subject: Subject) -> tuple[list[Job], list[str]]:
+    """-> those that positions and memory are enough for, what was left out and why."""
     device, block_size = subject.model.wte.weight.device, subject.model.config.block_size
-    deadline = began + 60 * config.minutes
-    left_out = []
-    waiting = []
-    for job in jobs_of(config, sides):
+    fit, left_out = [], []
+    for job in jobs:
         if job.positions > block_size:
             left_out.append(f"{job.name}: {job.positions} positions, the model has {block_size}")
         elif subject.cache_bytes(job.batch, job.positions) > 0.6 * free_memory(device):
             left_out.append(f"{job.name}: memory")
         else:
-            waiting.append(job)
-    if not waiting:
+            fit.append(job)
+    if not fit:
         raise UserError(f"nothing fits: {left_out[0]}.\nGive smaller --contexts and --batches.")
-    bandwidth, done = Bandwidth(device), []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("a first look", total=60 * config.minutes)
-
-        def tick() -> None:
-            bar.update(task, completed=time.monotonic() - began)
-
-        shortest = min(job.context for job in waiting)
-        pace = pace_of(sides, subject, shortest)
-        while waiting:
-            left = deadline - time.monotonic()
-            chosen = fitting(waiting, pace, left)
-            if waiting[0].needed and waiting[0] not in chosen and (left > 0 or not done):
-                chosen.insert(0, waiting[0])
-            if not chosen:
-                break
-            job = chosen[0]
-            waiting.remove(job)
-            bar.update(task, description=job.name)
-            all_least = sum(j.least * pace.round(j) for j in chosen) * pace.scale
-            rounds = min(config.rounds, max(job.least, int(job.least * left / all_least)))
-            since = time.monotonic()
-            with out_of_memory(device) as failed:
-                left_out += run_job(job, rounds, subject, bandwidth, deadline, config.seed, tick)
-            if failed:
-                left_out.append(f"{job.name}: out of memory")
-                continue
-            took = (time.monotonic() - since) / len(job.found[0])
-            pace.scale = min(20.0, max(0.05, took / pace.round(job)))
-            done.append(job)
-    left_out += [f"{job.name}: no time in {config.minutes:g} minutes" for job in waiting]
-    return done, left_out
+    return fit, left_out
 
 
 def count(
@@ -405,85 +273,75 @@ def shown(v: float) -> str:
     return f"{v:,.3f}" if v < 1 else f"{v:,.2f}" if v < 100 else f"{v:,.0f}"
 
 
+def sizes(job: Job) -> dict[str, int]:
+    return {"batch": job.batch, "context": job.context}
+
+
 def report(
     subject: Subject,
     rows: Rows,
-    jobs: list[Job],
+    job: Job,
     launches: dict[tuple[str, str], tuple[float, float]],
-    console: Console,
-) -> float:
-    """Rows of everything, and the table -> GB/s of memory in the whole run."""
-    counted = next((job for job in jobs if not job.task), None)
-    kind, values = best([m for job in jobs for m in job.memory])
-    rows.add("memory bandwidth", kind, values, "GB/s")
-    table = Table(title=f"{rows.common['device']}, {rows.common['dtype']}", title_justify="left")
-    for name in COLUMNS:
-        justify = "left" if name in ("ms", "by") else "right"
-        table.add_column(name, justify=justify, no_wrap=True)
-
-    def sizes(job: Job) -> dict[str, int]:
-        return {"batch": job.batch, "context": job.context}
+    table: Table,
+) -> None:
+    """Rows of a job, written at once, and its lines of the table."""
 
     def add(what: str, job: Job, side: Side, seconds: list[float]) -> list[str]:
         values = [1e3 * s for s in seconds]
         rows.add(what, side.name, values, "ms", side.versions, **sizes(job))
         return [shown(v) for v in quantiles(values)]
 
-    for job in jobs:
-        mine, where = job.calls[0].side.name, [str(job.batch), str(job.context)]
-        for call in job.calls if job.task else ():
-            name, kind = call.side.name, KINDS[call.kind]
-            total, rest = (job.values(name, call.kind, w) for w in ("total", "after prefill"))
-            cells = add(f"{job.task} answer, {kind}", job, call.side, total)
-            behind = add(f"{job.task} answer after prefill, {kind}", job, call.side, rest)[1]
-            times = f"{ratio(job.values(mine, 'chain', 'total'), total):.2f}x"
-            more = [behind, times, "-", "-", "-", str(len(total))]
-            table.add_row(f"{job.task}, {kind}", *where, name, *cells, *more)
-            if call.kind == "thoughts" and name != mine:
-                times = ratios(total, job.values(mine, call.kind, "total"))
-                what = f"{job.task} answer, {kind}, by ours"
-                rows.add(what, name, times, "times", call.side.versions, **sizes(job))
-        for what in ("total", "after prefill") if job.task else ():
-            times = ratios(*(job.values(mine, kind, what) for kind in ("chain", "thoughts")))
-            behind = " after prefill" if what != "total" else ""
-            what = f"{job.task} answer{behind}, written chain by {THOUGHTS} thoughts"
-            rows.add(what, mine, times, "times", **sizes(job))
-        sides = {call.side.name: call.side for call in job.calls if call.kind == "thoughts"}
-        word = job.values(mine, "thoughts", "token_step")
-        if job.task and len(sides) == 1:
-            table.add_section()
-            continue
-        for what in STEPS:
-            for name, side in sides.items():
-                seconds = job.values(name, "thoughts", STEPS[what])
-                cells, more = add(what, job, side, seconds), ["-"] * 5
-                if what != "first token":
-                    n_bytes = subject.step_bytes(job.batch, job.context, what == "token step")
-                    reads = n_bytes / statistics.median(seconds) / 1e9
-                    if name != mine:
-                        times = ratios(seconds, job.values(mine, "thoughts", STEPS[what]))
-                        told = f"{what}, by ours"
-                        rows.add(told, name, times, "times", side.versions, **sizes(job))
-                    else:
-                        floor = [n_bytes / job.gb / 1e6]
-                        rows.add(what, "floor", floor, "ms", derived=True, **sizes(job))
-                    more[1:4] = [
-                        f"{ratio(word, seconds):.2f}x",
-                        f"{reads / job.gb:.0%}",
-                        shown(reads),
-                    ]
-                if (name, what) in launches and job is counted:
-                    asked, ran = launches[name, what]
-                    more[4] = f"{asked:.3g} ({ran:.0f})"
-                table.add_row(what, *where, name, *cells, *more, str(len(seconds)))
-        times = ratios(word, job.values(mine, "thoughts", "latent_step"))
-        rows.add("token step by latent step", mine, times, "times", **sizes(job))
-        table.add_section()
-    console.print(table)
+    table.add_section()
+    mine, where = job.calls[0].side.name, [str(job.batch), str(job.context)]
+    for call in job.calls if job.task else ():
+        name, kind = call.side.name, KINDS[call.kind]
+        total, rest = (job.values(name, call.kind, w) for w in ("total", "after prefill"))
+        cells = add(f"{job.task} answer, {kind}", job, call.side, total)
+        behind = add(f"{job.task} answer after prefill, {kind}", job, call.side, rest)[1]
+        times = f"{ratio(job.values(mine, 'chain', 'total'), total):.2f}x"
+        more = [behind, times, "-", "-", "-", str(len(total))]
+        table.add_row(f"{job.task}, {kind}", *where, name, *cells, *more)
+        if call.kind == "thoughts" and name != mine:
+            times = ratios(total, job.values(mine, call.kind, "total"))
+            what = f"{job.task} answer, {kind}, by ours"
+            rows.add(what, name, times, "times", call.side.versions, **sizes(job))
+    for what in ("total", "after prefill") if job.task else ():
+        times = ratios(*(job.values(mine, kind, what) for kind in ("chain", "thoughts")))
+        behind = " after prefill" if what != "total" else ""
+        what = f"{job.task} answer{behind}, written chain by {THOUGHTS} thoughts"
+        rows.add(what, mine, times, "times", **sizes(job))
+    sides = {call.side.name: call.side for call in job.calls if call.kind == "thoughts"}
+    word = job.values(mine, "thoughts", "token_step")
+    if job.task and len(sides) == 1:
+        return
+    for what in STEPS:
+        for name, side in sides.items():
+            seconds = job.values(name, "thoughts", STEPS[what])
+            cells, more = add(what, job, side, seconds), ["-"] * 5
+            if what != "first token":
+                n_bytes = subject.step_bytes(job.batch, job.context, what == "token step")
+                reads = n_bytes / statistics.median(seconds) / 1e9
+                if name != mine:
+                    times = ratios(seconds, job.values(mine, "thoughts", STEPS[what]))
+                    told = f"{what}, by ours"
+                    rows.add(told, name, times, "times", side.versions, **sizes(job))
+                else:
+                    floor = [n_bytes / job.gb / 1e6]
+                    rows.add(what, "floor", floor, "ms", derived=True, **sizes(job))
+                more[1:4] = [
+                    f"{ratio(word, seconds):.2f}x",
+                    f"{reads / job.gb:.0%}",
+                    shown(reads),
+                ]
+            if (name, what) in launches:
+                asked, ran = launches[name, what]
+                more[4] = f"{asked:.3g} ({ran:.0f})"
+            table.add_row(what, *where, name, *cells, *more, str(len(seconds)))
+    times = ratios(word, job.values(mine, "thoughts", "latent_step"))
+    rows.add("token step by latent step", mine, times, "times", **sizes(job))
     for (name, what), numbers in launches.items():
         for suffix, value in zip(("launches", "kernels"), numbers, strict=True):
-            rows.add(f"{what} {suffix}", name, [value], "launches", derived=True, batch=1)
-    return statistics.median(values)
+            rows.add(f"{what} {suffix}", name, [value], "launches", derived=True, batch=job.batch)
 
 
 def conclusions(subject: Subject, jobs: list[Job]) -> tuple[list[str], dict[str, Any]]:
@@ -496,18 +354,15 @@ def conclusions(subject: Subject, jobs: list[Job]) -> tuple[list[str], dict[str,
         mine = job.calls[0].side.name
         latent, token = (job.values(mine, "thoughts", w) for w in ("latent_step", "token_step"))
         measured = ratio(token, latent)
-        by_bytes, by_flops = (
-            of(job.batch, job.context, True) / of(job.batch, job.context, False)
-            for of in (subject.step_bytes, subject.step_flops)
-        )
-        found = {"measured": measured, "bytes": by_bytes, "operations": by_flops}
+        word, thought = (subject.step_bytes(job.batch, job.context, head) for head in (True, False))
+        by_bytes = word / thought
+        found = {"measured": measured, "bytes": by_bytes}
         where = f"batch {job.batch}, context {job.context}"
         numbers[f"token step / latent step, {where}"] = {k: round(v, 3) for k, v in found.items()}
         if not said:  # the first of them is the main one
             said.append(
                 f"token step / latent step, {where}: measured {measured:.2f}, by bytes "
-                f"{by_bytes:.2f} ({measured / by_bytes - 1:+.0%}), by operations {by_flops:.2f}: a "
-                "thought needs no LM head"
+                f"{by_bytes:.2f} ({measured / by_bytes - 1:+.0%}): a thought needs no LM head"
             )
     for job in jobs:
         if not job.task:
@@ -553,18 +408,20 @@ def main() -> None:
     rows = Rows(device, dtype, command, config.out, subject.sizes())
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     aside = Console(stderr=True)
+    table = Table(title=f"{rows.common['device']}, {rows.common['dtype']}", title_justify="left")
+    for name in COLUMNS:
+        justify = "left" if name in ("ms", "by") else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     console.print(
         f"{subject.name}: {model.config.n_layer} layers, width {model.config.n_embd}, "
         f"{model.n_params():,} parameters (weights make no difference to the speed)"
     )
-    compiled = device.type == "cuda" if config.compile is None else config.compile
     with aside.status("starting and checking peers"):
         sides = peers.start(
             subject,
             config.released,
             config.released_python,
             config.transformers_python,
-            compiled,
             config.peers,
         )
         try:
@@ -587,19 +444,35 @@ def main() -> None:
         model.to(dtype)
         for side in sides.all:
             side.cast(rows.common["dtype"])
-        jobs, left_out = measure(config, subject, sides, began, aside)
-        steps = [job for job in jobs if not job.task]
-        launches = count(steps[0], subject, left_out) if steps and device.type == "cuda" else {}
+        jobs, left_out = fitting(jobs_of(config, sides), subject)
+        counted = next((job for job in jobs if not job.task and device.type == "cuda"), None)
+        bandwidth, done = Bandwidth(device), []
+        with aside.status("") as status:
+            for job in jobs:
+                status.update(job.name)
+                with out_of_memory(device) as failed:
+                    left_out += run_job(job, config.rounds, subject, bandwidth, config.seed)
+                if failed:
+                    left_out.append(f"{job.name}: out of memory")
+                    continue
+                launches = count(job, subject, left_out) if job is counted else {}
+                report(subject, rows, job, launches, table)
+                done.append(job)
     finally:
         sides.end()
-    gb = report(subject, rows, jobs, launches, console)
+    if not done:
+        raise UserError(f"nothing fits: {left_out[0]}.\nGive smaller --contexts and --batches.")
+    kind, values = best([m for job in done for m in job.memory])
+    rows.add("memory bandwidth", kind, values, "GB/s")
+    gb = statistics.median(values)
+    console.print(table)
     console.print(
         "no prefill: what comes behind it. chain / it: how many times longer it takes word by word "
         "(an answer: with the written chain; a step: a word's).\nfloor: share of the speed that "
         f"memory bandwidth allows, measured in the same rounds, {gb:,.1f} GB/s in the whole run; "
         "GB/s: of what a step has to read. launches: by the host (kernels run). n: repeats."
     )
-    said, numbers = conclusions(subject, jobs)
+    said, numbers = conclusions(subject, done)
     for line in said:
         console.print(f"[bold]{line}[/]")
     for what in left_out:

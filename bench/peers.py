@@ -33,7 +33,6 @@ class Side:
     launches: Callable[[list[list[int]], int, list[int], int], tuple[int, int]]
     versions: dict[str, str] | None = None
     most_rows: int | None = None
-    slow_start: bool = False  # compiles at every new batch size
     worker: Worker | None = None
     engine: Engine | None = None
 
@@ -97,11 +96,9 @@ def start(
     released: str | None,
     released_python: str | None,
     transformers_python: str | None,
-    compiled: bool,
     others: bool = True,
 ) -> Sides:
-    """All sides there can be. others: those in a Python of their own too. compiled: the static one
-    as well, which takes a minute to compile on a CPU."""
+    """All sides there can be. others: those in a Python of their own too."""
     device, config = subject.model.wte.weight.device, subject.model.config
     found = Sides([ours("ours", subject)])
     first = found.first.engine
@@ -123,15 +120,12 @@ def start(
         )
     here = sys.executable if importlib.util.find_spec("transformers") else None
     python = transformers_python or here
-    kinds = {"transformers, dynamic cache": "dynamic", "transformers, static, compiled": "static"}
-    for name, kind in kinds.items():
-        if python is None:
-            found.missing[name] = "not installed: pip install transformers (5), or give "
-            found.missing[name] += "--transformers_python VENV/bin/python"
-        elif kind == "static" and not compiled:
-            found.missing[name] = "not asked for: --compile (compiling takes a minute or more)"
-        else:
-            wanted[name] = (kind, python, "--transformers_python", "transformers 5")
+    dynamic = "transformers, dynamic cache"
+    if python is None:
+        found.missing[dynamic] = "not installed: pip install transformers (5), or give "
+        found.missing[dynamic] += "--transformers_python VENV/bin/python"
+    else:
+        wanted[dynamic] = ("dynamic", python, "--transformers_python", "transformers 5")
     plain = config.smear is False and config.thought == "hidden"
     if not plain or not others:
         why = "runs plain GPT-2s only" if not plain else "not asked for"
@@ -169,7 +163,6 @@ def start(
             if name == "released":
                 more["versions"]["coconut"] = commit_of(released)
                 more["most_rows"] = 1
-            more["slow_start"] = wanted[name][0] == "static"
             found.all.append(_theirs(name, worker, **more))
     return found
 

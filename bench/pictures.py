@@ -5,7 +5,7 @@ README's. Every title says on what machine and when.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,65 +51,6 @@ def _legend(axes: Axes) -> None:
     axes.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=names, fontsize=8, frameon=False
     )
-
-
-def _steps(axes: Axes, points: dict[str, dict[int, dict[str, Any]]], against: str) -> None:
-    """points: "latent step" or "token step" -> batch or context -> variant -> row."""
-    looks = {"latent step": (BLUE, "o", "a thought"), "token step": (RED, "s", "a word")}
-    ticks: set[int] = set()
-    for what, (colour, mark, label) in looks.items():
-        at = sorted(points[what])
-        ticks |= set(at)
-        rows = [points[what][x]["ours"] for x in at]
-        values = [row["value"] for row in rows]
-        spread = [
-            [row["value"] - row["spread"]["p10"] for row in rows],
-            [row["spread"]["p90"] - row["value"] for row in rows],
-        ]
-        axes.errorbar(at, values, spread, fmt=mark + "-", color=colour, capsize=3, label=label)
-        floor = [points[what][x]["floor"]["value"] for x in at]
-        axes.plot(at, floor, "--", marker=mark, mfc="none", color=colour, label=f"{label}, floor")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _log(axes.xaxis, ticks)
-    _log(axes.yaxis)
-    axes.set_xlabel(against)
-    axes.grid(axis="y", color="0.9")
-
-
-def latency(run: Run, to: Path) -> None:
-    """Milliseconds of a step against batch and against context, and the floor that memory sets."""
-    kinds = ("latent step", "token step")
-    steps = {
-        (row["what"], row["shapes"]["batch"], row["shapes"]["context"], row["variant"]): row
-        for row in run.rows
-        if row["what"] in kinds and row["variant"] in ("ours", "floor")
-    }
-    points = run.points()
-    contexts = [c for _, c in points]
-    main = max(set(contexts), key=lambda c: (contexts.count(c), c))  # with the most batches
-
-    def along(pick: Callable[[int, int], int | None]) -> dict[str, dict[int, dict[str, Any]]]:
-        return {
-            what: {
-                x: {v: steps[what, b, c, v] for v in ("ours", "floor")}
-                for b, c in points
-                if (x := pick(b, c)) is not None
-            }
-            for what in kinds
-        }
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE, sharey=False)
-    _steps(left, along(lambda b, c: b if c == main else None), f"rows at once (context {main})")
-    _steps(right, along(lambda b, c: c if b == 1 else None), "context, tokens (one row)")
-    left.set_ylabel("ms a step (p10 to p90)")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.95), ncol=4, fontsize=8,
-        frameon=False,
-    )  # fmt: skip
-    left.set_title(" "), right.set_title(" ")  # room for it
-    _save(figure, f"one step, {run.title}", to)
 
 
 def answers(run: Run, to: Path) -> None:
@@ -236,28 +177,6 @@ def training(rows: Sequence[dict[str, Any]], to: Path) -> None:
     shown = [r for r in rows if r in compared.values() or r.get("context")]
     commits = ", ".join(dict.fromkeys(r["commit"] for r in shown))
     _save(figure, f"training, {machine}, commits {commits}", to)
-
-
-def stages(rows: Sequence[dict[str, Any]], to: Path) -> None:
-    """Accuracy on validation rows at the end of every stage, of runs whose curves are kept."""
-    figure, axes = plt.subplots(figsize=SIZE)
-    colours = (BLUE, RED, GREEN, YELLOW, SKY, GREY)
-    for row, colour in zip(rows, colours, strict=False):
-        for key, line, label in (
-            ("valid_accuracy", "o-", "validation"),
-            ("matched_accuracy", "s--", "no depth shortcut"),
-        ):
-            last = {v["stage"]: v[key] for v in row["validations"] if v[key] is not None}
-            name = f"{row['name']}, {label}"
-            axes.plot(list(last), [100 * a for a in last.values()], line, color=colour, label=name)
-    axes.axhline(50, color=GREY, linewidth=0.8, linestyle=":")
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("stage (how many written steps are replaced by thoughts)")
-    axes.set_ylabel("right answers, %")
-    axes.grid(axis="y", color="0.9")
-    axes.legend(fontsize=8, loc="lower right")
-    made = ", ".join(dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in rows))
-    _save(figure, f"accuracy at the end of each stage, {made}", to)
 
 
 def curve(row: dict[str, Any], to: Path) -> None:

@@ -1,7 +1,7 @@
 """Pictures and README tables, from committed rows only.
 
 python bench/plot.py                      draw docs/*.png from bench/results/*.jsonl
-python bench/plot.py --readme             rewrite the marked tables of README.md, docs/DATA.md
+python bench/plot.py --readme             rewrite the marked tables of README.md
 python bench/plot.py --readme --check     say whether they are in step, and change nothing
 python bench/plot.py --curve out/RUN      first add a run's learning curve to the results
 """
@@ -21,7 +21,6 @@ import tables
 from nanococonut import checkpoint
 from nanococonut.config import build, opt, parse_cli
 from nanococonut.errors import UserError, main_guard
-from nanococonut.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
@@ -47,9 +46,6 @@ def bench_rows(name: str) -> list[dict[str, Any]]:
 def sections() -> dict[str, dict[str, str]]:
     """Document -> name of a marked section in it -> the section's Markdown."""
     rows = tables.read_jsonl(RESULTS / "table1.jsonl")
-    like = [{"found": {}}, *tables.read_jsonl(RESULTS / "rows.jsonl")][-1]
-    prosqa = [*TASKS["prosqa"].splits, "prosqa: prosqa_valid.json"]
-    prontoqa = ["prontoqa", "prontoqa: prontoqa_valid.json", "prontoqa_matched"]
     return {
         "README.md": {
             "methods": tables.methods_table(),
@@ -57,13 +53,6 @@ def sections() -> dict[str, dict[str, str]]:
             "table1_prosqa_small": tables.table1(rows, "prosqa", "small"),
             "table1_prontoqa_small": tables.table1(rows, "prontoqa", "small"),
             "latency": tables.latency(bench_rows("latency")),
-        },
-        "docs/DATA.md": {
-            "prosqa_rules": tables.compared(like, "heuristics", prosqa),
-            "prosqa_rows": tables.compared(like, "statistics", prosqa),
-            "prontoqa_rules": tables.compared(like, "heuristics", prontoqa),
-            "prontoqa_rows": tables.compared(like, "statistics", prontoqa),
-            "gsm8k_rows": tables.compared(like, "statistics", ["gsm8k: gsm8k_valid.txt"]),
         },
     }
 
@@ -140,8 +129,6 @@ def draw(docs: Path) -> list[Path]:
     curves = tables.read_jsonl(RESULTS / "curves.jsonl")
     for row in curves:
         pictures.curve(row, to(f"curve_{row['name']}"))
-    if curves:
-        pictures.stages(curves, to("stages"))
     table1 = tables.read_jsonl(RESULTS / "table1.jsonl")
     if table1:
         pictures.methods(table1, to("methods"))
@@ -150,7 +137,6 @@ def draw(docs: Path) -> list[Path]:
         rows = [row for row in trained if row["device"] == device]
         pictures.training(rows, to(f"training_{device}"))
     for run in newest("latency"):
-        pictures.latency(run, to(f"latency_{run.slug}"))
         pictures.answers(run, to(f"answers_{run.slug}"))
         if run.peers(["latent step"]):
             pictures.peers(run, to(f"peers_{run.slug}"))

@@ -14,7 +14,7 @@
     command   that measures it again; local paths are written as RELEASED, PYTHON, ...
     date      UTC, when the run began: 2026-01-31T12:00:00Z
 
-Rows are appended, never edited. Older files (table1, training, data, rows, curves) have forms of
+Rows are appended, never edited. Older files (table1, training, curves, drift, loss) have forms of
 their own.
 """
 

@@ -89,13 +89,23 @@ def _of_length(row: EncodedRow, n: int) -> EncodedRow:
     return EncodedRow((row.question * times)[:n], row.steps, row.answer)
 
 
-class Side:
-    """A model that takes steps: what both ways share."""
+def adamw_settings(recipe: TrainConfig) -> dict[str, float]:
+    return {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
 
-    def __init__(self, recipe: TrainConfig, rows: Rows, model: Any, stepper: Stepper) -> None:
+
+class Side:
+    """A model that takes steps: what both ways share. plain_adamw: not the recipe's optimizers."""
+
+    def __init__(
+        self, recipe: TrainConfig, rows: Rows, model: Any, stepper: Stepper, plain_adamw: bool
+    ) -> None:
         self.recipe, self.rows, self.model, self.stepper = recipe, rows, model, stepper
-        self.device = stepper.device
-        self.optimizers = build_optimizers(recipe, model)
+        self.device, self.plain_adamw = stepper.device, plain_adamw
+        if plain_adamw:  # the released code's
+            settings = adamw_settings(recipe) | {"fused": model.wte.weight.is_cuda or None}
+            self.optimizers = [torch.optim.AdamW(model.parameters(), **settings)]
+        else:
+            self.optimizers = build_optimizers(recipe, model)
         model.train()
 
     def update(self) -> None:
@@ -108,14 +118,15 @@ class Side:
 class Ours(Side):
     """The step of train.py: its Stepper, its kernels, its graphs, its order of things."""
 
-    def __init__(self, recipe: TrainConfig, rows: Rows) -> None:
+    def __init__(self, recipe: TrainConfig, rows: Rows, plain_adamw: bool = False) -> None:
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, rows.tokenizer).to(device.choose(recipe.device))
         self.kernels, self.why_kernels = ops.choose_training(recipe.kernels, model)
         self.graph = ops.choose_graph("off" if recipe.ungraphed else recipe.graph, model)
         think = partial(coconut.think, kernels=self.kernels)
         half, graphs = recipe.dtype == "bfloat16", Graphs(64) if self.graph else None
-        super().__init__(recipe, rows, model, Stepper(model, think, half, graphs=graphs))
+        stepper = Stepper(model, think, half, graphs=graphs)
+        super().__init__(recipe, rows, model, stepper, plain_adamw)
         self.ahead: tuple[int, Any] = (-1, None)
 
     def check(self) -> dict[str, float]:
@@ -159,7 +170,8 @@ class Plain(Side):
 
     def __init__(self, ours: Ours) -> None:
         model = copy.deepcopy(ours.model)
-        super().__init__(ours.recipe, ours.rows, model, Stepper(model, half=ours.stepper.half))
+        stepper = Stepper(model, half=ours.stepper.half)
+        super().__init__(ours.recipe, ours.rows, model, stepper, ours.plain_adamw)
         # every pass through the layers ends in ln_f: that tells the three blocks apart
         model.ln_f.register_forward_hook(lambda *_: self._passed())
         self.laps: list[tuple[str, Any]] = []

@@ -71,12 +71,6 @@ class Subject:
         numbers = layers + batch * context * 2 * c.n_layer * c.n_embd + head * w.numel()
         return numbers * w.element_size()
 
-    def step_flops(self, batch: int, context: int, head: bool) -> int:
-        """Multiplications and additions of a step: matrices, and attention over the context."""
-        c = self.model.config
-        matrices = 12 * c.n_layer * c.n_embd**2 + head * self.model.wte.weight.numel()
-        return 2 * batch * (matrices + 2 * c.n_layer * c.n_embd * context)
-
     def cache_bytes(self, batch: int, length: int) -> int:
         c, w = self.model.config, self.model.wte.weight
         return batch * length * 2 * c.n_layer * c.n_embd * w.element_size()

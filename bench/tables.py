@@ -152,22 +152,6 @@ def paper_cells(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def compared(row: dict[str, Any], kind: str, names: Sequence[str]) -> str:
-    """One row of bench/rows.py: "statistics" or "heuristics" (in %) of the named splits and files,
-    side by side; those that it has not are "not run"."""
-    missing = {"rows": 0, kind: {}}
-    columns = [row["found"].get(name, missing) for name in names]
-    keys = list(dict.fromkeys(key for column in columns for key in column[kind]))
-    sizes = [f"{column['rows']:,} rows" if column["rows"] else "not run" for column in columns]
-    heads = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True)]
-    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(names)]
-    scale, digits = (100, 1) if kind == "heuristics" else (1, 3)
-    for key in keys:
-        cells = [f"{scale * c[kind][key]:.{digits}f}" if key in c[kind] else "" for c in columns]
-        lines.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 @dataclass(frozen=True)
 class Run:
     """Rows of bench/schema.py that one command made."""

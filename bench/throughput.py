@@ -1,11 +1,12 @@
 """Questions per second against batch: six thoughts, the written chain, the answer alone.
 
     python bench/throughput.py                         ProsQA's lengths, batch 1, 2, 4, ...
-    python bench/throughput.py --task=gsm8k --minutes=1
+    python bench/throughput.py --task=gsm8k
 
-Batches double until memory ends, or the time, or (on a CPU) two of them in a row were no faster.
+Batches double until memory ends, or until two of them in a row were no faster.
 The model is chosen as bench/latency.py does it; the ways take turns. Lengths are those of
-bench/subject.py, prefill included; no row ends early. The last line is JSON.
+bench/subject.py, prefill included; no row ends early. --out appends rows after every batch; the
+last line is JSON.
 """
 
 import statistics
@@ -35,8 +36,7 @@ class ThroughputConfig:
         None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
     )
     task: str = opt("prosqa", "whose lengths", choices=tuple(TASKS))
-    minutes: float = opt(2.0, "about how long it may take", above=0)
-    repeats: int = opt(3, "of every batch", at_least=1)
+    rounds: int = opt(3, "repeats of every batch", at_least=1)
     most: int = opt(65536, "largest batch", at_least=1)
     device: str = opt("auto", "where", choices=("auto", "cpu", "cuda"))
     dtype: str = opt(
@@ -82,30 +82,21 @@ def main() -> None:
         f"{subject.name}, {config.task}: a question of {sizes.question} tokens, a chain of "
         f"{sizes.chain} with its answer, an answer of {sizes.answer}\n{rows.common['device']}, "
         f"{rows.common['dtype']}, kernels: {engine.kernels}, CUDA graphs: "
-        f"{'yes' if engine.graph else 'no'}; questions per second, median of {config.repeats}"
+        f"{'yes' if engine.graph else 'no'}; questions per second, median of {config.rounds}"
     )
     console.print(f"{'batch':>8}" + "".join(f"{way:>16}" for way in ways) + f"{'memory':>12}")
-    deadline, batch, round_took = began + 60 * config.minutes, 1, 0.0
-    best, no_faster, ended = 0.0, 0, f"the largest batch, {config.most}"
+    batch, best, no_faster, ended = 1, 0.0, 0, f"the largest batch, {config.most}"
     while batch <= config.most:
-        # the next batch takes at most twice as long, and a first time where shapes are new
-        if rows.rows and time.monotonic() + 2 * round_took > deadline:
-            ended = f"the time, before batch {batch}"
-            break
         found: dict[str, list[float]] = {way: [] for way in ways}
         with out_of_memory(device) as failed:
             if device.type == "cuda":  # what is captured or chosen at first use is not counted
                 for what in ways.values():
                     engine.run(subject.prompts(batch, sizes.question, 0), *what)
-            for i in range(config.repeats):
-                since = time.monotonic()
+            for i in range(config.rounds):
                 prompts = subject.prompts(batch, sizes.question, i)
                 for way, what in ways.items():
                     took = engine.run(prompts, *what).seconds
                     found[way].append(batch / took)
-                round_took = time.monotonic() - since
-                if time.monotonic() + round_took > deadline:
-                    break
         if failed:
             ended = f"memory, at batch {batch}"
             break
@@ -117,7 +108,7 @@ def main() -> None:
         console.print(f"{batch:>8}" + "".join(f"{m:>16.2f}" for m in medians) + f"{memory:>12}")
         no_faster = 0 if medians[0] > RISES * best else no_faster + 1
         best = max(best, medians[0])
-        if device.type == "cpu" and no_faster == 2:
+        if no_faster == 2:
             ended = "no faster any more"
             break
         batch *= 2

@@ -23,7 +23,6 @@ OMP_WAIT_POLICY=passive (both sides get it): threads that wait by spinning take 
 
 import gc
 import json
-import math
 import os
 import platform
 import random
@@ -40,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninst
 import torch
 from flops import matmul_peak, step_flop
 from safetensors.torch import save_file
-from sides import PARTS, Ours, Plain, Rows, high_water
+from sides import PARTS, Ours, Plain, Rows, adamw_settings, high_water
 from worker import Worker, as_gpt2, check_released, commit_of
 
 from nanococonut import checkpoint
@@ -50,10 +49,11 @@ from nanococonut.graphs import Graphs
 from nanococonut.stepper import Stepper
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-SETTINGS = "tokenizer render length_pool smear dropout optimizer grad_clip seed".split()
+SETTINGS = "tokenizer render smear dropout grad_clip seed".split()
 ASKED = "batch_size micro_batch_size latent context repeats dtype".split()
 CONTEXTS, THOUGHTS = (100, 400, 1000), (0, 1, 3, 6)  # of --sweep
 WARMUP = 2  # steps before those that count
+EPOCH = 64  # batches of an epoch: rows are sorted by length among as many as in training
 # relative, between our loss and gradient and theirs (rounding makes up to 2e-5), and between our
 # two losses of one step
 TOLERANCE = 1e-4
@@ -110,11 +110,9 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
     if bench.micro_batch_size:
         own |= {"micro_batch_size": bench.micro_batch_size}
     if bench.released:  # what it has not
-        own |= {"smear": False, "grad_clip": 0.0, "optimizer": "adamw"}
-        own |= {"micro_batch_size": bench.batch_size}
+        own |= {"smear": False, "grad_clip": 0.0, "micro_batch_size": bench.batch_size}
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
     recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
-    pools = math.ceil((WARMUP + bench.repeats) / recipe.length_pool)
     room = bench.context + bench.latent + 64 if bench.context else 0  # an answer takes less
     return replace(
         recipe,
@@ -126,17 +124,9 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
         block_size=max(recipe.block_size, room),
         data=None,
         fresh_rows=False,
-        rows_per_epoch=pools * recipe.length_pool * bench.batch_size,  # as padded as in training
+        rows_per_epoch=max(EPOCH, WARMUP + bench.repeats) * bench.batch_size,
         **{k: getattr(bench, k) for k in ("device", "dtype", "kernels", "graph")},
     )
-
-
-def adamw(recipe: TrainConfig) -> dict[str, Any]:
-    return {
-        "lr": recipe.learning_rate,
-        "betas": (recipe.beta1, recipe.beta2),
-        "weight_decay": recipe.weight_decay,
-    }
 
 
 def start_released(
@@ -156,7 +146,7 @@ def start_released(
             "weights": str(path),
             "gpt2": gpt2,
             "special": special,
-            "adamw": adamw(recipe),
+            "adamw": adamw_settings(recipe),
             "batches": ours.rows.as_released(),
             "threads": torch.get_num_threads(),
             "device": bench.device,
@@ -206,7 +196,7 @@ def measure(bench: StepConfig) -> dict[str, Any]:
     rows = Rows(recipe, WARMUP + bench.repeats, bench.context)
     device = torch.device(bench.device)
     before = high_water(device, reset=True)
-    ours = Ours(recipe, rows)
+    ours = Ours(recipe, rows, plain_adamw=bench.released is not None)
     print(f"kernels: {ours.kernels} ({ours.why_kernels}), graphs {'on' if ours.graph else 'off'}")
     # a graph is captured where its shape is met first: all are, or that would be measured
     for i in range(len(rows.batches) if ours.graph else WARMUP):
@@ -251,6 +241,7 @@ def measure(bench: StepConfig) -> dict[str, Any]:
         "bench": "training",
         "config": Path(bench.config).name,
         **{k: getattr(recipe, k) for k in (*SHAPE, *SETTINGS)},
+        "optimizer": "muon" if len(ours.optimizers) > 1 else "adamw",
         "vocab_size": rows.tokenizer.vocab_size,
         "parameters": ours.model.n_params(),
         **{k: getattr(bench, k) for k in ASKED},

@@ -1,10 +1,8 @@
-"""bench/latency.py and throughput.py at a tiny size: rows, plans, peers wrong or missing."""
+"""bench/latency.py and throughput.py at a tiny size: rows, peers wrong or missing."""
 
 import json
 import os
-import runpy
 import sys
-import time
 from pathlib import Path
 
 import bandwidth
@@ -14,7 +12,6 @@ import schema
 import subject
 import tables
 import torch
-from conftest import ROOT
 
 from nanococonut.errors import UserError
 
@@ -26,12 +23,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
     monkeypatch.setitem(bandwidth.BYTES, "cpu", 1 << 16)
-
-
-@pytest.fixture(scope="module")
-def names():
-    """What the script defines."""
-    return runpy.run_path(str(ROOT / "bench/latency.py"), run_name="bench")
 
 
 @pytest.fixture
@@ -87,18 +78,18 @@ def test_a_run_measures_everything(latency, tmp_path):
         assert ratios["whole"] == pytest.approx(times, rel=1e-3)
     rates = [run.value("memory bandwidth", way) for way in ("copy", "matrix times vector")]
     assert any(rates) and not all(rates)  # the faster of the two
+    assert {row["repeats"] for row in rows if row["unit"] == "times"} == {2}  # rounds are whole
     assert line["left_out"] == [] and set(line["without"]) >= {"released", "ours, eager"}
     assert "not installed" in line["without"]["released"]
     assert any("by bytes" in s for s in shown) and str(tmp_path) not in out
 
 
 def test_what_does_not_fit_is_left_out_and_said(latency):
-    argv = ["--minutes=0.0001", "--peers=False", "--batches=1,2", "--contexts=16,900"]
+    argv = ["--rounds=1", "--peers=False", "--batches=1", "--contexts=16,900"]
     code, out, err = latency(*argv, "--tasks=prosqa")
     assert code == 0, err
     left_out = json.loads(out.splitlines()[-1])["left_out"]
     assert any("context 900: 916 positions, the model has 512" in w for w in left_out)
-    assert any(w.startswith("steps, batch 2, context 16: no time") for w in left_out)
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert any(r["what"] == "latent step" for r in rows)  # what it is all about is measured
 
@@ -109,7 +100,7 @@ def test_what_does_not_fit_is_left_out_and_said(latency):
         (["--batches=1,x"], "no list of numbers"),
         (["--contexts=0"], "no list of numbers"),
         (["--tasks=chess"], "'chess'"),
-        (["--minutes=0"], "minutes=0"),
+        (["--rounds=0"], "rounds=0"),
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
         (["--checkpoint=nowhere"], "Give no --checkpoint"),
@@ -123,42 +114,13 @@ def test_mistakes_take_two_lines(latency, argv, said):
     assert code == 2 and said in err and len(err.splitlines()) <= 2, err
 
 
-def test_rounds_are_whole_and_what_there_is_no_time_for_is_named(names):
-    class Nobody:
-        prompts = staticmethod(lambda batch, length, seed: [[1] * length] * batch)
-        opening = [1]
-        model = subject.find("random", SHAPE, CPU).model
-
-    asked = []
-
-    def side(name):
-        took = dict.fromkeys(("prefill", "latent_step", "first", "token_step", "total"), 1.0)
-        return peers.Side(name, lambda *a: (asked.append(name), took)[1], None)
-
-    def job():
-        calls = [names["Call"](side("ours"), kind, 3) for kind in names["KINDS"]]
-        calls += [names["Call"](side("other"), "thoughts", 3)]
-        return names["Job"]("prosqa", 1, 8, calls)
-
-    rest = (Nobody(), bandwidth.Bandwidth(CPU))
-    done = job()
-    late = time.monotonic() + 60
-    assert names["run_job"](done, 3, *rest, late, 0, lambda: None) == []
-    assert [len(found) for found in done.found] == [3] * 4 and asked[4:8].count("other") == 1
-    short = job()
-    dropped = names["run_job"](short, 3, *rest, 0.0, 0, lambda: None)  # the deadline is long past
-    assert dropped == ["prosqa answers, batch 1, context 8, other, 6 thoughts: no time"]
-    assert [call.side.name for call in short.calls] == ["ours"] * 3
-    assert [len(found) for found in short.found] == [1] * 3
-
-
 def test_others_are_checked_before_anything_is_timed(tmp_path, monkeypatch):
     """One that says other tokens, one that ends, one that is not installed."""
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     found = subject.find("random", SHAPE, CPU)
     (tmp_path / "coconut.py").write_text("")
     lies = fake(tmp_path, [{"versions": {"torch": "2"}}, {"tokens": [[0] * peers.TOKENS]}])
-    sides = peers.start(found, str(tmp_path), str(lies), None, True)
+    sides = peers.start(found, str(tmp_path), str(lies), None)
     assert [side.name for side in sides.all] == ["ours", "released"]
     assert sides.all[1].versions["coconut"] == "unknown"
     peers.check(sides, found, [8])
@@ -166,16 +128,16 @@ def test_others_are_checked_before_anything_is_timed(tmp_path, monkeypatch):
     assert "says other tokens than ours" in sides.missing["released"]
     assert "pip install transformers" in sides.missing["transformers, dynamic cache"]
     ends = fake(tmp_path, [])
-    sides = peers.start(found, str(tmp_path), str(ends), str(ends), True)
+    sides = peers.start(found, str(tmp_path), str(ends), str(ends))
     assert [side.name for side in sides.all] == ["ours"]
-    assert "generate_worker ended" in sides.missing["transformers, static, compiled"]
+    assert "generate_worker ended" in sides.missing["transformers, dynamic cache"]
     with pytest.raises(UserError, match="cannot be run"):
-        peers.start(found, None, None, str(tmp_path / "nothing"), True)
+        peers.start(found, None, None, str(tmp_path / "nothing"))
 
 
 def test_a_defect_of_ours_is_an_error(monkeypatch):
     found = subject.find("random", SHAPE, CPU)
-    sides = peers.start(found, None, None, None, False, others=False)
+    sides = peers.start(found, None, None, None, others=False)
     said = sides.first.answer
     wrong = lambda *a: said(*a) | {"tokens": [[1] * peers.TOKENS]}  # noqa: E731
     monkeypatch.setattr(sides.first, "answer", wrong)
@@ -200,7 +162,7 @@ def test_memory_that_is_not_enough_is_no_crash():
 
 
 def test_throughput_goes_on_until_it_rises_no_more(script, tmp_path):
-    argv = [*TINY, "--task=gsm8k", "--repeats=2", "--most=8", "--minutes=0.2", "--device=cpu"]
+    argv = [*TINY, "--task=gsm8k", "--rounds=2", "--most=8", "--device=cpu"]
     code, out, err = script(*argv, "--out=rows.jsonl", script="bench/throughput.py")
     assert code == 0, err
     rows, line = tables.read_jsonl(tmp_path / "rows.jsonl"), json.loads(out.splitlines()[-1])

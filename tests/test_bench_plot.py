@@ -90,7 +90,7 @@ def test_every_picture_is_drawn(plot, tmp_path):
     trained = ROOT / "bench/results/training.jsonl"
     (tmp_path / "training.jsonl").write_text(trained.read_text())
     drawn = plot["draw"](tmp_path)
-    kinds = ["training", "latency", "answers", "peers", "throughput"]
+    kinds = ["training", "answers", "peers", "throughput"]
     assert [path.name for path in drawn] == [f"{kind}_cpu.png" for kind in kinds]
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
