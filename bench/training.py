@@ -44,13 +44,15 @@ from sides import PARTS, Ours, Plain, Rows, high_water
 from worker import Worker, as_gpt2, check_released, commit_of
 
 from nanococonut import checkpoint
+from nanococonut.build import BETA1
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
 from nanococonut.errors import UserError, main_guard
 from nanococonut.graphs import Graphs
+from nanococonut.loader import POOL
 from nanococonut.stepper import Stepper
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-SETTINGS = "tokenizer render length_pool smear dropout optimizer grad_clip seed".split()
+SETTINGS = "tokenizer render fresh_rows smear dropout muon_learning_rate grad_clip seed".split()
 ASKED = "batch_size micro_batch_size latent context repeats dtype".split()
 CONTEXTS, THOUGHTS = (100, 400, 1000), (0, 1, 3, 6)  # of --sweep
 WARMUP = 2  # steps before those that count
@@ -110,11 +112,12 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
     if bench.micro_batch_size:
         own |= {"micro_batch_size": bench.micro_batch_size}
     if bench.released:  # what it has not
-        own |= {"smear": False, "grad_clip": 0.0, "optimizer": "adamw"}
+        own |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
         own |= {"micro_batch_size": bench.batch_size}
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
     recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
-    pools = math.ceil((WARMUP + bench.repeats) / recipe.length_pool)
+    pool = POOL if recipe.fresh_rows else 1  # as padded as in training
+    pools = math.ceil((WARMUP + bench.repeats) / pool)
     room = bench.context + bench.latent + 64 if bench.context else 0  # an answer takes less
     return replace(
         recipe,
@@ -125,8 +128,7 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
         micro_batch_size=min(recipe.micro_batch_size, bench.batch_size),
         block_size=max(recipe.block_size, room),
         data=None,
-        fresh_rows=False,
-        rows_per_epoch=pools * recipe.length_pool * bench.batch_size,  # as padded as in training
+        rows_per_epoch=pools * pool * bench.batch_size,
         **{k: getattr(bench, k) for k in ("device", "dtype", "kernels", "graph")},
     )
 
@@ -134,7 +136,7 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
 def adamw(recipe: TrainConfig) -> dict[str, Any]:
     return {
         "lr": recipe.learning_rate,
-        "betas": (recipe.beta1, recipe.beta2),
+        "betas": (BETA1, recipe.beta2),
         "weight_decay": recipe.weight_decay,
     }
 
