@@ -126,7 +126,8 @@ OLDER = {
 def written(folder, model, tokenizer, config):
     """A model's checkpoint of this config, with training state."""
     manifest = manifest_of(model, tokenizer, progress={}) | {"config": config, "step": 1}
-    checkpoint.write(folder, checkpoint.tensors(model, [torch.optim.AdamW([])]), manifest)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.write(folder, checkpoint.tensors(model, [optimizer]), manifest)
 
 
 @pytest.mark.parametrize("case", OLDER)

@@ -115,13 +115,8 @@ def assert_same(run, expected):
 
 def test_two_processes_train_what_one_trains(script):
     """With a part that is unused in some stages and in some rows, and one that is not clipped."""
-    flags = [
-        "--method=projected",
-        "--muon_learning_rate=5e-3",
-        "--stop=classifier",
-        "--advance_at=0.01",
-    ]
-    flags += ["--max_steps=22"]
+    flags = ["--method=projected", "--muon_learning_rate=5e-3", "--stop=classifier"]
+    flags += ["--advance_at=0.01", "--max_steps=22"]
     assert script("tiny.py", "--out_dir=one", *flags)[0] == 0
     codes, out, err = Run(2, "--out_dir=two", *flags).end()
     assert (codes, err) == ([0, 0], "") and out.count("ask it: python sample.py") == 1
