@@ -4,7 +4,7 @@ from typing import Any, TypedDict
 
 
 class Example(TypedDict):
-    """One question with its solution. Further keys are allowed and kept (ProsQA stores its graph)."""
+    """One question with its solution. Further keys are kept (ProsQA stores its graph)."""
 
     question: str
     steps: list[str]  # may be empty

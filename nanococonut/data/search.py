@@ -33,7 +33,7 @@ def distances(neighbors: Mapping[Node, Sequence[Node]], start: Node) -> dict[Nod
 
 
 def reachable(edges: Iterable[Sequence[Node]], root: Node) -> dict[Node, tuple[int, int]]:
-    """Map all descendants of `root`, itself included, to (fewest steps, number of shortest paths)."""
+    """Map `root` and its descendants to (fewest steps, number of shortest paths)."""
     children = children_of(edges)
     result: dict[Node, tuple[int, int]] = {}
     level, depth = Counter({root: 1}), 0

@@ -148,10 +148,9 @@ def _prontoqa_values(example: Example) -> dict[str, list[float]]:
     path = {prontoqa.parse_sentence(sentence).predicate for sentence in first_sentences}
     sentences, _ = prontoqa.split_question(example["question"])
     claims = [prontoqa.parse_sentence(sentence) for sentence in sentences]
-    rule_starts = [
-        s.split()[0] for s, claim in zip(sentences, claims, strict=True) if claim in rules
-    ]
+    openings = [s.split()[0] for s, c in zip(sentences, claims, strict=True) if c in rules]
     n_parents = Counter(rule.subject for rule in edges)
+    families = [f for f in prontoqa.FAMILIES if any(rule.predicate in f for rule in properties)]
     return {
         "sentences": [len(sentences)],
         "words": [len(example["question"].split())],
@@ -159,17 +158,13 @@ def _prontoqa_values(example: Example) -> dict[str, list[float]]:
         "facts last": [all(claim in facts for claim in claims[-len(facts) :])],
         "start is first fact": [facts[0].predicate in path],
         "properties": [len(properties)],
-        "property families": [
-            sum(
-                any(rule.predicate in family for rule in properties) for family in prontoqa.FAMILIES
-            )
-        ],
+        "property families": [len(families)],
         "concepts": [len({rule.subject for rule in rules} | {rule.predicate for rule in edges})],
         "concepts with two parents": [sum(n == 2 for n in n_parents.values())],
         "concepts reached": [len(reached) - 1],
-        "Each": [word == "Each" for word in rule_starts],
-        "Every": [word == "Every" for word in rule_starts],
-        "plural": [word.endswith("puses") for word in rule_starts],
+        "Each": [word == "Each" for word in openings],
+        "Every": [word == "Every" for word in openings],
+        "plural": [word.endswith("puses") for word in openings],
         "negated on the way": [rule.negated for rule in others if rule.subject in path],
         "negated aside": [rule.negated for rule in others if rule.subject not in path],
         "conclusion negated": [conclusion.negated],

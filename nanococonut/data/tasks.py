@@ -26,13 +26,14 @@ class Task:
     """What the loop, the sampler and the benches know of a task.
 
     description      a line for --help
-    module           generate, solve, graph_hash, compact_example, ...; of a generated task
+    module           generate, solve, graph_hash, compact_example, ... of a generated task
     statistics       examples -> means and fractions
     released         these statistics of the released examples
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
                      examples are not of this task
+    config_class     the generator's settings; None: examples are read, never generated
     splits           name -> settings for a model's TrainConfig. The first is the training split,
-                     the second its variant without shortcuts. Empty: read, never generated
+                     the second its variant without shortcuts
     easier_configs   settings with fewer steps than the task's own, to start the search from
     load_split       (split, revision, skipped) -> (examples, commit); None for generated tasks
     """
@@ -42,6 +43,7 @@ class Task:
     statistics: Statistics
     released: Mapping[str, float]
     shortcuts: Statistics = lambda examples: {}
+    config_class: type[GeneratorConfig] | None = None
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
     easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
     load_split: Callable[[str, str, list[str] | None], tuple[list[Example], str]] | None = None
@@ -121,6 +123,7 @@ TASKS: dict[str, Task] = {
         statistics.prosqa_statistics,
         statistics.PROSQA_RELEASED,
         shortcuts.prosqa_shortcuts,
+        prosqa.GraphConfig,
         splits={
             name: partial(lambda name, config: prosqa.split_config(name, _graphs(config)), name)
             for name in prosqa.SPLITS
@@ -133,6 +136,7 @@ TASKS: dict[str, Task] = {
         statistics.prontoqa_statistics,
         statistics.PRONTOQA_RELEASED,
         shortcuts.prontoqa_shortcuts,
+        prontoqa.OntologyConfig,
         splits={"prontoqa": _ontology, "prontoqa_matched": partial(_ontology, matched=True)},
         easier_configs=_shorter_ontologies,
     ),
