@@ -17,44 +17,50 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanococonut.evaluation.categories import category_fractions
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.provenance import provenance
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
-from nanococonut import checkpoint, device
-from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
-from nanococonut.data import Row
-from nanococonut.data.files import read_rows
-from nanococonut.data.paths import categories
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError, main_guard
-from nanococonut.evaluate import score
-from nanococonut.loader import curriculum_of, rendered
-from nanococonut.tasks import TASKS, generated
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.examples import Example
+from nanococonut.data.files import read_examples
+from nanococonut.data.tasks import TASKS, generated
+from nanococonut.evaluation.accuracy import score
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
 
 
 @dataclass(frozen=True)
 class AccuracyConfig:
-    checkpoint: str | None = opt(None, "a run's folder, one checkpoint's, or None: the bundled one")
-    data: str | None = opt(
+    checkpoint: str | None = option(
+        None, "a run's folder, one checkpoint's, or None: the bundled one"
+    )
+    data: str | None = option(
         None,
         "a file of rows, or a split of the checkpoint's task (None: its first): "
         + ", ".join(name for task in TASKS.values() for name in task.splits),
     )
-    n: int = opt(1000, "generated rows", at_least=1)
-    seed: int = opt(1_000_003, "of generated rows (training never uses it)", at_least=0)
-    latent: int | None = opt(None, "thoughts (None: as trained)", at_least=0)
-    sweep: bool = opt(False, "ask with 0, 1, ... up to that many thoughts")
-    batch_size: int = opt(100, "rows answered at once", at_least=1)
-    max_new_tokens: int | None = opt(None, "longest answer (None: the run's own)", at_least=1)
-    out: str | None = opt(None, "append the JSON row to this file")
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
-    graph: str = opt("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
+    n: int = option(1000, "generated rows", ge=1)
+    seed: int = option(1_000_003, "of generated rows (training never uses it)", ge=0)
+    latent: int | None = option(None, "thoughts (None: as trained)", ge=0)
+    sweep: bool = option(False, "ask with 0, 1, ... up to that many thoughts")
+    batch_size: int = option(100, "rows answered at once", ge=1)
+    max_new_tokens: int | None = option(None, "longest answer (None: the run's own)", ge=1)
+    out: str | None = option(None, "append the JSON row to this file")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
 
 
-def by_steps(rows: list[Row], right: list[bool]) -> dict[str, list[int]]:
+def by_steps(rows: list[Example], right: list[bool]) -> dict[str, list[int]]:
     """Steps of a row's written chain -> [right, rows]."""
     counts: dict[int, list[int]] = {}
     for row, ok in zip(rows, right, strict=True):
@@ -66,11 +72,11 @@ def by_steps(rows: list[Row], right: list[bool]) -> dict[str, list[int]]:
 
 def main() -> None:
     given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(AccuracyConfig, given)
-    folder = checkpoint.find(config.checkpoint or checkpoint.BUNDLED, best=True)
-    model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
-    trained = build(TrainConfig, manifest["config"])
-    engine = Engine(model, tokenizer, curriculum_of(trained), config.kernels, config.graph)
+    config = make_config(AccuracyConfig, given)
+    folder = checkpoint.resolve(config.checkpoint or checkpoint.BUNDLED, best=True)
+    model, tokenizer, manifest = checkpoint.load(folder, select_device(config.device))
+    trained = make_config(TrainConfig, manifest["config"])
+    engine = Engine(model, tokenizer, Curriculum.from_config(trained), config.kernels, config.graph)
     task = TASKS[trained.task]
     data = config.data or (None if trained.data else next(iter(task.splits), None))
     if data is None or any(data in other.splits for other in TASKS.values() if other != task):
@@ -81,17 +87,17 @@ def main() -> None:
             + (f", or one of {', '.join(task.splits)}." if task.splits else ".")
         )
     drawn = generated(data, config.n, config.seed, trained)
-    rows = read_rows(data) if drawn is None else drawn
-    shown = rendered(trained, rows)
+    rows = read_examples(data) if drawn is None else drawn
+    shown = TASKS[trained.task].render(rows, trained.render)
     try:
-        baselines = task.heuristics(rows)
+        baselines = task.shortcuts(rows)
     except UserError:  # rows of one's own: nothing is known of them
         baselines = {}
     trained_thoughts = manifest["n_thoughts"]
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
     print(f"{name}: {manifest['method']}, step {manifest['step']}, trained with {trained_thoughts}")
-    if engine.curriculum.entry.insert == "none" and thoughts:
+    if engine.curriculum.rules.n_thoughts_rule == "none" and thoughts:
         print(f"note: {manifest['method']} has no thoughts in training")
     print(f"{data}: {len(rows)} rows, kernels: {engine.kernels} ({engine.reason})")
     longest = config.max_new_tokens or trained.max_new_tokens
@@ -120,7 +126,7 @@ def main() -> None:
             if trained.render == "compact":
                 pairs = zip(texts, rows, strict=True)
                 texts = [task.expand(text, row["question"]) for text, row in pairs]
-            shares = categories(rows, texts, k)
+            shares = category_fractions(rows, texts, k)
             result["categories"] = {name: round(share, 4) for name, share in shares.items()}
         results.append(result)
     print("by steps of the written chain (right / rows):", end="")
@@ -155,7 +161,7 @@ def main() -> None:
         "kernels": engine.kernels,
         "graph": engine.graph,
         "device": str(model.wte.weight.device),
-        **checkpoint.provenance(),
+        **provenance(),
     }
     if config.sweep:
         row["sweep"] = results
@@ -165,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

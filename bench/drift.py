@@ -16,40 +16,45 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.provenance import provenance
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
 import torch
 from torch import Tensor
 
-from nanococonut import checkpoint, device, ops
-from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
-from nanococonut.curriculum import asking
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError, main_guard
-from nanococonut.loader import curriculum_of, rendered
+from nanococonut import ops
+from nanococonut.batch import build_prompt
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import TASKS, generated
+from nanococonut.inference.engine import Engine
 from nanococonut.model import GPT, GPTConfig
-from nanococonut.tasks import TASKS, generated
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class DriftConfig:
-    checkpoint: str | None = opt(None, "a run's folder or one checkpoint's, not a random model")
-    n_layer: int = opt(12, "of the random model", "random model", at_least=1)
-    n_head: int = opt(12, "of the random model", "random model", at_least=1)
-    n_embd: int = opt(768, "of the random model", "random model", at_least=1)
-    vocab_size: int = opt(50260, "of the random model", "random model", at_least=2)
-    thoughts: int = opt(12, "thoughts fed back", at_least=1)
-    rows: int = opt(16, "prompts", at_least=1)
-    length: int = opt(100, "longest prompt of random tokens, the shortest half of it", at_least=1)
-    seed: int = opt(0, "of weights and prompts", at_least=0)
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    kernels: str = opt("auto", "beside plain torch", choices=("auto", "triton", "torch"))
-    out: str | None = opt(None, "append the JSON row to this file")
+    checkpoint: str | None = option(None, "a run's folder or one checkpoint's, not a random model")
+    n_layer: int = option(12, "of the random model", "random model", ge=1)
+    n_head: int = option(12, "of the random model", "random model", ge=1)
+    n_embd: int = option(768, "of the random model", "random model", ge=1)
+    vocab_size: int = option(50260, "of the random model", "random model", ge=2)
+    thoughts: int = option(12, "thoughts fed back", ge=1)
+    rows: int = option(16, "prompts", ge=1)
+    length: int = option(100, "longest prompt of random tokens, the shortest half of it", ge=1)
+    seed: int = option(0, "of weights and prompts", ge=0)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    kernels: str = option("auto", "beside plain torch", choices=("auto", "triton", "torch"))
+    out: str | None = option(None, "append the JSON row to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads.\n"
@@ -59,14 +64,16 @@ class DriftConfig:
 
 def subject(config: DriftConfig) -> tuple[str, GPT, list[list[int]]]:
     """What is measured: its name, the model in float32, and prompts as tokens."""
-    where, questions = device.choose(config.device), None
+    where, questions = select_device(config.device), None
     if config.checkpoint:
-        folder = checkpoint.find(config.checkpoint, best=True)
+        folder = checkpoint.resolve(config.checkpoint, best=True)
         model, tokenizer, manifest = checkpoint.load(folder, where)
-        trained = build(TrainConfig, manifest["config"])
+        trained = make_config(TrainConfig, manifest["config"])
         split = next(iter(TASKS[trained.task].splits), None)
         if split and not trained.data:
-            rows = rendered(trained, generated(split, config.rows, config.seed, trained))
+            rows = TASKS[trained.task].render(
+                generated(split, config.rows, config.seed, trained), trained.render
+            )
             questions = [tokenizer.encode(row["question"]) for row in rows]
         name = Path(config.checkpoint).resolve().name
     else:
@@ -76,8 +83,8 @@ def subject(config: DriftConfig) -> tuple[str, GPT, list[list[int]]]:
         model = GPT(GPTConfig(config.vocab_size, block_size, *shape)).to(where).eval()
         name = "random"
     if questions:
-        curriculum = curriculum_of(trained)
-        prompts = [asking(curriculum, q, config.thoughts, tokenizer)[0] for q in questions]
+        curriculum = Curriculum.from_config(trained)
+        prompts = [build_prompt(curriculum, q, config.thoughts, tokenizer)[0] for q in questions]
     else:
         draw = torch.Generator().manual_seed(config.seed)
         span = (config.length + 1) // 2, config.length + 1
@@ -125,9 +132,9 @@ def compared(
 
 def main() -> None:
     given, _ = parse_cli(DriftConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(DriftConfig, given)
+    config = make_config(DriftConfig, given)
     name, model, prompts = subject(config)
-    kernels, reason = ops.choose(config.kernels, model)
+    kernels, reason = ops.choose_backend(config.kernels, model)
     c = model.config
     print(
         f"{name}: {c.n_layer} layers, width {c.n_embd}; {len(prompts)} prompts of "
@@ -156,7 +163,7 @@ def main() -> None:
             label: {k: [float(f"{x:.8g}") for x in v] for k, v in figures.items()}
             for label, figures in found.items()
         },
-        **checkpoint.provenance(),
+        **provenance(),
     }
     print(json.dumps(row))
     if config.out:
@@ -164,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

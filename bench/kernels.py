@@ -26,27 +26,27 @@ from schema import Rows, command_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.config import build, check_values, opt, parse_cli
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
 
 TOLERANCE = 1e-4  # of the greatest value, in float32
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    check: bool = opt(False, "only compare the numbers, at a tiny size, on Triton's interpreter")
-    batches: str = opt("1,8,64,256", "rows of a step, with commas")
-    context: int = opt(400, "keys that a step attends to", at_least=1)
-    n_embd: int = opt(768, "width", at_least=16)
-    n_head: int = opt(12, "attention heads", at_least=1)
-    vocab_size: int = opt(50260, "vocabulary", at_least=2)
-    rows: int = opt(2048, "supervised positions of a training step", at_least=1)
-    dtype: str = opt("bfloat16", "of all tensors", choices=("float32", "bfloat16", "float16"))
-    only: str | None = opt(None, "kernels whose name holds this")
-    out: str | None = opt(None, "append the rows to this file")
+    check: bool = option(False, "only compare the numbers, at a tiny size, on Triton's interpreter")
+    batches: str = option("1,8,64,256", "rows of a step, with commas")
+    context: int = option(400, "keys that a step attends to", ge=1)
+    n_embd: int = option(768, "width", ge=16)
+    n_head: int = option(12, "attention heads", ge=1)
+    vocab_size: int = option(50260, "vocabulary", ge=2)
+    rows: int = option(2048, "supervised positions of a training step", ge=1)
+    dtype: str = option("bfloat16", "of all tensors", choices=("float32", "bfloat16", "float16"))
+    only: str | None = option(None, "kernels whose name holds this")
+    out: str | None = option(None, "append the rows to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} does not divide into {self.n_head} heads.")
         parts = self.batches.split(",")
@@ -213,7 +213,7 @@ def checked(config: KernelsConfig, batch: int, device: str) -> None:
 
 def main() -> None:
     given, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(KernelsConfig, given)
+    config = make_config(KernelsConfig, given)
     gpu = torch.cuda.is_available()
     if not gpu and not config.check:
         print("There is no GPU, and Triton's interpreter is no machine to time kernels on.")
@@ -223,7 +223,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so not yet
     if config.check:
         tiny = dict(n_embd=32, n_head=2, context=20, vocab_size=50, rows=7, batches="1,3")
-        config = build(KernelsConfig, tiny, {"check": True, "only": config.only})
+        config = make_config(KernelsConfig, tiny, {"check": True, "only": config.only})
     device, batches = "cuda" if gpu else "cpu", [int(b) for b in config.batches.split(",")]
     for batch in batches:
         checked(config, batch, device)
@@ -268,4 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

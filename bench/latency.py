@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanococonut.runtime.device import select_device
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
 import peers
@@ -36,9 +38,8 @@ from schema import Rows, command_of, quantiles
 from subject import SHAPE, TASKS, THOUGHTS, Subject, dtype_of, find, out_of_memory
 from worker import check_released
 
-from nanococonut import device as devices
-from nanococonut.config import build, check_values, opt, parse_cli
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
 
 STEP_TOKENS = 9  # words said where single steps are measured: 8 steps between them
 KINDS = {"thoughts": f"{THOUGHTS} thoughts", "chain": "written chain", "direct": "direct"}
@@ -50,33 +51,33 @@ MAIN_CONTEXT = 400  # of those swept, what comes first
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    checkpoint: str | None = opt(
+    checkpoint: str | None = option(
         None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
     )
-    rounds: int = opt(5, "repeats of each comparison", at_least=1)
-    batches: str | None = opt(None, "rows at once, with commas (None: 1,8,64,256; on a CPU 1,8)")
-    contexts: str = opt("100,400,1000", "tokens before the thoughts, with commas")
-    tasks: str = opt(",".join(TASKS), "whose answers' lengths, with commas")
-    device: str = opt("auto", "where", choices=("auto", "cpu", "cuda"))
-    dtype: str = opt(
+    rounds: int = option(5, "repeats of each comparison", ge=1)
+    batches: str | None = option(None, "rows at once, with commas (None: 1,8,64,256; on a CPU 1,8)")
+    contexts: str = option("100,400,1000", "tokens before the thoughts, with commas")
+    tasks: str = option(",".join(TASKS), "whose answers' lengths, with commas")
+    device: str = option("auto", "where", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
     )
-    peers: bool = opt(True, "others too, where they are installed")
-    released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
-    released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
-    transformers_python: str | None = opt(
+    peers: bool = option(True, "others too, where they are installed")
+    released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
+    released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
+    transformers_python: str | None = option(
         None, "a Python that has transformers 5 (None: this one, if it has)"
     )
-    n_layer: int | None = opt(None, "random weights: layers", at_least=1)
-    n_head: int | None = opt(None, "random weights: heads", at_least=1)
-    n_embd: int | None = opt(None, "random weights: width", at_least=1)
-    block_size: int | None = opt(None, "random weights: longest sequence", at_least=32)
-    vocab_size: int | None = opt(None, "random weights: vocabulary", at_least=16)
-    seed: int = opt(0, "of the prompts", at_least=0)
-    out: str | None = opt(None, "append the rows to this file")
+    n_layer: int | None = option(None, "random weights: layers", ge=1)
+    n_head: int | None = option(None, "random weights: heads", ge=1)
+    n_embd: int | None = option(None, "random weights: width", ge=1)
+    block_size: int | None = option(None, "random weights: longest sequence", ge=32)
+    vocab_size: int | None = option(None, "random weights: vocabulary", ge=16)
+    seed: int = option(0, "of the prompts", ge=0)
+    out: str | None = option(None, "append the rows to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
         check_released(self.released, self.released_python)
         self.numbers("batches", BATCHES["cuda"])
         self.numbers("contexts")
@@ -220,7 +221,7 @@ def free_memory(device: torch.device) -> float:
     return math.inf
 
 
-def fitting(jobs: list[Job], subject: Subject) -> tuple[list[Job], list[str]]:
+def drop_too_long(jobs: list[Job], subject: Subject) -> tuple[list[Job], list[str]]:
     """-> those that positions and memory are enough for, what was left out and why."""
     device, block_size = subject.model.wte.weight.device, subject.model.config.block_size
     fit, left_out = [], []
@@ -397,8 +398,8 @@ def conclusions(subject: Subject, jobs: list[Job]) -> tuple[list[str], dict[str,
 def main() -> None:
     began = time.monotonic()
     given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(LatencyConfig, given)
-    device = devices.choose(config.device)
+    config = make_config(LatencyConfig, given)
+    device = select_device(config.device)
     shape = {k: v for k in SHAPE if (v := getattr(config, k)) is not None}
     subject = find(config.checkpoint, shape, device)
     model = subject.model
@@ -444,7 +445,7 @@ def main() -> None:
         model.to(dtype)
         for side in sides.all:
             side.cast(rows.common["dtype"])
-        jobs, left_out = fitting(jobs_of(config, sides), subject)
+        jobs, left_out = drop_too_long(jobs_of(config, sides), subject)
         counted = next((job for job in jobs if not job.task and device.type == "cuda"), None)
         bandwidth, done = Bandwidth(device), []
         with aside.status("") as status:
@@ -493,4 +494,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

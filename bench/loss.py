@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.provenance import provenance
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
-from nanococonut import checkpoint, device
-from nanococonut.config import build, check_values, opt, parse_cli
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 PLAIN = {"dtype": "float32", "kernels": "torch", "graph": "off"}
@@ -38,14 +41,14 @@ GPU = {
 
 @dataclass(frozen=True)
 class LossConfig:
-    config: str = opt("config/prosqa_small.py", "training config")
-    steps: int = opt(200, "optimizer steps", at_least=1)
-    seed: int = opt(0, "of the runs", at_least=0)
-    device: str = opt("auto", "auto, cpu, cuda")
-    out: str | None = opt(None, "append the JSON row to this file")
+    config: str = option("config/prosqa_small.py", "training config")
+    steps: int = option(200, "optimizer steps", ge=1)
+    seed: int = option(0, "of the runs", ge=0)
+    device: str = option("auto", "auto, cpu, cuda")
+    out: str | None = option(None, "append the JSON row to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
 
 
 def losses(config: LossConfig, settings: dict[str, str], where: str, folder: Path) -> list[float]:
@@ -78,8 +81,10 @@ def compared(curve: list[float], plain: list[float]) -> dict[str, float]:
 
 def main() -> None:
     given, path = parse_cli(LossConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(LossConfig, given, {"config": path} if path else {})  # parse_cli sets it apart
-    where = device.choose(config.device).type
+    config = make_config(
+        LossConfig, given, {"config": path} if path else {}
+    )  # parse_cli sets it apart
+    where = select_device(config.device).type
     with tempfile.TemporaryDirectory() as folder:
         plain = losses(config, {}, where, Path(folder) / "plain")
         print(f"{Path(config.config).name} on {where}, {len(plain)} steps, seed {config.seed}")
@@ -99,7 +104,7 @@ def main() -> None:
         "device": where,
         "plain": [plain[0], plain[-1]],
         "apart": found,
-        **checkpoint.provenance(),
+        **provenance(),
     }
     print(json.dumps(row))
     if config.out:
@@ -107,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from subject import THOUGHTS, Subject
 from worker import Worker, as_gpt2, commit_of
 
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
 
 TOKENS = 9  # said when greedy tokens are compared
 # prompts, thoughts, opening, new tokens -> {"tokens", and in seconds "prefill", "latent_step",

@@ -182,11 +182,11 @@ def training(rows: Sequence[dict[str, Any]], to: Path) -> None:
 def curve(row: dict[str, Any], to: Path) -> None:
     """Loss above, shares right below, a band for each stage."""
     step, stage, loss, right = zip(*row["points"]["rows"], strict=True)
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
+    figure, (above, lower) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
     above.plot(step, loss, color=BLUE)
     above.set_yscale("log")
     above.set_ylabel("loss, nats a label")
-    below.plot(step, right, color=BLUE, label="training rows all right, every word")
+    lower.plot(step, right, color=BLUE, label="training rows all right, every word")
     validated = row["validations"]
     at = [v["step"] for v in validated]
     for key, colour, mark, label in (
@@ -194,17 +194,17 @@ def curve(row: dict[str, Any], to: Path) -> None:
         ("matched_accuracy", GREEN, "s", "validation, no depth shortcut"),
     ):
         if validated and validated[0][key] is not None:
-            below.plot(at, [v[key] for v in validated], mark + "-", color=colour, label=label)
-    below.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    below.set_ylim(0, 1)
-    below.set_ylabel("share")
-    below.set_xlabel(f"optimizer steps of {row['batch_size']} rows")
-    below.legend(loc="lower right", fontsize=8)
+            lower.plot(at, [v[key] for v in validated], mark + "-", color=colour, label=label)
+    lower.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    lower.set_ylim(0, 1)
+    lower.set_ylabel("share")
+    lower.set_xlabel(f"optimizer steps of {row['batch_size']} rows")
+    lower.legend(loc="lower right", fontsize=8)
     begins = [0] + [i for i in range(1, len(step)) if stage[i] != stage[i - 1]]
     for n, i in enumerate(begins):
         left = step[i - 1] if i else 0
         end = step[begins[n + 1] - 1] if n + 1 < len(begins) else step[-1]
-        for axis in (above, below):
+        for axis in (above, lower):
             if n % 2:
                 axis.axvspan(left, end, color="0.94", zorder=0)
         middle = (left + end) / 2

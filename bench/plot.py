@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanococonut.runtime.provenance import provenance
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
 import schema
 import tables
 
-from nanococonut import checkpoint
-from nanococonut.config import build, opt, parse_cli
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.cli import make_config, option, parse_cli
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
@@ -30,9 +32,11 @@ GPT2 = 100e6  # parameters: pictures are of models at least about as large as th
 
 @dataclass(frozen=True)
 class PlotConfig:
-    readme: bool = opt(False, "rewrite the marked tables instead of drawing")
-    check: bool = opt(False, "with --readme: only compare, exit code 1 where they differ")
-    curve: str | None = opt(None, "a run, or runs with commas, whose curves to add to the results")
+    readme: bool = option(False, "rewrite the marked tables instead of drawing")
+    check: bool = option(False, "with --readme: only compare, exit code 1 where they differ")
+    curve: str | None = option(
+        None, "a run, or runs with commas, whose curves to add to the results"
+    )
 
 
 def bench_rows(name: str) -> list[dict[str, Any]]:
@@ -74,7 +78,7 @@ def with_sections(name: str, text: str) -> str:
 
 def add_curve(run: str) -> None:
     """One row of a run's metrics, a point for every STEPS_A_POINT steps."""
-    folder = checkpoint.find(run)
+    folder = checkpoint.resolve(run)
     manifest = checkpoint.read_manifest(folder)
     logged = tables.read_jsonl(folder.parent / "metrics.jsonl")
     steps = [r for r in logged if "loss" in r]
@@ -99,7 +103,7 @@ def add_curve(run: str) -> None:
         "points": {"columns": ["step", "stage", "loss", "right"], "rows": points},
         "validations": validations,
         "trained_commit": manifest["commit"],
-        **checkpoint.provenance(),
+        **provenance(),
     }
     checkpoint.append_row(RESULTS / "curves.jsonl", row)
 
@@ -147,7 +151,7 @@ def draw(docs: Path) -> list[Path]:
 
 def main() -> None:
     given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(PlotConfig, given)
+    config = make_config(PlotConfig, given)
     if config.check and not config.readme:
         raise UserError("--check compares the marked tables.\nGive it with --readme.")
     if config.readme:
@@ -171,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

@@ -32,8 +32,9 @@ from typing import Any
 
 import torch
 
-from nanococonut import checkpoint
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.provenance import provenance
+from nanococonut.weights import checkpoint
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "what": str,
@@ -128,7 +129,7 @@ class Rows:
         path: str | None,
         shapes: Mapping[str, int],
     ) -> None:
-        about = checkpoint.provenance()
+        about = provenance()
         self.path = Path(path) if path else None
         if self.path and not self.path.parent.is_dir():
             raise UserError(f"--out {path} cannot be written: its folder is not there.")

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from nanococonut import coconut, device, ops
-from nanococonut.build import build_model, build_optimizers
+from nanococonut import coconut, ops
+from nanococonut.batch import IGNORE, TokenizedExample, build_sequence, collate, count_labels
 from nanococonut.config import TrainConfig
-from nanococonut.curriculum import IGNORE, EncodedRow, collate, layout, n_labels
-from nanococonut.graphs import Graphs
-from nanococonut.loader import Epochs, curriculum_of, task_tokenizer
-from nanococonut.stepper import MicroBatch, Stepper
+from nanococonut.curriculum import Curriculum
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.graphs import GraphCache
+from nanococonut.training.loader import TrainLoader
+from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer
+from nanococonut.training.step import MicroBatch, TrainStep
 
 PARTS = ("collate", "prefix", "thoughts", "suffix", "backward", "optimizer")
 
@@ -27,10 +29,16 @@ class Rows:
     """
 
     def __init__(self, recipe: TrainConfig, n: int, context: int | None = None) -> None:
-        self.tokenizer, self.curriculum = task_tokenizer(recipe, None), curriculum_of(recipe)
+        self.tokenizer, self.curriculum = (
+            init_tokenizer(recipe, None),
+            Curriculum.from_config(recipe),
+        )
         self.stage, self.thoughts = recipe.max_latent_stage + 1, recipe.final_thoughts
         self.micro = recipe.micro_batch_size
-        epochs, size = Epochs(recipe, self.curriculum, self.tokenizer, None, []), recipe.batch_size
+        epochs, size = (
+            TrainLoader(recipe, self.curriculum, self.tokenizer, None, []),
+            recipe.batch_size,
+        )
         rows = epochs(0)
         epochs.close()
         epochs.worker.shutdown()  # waits: the next epoch is not made while a step is measured
@@ -40,26 +48,26 @@ class Rows:
             sorted(rows[i * size :][:size], key=lambda row: len(row.question)) for i in range(n)
         ]
         self.layouts = [
-            [layout(self.curriculum, self.stage, row, self.tokenizer) for row in batch]
+            [build_sequence(self.curriculum, self.stage, row, self.tokenizer) for row in batch]
             for batch in self.batches
         ]
 
-    def micro_batches(self, i: int, stepper: Stepper) -> tuple[list[MicroBatch], int]:
-        """Batch i as a Stepper takes it -> its micro-batches, labels of all."""
+    def micro_batches(self, i: int, stepper: TrainStep) -> tuple[list[MicroBatch], int]:
+        """Batch i as a TrainStep takes it -> its micro-batches, labels of all."""
         batch, done = self.batches[i], []
         stages = [self.stage] * len(batch)
-        labels = n_labels(self.curriculum, stages, batch, self.tokenizer)
+        labels = count_labels(self.curriculum, stages, batch, self.tokenizer)
         for start in range(0, len(batch), self.micro):
             part = batch[start : start + self.micro]
             collated = collate(self.curriculum, stages[: len(part)], part, self.tokenizer)
-            done.append(stepper.ready(collated, [True] * len(part), self.thoughts))
+            done.append(stepper.prepare(collated, [True] * len(part), self.thoughts))
         return done, labels
 
     def lengths(self, i: int) -> list[tuple[int, int, int, int]]:
         """Of batch i's rows: tokens of the prefix, thoughts, suffix, supervised labels."""
         return [(len(p), n, len(s), len(s) - skipped) for p, n, s, skipped in self.layouts[i]]
 
-    def padded_share(self, stepper: Stepper) -> float:
+    def padded_share(self, stepper: TrainStep) -> float:
         """Of all positions that this stepper computes. Without graphs the released code pads as
         many, with thoughts."""
         real = slots = 0
@@ -85,9 +93,9 @@ class Rows:
         return batches
 
 
-def _of_length(row: EncodedRow, n: int) -> EncodedRow:
+def _of_length(row: TokenizedExample, n: int) -> TokenizedExample:
     times = -(-n // len(row.question))
-    return EncodedRow((row.question * times)[:n], row.steps, row.answer)
+    return TokenizedExample((row.question * times)[:n], row.steps, row.answer)
 
 
 def adamw_settings(recipe: TrainConfig) -> dict[str, float]:
@@ -98,7 +106,7 @@ class Side:
     """A model that takes steps: what both ways share. plain_adamw: not the recipe's optimizers."""
 
     def __init__(
-        self, recipe: TrainConfig, rows: Rows, model: Any, stepper: Stepper, plain_adamw: bool
+        self, recipe: TrainConfig, rows: Rows, model: Any, stepper: TrainStep, plain_adamw: bool
     ) -> None:
         self.recipe, self.rows, self.model, self.stepper = recipe, rows, model, stepper
         self.device, self.plain_adamw = stepper.device, plain_adamw
@@ -106,7 +114,7 @@ class Side:
             settings = adamw_settings(recipe) | {"fused": model.wte.weight.is_cuda or None}
             self.optimizers = [torch.optim.AdamW(model.parameters(), **settings)]
         else:
-            self.optimizers = build_optimizers(recipe, model)
+            self.optimizers = init_optimizers(recipe, model)
         model.train()
 
     def update(self) -> None:
@@ -117,26 +125,26 @@ class Side:
 
 
 class Ours(Side):
-    """The step of train.py: its Stepper, its kernels, its graphs, its order of things."""
+    """The step of train.py: its TrainStep, its kernels, its graphs, its order of things."""
 
     def __init__(self, recipe: TrainConfig, rows: Rows, plain_adamw: bool = False) -> None:
         torch.manual_seed(recipe.seed)
-        model = build_model(recipe, rows.tokenizer).to(device.choose(recipe.device))
-        self.kernels, self.why_kernels = ops.choose_training(recipe.kernels, model)
+        model = init_model(recipe, rows.tokenizer).to(select_device(recipe.device))
+        self.kernels, self.why_kernels = ops.choose_training_backend(recipe.kernels, model)
         self.graph = ops.choose_graph("off" if recipe.ungraphed else recipe.graph, model)
         think = partial(coconut.think, kernels=self.kernels)
-        half, graphs = recipe.dtype == "bfloat16", Graphs(64) if self.graph else None
-        stepper = Stepper(model, think, half, graphs=graphs)
+        half, graphs = recipe.dtype == "bfloat16", GraphCache(64) if self.graph else None
+        stepper = TrainStep(model, think, half, graphs=graphs)
         super().__init__(recipe, rows, model, stepper, plain_adamw)
         self.ahead: tuple[int, Any] = (-1, None)
 
     def check(self) -> dict[str, float]:
         """Loss and norm of the gradient on the first batch, without dropout; it is not kept."""
         self.model.eval()
-        plain = Stepper(self.model, partial(coconut.think, kernels=self.kernels))
+        plain = TrainStep(self.model, partial(coconut.think, kernels=self.kernels))
         batches, labels = self.rows.micro_batches(0, plain)
         kept = [p.grad for p in self.model.parameters()]  # graphs write to these
-        plain.begin()
+        plain.zero_grad()
         for batch in batches:
             plain(batch, labels, self.recipe.batch_size)
         norms = torch.stack([p.grad.norm() for p in self.model.parameters()])
@@ -154,13 +162,13 @@ class Ours(Side):
         began = time.perf_counter()
         batches, labels = self.ahead[1] if on_gpu else self.rows.micro_batches(i, self.stepper)
         torch.manual_seed(self.recipe.seed + i)
-        self.stepper.begin()
+        self.stepper.zero_grad()
         for batch in batches:
             self.stepper(batch, labels, self.recipe.batch_size)
         self.update()
         if on_gpu:
             self.ahead = (i + 1) % n, self.rows.micro_batches((i + 1) % n, self.stepper)
-        loss, *_ = self.stepper.sums.tolist()  # here the host waits for the device
+        loss, *_ = self.stepper.totals.tolist()  # here the host waits for the device
         return time.perf_counter() - began, loss
 
 
@@ -171,7 +179,7 @@ class Plain(Side):
 
     def __init__(self, ours: Ours) -> None:
         model = copy.deepcopy(ours.model)
-        stepper = Stepper(model, half=ours.stepper.half)
+        stepper = TrainStep(model, half=ours.stepper.half)
         super().__init__(ours.recipe, ours.rows, model, stepper, ours.plain_adamw)
         # every pass through the layers ends in ln_f: that tells the three blocks apart
         model.ln_f.register_forward_hook(lambda *_: self._passed())
@@ -198,16 +206,16 @@ class Plain(Side):
         self._lap("")
         batches, labels = self.rows.micro_batches(i, self.stepper)
         torch.manual_seed(self.recipe.seed + i)
-        self.stepper.begin()
-        sums = self.stepper.sums
+        self.stepper.zero_grad()
+        sums = self.stepper.totals
         for micro in batches:
             batch, counts = micro.batch.to(self.device), micro.counts.to(self.device)
             self._lap("collate")
             self.passes = 0
             half = self.stepper.half
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                thinking = coconut.think(self.model, batch)
-                summed, right = coconut.loss(self.model, batch, thinking)
+                trace = coconut.think(self.model, batch)
+                summed, right = coconut.loss(self.model, batch, trace)
                 loss = summed / labels
             self._lap("suffix")
             loss.backward()

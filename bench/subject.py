@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from nanococonut import checkpoint
-from nanococonut.errors import UserError
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
 
 THOUGHTS = 6  # the paper's, on all three tasks
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -80,8 +80,10 @@ def find(given: str | None, shape: dict[str, int], device: torch.device) -> Subj
     """given: a run or checkpoint, "random", or None: the newest run in out/ if there is one. Random
     weights are as fast as trained ones; shape: their size, where it is not GPT-2 124M's."""
     if given is None and not shape:
-        runs = [run for run in Path("out").glob("*") if checkpoint.steps_in(run)]
-        given = str(max(runs, key=lambda r: checkpoint.steps_in(r)[-1].stat().st_mtime, default=""))
+        runs = [run for run in Path("out").glob("*") if checkpoint.list_checkpoints(run)]
+        given = str(
+            max(runs, key=lambda r: checkpoint.list_checkpoints(r)[-1].stat().st_mtime, default="")
+        )
         given = given if runs else None
     if given not in (None, "random"):
         if shape:

@@ -26,18 +26,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tables import read_jsonl, table1
 
-from nanococonut import checkpoint
-from nanococonut.config import (
-    METHOD_NAMES,
-    TrainConfig,
-    build,
-    check_values,
-    opt,
-    parse_cli,
-    read_config_file,
-)
-from nanococonut.errors import UserError, main_guard
-from nanococonut.tasks import TASKS
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
+from nanococonut.data.tasks import TASKS
+from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 console = Console(highlight=False, soft_wrap=True)
@@ -45,22 +39,24 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Table1Config:
-    task: str = opt("prosqa", "what to learn", choices=tuple(TASKS))
-    preset: str = opt("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
-    seeds: int = opt(1, "seeds 0 .. seeds - 1", at_least=1)
-    methods: str = opt(",".join(METHOD_NAMES), "which, with commas")
-    sweep: str | None = opt(None, "a setting and its values: c_thought=0,1,2")
-    set: str | None = opt(None, "settings for all runs, with commas: epochs=10,learning_rate=1e-3")
-    data: str | None = opt(None, "files of rows to evaluate on too, with commas")
-    n: int = opt(2000, "generated rows of a split", at_least=1)
-    jobs: int = opt(1, "runs at a time", at_least=1)
-    minutes: float = opt(0.0, "stop after these, to go on later (0: when all is done)", at_least=0)
-    runs: str = opt("out/table1", "folder of the runs")
-    out: str = opt("out/table1/rows.jsonl", "rows are appended to this file")
-    device: str = opt("auto", "auto, cpu, cuda, mps")
+    task: str = option("prosqa", "what to learn", choices=tuple(TASKS))
+    preset: str = option("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
+    seeds: int = option(1, "seeds 0 .. seeds - 1", ge=1)
+    methods: str = option(",".join(tuple(METHODS)), "which, with commas")
+    sweep: str | None = option(None, "a setting and its values: c_thought=0,1,2")
+    set: str | None = option(
+        None, "settings for all runs, with commas: epochs=10,learning_rate=1e-3"
+    )
+    data: str | None = option(None, "files of rows to evaluate on too, with commas")
+    n: int = option(2000, "generated rows of a split", ge=1)
+    jobs: int = option(1, "runs at a time", ge=1)
+    minutes: float = option(0.0, "stop after these, to go on later (0: when all is done)", ge=0)
+    runs: str = option("out/table1", "folder of the runs")
+    out: str = option("out/table1/rows.jsonl", "rows are appended to this file")
+    device: str = option("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
 
 
 @dataclass
@@ -109,9 +105,9 @@ def jobs_of(config: Table1Config) -> list[Job]:
         raise UserError(
             f"--data {config.data}: files that are there, of different names, are wanted."
         )
-    if unknown := [m for m in methods if m not in METHOD_NAMES]:
+    if unknown := [m for m in methods if m not in tuple(METHODS)]:
         raise UserError(
-            f"--methods {unknown[0]!r} is not known.\nChoose of: {', '.join(METHOD_NAMES)}."
+            f"--methods {unknown[0]!r} is not known.\nChoose of: {', '.join(tuple(METHODS))}."
         )
     file = f"{config.task}_small.py" if config.preset == "small" else f"{config.task}.py"
     path = ROOT / "config" / file
@@ -144,8 +140,8 @@ def jobs_of(config: Table1Config) -> list[Job]:
                 told = fixed | pairs(one) | {"method": method, "seed": str(seed)}
                 flags = [f"--{k}={v}" for k, v in told.items()]
                 given, _ = parse_cli(TrainConfig, flags, "")
-                resolved = build(TrainConfig, read_config_file(path, TrainConfig), given)
-                steps = math.ceil(resolved.rows_per_epoch / resolved.batch_size)
+                resolved = make_config(TrainConfig, read_config_file(path, TrainConfig), given)
+                steps = math.ceil(resolved.train_examples / resolved.batch_size)
                 jobs.append(
                     Job(
                         method,
@@ -153,7 +149,9 @@ def jobs_of(config: Table1Config) -> list[Job]:
                         seed,
                         folder,
                         [sys.executable, str(ROOT / "train.py"), str(path), *flags],
-                        0 if resolved.data or TASKS[config.task].read else resolved.epochs * steps,
+                        0
+                        if resolved.data or TASKS[config.task].load_split
+                        else resolved.epochs * steps,
                     )
                 )
     return jobs
@@ -166,7 +164,7 @@ def files_of(config: Table1Config) -> list[str]:
 
 def start(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if checkpoint.steps_in(job.folder) else []
+    resume = ["--resume"] if checkpoint.list_checkpoints(job.folder) else []
     with (job.folder / "train.log").open("a") as log:
         command = [*job.command, f"--out_dir={job.folder}", *resume]
         # a session of its own: Ctrl-C is for us, who then ask it to save and end
@@ -225,7 +223,7 @@ def asked_to_stop(number: int, _: object) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, asked_to_stop)
     given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(Table1Config, given)
+    config = make_config(Table1Config, given)
     jobs = jobs_of(config)
     out = Path(config.out)
     read_jsonl(out)  # what cannot be read or written is said before the work
@@ -303,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

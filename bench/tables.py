@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanococonut.curriculum import METHODS
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 # Table 1 of the paper (arXiv 2412.06769): accuracy in %, its deviation, generated tokens
 PAPER: dict[str, dict[str, tuple[float, float | None, float]]] = {
@@ -83,9 +83,13 @@ def methods_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, m in METHODS.items():
-        slots = f"{_SLOTS[m.slot]}, {_COUNTS[m.insert]}" if m.slot else "nothing"
+        slots = (
+            f"{_SLOTS[m.thought_type]}, {_COUNTS[m.n_thoughts_rule]}"
+            if m.thought_type
+            else "nothing"
+        )
         markers = "yes" if m.markers else "no"
-        cells = (_DROPS[m.drop], slots, _MOVES[m.moves], markers, m.paper or "not there")
+        cells = (_DROPS[m.drop_rule], slots, _MOVES[m.advance_by], markers, m.paper or "not there")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanococonut.runtime.device import select_device
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
 import torch
@@ -22,44 +24,43 @@ from rich.console import Console
 from schema import Rows, command_of
 from subject import SHAPE, TASKS, THOUGHTS, dtype_of, find, out_of_memory
 
-from nanococonut import device as devices
-from nanococonut.config import build, check_values, opt, parse_cli
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError, main_guard
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
 
 RISES = 1.02  # by less than this it is no faster
 
 
 @dataclass(frozen=True)
 class ThroughputConfig:
-    checkpoint: str | None = opt(
+    checkpoint: str | None = option(
         None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
     )
-    task: str = opt("prosqa", "whose lengths", choices=tuple(TASKS))
-    rounds: int = opt(3, "repeats of every batch", at_least=1)
-    most: int = opt(65536, "largest batch", at_least=1)
-    device: str = opt("auto", "where", choices=("auto", "cpu", "cuda"))
-    dtype: str = opt(
+    task: str = option("prosqa", "whose lengths", choices=tuple(TASKS))
+    rounds: int = option(3, "repeats of every batch", ge=1)
+    most: int = option(65536, "largest batch", ge=1)
+    device: str = option("auto", "where", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
     )
-    kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
-    graph: str = opt("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
-    n_layer: int | None = opt(None, "random weights: layers", at_least=1)
-    n_head: int | None = opt(None, "random weights: heads", at_least=1)
-    n_embd: int | None = opt(None, "random weights: width", at_least=1)
-    block_size: int | None = opt(None, "random weights: longest sequence", at_least=32)
-    vocab_size: int | None = opt(None, "random weights: vocabulary", at_least=16)
-    out: str | None = opt(None, "append the rows to this file")
+    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
+    n_layer: int | None = option(None, "random weights: layers", ge=1)
+    n_head: int | None = option(None, "random weights: heads", ge=1)
+    n_embd: int | None = option(None, "random weights: width", ge=1)
+    block_size: int | None = option(None, "random weights: longest sequence", ge=32)
+    vocab_size: int | None = option(None, "random weights: vocabulary", ge=16)
+    out: str | None = option(None, "append the rows to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
 
 
 def main() -> None:
     began = time.monotonic()
     given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(ThroughputConfig, given)
-    device = devices.choose(config.device)
+    config = make_config(ThroughputConfig, given)
+    device = select_device(config.device)
     shape = {k: v for k in SHAPE if (v := getattr(config, k)) is not None}
     subject = find(config.checkpoint, shape, device)
     model, sizes = subject.model.to(dtype_of(config.dtype, device)), TASKS[config.task]
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

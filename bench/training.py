@@ -34,6 +34,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nanococonut.runtime.provenance import provenance
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
 
 import torch
@@ -42,14 +44,17 @@ from safetensors.torch import save_file
 from sides import PARTS, Ours, Plain, Rows, adamw_settings, high_water
 from worker import Worker, as_gpt2, check_released, commit_of
 
-from nanococonut import checkpoint
-from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
-from nanococonut.errors import UserError, main_guard
-from nanococonut.graphs import Graphs
-from nanococonut.stepper import Stepper
+from nanococonut.config import TrainConfig
+from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.graphs import GraphCache
+from nanococonut.training.step import TrainStep
+from nanococonut.weights import checkpoint
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-SETTINGS = "tokenizer render fresh_rows smear dropout muon_learning_rate grad_clip seed".split()
+SETTINGS = (
+    "tokenizer render regenerate_each_epoch smear dropout muon_learning_rate grad_clip seed".split()
+)
 ASKED = "batch_size micro_batch_size latent context repeats dtype".split()
 CONTEXTS, THOUGHTS = (100, 400, 1000), (0, 1, 3, 6)  # of --sweep
 WARMUP = 2  # steps before those that count
@@ -68,35 +73,37 @@ MALLOC = {
 
 @dataclass(frozen=True)
 class StepConfig:
-    config: str = opt("config/prosqa_small.py", "training config whose model and rows are used")
-    batch_size: int = opt(32, "rows of a step", at_least=1)
-    micro_batch_size: int | None = opt(
-        None, "rows of a forward pass, if not the config's; with --released all of them", at_least=1
+    config: str = option("config/prosqa_small.py", "training config whose model and rows are used")
+    batch_size: int = option(32, "rows of a step", ge=1)
+    micro_batch_size: int | None = option(
+        None, "rows of a forward pass, if not the config's; with --released all of them", ge=1
     )
-    latent: int = opt(6, "thoughts of every row", at_least=0)
-    context: int | None = opt(
-        None, "tokens of every prefix: questions repeated or cut, if not as they are", at_least=2
+    latent: int = option(6, "thoughts of every row", ge=0)
+    context: int | None = option(
+        None, "tokens of every prefix: questions repeated or cut, if not as they are", ge=2
     )
-    sweep: bool = opt(False, "at 0 to 6 thoughts and contexts of 100 to 1,000 tokens, a row each")
-    repeats: int = opt(7, "steps measured", at_least=1)
-    n_layer: int | None = opt(None, "layers, if not the config's")
-    n_head: int | None = opt(None, "attention heads, if not the config's")
-    n_embd: int | None = opt(None, "width, if not the config's")
-    block_size: int | None = opt(None, "longest sequence, if not the config's")
-    released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
-    released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
-    device: str = opt("cpu", "where", choices=("cpu", "cuda"))
-    dtype: str = opt("float32", "as train.py's", choices=("float32", "tf32", "bfloat16"))
-    kernels: str = opt("auto", "as train.py's", choices=("auto", "triton", "torch"))
-    graph: str = opt("auto", "as train.py's", choices=("auto", "on", "off"))
-    peak_size: int | None = opt(
+    sweep: bool = option(
+        False, "at 0 to 6 thoughts and contexts of 100 to 1,000 tokens, a row each"
+    )
+    repeats: int = option(7, "steps measured", ge=1)
+    n_layer: int | None = option(None, "layers, if not the config's")
+    n_head: int | None = option(None, "attention heads, if not the config's")
+    n_embd: int | None = option(None, "width, if not the config's")
+    block_size: int | None = option(None, "longest sequence, if not the config's")
+    released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
+    released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
+    device: str = option("cpu", "where", choices=("cpu", "cuda"))
+    dtype: str = option("float32", "as train.py's", choices=("float32", "tf32", "bfloat16"))
+    kernels: str = option("auto", "as train.py's", choices=("auto", "triton", "torch"))
+    graph: str = option("auto", "as train.py's", choices=("auto", "on", "off"))
+    peak_size: int | None = option(
         None, "rows of the square matrices that the peak is measured by (None: 8192, a CPU's 1024)",
-        at_least=1,
+        ge=1,
     )  # fmt: skip
-    out: str | None = opt(None, "append the JSON rows to this file")
+    out: str | None = option(None, "append the JSON rows to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
         check_released(self.released, self.released_python)
         if self.released and self.dtype != "float32":
             raise UserError("the comparison is in float32.\nLeave --dtype out with --released.")
@@ -113,7 +120,7 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
         own |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
         own |= {"micro_batch_size": bench.batch_size}
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
-    recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
+    recipe = make_config(TrainConfig, read_config_file(bench.config, TrainConfig), own)
     room = bench.context + bench.latent + 64 if bench.context else 0  # an answer takes less
     return replace(
         recipe,
@@ -124,7 +131,7 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
         micro_batch_size=min(recipe.micro_batch_size, bench.batch_size),
         block_size=max(recipe.block_size, room),
         data=None,
-        rows_per_epoch=max(EPOCH, WARMUP + bench.repeats) * bench.batch_size,
+        train_examples=max(EPOCH, WARMUP + bench.repeats) * bench.batch_size,
         **{k: getattr(bench, k) for k in ("device", "dtype", "kernels", "graph")},
     )
 
@@ -247,7 +254,7 @@ def measure(bench: StepConfig) -> dict[str, Any]:
         **{k: getattr(bench, k) for k in ASKED},
         "micro_batch_size": recipe.micro_batch_size,
         "kernels": ours.kernels,
-        "graphs": len(ours.stepper.graphs.kept) if ours.graph else 0,
+        "graphs": len(ours.stepper.graphs.graphs) if ours.graph else 0,
         **rates(bench.batch_size, seconds),
         "plain": rates(bench.batch_size, plain_seconds)
         | {"ours_times_faster": times_faster(seconds, plain_seconds)},
@@ -259,7 +266,9 @@ def measure(bench: StepConfig) -> dict[str, Any]:
         "peak_gflop_per_s": round(peak / 1e9, 1),
         "share_of_peak": spread([s / peak for s in speed], 4),
         "padded_share": round(rows.padded_share(plain.stepper), 4),
-        "padded_share_graphs": round(rows.padded_share(Stepper(ours.model, graphs=Graphs(1))), 4),
+        "padded_share_graphs": round(
+            rows.padded_share(TrainStep(ours.model, graphs=GraphCache(1))), 4
+        ),
         "released": None,
     }
     if released:
@@ -272,7 +281,7 @@ def measure(bench: StepConfig) -> dict[str, Any]:
         "load_at_start": round(load, 2),
         "device": bench.device,
         "hardware": torch.cuda.get_device_name() if bench.device == "cuda" else cpu,
-        **checkpoint.provenance(),
+        **provenance(),
     }
 
 
@@ -288,7 +297,9 @@ def same(loss: float, plain: float, dtype: str) -> None:
 
 def main() -> None:
     given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
-    bench = build(StepConfig, given, {"config": path} if path else {})  # parse_cli sets it apart
+    bench = make_config(
+        StepConfig, given, {"config": path} if path else {}
+    )  # parse_cli sets it apart
     cells = [bench]
     if bench.sweep:
         if chosen := sorted({"context", "latent"} & given.keys()):
@@ -374,4 +385,4 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

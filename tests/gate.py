@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanococonut.data.tasks import TASKS
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -33,20 +35,21 @@ from kernels.latent_attention import latent_attention_scratch as scratch
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_residual import linear_residual
 from kernels.ln_linear_gelu import ln_linear_gelu
-from nanococonut.checkpoint import BUNDLED, load
-from nanococonut.config import TrainConfig, build, read_config_file
-from nanococonut.curriculum import METHODS, collate, encode_row
+from nanococonut.batch import collate, tokenize
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
-from nanococonut.data.files import read_rows
-from nanococonut.engine import Engine
-from nanococonut.loader import curriculum_of, rendered
+from nanococonut.data.files import read_examples
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.cli import make_config, read_config_file
 from nanococonut.tokenizer import Tokenizer
+from nanococonut.weights.checkpoint import BUNDLED, load
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, CONFIGS = ROOT / "train.py", ROOT / "config"
 # four steps an epoch: stages end at steps 4, 12, 20, 28, and 15 is within a stage and an epoch
 SETTINGS = (
-    "--rows_per_epoch=256 --batch_size=64 --micro_batch_size=32 --valid_rows=40 --epochs=12 "
+    "--train_examples=256 --batch_size=64 --micro_batch_size=32 --val_examples=40 --epochs=12 "
     "--first_stage_epochs=1 --epochs_per_stage=2 --warmup_steps=5 --advance_at=1 --device=cpu"
 ).split()
 
@@ -92,11 +95,11 @@ def resume() -> dict[str, Any]:
 
 def greedy() -> dict[str, Any]:
     model, tokenizer, manifest = load(BUNDLED)
-    config = build(TrainConfig, manifest["config"])
+    config = make_config(TrainConfig, manifest["config"])
     graphs = prosqa.GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
     rows = prosqa.generate(200, 20241209, graphs)
-    asked = [row["question"] for row in rendered(config, rows)]
-    engine = Engine(model, tokenizer, curriculum_of(config), kernels="torch", graph="off")
+    asked = [row["question"] for row in TASKS[config.task].render(rows, config.render)]
+    engine = Engine(model, tokenizer, Curriculum.from_config(config), kernels="torch", graph="off")
     found: dict[str, Any] = {"rows": digest(rows), "questions": digest(asked)}
     for n in (0, 3, 6):
         for start in range(0, len(asked), 50):
@@ -115,12 +118,13 @@ def layouts() -> dict[str, Any]:
         ("prontoqa", "prontoqa_valid.json", 100),
         ("gsm8k", "gsm8k_valid.txt", 100),
     ):
-        rows = read_rows(data / name)[:n]
+        rows = read_examples(data / name)[:n]
         given = read_config_file(CONFIGS / f"{task}.py", TrainConfig)
         assert len(rows) == n
-        encoded = [encode_row(tokenizer, r) for r in rendered(build(TrainConfig, given), rows)]
+        style = make_config(TrainConfig, given).render
+        encoded = [tokenize(tokenizer, r) for r in TASKS[task].render(rows, style)]
         for method in METHODS:
-            curriculum = curriculum_of(build(TrainConfig, given, {"method": method}))
+            curriculum = Curriculum.from_config(make_config(TrainConfig, given, {"method": method}))
             for stage in range(curriculum.max_latent_stage + 2):
                 batches = (collate(curriculum, [stage], [row], tokenizer) for row in encoded)
                 parts = ((b.prefix, b.n_thoughts, b.suffix, b.targets) for b in batches)

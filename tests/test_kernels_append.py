@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from conftest import assert_three_way
+from helpers import assert_three_way
 
 from kernels.append import append
 from kernels.linear import TILE_ROW_BYTES

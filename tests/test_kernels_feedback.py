@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from conftest import assert_three_way, random_gpt
+from helpers import assert_three_way, random_gpt
 from torch.nn import functional as F
 
 from kernels.append import append
@@ -14,7 +14,7 @@ from kernels.feedback import embed, feedback
 from kernels.linear_residual import linear_residual
 from kernels.ln_linear_gelu import ln_linear_gelu
 from kernels.reference import embed_ref, feedback_ref
-from nanococonut import steps
+from nanococonut.inference import steps
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -133,14 +133,14 @@ def prefilled(dtype, lengths, device, **shape):
     cache = model.new_cache(len(lengths), max(lengths) + 8)
     state = steps.prefill(model, cache, idx, torch.tensor(lengths, device=device))
     model, cache.data = model.to(dtype), cache.data.to(dtype)
-    state = steps.State(state.hidden.to(dtype), state.prev.to(dtype), state.span)
+    state = steps.DecodeState(state.hidden.to(dtype), state.prev.to(dtype), state.span)
     return model, cache, state, torch.randint(0, 41, (len(lengths),), device=device)
 
 
 def compare(model, cache, state, token, n, active, form):
     exact, exact_cache = copy.deepcopy(model).double(), copy.deepcopy(cache)
     exact_cache.data = exact_cache.data.double()
-    exact_state = steps.State(state.hidden.double(), state.prev.double(), state.span)
+    exact_state = steps.DecodeState(state.hidden.double(), state.prev.double(), state.span)
     truth = engines_chain(exact, exact_cache, exact_state, n, token, active)
     usual_cache = copy.deepcopy(cache)
     usual = engines_chain(model, usual_cache, state, n, token, active)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from conftest import assert_three_way
+from helpers import assert_three_way
 
 import kernels.latent_attention as module
 from kernels.latent_attention import (

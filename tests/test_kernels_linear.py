@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from conftest import assert_three_way
+from helpers import assert_three_way
 
 from kernels.linear import TILE_ROW_BYTES, auto_form, plan
 from kernels.linear_residual import linear_residual

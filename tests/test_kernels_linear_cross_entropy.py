@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from conftest import assert_three_way
+from helpers import assert_three_way
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.linear_cross_entropy as module

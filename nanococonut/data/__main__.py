@@ -19,7 +19,7 @@ from nanococonut.data import gsm8k
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples, skipped_summary, write_examples
 from nanococonut.data.tasks import TASKS, Task
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.errors import UserError, run_main
 
 
 class _Parser(argparse.ArgumentParser):
@@ -167,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

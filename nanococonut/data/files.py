@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanococonut.data.examples import Example, json_type_name, validation_error
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 BAD_BYTE_RE = re.compile("[\udc80-\udcff]")  # how surrogateescape decodes a byte that is not UTF-8
 

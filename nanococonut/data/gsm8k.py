@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanococonut.data.examples import Example
 from nanococonut.data.files import collect, parse_gsm8k_columns
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 # columns: question, steps (a list), answer; the second copy has cot (all steps in one text)
 HUB = ("whynlp/gsm8k-aug", "zen-E/GSM8k-Aug")

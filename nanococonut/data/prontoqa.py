@@ -22,7 +22,7 @@ import numpy as np
 from nanococonut.data.examples import Example
 from nanococonut.data.search import children_of, distances
 from nanococonut.data.seeds import rng_from_seed
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 NAMES = "Alex Fae Max Polly Rex Sally Sam Stella Wren".split()
 CONCEPTS = (

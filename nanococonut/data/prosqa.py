@@ -22,7 +22,7 @@ import numpy as np
 from nanococonut.data.examples import Example
 from nanococonut.data.search import distances, parents_of
 from nanococonut.data.seeds import rng_from_seed
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 NAMES = (
     "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren"

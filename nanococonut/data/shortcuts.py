@@ -6,7 +6,7 @@ from statistics import fmean
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.search import distances, parents_of
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 
 def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from statistics import fmean, pstdev
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.search import parents_of, reachable
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 # of the 800 released validation and test examples; shortcuts of the 300 of validation
 PROSQA_RELEASED = {

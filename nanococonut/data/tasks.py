@@ -15,7 +15,7 @@ from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts, statistics
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import MATCHED, VALID
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig
 Statistics = Callable[[Sequence[Example]], dict[str, float]]
@@ -178,8 +178,8 @@ class Data:
 def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
     """Read or generate the data of a run; skipped: as in read_examples.
 
-    A file without valid_data loses a tenth, at most valid_rows, to validation. Generated validation
-    examples come with a split without shortcuts.
+    A file without valid_data loses a tenth, at most val_examples, to validation. Generated
+    validation examples come with a split without shortcuts.
     """
     task = TASKS[config.task]
     train = commit = None
@@ -194,7 +194,7 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
     if train is not None:
         return _hold_out(train, config)
     plain, matched, *_ = task.splits.values()
-    n, generate = config.valid_rows, task.module.generate
+    n, generate = config.val_examples, task.module.generate
     val = {
         "valid": generate(n, (config.seed, VALID), plain(config)),
         "matched": generate(n, (config.seed, MATCHED), matched(config)),
@@ -203,12 +203,12 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
 
 
 def _hold_out(examples: list[Example], config: TrainConfig) -> Data:
-    """Split a file at random: a tenth, at most valid_rows, is for validation."""
+    """Split a file at random: a tenth, at most val_examples, is for validation."""
     if len(examples) < 2:
         raise UserError(
             f"{config.data} holds one example, so none can be held out for validation.\n"
             "Give more examples, or a --valid_data file."
         )
-    n = min(config.valid_rows, max(1, len(examples) // 10))
+    n = min(config.val_examples, max(1, len(examples) // 10))
     order = np.random.default_rng((config.seed, VALID)).permutation(len(examples))
     return Data([examples[i] for i in order[n:]], {"valid": [examples[i] for i in order[:n]]})

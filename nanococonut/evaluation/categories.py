@@ -11,7 +11,7 @@ from itertools import pairwise
 from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import children_of, reachable
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 CATEGORIES = (
     "Correct Path",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanococonut.data import gsm8k, prosqa
-from nanococonut.data.files import read_rows
+from nanococonut.data.files import read_examples
 
 GOOD = {"question": "Is it so?", "steps": [], "answer": "Yes."}
 LINES = [f"What is {i} and {i}?||<<{i}+{i}={2 * i}>> #### {2 * i}" for i in range(30)]
@@ -32,7 +32,7 @@ def test_prosqa_is_written_and_its_statistics_shown(command):
     code, out, err = command("prosqa", "--n", "50", "--seed", "4", "--out", "mini.json", *size)
     assert (code, err) == (0, "") and out == "50 rows in mini.json (seed 4)\n"
     mini = prosqa.GraphConfig(n_nodes=13, min_hops=2, max_hops=3, matched=True)
-    assert read_rows("mini.json") == prosqa.generate(50, 4, mini)
+    assert read_examples("mini.json") == prosqa.generate(50, 4, mini)
     code, out, err = command("prosqa", "--stats", "mini.json")
     assert (code, err) == (0, "")
     table = shown(out)
@@ -46,7 +46,7 @@ def test_prontoqa_is_written_and_its_statistics_shown(command):
     args = ("--n", "20", "--seed", "3", "--hops", "2", "--out", "two.json")
     code, out, err = command("prontoqa", *args)
     assert (code, err) == (0, "")
-    assert read_rows("two.json") == prontoqa.generate(20, 3, prontoqa.OntologyConfig(hops=2))
+    assert read_examples("two.json") == prontoqa.generate(20, 3, prontoqa.OntologyConfig(hops=2))
     code, out, err = command("prontoqa", "--stats", "two.json")
     assert (code, err) == (0, "") and "20 rows of two.json" in out
     for key, released in prontoqa.RELEASED.items():
@@ -56,12 +56,12 @@ def test_prontoqa_is_written_and_its_statistics_shown(command):
 def test_gsm8k_rows_come_from_a_file_all_or_drawn(command):
     code, out, err = command("gsm8k", "--from", "lines.txt", "--out", "all.json")
     assert (code, err) == (0, "") and "30 rows in all.json" in out
-    rows = read_rows("all.json")
+    rows = read_examples("all.json")
     assert rows == [gsm8k.row_of_line(line) for line in LINES]
     for n, seed, name in ((5, 1, "a"), (12, 1, "b"), (12, 2, "c")):
         args = ("--from", "lines.txt", "--n", n, "--seed", seed, "--out", f"{name}.json")
         assert command("gsm8k", *args)[0] == 0
-    a, b, c = (read_rows(f"{name}.json") for name in "abc")
+    a, b, c = (read_examples(f"{name}.json") for name in "abc")
     assert a == b[:5] and b != c  # more rows begin with the same ones
     assert len({row["question"] for row in b}) == 12 and all(row in rows for row in b + c)
     code, out, err = command("gsm8k", "--stats", "all.json")
@@ -80,16 +80,16 @@ def test_gsm8k_rows_come_from_the_hub_with_their_commit(command, monkeypatch):
     args = ("--split=test", "--revision=v1", "--out=hub.json", "--skip_bad_rows")
     code, out, err = command("gsm8k", *args)
     assert (code, err) == (0, "") and asked == [("test", gsm8k.HUB[0], "v1")]
-    assert read_rows("hub.json") == [GOOD]
+    assert read_examples("hub.json") == [GOOD]
     assert "1 of 2 rows skipped, the first: row 3: bad" in out and "c0ffee" in out
 
 
 def test_any_format_is_converted(command):
     assert command("convert", "lines.txt", "--out", "a.json")[0] == 0
-    assert read_rows("a.json") == read_rows("lines.txt")
+    assert read_examples("a.json") == read_examples("lines.txt")
     assert isinstance(json.loads(open("a.json").read()), list)
     code, out, err = command("convert", "mixed.jsonl", "--out", "b.json", "--skip_bad_rows")
-    assert (code, err) == (0, "") and read_rows("b.json") == [GOOD]
+    assert (code, err) == (0, "") and read_examples("b.json") == [GOOD]
     assert "2 of 3 rows skipped, the first: mixed.jsonl, line 2: not JSON" in out
 
 
@@ -97,7 +97,7 @@ def test_raw_prontoqa_is_converted(command, released):
     prontoqa = pytest.importorskip("nanococonut.data.prontoqa")
     raw = released / "prontoqa_raw_5hop_sample.json"
     assert command("convert", raw, "--out", "raw.json")[0] == 0
-    assert read_rows("raw.json") == prontoqa.rows_of_raw(json.loads(raw.read_text()))
+    assert read_examples("raw.json") == prontoqa.rows_of_raw(json.loads(raw.read_text()))
 
 
 def test_help_lists_every_task(command):

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from nanococonut.data import gsm8k, prosqa
-from nanococonut.data.files import read_rows, skipped_line, write_rows
-from nanococonut.errors import UserError, main_guard
+from nanococonut.data.files import read_examples, skipped_summary, write_examples
+from nanococonut.runtime.errors import UserError, run_main
 
 GOOD = {"question": "Is it so?", "steps": ["It is.", "So it is."], "answer": "Yes."}
 
@@ -19,46 +19,46 @@ def test_json_and_json_lines_are_read_alike(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "c.json").write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
     for name in ("a.json", "b.jsonl", "c.json"):
-        assert read_rows(tmp_path / name) == rows
+        assert read_examples(tmp_path / name) == rows
 
 
 def test_written_rows_are_read_back(tmp_path):
     rows = prosqa.generate(20, 3) + [{**GOOD, "question": 'Zoë\n"☃"'}]
-    write_rows(tmp_path / "rows.json", rows)
-    assert read_rows(tmp_path / "rows.json") == rows
+    write_examples(tmp_path / "rows.json", rows)
+    assert read_examples(tmp_path / "rows.json") == rows
     assert os.listdir(tmp_path) == ["rows.json"]  # no temporary file is left
 
 
 def test_a_file_is_overwritten_only_when_told_to(tmp_path):
     path = tmp_path / "rows.json"
-    write_rows(path, [GOOD])
+    write_examples(path, [GOOD])
     with pytest.raises(UserError, match=r"rows\.json exists already"):
-        write_rows(path, [GOOD, GOOD])
-    assert read_rows(path) == [GOOD]
-    write_rows(path, [GOOD, GOOD], overwrite=True)
-    assert read_rows(path) == [GOOD, GOOD]
+        write_examples(path, [GOOD, GOOD])
+    assert read_examples(path) == [GOOD]
+    write_examples(path, [GOOD, GOOD], overwrite=True)
+    assert read_examples(path) == [GOOD, GOOD]
 
 
 def test_where_nothing_can_be_written_that_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "no" / "rows.json", tmp_path / "file" / "rows.json"):
         with pytest.raises(UserError, match="cannot be written"):
-            write_rows(path, [GOOD])
+            write_examples(path, [GOOD])
     with pytest.raises(UserError, match="cannot be written"):
-        write_rows(tmp_path, [GOOD], overwrite=True)
+        write_examples(tmp_path, [GOOD], overwrite=True)
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    write_rows(tmp_path / "rows.json", [GOOD])
+    write_examples(tmp_path / "rows.json", [GOOD])
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="No space left"):
-        write_rows(tmp_path / "rows.json", [GOOD, GOOD], overwrite=True)
-    assert read_rows(tmp_path / "rows.json") == [GOOD]
+        write_examples(tmp_path / "rows.json", [GOOD, GOOD], overwrite=True)
+    assert read_examples(tmp_path / "rows.json") == [GOOD]
     assert os.listdir(tmp_path) == ["rows.json"]
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_none_is_refused_with_file_and_place(tmp_path, name):
     text, complaint = WRONG[name]
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=complaint) as e:
-        read_rows(tmp_path / "bad.json")
+        read_examples(tmp_path / "bad.json")
     lines = str(e.value).split("\n")
     assert len(lines) == 2 and "bad.json" in lines[0] and len(lines[1]) > 20
 
@@ -122,16 +122,16 @@ def test_bad_rows_are_left_out_when_told_to_and_said(tmp_path, name):
     text, complaints = SKIPPED[name]
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError) as e:
-        read_rows(path)
+        read_examples(path)
     assert complaints[0] in str(e.value)
     skipped: list[str] = []
-    rows = read_rows(path, skipped)
+    rows = read_examples(path, skipped)
     assert rows == [GOOD if name != "gsm8k" else gsm8k.row_of_line(LINE)]
     assert len(skipped) == len(complaints)
     for said, complaint in zip(skipped, complaints, strict=True):
         assert said.startswith(f"{path}, {complaint}") and "\n" not in said
     n = len(complaints)
-    said = skipped_line(1, skipped)
+    said = skipped_summary(1, skipped)
     assert said.startswith(f"{n} of {n + 1} rows skipped, the first: {path}, {complaints[0]}")
 
 
@@ -144,7 +144,7 @@ def test_any_broken_lines_among_good_ones_are_counted(tmp_path):
     (tmp_path / "cut.jsonl").write_text("\n".join(lines))
     skipped: list[str] = []
     good = [row for i, row in enumerate(rows) if i not in bad]
-    assert read_rows(tmp_path / "cut.jsonl", skipped) == good
+    assert read_examples(tmp_path / "cut.jsonl", skipped) == good
     assert [int(said.split("line ")[1].split(":")[0]) - 1 for said in skipped] == sorted(bad)
 
 
@@ -152,50 +152,50 @@ def test_any_broken_lines_among_good_ones_are_counted(tmp_path):
 def test_a_file_that_is_broken_as_a_whole_is_refused_all_the_same(tmp_path, text):
     (tmp_path / "bad").write_text(text)
     with pytest.raises(UserError):
-        read_rows(tmp_path / "bad", [])
+        read_examples(tmp_path / "bad", [])
 
 
 def test_a_file_of_bad_rows_only_is_refused_and_none_is_reported(tmp_path):
     (tmp_path / "bad").write_text(json.dumps([1, 2]))
     skipped: list[str] = []
     with pytest.raises(UserError, match="all 2 rows are bad, the first: .*row 0: a JSON number"):
-        read_rows(tmp_path / "bad", skipped)
+        read_examples(tmp_path / "bad", skipped)
     assert skipped == []
 
 
 def test_gsm8k_lines_are_told_apart_from_json(tmp_path):
     lines = [LINE, "Half of {it}? [or all]||<<4/2=2>> <<2-1=1>> #### 1,000"]
     (tmp_path / "any.name").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    assert read_rows(tmp_path / "any.name") == [gsm8k.row_of_line(line) for line in lines]
+    assert read_examples(tmp_path / "any.name") == [gsm8k.row_of_line(line) for line in lines]
 
 
 def test_one_object_is_json_lines_of_one_line(tmp_path):
     for indent in (None, 1):
         (tmp_path / "one.jsonl").write_text(json.dumps(GOOD, indent=indent))
-        assert read_rows(tmp_path / "one.jsonl") == [GOOD]
+        assert read_examples(tmp_path / "one.jsonl") == [GOOD]
 
 
 def test_lines_end_at_newlines_only(tmp_path):
     row = {**GOOD, "question": "a\u2028b\x85c?"}
     text = json.dumps(row, ensure_ascii=False)
     (tmp_path / "odd.jsonl").write_text(f"{text}\n{text}", encoding="utf-8")
-    assert read_rows(tmp_path / "odd.jsonl") == [row, row]
+    assert read_examples(tmp_path / "odd.jsonl") == [row, row]
 
 
 def test_raw_prontoqa_is_converted_example_by_example(tmp_path, released):
     prontoqa = pytest.importorskip("nanococonut.data.prontoqa")
     path = released / "prontoqa_raw_5hop_sample.json"
     raw = json.loads(path.read_text())
-    rows = read_rows(path)
+    rows = read_examples(path)
     assert rows == prontoqa.rows_of_raw(raw) and len(rows) == len(raw) > 2
     last = list(raw)[-1]
     del raw[last]["test_example"]["answer"]
     for indent in (None, 1):  # over many lines as well as in one
         (tmp_path / "raw.json").write_text(json.dumps(raw, indent=indent))
         with pytest.raises(UserError, match=f"raw.json, {last}: "):
-            read_rows(tmp_path / "raw.json")
+            read_examples(tmp_path / "raw.json")
         skipped: list[str] = []
-        assert read_rows(tmp_path / "raw.json", skipped) == rows[:-1]
+        assert read_examples(tmp_path / "raw.json", skipped) == rows[:-1]
         assert len(skipped) == 1 and last in skipped[0]
 
 
@@ -208,11 +208,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         ("a\0b", "cannot be read"),
     ):
         with pytest.raises(UserError, match=complaint):
-            read_rows(path)
+            read_examples(path)
 
 
 def test_the_released_rows_are_read(released):
-    rows = read_rows(released / "prosqa_valid.json")
+    rows = read_examples(released / "prosqa_valid.json")
     assert len(rows) == 300
     assert set(rows[0]) == set(prosqa.generate(1, 0)[0])
 
@@ -222,6 +222,6 @@ def test_a_users_mistake_ends_a_script_with_its_message_and_code_2(capsys):
         raise UserError("this is wrong.\nDo that.")
 
     with pytest.raises(SystemExit) as e:
-        main_guard(main)
+        run_main(main)
     assert e.value.code == 2
     assert capsys.readouterr().err == "error: this is wrong.\nDo that.\n"

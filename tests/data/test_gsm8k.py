@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanococonut.data import gsm8k
-from nanococonut.data.files import read_rows
-from nanococonut.errors import UserError
+from nanococonut.data.files import read_examples
+from nanococonut.runtime.errors import UserError
 
 LINES = {
     "How many?||<<16-3-4=9>> <<9*2=18>> #### 18": ("How many?", ["<<16-3-4=9>>", "<<9*2=18>>"]),
@@ -68,7 +68,7 @@ def test_statistics_count_what_they_say():
 
 
 def test_the_released_rows_have_the_recorded_statistics(released):
-    rows = read_rows(released / "gsm8k_valid.txt")
+    rows = read_examples(released / "gsm8k_valid.txt")
     assert len(rows) == 500 and sum(not row["steps"] for row in rows) == 6
     assert all("" not in row["steps"] for row in rows)
     assert sum("," in row["answer"] for row in rows) == 4
@@ -166,7 +166,7 @@ def test_without_internet_the_ways_on_are_said(monkeypatch, tmp_path):
 
 def test_importing_it_imports_no_datasets():
     code = "import sys; from nanococonut.data import gsm8k; print('datasets' in sys.modules)"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 
@@ -178,4 +178,4 @@ def test_the_copy_on_the_hub_holds_the_released_rows(name, released):
     rows, commit = gsm8k.from_hub(split, name)
     assert len(commit) == 40 and len(rows) == {"validation": 500, "test": 1319}[split]
     if split == "validation":
-        assert rows == read_rows(released / "gsm8k_valid.txt")
+        assert rows == read_examples(released / "gsm8k_valid.txt")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanococonut import checkpoint
-from nanococonut.data.files import read_rows
+from nanococonut.data.files import read_examples
+from nanococonut.weights import checkpoint
 
 TEN_LINES = """
 import itertools, json
@@ -32,7 +32,7 @@ epochs_per_stage = 1
 epochs = 3
 batch_size = 64
 micro_batch_size = 64
-valid_rows = 10
+val_examples = 10
 max_new_tokens = 8
 learning_rate = 3e-3
 """
@@ -40,7 +40,7 @@ learning_rate = 3e-3
 
 def test_ten_lines_make_a_task_that_trains(script):
     exec(TEN_LINES.replace("range(10)", "range(7)"), {})
-    rows = read_rows("sums.json")
+    rows = read_examples("sums.json")
     assert len(rows) == 7**3 and all(len(row["steps"]) == 2 for row in rows)
     Path("small.py").write_text(SMALL)
     code, out, err = script("small.py", "--data=sums.json")

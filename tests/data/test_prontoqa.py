@@ -10,9 +10,9 @@ from math import sqrt
 import pytest
 
 from nanococonut.data import prontoqa
-from nanococonut.data.files import read_rows
+from nanococonut.data.files import read_examples
 from nanococonut.data.prontoqa import Claim, OntologyConfig
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 
 CONFIGS = {
@@ -32,7 +32,7 @@ def rows() -> list:
 
 @pytest.fixture
 def real(released) -> list:
-    return read_rows(released / "prontoqa_valid.json")
+    return read_examples(released / "prontoqa_valid.json")
 
 
 def words(sentence: str) -> tuple[str, bool, str]:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from nanococonut.data import prosqa
-from nanococonut.data.files import read_rows
+from nanococonut.data.files import read_examples
 from nanococonut.data.prosqa import GraphConfig
-from nanococonut.errors import UserError
-from nanococonut.tasks import TASKS
+from nanococonut.data.tasks import TASKS
+from nanococonut.runtime.errors import UserError
 
 FULL = GraphConfig()
 MINI = GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
@@ -105,7 +105,7 @@ def test_rows_are_right_by_an_independent_search(name):
 
 
 def test_the_released_rows_keep_the_same_promises(released):
-    for row in read_rows(released / "prosqa_valid.json"):
+    for row in read_examples(released / "prosqa_valid.json"):
         check(row, FULL)
 
 
@@ -139,7 +139,7 @@ def test_statistics_are_like_the_released_ones(rows):
 
 
 def test_statistics_of_the_released_rows(released):
-    rows = read_rows(released / "prosqa_valid.json")
+    rows = read_examples(released / "prosqa_valid.json")
     found = prosqa.statistics(rows) | prosqa.heuristics(rows)
     for key, (value, tolerance) in RELEASED.items():
         assert found[key] == pytest.approx(value, abs=tolerance), key
@@ -313,7 +313,7 @@ def test_the_compact_rendering_loses_nothing(rows):
 
 
 def test_the_compact_rendering_of_released_rows_loses_nothing(released):
-    for row in read_rows(released / "prosqa_valid.json"):
+    for row in read_examples(released / "prosqa_valid.json"):
         round_trips(row)
 
 
