@@ -110,13 +110,13 @@ def _bias(seen: Tensor) -> Tensor:
 class ThoughtTrace:
     """A batch with its question read and its thoughts had.
 
-    states   n + 1 of (B, C): the hidden state after 0, 1, ... thoughts (a row that has had all its
+    hidden   n + 1 of (B, C): the hidden state after 0, 1, ... thoughts (a row that has had all its
              own keeps its last)
     inputs   n + 1 of (B, C): the input embedding that led to each, the smear's memory
     """
 
-    memory: BlockKV
-    states: list[Tensor]
+    kv: BlockKV
+    hidden: list[Tensor]
     inputs: list[Tensor]
 
 

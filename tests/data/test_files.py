@@ -1,4 +1,4 @@
-"""Files of rows: what is read and written, and what is said about files that are none."""
+"""Files of examples: reading, writing, and the errors of broken files."""
 
 import json
 import os
@@ -6,42 +6,53 @@ import random
 
 import pytest
 
-from nanococonut.data import gsm8k, prosqa
-from nanococonut.data.files import read_examples, skipped_summary, write_examples
+from nanococonut.data import prosqa
+from nanococonut.data.examples import extract_answer
+from nanococonut.data.files import (
+    parse_gsm8k_line,
+    parse_raw_prontoqa,
+    read_examples,
+    skipped_summary,
+    write_examples,
+)
 from nanococonut.runtime.errors import UserError, run_main
 
 GOOD = {"question": "Is it so?", "steps": ["It is.", "So it is."], "answer": "Yes."}
 
 
 def test_json_and_json_lines_are_read_alike(tmp_path):
-    rows = [GOOD, {**GOOD, "steps": [], "idx": 7}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "c.json").write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
+    """A byte order mark or an empty line must not break reading."""
+    examples = [GOOD, {**GOOD, "steps": [], "idx": 7}]
+    (tmp_path / "a.json").write_text(json.dumps(examples))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, examples)) + "\n\n")
+    (tmp_path / "c.json").write_text("\ufeff" + json.dumps(examples, indent=2), encoding="utf-8")
     for name in ("a.json", "b.jsonl", "c.json"):
-        assert read_examples(tmp_path / name) == rows
+        assert read_examples(tmp_path / name) == examples
 
 
-def test_written_rows_are_read_back(tmp_path):
-    rows = prosqa.generate(20, 3) + [{**GOOD, "question": 'Zoë\n"☃"'}]
-    write_examples(tmp_path / "rows.json", rows)
-    assert read_examples(tmp_path / "rows.json") == rows
-    assert os.listdir(tmp_path) == ["rows.json"]  # no temporary file is left
+def test_written_examples_are_read_back(tmp_path):
+    """Newlines and non-ASCII text have to survive."""
+    examples = prosqa.generate(20, 3) + [{**GOOD, "question": 'Zoë\n"☃"'}]
+    write_examples(tmp_path / "examples.json", examples)
+    assert read_examples(tmp_path / "examples.json") == examples
+    assert os.listdir(tmp_path) == ["examples.json"]  # no temporary file is left
 
 
-def test_a_file_is_overwritten_only_when_told_to(tmp_path):
-    path = tmp_path / "rows.json"
+def test_files_are_overwritten_on_request_only(tmp_path):
+    """A data set must not be lost to a wrong --out."""
+    path = tmp_path / "examples.json"
     write_examples(path, [GOOD])
-    with pytest.raises(UserError, match=r"rows\.json exists already"):
+    with pytest.raises(UserError, match=r"examples\.json exists already"):
         write_examples(path, [GOOD, GOOD])
     assert read_examples(path) == [GOOD]
     write_examples(path, [GOOD, GOOD], overwrite=True)
     assert read_examples(path) == [GOOD, GOOD]
 
 
-def test_where_nothing_can_be_written_that_is_said(tmp_path):
+def test_an_unwritable_path_is_an_error(tmp_path):
+    """Temporary files must not remain."""
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "no" / "rows.json", tmp_path / "file" / "rows.json"):
+    for path in (tmp_path / "no" / "examples.json", tmp_path / "file" / "examples.json"):
         with pytest.raises(UserError, match="cannot be written"):
             write_examples(path, [GOOD])
     with pytest.raises(UserError, match="cannot be written"):
@@ -49,17 +60,18 @@ def test_where_nothing_can_be_written_that_is_said(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    write_examples(tmp_path / "rows.json", [GOOD])
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    """A full disk must not destroy the file that is replaced."""
+    write_examples(tmp_path / "examples.json", [GOOD])
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="No space left"):
-        write_examples(tmp_path / "rows.json", [GOOD, GOOD], overwrite=True)
-    assert read_examples(tmp_path / "rows.json") == [GOOD]
-    assert os.listdir(tmp_path) == ["rows.json"]
+        write_examples(tmp_path / "examples.json", [GOOD, GOOD], overwrite=True)
+    assert read_examples(tmp_path / "examples.json") == [GOOD]
+    assert os.listdir(tmp_path) == ["examples.json"]
 
 
 def without(key: str) -> dict:
@@ -74,25 +86,44 @@ WRONG = {
     "broken object": ('{\n"example1": {\n{}', "line 3: not JSON"),
     "plain text": ("Is it so?\nYes.", "line 1: not JSON"),
     "long number": ("[" + "7" * 5000 + "]", "line 1"),
-    "a number": ("3", "a JSON number, where a list of rows"),
-    "another object": (json.dumps({"rows": [GOOD]}, indent=1), "row 0: 'question' is missing"),
-    "no rows": ("[]", "holds no rows"),
-    "row is a list": (json.dumps([GOOD, [GOOD]]), "row 1: a JSON list, where an object"),
-    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: a JSON text, where an object"),
-    "no question": (json.dumps([without("question")]), "row 0: 'question' is missing"),
-    "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "row 2: 'steps' is missing"),
-    "no answer": (json.dumps([without("answer")]), "row 0: 'answer' is missing"),
-    "number asked": (json.dumps([GOOD | {"question": 3}]), "'question' is a number"),
-    "true answer": (json.dumps([GOOD | {"answer": True}]), "'answer' is a truth value"),
-    "blank question": (json.dumps([GOOD | {"question": " \n"}]), "row 0: 'question' is blank"),
-    "empty answer": (json.dumps([GOOD | {"answer": ""}]), "row 0: 'answer' is blank"),
-    "steps in one": (json.dumps([GOOD | {"steps": "a. b."}]), "'steps' is a text, where a list"),
-    "no text in steps": (json.dumps([GOOD | {"steps": ["a", None]}]), r"'steps'\[1\] is a null"),
+    "a number": ("3", "expected a list of examples, got a JSON number"),
+    "another object": (
+        json.dumps({"examples": [GOOD]}, indent=1),
+        "example 0: 'question' is missing",
+    ),
+    "no examples": ("[]", "holds no examples"),
+    "example is a list": (
+        json.dumps([GOOD, [GOOD]]),
+        "example 1: expected an object, got a JSON list",
+    ),
+    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: expected an object, got a JSON text"),
+    "no question": (json.dumps([without("question")]), "example 0: 'question' is missing"),
+    "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "example 2: 'steps' is missing"),
+    "no answer": (json.dumps([without("answer")]), "example 0: 'answer' is missing"),
+    "number asked": (
+        json.dumps([GOOD | {"question": 3}]),
+        "'question': expected a text, got a number",
+    ),
+    "true answer": (
+        json.dumps([GOOD | {"answer": True}]),
+        "'answer': expected a text, got a truth value",
+    ),
+    "blank question": (json.dumps([GOOD | {"question": " \n"}]), "example 0: 'question' is blank"),
+    "empty answer": (json.dumps([GOOD | {"answer": ""}]), "example 0: 'answer' is blank"),
+    "steps in one": (
+        json.dumps([GOOD | {"steps": "a. b."}]),
+        "'steps': expected a list of texts, got a text",
+    ),
+    "no text in steps": (
+        json.dumps([GOOD | {"steps": ["a", None]}]),
+        r"'steps'\[1\]: expected a text, got a null",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_file_that_is_none_is_refused_with_file_and_place(tmp_path, name):
+def test_broken_files_are_refused_with_their_place(tmp_path, name):
+    """Errors without file and line cannot be fixed by the user."""
     text, complaint = WRONG[name]
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=complaint) as e:
@@ -102,12 +133,15 @@ def test_a_file_that_is_none_is_refused_with_file_and_place(tmp_path, name):
 
 
 LINE = "How many?||<<1+1=2>> #### 2"
-# rows left out -> (what is in the file, complaints about them); GOOD or LINE stays in each
+# examples left out -> (what is in the file, complaints about them); GOOD or LINE stays in each
 SKIPPED = {
-    "list": (json.dumps([3, GOOD, without("steps")]), ["row 0: a JSON number", "row 2: 'steps'"]),
+    "list": (
+        json.dumps([3, GOOD, without("steps")]),
+        ["example 0: expected an object", "example 2: 'steps'"],
+    ),
     "lines": (
         f'{{oh\n\n{json.dumps(GOOD)}\n{{"question": "a\udce9"}}\nno\n[]',
-        ["line 1: not JSON", "line 4: not UTF-8", "line 5: not JSON", "line 6: a JSON list"],
+        ["line 1: not JSON", "line 4: not UTF-8", "line 5: not JSON", "line 6: expected an object"],
     ),
     "gsm8k": (
         f"Two #### 2\n||1 #### 1\r\n\nAn\udce9||1 #### 1\n{LINE}\r\nThree?||3",
@@ -117,7 +151,8 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_bad_rows_are_left_out_when_told_to_and_said(tmp_path, name):
+def test_bad_examples_are_skipped_and_reported(tmp_path, name):
+    """A dropped example without a report would change results silently."""
     path = tmp_path / "mixed"
     text, complaints = SKIPPED[name]
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -125,69 +160,80 @@ def test_bad_rows_are_left_out_when_told_to_and_said(tmp_path, name):
         read_examples(path)
     assert complaints[0] in str(e.value)
     skipped: list[str] = []
-    rows = read_examples(path, skipped)
-    assert rows == [GOOD if name != "gsm8k" else gsm8k.row_of_line(LINE)]
+    examples = read_examples(path, skipped)
+    assert examples == [GOOD if name != "gsm8k" else parse_gsm8k_line(LINE)]
     assert len(skipped) == len(complaints)
     for said, complaint in zip(skipped, complaints, strict=True):
         assert said.startswith(f"{path}, {complaint}") and "\n" not in said
     n = len(complaints)
     said = skipped_summary(1, skipped)
-    assert said.startswith(f"{n} of {n + 1} rows skipped, the first: {path}, {complaints[0]}")
+    assert said.startswith(f"{n} of {n + 1} examples skipped, the first: {path}, {complaints[0]}")
 
 
-def test_any_broken_lines_among_good_ones_are_counted(tmp_path):
-    rows = [{**GOOD, "question": f"{i}?"} for i in range(40)]
-    lines = [json.dumps(row) for row in rows]
+def test_every_broken_line_is_counted(tmp_path):
+    """Line numbers could be off after the first error."""
+    examples = [{**GOOD, "question": f"{i}?"} for i in range(40)]
+    lines = [json.dumps(example) for example in examples]
     bad = set(random.sample(range(40), random.randint(1, 30)))
     for i in bad:
         lines[i] = lines[i][: random.randint(1, len(lines[i]) - 1)]
     (tmp_path / "cut.jsonl").write_text("\n".join(lines))
     skipped: list[str] = []
-    good = [row for i, row in enumerate(rows) if i not in bad]
+    good = [example for i, example in enumerate(examples) if i not in bad]
     assert read_examples(tmp_path / "cut.jsonl", skipped) == good
     assert [int(said.split("line ")[1].split(":")[0]) - 1 for said in skipped] == sorted(bad)
 
 
-@pytest.mark.parametrize("text", [f"[{json.dumps(GOOD)},\n3", "[]", "7", "", "{\n", "no rows"])
-def test_a_file_that_is_broken_as_a_whole_is_refused_all_the_same(tmp_path, text):
+@pytest.mark.parametrize("text", [f"[{json.dumps(GOOD)},\n3", "[]", "7", "", "{\n", "no examples"])
+def test_a_broken_file_is_an_error_with_skipped_too(tmp_path, text):
+    """skip_bad_rows must not turn a wrong file into no data."""
     (tmp_path / "bad").write_text(text)
     with pytest.raises(UserError):
         read_examples(tmp_path / "bad", [])
 
 
-def test_a_file_of_bad_rows_only_is_refused_and_none_is_reported(tmp_path):
+def test_a_file_without_valid_examples_is_an_error(tmp_path):
+    """An empty training set would fail much later."""
     (tmp_path / "bad").write_text(json.dumps([1, 2]))
     skipped: list[str] = []
-    with pytest.raises(UserError, match="all 2 rows are bad, the first: .*row 0: a JSON number"):
+    with pytest.raises(
+        UserError, match="all 2 examples are bad, the first: .*example 0: expected an object"
+    ):
         read_examples(tmp_path / "bad", skipped)
     assert skipped == []
 
 
-def test_gsm8k_lines_are_told_apart_from_json(tmp_path):
+def test_gsm8k_lines_are_not_taken_for_json(tmp_path):
+    """Braces and brackets in a question look like JSON."""
     lines = [LINE, "Half of {it}? [or all]||<<4/2=2>> <<2-1=1>> #### 1,000"]
     (tmp_path / "any.name").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    assert read_examples(tmp_path / "any.name") == [gsm8k.row_of_line(line) for line in lines]
+    assert read_examples(tmp_path / "any.name") == [parse_gsm8k_line(line) for line in lines]
 
 
-def test_one_object_is_json_lines_of_one_line(tmp_path):
+def test_one_object_is_a_file_of_one_example(tmp_path):
+    """JSON lines with one line are a JSON object."""
     for indent in (None, 1):
         (tmp_path / "one.jsonl").write_text(json.dumps(GOOD, indent=indent))
         assert read_examples(tmp_path / "one.jsonl") == [GOOD]
 
 
 def test_lines_end_at_newlines_only(tmp_path):
-    row = {**GOOD, "question": "a\u2028b\x85c?"}
-    text = json.dumps(row, ensure_ascii=False)
+    """str.splitlines() also splits at U+2028."""
+    example = {**GOOD, "question": "a\u2028b\x85c?"}
+    text = json.dumps(example, ensure_ascii=False)
     (tmp_path / "odd.jsonl").write_text(f"{text}\n{text}", encoding="utf-8")
-    assert read_examples(tmp_path / "odd.jsonl") == [row, row]
+    assert read_examples(tmp_path / "odd.jsonl") == [example, example]
 
 
-def test_raw_prontoqa_is_converted_example_by_example(tmp_path, released):
-    prontoqa = pytest.importorskip("nanococonut.data.prontoqa")
+def test_raw_prontoqa_is_read_example_by_example(tmp_path, released):
+    """One broken example must not cost the whole file."""
     path = released / "prontoqa_raw_5hop_sample.json"
     raw = json.loads(path.read_text())
-    rows = read_examples(path)
-    assert rows == prontoqa.rows_of_raw(raw) and len(rows) == len(raw) > 2
+    examples = read_examples(path)
+    assert (
+        examples == [parse_raw_prontoqa(example) for example in raw.values()]
+        and len(examples) == len(raw) > 2
+    )
     last = list(raw)[-1]
     del raw[last]["test_example"]["answer"]
     for indent in (None, 1):  # over many lines as well as in one
@@ -195,11 +241,12 @@ def test_raw_prontoqa_is_converted_example_by_example(tmp_path, released):
         with pytest.raises(UserError, match=f"raw.json, {last}: "):
             read_examples(tmp_path / "raw.json")
         skipped: list[str] = []
-        assert read_examples(tmp_path / "raw.json", skipped) == rows[:-1]
+        assert read_examples(tmp_path / "raw.json", skipped) == examples[:-1]
         assert len(skipped) == 1 and last in skipped[0]
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+def test_an_unreadable_file_is_an_error(tmp_path):
+    """The operating system raises several types of errors here."""
     (tmp_path / "latin.json").write_bytes(b'["cafe",\n"caf\xe9"]')
     for path, complaint in (
         (tmp_path / "none.json", "No such file"),
@@ -211,13 +258,16 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
             read_examples(path)
 
 
-def test_the_released_rows_are_read(released):
-    rows = read_examples(released / "prosqa_valid.json")
-    assert len(rows) == 300
-    assert set(rows[0]) == set(prosqa.generate(1, 0)[0])
+def test_released_examples_are_read(released):
+    """Our keys could differ from the released ones."""
+    examples = read_examples(released / "prosqa_valid.json")
+    assert len(examples) == 300
+    assert set(examples[0]) == set(prosqa.generate(1, 0)[0])
 
 
-def test_a_users_mistake_ends_a_script_with_its_message_and_code_2(capsys):
+def test_a_user_error_exits_with_code_2(capsys):
+    """A mistake of the user must not print a traceback."""
+
     def main():
         raise UserError("this is wrong.\nDo that.")
 
@@ -225,3 +275,9 @@ def test_a_users_mistake_ends_a_script_with_its_message_and_code_2(capsys):
         run_main(main)
     assert e.value.code == 2
     assert capsys.readouterr().err == "error: this is wrong.\nDo that.\n"
+
+
+def test_the_answer_follows_the_last_mark():
+    """ "1,000" and "1000" are the same answer."""
+    assert extract_answer("a = 3 # b ### 1,000 \n") == "1000"
+    assert extract_answer("no mark") == "no mark" and extract_answer("###") == ""

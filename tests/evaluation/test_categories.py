@@ -1,4 +1,4 @@
-"""Every category of an answer on a graph done by hand, and on random rows."""
+"""Categories of ProsQA answers: a graph worked out by hand, and random examples."""
 
 import random
 
@@ -55,6 +55,7 @@ BY_HAND = [
 
 @pytest.mark.parametrize("chain, k, category", BY_HAND)
 def test_chains_by_hand(chain, k, category):
+    """Each category of the paper has a smallest example."""
     for answer in (f"### {ANSWER}", "### Tom is a s.", ""):  # a chain decides alone
         assert classify(QUESTION, ANSWER, sentences(chain) + answer, k) == category
 
@@ -77,16 +78,19 @@ def test_chains_by_hand(chain, k, category):
     ],
 )
 def test_texts_by_hand(text, category, k):
+    """An answer without a chain counts as a label, whatever n_thoughts."""
     assert classify(QUESTION, ANSWER, text, k) == category
 
 
-def test_a_cycle_in_a_users_graph_is_a_longer_path():
+def test_a_walk_through_a_cycle_is_a_longer_path():
+    """Cycles occur in files of users only."""
     question = "Tom is a a. Every a is a b. Every b is a a. Every b is a t. Is Tom a t or s?"
     assert classify(question, ANSWER, sentences("Tom a b a b t")) == "Longer Path"
     assert classify(question, ANSWER, sentences("Tom a b t")) == "Correct Path"
 
 
-def test_what_is_no_row_of_prosqa_is_refused():
+def test_other_questions_are_refused():
+    """Categories of another task would all be hallucinations."""
     with pytest.raises(UserError, match="not a ProsQA question"):
         classify("What is 2 + 2?", ANSWER, "")
     with pytest.raises(UserError, match="not a ProsQA sentence"):
@@ -94,25 +98,27 @@ def test_what_is_no_row_of_prosqa_is_refused():
 
 
 @pytest.mark.parametrize("base", [prosqa.GraphConfig(), prosqa.GraphConfig(13, 2, 3)])
-def test_random_rows(base):
-    """The row's own steps, and what becomes of them when one thing is changed."""
+def test_random_examples(base):
+    """The example's own steps, and what becomes of them when one thing is changed."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     seen = set()
-    for row in prosqa.generate(60, seed, base):
-        edges, entity, _ = prosqa.parse_question(row["question"])
-        steps, end = row["steps"], f"\n### {row['answer']}"
-        other = f"{entity} is a {row['idx_to_symbol'][row['neg_target']]}."
+    for example in prosqa.generate(60, seed, base):
+        edges, entity, _ = prosqa.parse_question(example["question"])
+        steps, end = example["steps"], f"\n### {example['answer']}"
+        other = f"{entity} is a {example['idx_to_symbol'][example['neg_target']]}."
 
-        def judge(chain, k, row=row, end=end):
-            return classify(row["question"], row["answer"], "\n".join(chain) + end, k)
+        def judge(chain, k, example=example, end=end):
+            return classify(example["question"], example["answer"], "\n".join(chain) + end, k)
 
         for k in range(len(steps)):
             assert judge(steps[k:], k) == "Correct Path", seed
             assert (judge(steps[k:], 0) == "Correct Path") == (k == 0), seed
-            compact = "".join(prosqa.compact_row(row)["steps"][k:]) + "### " + row["answer"]
-            text = TASKS["prosqa"].expand(compact, row["question"])
-            assert classify(row["question"], row["answer"], text, k) == "Correct Path", seed
+            compact = (
+                "".join(prosqa.compact_example(example)["steps"][k:]) + "### " + example["answer"]
+            )
+            text = TASKS["prosqa"].expand(compact, example["question"])
+            assert classify(example["question"], example["answer"], text, k) == "Correct Path", seed
             if k < len(steps) - 1:
                 assert judge(steps[k:-1], k) == "Wrong Target", seed
                 gap = steps[k : k + 1] + steps[k + 2 :]
@@ -122,13 +128,15 @@ def test_random_rows(base):
             parent, _ = prosqa.parse_sentence(steps[at])
             strange = [
                 word
-                for word in row["idx_to_symbol"]
+                for word in example["idx_to_symbol"]
                 if word.islower() and (parent, word) not in edges and word != parent
             ]
             wrong = steps[at].rsplit(" ", 1)[0] + f" {rng.choice(strange)}."
             assert judge([*steps[k:at], wrong, *steps[at + 1 :]], k) == "Hallucination", seed
         assert judge([], 6) == "Correct Label"
-        assert classify(row["question"], row["answer"], f"### {other}", 6) == "Incorrect Label"
+        assert (
+            classify(example["question"], example["answer"], f"### {other}", 6) == "Incorrect Label"
+        )
 
         # random walks down from the entity, judged by their length and end
         for _ in range(30):
@@ -140,33 +148,38 @@ def test_random_rows(base):
                 for i, (a, b) in enumerate(zip(walk, walk[1:], strict=False))
             ]
             found = "Wrong Target"
-            if walk[-1] == row["idx_to_symbol"][row["target"]]:
+            if walk[-1] == example["idx_to_symbol"][example["target"]]:
                 found = "Correct Path" if len(chain) == len(steps) else "Longer Path"
             assert judge(chain, 0) == found, seed
             seen.add(found)
     assert seen == {"Wrong Target", "Correct Path", "Longer Path"}
 
 
-def test_the_released_rows_own_steps_are_correct_paths(released):
-    rows = read_examples(released / "prosqa_valid.json")
+def test_released_steps_are_correct_paths(released):
+    """The released steps have to be right in every stage."""
+    examples = read_examples(released / "prosqa_valid.json")
     for k in range(6):
-        texts = ["\n".join([*row["steps"][k:], f"### {row['answer']}"]) for row in rows]
-        found = category_fractions(rows, texts, k)
-        chains = sum(len(row["steps"]) > k for row in rows) / len(rows)
+        texts = [
+            "\n".join([*example["steps"][k:], f"### {example['answer']}"]) for example in examples
+        ]
+        found = category_fractions(examples, texts, k)
+        chains = sum(len(example["steps"]) > k for example in examples) / len(examples)
         assert found["Correct Path"] == chains
         assert found["Correct Label"] == pytest.approx(1 - chains)
     assert tuple(found) == CATEGORIES
 
 
-def test_shares_add_up():
-    rows = [{"question": QUESTION, "steps": [], "answer": ANSWER}] * 4
+def test_fractions_add_up():
+    """A category could be counted twice."""
+    examples = [{"question": QUESTION, "steps": [], "answer": ANSWER}] * 4
     texts = [sentences("Tom a c t"), sentences("Tom a c w"), f"### {ANSWER}", ""]
-    found = category_fractions(rows, texts)
+    found = category_fractions(examples, texts)
     wanted = dict.fromkeys(CATEGORIES, 0.25) | {"Longer Path": 0, "Hallucination": 0}
     assert found == wanted and sum(found.values()) == 1
 
 
 def test_heights_by_hand():
+    """Cycles have no height."""
     edges = [tuple(edge.split()) for edge in EDGES]
     leaves = {"t": 0, "w": 0, "s": 0, "d": 1, "e": 1, "Sam": 2, "c": 1}
     assert heights(edges) == leaves | {"a": 2, "b": 2, "Tom": 3}
@@ -179,13 +192,13 @@ def test_heights_by_hand():
 
 
 @pytest.mark.parametrize("longest", [False, True])
-def test_heights_of_random_rows(longest):
+def test_heights_of_random_examples(longest):
     """One more than the least, or most, of the children's."""
     seed = random.randrange(2**32)
-    for row in prosqa.generate(30, seed):
-        edges, _, _ = prosqa.parse_question(row["question"])
+    for example in prosqa.generate(30, seed):
+        edges, _, _ = prosqa.parse_question(example["question"])
         found = heights(edges, longest)
-        assert set(found) == set(row["idx_to_symbol"])
+        assert set(found) == set(example["idx_to_symbol"])
         for node, height in found.items():
             below = [found[b] for a, b in edges if a == node]
             wanted = 1 + (max if longest else min)(below) if below else 0
