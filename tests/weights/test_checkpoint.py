@@ -131,48 +131,6 @@ def written(folder, model, tokenizer, config):
     checkpoint.write_atomic(folder, checkpoint.gather_tensors(model, [optimizer]), manifest)
 
 
-@pytest.mark.parametrize("case", OLDER)
-def test_older_settings_are_read_as_todays(tmp_path, model, tokenizer, case):
-    older, now = OLDER[case]
-    written(tmp_path / "run", model, tokenizer, older)
-    manifest = checkpoint.load(tmp_path / "run")[2]
-    assert manifest["config"] == now
-    make_config(TrainConfig, now)
-
-
-def test_thoughts_in_fewer_passes_are_refused(tmp_path, model, tokenizer):
-    """They are not those that are computed one by one: it would answer, and wrongly."""
-    config = {"thoughts": "jacobi", "jacobi_iterations": 5}
-    written(tmp_path / "run", model, tokenizer, config)
-    with pytest.raises(UserError, match="6 thoughts in 5 parallel passes") as e:
-        checkpoint.load(tmp_path / "run")
-    assert str(e.value).count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"beta1": 0.8},
-        {"start_stage": 2, "first_stage_epochs": 0},
-        {"start_stage": 1, "first_stage_epochs": 3},
-        {"length_pool": 16},
-        {"regenerate_each_epoch": True, "length_pool": 1},
-        {"uniform_prob": 0.3, "uniform_to": "stage"},
-        {"uniform_prob": 0.3, "uniform_to": "steps", "advance_at": 0.9},
-        {"advance_at": 0.9, "advance_rows": 32},
-        {"stop": "classifier", "stop_target": "correct"},
-        {"thoughts": "jacobi", "jacobi_iterations": 0},
-    ],
-    ids=str,
-)
-def test_what_cannot_go_on_as_it_began_is_loaded_only(tmp_path, model, tokenizer, config):
-    written(tmp_path / "run", model, tokenizer, config)
-    checkpoint.load(tmp_path / "run")
-    with pytest.raises(UserError, match="which this version cannot do") as e:
-        checkpoint.verify(tmp_path / "run", resume=True)
-    assert str(e.value).count("\n") == 1
-
-
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
