@@ -29,7 +29,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, formatter_class=formatter, **settings)
 
     def add_skip_option(self) -> None:
-        self.add_argument("--skip_bad_rows", action="store_true", help="drop them and report it")
+        self.add_argument(
+            "--skip_bad_rows", action="store_true", help="drop bad examples and report it"
+        )
 
     def error(self, message: str) -> NoReturn:  # argparse would print the usage
         raise UserError(f"{message}.\nSee --help for the arguments.")

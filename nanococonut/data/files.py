@@ -77,18 +77,16 @@ def skipped_summary(n_examples: int, skipped: Sequence[str]) -> str:
     return f"{len(skipped)} of {n_all} examples skipped, the first: {skipped[0]}"
 
 
-def write_examples(
-    path: str | os.PathLike[str], examples: Sequence[Example], overwrite: bool = False
-) -> None:
-    """Write a JSON list, one example per line, atomically.
+def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
+    """Write a new file atomically: a JSON list, one example per line.
 
-    Raise UserError if the file cannot be written, or exists and `overwrite` is False.
+    Raise UserError if the file exists or cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"
     try:
-        if path.exists() and not overwrite:
+        if path.exists():
             raise UserError(f"{path} exists already.\nChoose another name or remove it first.")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

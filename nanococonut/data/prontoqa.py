@@ -3,7 +3,7 @@
 Examples like those that the public generator (Saparov and He, arXiv 2210.01240) makes for the
 Coconut paper: a chain of concepts above the entity, each with a property and a second parent that
 leads nowhere; the property in the query is `hops` steps away. All examples have one shape, so a
-thousand are drawn at a time as arrays. statistics.py compares them with 300 of that generator's.
+thousand are drawn at a time as arrays. statistics.py has figures of 300 that it made.
 
 Those examples need no search: the property is stated of two concepts, once with "not", and the
 wrong one occurs nowhere else in the text (shortcuts.py: 100 % correct). With
@@ -29,23 +29,15 @@ CONCEPTS = (
     "brimpus dumpus gorpus grimpus impus jompus lempus lorpus numpus rompus shumpus sterpus tumpus "
     "vumpus wumpus yumpus zumpus"
 ).split()
-FAMILIES = [  # of properties: an example uses at most one of each
+# of properties: an example uses at most one of each
+FAMILIES = [
     family.split()
     for family in (
-        "blue brown orange red",
-        "large small",
-        "liquid luminous metallic wooden",
-        "opaque transparent",
-        "feisty happy nervous shy",
-        "bright dull",
-        "bitter sour spicy sweet",
-        "earthy floral fruity",
-        "cold hot temperate",
-        "aggressive amenable angry kind mean",
-        "discordant loud melodic muffled",
-        "fast moderate slow",
-        "overcast rainy snowy sunny windy",
-    )
+        "blue brown orange red, large small, liquid luminous metallic wooden, opaque transparent, "
+        "feisty happy nervous shy, bright dull, bitter sour spicy sweet, earthy floral fruity, "
+        "cold hot temperate, aggressive amenable angry kind mean, discordant loud melodic muffled, "
+        "fast moderate slow, overcast rainy snowy sunny windy"
+    ).split(", ")
 ]
 PROPERTIES = [word for family in FAMILIES for word in family]
 # every word and sign of both styles, and the mark before the answer
@@ -219,13 +211,13 @@ def _sample_examples(rng: np.random.Generator, c: OntologyConfig) -> list[Exampl
         facts = [f"{entity} is {_a(chain[0])}.", f"{other} is {_a(CONCEPTS[concept[i, second]])}."]
         if second_first[i]:
             facts.reverse()
-        asked, no = WORDS[word[i, len(CONCEPTS)]], bool(negated[i, len(CONCEPTS)])
-        query = _sentence(Claim(entity, no == is_true[i], asked))
+        prop, no = WORDS[word[i, len(CONCEPTS)]], bool(negated[i, len(CONCEPTS)])
+        query = _sentence(Claim(entity, no == is_true[i], prop))
         steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(chain, proof[i], strict=True)]
         examples.append(
             {
                 "question": " ".join([*shuffled[i], *facts, "True or false:", query]),
-                "steps": [*steps, _sentence(Claim(entity, no, asked))],
+                "steps": [*steps, _sentence(Claim(entity, no, prop))],
                 "answer": str(is_true[i]),
             }
         )

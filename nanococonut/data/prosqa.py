@@ -74,10 +74,8 @@ class GraphConfig:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        n_words = len(WORDS)
-        max_first = self.n_nodes - 3
-        self._check("n_nodes", 4, n_words, f"there are words for {n_words} nodes")
-        self._check("min_hops", 1, max_first, "the other root and its leaf need nodes, too")
+        self._check("n_nodes", 4, len(WORDS), f"there are words for {len(WORDS)} nodes")
+        self._check("min_hops", 1, self.n_nodes - 3, "the other root and its leaf need nodes, too")
         self._check("max_hops", self.min_hops, self.n_nodes, "at least min_hops")
         self._check("parent_rate", 0.01, 20, "mean number of parents")
         self._check("first_share", 0, 1, "fraction of the nodes")
@@ -87,14 +85,13 @@ class GraphConfig:
         if self.matched and self.balanced:  # the coin would not be fair any more
             raise UserError("matched=True and balanced=True are two splits.\nChoose one.")
 
-    def _check(self, field: str, low: float, high: float, why: str) -> None:
-        value = getattr(self, field)
-        numeric = int if field in ("n_nodes", "min_hops", "max_hops") else int | float
-        is_number = isinstance(value, numeric) and not isinstance(value, bool)
-        if not (is_number and low <= value <= high):
+    def _check(self, name: str, low: float, high: float, why: str) -> None:
+        value = getattr(self, name)
+        numeric = int if type(getattr(GraphConfig, name)) is int else int | float
+        if isinstance(value, bool) or not isinstance(value, numeric) or not low <= value <= high:
             raise UserError(
-                f"{field}={value!r}: expected a number from {low:g} to {high:g} ({why}).\n"
-                f"Change {field}."
+                f"{name}={value!r}: expected a number from {low:g} to {high:g} ({why}).\n"
+                f"Change {name}."
             )
 
 
@@ -102,32 +99,28 @@ SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_
 
 
 def split_config(name: str, base: GraphConfig) -> GraphConfig:
-    """Return the settings of a split for a model trained on the graphs of `base`.
-
-    prosqa            as trained, with all shortcuts
-    prosqa_matched    both options equally far from their nearest parentless node
-    prosqa_balanced   no rule that ignores the entity beats 50 %
-    prosqa_long       balanced, with one or two hops more than any in training. Such graphs are
-                      very rare in training (and "farthest" solves them all), so there are a seventh
-                      more nodes and longer chains
-    prosqa_dense      balanced, with one more parent per node
-    """
-    changes: dict[str, dict[str, float]] = {
-        "prosqa": {},
-        "prosqa_matched": {"matched": True},
-        "prosqa_balanced": {"balanced": True},
-        "prosqa_long": {
-            "balanced": True,
-            "min_hops": base.max_hops + 1,
-            "max_hops": base.max_hops + 2,
-            "n_nodes": min(round(base.n_nodes * 8 / 7), len(WORDS)),
-            "depth_power": 6,
-        },
-        "prosqa_dense": {"balanced": True, "parent_rate": base.parent_rate + 1},
-    }
-    if name not in changes:
-        raise UserError(f"{name!r} is not a split.\nChoose one of {', '.join(SPLITS)}.")
-    return replace(base, **({"matched": False, "balanced": False} | changes[name]))
+    """Return the settings of a split for a model trained on the graphs of `base`."""
+    base = replace(base, matched=False, balanced=False)
+    match name:
+        case "prosqa":  # as in training, with all shortcuts
+            return base
+        case "prosqa_matched":
+            return replace(base, matched=True)
+        case "prosqa_balanced":
+            return replace(base, balanced=True)
+        case "prosqa_long":  # one or two hops more than any in training
+            return replace(
+                base,
+                balanced=True,
+                min_hops=base.max_hops + 1,
+                max_hops=base.max_hops + 2,
+                # such chains are very rare otherwise, and "farthest" solves them all
+                n_nodes=min(round(base.n_nodes * 8 / 7), len(WORDS)),
+                depth_power=6,
+            )
+        case "prosqa_dense":  # one more parent per node
+            return replace(base, balanced=True, parent_rate=base.parent_rate + 1)
+    raise UserError(f"{name!r} is not a split.\nChoose one of {', '.join(SPLITS)}.")
 
 
 def generate(

@@ -10,76 +10,38 @@ from nanococonut.data.examples import Example
 from nanococonut.data.search import parents_of, reachable
 from nanococonut.runtime.errors import UserError
 
+# fmt: off
 # of the 800 released validation and test examples; shortcuts of the 300 of validation
-PROSQA_RELEASED = {
-    "nodes": 22.8,
-    "edges": 36.0,
-    "persons": 2.56,
-    "hops": 3.77,
-    "hops 3": 0.408,
-    "hops 4": 0.438,
-    "hops 5": 0.131,
-    "hops 6": 0.024,
-    "shortest paths": 1.59,
-    "entity is node 1": 0.636,
-    "label 0": 0.034,
-    "label 1": 0.390,
-    "label 2": 0.517,
-    "label 3": 0.060,
-    "in-degree 0": 0.027,
-    "in-degree 1": 0.480,
-    "in-degree 2": 0.305,
-    "in-degree 3": 0.133,
-    "deeper": 0.925,
-    "farthest": 0.945,
-    "more ancestors": 0.698,
-    "fewer parents": 0.667,
+PROSQA_RELEASED: dict[str, float] = {
+    "nodes": 22.8, "edges": 36.0, "persons": 2.56,
+    "hops": 3.77, "hops 3": 0.408, "hops 4": 0.438, "hops 5": 0.131, "hops 6": 0.024,
+    "shortest paths": 1.59, "entity is node 1": 0.636,
+    "label 0": 0.034, "label 1": 0.390, "label 2": 0.517, "label 3": 0.060,
+    "in-degree 0": 0.027, "in-degree 1": 0.480, "in-degree 2": 0.305, "in-degree 3": 0.133,
+    "deeper": 0.925, "farthest": 0.945, "more ancestors": 0.698, "fewer parents": 0.667,
     "random": 0.5,
 }
 
 # of 300 examples of the public generator (5 hops, random order)
 PRONTOQA_RELEASED: dict[str, float] = {
-    "sentences": 25,
-    "words": 104.72,
-    "facts": 2,
-    "facts last": 1,
-    "start is first fact": 0.5067,
-    "properties": 12,
-    "property families": 11,
-    "concepts": 14,
-    "concepts with two parents": 5,
-    "concepts reached": 13,
-    "Each": 0.2604,
-    "Every": 0.2462,
-    "plural": 0.4933,
-    "negated on the way": 0.2758,
-    "negated aside": 0.3294,
-    "conclusion negated": 0.4733,
-    "contradicted by": 1,
-    "contradiction first": 0.5367,
-    "query negated": 0.4667,
-    "true": 0.4867,
-    "true and negated": 0.2133,
-    "hops": 5,
-    "steps": 6,
-    "words sd": 4.2522,
+    "sentences": 25, "words": 104.72, "facts": 2, "facts last": 1, "start is first fact": 0.5067,
+    "properties": 12, "property families": 11,
+    "concepts": 14, "concepts with two parents": 5, "concepts reached": 13,
+    "Each": 0.2604, "Every": 0.2462, "plural": 0.4933,
+    "negated on the way": 0.2758, "negated aside": 0.3294, "conclusion negated": 0.4733,
+    "contradicted by": 1, "contradiction first": 0.5367,
+    "query negated": 0.4667, "true": 0.4867, "true and negated": 0.2133,
+    "hops": 5, "steps": 6, "words sd": 4.2522,
 }
 
 # of the 500 released validation examples
 GSM8K_RELEASED: dict[str, float] = {
-    "answer decimal": 0,
-    "answer has comma": 0.008,
-    "answer negative": 0,
-    "answer no number": 0,
+    "answer decimal": 0, "answer has comma": 0.008, "answer negative": 0, "answer no number": 0,
     "last is answer": 0.932,
-    "steps": 3.146,
-    "steps 0": 0.012,
-    "steps 1": 0.052,
-    "steps 2": 0.31,
-    "steps 3": 0.28,
-    "steps >3": 0.346,
-    "words of question": 45.036,
+    "steps": 3.146, "steps 0": 0.012, "steps 1": 0.052, "steps 2": 0.31, "steps 3": 0.28,
+    "steps >3": 0.346, "words of question": 45.036,
 }
+# fmt: on
 
 
 def prosqa_statistics(examples: Sequence[Example]) -> dict[str, float]:

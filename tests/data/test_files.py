@@ -38,15 +38,13 @@ def test_written_examples_are_read_back(tmp_path):
     assert os.listdir(tmp_path) == ["examples.json"]  # no temporary file is left
 
 
-def test_files_are_overwritten_on_request_only(tmp_path):
+def test_an_existing_file_is_never_overwritten(tmp_path):
     """A data set must not be lost to a wrong --out."""
     path = tmp_path / "examples.json"
     write_examples(path, [GOOD])
     with pytest.raises(UserError, match=r"examples\.json exists already"):
         write_examples(path, [GOOD, GOOD])
     assert read_examples(path) == [GOOD]
-    write_examples(path, [GOOD, GOOD], overwrite=True)
-    assert read_examples(path) == [GOOD, GOOD]
 
 
 def test_an_unwritable_path_is_an_error(tmp_path):
@@ -55,23 +53,19 @@ def test_an_unwritable_path_is_an_error(tmp_path):
     for path in (tmp_path / "no" / "examples.json", tmp_path / "file" / "examples.json"):
         with pytest.raises(UserError, match="cannot be written"):
             write_examples(path, [GOOD])
-    with pytest.raises(UserError, match="cannot be written"):
-        write_examples(tmp_path, [GOOD], overwrite=True)
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    """A full disk must not destroy the file that is replaced."""
-    write_examples(tmp_path / "examples.json", [GOOD])
+def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
+    """A full disk must leave neither half a file nor a temporary one."""
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="No space left"):
-        write_examples(tmp_path / "examples.json", [GOOD, GOOD], overwrite=True)
-    assert read_examples(tmp_path / "examples.json") == [GOOD]
-    assert os.listdir(tmp_path) == ["examples.json"]
+        write_examples(tmp_path / "examples.json", [GOOD, GOOD])
+    assert os.listdir(tmp_path) == []
 
 
 def without(key: str) -> dict:
