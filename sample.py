@@ -19,7 +19,8 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, extract_answer
-from nanococonut.data.tasks import TASKS, generated
+from nanococonut.data.search import reachable
+from nanococonut.data.tasks import TASKS, generated, load_data
 from nanococonut.evaluation.probe import concept_probabilities
 from nanococonut.inference.engine import Engine
 from nanococonut.model import GPT
@@ -27,7 +28,6 @@ from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import Tokenizer
-from nanococonut.training.loader import load_data
 from nanococonut.weights import checkpoint
 
 console = Console(highlight=False, soft_wrap=True)
@@ -98,7 +98,7 @@ def nodes_table(
     speak then, and how many steps from the entity each is ("-": not reached from it). Shares are of
     what all concepts have together; the last column says how much that is."""
     edges, entity, _ = prosqa.parse_question(question)
-    away = prosqa.reachable(edges, entity)
+    away = reachable(edges, entity)
     table = Table(title="if it had to speak: concept (steps away)", title_justify="left")
     table.add_column("#", justify="right", no_wrap=True)
     for i in range(3):

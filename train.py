@@ -33,7 +33,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, ignored_options, schedule
 from nanococonut.data.files import skipped_summary
 from nanococonut.data.seeds import STAGE_STREAM
-from nanococonut.data.tasks import TASKS
+from nanococonut.data.tasks import TASKS, load_data
 from nanococonut.evaluation.accuracy import score
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime import device
@@ -41,7 +41,7 @@ from nanococonut.runtime.cli import format_config, make_config, parse_cli, read_
 from nanococonut.runtime.distributed import Distributed, run_distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.graphs import GraphCache
-from nanococonut.training.loader import TrainLoader, load_data
+from nanococonut.training.loader import TrainLoader
 from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer
 from nanococonut.training.step import MicroBatch, TrainStep
 from nanococonut.weights import checkpoint

@@ -151,7 +151,7 @@ class Ours(Side):
         for p, grad in zip(self.model.parameters(), kept, strict=True):
             p.grad = grad
         self.model.train()
-        return {"loss": plain.sums[0].item(), "gradient": norms.norm().item()}
+        return {"loss": plain.totals[0].item(), "gradient": norms.norm().item()}
 
     def step(self, i: int) -> tuple[float, float]:
         """One optimizer step on batch i -> seconds, loss. As in train.py, a GPU's next batch is
@@ -179,7 +179,7 @@ class Plain(Side):
 
     def __init__(self, ours: Ours) -> None:
         model = copy.deepcopy(ours.model)
-        stepper = TrainStep(model, half=ours.stepper.half)
+        stepper = TrainStep(model, use_bf16=ours.stepper.use_bf16)
         super().__init__(ours.recipe, ours.rows, model, stepper, ours.plain_adamw)
         # every pass through the layers ends in ln_f: that tells the three blocks apart
         model.ln_f.register_forward_hook(lambda *_: self._passed())
@@ -212,7 +212,7 @@ class Plain(Side):
             batch, counts = micro.batch.to(self.device), micro.counts.to(self.device)
             self._lap("collate")
             self.passes = 0
-            half = self.stepper.half
+            half = self.stepper.use_bf16
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 trace = coconut.think(self.model, batch)
                 summed, right = coconut.loss(self.model, batch, trace)

@@ -71,7 +71,10 @@ class Curriculum:
     @classmethod
     def from_config(cls, config: Any) -> "Curriculum":
         """Return the curriculum of a TrainConfig: the settings of the same names."""
-        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+        names = [f.name for f in fields(cls) if f.name != "up_to_stage"]
+        return cls(
+            **{name: getattr(config, name) for name in names}, up_to_stage=config.advance_at > 0
+        )
 
     @property
     def rules(self) -> Method:

@@ -118,7 +118,7 @@ class Distributed:
             ) from None
 
 
-def guard(main: Callable[[], None]) -> None:
+def run_distributed(main: Callable[[], None]) -> None:
     """errors.run_main for a script that may run as several processes: joined before main(), and
     the first to fail says why, once; the others follow it silently instead of waiting for it."""
     if not _launched():

@@ -7,6 +7,7 @@ from helpers import random_gpt
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa
+from nanococonut.data.search import reachable
 from nanococonut.data.tasks import generated
 from nanococonut.evaluation.probe import concept_probabilities
 from nanococonut.runtime.cli import make_config
@@ -61,7 +62,7 @@ def test_the_bundled_models_thoughts_hold_the_nodes_that_many_steps_away():
     rows = generated("prosqa", 30, torch.seed() % 2**32, trained)
     for row in rows:
         edges, entity, _ = prosqa.parse_question(row["question"])
-        steps = prosqa.reachable(edges, entity)
+        steps = reachable(edges, entity)
         values = concept_probabilities(
             model, tokenizer, Curriculum.from_config(trained), row["question"], trained.render, 1
         )

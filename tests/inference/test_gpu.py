@@ -103,7 +103,7 @@ def test_training_by_graphs_equals_training_without(kernels, half):
                 for p in model.parameters():
                     p -= 0.01 * p.grad
         close = dict(rtol=2e-2, atol=2e-3) if half else dict(rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(steppers[1].sums[0], steppers[0].sums[0], **close)
+        torch.testing.assert_close(steppers[1].totals[0], steppers[0].totals[0], **close)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(q, p, **close)
 
@@ -117,7 +117,7 @@ def test_dropout_by_graphs_draws_anew_each_step_and_repeats_by_its_seed():
         torch.manual_seed(seed)
         one.zero_grad()
         one(one.prepare(batch, [True] * 3), batch.n_labels, 3)
-        losses.append(one.sums[0].item())
+        losses.append(one.totals[0].item())
     assert losses[0] == losses[2] != losses[1]
 
 

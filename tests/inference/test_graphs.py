@@ -26,4 +26,4 @@ def test_tapes_refuse_what_a_graph_cannot_do():
     x = torch.zeros(3)
     for asking in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0)):
         with pytest.raises(AssertionError, match="cannot ask the device"):
-            FakeGraphCache(2).play((0,), asking, [x])
+            FakeGraphCache(2).run((0,), asking, [x])

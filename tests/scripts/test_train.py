@@ -16,6 +16,7 @@ from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
 from nanococonut.data.files import write_examples
 from nanococonut.weights import checkpoint
+from nanococonut.weights.bundle import bundle
 
 ROOT = Path(__file__).parents[2]
 # small in every way, but with all that has a state: dropout, own stages, early advance, clipping
@@ -319,8 +320,8 @@ REFUSED = {
     "data missing": (["tiny.py", "--data=none.json"], "none.json"),
     "data not JSON": (["tiny.py", "--data=bad.py"], "not JSON"),
     "data not UTF-8": (["tiny.py", "--data=latin.json"], "UTF-8"),
-    "data without keys": (["tiny.py", "--data=keys.json"], "row 0"),
-    "data empty": (["tiny.py", "--data=empty.json"], "no rows"),
+    "data without keys": (["tiny.py", "--data=keys.json"], "example 0"),
+    "data empty": (["tiny.py", "--data=empty.json"], "no examples"),
     "data no ProsQA": (["tiny.py", "--data=other.json", "--valid_data=other.json"], "ProsQA"),
     "data of one row": (["tiny.py", "--data=one.json"], "held out"),
     "validation too long": (["tiny.py", "--valid_data=long.json"], "block_size=128"),
@@ -355,7 +356,7 @@ def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, c
     if case == "a model only":
         train(tiny, "--out_dir=whole", "--max_steps=1")
         (tmp_path / "bundle").mkdir()
-        checkpoint.bundle("whole", tmp_path / "bundle" / "step_00000001")
+        bundle("whole", tmp_path / "bundle" / "step_00000001")
     write_examples("one.json", prosqa.generate(1, 0))
     (tmp_path / "other.json").write_text('[{"question": "2+2?", "steps": [], "answer": "4"}]')
     argv, words = REFUSED[case]

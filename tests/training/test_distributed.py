@@ -211,7 +211,7 @@ def test_dropout_differs_between_processes():
 
 
 def test_shares_are_whole():
-    shares = [list(Distributed(rank, 3).share(range(10))) for rank in range(3)]
+    shares = [list(Distributed(rank, 3).shard(range(10))) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(10)) and max(map(len, shares)) == 4
 
 

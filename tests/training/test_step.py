@@ -73,9 +73,9 @@ def test_graphs_train_as_no_graphs_do(stop, smear):
                 even = [b % 2 == 0 for b in range(len(batch.length))]
                 one(one.prepare(batch, even, 3), labels, rows)
         loss, _ = plain(copy.deepcopy(models[0]), batches, labels)
-        close(steppers[0].sums[0], loss.detach())
-        close(steppers[1].sums, steppers[0].sums)
-        assert steppers[0].sums[2] == sum((len(b.length) + 1) // 2 for b in batches)
+        close(steppers[0].totals[0], loss.detach())
+        close(steppers[1].totals, steppers[0].totals)
+        assert steppers[0].totals[2] == sum((len(b.length) + 1) // 2 for b in batches)
         for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
             close(q.grad, torch.zeros_like(p) if p.grad is None else p.grad)
         for optimizer in optimizers:
@@ -94,5 +94,5 @@ def test_the_loss_is_the_whole_steps_mean(gpt):
     one.zero_grad()
     for batch in batches:
         one(one.prepare(batch, [True] * len(batch.length)), labels, 4)
-    close(one.sums[0], loss.detach())
+    close(one.totals[0], loss.detach())
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)

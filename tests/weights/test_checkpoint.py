@@ -10,10 +10,9 @@ import torch
 from helpers import random_gpt
 from safetensors.torch import load_file, save_file
 
-from nanococonut.config import TrainConfig
-from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
+from nanococonut.weights.bundle import bundle
 
 
 def manifest_of(model, tokenizer, **more):
@@ -100,7 +99,7 @@ def test_a_users_copy_is_the_users(saved, model, tokenizer):
 
 
 def test_a_model_without_training_state_cannot_be_resumed(saved, tmp_path):
-    target = checkpoint.bundle(saved[0].parent, tmp_path / "bundled")
+    target = bundle(saved[0].parent, tmp_path / "bundled")
     with pytest.raises(UserError, match="cannot be resumed"):
         checkpoint.verify(target, resume=True)
 
@@ -197,7 +196,7 @@ def test_a_save_that_fails_leaves_the_last_one(saved, tokenizer, monkeypatch):
 
 def test_bundle_is_small_and_answers_the_same(saved, tmp_path):
     folder, model, _ = saved
-    target = checkpoint.bundle(folder.parent, tmp_path / "bundled")
+    target = bundle(folder.parent, tmp_path / "bundled")
     small, _, manifest = checkpoint.load(target)
     assert not (target / "optimizer.safetensors").exists() and manifest["trained_with"]
     for a, b in zip(model.parameters(), small.parameters(), strict=True):

@@ -447,7 +447,7 @@ def test_train_py_continues_from_run_and_export(script, tmp_path):
     gpt2_tokenizer()  # skips if there is none
     (tmp_path / "tiny.py").write_text(
         'tokenizer = "gpt2"\nn_nodes = 10\nmin_hops = 2\nmax_hops = 3\n'
-        "n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 512\nrows_per_epoch = 8\n"
+        "n_layer = 1\nn_head = 2\nn_embd = 16\nblock_size = 512\ntrain_examples = 8\n"
         "val_examples = 4\nbatch_size = 8\nmax_steps = 1\n"
         "max_new_tokens = 4\nlearning_rate = 1e-12\n"
     )
@@ -456,7 +456,7 @@ def test_train_py_continues_from_run_and_export(script, tmp_path):
     first = checkpoint.load("cot")[0].state_dict()
     export("cot", "hf")
     for name in ("cot", "hf"):
-        argv = [f"--init_from={name}", "--start_stage=1", "--seed=5", f"--out_dir=from_{name}"]
+        argv = [f"--init_from={name}", "--first_stage_epochs=0", "--seed=5", f"--out_dir=from_{name}"]
         code, _, err = script("tiny.py", "--n_embd=64", *argv)  # the checkpoint's size counts
         assert (code, err) == (0, "")
         for key, p in checkpoint.load(f"from_{name}")[0].state_dict().items():
