@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
+from kernels._linear import auto_form, check_linear, gemv, plan, tile
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def append(
     active, or whose length is T already, stores nothing; its q is made all the same.
 
     form: "gemv", "tile", "library" (a GEMM, then a kernel that only stores), or "auto"
-    (kernels.linear.auto_form by the batch). x and the parameters are contiguous and of one dtype
+    (kernels._linear.auto_form by the batch). x and the parameters are contiguous and of one dtype
     (fp32, bf16, fp16); the cache may have another. Otherwise ValueError. Nothing but q is allocated
     (the library's form: two more), nothing asks the device.
     """
@@ -178,23 +178,3 @@ def append(
     grid, options = plan(form, B, 3 * C, C, x.element_size(), norm=True)
     _append_kernel[grid](x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, **options)
     return q
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: GPT-2 124M's. hip: as planned on an AMD GPU."""
-    from kernels.aot import Case
-
-    strides = dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i32")
-    more = dict(lengths_ptr="*i64", active_ptr="*i1", T="i32", **strides)
-    more |= dict(C=768, HEAD=64, MASKED=True)
-    pointers = {a: "*bf16" for a in _append_store_kernel.arg_names if a.endswith("_ptr")}
-    signature = pointers | dict(B="i32") | {k: t for k, t in more.items() if isinstance(t, str)}
-    constexprs = dict(C=768, HEAD=64, MASKED=True, BLOCK_N=1024)
-    return [
-        *(
-            aot_case(_append_kernel, form, B, 2304, 768, True, hip, eps="fp32", **more)
-            for form, B in [("gemv", 1), ("gemv", 4), ("tile", 8)]
-        ),
-        Case("store", _append_store_kernel, signature, constexprs, num_warps=2, wide_loads=True,
-             divisible=[*pointers, *strides]),
-    ]  # fmt: skip

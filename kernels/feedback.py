@@ -128,22 +128,3 @@ def _check(x: Tensor, lengths: Tensor, **others: tuple[Tensor, tuple[int, ...]])
                 f"{name} is {tuple(t.shape)} {t.dtype}, strides {t.stride()}: {shape} {x.dtype}, "
                 "contiguous, is wanted"
             )
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: GPT-2 124M's. A row is too short for 128 bits per thread."""
-    from kernels.aot import Case
-
-    def case(kernel, name: str, **given: str | int | bool) -> Case:
-        given = {a: "*bf16" for a in kernel.arg_names if a.endswith("_ptr")} | given
-        given |= dict(lengths_ptr="*i64", P="i32", C=768, BLOCK_C=1024)
-        signature = {a: t for a, t in given.items() if isinstance(t, str)}
-        constexprs = {a: v for a, v in given.items() if not isinstance(v, str)}
-        return Case(
-            name, kernel, signature, constexprs, divisible=[a for a in signature if "_ptr" in a]
-        )
-
-    return [
-        case(_feedback_kernel, "active", active_ptr="*i1", eps="fp32", MASKED=True),
-        case(_embed_kernel, "bf16", token_ptr="*i64"),
-    ]

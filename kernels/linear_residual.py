@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
+from kernels._linear import auto_form, check_linear, gemv, plan, tile
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def linear_residual(
 ) -> Tensor:
     """x (B, N) += y (B, K) @ weight (N, K)^T + bias (N,), in place; x is returned.
 
-    form: "gemv", "tile", "library", or "auto" (kernels.linear.auto_form by the batch). All tensors
+    form: "gemv", "tile", "library", or "auto" (kernels._linear.auto_form by the batch). All tensors
     contiguous and of one dtype (fp32, bf16, fp16), else ValueError. One rounding, at the store (the
     library's: two). Nothing is allocated but by the library's form, nothing asks the device.
     """
@@ -68,12 +68,3 @@ def linear_residual(
     grid, options = plan(form, B, N, K, y.element_size(), norm=False)
     _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **options)
     return x
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: both projections of GPT-2 124M. hip: as planned on an AMD GPU."""
-    shapes = [("gemv", 1, 768), ("gemv", 4, 3072), ("tile", 8, 3072), ("tile", 63, 768)]
-    return [
-        aot_case(_linear_residual_kernel, form, B, 768, K, False, hip, N=768, K=K)
-        for form, B, K in shapes
-    ]

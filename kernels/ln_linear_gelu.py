@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
+from kernels._linear import auto_form, check_linear, gemv, plan, tile
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def ln_linear_gelu(
 ) -> Tensor:
     """gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)) -> a new (B, N), GELU by its tanh.
 
-    form: "gemv", "tile", "library", or "auto" (kernels.linear.auto_form by the batch). All tensors
+    form: "gemv", "tile", "library", or "auto" (kernels._linear.auto_form by the batch). All tensors
     contiguous and of one dtype (fp32, bf16, fp16), else ValueError. Nothing but the output is
     allocated (the library's form: three), nothing asks the device.
     """
@@ -73,13 +73,3 @@ def ln_linear_gelu(
     out = x.new_empty(B, N)
     _ln_linear_gelu_kernel[grid](x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, **options)
     return out
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: those that want most registers. hip: as planned on an AMD
-    GPU."""
-    shapes = [("gemv", 4, 768), ("tile", 8, 1024)]
-    return [
-        aot_case(_ln_linear_gelu_kernel, form, B, 4 * C, C, True, hip, eps="fp32", N=4 * C, K=C)
-        for form, B, C in shapes
-    ]

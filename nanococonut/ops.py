@@ -9,6 +9,7 @@ and whether steps are replayed from CUDA graphs. There is no silent fallback: `c
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from nanococonut.cache import KVCache
 from nanococonut.errors import UserError
 from nanococonut.model import GPT
+
+if TYPE_CHECKING:  # kernels/ needs triton, which is optional
+    from kernels.prefix_attention import PrefixBuffers
 
 
 def choose(kernels: str, model: GPT) -> tuple[str, str]:
@@ -82,14 +86,22 @@ def choose_training(kernels: str, model: GPT) -> tuple[str, str]:
     return ("torch", why_not) if why_not else ("triton", "a GPU and no dropout")
 
 
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One query per row over its prefix, by Triton (kernels/latent_attention.py): out, lse, and the
-    k and v for whatever reads them next."""
-    from kernels.latent_attention import latent_attention_pass
+def prefix_buffers(B: int, nh: int, T: int, hs: int, device: torch.device) -> "PrefixBuffers":
+    """Return the memory that prefix_attention needs for one prefix (B, nh, T, hs)."""
+    from kernels.latent_attention import SplitWorkspace
+    from kernels.prefix_attention import PrefixBuffers
 
-    return latent_attention_pass(q, k, v, lengths)
+    return PrefixBuffers(SplitWorkspace.allocate(B, nh, T, hs, device))
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, buffers: "PrefixBuffers"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (out, lse, k, v) of one query per sequence over its prefix, by Triton. The next reader
+    of the prefix takes the k and v returned here (kernels/prefix_attention.py)."""
+    from kernels.prefix_attention import prefix_attention
+
+    return prefix_attention(q, k, v, lengths, buffers)
 
 
 def head_loss(h: Tensor, w: Tensor, targets: Tensor, n_labels: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +109,7 @@ def head_loss(h: Tensor, w: Tensor, targets: Tensor, n_labels: int) -> tuple[Ten
     by Triton (kernels/linear_cross_entropy.py): the sum, and right (N,)."""
     from kernels.linear_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(h, w, targets, kernel=True, n_labels=n_labels)
+    return linear_cross_entropy(h, w, targets, n_labels)
 
 
 class TritonStep:
@@ -108,11 +120,11 @@ class TritonStep:
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        from kernels.latent_attention import latent_attention_scratch
+        from kernels.latent_attention import SplitWorkspace
 
         _, _, B, nh, T, hs = cache.data.shape
         self.model, self.cache = model, cache
-        self.scratch = latent_attention_scratch(B, nh, T, hs, cache.data.device)
+        self.workspace = SplitWorkspace.allocate(B, nh, T, hs, cache.data.device)
         self.rows = torch.arange(B, device=cache.data.device)
         # the residual stream; between two steps, the next thought's input
         self.x = cache.data.new_empty(B, nh * hs)
@@ -146,7 +158,7 @@ class TritonStep:
             k, v = self.cache.data[layer]
             ln, qkv = block.ln_1, block.attn.c_attn
             q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, k, v, lengths, active, ln.eps)
-            y = latent_attention(q, k, v, lengths, extra=1, scratch=self.scratch)
+            y = latent_attention(q, k, v, lengths, self.workspace, n_new=1)
             out = block.attn.c_proj
             linear_residual(y.flatten(1), out.weight, out.bias, x)
             ln, up, down = block.ln_2, block.mlp.c_fc, block.mlp.c_proj

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 from conftest import assert_three_way
 
+from kernels._linear import TILE_ROW_BYTES
 from kernels.append import append
-from kernels.linear import TILE_ROW_BYTES
 from kernels.reference import append_ref
 
 FORMS = ["gemv", "tile", "library"]

@@ -18,7 +18,6 @@ by each program: K values per row, which the L2 cache serves, against a launch o
 
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +25,6 @@ from torch import Tensor
 GEMV_UP_TO = 4  # rows; on paper: beyond it shuffles cost more than tensor cores (unmeasured)
 LIBRARY_FROM = 64  # rows; on paper: from here on each program's own LayerNorm costs (unmeasured)
 TILE_ROW_BYTES = 2048  # of a row that a tile normalises in registers: GPT-2 medium in bf16
-HIP = bool(torch.version.hip)
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -139,7 +137,7 @@ def auto_form(
 
 @cache
 def plan(
-    form: str, batch: int, n_out: int, n_in: int, itemsize: int, norm: bool, hip: bool = HIP
+    form: str, batch: int, n_out: int, n_in: int, itemsize: int, norm: bool
 ) -> tuple[tuple, dict]:
     """(grid, block sizes and launch options) of form "gemv" or "tile" for (B, K) x (N, K)^T.
 
@@ -160,9 +158,8 @@ def plan(
         if norm and n_in * itemsize > TILE_ROW_BYTES:
             raise ValueError(f"form 'tile': a row of {n_in} is too long, 'gemv' is wanted")
         shapes = [(m, n) for m in (16, 32, 64) for n in (16, 32, 64)]
-        if norm:  # rows and weights go through registers and 64 KiB of shared memory (AMD: 32)
-            most = 32768 if hip else 65536
-            shapes = [(16, n) for n in (16, 32) if n == 16 or n * whole * itemsize <= most]
+        if norm:  # rows and weights go through registers and 64 KiB of shared memory
+            shapes = [(16, n) for n in (16, 32) if n == 16 or n * whole * itemsize <= 65536]
 
         def busiest(shape: tuple[int, int]) -> tuple[int, int]:
             programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
@@ -175,7 +172,7 @@ def plan(
         else:
             buffer = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
             chunks, warps = max(1, min(whole, buffer) // block_k), 4
-            stages = 2 if hip else 4
+            stages = 4
     else:
         raise ValueError(f"form {form!r}: one of auto, gemv, tile, library is wanted")
     grid = (triton.cdiv(n_out, block_n), triton.cdiv(batch, block_m))
@@ -204,21 +201,3 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> None
             )
         if t.dtype != x.dtype or t.device != x.device:
             raise ValueError(f"{name} is {t.dtype} on {t.device}, x is {x.dtype} on {x.device}")
-
-
-def aot_case(
-    kernel, form: str, batch: int, n_out: int, n_in: int, norm: bool, hip: bool, **others
-) -> "Case":  # noqa: F821
-    """One case for kernels.aot in bf16, as a launcher would have it. others: the kernel's further
-    arguments, their type (a string) or value (a constexpr)."""
-    from kernels.aot import Case
-
-    options = dict(plan(form, batch, n_out, n_in, 2, norm, hip)[1])
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    del options["enable_fp_fusion"]
-    given = {a: "*bf16" for a in kernel.arg_names if a.endswith("_ptr")} | dict(B="i32") | others
-    signature = {a: t for a, t in given.items() if isinstance(t, str)}
-    constexprs = {a: v for a, v in given.items() if not isinstance(v, str)} | options
-    divisible = [a for a in signature if a.endswith("_ptr") or a.startswith("stride")]
-    name = f"{form} B={batch} {n_out}x{n_in}"
-    return Case(name, kernel, signature, constexprs, warps, stages, True, form == "tile", divisible)
