@@ -167,24 +167,24 @@ def _case(kernel: Any, name: str, values: dict[str, Any], **options: Any) -> Cas
 
 
 def _linear_case(
-    kernel: Any, form: str, shape: tuple[int, int, int], values: dict[str, Any]
+    kernel: Any, impl: str, shape: tuple[int, int, int], values: dict[str, Any]
 ) -> Case:
     """Return a case of a linear map of shape (B, N, K), with its launcher's block sizes."""
     (B, N, K), norm = shape, "eps" in kernel.arg_names
-    blocks = dict(_linear.plan(form, B, N, K, 2, norm)[1])
+    blocks = dict(_linear.launch_config(impl, B, N, K, 2, norm)[1])
     del blocks["enable_fp_fusion"]
     options = dict(num_warps=blocks.pop("num_warps"), num_stages=blocks.pop("num_stages"))
     values = dict(B="i32") | values | blocks
-    name = f"{form} B={B} {N}x{K}"
-    return _case(kernel, name, values, **options, wide_loads=True, dots=form == "tile")
+    name = f"{impl} B={B} {N}x{K}"
+    return _case(kernel, name, values, **options, wide_loads=True, dots=impl == "gemm_tile")
 
 
 def _append_cases() -> Iterable[Case]:
     values = dict(lengths_ptr="*i64", active_ptr="*i1", B="i32", T="i32")
-    values |= dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i32")
-    values |= dict(C=768, HEAD=64, MASKED=True)
-    for form, B in [("gemv", 1), ("gemv", 4), ("tile", 8)]:
-        yield _linear_case(append._append_kernel, form, (B, 2304, 768), values | dict(eps="fp32"))
+    values |= dict.fromkeys(("stride_kb", "stride_kh", "stride_kt"), "i32")
+    values |= dict(C=768, D=64, MASKED=True)
+    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm_tile", 8)]:
+        yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | dict(eps="fp32"))
     values |= dict(BLOCK_N=1024)
     yield _case(append._append_store_kernel, "store", values, num_warps=2, wide_loads=True)
 
@@ -241,12 +241,17 @@ def _cross_entropy_cases() -> Iterable[Case]:
 
 
 def _residual_and_gelu_cases() -> Iterable[Case]:
-    for form, B, K in [("gemv", 1, 768), ("gemv", 4, 3072), ("tile", 8, 3072), ("tile", 63, 768)]:
+    for impl, B, K in [
+        ("gemv", 1, 768),
+        ("gemv", 4, 3072),
+        ("gemm_tile", 8, 3072),
+        ("gemm_tile", 63, 768),
+    ]:
         kernel = linear_residual._linear_residual_kernel
-        yield _linear_case(kernel, form, (B, 768, K), dict(N=768, K=K))
-    for form, B, C in [("gemv", 4, 768), ("tile", 8, 1024)]:  # these need the most registers
+        yield _linear_case(kernel, impl, (B, 768, K), dict(N=768, K=K))
+    for impl, B, C in [("gemv", 4, 768), ("gemm_tile", 8, 1024)]:  # these need the most registers
         kernel = ln_linear_gelu._ln_linear_gelu_kernel
-        yield _linear_case(kernel, form, (B, 4 * C, C), dict(eps="fp32", N=4 * C, K=C))
+        yield _linear_case(kernel, impl, (B, 4 * C, C), dict(eps="fp32", N=4 * C, K=C))
 
 
 def all_cases(only: str = "") -> Iterable[Case]:
