@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100
-CHUNK = 1024
-BLOCK_V = 2048
+IGNORE = -100  # target of an unsupervised position
+CHUNK = 1024  # rows of logits at once: enough to keep cuBLAS busy
+BLOCK_V = 2048  # logits per loop iteration: 16 per thread
 NUM_WARPS = 4
 NUM_STAGES = 3  # loads are pipelined through shared memory, see latent_attention.py
 
