@@ -106,14 +106,11 @@ def cases(config: KernelsConfig, batch: int, device: str, dtype: torch.dtype) ->
     """All kernels at one batch."""
     from kernels.append import append
     from kernels.feedback import embed, feedback
-    from kernels.latent_attention import (
-        latent_attention,
-        latent_attention_lse,
-        latent_attention_scratch,
-    )
+    from kernels.latent_attention import SplitWorkspace, latent_attention
     from kernels.linear_cross_entropy import linear_cross_entropy
     from kernels.linear_residual import linear_residual
     from kernels.ln_linear_gelu import ln_linear_gelu
+    from kernels.prefix_attention import PrefixBuffers, prefix_attention
     from kernels.reference import embed_ref, feedback_ref, linear_residual_ref, ln_linear_gelu_ref
 
     B, C, T, V, nh = batch, config.n_embd, config.context, config.vocab_size, config.n_head
@@ -135,7 +132,7 @@ def cases(config: KernelsConfig, batch: int, device: str, dtype: torch.dtype) ->
     def lengths(n: int) -> Tensor:
         return torch.full((B,), n, device=device)
 
-    scratch = latent_attention_scratch(B, nh, T + 8, C // nh, device)
+    workspace = SplitWorkspace.allocate(B, nh, T + 8, C // nh, torch.device(device))
     yield Case(
         "append", append, plain_append,
         [normal(B, C), *norm(), *linear(3 * C, C), *cache(), lengths(T - 1)],
@@ -143,7 +140,7 @@ def cases(config: KernelsConfig, batch: int, device: str, dtype: torch.dtype) ->
     )  # fmt: skip
     yield Case(
         "latent_attention",
-        lambda q, k, v, n: latent_attention(q, k, v, n, scratch=scratch),
+        lambda q, k, v, n: latent_attention(q, k, v, n, workspace),
         plain_attention,
         [normal(B, nh, C // nh), *cache(), lengths(T)],
         2 * B * C * T + 2 * B * C, sizes,
@@ -171,8 +168,8 @@ def cases(config: KernelsConfig, batch: int, device: str, dtype: torch.dtype) ->
     )  # fmt: skip
     q, (k, v) = normal(B, nh, C // nh), cache()
     yield Case(
-        "latent_attention_lse, with backward",
-        lambda q, k, v, n: latent_attention_lse(q, k, v, n)[0],
+        "prefix_attention, with backward",
+        lambda q, k, v, n: prefix_attention(q, k, v, n, PrefixBuffers(workspace))[0],
         plain_attention,
         [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), lengths(T)],
         6 * B * C * T + 5 * B * C, sizes, grads=True,
@@ -182,7 +179,7 @@ def cases(config: KernelsConfig, batch: int, device: str, dtype: torch.dtype) ->
         h, w = normal(N, C), normal(V, C, std=C**-0.5)
         yield Case(
             "linear_cross_entropy, with backward",
-            lambda h, w, t: linear_cross_entropy(h, w, t, kernel=True, n_labels=len(t))[0],
+            lambda h, w, t: linear_cross_entropy(h, w, t, len(t))[0],
             plain_cross_entropy,
             [h.requires_grad_(), w.requires_grad_(), torch.randint(V, (N,), device=device)],
             2 * N * C + 2 * V * C, dict(rows=N, n_embd=C, vocab_size=V), grads=True,

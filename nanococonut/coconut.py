@@ -45,6 +45,7 @@ class BlockKV:
         self.length, self.prefix_valid = length, prefix_valid  # (B,), (B, Tp) bool
         self.dropout = dropout
         self.triton = kernels == "triton"
+        self.buffers: list[ops.PrefixBuffers] = []  # per layer, with kernels="triton"
 
     def valid(self, thoughts: int, taken: Tensor, as_one: bool = False) -> Tensor:
         """(B, Tp + thoughts) bool: the prefix's keys, and of `thoughts` columns the first taken.
@@ -56,6 +57,8 @@ class BlockKV:
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # contiguous once here, or every thought's matrix products would each copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
+        if self.triton:
+            self.buffers.append(ops.prefix_buffers(*k.shape, k.device))
         if q.shape[2] == 1:  # the last layer: only the last token of each row asks
             if self.triton:
                 return self._ask_prefix(layer, q)[1]
@@ -79,7 +82,9 @@ class BlockKV:
 
     def _ask_prefix(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, nh, 1, hs) -> the prefix as one key: score (B, nh, 1, 1), value (B, nh, 1, hs)."""
-        out, lse, k, v = ops.prefix_attention(q[:, :, 0], *self.prefix[layer], self.length)
+        out, lse, k, v = ops.prefix_attention(
+            q[:, :, 0], *self.prefix[layer], self.length, self.buffers[layer]
+        )
         self.prefix[layer] = k, v  # backward goes through them to add to this pass's gradients
         return lse[..., None, None], out[:, :, None]
 

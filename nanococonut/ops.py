@@ -9,12 +9,16 @@ and whether steps are replayed from CUDA graphs. There is no silent fallback: `c
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
+
+if TYPE_CHECKING:  # kernels/ needs triton, which is optional
+    from kernels.prefix_attention import PrefixBuffers
 
 
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
@@ -81,14 +85,22 @@ def choose_training_backend(kernels: str, model: GPT) -> tuple[str, str]:
     return ("torch", why_not) if why_not else ("triton", "a GPU and no dropout")
 
 
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One query per row over its prefix, by Triton (kernels/latent_attention.py): out, lse, and the
-    k and v for whatever reads them next."""
-    from kernels.latent_attention import latent_attention_pass
+def prefix_buffers(B: int, nh: int, T: int, hs: int, device: torch.device) -> "PrefixBuffers":
+    """Return the memory that prefix_attention needs for one prefix (B, nh, T, hs)."""
+    from kernels.latent_attention import SplitWorkspace
+    from kernels.prefix_attention import PrefixBuffers
 
-    return latent_attention_pass(q, k, v, lengths)
+    return PrefixBuffers(SplitWorkspace.allocate(B, nh, T, hs, device))
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, buffers: "PrefixBuffers"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (out, lse, k, v) of one query per sequence over its prefix, by Triton. The next reader
+    of the prefix takes the k and v returned here (kernels/prefix_attention.py)."""
+    from kernels.prefix_attention import prefix_attention
+
+    return prefix_attention(q, k, v, lengths, buffers)
 
 
 def head_cross_entropy(
@@ -98,4 +110,4 @@ def head_cross_entropy(
     by Triton (kernels/linear_cross_entropy.py): the sum, and right (N,)."""
     from kernels.linear_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(h, w, targets, kernel=True, n_labels=n_labels)
+    return linear_cross_entropy(h, w, targets, n_labels)

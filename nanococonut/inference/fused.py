@@ -15,11 +15,11 @@ class FusedStep:
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        from kernels.latent_attention import latent_attention_scratch
+        from kernels.latent_attention import SplitWorkspace
 
         _, _, B, nh, T, hs = cache.data.shape
         self.model, self.cache = model, cache
-        self.scratch = latent_attention_scratch(B, nh, T, hs, cache.data.device)
+        self.workspace = SplitWorkspace.allocate(B, nh, T, hs, cache.data.device)
         self.rows = torch.arange(B, device=cache.data.device)
         # the residual stream; between two steps, the next thought's input
         self.x = cache.data.new_empty(B, nh * hs)
@@ -53,7 +53,7 @@ class FusedStep:
             k, v = self.cache.data[layer]
             ln, qkv = block.ln_1, block.attn.c_attn
             q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, k, v, lengths, active, ln.eps)
-            y = latent_attention(q, k, v, lengths, extra=1, scratch=self.scratch)
+            y = latent_attention(q, k, v, lengths, self.workspace, n_new=1)
             out = block.attn.c_proj
             linear_residual(y.flatten(1), out.weight, out.bias, x)
             ln, up, down = block.ln_2, block.mlp.c_fc, block.mlp.c_proj

@@ -266,15 +266,15 @@ def test_with_kernels_every_gradient_is_as_near_the_truth(
 
 
 def test_no_thought_masks_the_prefix_or_has_a_gradient_of_its_own(monkeypatch, seed):
-    attention = pytest.importorskip("kernels.latent_attention")
+    attention = pytest.importorskip("kernels.prefix_attention")
     model = random_gpt(seed % 1000, dtype=torch.float32, n_embd=32, n_head=2)
     batch = random_batch(seed, [2, 3])[0]
     biases, buffers = [], []
-    plain, backward = coconut._bias, attention.latent_attention_backward_
+    plain, backward = coconut._bias, attention.prefix_attention_backward
     monkeypatch.setattr(coconut, "_bias", lambda seen: biases.append(seen) or plain(seen))
     monkeypatch.setattr(
         attention,
-        "latent_attention_backward_",
+        "prefix_attention_backward",
         lambda *args: buffers.append(args[8:10]) or backward(*args),
     )
     if torch.cuda.is_available():

@@ -456,7 +456,12 @@ def test_train_py_continues_from_run_and_export(script, tmp_path):
     first = checkpoint.load("cot")[0].state_dict()
     export("cot", "hf")
     for name in ("cot", "hf"):
-        argv = [f"--init_from={name}", "--first_stage_epochs=0", "--seed=5", f"--out_dir=from_{name}"]
+        argv = [
+            f"--init_from={name}",
+            "--first_stage_epochs=0",
+            "--seed=5",
+            f"--out_dir=from_{name}",
+        ]
         code, _, err = script("tiny.py", "--n_embd=64", *argv)  # the checkpoint's size counts
         assert (code, err) == (0, "")
         for key, p in checkpoint.load(f"from_{name}")[0].state_dict().items():
