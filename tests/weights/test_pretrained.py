@@ -87,7 +87,7 @@ def test_other_spellings_of_the_same_weights(tmp_path, theirs):
         for key in list(tensors):
             tensors[key.removeprefix("transformer.")] = tensors.pop(key)
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
-        tensors["h.0.attn.mrequested_bias"] = torch.tensor(-1e4)
+        tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
         tensors["lm_head.weight"] = tensors["wte.weight"].clone()
 
     rewrite(file, respell)
