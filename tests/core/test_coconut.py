@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_three_way, random_batch, random_gpt
+from helpers import assert_three_way, exact_match, random_batch, random_gpt
 from torch.nn import functional as F
 
 from nanococonut import coconut
@@ -107,7 +107,7 @@ def test_loss_and_right_are_those_of_all_logits(case, seed):
     batch.targets[0, supervised] = logits[0].argmax(-1)[supervised]  # one row is right
     loss, right = coconut.loss(model, batch, coconut.think(model, batch))
     torch.testing.assert_close(loss, coconut.loss_sum(logits, batch.targets))
-    assert torch.equal(right, coconut.right_rows(logits, batch.targets)) and right[0]
+    assert torch.equal(right, exact_match(logits, batch.targets)) and right[0]
 
 
 def test_a_projection_starts_as_the_hidden_state_itself():
@@ -142,10 +142,10 @@ def test_the_stop_classifiers_loss_equals_the_naive_loop():
         torch.tensor([r[i] + [f] * (2 - len(r[i])) for r in rows]) for i, f in ((2, 0), (3, IGNORE))
     )
     needed = torch.tensor([2, 0, 3, 1, 9])
-    batch = replace(batch, suffix=suffix, targets=targets, needed=needed)
+    batch = replace(batch, suffix=suffix, targets=targets, n_needed=needed)
     trace = coconut.think(model, batch)
     loss = coconut.stop_loss(model, batch, trace)
-    expected = naive_stop_loss(model, rows, batch.needed.tolist())
+    expected = naive_stop_loss(model, rows, batch.n_needed.tolist())
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     loss.backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -183,7 +183,7 @@ def test_padding_changes_nothing(gpt):
             batch.prefix[b : b + 1, :n],
             batch.length[b : b + 1],
             batch.n_thoughts[b : b + 1],
-            batch.needed[b : b + 1],
+            batch.n_needed[b : b + 1],
             batch.suffix[b : b + 1, :s],
             batch.targets[b : b + 1, :s],
             int(batch.n_thoughts[b]),
@@ -227,7 +227,7 @@ def test_right_rows_counts_whole_rows():
     logits = torch.zeros(2, 3, 5)
     logits[0, 1, 2] = logits[0, 2, 3] = logits[1, 1, 2] = 1.0
     targets = torch.tensor([[IGNORE, 2, 3], [IGNORE, 2, 3]])
-    assert coconut.right_rows(logits, targets).tolist() == [True, False]
+    assert exact_match(logits, targets).tolist() == [True, False]
 
 
 def gradients(model, batch, kernels="torch", autocast=False):
@@ -270,8 +270,8 @@ def test_no_thought_masks_the_prefix_or_has_a_gradient_of_its_own(monkeypatch, s
     model = random_gpt(seed % 1000, dtype=torch.float32, n_embd=32, n_head=2)
     batch = random_batch(seed, [2, 3])[0]
     biases, buffers = [], []
-    plain, backward = coconut._bias, attention.prefix_attention_backward
-    monkeypatch.setattr(coconut, "_bias", lambda seen: biases.append(seen) or plain(seen))
+    plain, backward = coconut.attention_bias, attention.prefix_attention_backward
+    monkeypatch.setattr(coconut, "attention_bias", lambda seen: biases.append(seen) or plain(seen))
     monkeypatch.setattr(
         attention,
         "prefix_attention_backward",
@@ -288,5 +288,5 @@ def test_no_thought_masks_the_prefix_or_has_a_gradient_of_its_own(monkeypatch, s
 def test_dropout_is_for_torch():
     model = random_gpt(dropout=0.5).train()
     batch, _ = random_batch(3, [3, 1])
-    with pytest.raises(ValueError, match="dropout=0.5 in attention"):
+    with pytest.raises(ValueError, match="attention dropout=0.5"):
         coconut.think(model, batch, "triton")

@@ -31,7 +31,7 @@ def test_the_engine_says_the_same_with_triton(device):
 
 def test_what_cannot_train_is_said(monkeypatch):
     plain, dropout = random_gpt(dtype=torch.float32), random_gpt(dtype=torch.float32, dropout=0.1)
-    assert ops.choose_training_backend("torch", plain) == ("torch", "as asked for")
+    assert ops.choose_training_backend("torch", plain) == ("torch", "as requested")
     if not torch.cuda.is_available():  # interpreted kernels are for who asks for them
         assert ops.choose_training_backend("auto", plain) == (
             "torch",
@@ -63,7 +63,7 @@ def test_on_a_gpu_training_takes_the_kernels_unless_there_is_dropout():
 def test_what_cannot_run_is_said(monkeypatch):
     plain, smeared = random_gpt(), random_gpt(smear=True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert ops.choose_backend("torch", plain) == ("torch", "as asked for")
+    assert ops.choose_backend("torch", plain) == ("torch", "as requested")
     assert ops.choose_backend("auto", plain) == ("torch", "the model is on cpu, not on a GPU")
     with pytest.raises(UserError, match="triton cannot run here: the model is on cpu"):
         ops.choose_backend("triton", plain)
