@@ -210,7 +210,7 @@ def test_layout_labels_and_positions_are_those_written_by_hand(tokenizer, method
     assert batch.targets[0, :s].tolist() == (
         [IGNORE] * (first_label - n - k) + sequence[first_label:]
     )
-    assert batch.targets[0, s:].eq(IGNORE).all() and batch.needed.tolist() == [3, 1]
+    assert batch.targets[0, s:].eq(IGNORE).all() and batch.n_needed.tolist() == [3, 1]
     # positions: the row alone takes as many as there are tokens and thoughts
     assert n + k + s == len(sequence) <= max_length(c, ROW, tokenizer)
 
