@@ -1,4 +1,4 @@
-"""Config files and the command line: what is wrong is refused, by name, before any work."""
+"""Config files and the command line: errors name the option, before any work."""
 
 import re
 
@@ -9,28 +9,29 @@ from nanococonut.runtime.cli import format_config, make_config, parse_cli, read_
 from nanococonut.runtime.errors import UserError
 
 
-def refused(fn, *words):
-    """The message of the UserError that fn() raises: at most two lines, with these words."""
+def assert_refused(fn, *fragments):
+    """Assert that fn() raises a UserError of at most two lines that contains all fragments."""
     with pytest.raises(UserError) as e:
         fn()
     text = str(e.value)
     assert text.count("\n") <= 1, text
-    for word in words:
-        assert word in text, text
+    for fragment in fragments:
+        assert fragment in text, text
 
 
 def cli(*argv):
-    given, path = parse_cli(TrainConfig, argv, "", config_file=True)
-    return make_config(TrainConfig, given), path
+    overrides, path = parse_cli(TrainConfig, argv, "", config_file=True)
+    return make_config(TrainConfig, overrides), path
 
 
-def file_of(tmp_path, text):
+def write_config(tmp_path, text):
     path = tmp_path / "mine.py"
     path.write_text(text)
     return path
 
 
-def test_both_spellings_aliases_and_bare_flags():
+def test_cli_spellings_aliases_and_bare_flags():
+    """Guards every way to write an option."""
     config, path = cli("config/x.py", "--lr=3e-4", "--n_layer", "3", "--resume", "--fallback=None")
     assert path == "config/x.py"
     assert (config.learning_rate, config.n_layer, config.resume) == (3e-4, 3, True)
@@ -38,17 +39,18 @@ def test_both_spellings_aliases_and_bare_flags():
     assert cli("--resume=False")[0].resume is False
 
 
-def test_command_line_wins_over_the_file(tmp_path):
-    path = file_of(tmp_path, '"""why"""\nn_layer = 3  # because\nlr = 0.5\ndata = None\n')
+def test_command_line_overrides_the_file(tmp_path):
+    """Guards the order of default, file and command line."""
+    path = write_config(tmp_path, '"""why"""\nn_layer = 3  # because\nlr = 0.5\ndata = None\n')
     values = read_config_file(path, TrainConfig)
     assert values == {"n_layer": 3, "learning_rate": 0.5, "data": None}
-    given, _ = parse_cli(TrainConfig, ["--n_layer=4"], "", config_file=True)
-    config = make_config(TrainConfig, values, given)
+    overrides, _ = parse_cli(TrainConfig, ["--n_layer=4"], "", config_file=True)
+    config = make_config(TrainConfig, values, overrides)
     assert (config.n_layer, config.learning_rate) == (4, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "fragments"),
     [
         (["--n_layr=3"], ["--n_layr", "Did you mean --n_layer?"]),
         (["--n_layer=three"], ["n_layer", "'three'", "whole number"]),
@@ -68,12 +70,13 @@ def test_command_line_wins_over_the_file(tmp_path):
         (["a.py", "b.py"], ["b.py"]),
     ],
 )
-def test_bad_settings(argv, words):
-    refused(lambda: cli(*argv), *words)
+def test_invalid_options_are_refused(argv, fragments):
+    """Guards against a typo or a conflict that trains something else."""
+    assert_refused(lambda: cli(*argv), *fragments)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fragments"),
     [
         ("n_layer = 2\n\nn_layerz = 3\n", ["line 3", "n_layerz", "Did you mean n_layer?"]),
         ("n_layer = 2 * 3\n", ["line 1", "n_layer", "not a literal"]),
@@ -84,23 +87,28 @@ def test_bad_settings(argv, words):
         ("a\0b", ["not a config file"]),
     ],
 )
-def test_bad_files(tmp_path, text, words):
-    path = file_of(tmp_path, text)
-    refused(lambda: read_config_file(path, TrainConfig), str(path), *words)
+def test_invalid_files_are_refused(tmp_path, text, fragments):
+    """Guards against code in a config file, and errors without a line number."""
+    path = write_config(tmp_path, text)
+    assert_refused(lambda: read_config_file(path, TrainConfig), str(path), *fragments)
 
 
-def test_missing_and_undecodable_files(tmp_path):
-    file_of(tmp_path, "")
-    refused(
+def test_missing_and_unreadable_files(tmp_path):
+    """Guards against a traceback if the path is wrong."""
+    write_config(tmp_path, "")
+    assert_refused(
         lambda: read_config_file(tmp_path / "mien.py", TrainConfig), "not there", "mean mine.py"
     )
-    refused(lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "not there")
+    assert_refused(
+        lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "not there"
+    )
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
-    refused(lambda: read_config_file(tmp_path / "latin.py", TrainConfig), "UTF-8")
-    refused(lambda: read_config_file(tmp_path, TrainConfig), "not readable")
+    assert_refused(lambda: read_config_file(tmp_path / "latin.py", TrainConfig), "UTF-8")
+    assert_refused(lambda: read_config_file(tmp_path, TrainConfig), "not readable")
 
 
 def test_help_is_grouped_and_complete(capsys):
+    """Guards against an option that --help does not list."""
     with pytest.raises(SystemExit) as e:
         cli("--help")
     assert e.value.code == 0
@@ -112,20 +120,22 @@ def test_help_is_grouped_and_complete(capsys):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_there_are_sixty_settings():
-    """An option is there if a committed result or a test of the paper needs it."""
+def test_there_are_sixty_options():
+    """An option exists only if a committed result or a test of the paper needs it."""
     assert len(TrainConfig.__dataclass_fields__) == 60
 
 
-def test_min_hops_is_for_prosqa_alone():
+def test_min_hops_is_for_prosqa_only():
+    """Guards other tasks against a conflict with an option that they ignore."""
     assert cli("--task=prontoqa", "--max_hops=2")[0].max_hops == 2
-    refused(lambda: cli("--max_hops=2"), "min_hops=3", "max_hops=2")
+    assert_refused(lambda: cli("--max_hops=2"), "min_hops=3", "max_hops=2")
 
 
-def test_show_names_what_differs():
+def test_format_config_lists_what_differs():
+    """Guards the header of train.py against a wall of defaults and against broken values."""
     assert "=" not in format_config(TrainConfig())
     changed = dict(n_layer=2, n_head=2, n_embd=64, seed=1, tokenizer="words", out_dir="out/a-b")
-    changed |= dict(valid_data="v" * 90)  # longer than a line, and in one piece
+    changed |= dict(valid_data="v" * 90)  # longer than a line: not split
     lines = format_config(TrainConfig(**changed)).splitlines()
     assert sorted(re.findall(r"(\w+)=", " ".join(lines))) == sorted(changed)
     assert [len(line) <= 80 for line in lines].count(False) == 1
