@@ -1,8 +1,9 @@
-"""The paper's GSM8k-Aug recipe: GPT-2 124M, 385,620 rows, two thoughts for each step.
+"""The paper's GSM8k-Aug recipe: GPT-2 124M, 385,620 examples, two thoughts per step.
 
-Rows come from the hub (a run keeps to the commit it began with; --hub_revision=COMMIT gives the
-same to another), or from text lines by --data=FILE --valid_data=FILE. The released code starts from
-a CoT checkpoint instead, and has no stage 0:
+The data comes from the Hugging Face hub. A run stays on the commit it started with; pass the same
+--hub_revision=COMMIT to another run. Or use text files: --data=FILE --valid_data=FILE.
+
+The released code instead starts from a CoT checkpoint and has no stage 0:
 
     python train.py config/gsm8k.py --method=cot --epochs=25 --out_dir=out/gsm8k_cot
     python train.py config/gsm8k.py --init_from=out/gsm8k_cot --first_stage_epochs=0 \
@@ -10,19 +11,19 @@ a CoT checkpoint instead, and has no stage 0:
 """
 
 task = "gsm8k"
-init_from = "gpt2"  # no fallback: grade-school mathematics is not learnt from scratch
+init_from = "gpt2"  # no fallback: a model cannot learn this mathematics from random weights
 
-c_thought = 2
-max_latent_stage = 3  # then one final stage: 39 % of the test rows have more steps
-first_stage_epochs = 6
+c_thought = 2  # two thoughts per step, as in the paper
+max_latent_stage = 3  # then the final stage: 39 % of the test examples have more steps
+first_stage_epochs = 6  # stage 0 is twice as long as the others
 epochs_per_stage = 3
-epochs = 50
-pad_latent_to_max = True
+epochs = 50  # 6 + 3 * 3, the other 35 in the final stage
+pad_latent_to_max = True  # as many thoughts in training as at inference
 
 batch_size = 128
-micro_batch_size = 32
+micro_batch_size = 32  # changes memory only, not the result
 learning_rate = 1e-4
 weight_decay = 0.01
-reset_optimizer = "stage"
-eval_interval = 3013  # every epoch of the last stage
+reset_optimizer = "stage"  # as in the paper
+eval_interval = 3013  # one epoch: the paper selects its checkpoint by validation
 max_new_tokens = 64

@@ -1,21 +1,21 @@
-"""The paper's ProntoQA recipe: GPT-2 124M, 9,000 rows of five hops, 50 epochs."""
+"""The paper's ProntoQA recipe: GPT-2 124M, 9,000 examples of five hops, 50 epochs."""
 
 task = "prontoqa"
 init_from = "gpt2"
-fallback = "prontoqa_small.py"  # without GPT-2's weights or a GPU for them: a model for any machine
+fallback = "prontoqa_small.py"  # without GPT-2's weights or a GPU: a model for any machine
 
-train_examples = 9_000
+train_examples = 9_000  # data sizes of the paper
 val_examples = 200
 max_hops = 5
 c_thought = 1
 max_latent_stage = 6  # five hops and the property
 epochs_per_stage = 5
-epochs = 50
-pad_latent_to_max = True
+epochs = 50  # 7 stages of 5 epochs, the other 15 in the final stage
+pad_latent_to_max = True  # as many thoughts in training as at inference
 
-batch_size = 128  # the released code's authors: runs with less failed
-micro_batch_size = 32
+batch_size = 128  # the released code's authors report that smaller batches failed
+micro_batch_size = 32  # changes memory only, not the result
 learning_rate = 1e-4
 weight_decay = 0.01
-reset_optimizer = "stage"  # the paper; the released code does it at every epoch
-eval_interval = 71  # the paper chooses its checkpoint by validation: every epoch of the last stage
+reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch
+eval_interval = 71  # one epoch: the paper selects its checkpoint by validation

@@ -1,39 +1,40 @@
-"""ProntoQA with chains of three hops, learnt from scratch by a 2-layer model on any laptop."""
+"""ProntoQA with chains of three hops: a 2-layer model from random weights, on any laptop."""
 
 task = "prontoqa"
-tokenizer = "words"  # needs no download
-render = "compact"  # five words of eight, and nothing lost but Each, Every and the plural
-# the released rows have five: in 5,000 steps only their shortcut was learnt, 91 % of plain rows and
-# half of the matched ones after stage 3 (docs/LOG.md)
+tokenizer = "words"  # no download
+render = "compact"  # five words of eight; drops only Each, Every and the plural
+# released examples have five hops: in 5,000 steps the model learned only their shortcut, with 91 %
+# on plain examples and half of the matched ones after stage 3 (docs/LOG.md)
 max_hops = 3
 
 n_layer = 2
 n_head = 2
 n_embd = 64
-block_size = 160
-dropout = 0.0  # every row is new: there is nothing to overfit
-wte_init_std = 0.1
-smear = True
+block_size = 160  # room for the longest example
+dropout = 0.0  # every example is new, so there is no overfitting
+wte_init_std = 0.1  # learns faster than 0.02 (docs/LOG.md)
+smear = True  # makes the previous word visible without an attention layer
 
-train_examples = 6_400  # a hundred steps
+train_examples = 6_400  # 100 steps per epoch
 regenerate_each_epoch = True
-matched_fraction = 0.5  # without them the shortcut is learnt: only the wrong concept is named once
-short_fraction = 0.3
+# without matched examples the model learns the shortcut: the wrong concept occurs only once
+matched_fraction = 0.5
+short_fraction = 0.3  # chains of one or two hops are learned first
 val_examples = 500
 c_thought = 1
 max_latent_stage = 4  # three hops and the property
-final_thoughts = 6
-first_stage_epochs = 20  # the first can be long: with 6 the twins are never told apart
+final_thoughts = 6  # more than the longest chain
+first_stage_epochs = 20  # at most: with 6 the model never learns the matched examples
 epochs_per_stage = 10
 epochs = 80
-uniform_prob = 0.3
-advance_at = 0.93
-icot_tokens = 0.5
+uniform_prob = 0.3  # these examples sample an earlier stage
+advance_at = 0.93  # leave a stage early once its examples are correct
+icot_tokens = 0.5  # tokens per epoch: iCoT drops its chain as fast as Coconut
 
 batch_size = 64
 micro_batch_size = 64
-learning_rate = 2e-3
-muon_learning_rate = 7e-3
+learning_rate = 2e-3  # embeddings, biases and LayerNorms, by AdamW
+muon_learning_rate = 7e-3  # matrices, by Muon: learns in fewer steps (docs/LOG.md)
 beta2 = 0.98
 grad_clip = 1.0
 warmup_steps = 50

@@ -1,4 +1,4 @@
-"""Tokenized examples into the three padded blocks of a batch."""
+"""Tokenized examples, and the three padded blocks of a batch (drawn in coconut.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,168 +11,147 @@ from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import Example
 from nanococonut.tokenizer import Tokenizer
 
-IGNORE = -100  # cross_entropy's ignore_index
+IGNORE = -100  # ignore_index of cross_entropy: not supervised
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A row in tokens: question, each step, "### " + answer (no eos)."""
+    """Token ids of an example."""
 
     question: list[int]
-    steps: list[list[int]]
-    answer: list[int]
+    steps: list[list[int]]  # one list per reasoning step
+    answer: list[int]  # starts with "### ", has no eos
 
 
-def tokenize(tokenizer: Tokenizer, row: Example) -> TokenizedExample:
-    """A rendered row (its questions and steps end in what parts them from the next, a newline for
-    sentences). Parts are tokenised on their own and only then joined, as the released code does."""
+Examples = Sequence[TokenizedExample]
+
+
+def tokenize(tokenizer: Tokenizer, example: Example) -> TokenizedExample:
+    """Return the tokens of a rendered example. Its texts end in their own separators."""
+    # each text on its own, as in the released code: no token spans a boundary that may move
     return TokenizedExample(
-        tokenizer.encode(row["question"]),
-        [tokenizer.encode(step) for step in row["steps"]],
-        tokenizer.encode("### " + row["answer"]),
+        tokenizer.encode(example["question"]),
+        [tokenizer.encode(step) for step in example["steps"]],
+        tokenizer.encode("### " + example["answer"]),
     )
+
+
+def build_prompt(
+    curriculum: Curriculum, question: list[int], n_thoughts: int, tokenizer: Tokenizer
+) -> tuple[list[int], int, list[int]]:
+    """Return (prefix, number of latent steps, tokens forced after them) for one question."""
+    if not curriculum.rules.markers:
+        return question, n_thoughts, []
+    # pauses are ordinary tokens: read with the question, without latent steps
+    n_pauses = n_thoughts if curriculum.rules.thought_type == "pause" else 0
+    prefix = [*question, tokenizer.bot, *[tokenizer.latent] * n_pauses]
+    return prefix, n_thoughts - n_pauses, [tokenizer.eot]
+
+
+def build_sequence(
+    curriculum: Curriculum, stage: int, example: TokenizedExample, tokenizer: Tokenizer
+) -> tuple[list[int], int, list[int], int]:
+    """Return (prefix, number of latent steps, suffix, leading suffix tokens not supervised)."""
+    n_dropped, n_thoughts = curriculum.plan(stage, len(example.steps))
+    prefix, n, forced = build_prompt(curriculum, example.question, n_thoughts, tokenizer)
+    chain = [token for step in example.steps[n_dropped:] for token in step]
+    if curriculum.rules.drop_rule == "tokens":  # iCoT drops tokens, not steps
+        chain = chain[int(stage * curriculum.icot_tokens) :]
+    return prefix, n, [*forced, *chain, *example.answer, tokenizer.eos], len(forced)
+
+
+def count_labels(
+    curriculum: Curriculum, stages: Sequence[int], examples: Examples, tokenizer: Tokenizer
+) -> int:
+    """Return the supervised labels of examples, each at its own stage: the loss divides by them."""
+    pairs = zip(stages, examples, strict=True)
+    sequences = (build_sequence(curriculum, stage, x, tokenizer) for stage, x in pairs)
+    return sum(len(suffix) - n_forced for _, _, suffix, n_forced in sequences)
+
+
+def max_length(curriculum: Curriculum, example: TokenizedExample, tokenizer: Tokenizer) -> int:
+    """Return the most positions that the example takes at any stage: the least block_size."""
+    stages = range(curriculum.max_latent_stage + 2)  # the last one is the final stage
+    sequences = [build_sequence(curriculum, stage, example, tokenizer) for stage in stages]
+    return max(len(prefix) + n + len(suffix) for prefix, n, suffix, _ in sequences)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in three blocks (see coconut.py). All int64 and on one device.
+    """B sequences in three blocks. All tensors are int64 and on one device."""
 
-    prefix      (B, Tp)  right-padded with 0
-    length      (B,)     real tokens of the prefix
-    n_thoughts  (B,)
-    needed      (B,)     thoughts after which all of the row's steps would be replaced
-    suffix      (B, Ts)  right-padded with 0
-    targets     (B, Ts)  the suffix where it is supervised, else -100 (<eot>, padding)
-    max_thoughts, n_labels: host integers, so that the loop asks no device
-    """
-
-    prefix: Tensor
-    length: Tensor
-    n_thoughts: Tensor
-    needed: Tensor
-    suffix: Tensor
-    targets: Tensor
-    max_thoughts: int
-    n_labels: int
+    prefix: Tensor  # (B, Tp), right-padded with 0
+    length: Tensor  # (B,), number of valid tokens in the prefix
+    n_thoughts: Tensor  # (B,), number of latent steps
+    n_needed: Tensor  # (B,), number of thoughts that replace all steps of the example
+    suffix: Tensor  # (B, Ts), right-padded with 0
+    targets: Tensor  # (B, Ts), the suffix; IGNORE for <eot> and padding
+    # on the host, so that the training loop does not wait for the GPU
+    max_thoughts: int  # at least the maximum of n_thoughts
+    n_labels: int  # at least the number of supervised targets
 
     @property
-    def blocks(self) -> tuple[Tensor, ...]:
-        return (
-            self.prefix,
-            self.length,
-            self.n_thoughts,
-            self.needed,
-            self.suffix,
-            self.targets,
-        )
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.prefix, self.length, self.n_thoughts, self.n_needed, self.suffix, self.targets
 
     def to(self, device: torch.device) -> "Batch":
-        # pinned memory is kept until it was read; MPS may read what is gone already
-        later = torch.device(device).type == "cuda"
-        moved = (t.to(device, non_blocking=later) for t in self.blocks)
+        # CUDA keeps pinned memory until the copy is done; MPS may read freed memory
+        non_blocking = torch.device(device).type == "cuda"
+        moved = (t.to(device, non_blocking=non_blocking) for t in self.tensors)
         return Batch(*moved, self.max_thoughts, self.n_labels)
 
     def pinned(self) -> "Batch":
-        """In memory from which a GPU copies by itself."""
-        return Batch(*(t.pin_memory() for t in self.blocks), self.max_thoughts, self.n_labels)
+        """Return a copy in page-locked memory, from which a GPU copies asynchronously."""
+        return Batch(*(t.pin_memory() for t in self.tensors), self.max_thoughts, self.n_labels)
 
     def copy_(self, other: "Batch") -> None:
-        """Take over the other's rows, of the same shape, in place."""
-        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
-            mine.copy_(theirs, non_blocking=True)
+        """Copy the tensors of a batch of the same shape into this one."""
+        for own, new in zip(self.tensors, other.tensors, strict=True):
+            own.copy_(new, non_blocking=True)
 
-    def padded(
-        self, rows: int, prefix: int, suffix: int, max_thoughts: int, n_labels: int
-    ) -> "Batch":
-        """The same rows in a batch of this shape, never a smaller one. Rows that fill it up have
-        a prefix of one token and nothing else; n_labels is then no more than a bound."""
-        more = rows - len(self.length)
+    def padded(self, B: int, Tp: int, Ts: int, max_thoughts: int, n_labels: int) -> "Batch":
+        """Return this batch padded to a larger shape, so that few CUDA graphs are captured."""
+        n_new = B - len(self.length)
 
-        def wide(t: Tensor, width: int, fill: int) -> Tensor:
-            return F.pad(t, (0, width - t.shape[1], 0, more), value=fill)
+        def pad(t: Tensor, width: int, fill: int = 0) -> Tensor:
+            return F.pad(t, (0, width - t.shape[1], 0, n_new), value=fill)  # (B, width)
+
+        # an added sequence has a prefix of one token, no thoughts and no labels
 
         return Batch(
-            prefix=wide(self.prefix, prefix, 0),
-            length=F.pad(self.length, (0, more), value=1),
-            n_thoughts=F.pad(self.n_thoughts, (0, more)),
-            needed=F.pad(self.needed, (0, more)),
-            suffix=wide(self.suffix, suffix, 0),
-            targets=wide(self.targets, suffix, IGNORE),
+            prefix=pad(self.prefix, Tp),
+            length=F.pad(self.length, (0, n_new), value=1),
+            n_thoughts=F.pad(self.n_thoughts, (0, n_new)),
+            n_needed=F.pad(self.n_needed, (0, n_new)),
+            suffix=pad(self.suffix, Ts),
+            targets=pad(self.targets, Ts, IGNORE),
             max_thoughts=max_thoughts,
             n_labels=n_labels,
         )
 
 
-def build_prompt(
-    curriculum: Curriculum, question: list[int], slots: int, tokenizer: Tokenizer
-) -> tuple[list[int], int, list[int]]:
-    """A question with its slots, as it is asked: (prefix, thoughts to feed back, what opens the
-    words). Pauses are tokens like others: they are read with the question and cost no pass."""
-    if not curriculum.rules.markers:
-        return question, slots, []
-    pauses = slots if curriculum.rules.thought_type == "pause" else 0
-    prefix = [*question, tokenizer.bot, *[tokenizer.latent] * pauses]
-    return prefix, slots - pauses, [tokenizer.eot]
-
-
-def build_sequence(
-    curriculum: Curriculum, stage: int, row: TokenizedExample, tokenizer: Tokenizer
-) -> tuple[list[int], int, list[int], int]:
-    """One row at one stage -> (prefix, number of thoughts, suffix, labels not supervised first)."""
-    drop, slots = curriculum.plan(stage, len(row.steps))
-    prefix, thoughts, opening = build_prompt(curriculum, row.question, slots, tokenizer)
-    chain = [t for step in row.steps[drop:] for t in step]
-    if curriculum.rules.drop_rule == "tokens":
-        chain = chain[int(stage * curriculum.icot_tokens) :]
-    return prefix, thoughts, [*opening, *chain, *row.answer, tokenizer.eos], len(opening)
-
-
-def count_labels(
-    curriculum: Curriculum,
-    stages: Sequence[int],
-    rows: Sequence[TokenizedExample],
-    tokenizer: Tokenizer,
-) -> int:
-    """Supervised labels of rows, each at its own stage: what a batch's loss is a mean over."""
-    parts = (
-        build_sequence(curriculum, stage, row, tokenizer)
-        for stage, row in zip(stages, rows, strict=True)
-    )
-    return sum(len(suffix) - skipped for _, _, suffix, skipped in parts)
-
-
-def max_length(curriculum: Curriculum, row: TokenizedExample, tokenizer: Tokenizer) -> int:
-    """The most positions this row takes at any stage: what block_size has to hold."""
-    stages = range(curriculum.max_latent_stage + 2)
-    parts = [build_sequence(curriculum, stage, row, tokenizer) for stage in stages]
-    return max(len(prefix) + n + len(suffix) for prefix, n, suffix, _ in parts)
-
-
-def _padded(rows: list[list[int]], fill: int = 0) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+def pad_lists(lists: Sequence[list[int]], fill: int = 0) -> Tensor:
+    """Return lists of token ids as one right-padded tensor."""
+    width = max(map(len, lists))
+    return torch.tensor([ids + [fill] * (width - len(ids)) for ids in lists])
 
 
 def collate(
-    curriculum: Curriculum,
-    stages: Sequence[int],
-    rows: Sequence[TokenizedExample],
-    tokenizer: Tokenizer,
+    curriculum: Curriculum, stages: Sequence[int], examples: Examples, tokenizer: Tokenizer
 ) -> Batch:
-    """Rows, each at its own stage -> the three blocks, on the CPU."""
-    parts = [
-        build_sequence(curriculum, stage, row, tokenizer)
-        for stage, row in zip(stages, rows, strict=True)
-    ]
-    prefixes, thoughts, suffixes, skipped = (list(part) for part in zip(*parts, strict=True))
-    labels = [[IGNORE] * n + s[n:] for s, n in zip(suffixes, skipped, strict=True)]
+    """Return the batch of examples, each at its own stage, on the CPU."""
+    pairs = zip(stages, examples, strict=True)
+    sequences = [build_sequence(curriculum, stage, x, tokenizer) for stage, x in pairs]
+    prefixes, n_thoughts, suffixes, n_forced = zip(*sequences, strict=True)  # tuples of length B
+    # the model does not learn to generate forced tokens
+    targets = [[IGNORE] * n + s[n:] for s, n in zip(suffixes, n_forced, strict=True)]
     return Batch(
-        prefix=_padded(prefixes),
-        length=torch.tensor([len(p) for p in prefixes]),
-        n_thoughts=torch.tensor(thoughts),
-        needed=torch.tensor([len(row.steps) * curriculum.c_thought for row in rows]),
-        suffix=_padded(suffixes),
-        targets=_padded(labels, IGNORE),
-        max_thoughts=max(thoughts),
-        n_labels=sum(len(s) - n for s, n in zip(suffixes, skipped, strict=True)),
+        prefix=pad_lists(prefixes),
+        length=torch.tensor([len(prefix) for prefix in prefixes]),
+        n_thoughts=torch.tensor(n_thoughts),
+        n_needed=torch.tensor([len(x.steps) * curriculum.c_thought for x in examples]),
+        suffix=pad_lists(suffixes),
+        targets=pad_lists(targets, IGNORE),
+        max_thoughts=max(n_thoughts),
+        n_labels=sum(map(len, suffixes)) - sum(n_forced),
     )

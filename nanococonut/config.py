@@ -1,8 +1,7 @@
-"""Settings: frozen dataclasses, plain files of literal assignments, --key=value on top.
+"""Settings of a training run: a frozen dataclass, config files of literals, --key=value.
 
-A field's metadata carries its help text, its group in --help, and what values are allowed; all of
-it is checked before any work. Precedence: the dataclass's default, then the config file, then the
-command line.
+Each field has its default, help text, group in --help, and allowed values. The command line
+overrides the config file, which overrides the defaults. All is checked before any work.
 """
 
 from dataclasses import dataclass
@@ -14,175 +13,154 @@ from nanococonut.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything train.py can be told. The defaults are the paper's ProsQA recipe."""
+    """All options of train.py. The defaults are the paper's ProsQA recipe."""
 
     # data
     task: str = option(
-        "prosqa", "what the rows are", "data", choices=("prosqa", "prontoqa", "gsm8k")
+        "prosqa", "data set and its format", "data", choices=("prosqa", "prontoqa", "gsm8k")
     )
-    data: str | None = option(None, "train on this file of rows instead of the task's own", "data")
-    valid_data: str | None = option(None, "validate on this file of rows", "data")
-    hub_revision: str = option(
-        "main", "GSM8k: commit, tag or branch of the rows' copy on the hub", "data"
-    )
+    data: str | None = option(None, "train on this file instead of the task's own data", "data")
+    valid_data: str | None = option(None, "validate on this file of examples", "data")
+    hub_revision: str = option("main", "GSM8k: commit, tag or branch of the hub's copy", "data")
     skip_bad_rows: bool = option(
-        False, "leave out rows of files that are bad or too long, and say so", "data"
+        False, "drop examples of files that are invalid or too long, and report them", "data"
     )
-    train_examples: int = option(17_886, "generated rows in an epoch", "data", ge=1)
+    train_examples: int = option(17_886, "generated examples per epoch", "data", ge=1)
     regenerate_each_epoch: bool = option(
-        False, "generate new rows for every epoch, and batch rows of like length", "data"
+        False, "generate new examples every epoch, and batch examples of similar length", "data"
     )
-    val_examples: int = option(300, "generated validation rows", "data", ge=1)
+    val_examples: int = option(300, "generated validation examples", "data", ge=1)
     n_nodes: int = option(28, "ProsQA: nodes before pruning", "data", ge=4, le=55)
-    min_hops: int = option(3, "ProsQA: fewest steps to the answer", "data", ge=1)
+    min_hops: int = option(3, "ProsQA: minimum steps to the answer", "data", ge=1)
     max_hops: int = option(
-        6, "ProsQA: most steps to the answer; ProntoQA: steps to the concept with the property",
+        6, "ProsQA: maximum steps to the answer; ProntoQA: steps to the concept with the property",
         "data", ge=1,
     )  # fmt: skip
     matched_fraction: float = option(
-        0.0, "share of training rows without the depth shortcut", "data", ge=0, le=1
+        0.0, "fraction of training examples without the depth shortcut", "data", ge=0, le=1
     )
     short_fraction: float = option(
-        0.0, "share of training rows with chains of 1 .. min_hops - 1 steps", "data",
-        ge=0, le=1,
-    )  # fmt: skip
+        0.0, "fraction of training examples with 1 .. min_hops - 1 steps", "data", ge=0, le=1
+    )
     render: str = option(
-        "sentences", "how ProsQA and ProntoQA are written", "data", choices=("sentences", "compact")
+        "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
     # model
     init_from: str = option(
-        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a folder, run or file of weights",
-        "model",
-    )  # fmt: skip
+        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a path to a run or weights", "model"
+    )
     fallback: str | None = option(
-        None, "config trained instead where the weights or a GPU for them are missing", "model"
+        None, "config to train instead if the weights, or a GPU for them, are missing", "model"
     )
     tokenizer: str = option("gpt2", "vocabulary", "model", choices=("gpt2", "words"))
     n_layer: int = option(12, "layers", "model", ge=1)
     n_head: int = option(12, "attention heads", "model", ge=1)
-    n_embd: int = option(768, "width", "model", ge=1)
-    block_size: int = option(1024, "longest sequence", "model", ge=8)
+    n_embd: int = option(768, "embedding dimension", "model", ge=1)
+    block_size: int = option(1024, "maximum sequence length", "model", ge=8)
     dropout: float = option(0.1, "dropout", "model", ge=0, lt=1)
     smear: bool = option(False, "add W times the previous input embedding", "model")
-    wte_init_std: float = option(0.02, "token embeddings' first std", "model", ge=0)
+    wte_init_std: float = option(0.02, "initial std of the token embeddings", "model", ge=0)
     # curriculum
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
-    c_thought: int = option(1, "thoughts for each dropped step", "curriculum", ge=0)
+    c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0)
     max_latent_stage: int = option(6, "last numbered stage", "curriculum", ge=0, le=100)
     pad_latent_to_max: bool = option(
-        True, "final stage: the same thoughts for rows with fewer steps", "curriculum"
+        True, "final stage: as many thoughts for examples with fewer steps", "curriculum"
     )
     final_thoughts: int | None = option(
-        None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum",
-        ge=0,
-    )  # fmt: skip
+        None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum", ge=0
+    )
     uniform_prob: float = option(
-        0.0, "chance that a row draws its own stage: from 0 to its number of steps, or, with "
-        "advance_at, to the curriculum's stage", "curriculum", ge=0, le=1,
+        0.0, "probability that an example samples its own stage: up to its number of steps, or, "
+        "with advance_at, up to the current stage", "curriculum", ge=0, le=1,
     )  # fmt: skip
-    epochs: int = option(50, "epochs in all", "curriculum", ge=1)
-    epochs_per_stage: int = option(5, "epochs of a stage", "curriculum", ge=1)
+    epochs: int = option(50, "total epochs", "curriculum", ge=1)
+    epochs_per_stage: int = option(5, "epochs per stage", "curriculum", ge=1)
     first_stage_epochs: int | None = option(
-        None, "epochs of stage 0 (None: as the others; 0: skip it)", "curriculum", ge=0
+        None, "epochs of stage 0 (None: epochs_per_stage; 0: skip it)", "curriculum", ge=0
     )
     advance_at: float = option(
-        0.0, "move on when this share of recent rows is all right (0: off)", "curriculum",
-        ge=0, le=1,
+        0.0, "next stage at this fraction of exact matches in recent batches (0: off)",
+        "curriculum", ge=0, le=1,
     )  # fmt: skip
     icot_tokens: float = option(
-        8.0, "icot: chain tokens removed by every epoch (may be a fraction)", "curriculum", gt=0
+        8.0, "icot: tokens of the chain dropped per epoch (may be a fraction)", "curriculum", gt=0
     )
     soft_temperature: float = option(
-        1.0, "soft_thought: temperature of the mean over tokens", "curriculum", gt=0
+        1.0, "soft_thought: temperature of the average over tokens", "curriculum", gt=0
     )
-    soft_top_k: int = option(0, "soft_thought: tokens in the mean (0: all)", "curriculum", ge=0)
+    soft_top_k: int = option(0, "soft_thought: tokens to average (0: all)", "curriculum", ge=0)
     stop: str = option(
-        "constant", "how many thoughts when asked: the stage's, or as a classifier trained on the "
-        "hidden states says", "curriculum", choices=("constant", "classifier"),
+        "constant", "number of thoughts at inference: that of the stage, or decided by a "
+        "classifier on the hidden states", "curriculum", choices=("constant", "classifier"),
     )  # fmt: skip
     # optimizer
-    batch_size: int = option(128, "rows of an optimizer step", "optimizer", ge=1)
-    micro_batch_size: int = option(32, "rows of a forward pass", "optimizer", ge=1)
-    learning_rate: float = option(1e-4, "AdamW's rate", "optimizer", gt=0, alias="lr")
+    batch_size: int = option(128, "examples per optimizer step", "optimizer", ge=1)
+    micro_batch_size: int = option(32, "examples per forward pass", "optimizer", ge=1)
+    learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0, alias="lr")
     muon_learning_rate: float = option(
-        0.0, "Muon's rate for the layers' matrices (0: AdamW trains all)", "optimizer", ge=0
+        0.0, "Muon's learning rate for the layers' matrices (0: AdamW for all)", "optimizer", ge=0
     )
-    weight_decay: float = option(0.01, "AdamW's decay", "optimizer", ge=0)
-    beta2: float = option(0.999, "AdamW's second beta", "optimizer", ge=0, lt=1)
-    grad_clip: float = option(0.0, "clip the gradient's norm (0: off)", "optimizer", ge=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay", "optimizer", ge=0)
+    beta2: float = option(0.999, "AdamW's beta2", "optimizer", ge=0, lt=1)
+    grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
     decay_fraction: float = option(
-        0.0, "last share of all steps, in which the rate falls to 0", "optimizer",
-        ge=0, le=1,
-    )  # fmt: skip
+        0.0, "last fraction of all steps: the learning rate decays to 0", "optimizer", ge=0, le=1
+    )
     reset_optimizer: str = option(
-        "stage", "when AdamW's moments are forgotten", "optimizer",
-        choices=("stage", "epoch", "never"),
-    )  # fmt: skip
+        "stage", "when to reset the optimizer", "optimizer", choices=("stage", "epoch", "never")
+    )
     # run
-    seed: int = option(0, "of rows, weights, dropout and draws", ge=0, le=2**32 - 1)
-    out_dir: str | None = option(None, "where the run is kept (None: out/<config's name>)")
-    resume: bool = option(False, "go on with the run in out_dir")
-    max_steps: int = option(0, "stop after this many steps (0: at the schedule's end)", ge=0)
+    seed: int = option(0, "seed of data, weights, dropout and stages", ge=0, le=2**32 - 1)
+    out_dir: str | None = option(None, "output directory (None: out/<config's name>)")
+    resume: bool = option(False, "continue the run in out_dir")
+    max_steps: int = option(0, "stop after this many steps (0: at the end of the schedule)", ge=0)
     save_interval: int = option(200, "steps between checkpoints", ge=1)
     eval_interval: int = option(
-        0, "steps between validations in the final stage (0: at stage ends only)", ge=0
+        0, "steps between validations in the final stage (0: at the end of stages only)", ge=0
     )
-    max_new_tokens: int = option(128, "longest generated answer", ge=1)
+    max_new_tokens: int = option(128, "maximum length of a generated answer", ge=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
-        "auto", "forward pass: bfloat16 autocast, or float32, or that with tf32 products on a GPU "
-        "(auto: bfloat16 on a GPU)", choices=("auto", "float32", "tf32", "bfloat16"),
+        "auto", "forward pass: float32, tf32 matrix products, or bfloat16 autocast (auto: bfloat16 "
+        "on a GPU)", choices=("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
-    recompute_mlp: bool = option(False, "make the MLPs anew in backward: less memory, more time")
+    recompute_mlp: bool = option(False, "recompute MLPs in backward: less memory, more time")
     kernels: str = option(
-        "auto", "thoughts' attention over the prefix and the head's loss by Triton or plain torch "
-        "(auto: Triton on a GPU without dropout)",
-        choices=("auto", "triton", "torch"),
+        "auto", "backend of the thoughts' attention and the loss (auto: triton on a GPU without "
+        "dropout)", choices=("auto", "triton", "torch"),
     )  # fmt: skip
     graph: str = option(
-        "auto", "forward and backward by CUDA graphs", choices=("auto", "on", "off")
+        "auto", "run forward and backward as CUDA graphs", choices=("auto", "on", "off")
     )
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.n_embd % self.n_head:
-            raise UserError(
-                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads.\n"
-                "Choose n_embd as a multiple of n_head."
-            )
-        if self.task == "prosqa" and self.min_hops > self.max_hops:
-            raise UserError(
-                f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\nSwap them."
-            )
-        thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
-        if thoughts + 4 > self.block_size:  # a word, <bot>, <eot> and eos are the least
-            raise UserError(
-                f"{thoughts} thoughts (c_thought, final_thoughts) do not fit into "
-                f"block_size={self.block_size}.\nUse fewer thoughts or a longer block_size."
-            )
-        if self.matched_fraction + self.short_fraction > 1:
-            raise UserError(
-                f"matched_fraction={self.matched_fraction} and "
-                f"short_fraction={self.short_fraction} add up to more than 1.\nLower one of them."
-            )
-        if self.graph == "on" and self.ungraphed:
-            raise UserError(
-                "graph='on' does not go with recompute and dropout.\n"
-                "Use --graph=auto, which leaves graphs out there."
-            )
-        if self.render == "compact" and self.task == "gsm8k":
-            raise UserError(
-                "render='compact' is not for gsm8k, whose rows are any text.\nUse "
-                "--render=sentences."
-            )
-        if self.render == "compact" and self.tokenizer == "gpt2":
-            raise UserError(
-                "render='compact' is for the word-level vocabulary, tokenizer is 'gpt2'.\n"
-                "Use --render=sentences or --tokenizer=words."
-            )
+        n_thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
+        is_compact = self.render == "compact"
+        problems = {  # message: whether it applies
+            f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.\n"
+            "Choose n_embd as a multiple of n_head.": self.n_embd % self.n_head,
+            f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\n"
+            "Swap them.": self.task == "prosqa" and self.min_hops > self.max_hops,
+            # the shortest sequence also has one token of text, <bot>, <eot> and eos
+            f"{n_thoughts} thoughts do not fit into block_size={self.block_size}.\n"
+            "Lower c_thought or final_thoughts.": n_thoughts + 4 > self.block_size,
+            f"matched_fraction={self.matched_fraction} and short_fraction={self.short_fraction} "
+            "add up to more than 1.\nLower one.": self.matched_fraction + self.short_fraction > 1,
+            "graph='on' does not go with recompute and dropout.\n"
+            "Use --graph=auto, which then turns graphs off.": self.graph == "on" and self.ungraphed,
+            "render='compact' is not for gsm8k, whose examples are free text.\n"
+            "Use --render=sentences.": is_compact and self.task == "gsm8k",
+            "render='compact' needs the word-level vocabulary, but tokenizer='gpt2'.\n"
+            "Use --render=sentences or --tokenizer=words.": is_compact and self.tokenizer == "gpt2",
+        }
+        for message, applies in problems.items():
+            if applies:
+                raise UserError(message)
 
     @property
     def ungraphed(self) -> bool:
-        """Return whether a CUDA graph is ruled out: dropout would be drawn a second time."""
+        """Return whether CUDA graphs are impossible: a graph cannot restore the RNG for dropout."""
         return self.recompute_mlp and self.dropout > 0

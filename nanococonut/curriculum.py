@@ -1,9 +1,8 @@
-"""The schedule and the token layout: what each method drops, what it inserts, and when.
+"""Training methods, stages and the schedule, as integers only.
 
-A row is a question, written reasoning steps and an answer. At stage s the first s steps are gone
-and s * c_thought thoughts stand in their place; behind the last numbered stage all steps are gone
-(paper, section 3; released code, dataset.py). Methods and stages are data: adding a method is
-adding an entry to METHODS.
+An example is a question, written reasoning steps and an answer. At stage s the first s steps are
+dropped, and s * c_thought thoughts take their place. The final stage, after max_latent_stage, drops
+all steps (paper, section 3; released code, dataset.py). To add a method, add an entry to METHODS.
 """
 
 from collections.abc import Sequence
@@ -15,19 +14,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Method:
-    """What a training method does to a row, and when it moves on. A table row, not code.
+    """A training method: one entry of METHODS.
 
-    drop      what is left out of the written chain: "none", "stage" (the first s steps at stage s),
-              "all", or "tokens" (its first s * icot_tokens tokens)
-    insert    how many slots stand in its place: "none", "stage" (s * c_thought), or "all" (those of
-              the final stage)
-    slot      what a slot is: "hidden" (the last hidden state), "soft" (the mean of the token
-              embeddings by their probability), "projected" (a learned map of the hidden state):
-              fed back, one pass each; or "pause": a learned token, read along with the question
-    moves     "stages" (through the numbered ones), "epochs" (a stage is an epoch), or "never" (it
-              trains the final stage throughout)
-    markers   <bot> and <eot> stand around the slots, also when there are none
-    paper     its row in the paper's Table 1 ("": not there)
+    drop_rule        dropped part of the chain of steps: "none", "stage" (the first s steps at
+                     stage s), "all", or "tokens" (the first s * icot_tokens tokens)
+    n_thoughts_rule  number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in
+                     the final stage)
+    thought_type     "hidden" (the last hidden state), "soft" (the mean token embedding), or
+                     "projected" (a learned map of the hidden state): one latent step each;
+                     "pause" (a learned token, read with the question): no latent step
+    advance_by       "stages" (numbered stages, then the final one), "epochs" (one stage per
+                     epoch), or "never" (the final stage throughout)
+    markers          put <bot> and <eot> around the thoughts, even if there are none
+    paper            name of its row in the paper's Table 1; "" if it has none
     """
 
     drop_rule: str
@@ -54,69 +53,70 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The paper's knobs, by the released names. Three are ours: final_thoughts, the slots of the
-    final stage where they are not max_latent_stage * c_thought; up_to_stage (see sample_stages);
-    icot_tokens, what iCoT removes at each of its stages (Deng et al. 2024: 8; may be a fraction).
-    """
+    """The paper's curriculum settings, by the names of the released code, and three of our own."""
 
     method: str
-    c_thought: int = 1
-    max_latent_stage: int = 6
-    pad_latent_to_max: bool = True
-    uniform_prob: float = 0.0
-    final_thoughts: int | None = None
-    up_to_stage: bool = False
-    icot_tokens: float = 8.0
+    c_thought: int = 1  # thoughts per dropped step
+    max_latent_stage: int = 6  # last numbered stage; the final stage is the next one
+    pad_latent_to_max: bool = True  # final stage: all examples have the same number of thoughts
+    uniform_prob: float = 0.0  # probability that an example samples its own stage
+    # ours:
+    final_thoughts: int | None = None  # final stage; None: max_latent_stage * c_thought
+    up_to_stage: bool = False  # sample no stage that training has not reached
+    icot_tokens: float = 8.0  # tokens that iCoT drops per stage (Deng et al. 2024)
 
     @classmethod
     def from_config(cls, config: Any) -> "Curriculum":
-        """Return the curriculum of a TrainConfig: the settings of the same names."""
+        """Return the curriculum of a TrainConfig, from its fields of the same names."""
         names = [f.name for f in fields(cls) if f.name != "up_to_stage"]
-        return cls(
-            **{name: getattr(config, name) for name in names}, up_to_stage=config.advance_at > 0
-        )
+        values = {name: getattr(config, name) for name in names}
+        # advance_at decides when a stage ends, so an example must not sample a later one
+        return cls(**values, up_to_stage=config.advance_at > 0)
 
     @property
     def rules(self) -> Method:
         return METHODS[self.method]
 
     def n_thoughts(self, stage: int) -> int:
-        """BatchView a model that is at this stage has when it is asked, the same for every row."""
+        """Return the number of thoughts at inference, for a model trained up to `stage`."""
         if self.rules.n_thoughts_rule == "none":
             return 0
-        final = self.rules.n_thoughts_rule == "all" or stage > self.max_latent_stage
-        if final and self.final_thoughts is not None:
+        is_final = self.rules.n_thoughts_rule == "all" or stage > self.max_latent_stage
+        if is_final and self.final_thoughts is not None:
             return self.final_thoughts
-        return (self.max_latent_stage if final else stage) * self.c_thought
+        return (self.max_latent_stage if is_final else stage) * self.c_thought
 
     def plan(self, stage: int, n_steps: int) -> tuple[int, int]:
-        """(steps to drop, slots to insert) in training, for a row with n_steps steps."""
-        final = stage > self.max_latent_stage
-        staged = n_steps if final else min(stage, n_steps)
-        drop = {"stage": staged, "none": 0, "all": n_steps, "tokens": 0}[self.rules.drop_rule]
-        slots = self.n_thoughts(stage)
-        if (final or self.rules.n_thoughts_rule == "all") and not self.pad_latent_to_max:
-            slots = min(slots, n_steps * self.c_thought)
-        return drop, slots
+        """Return (dropped steps, thoughts) in training, for an example with n_steps steps."""
+        is_final = stage > self.max_latent_stage
+        staged = n_steps if is_final else min(stage, n_steps)
+        n_dropped = {"stage": staged, "none": 0, "all": n_steps, "tokens": 0}[self.rules.drop_rule]
+        n_thoughts = self.n_thoughts(stage)
+        if (is_final or self.rules.n_thoughts_rule == "all") and not self.pad_latent_to_max:
+            n_thoughts = min(n_thoughts, n_steps * self.c_thought)
+        return n_dropped, n_thoughts
 
     def sample_stages(
         self, stage: int, n_steps: Sequence[int], rng: np.random.Generator
     ) -> list[int]:
-        """Each row's own stage: with probability uniform_prob uniform over 0..len(steps), as
-        the released code does, or over 0..stage. up_to_stage: no stage is drawn before the
-        curriculum has reached it; always so if stages do not count steps (iCoT)."""
+        """Return a stage for every example, given its number of steps.
+
+        With probability uniform_prob it is uniform over 0..n_steps, as in the released code, or
+        over 0..stage (up_to_stage). Otherwise it is `stage`.
+        """
         u, v = rng.random((2, len(n_steps)))
+        # iCoT's stages count tokens, so the number of steps is no limit for them
         to_stage = self.up_to_stage or self.rules.advance_by == "epochs"
-        tops = [stage] * len(n_steps) if to_stage else n_steps
+        limits = [stage] * len(n_steps) if to_stage else n_steps
         return [
-            int(b * (top + 1)) if a < self.uniform_prob else stage
-            for top, a, b in zip(tops, u, v, strict=True)
+            int(b * (limit + 1)) if a < self.uniform_prob else stage
+            for limit, a, b in zip(limits, u, v, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of the schedule: train at `index` for `epochs` epochs."""
+    """One entry of the schedule: train at stage `index` for `epochs` epochs."""
 
     index: int
     epochs: int
@@ -128,30 +128,28 @@ def schedule(
     epochs_per_stage: int,
     first_stage_epochs: int | None = None,
 ) -> list[Stage]:
-    """Stages in order: 0 .. max_latent_stage, then all that is left in the final one.
+    """Return the stages in order: 0..max_latent_stage, then the final stage for the other epochs.
 
-    epochs counts all of training. first_stage_epochs: of stage 0 (None: as the others; 0: it
-    is skipped). A method that never moves trains the final stage throughout; one that moves by
-    epochs has as many stages.
+    epochs              total number
+    first_stage_epochs  epochs of stage 0 (None: epochs_per_stage; 0: skip it)
     """
     final = curriculum.max_latent_stage + 1
     if curriculum.rules.advance_by == "never":
         return [Stage(final, epochs)]
     if curriculum.rules.advance_by == "epochs":
         return [Stage(index, 1) for index in range(epochs)]
-    stages, left = [], epochs
+    stages, n_left = [], epochs
     for index in range(final):
-        first = index == 0 and first_stage_epochs is not None
-        n = min(left, first_stage_epochs if first else epochs_per_stage)
+        is_first = index == 0 and first_stage_epochs is not None
+        n = min(n_left, first_stage_epochs if is_first else epochs_per_stage)
         if n:
             stages.append(Stage(index, n))
-        left -= n
-    return [*stages, Stage(final, left)] if left else stages
+        n_left -= n
+    return [*stages, Stage(final, n_left)] if n_left else stages
 
 
 def ignored_options(method: Method) -> set[str]:
-    """Settings of the curriculum (TrainConfig's names) that change nothing in how this method
-    trains."""
+    """Return the curriculum options of TrainConfig that do not affect training by this method."""
     names = set()
     if method.advance_by != "stages":
         names |= {"first_stage_epochs", "epochs_per_stage"}
@@ -165,8 +163,3 @@ def ignored_options(method: Method) -> set[str]:
     if method.thought_type != "soft":
         names |= {"soft_temperature", "soft_top_k"}
     return names
-
-
-def extract_answer(text: str) -> str:
-    """The answer in generated text: what stands behind the last "#", without commas."""
-    return text.split("#")[-1].replace(",", "").strip()

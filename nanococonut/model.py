@@ -1,15 +1,11 @@
 """GPT-2 in one file: tensors in, tensors out.
 
-Follows "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019) as published on
-the Hugging Face hub: pre-LayerNorm, learned positions, tanh-GELU, biases, head tied to the token
-embedding. In manner it follows karpathy/nanoGPT. It differs in two ways that Coconut needs:
+The code follows karpathy/nanoGPT, with two differences that Coconut needs. The input is a tensor of
+*embeddings*, because a thought is a vector and not a token. And the caller chooses the attention:
+`attend(layer, q, k, v)` decides what a query sees. This file has causal attention and attention
+over a KVCache; coconut.py has the one for training.
 
-- it takes input *embeddings*, because a thought is a vector and no token;
-- attention's memory is the caller's: `attend(layer, q, k, v)` decides what a query may see. Here
-  are the two simple ones, plain causal attention and attention over a KVCache; the differentiable
-  one of training is in coconut.py.
-
-Shapes: B rows, T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
+Shapes: B sequences, T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
 """
 
 import math
@@ -25,44 +21,45 @@ from torch.utils.checkpoint import checkpoint
 
 from nanococonut.cache import KVCache
 
-# (layer, q, k, v), each (B, nh, T, hs) -> (B, nh, T, hs)
+# (layer, q, k, v) -> y; all tensors are (B, nh, T, hs)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-BlockAttend = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same with its layer given
+BlockAttend = Callable[[Tensor, Tensor, Tensor], Tensor]  # Attend with its layer bound
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int = 50260  # GPT-2's 50257 and <bot>, <eot>, <latent>
+    vocab_size: int = 50260  # GPT-2's 50257, then <bot>, <eot>, <latent>
     block_size: int = 1024
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    smear: bool = False  # x_t += W x_(t-1) on the input embeddings; off for GPT-2
-    wte_init_std: float = 0.02  # of the token embeddings at first; GPT-2's
+    smear: bool = False  # x_t += W x_(t-1) on the input embeddings; GPT-2 has none
+    wte_init_std: float = 0.02  # GPT-2's
     wpe_init_std: float = 0.02
-    thought: str = "hidden"  # what is fed back: the hidden state, or "soft", or "projected"
-    soft_temperature: float = 1.0  # "soft": of the softmax that weighs the token embeddings
-    soft_top_k: int = 0  # "soft": only the k most probable tokens (0: all)
-    stop: bool = False  # a classifier that says when the thoughts are enough
+    thought: str = "hidden"  # input of a latent step: "hidden", "soft" or "projected"
+    soft_temperature: float = 1.0  # "soft": temperature of the softmax over the vocabulary
+    soft_top_k: int = 0  # "soft": average only the k most probable tokens (0: all)
+    stop: bool = False  # add a classifier that decides when to stop thinking
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Every position sees itself and what came before. Right-padding needs no mask."""
+    """Attend to the position itself and all earlier ones. Right-padding needs no mask."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
 def cached_attention(
     cache: KVCache, pos: Tensor, span: int, layer: int, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Append k, v at pos (B, T) and attend to the cache: position p sees the keys [0, p].
+    """Append k, v to the cache and attend to it: position p sees the keys [0, p].
 
-    span: no key at or behind it is looked at (a host integer, so that no device is asked).
+    pos   (B, T)  positions of the queries and of the new keys
+    span  int     upper bound of pos + 1; on the host, so that no step waits for the GPU
     """
     cache.append(layer, k, v, pos)
     keys, values = cache.data[layer, :, :, :, :span].to(q.dtype)  # (B, nh, span, hs) each
-    seen = torch.arange(span, device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, span)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+    mask = torch.arange(span, device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, span)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
 class Attention(nn.Module):
@@ -73,12 +70,12 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: BlockAttend, only: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
-        if only is not None:
-            q = q[torch.arange(B, device=x.device), :, only][:, :, None]  # (B, nh, 1, hs)
+        if last_pos is not None:  # one query per sequence; keys and values of all positions
+            q = q[torch.arange(B, device=x.device), :, last_pos][:, :, None]  # (B, nh, 1, hs)
         y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T or 1, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -101,17 +98,18 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.recompute_mlp = False  # in backward make the MLP anew, the most of what is kept for it
+        self.recompute_mlp = False  # recompute in backward: MLP activations dominate memory
 
-    def forward(self, x: Tensor, attend: BlockAttend, only: Tensor | None = None) -> Tensor:
-        y = self.attn(self.ln_1(x), attend, only)
-        if only is not None:
-            x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, C)
+    def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
+        y = self.attn(self.ln_1(x), attend, last_pos)
+        if last_pos is not None:
+            x = x[torch.arange(len(x), device=x.device), last_pos][:, None]  # (B, 1, C)
         x = x + y
+        h = self.ln_2(x)
         if self.recompute_mlp and self.training:
-            h, drawn = self.ln_2(x), self.mlp.dropout.p > 0
-            return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=drawn)
-        return x + self.mlp(self.ln_2(x))
+            has_dropout = self.mlp.dropout.p > 0  # without it there is no RNG state to save
+            return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=has_dropout)
+        return x + self.mlp(h)
 
 
 class GPT(nn.Module):
@@ -120,88 +118,93 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} does not divide into {config.n_head} heads")
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.smear = nn.Linear(config.n_embd, config.n_embd, bias=False) if config.smear else None
+            raise ValueError(f"n_embd={config.n_embd} is not a multiple of {config.n_head} heads")
+        self.config, C = config, config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.wpe = nn.Embedding(config.block_size, C)
+        self.smear = nn.Linear(C, C, bias=False) if config.smear else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = nn.LayerNorm(C)
         stds = {"wte.weight": config.wte_init_std, "wpe.weight": config.wpe_init_std}
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2's init: the projections into the residual stream shrink with its depth
-                depth = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                nn.init.normal_(p, std=stds.get(name, 0.02) / depth)
+                # GPT-2 scales projections into the residual stream by 1 / sqrt(their number)
+                scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(p, std=stds.get(name, 0.02) / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # made last, and all zero: they draw no random number that the rest would miss
-        projected = config.thought == "projected"
-        self.project = nn.Linear(config.n_embd, config.n_embd) if projected else None
-        self.stop = nn.Linear(config.n_embd, 1) if config.stop else None
-        for added in (self.smear, self.project, self.stop):
-            for p in added.parameters() if added is not None else ():
-                nn.init.zeros_(p)  # starts as plain GPT-2
+        # created after the loop: the weights above do not depend on these options
+        self.project = nn.Linear(C, C) if config.thought == "projected" else None
+        self.stop = nn.Linear(C, 1) if config.stop else None
+        for module in filter(None, (self.smear, self.project, self.stop)):
+            for p in module.parameters():
+                nn.init.zeros_(p)  # training starts from plain GPT-2
+
+    @property
+    def attn_dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
 
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def new_cache(
-        self,
-        batch: int,
-        capacity: int,
-        memory: Tensor | None = None,
-        lengths: Tensor | None = None,
+        self, B: int, capacity: int, memory: Tensor | None = None, lengths: Tensor | None = None
     ) -> KVCache:
-        """A cache of this model's shape, in its dtype and on its device (memory, lengths: see
-        KVCache)."""
+        """Return an empty cache for B sequences of up to `capacity` positions.
+
+        memory   (n,)        flat tensor of finite numbers to use, large enough (None: allocate)
+        lengths  (B,) int64  tensor to use for the lengths, values unchanged (None: zeros)
+        """
         c, w = self.config, self.wte.weight
-        hs = c.n_embd // c.n_head
-        return KVCache(c.n_layer, batch, c.n_head, capacity, hs, w.device, w.dtype, memory, lengths)
+        shape = (c.n_layer, 2, B, c.n_head, capacity, c.n_embd // c.n_head)
+        memory = w.new_zeros(math.prod(shape)) if memory is None else memory
+        lengths = w.new_zeros(B, dtype=torch.int64) if lengths is None else lengths
+        return KVCache(memory[: math.prod(shape)].view(shape), lengths)
 
     def embed(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) -> input embeddings (B, T, C), before smear and positions."""
+        """Return the token embeddings (B, T, C) of ids (B, T), before smear and positions."""
         return self.wte(idx)
 
     def backbone(
         self,
-        e: Tensor,
+        emb: Tensor,
         pos: Tensor,
         attend: Attend | None = None,
-        prev: Tensor | None = None,
-        only: Tensor | None = None,
+        prev_embedding: Tensor | None = None,
+        last_pos: Tensor | None = None,
     ) -> Tensor:
-        """Input embeddings e (B, T, C) at positions pos (T,) or (B, T) -> hidden states (B, T, C).
+        """Return the hidden states (B, T, C) after the final LayerNorm: head input and thought.
 
-        The hidden states are those after the final LayerNorm: what the head reads and what Coconut
-        feeds back. prev (B, C): the input embedding just before e, for the smear (None: nothing).
-        only (B,): the one position of each row whose hidden state is wanted -> (B, 1, C). Of the
-        others the last layer then makes keys and values and nothing else: exact, and with few
-        layers much cheaper (attend has to mask for a single query).
+        emb             (B, T, C)       input embeddings
+        pos             (T,) or (B, T)  their positions
+        attend                          attention of all layers (None: causal)
+        prev_embedding  (B, C)          input embedding before emb, for the smear (None: zeros)
+        last_pos        (B,)            return only the hidden state at this position, (B, 1, C)
         """
-        x = e
+        x = emb
         if self.smear is not None:
-            first = torch.zeros_like(e[:, :1]) if prev is None else prev[:, None]
-            x = e + self.smear(torch.cat([first, e[:, :-1]], dim=1))
+            prev = torch.zeros_like(emb[:, 0]) if prev_embedding is None else prev_embedding
+            x = emb + self.smear(torch.cat([prev[:, None], emb[:, :-1]], dim=1))
         x = self.drop(x + self.wpe(pos))
-        if attend is None:
-            attend = partial(causal_attention, dropout=self.attn_dropout)
+        attend = attend or partial(causal_attention, dropout=self.attn_dropout)
         for layer, block in enumerate(self.h):
-            last = layer == len(self.h) - 1
-            x = block(x, partial(attend, layer), only if last else None)
+            is_last = layer == len(self.h) - 1
+            # exact and cheaper: at other positions the last layer computes only keys and values
+            x = block(x, partial(attend, layer), last_pos if is_last else None)
         return self.ln_f(x)
 
-    def thought_embedding(self, hidden: Tensor) -> Tensor:
-        """What a thought puts in place of a token's embedding: hidden states (..., C) -> (..., C).
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., C). Tied to the token embedding."""
+        return F.linear(hidden, self.wte.weight)
 
-        Coconut's is the hidden state itself (paper, section 3). "projected" adds a learned map that
-        starts at zero; "soft" is the mean of the token embeddings, weighted by the probabilities
-        that the head gives them."""
+    def thought_embedding(self, hidden: Tensor) -> Tensor:
+        """Return thoughts (..., C), the input embeddings that follow hidden states (..., C)."""
         if self.project is not None:
             return hidden + self.project(hidden)
         if self.config.thought == "hidden":
-            return hidden
+            return hidden  # Coconut (paper, section 3)
+        # "soft": the mean token embedding, weighted by the probabilities of the head
         logits = self.head(hidden) / self.config.soft_temperature
         if not self.config.soft_top_k:
             return logits.softmax(-1) @ self.wte.weight
@@ -210,19 +213,10 @@ class GPT(nn.Module):
         return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
 
     def stop_logit(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., C) -> (...) the logit of "no further thought is needed" (paper,
-        section 3: a binary classifier on latent thoughts). Only with config.stop."""
+        """Return the logit (...) of "no further thought is needed" (paper, section 3)."""
         return self.stop(hidden)[..., 0]
 
-    @property
-    def attn_dropout(self) -> float:
-        return self.config.dropout if self.training else 0.0
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., C) -> logits (..., V); tied to the token embedding."""
-        return F.linear(hidden, self.wte.weight)
-
     def forward(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) -> logits at every position (B, T, V)."""
+        """Return the logits (B, T, V) of token ids (B, T)."""
         pos = torch.arange(idx.shape[1], device=idx.device)
         return self.head(self.backbone(self.embed(idx), pos))

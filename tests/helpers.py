@@ -1,4 +1,4 @@
-"""Helpers that several test files import."""
+"""Shared helpers of the tests: small random models, random batches, comparisons."""
 
 import os
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanococonut.batch import IGNORE, Batch
+from nanococonut.batch import IGNORE, Batch, pad_lists
 from nanococonut.config import TrainConfig
 from nanococonut.inference.engine import Engine, Generation
 from nanococonut.model import GPT, GPTConfig
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def random_gpt(seed: int = 0, smear: bool = False, dtype=torch.float64, **shape) -> GPT:
-    """A small GPT whose every tensor is random: zeros and ones would hide missing terms."""
+    """Return a small GPT with every tensor random: zeros and ones would hide missing terms."""
     torch.manual_seed(seed)
     shape = dict(vocab_size=41, block_size=48, n_layer=2, n_head=3, n_embd=24) | shape
     model = GPT(GPTConfig(smear=smear, **shape))
@@ -30,14 +30,23 @@ def random_gpt(seed: int = 0, smear: bool = False, dtype=torch.float64, **shape)
     return model.to(dtype).eval()
 
 
-def generate(model: GPT, *asked, kernels="torch", graph="off", **given) -> Generation:
-    """One batch by an engine of its own."""
-    return Engine(model, kernels=kernels, graph=graph).run(*asked, **given)
+def generate(model: GPT, *args, kernels="torch", graph="off", **kwargs) -> Generation:
+    """Return Engine.run(*args, **kwargs) of a new engine."""
+    return Engine(model, kernels=kernels, graph=graph).run(*args, **kwargs)
+
+
+def exact_match(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return (B,) bool: every supervised label of the sequence is the argmax."""
+    return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(dim=1)
 
 
 def assert_three_way(got, in_dtype, truth, floor: float = 4.0) -> None:
-    """A kernel may be at most twice as far from the fp64 truth as plain torch in the same dtype is,
-    and `floor` roundings of the greatest value more."""
+    """Assert that a kernel's error is at most twice that of torch, plus `floor` roundings.
+
+    got       the kernel's result
+    in_dtype  the result of plain torch in the same dtype
+    truth     the result in fp64; a rounding is relative to its largest value
+    """
     assert got.shape == truth.shape and got.dtype == in_dtype.dtype, (got.dtype, in_dtype.dtype)
     error, usual = ((x.double() - truth).abs().max().item() for x in (got, in_dtype))
     small = floor * torch.finfo(got.dtype).eps * truth.abs().max().item()
@@ -79,7 +88,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def save_random_run(path, tokenizer, method="coconut", n_thoughts=3, block_size=96, **extra) -> GPT:
-    """Write a run's folder with a random model. Return the model."""
+    """Write a run with a random model to `path`. Return the model."""
     is_words = tokenizer.spec["kind"] == "words"
     config = TrainConfig(
         tokenizer=tokenizer.spec["kind"],
@@ -109,29 +118,28 @@ def save_random_run(path, tokenizer, method="coconut", n_thoughts=3, block_size=
 
 
 def random_batch(seed, n_thoughts, markers=True, vocab=41):
-    """Rows of random lengths; returns the batch and the rows it was made of."""
+    """Return a batch of sequences of random lengths, and the sequences it was built from.
+
+    n_thoughts  number of thoughts of each sequence
+    markers     the first suffix token is not supervised, as <eot>
+    """
     g = torch.Generator().manual_seed(seed)
 
     def tokens(low, high):
         n = int(torch.randint(low, high, (1,), generator=g))
         return torch.randint(1, vocab, (n,), generator=g).tolist()
 
-    rows = [(tokens(1, 14), n, tokens(1, 10)) for n in n_thoughts]
-
-    def pad(lists, fill):
-        width = max(map(len, lists))
-        return torch.tensor([x + [fill] * (width - len(x)) for x in lists])
-
-    skip = 1 if markers else 0
-    targets = [[IGNORE] * skip + s[skip:] for _, _, s in rows]
+    sequences = [(tokens(1, 14), n, tokens(1, 10)) for n in n_thoughts]
+    n_forced = 1 if markers else 0
+    targets = [[IGNORE] * n_forced + suffix[n_forced:] for _, _, suffix in sequences]
     batch = Batch(
-        prefix=pad([p for p, _, _ in rows], 0),
-        length=torch.tensor([len(p) for p, _, _ in rows]),
+        prefix=pad_lists([prefix for prefix, _, _ in sequences]),
+        length=torch.tensor([len(prefix) for prefix, _, _ in sequences]),
         n_thoughts=torch.tensor(n_thoughts),
-        needed=torch.tensor(n_thoughts),
-        suffix=pad([s for _, _, s in rows], 0),
-        targets=pad(targets, IGNORE),
+        n_needed=torch.tensor(n_thoughts),
+        suffix=pad_lists([suffix for _, _, suffix in sequences]),
+        targets=pad_lists(targets, IGNORE),
         max_thoughts=max(n_thoughts),
-        n_labels=sum(t != IGNORE for row in targets for t in row),
+        n_labels=sum(t != IGNORE for labels in targets for t in labels),
     )
-    return batch, [(p, n, s, t) for (p, n, s), t in zip(rows, targets, strict=True)]
+    return batch, [(*sequence, t) for sequence, t in zip(sequences, targets, strict=True)]

@@ -45,7 +45,7 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
 
     e = model.embed(idx)
     cache.lengths.copy_(lengths)
-    h = model.backbone(e, torch.arange(T, device=device), attend, only=lengths - 1)
+    h = model.backbone(e, torch.arange(T, device=device), attend, last_pos=lengths - 1)
     return DecodeState(h[:, 0], e[torch.arange(B, device=device), lengths - 1], T)
 
 

@@ -1,13 +1,16 @@
-"""KVCache keeps what was appended where it was appended, and nothing moves but by its caller."""
+"""KVCache writes only where it is told to, and lengths change only through the caller."""
 
 import torch
+from helpers import random_gpt
 
 from nanococonut.cache import KVCache
 
 
-def test_append_writes_each_row_at_its_own_positions():
-    cache = KVCache(n_layer=2, batch=3, n_head=2, capacity=9, head_dim=4)
-    expected = torch.zeros(2, 2, 3, 2, 9, 4)
+def test_append_writes_each_sequence_at_its_positions():
+    """Guards against positions of one sequence applied to another, or lengths that advance."""
+    data = torch.zeros(2, 2, 3, 2, 9, 4)  # (n_layer, 2, B, n_head, capacity, head_dim)
+    cache = KVCache(data, torch.zeros(3, dtype=torch.int64))
+    expected = torch.zeros_like(data)
     starts = [0, 3, 6]
     for layer in range(2):
         k, v = torch.randn(2, 3, 2, 2, 4)
@@ -20,21 +23,20 @@ def test_append_writes_each_row_at_its_own_positions():
     assert cache.lengths.tolist() == [0, 0, 0]
 
 
-def test_crop_only_shortens_and_reset_empties():
-    cache = KVCache(1, 3, 1, 8, 2)
-    cache.lengths.copy_(torch.tensor([2, 5, 8]))
-    cache.crop(torch.tensor([4, 4, 4]))
-    assert cache.lengths.tolist() == [2, 4, 4]
-    cache.reset()
-    assert cache.lengths.tolist() == [0, 0, 0]
-    assert cache.capacity == 8
+def test_new_cache_is_empty_and_finite():
+    """Guards against uninitialized memory: a NaN in a masked position poisons attention."""
+    cache = random_gpt(n_layer=1, n_head=1, n_embd=2).new_cache(3, 8)
+    assert cache.data.shape == (1, 2, 3, 1, 8, 2) and not cache.data.any()
+    assert cache.data.dtype == torch.float64 and cache.lengths.tolist() == [0, 0, 0]
 
 
-def test_caches_of_other_shapes_share_given_memory():
+def test_caches_of_other_shapes_share_memory():
+    """Guards against a copy: the engine's batches of all shapes use one flat buffer."""
+    model = random_gpt(dtype=torch.float32, n_layer=2, n_head=1, n_embd=3)
     memory, lengths = torch.zeros(2 * 2 * 4 * 1 * 5 * 3), torch.tensor([1, 2, 3, 4])
-    wide = KVCache(2, 4, 1, 5, 3, memory=memory, lengths=lengths)
-    small = KVCache(2, 2, 1, 4, 3, memory=memory, lengths=lengths[:2])
+    large = model.new_cache(4, 5, memory, lengths)
+    small = model.new_cache(2, 4, memory, lengths[:2])
     small.append(1, *torch.ones(2, 2, 1, 1, 3), small.lengths[:, None])
-    assert memory.sum() == wide.data.sum() == small.data.sum() == 2 * 2 * 3
+    assert memory.sum() == large.data.sum() == small.data.sum() == 2 * 2 * 3
     small.lengths += 1
-    assert wide.lengths.tolist() == [2, 3, 3, 4]
+    assert large.lengths.tolist() == [2, 3, 3, 4]

@@ -1,4 +1,4 @@
-"""The schedule and the layouts, against lists written by hand from the paper's section 3."""
+"""Schedules and token layouts, against lists written by hand from the paper's section 3."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, 
 from nanococonut.data.examples import extract_answer
 from nanococonut.data.tasks import TASKS
 
-ROW = TokenizedExample(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
+EXAMPLE = TokenizedExample(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
 SHORT = TokenizedExample(question=[9], steps=[[3]], answer=[7])
 
 
@@ -32,6 +32,7 @@ def ids(tokenizer):
 
 
 def test_coconut_layout_by_stage(tokenizer, ids):
+    """Guards against an off-by-one between dropped steps and thoughts."""
     bot, eot, eos = ids
     c = Curriculum("coconut", c_thought=2, max_latent_stage=2)
     expected = {
@@ -40,31 +41,34 @@ def test_coconut_layout_by_stage(tokenizer, ids):
         2: ([1, 2, bot], 4, [eot, 6, 7, 8, eos], 1),
         3: ([1, 2, bot], 4, [eot, 7, 8, eos], 1),  # the final stage drops all steps
     }
-    for stage, parts in expected.items():
-        assert build_sequence(c, stage, ROW, tokenizer) == parts
+    for stage, sequence in expected.items():
+        assert build_sequence(c, stage, EXAMPLE, tokenizer) == sequence
 
 
-def test_a_row_with_fewer_steps_gets_the_stages_thoughts(tokenizer, ids):
+def test_short_example_has_the_stages_thoughts(tokenizer, ids):
+    """Guards against fewer thoughts in training than at inference."""
     bot, eot, eos = ids
     c = Curriculum("coconut", c_thought=1, max_latent_stage=3)
     for stage, thoughts in [(1, 1), (2, 2), (3, 3), (4, 3)]:
         assert build_sequence(c, stage, SHORT, tokenizer) == ([9, bot], thoughts, [eot, 7, eos], 1)
     unpadded = Curriculum("coconut", max_latent_stage=3, pad_latent_to_max=False)
-    assert build_sequence(unpadded, 4, SHORT, tokenizer)[1] == 1  # only the final stage looks at it
+    assert build_sequence(unpadded, 4, SHORT, tokenizer)[1] == 1  # final stage only
     assert build_sequence(unpadded, 3, SHORT, tokenizer)[1] == 3
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3, 7])
-def test_cot_and_no_cot_have_no_stages_and_no_markers(tokenizer, ids, stage):
+def test_cot_and_no_cot_ignore_the_stage(tokenizer, ids, stage):
+    """Guards the baselines: no thoughts, no markers, the same layout at every stage."""
     eos = ids[2]
     cot, no_cot = Curriculum("cot"), Curriculum("no_cot")
-    assert build_sequence(cot, stage, ROW, tokenizer) == ([1, 2], 0, [3, 4, 5, 6, 7, 8, eos], 0)
-    assert build_sequence(no_cot, stage, ROW, tokenizer) == ([1, 2], 0, [7, 8, eos], 0)
+    assert build_sequence(cot, stage, EXAMPLE, tokenizer) == ([1, 2], 0, [3, 4, 5, 6, 7, 8, eos], 0)
+    assert build_sequence(no_cot, stage, EXAMPLE, tokenizer) == ([1, 2], 0, [7, 8, eos], 0)
 
 
-def test_collate_pads_to_the_right_and_supervises_words_only(tokenizer, ids):
+def test_collate_pads_right_and_supervises_text(tokenizer, ids):
+    """Guards against a loss on <eot> or on padding."""
     bot, eot, eos = ids
-    batch = collate(Curriculum("coconut", max_latent_stage=3), [1, 4], [ROW, SHORT], tokenizer)
+    batch = collate(Curriculum("coconut", max_latent_stage=3), [1, 4], [EXAMPLE, SHORT], tokenizer)
     assert batch.prefix.tolist() == [[1, 2, bot], [9, bot, 0]]
     assert batch.length.tolist() == [3, 2]
     assert batch.n_thoughts.tolist() == [1, 3] and batch.max_thoughts == 3
@@ -77,12 +81,14 @@ def test_collate_pads_to_the_right_and_supervises_words_only(tokenizer, ids):
     assert batch.prefix.dtype == batch.targets.dtype == torch.int64
 
 
-def test_without_markers_the_first_word_is_supervised(tokenizer, ids):
-    batch = collate(Curriculum("no_cot"), [7, 7], [ROW, SHORT], tokenizer)
+def test_first_token_is_supervised_without_markers(tokenizer, ids):
+    """Guards against a loss that never trains the first generated token."""
+    batch = collate(Curriculum("no_cot"), [7, 7], [EXAMPLE, SHORT], tokenizer)
     assert batch.targets.tolist() == [[7, 8, ids[2]], [7, ids[2], IGNORE]]
 
 
-def test_the_papers_schedules():
+def test_schedules_equal_the_papers():
+    """Guards the epochs per stage of the paper and of the released code."""
     prosqa = schedule(Curriculum("coconut", max_latent_stage=6), epochs=50, epochs_per_stage=5)
     assert prosqa == [Stage(s, 5) for s in range(7)] + [Stage(7, 15)]
     gsm = Curriculum("coconut", c_thought=2, max_latent_stage=3)
@@ -95,14 +101,16 @@ def test_the_papers_schedules():
         assert schedule(Curriculum(method), 50, 5) == [Stage(7, 50)]
 
 
-def test_thoughts_when_asked_are_the_stages_own():
+def test_thoughts_at_inference_follow_the_stage():
+    """Guards against an evaluation with more thoughts than were trained."""
     c = Curriculum("coconut", c_thought=2, max_latent_stage=3)
     assert [c.n_thoughts(s) for s in range(5)] == [0, 2, 4, 6, 6]
     assert [replace(c, final_thoughts=9).n_thoughts(s) for s in range(5)] == [0, 2, 4, 6, 9]
     assert Curriculum("cot").n_thoughts(7) == Curriculum("no_cot").n_thoughts(7) == 0
 
 
-def test_uniform_prob_draws_over_the_rows_own_steps():
+def test_uniform_prob_samples_up_to_own_steps():
+    """Guards the distribution of the released code, and stages not reached yet."""
     n_steps = [3] * 30_000
     rng = np.random.default_rng(0)
     never = Curriculum("coconut").sample_stages(5, n_steps, rng)
@@ -116,33 +124,36 @@ def test_uniform_prob_draws_over_the_rows_own_steps():
     assert abs(some.count(5) / 30_000 - 0.7) < 0.02
 
 
-def test_longest_is_the_longest_stage(tokenizer):
+def test_max_length_covers_every_stage(tokenizer):
+    """Guards against a check of stage 0 only: thoughts can take more positions than their steps."""
     c = Curriculum("coconut", c_thought=3, max_latent_stage=3)
     lengths = []
     for stage in range(5):
-        prefix, n, suffix, _ = build_sequence(c, stage, ROW, tokenizer)
+        prefix, n, suffix, _ = build_sequence(c, stage, EXAMPLE, tokenizer)
         lengths.append(len(prefix) + n + len(suffix))
-    assert max_length(c, ROW, tokenizer) == max(lengths) and lengths[0] != max(lengths)
+    assert max_length(c, EXAMPLE, tokenizer) == max(lengths) and lengths[0] != max(lengths)
 
 
-def test_parts_are_tokenised_on_their_own(tokenizer):
-    rows = [{"question": "Tom is.", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}]
-    row = tokenize(tokenizer, TASKS["prosqa"].render(rows, "sentences")[0])
-    assert tokenizer.decode(row.question) == "Tom is.\n"
-    assert [tokenizer.decode(s) for s in row.steps] == ["Tom is a lempus.\n"]
-    assert tokenizer.decode(row.answer) == "### Tom is a lempus."
+def test_texts_are_tokenized_separately(tokenizer):
+    """Guards against tokens that span the boundary of a step that may be dropped."""
+    raw = [{"question": "Tom is.", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}]
+    example = tokenize(tokenizer, TASKS["prosqa"].render(raw, "sentences")[0])
+    assert tokenizer.decode(example.question) == "Tom is.\n"
+    assert [tokenizer.decode(s) for s in example.steps] == ["Tom is a lempus.\n"]
+    assert tokenizer.decode(example.answer) == "### Tom is a lempus."
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [("a\n### 2,125", "2125"), ("###  Tom is a lempus. ", "Tom is a lempus."), ("x # y # z", "z")],
 )
-def test_the_answer_stands_behind_the_last_hash(text, answer):
+def test_extract_answer_reads_after_the_last_hash(text, answer):
+    """Guards against a "#" in the chain, and against commas in numbers."""
     assert extract_answer(text) == answer
 
 
-def test_methods_say_only_what_is_understood():
-    assert tuple(METHODS) == tuple(METHODS)
+def test_methods_have_valid_rules():
+    """Guards against a typo in METHODS, which would fall through to another rule."""
     for method in METHODS.values():
         assert method.drop_rule in ("none", "stage", "all", "tokens")
         assert method.n_thoughts_rule in ("none", "stage", "all")
@@ -151,10 +162,10 @@ def test_methods_say_only_what_is_understood():
         assert (method.thought_type == "") == (method.n_thoughts_rule == "none")
 
 
-# Written by hand: the whole sequence of ROW (question 1 2, steps 3 | 4 5 | 6, answer 7 8) at stages
-# of max_latent_stage = 3, c_thought = 1. B E: markers, P: pause, $: eos, ~: a thought (what is fed
-# back). Words behind | are labels.
-WRITTEN = {
+# Written by hand: the whole sequence of EXAMPLE (question 1 2, steps 3 | 4 5 | 6, answer 7 8) by
+# stage, with max_latent_stage=3 and c_thought=1. B, E: <bot>, <eot>; P: pause; $: eos; ~: thought
+# (a latent step). Tokens after | are labels.
+LAYOUTS = {
     "coconut": {
         0: "1 2 B E | 3 4 5 6 7 8 $",
         1: "1 2 B ~ E | 4 5 6 7 8 $",
@@ -163,7 +174,7 @@ WRITTEN = {
     },
     "cot": {0: "1 2 | 3 4 5 6 7 8 $", 2: "1 2 | 3 4 5 6 7 8 $", 4: "1 2 | 3 4 5 6 7 8 $"},
     "no_cot": {0: "1 2 | 7 8 $", 2: "1 2 | 7 8 $", 4: "1 2 | 7 8 $"},
-    "icot": {  # 1.5 tokens a stage
+    "icot": {  # 1.5 tokens per stage
         0: "1 2 | 3 4 5 6 7 8 $",
         1: "1 2 | 4 5 6 7 8 $",
         2: "1 2 | 6 7 8 $",
@@ -185,23 +196,24 @@ WRITTEN = {
         4: "1 2 B P P P E | 7 8 $",
     },
 }
-WRITTEN["soft_thought"] = WRITTEN["projected"] = WRITTEN["coconut"]
-CASES = [(method, stage) for method, stages in WRITTEN.items() for stage in stages]
+LAYOUTS["soft_thought"] = LAYOUTS["projected"] = LAYOUTS["coconut"]
+CASES = [(method, stage) for method, stages in LAYOUTS.items() for stage in stages]
 
 
-def written(method, stage, tokenizer):
-    """-> (sequence of token ids and None for thoughts, index of its first label)"""
-    given, labels = WRITTEN[method][stage].split("|")
-    names = {"B": tokenizer.bot, "E": tokenizer.eot, "P": tokenizer.latent, "$": tokenizer.eos}
-    names |= {"~": None} | {str(i): i for i in range(10)}
-    return [names[w] for w in (given + labels).split()], len(given.split())
+def expected_layout(method, stage, tokenizer):
+    """Return (token ids, None for a thought; index of the first label)."""
+    context, labels = LAYOUTS[method][stage].split("|")
+    ids = {"B": tokenizer.bot, "E": tokenizer.eot, "P": tokenizer.latent, "$": tokenizer.eos}
+    ids |= {"~": None} | {str(i): i for i in range(10)}
+    return [ids[symbol] for symbol in (context + labels).split()], len(context.split())
 
 
 @pytest.mark.parametrize(("method", "stage"), CASES)
-def test_layout_labels_and_positions_are_those_written_by_hand(tokenizer, method, stage):
-    sequence, first_label = written(method, stage, tokenizer)
+def test_layout_equals_the_hand_written_one(tokenizer, method, stage):
+    """Guards tokens, labels and positions of every method against the paper."""
+    sequence, first_label = expected_layout(method, stage, tokenizer)
     c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
-    batch = collate(c, [stage, stage], [ROW, SHORT], tokenizer)
+    batch = collate(c, [stage, stage], [EXAMPLE, SHORT], tokenizer)
     n, k = int(batch.length[0]), int(batch.n_thoughts[0])
     s = int((batch.targets[0] != IGNORE).sum()) + len(sequence[n + k : first_label])
     assert batch.prefix[0, :n].tolist() == sequence[:n]
@@ -210,46 +222,47 @@ def test_layout_labels_and_positions_are_those_written_by_hand(tokenizer, method
     assert batch.targets[0, :s].tolist() == (
         [IGNORE] * (first_label - n - k) + sequence[first_label:]
     )
-    assert batch.targets[0, s:].eq(IGNORE).all() and batch.needed.tolist() == [3, 1]
-    # positions: the row alone takes as many as there are tokens and thoughts
-    assert n + k + s == len(sequence) <= max_length(c, ROW, tokenizer)
+    assert batch.targets[0, s:].eq(IGNORE).all() and batch.n_needed.tolist() == [3, 1]
+    # one position per token and per thought
+    assert n + k + s == len(sequence) <= max_length(c, EXAMPLE, tokenizer)
 
 
 @pytest.mark.parametrize(("method", "stage"), CASES)
-def test_each_methods_loss_equals_a_naive_loop_over_the_hand_written_list(tokenizer, method, stage):
-    """One row, no cache, no blocks: the sequence is read from the start for every thought."""
-    slot = METHODS[method].thought_type
+def test_loss_equals_a_naive_loop(tokenizer, method, stage):
+    """Guards layout and blocks together: no cache, the sequence is re-read for every thought."""
+    thought = METHODS[method].thought_type
     model = random_gpt(
         vocab_size=tokenizer.vocab_size,
-        thought=slot if slot in ("soft", "projected") else "hidden",
+        thought=thought if thought in ("soft", "projected") else "hidden",
         soft_temperature=0.5,
         smear=True,
     )
     c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
-    batch = collate(c, [stage], [ROW], tokenizer)
+    batch = collate(c, [stage], [EXAMPLE], tokenizer)
     loss = coconut.loss_sum(coconut.forward(model, batch), batch.targets)
 
-    sequence, first_label = written(method, stage, tokenizer)
-    e = torch.empty(1, 0, model.config.n_embd, dtype=torch.float64)
+    sequence, first_label = expected_layout(method, stage, tokenizer)
+    emb = torch.empty(1, 0, model.config.n_embd, dtype=torch.float64)
     h = None
     for token in sequence:
         if token is not None:
             new = model.embed(torch.tensor([[token]]))
-        elif slot == "hidden":
+        elif thought == "hidden":
             new = h
-        elif slot == "soft":
+        elif thought == "soft":
             new = (h @ model.wte.weight.T / 0.5).softmax(-1) @ model.wte.weight
         else:
             new = h + h @ model.project.weight.T + model.project.bias
-        e = torch.cat([e, new], dim=1)
-        hidden = model.backbone(e, torch.arange(e.shape[1]))
+        emb = torch.cat([emb, new], dim=1)
+        hidden = model.backbone(emb, torch.arange(emb.shape[1]))
         h = hidden[:, -1:]
     logits = model.head(hidden)[0, first_label - 1 : -1]
     expected = F.cross_entropy(logits, torch.tensor(sequence[first_label:]), reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_fewer_slots_for_shorter_rows_where_they_are_not_padded(tokenizer):
+def test_unpadded_short_example_has_fewer_thoughts(tokenizer):
+    """Guards pad_latent_to_max=False for latent steps and for pauses."""
     for method in ("pause", "coconut_no_curriculum", "pause_as_thought"):
         c = Curriculum(method, c_thought=2, max_latent_stage=3, pad_latent_to_max=False)
         prefix, thoughts, _, _ = build_sequence(c, 4, SHORT, tokenizer)
@@ -257,12 +270,13 @@ def test_fewer_slots_for_shorter_rows_where_they_are_not_padded(tokenizer):
         assert c.n_thoughts(4) == 6
 
 
-def test_icot_has_a_stage_for_each_epoch():
+def test_icot_has_one_stage_per_epoch():
+    """Guards against stages limited by the number of steps, which iCoT does not count."""
     assert schedule(Curriculum("icot"), 4, 5) == [Stage(i, 1) for i in range(4)]
-    draws = Curriculum("icot", uniform_prob=1.0).sample_stages(
+    samples = Curriculum("icot", uniform_prob=1.0).sample_stages(
         9, [2] * 500, np.random.default_rng(0)
     )
-    assert set(draws) == set(range(10))  # its stages do not count steps
+    assert set(samples) == set(range(10))
 
 
 SETTINGS = dict(first_stage_epochs=3, epochs_per_stage=1, uniform_prob=0.0)
@@ -271,26 +285,27 @@ SETTINGS |= dict(pad_latent_to_max=False, icot_tokens=2.5)
 
 
 def trained_on(config, tokenizer):
-    """Every epoch's rows in tokens, and the thoughts that are had in the end."""
+    """Return the sequences of every epoch, and the number of thoughts after training."""
     c, rng = Curriculum.from_config(config), np.random.default_rng(1)
     schedules = config.epochs_per_stage, config.first_stage_epochs
     epochs = [s.index for s in schedule(c, 12, *schedules) for _ in range(s.epochs)]
-    drawn = [c.sample_stages(stage, [3, 1], rng) for stage in epochs]
-    rows = [
-        [build_sequence(c, s, r, tokenizer) for s, r in zip(d, (ROW, SHORT), strict=True)]
-        for d in drawn
+    sampled = [c.sample_stages(stage, [3, 1], rng) for stage in epochs]
+    sequences = [
+        [build_sequence(c, s, x, tokenizer) for s, x in zip(stages, (EXAMPLE, SHORT), strict=True)]
+        for stages in sampled
     ]
-    return rows, c.n_thoughts(epochs[-1])
+    return sequences, c.n_thoughts(epochs[-1])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_unused_are_the_settings_that_change_nothing(tokenizer, method):
+def test_ignored_options_change_nothing(tokenizer, method):
+    """Guards both ways: every option is ignored, or changes what is trained."""
     base = TrainConfig(method=method, max_latent_stage=3, uniform_prob=0.5, epochs_per_stage=2)
-    as_it_is = trained_on(base, tokenizer)
-    idle = ignored_options(METHODS[method])
+    unchanged = trained_on(base, tokenizer)
+    ignored = ignored_options(METHODS[method])
     for name, value in SETTINGS.items():
-        changed = trained_on(replace(base, **{name: value}), tokenizer) != as_it_is
-        assert changed == (name not in idle), name
-    assert ("soft_top_k" in idle) == (method != "soft_thought")
-    assert ("advance_at" in idle) == (METHODS[method].advance_by == "never")  # train.py asks for it
-    assert idle - set(SETTINGS) <= {"soft_top_k", "soft_temperature", "advance_at"}
+        changed = trained_on(replace(base, **{name: value}), tokenizer) != unchanged
+        assert changed == (name not in ignored), name
+    assert ("soft_top_k" in ignored) == (method != "soft_thought")
+    assert ("advance_at" in ignored) == (METHODS[method].advance_by == "never")
+    assert ignored - set(SETTINGS) <= {"soft_top_k", "soft_temperature", "advance_at"}

@@ -1,4 +1,4 @@
-"""Imports point one way, scripts are never imported, and `kernels` lives beside transformers."""
+"""Imports point one way, scripts are not imported, `kernels` does not break transformers."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Each line may import the lines above it, and modules of its own line.
+# A module may import the lines above its own.
 LAYERS = """
 runtime cache curriculum
 tokenizer config model
@@ -32,7 +32,7 @@ def imports(path):
 
 
 def test_imports_point_one_way():
-    """An import upwards is the start of a circle."""
+    """Guards against import cycles, and against libraries that are not dependencies."""
     package, level = ROOT / "nanococonut", {}
     for i, line in enumerate(LAYERS.split("\n")):
         level |= dict.fromkeys(line.split(), i)
@@ -50,12 +50,14 @@ def test_imports_point_one_way():
             assert not {n.split(".")[0] for n in names} & {"torch", "triton"}, path
 
 
-def test_triton_is_imported_by_kernels_only():
+def test_only_kernels_imports_triton():
+    """Guards machines without triton."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "nanococonut").rglob("*.py")]:
         assert "triton" not in {name.split(".")[0] for name in imports(path)}, path
 
 
-def test_kernels_explains_itself():
+def test_kernels_names_its_owner():
+    """Guards users of Hugging Face's package of the same name against a bare AttributeError."""
     import kernels
 
     with pytest.raises(ImportError, match="nanococonut's own package"):
@@ -63,8 +65,8 @@ def test_kernels_explains_itself():
     assert not hasattr(kernels, "__wrapped__")
 
 
-def test_transformers_models_import_from_the_checkout():
-    """Hugging Face's `kernels` is an optional import of transformers: ours must not break it."""
+def test_transformers_import_from_the_repo_root():
+    """Hugging Face's `kernels` is an optional import of transformers; ours must not break it."""
     pytest.importorskip("transformers")
     code = "import transformers; transformers.GPT2LMHeadModel; print('ok')"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""model.py is GPT-2: the same logits as transformers', and cached equals uncached."""
+"""model.py is GPT-2: its logits equal those of transformers, and cached equals uncached."""
 
 from functools import partial
 
@@ -13,6 +13,7 @@ from nanococonut.weights.pretrained import load_gpt2
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 24), (3, 4, 64)])
 def test_logits_equal_transformers(tmp_path, shape):
+    """Guards against a wrong layer, a transposed weight, or a wrong start of the new tokens."""
     transformers = pytest.importorskip("transformers")
     n_layer, n_head, n_embd = shape
     torch.manual_seed(0)
@@ -21,7 +22,7 @@ def test_logits_equal_transformers(tmp_path, shape):
     )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     for p in theirs.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+        torch.nn.init.normal_(p, std=0.2)  # not zeros and ones, which hide missing terms
     theirs.save_pretrained(tmp_path)
     ours = load_gpt2(tmp_path, vocab_size=100, dropout=0.0).eval()
     idx = torch.randint(97, (3, 32))
@@ -32,7 +33,8 @@ def test_logits_equal_transformers(tmp_path, shape):
 
 
 @pytest.mark.parametrize("config", [None, "{}", "[]", '{"n_positions": 8, "n_layer": "x"}'])
-def test_a_folder_without_gpt2_is_refused(tmp_path, config):
+def test_folder_without_gpt2_is_refused(tmp_path, config):
+    """Guards against a traceback from an incomplete or foreign folder."""
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     if config:
         (tmp_path / "config.json").write_text(config)
@@ -40,29 +42,32 @@ def test_a_folder_without_gpt2_is_refused(tmp_path, config):
         load_gpt2(tmp_path, 100, 0.0)
 
 
-def test_only_the_past_is_seen(gpt):
+def test_attention_is_causal(gpt):
+    """Guards against a missing mask, and a mask that also hides the past."""
     idx = torch.randint(41, (2, 12))
     changed = idx.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 41
     a, b = gpt(idx), gpt(changed)
     assert torch.equal(a[:, :7], b[:, :7])
-    assert (a[:, 7:] - b[:, 7:]).abs().amax(dim=(0, 2)).min() > 1e-6  # and all of the future is
+    assert (a[:, 7:] - b[:, 7:]).abs().amax(dim=(0, 2)).min() > 1e-6  # all later logits change
 
 
-def test_cached_equals_uncached_in_chunks_of_any_size(gpt):
+def test_cached_equals_uncached(gpt):
+    """Guards against wrong positions or smear at chunk boundaries."""
     idx = torch.randint(41, (3, 20))
     expected = gpt(idx)
-    cache, parts, start, prev = gpt.new_cache(3, 25), [], 0, None
+    cache, logits, start, prev_embedding = gpt.new_cache(3, 25), [], 0, None
     for n in (7, 1, 1, 5, 6):
         pos = torch.arange(start, start + n).expand(3, n)
-        e = gpt.embed(idx[:, start : start + n])
+        emb = gpt.embed(idx[:, start : start + n])
         attend = partial(cached_attention, cache, pos, start + n)
-        parts.append(gpt.head(gpt.backbone(e, pos, attend, prev)))
-        prev, start = e[:, -1], start + n
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-10, atol=1e-10)
+        logits.append(gpt.head(gpt.backbone(emb, pos, attend, prev_embedding)))
+        prev_embedding, start = emb[:, -1], start + n
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_smear_starts_as_plain_gpt2():
+    """Guards against a smear with random initial weights."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8, smear=True))
     idx = torch.randint(11, (2, 8))
@@ -71,30 +76,31 @@ def test_smear_starts_as_plain_gpt2():
     torch.testing.assert_close(before, model(idx))
 
 
-def test_heads_must_divide_the_width():
+def test_heads_must_divide_n_embd():
+    """Guards against a model that silently drops dimensions."""
     with pytest.raises(ValueError, match="heads"):
         random_gpt(n_head=5)
 
 
-def test_recomputed_mlps_change_nothing_but_what_is_kept():
-    """Same loss and gradients to the bit, dropout included; less than two thirds kept."""
-    found = []
+def test_recompute_mlp_saves_memory_only():
+    """Guards bit-equal loss and gradients, with dropout, in under 2/3 of the saved memory."""
+    results = []
     for recompute in (False, True):
         model = random_gpt(dropout=0.2).train()
         for block in model.h:
             block.recompute_mlp = recompute
-        kept = []
+        saved = []
 
-        def keep(t, kept=kept):
-            kept.append(t)
+        def pack(t, saved=saved):
+            saved.append(t)
             return t
 
         torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = model(torch.arange(40).view(2, 20)).square().sum()
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         loss.backward()
-        found.append((loss, [p.grad for p in model.parameters()], sum(storages.values())))
-    (loss, grads, most), (again, regrads, less) = found
-    assert torch.equal(loss, again) and all(map(torch.equal, grads, regrads))
-    assert less < 0.67 * most
+        results.append((loss, [p.grad for p in model.parameters()], sum(storages.values())))
+    (loss, grads, n_bytes), (new_loss, new_grads, new_n_bytes) = results
+    assert torch.equal(loss, new_loss) and all(map(torch.equal, grads, new_grads))
+    assert new_n_bytes < 0.67 * n_bytes

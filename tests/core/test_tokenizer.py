@@ -1,4 +1,4 @@
-"""Round trips on every data set, single tokens for a task's words, nothing unencodable."""
+"""Round trips on every data set, one token per word of a task, no text that fails to encode."""
 
 import json
 import os
@@ -19,22 +19,24 @@ def gpt2():
 
 
 def texts_of(folder):
-    """Every text of the released rows: ProsQA and ProntoQA as JSON, GSM8k as lines."""
+    """Yield every text of the released examples: ProsQA and ProntoQA as JSON, GSM8k as lines."""
     for name in ("prosqa_valid.json", "prontoqa_valid.json"):
-        for row in json.loads((folder / name).read_text()):
-            yield from [row["question"], *row["steps"], row["answer"]]
+        for example in json.loads((folder / name).read_text()):
+            yield from [example["question"], *example["steps"], example["answer"]]
     yield from (folder / "gsm8k_valid.txt").read_text().splitlines()
 
 
-STRANGE = ["", " ", "\n\n", "Zoë ate 3.5 ☃.", "tab\there", "  two  spaces ", "\x00\x7f", "xlempusx"]
+UNUSUAL = ["", " ", "\n\n", "Zoë ate 3.5 ☃.", "tab\there", "  two  spaces ", "\x00\x7f", "xlempusx"]
 
 
-@pytest.mark.parametrize("text", STRANGE)
-def test_word_level_round_trip_of_anything(tokenizer, text):
+@pytest.mark.parametrize("text", UNUSUAL)
+def test_word_level_round_trip_of_any_text(tokenizer, text):
+    """Guards against characters that the word pattern drops."""
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_round_trip_of_the_released_rows(released, gpt2):
+def test_round_trip_of_released_examples(released, gpt2):
+    """Guards against merged or lost white space in real data."""
     words = Tokenizer.words(prosqa.VOCABULARY)
     texts = list(texts_of(released))
     assert len(texts) > 4000
@@ -44,47 +46,54 @@ def test_round_trip_of_the_released_rows(released, gpt2):
 
 
 def test_released_prosqa_words_are_single_tokens(released):
+    """Guards against a vocabulary that lacks a word of the released data."""
     words = Tokenizer.words(prosqa.VOCABULARY)
-    for row in json.loads((released / "prosqa_valid.json").read_text()):
-        for text in [row["question"], *row["steps"], "### " + row["answer"] + "\n"]:
+    for example in json.loads((released / "prosqa_valid.json").read_text()):
+        for text in [example["question"], *example["steps"], "### " + example["answer"] + "\n"]:
             assert words.unknown_words(text) == []
             assert len(words.encode(text)) == len(re.findall(r" ?(?:[A-Za-z]+|#+|[.?])|\n", text))
 
 
-def test_generated_rows_round_trip_in_both_renderings():
+def test_generated_examples_round_trip():
+    """Guards both formats: each word is one token."""
     words = Tokenizer.words(prosqa.VOCABULARY)
-    for row in prosqa.generate(50, 0):
-        for r in (row, prosqa.compact_example(row)):
-            for text in [r["question"], *r["steps"], r["answer"]]:
+    for sentences in prosqa.generate(50, 0):
+        for example in (sentences, prosqa.compact_example(sentences)):
+            for text in [example["question"], *example["steps"], example["answer"]]:
                 ids = words.encode(text)
                 assert words.decode(ids) == text
                 assert len(ids) == len(re.findall(r" ?(?:[A-Za-z]+|[.?])", text))
 
 
-def test_gpt2_is_gpt2_with_three_more(gpt2):
+def test_gpt2_has_three_more_tokens(gpt2):
+    """Guards the ids of the released checkpoints."""
     assert gpt2.vocab_size == 50260
     assert (gpt2.eos, gpt2.bot, gpt2.eot, gpt2.latent) == (50256, 50257, 50258, 50259)
     assert gpt2.encode("Every lempus") == [6109, 443, 3149, 385]
 
 
 def test_special_tokens_in_text_are_refused(tokenizer):
+    """Guards against data that ends a sequence or starts thoughts."""
     for name in (EOS, BOT):
         with pytest.raises(UserError, match="special token"):
             tokenizer.encode(f"Tom is {name} a lempus.")
 
 
-def test_unknown_words_are_named_once(tokenizer):
+def test_unknown_words_are_listed_once(tokenizer):
+    """Guards the warning of sample.py against repetition and missed words."""
     text = "Tom is a zonkus. Every zonkus is a lempus or Zoë."
     assert tokenizer.unknown_words(text) == ["zonkus", "Zo", "ë"]
 
 
-def test_a_spec_rebuilds_the_same_tokenizer(tokenizer):
-    again = Tokenizer.from_spec(json.loads(json.dumps(tokenizer.spec)))
+def test_spec_rebuilds_the_same_tokenizer(tokenizer):
+    """Guards checkpoints: token ids must survive a round trip through JSON."""
+    loaded = Tokenizer.from_spec(json.loads(json.dumps(tokenizer.spec)))
     text = "Tom is a lempus or a unicorn."
-    assert again.encode(text) == tokenizer.encode(text)
-    assert again.vocab_size == tokenizer.vocab_size
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.vocab_size == tokenizer.vocab_size
 
 
-def test_only_words_can_be_in_a_vocabulary():
+def test_vocabulary_takes_single_words_only():
+    """Guards against an entry that the word pattern can never match."""
     with pytest.raises(ValueError, match="single words"):
         Tokenizer.words(["two words"])

@@ -102,7 +102,7 @@ def blocks(model, cache, x, impl, active):
 
 def chain(model, cache, hidden, n, token, impl, active):
     """Return the hidden states of n thoughts and a token from hidden (B, C), by the kernels."""
-    x, rows, hidden = torch.empty_like(hidden), cache.rows[:, 0].contiguous(), hidden.clone()
+    x, rows, hidden = torch.empty_like(hidden), cache.batch_index[:, 0].contiguous(), hidden.clone()
     states = []
     embed(hidden, rows, model.wpe.weight, cache.lengths, x)
     for step in range(n + 1):
@@ -148,7 +148,7 @@ def compare(model, cache, state, token, n, active, impl):
     ours = chain(model, cache, state.hidden, n, token, impl, active)
     assert_three_way(ours, plain, exact_states)
     assert torch.equal(cache.lengths, exact_cache.lengths)
-    valid = torch.arange(cache.capacity, device=token.device) < cache.lengths[:, None]
+    valid = torch.arange(cache.data.shape[4], device=token.device) < cache.lengths[:, None]
     slots = [c.data.transpose(3, 4)[:, :, valid.nonzero()[:, 0], valid.nonzero()[:, 1]]
             for c in (cache, plain_cache, exact_cache)]  # fmt: skip
     assert_three_way(*slots)

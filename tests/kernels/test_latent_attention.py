@@ -51,7 +51,8 @@ def test_own_key_is_attended(device, seed):
 
 def test_equals_the_models_cached_attention(device, seed):
     """The same as the torch path of a step: append, then attend to everything so far."""
-    cache = KVCache(3, 4, 2, 20, 16, device=device)
+    data = torch.zeros(3, 2, 4, 2, 20, 16, device=device)
+    cache = KVCache(data, torch.zeros(4, dtype=torch.int64, device=device))
     cache.data.normal_()
     cache.lengths.copy_(torch.tensor([7, 0, 19, 3]))
     q, k, v = torch.randn(3, 4, 2, 1, 16, device=device)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from helpers import assert_three_way
+from helpers import assert_three_way, exact_match
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.reference import linear_cross_entropy_ref
-from nanococonut.coconut import loss_sum, right_rows
+from nanococonut.coconut import loss_sum
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -75,13 +75,13 @@ def test_label_outside_the_vocabulary_gives_nan(device):
 
 
 def test_equals_the_torch_training_loss(device, seed):
-    """The same as coconut.loss_sum and right_rows, which take all logits of (B, Ts) targets."""
+    """The same as coconut.loss_sum and helpers.exact_match, which take all logits of (B, Ts) targets."""
     h, w, targets = random_inputs(12, 8, 9, torch.float32, device)
     targets = targets.view(4, 3)
     logits = (h @ w.t()).view(4, 3, 9)
     loss, correct = linear_cross_entropy(h, w, targets.flatten(), 9, 5)
     torch.testing.assert_close(loss, loss_sum(logits, targets))
-    assert torch.equal(correct.view(4, 3).all(1), right_rows(logits, targets))
+    assert torch.equal(correct.view(4, 3).all(1), exact_match(logits, targets))
 
 
 class LargestTensor(TorchDispatchMode):

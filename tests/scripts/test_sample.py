@@ -149,4 +149,4 @@ def test_words_are_drawn_at_a_temperature(sample):
 def test_kernels_that_cannot_run_are_an_error_and_what_runs_is_said(sample):
     code, out, err = sample("--kernels=triton", "--device=cpu")
     assert code == 2 and "triton cannot run here" in err and err.count("\n") <= 2
-    assert "kernels: torch (as asked for)" in sample("--kernels=torch", "--seed=1")[1]
+    assert "kernels: torch (as requested)" in sample("--kernels=torch", "--seed=1")[1]
