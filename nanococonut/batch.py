@@ -117,7 +117,6 @@ class Batch:
             return F.pad(t, (0, width - t.shape[1], 0, n_new), value=fill)  # (B, width)
 
         # an added sequence has a prefix of one token, no thoughts and no labels
-
         return Batch(
             prefix=pad(self.prefix, Tp),
             length=F.pad(self.length, (0, n_new), value=1),

@@ -9,7 +9,6 @@ n_thoughts[b] <= n thoughts. After them it is inactive: its later thoughts are m
 suffix follows its last valid position directly.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -67,11 +66,10 @@ class BlockKV:
         return self._attend(bias, layer, q, prefix=prefix)
 
     def attend_suffix(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(bias, layer, q, suffix=[(k, v)])
+        return self._attend(bias, layer, q, suffix=(k, v))
 
     def _attend_prefix_fused(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prefix as a single key of q (B, nh, 1, hs): its log-sum-exp is the score
-        (B, nh, 1, 1), its attention output is the value (B, nh, 1, hs)."""
+        """Return the prefix as a single key: its score (B, nh, 1, 1), its value (B, nh, 1, hs)."""
         k, v = self.prefix[layer]
         out, lse, k, v = ops.prefix_attention(q[:, :, 0], k, v, self.length, self.buffers[layer])
         self.prefix[layer] = k, v  # for the next reader: backward adds all gradients in one buffer
@@ -82,22 +80,23 @@ class BlockKV:
         bias: Tensor,
         layer: int,
         q: Tensor,
-        prefix: tuple[Tensor, Tensor] | None = None,
-        suffix: Sequence[KV] = (),
+        prefix: KV | None = None,
+        suffix: KV | None = None,
     ) -> Tensor:
-        """Return softmax(q k^T / sqrt(hs) + bias) v over prefix, thoughts and suffix.
+        """Return softmax(q k^T / sqrt(hs) + bias) v, (B, nh, T, hs), over all blocks.
 
         bias    (B, 1, T or 1, keys)  see attention_bias
-        prefix                        score and value of the prefix if it is a single key
+        prefix                        score and value of the prefix as a single key
         """
         q = q * q.shape[-1] ** -0.5
         blocks = [self.prefix[layer]] if prefix is None else []
         if self.thoughts[layer]:
             k, v = zip(*self.thoughts[layer], strict=True)
             blocks.append((torch.cat(k, dim=2), torch.cat(v, dim=2)))
+        blocks += [] if suffix is None else [suffix]
         # concatenate scores, never keys: the prefix is by far the largest block
         scored = [] if prefix is None else [prefix]
-        scored += [(q @ k.transpose(2, 3), v) for k, v in [*blocks, *suffix]]
+        scored += [(q @ k.transpose(2, 3), v) for k, v in blocks]
         scores = torch.cat([s for s, _ in scored], dim=-1) + bias  # (B, nh, T, keys)
         p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
         pieces = p.split([s.shape[-1] for s, _ in scored], dim=-1)
