@@ -191,14 +191,12 @@ def main() -> None:
     if latent != n_trained:
         console.print(f"[yellow]note[/]      trained with {n_trained} thoughts")
     if latent and not has_thoughts:
-        console.print(
-            f"[yellow]note[/]      {engine.curriculum.method} has no thoughts in training"
-        )
+        console.print(f"[yellow]note[/]      {engine.curriculum.method} trains without thoughts")
 
     # ---- settings that were left open
     seed = torch.seed() % 2**32 if config.seed is None else config.seed
-    max_new_tokens = config.max_new_tokens or trained.max_new_tokens
-    config = replace(config, latent=latent, max_new_tokens=max_new_tokens, seed=seed)
+    n_new = config.max_new_tokens or trained.max_new_tokens
+    config = replace(config, latent=latent, max_new_tokens=n_new, seed=seed)
 
     # ---- ask once, or until Ctrl-D
     question, task = config.question, TASKS[trained.task]

@@ -77,7 +77,7 @@ def test_classifier_stops_each_sequence_itself(thought, smear):
         if n:
             torch.testing.assert_close(out.thoughts[b, :n], thoughts[0], rtol=1e-9, atol=1e-9)
     assert len(set(out.n_thoughts)) > 2  # none, all and some in between: the bias is the test's own
-    # without stop=True the classifier is not asked
+    # without stop=True the classifier is not used
     assert generate(model, prefixes, 5, [EOT], EOS, 10).n_thoughts == [5] * 9
 
 
@@ -234,7 +234,7 @@ def test_threads_share_an_engine():
 
 @pytest.mark.parametrize("render", ["compact", "sentences"])
 def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
-    """A question asked in another form than in training gives another answer."""
+    """A prompt in another form than in training gives another answer."""
     model = save_random_run(tmp_path, tokenizer, render=render)
     engine = nanococonut.load(tmp_path, device="cpu", kernels="torch", graph="off")
     assert engine.config.render == render and engine.manifest["n_thoughts"] == 3
