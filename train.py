@@ -227,13 +227,12 @@ def main() -> None:
     def validate(stage: int) -> dict:
         n, row = curriculum.n_thoughts(stage), {"stage": stage}
         with autocast:
-            engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
+            engine = Engine.from_config(model, tokenizer, config, kernels="torch", graph="off")
             for split, rows in splits.items():
                 right, tokens = 0, 0
                 if mine := ranks.shard(rows):
-                    shown = TASKS[config.task].render(mine, config.render)
-                    s = score(engine, shown, n, max_new_tokens=config.max_new_tokens)
-                    right, tokens = sum(s.right), round(s.generated_tokens * s.rows)
+                    s = score(engine, mine, n, max_new_tokens=config.max_new_tokens)
+                    right, tokens = sum(s.correct), round(s.generated_tokens * s.n)
                 right, tokens = ranks.all_reduce_sum([right, tokens])
                 row |= {f"{split}_accuracy": right / len(rows)}
                 row |= {f"{split}_tokens": tokens / len(rows)}

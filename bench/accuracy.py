@@ -114,7 +114,7 @@ def main() -> None:
             "high": round(high, 4),
             "generated_tokens": round(s.generated_tokens, 2),
             "seconds": round(time.perf_counter() - began, 2),
-            "by_steps": by_steps(rows, s.right),
+            "by_steps": by_steps(rows, s.correct),
         }
         had = f" at most, {s.thoughts:.1f} had" if model.config.stop else ""
         print(

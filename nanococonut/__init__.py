@@ -1,7 +1,7 @@
 """nanococonut: Coconut (Chain of Continuous Thought, arXiv 2412.06769), small, fast and honest."""
 
-from nanococonut.inference.engine import Engine, Generation
+from nanococonut.inference.engine import Engine, Generation, load
 from nanococonut.weights.pretrained import load_pretrained
 
-__all__ = ["Engine", "Generation", "load_pretrained"]
+__all__ = ["Engine", "Generation", "load", "load_pretrained"]
 __version__ = "0.2.0"

@@ -87,12 +87,14 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer.gpt2()
 
 
-def save_random_run(path, tokenizer, method="coconut", n_thoughts=3, block_size=96, **extra) -> GPT:
-    """Write a run with a random model to `path`. Return the model."""
+def save_random_run(
+    path, tokenizer, method="coconut", n_thoughts=3, block_size=96, render=None, **extra
+) -> GPT:
+    """Write a run's folder with a random model. Return the model."""
     is_words = tokenizer.spec["kind"] == "words"
     config = TrainConfig(
         tokenizer=tokenizer.spec["kind"],
-        render="compact" if is_words else "sentences",
+        render=render or ("compact" if is_words else "sentences"),
         method=method,
         out_dir="/home/somebody/out",
         data="/home/somebody/rows.json",

@@ -1,38 +1,38 @@
-"""How good is a model: batched greedy answers against the known ones.
+"""Exact-match accuracy of batched greedy answers.
 
-Generated tokens, everywhere in this project: thoughts + words up to and without eos, a row's mean:
-what has to be made one after the other. The <eot> behind the thoughts is given, and pauses are read
-along with the question: neither is generated.
+Generated tokens = thoughts + tokens before eos, averaged over examples: the number of sequential
+steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanococonut.data.examples import Example, extract_answer
+from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
 
 
 @dataclass(frozen=True)
 class Score:
-    """right: of each row, in order; generated_tokens, thoughts (fed back): a row's means; texts: in
-    order; interval: 95 % (Wilson)."""
+    """correct and texts: one per example, in order. generated_tokens and thoughts: means."""
 
-    right: list[bool]
+    correct: list[bool]
     generated_tokens: float
     thoughts: float
     texts: list[str]
 
     @property
-    def rows(self) -> int:
-        return len(self.right)
+    def n(self) -> int:
+        return len(self.correct)
 
     @property
     def accuracy(self) -> float:
-        return sum(self.right) / self.rows
+        return sum(self.correct) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, n, p = 1.959964, self.rows, self.accuracy
+        """The 95 % confidence interval of the accuracy (Wilson)."""
+        z, n, p = 1.959964, self.n, self.accuracy
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         return max(0.0, centre - half), min(1.0, centre + half)
@@ -40,26 +40,31 @@ class Score:
 
 def score(
     engine: Engine,
-    rows: Sequence[Example],
-    n_slots: int,
+    examples: Sequence[Example],
+    n_thoughts: int,
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
-    """Accuracy over rendered rows: exact match of what stands behind the last "#".
-
-    n_slots: thoughts or pauses.
-    """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]))  # little padding
-    texts, words, thoughts = [""] * len(rows), 0, 0
-    for start in range(0, len(rows), batch_size):
-        part = order[start : start + batch_size]
-        out = engine.generate([rows[i]["question"] for i in part], n_slots, max_new_tokens)
-        for i, text in zip(part, out.text, strict=True):
+    """Return the score of an engine on examples as in their file; the engine renders them."""
+    if engine.render and not engine.config:
+        raise ValueError("score needs Engine.from_config: an answer is rendered as its question is")
+    config, rendered = engine.config, examples
+    if config:
+        rendered = TASKS[config.task].render(examples, config.render)
+    # similar lengths together: little padding
+    order = sorted(range(len(examples)), key=lambda i: len(rendered[i]["question"]))
+    texts, n_tokens, n_taken = [""] * len(examples), 0, 0
+    for start in range(0, len(examples), batch_size):
+        indices = order[start : start + batch_size]
+        questions = [examples[i]["question"] for i in indices]
+        out = engine.generate(questions, n_thoughts, max_new_tokens)
+        for i, text in zip(indices, out.text, strict=True):
             texts[i] = text
-        words += sum(map(len, out.tokens))
-        thoughts += sum(out.n_thoughts)
-    right = [
-        "#" in text and extract_answer(text) == extract_answer(row["answer"])
-        for text, row in zip(texts, rows, strict=True)
+        n_tokens += sum(map(len, out.tokens))
+        n_taken += sum(out.n_thoughts)
+    correct = [
+        "#" in text and extract_answer(text) == extract_answer(example["answer"])
+        for text, example in zip(texts, rendered, strict=True)
     ]
-    return Score(right, (words + thoughts) / len(rows), thoughts / len(rows), texts)
+    n = len(examples)
+    return Score(correct, (n_tokens + n_taken) / n, n_taken / n, texts)

@@ -1,36 +1,46 @@
-"""Static memory for inference, and the steps that run in place over it."""
+"""Static memory for inference, and the steps of steps.py run in place over it.
+
+CUDA graphs replay on fixed addresses, so each step reads and writes the same tensors every time.
+"""
 
 import torch
 from torch import Tensor
 
+from nanococonut.inference import steps
 from nanococonut.inference.fused import FusedStep
-from nanococonut.inference.steps import DecodeState, decode_step, latent_step, prefill
 from nanococonut.model import GPT
 
 
 class StaticBuffers:
-    """Tensors that steps read and write, allocated once for up to so many rows; never moved."""
+    """Every tensor that a step reads or writes, allocated once and never moved.
 
-    def __init__(self, model: GPT, rows: int, cache: int, idx: int, thoughts: int) -> None:
+    batch       sequences
+    cache_size  numbers in the KV cache
+    idx_size    tokens in the padded prompts
+    n_thoughts  thoughts per sequence
+    """
+
+    def __init__(
+        self, model: GPT, batch: int, cache_size: int, idx_size: int, n_thoughts: int
+    ) -> None:
         config, w = model.config, model.wte.weight
-        self.size = (rows, cache, idx, thoughts)
+        self.size = (batch, cache_size, idx_size, n_thoughts)
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=w.device)
 
-        self.cache = w.new_zeros(cache)  # flat: batches of any shape lie in it
-        self.idx = ints(idx)
-        self.lengths, self.had, self.token = ints(rows), ints(rows), ints(rows)
-        self.words, self.column = ints(rows, config.block_size), ints()
-        self.hidden, self.prev = w.new_zeros(2, rows, config.n_embd)
-        self.thoughts = w.new_zeros(thoughts, rows, config.n_embd)
-        self.active, self.done = torch.zeros(2, rows, dtype=torch.bool, device=w.device)
-        # sampling: Exp(1) noise, drawn outside of a graph
-        self.noise = torch.ones(rows, config.vocab_size, device=w.device)
+        self.cache, self.idx = w.new_zeros(cache_size), ints(idx_size)  # flat: any shape fits in
+        self.lengths, self.n_taken, self.token = ints(batch), ints(batch), ints(batch)
+        self.tokens, self.n_tokens = ints(batch, config.block_size), ints()
+        self.hidden, self.prev_embedding = w.new_zeros(2, batch, config.n_embd)
+        self.thoughts = w.new_zeros(n_thoughts, batch, config.n_embd)
+        self.active, self.done = torch.zeros(2, batch, dtype=torch.bool, device=w.device)
+        # of sampling: Exp(1) numbers, drawn outside of a graph
+        self.noise = torch.ones(batch, config.vocab_size, device=w.device)
         self.temperature = torch.ones((), device=w.device)
 
-    def small(self) -> list[Tensor]:
-        """What a step changes beside the cache, where it writes behind every row's end only."""
+    def mutable(self) -> list[Tensor]:
+        """Return what a step must not change twice: all but the cache, which it only appends to."""
         return [v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "cache"]
 
     @property
@@ -39,67 +49,60 @@ class StaticBuffers:
 
 
 class BatchView:
-    """A batch of a given shape within StaticBuffers, and the steps over it, in place."""
+    """A batch of one shape inside StaticBuffers, and the steps over it, in place."""
 
     def __init__(
-        self,
-        model: GPT,
-        memory: StaticBuffers,
-        rows: int,
-        capacity: int,
-        kernels: str,
-        span: int | None,
+        self, model: GPT, buffers: StaticBuffers, shape: tuple[int, int], kernels: str, static: bool
     ) -> None:
-        """span: of every step (None: as it grows), since a graph always does the same."""
-        self.model, self.rows, self.static = model, rows, span is not None
-        m = self.memory = memory
-        self.cache = model.new_cache(rows, capacity, m.cache, m.lengths[:rows])
-        self.hidden, self.prev, self.had = m.hidden[:rows], m.prev[:rows], m.had[:rows]
-        self.active, self.done, self.token = m.active[:rows], m.done[:rows], m.token[:rows]
-        self.words, self.noise = m.words[:rows], m.noise[:rows]
-        self.triton = FusedStep(model, self.cache) if kernels == "triton" else None
-        self.span = span or 0
+        """shape: (batch, capacity). static: each step spans the whole capacity, as graphs need."""
+        self.model, self.buffers, self.static = model, buffers, static
+        self.batch, self.capacity = shape
+        n, b = self.batch, buffers
+        self.cache = model.new_cache(n, self.capacity, b.cache, b.lengths[:n])
+        self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
+        self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
+        self.token, self.tokens, self.noise = b.token[:n], b.tokens[:n], b.noise[:n]
+        self.fused = FusedStep(model, self.cache) if kernels == "triton" else None
+        self.span = self.capacity - 1 if static else 0
 
-    def _keep(self, state: DecodeState) -> None:
-        self.prev.copy_(state.prev)  # first: a thought is the last hidden state itself
+    def _state(self) -> steps.DecodeState:
+        return steps.DecodeState(self.hidden, self.prev_embedding, self.span)
+
+    def _store(self, state: steps.DecodeState) -> None:
+        self.prev_embedding.copy_(state.prev_embedding)  # first: it may be self.hidden, a thought
         self.hidden.copy_(state.hidden)
         self.span = self.span if self.static else state.span
 
-    def read(self, idx: Tensor) -> None:
-        """Prefill of ids (B, T); lengths stand in the cache."""
-        self._keep(prefill(self.model, self.cache, idx, self.cache.lengths.clone()))
+    def prefill(self, idx: Tensor) -> None:
+        """Process prompts (B, T), whose lengths are in the cache already."""
+        self._store(steps.prefill(self.model, self.cache, idx, self.cache.lengths.clone()))
 
-    def think(self, i: int, stop: bool) -> None:
-        """Thought i of every active row. stop: ask the classifier first. Only then, or where rows
-        fill up a graph's batch, are there rows that are not active."""
+    def latent_step(self, i: int, stop: bool) -> None:
+        """Append thought i to every active sequence. stop: ask the stop classifier first."""
         if stop:
             self.active &= self.model.stop_logit(self.hidden) <= 0
-        self.memory.thoughts[i, : self.rows].copy_(self.hidden)
-        active = self.active if stop or self.static else None
-        if self.triton is not None:
-            self.triton.think(self.hidden, active, first=i == 0)
+        self.buffers.thoughts[i, : self.batch].copy_(self.hidden)
+        active = self.active if stop or self.static else None  # None: all are
+        if self.fused is not None:
+            self.fused.latent_step(self.hidden, active, is_first=i == 0)
         else:
-            state = DecodeState(self.hidden, self.prev, self.span)
-            self._keep(latent_step(self.model, self.cache, state, active))
-        self.had += self.active
+            self._store(steps.latent_step(self.model, self.cache, self._state(), active))
+        self.n_taken += self.active
 
-    def take(self) -> None:
-        """The last picked token is the next input."""
-        if self.triton is not None:
-            self.triton.say(self.token, self.hidden)
+    def decode_step(self) -> None:
+        """Append the last token."""
+        if self.fused is not None:
+            self.fused.decode_step(self.token, self.hidden)
         else:
-            state = DecodeState(self.hidden, self.prev, self.span)
-            self._keep(decode_step(self.model, self.cache, self.token, state))
+            self._store(steps.decode_step(self.model, self.cache, self.token, self._state()))
 
-    def pick(self, eos: int, sampled: bool) -> None:
-        """The most probable token of each row, or one drawn from the softmax: with noise q ~ Exp(1)
-        p / q is greatest at token t with probability p_t."""
-        logits = self.model.head(self.hidden)
-        if sampled:
-            p = (logits.float() / self.memory.temperature).softmax(-1)
-            logits = p / self.noise
+    def sample(self, eos: int, greedy: bool) -> None:
+        """Choose the next token: the most probable one, or one drawn from the softmax."""
+        logits = self.model.head(self.hidden)  # (B, V)
+        if not greedy:  # with q ~ Exp(1), p / q is largest at token t with probability p[t]
+            logits = (logits.float() / self.buffers.temperature).softmax(-1) / self.noise
         self.token.copy_(logits.argmax(-1).masked_fill(self.done, eos))
-        column = self.memory.column.expand(self.rows, 1)
-        self.words.scatter_(1, column, self.token[:, None])
-        self.memory.column += 1
-        self.done |= self.token == eos  # the first token may be eos already
+        column = self.buffers.n_tokens.expand(self.batch, 1)
+        self.tokens.scatter_(1, column, self.token[:, None])
+        self.buffers.n_tokens += 1
+        self.done |= self.token == eos  # the first token may already be eos

@@ -1,35 +1,46 @@
-"""Inference: a question is read once, n thoughts are appended to its cache, words come out.
+"""Batched inference: prefill the prompts, append n thoughts to the KV cache, generate tokens.
 
-All rows are kept in one right-padded batch (steps.py), in memory that is kept from batch to batch
-and never moves: so on a GPU reading a question, its whole chain of thoughts and every further word
-are each one CUDA graph.
+The steps are those of steps.py, in place over static memory. On a GPU the prefill, the whole chain
+of thoughts and each token are one CUDA graph each.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import le
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanococonut.batch import build_prompt
+from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import TASKS
 from nanococonut.inference.buffers import BatchView, StaticBuffers
 from nanococonut.model import GPT
 from nanococonut.ops import choose_backend, choose_graph
+from nanococonut.runtime.cli import make_config
+from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.graphs import GraphCache, round_up
 from nanococonut.tokenizer import Tokenizer
+from nanococonut.weights import checkpoint
 
 
 @dataclass
 class Generation:
-    """tokens: of each row, without eos; text: the same in words (Engine.generate). thoughts: (B, n,
-    C), the hidden states that were fed back; n_thoughts: how many of them each row had (all n, or
-    until its classifier said enough). Times in seconds; seconds_first: from the start to the first
-    word."""
+    """What was generated for a batch of B prompts.
+
+    tokens         of each, without eos
+    thoughts       (B, n, C) hidden states that were fed back
+    n_thoughts     of each: n, or fewer if the stop classifier ended them
+    seconds_first  from the start to the first token, prefill and thoughts included
+    text           the tokens as text (only from Engine.generate)
+    """
 
     tokens: list[list[int]]
     thoughts: Tensor
@@ -45,16 +56,36 @@ class Generation:
         return self.seconds_first + self.seconds_decode
 
 
+@dataclass(frozen=True)
+class Request:
+    """One call of Engine.run; see there."""
+
+    prefixes: list[list[int]]
+    n_thoughts: int
+    forced_tokens: list[int]
+    eos: int
+    max_new_tokens: int
+    stop: bool
+    temperature: float
+    generator: torch.Generator
+
+    def size(self) -> tuple[int, int, int]:
+        """Return (sequences, tokens of the longest prefix, positions of the longest sequence)."""
+        longest = max(map(len, self.prefixes))
+        n_new = self.n_thoughts + len(self.forced_tokens) + self.max_new_tokens
+        return len(self.prefixes), longest, longest + n_new
+
+
 class Engine:
-    """A model that answers, batch after batch.
+    """A model ready to generate. It keeps its memory and CUDA graphs from call to call.
 
-        engine = Engine(model, tokenizer)
-        out = engine.generate(["Tom is a ..."], latent=6)
-        out.text, out.tokens, out.thoughts, out.seconds
+    Several threads may call it: a lock makes them take turns.
 
-    curriculum: the method's layout of a question (default: Coconut's). kernels, graph: "auto", or
-    what is asked for, as ops.choose and ops.choose_graph say (UserError where it cannot run).
-    max_graphs: CUDA graphs kept, of all batch sizes and lengths.
+    curriculum  decides the token layout of a prompt (None: Coconut's)
+    kernels     "auto", "triton" or "torch", see ops.choose_backend
+    graph       "auto", "on" or "off", see ops.choose_graph
+    max_graphs  CUDA graphs to keep, over all batch sizes and lengths
+    render      question -> prompt text as in training (None: questions are prompts already)
     """
 
     def __init__(
@@ -65,35 +96,41 @@ class Engine:
         kernels: str = "auto",
         graph: str = "auto",
         max_graphs: int = 24,
+        render: Callable[[str], str] | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.render = model, tokenizer, render
         self.curriculum = curriculum or Curriculum("coconut")
+        self.config: TrainConfig | None = None  # of the run that trained the model
+        self.manifest: dict[str, Any] = {}  # of its checkpoint
         self.kernels, self.reason = choose_backend(kernels, model)
         self.graphs = GraphCache(max_graphs) if choose_graph(graph, model) else None
-        self._forget()
+        self._lock = threading.Lock()
+        self._reset()
 
-    def _forget(self) -> None:
-        self._memory: StaticBuffers | None = None
-        self._slots: dict[tuple[int, int], BatchView] = {}
-        if self.graphs is not None:
-            self.graphs = type(self.graphs)(self.graphs.max_graphs)
-        self._weights = self._where()
+    @classmethod
+    def from_config(
+        cls, model: GPT, tokenizer: Tokenizer, config: TrainConfig, **kwargs: Any
+    ) -> "Engine":
+        """Return an Engine that writes its prompts as the run with this config does."""
+        render = partial(TASKS[config.task].render_question, style=config.render)
+        curriculum = Curriculum.from_config(config)
+        engine = cls(model, tokenizer, curriculum, render=render, **kwargs)
+        engine.config = config
+        return engine
 
     @property
     def graph(self) -> bool:
         """Whether steps are replayed from CUDA graphs."""
         return self.graphs is not None
 
-    def _where(self) -> tuple:
-        return tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
-
     def memory(self) -> dict[str, int]:
-        """Bytes: of the cache and what else steps write to, and of captured graphs beside it."""
+        """Return the bytes of the KV cache, of other buffers and of graphs, and how many graphs."""
+        buffers, graphs = self._buffers, self.graphs
         return {
-            "cache": self._memory.cache.nbytes if self._memory else 0,
-            "buffers": self._memory.bytes - self._memory.cache.nbytes if self._memory else 0,
-            "graphs": len(self.graphs.graphs) if self.graphs else 0,
-            "graph_bytes": self.graphs.bytes if self.graphs else 0,
+            "cache": buffers.cache.nbytes if buffers else 0,
+            "buffers": buffers.bytes - buffers.cache.nbytes if buffers else 0,
+            "graphs": len(graphs.graphs) if graphs else 0,
+            "graph_bytes": graphs.bytes if graphs else 0,
         }
 
     def generate(
@@ -104,32 +141,34 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Generation:
-        """Answers to a batch of rendered questions, in the layout the method was trained in:
-        greedy, or drawn at a temperature by the seed.
+        """Answer a batch of questions. Raise UserError if one does not fit in block_size.
 
-        latent: thoughts (or pauses). A model with a classifier that stops them has no more than
-        these. max_new_tokens is cut to what block_size leaves. UserError where it leaves nothing.
+        latent          thoughts (or pauses) of each; with a stop classifier, at most these many
+        max_new_tokens  reduced to what fits in block_size
+        temperature     0: greedy; otherwise tokens are sampled by `seed`
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ValueError("generate needs Engine(model, tokenizer); run takes tokens")
         if isinstance(questions, str) or not questions:
             raise ValueError("generate needs a list of at least one question")
-        asked = [
-            build_prompt(self.curriculum, tokenizer.encode(q), latent, tokenizer) for q in questions
+        prompts = [
+            build_prompt(self.curriculum, tokenizer.encode(text), latent, tokenizer)
+            for text in (map(self.render, questions) if self.render else questions)
         ]
-        prefixes, (n_thoughts, *_), (opening, *_) = (list(x) for x in zip(*asked, strict=True))
-        longest = max(map(len, prefixes))
-        room = self.model.config.block_size - longest - n_thoughts - len(opening)
-        if room < 1:
+        prefixes, (n_thoughts, *_), (forced, *_) = (list(x) for x in zip(*prompts, strict=True))
+        config, longest = self.model.config, max(map(len, prefixes))
+        available = config.block_size - longest - n_thoughts - len(forced)
+        if available < 1:
             raise UserError(
                 f"a question of {longest} tokens with {n_thoughts} thoughts does not fit into the "
-                f"model's block_size={self.model.config.block_size}.\nAsk a shorter question or "
-                "use fewer thoughts."
+                f"model's block_size={config.block_size}.\nAsk a shorter question or use fewer "
+                "thoughts."
             )
-        most = min(max_new_tokens, room)
-        stop = self.model.config.stop
-        out = self.run(prefixes, n_thoughts, opening, tokenizer.eos, most, stop, temperature, seed)
+        out = self.run(
+            prefixes, n_thoughts, forced, tokenizer.eos, min(max_new_tokens, available),
+            stop=config.stop, temperature=temperature, seed=seed,
+        )  # fmt: skip
         out.text = [tokenizer.decode(tokens) for tokens in out.tokens]
         return out
 
@@ -138,197 +177,220 @@ class Engine:
         self,
         prefixes: list[list[int]],
         n_thoughts: int,
-        opening: list[int],
+        forced_tokens: list[int],
         eos: int,
         max_new_tokens: int,
         stop: bool = False,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Generation:
-        """Answers to a batch of token prefixes, greedy or (temperature > 0) sampled.
+        """Generate from token prefixes. Raise ValueError, before any work, if they do not fit.
 
-        stop: a row has no further thought once the model's classifier says enough (n_thoughts at
-        most). seed: of a generator of this call's own. Rows that have said eos leave the batch once
-        they are half of it, so they cost nothing more. opening: tokens put behind the thoughts
-        before the first word is asked for ([<eot>] or []). Raises ValueError, before any work,
-        where a row would not fit into block_size.
+        n_thoughts     of each sequence; with `stop`, at most these many
+        forced_tokens  appended after the thoughts, before the first generated token
+        eos            ends a sequence (-1: nothing does)
+        stop           a sequence takes no further thought once the stop classifier says so
+        temperature    0: greedy; otherwise tokens are sampled, by a generator of this call's seed
         """
-        model, longest = self.model, max(map(len, prefixes))
-        block_size = model.config.block_size
-        capacity = longest + n_thoughts + len(opening) + max_new_tokens
-        if min(map(len, prefixes)) == 0 or n_thoughts < 0 or max_new_tokens < 1:
+        model, block_size = self.model, self.model.config.block_size
+        if not prefixes or not all(prefixes) or n_thoughts < 0 or max_new_tokens < 1:
             raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
-        if not temperature >= 0:
-            raise ValueError(f"temperature={temperature} has to be 0 (greedy) or more")
+        if not temperature >= 0:  # NaN too
+            raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+        generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+        request = Request(
+            prefixes, n_thoughts, forced_tokens, eos, max_new_tokens, stop=stop,
+            temperature=temperature, generator=generator,
+        )  # fmt: skip
+        _, longest, capacity = request.size()
         if capacity > block_size:
             raise ValueError(
-                f"{longest} tokens + {n_thoughts} thoughts + {len(opening)} + {max_new_tokens} new "
-                f"tokens do not fit into block_size={block_size}"
+                f"{longest} tokens + {n_thoughts} thoughts + {len(forced_tokens)} forced tokens + "
+                f"{max_new_tokens} new tokens do not fit in block_size={block_size}"
             )
-        if self._where() != self._weights:  # moved: what was captured reads the old ones
-            self._forget()
-        training = model.training
-        model.eval()
-        try:
-            return self._answer(
-                prefixes,
-                capacity,
-                n_thoughts,
-                opening,
-                eos,
-                max_new_tokens,
-                stop,
-                temperature,
-                seed,
-            )
-        finally:
-            model.train(training)
+        with self._lock:  # calls share the buffers and the mode of the model
+            if self._weights_key() != self._captured_weights:
+                self._reset()  # weights moved: captured graphs would read the old ones
+            training = model.training
+            model.eval()
+            try:
+                return self._generate(request)
+            finally:
+                model.train(training)
 
-    def _answer(
-        self,
-        prefixes: list[list[int]],
-        capacity: int,
-        n_thoughts: int,
-        opening: list[int],
-        eos: int,
-        max_new_tokens: int,
-        stop: bool,
-        temperature: float,
-        seed: int,
-    ) -> Generation:
-        model, device = self.model, self.model.wte.weight.device
-        block_size = model.config.block_size
-        B, longest = len(prefixes), max(map(len, prefixes))
-        rows, width = B, longest
+    def _generate(self, request: Request) -> Generation:
+        start = self._now()
+        view = self._prefill(request)
+        prefilled = self._now()
+        thoughts = self._append_thoughts(view, request)
+        n_thoughts = view.n_taken[: len(thoughts)].tolist()
+        thought = self._now()
+        self._first_token(view, request)
+        first = self._now()
+        tokens = self._other_tokens(view, request)
+        times = (prefilled - start, thought - prefilled, first - start, self._now() - first)
+        eos, rows = request.eos, tokens.tolist()
+        rows = [row[: row.index(eos)] if eos in row else row for row in rows]
+        return Generation(rows, thoughts, n_thoughts, *times)
+
+    def _now(self) -> float:
+        if self.model.wte.weight.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _prefill(self, request: Request) -> BatchView:
+        """Return a batch with the prefixes in its cache and no thoughts yet."""
+        block_size, (B, width, capacity) = self.model.config.block_size, request.size()
+        batch = B
         if self.graph:  # few shapes, so few graphs
-            rows = 1 << (B - 1).bit_length()
+            batch = 1 << (B - 1).bit_length()
             width, capacity = (
-                min(round_up(n, m), block_size) for n, m in ((longest, 64), (capacity, 128))
+                min(round_up(n, m), block_size) for n, m in ((width, 64), (capacity, 128))
             )
+        self._grow(batch, capacity, width, request.n_thoughts)
+        view, buffers, extra = self._view(batch, capacity), self._buffers, batch - B
+        # extra sequences fill the batch: one token, no thoughts, done from the start
+        padded = [p + [0] * (width - len(p)) for p in request.prefixes] + [[0] * width] * extra
+        idx = buffers.idx[: batch * width].view(batch, width)
+        idx.copy_(torch.tensor(padded))
+        view.cache.lengths.copy_(torch.tensor([*map(len, request.prefixes), *[1] * extra]))
+        view.active.copy_(torch.arange(batch, device=idx.device) < B)
+        view.done.copy_(~view.active)
+        view.n_taken.zero_()
+        view.tokens.fill_(request.eos)
+        buffers.n_tokens.zero_()
+        buffers.temperature.fill_(request.temperature or 1.0)
+        self._run(("prefill", batch, capacity, width), partial(view.prefill, idx))
+        return view
 
-        def now() -> float:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return time.perf_counter()
+    def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
+        """Append the thoughts. Return them, (B, n, C)."""
+        n, stop, model = request.n_thoughts, request.stop, self.model
 
-        start = now()
-        self._make_room(rows, capacity, width, n_thoughts)
-        m, slots = self._memory, self._at(rows, capacity)
-        # rows that only fill up the graph's batch: one token, no thoughts, done at once
-        filled = [p + [0] * (width - len(p)) for p in prefixes] + [[0] * width] * (rows - B)
-        idx = m.idx[: rows * width].view(rows, width)
-        idx.copy_(torch.tensor(filled))
-        slots.cache.lengths.copy_(torch.tensor([*map(len, prefixes), *[1] * (rows - B)]))
-        real = torch.arange(rows, device=device) < B
-        slots.active.copy_(real)
-        slots.done.copy_(~real)
-        slots.had.zero_()
-        slots.words.fill_(eos)
-        m.column.zero_()
-        m.temperature.fill_(temperature or 1.0)
-        self._play(("read", rows, capacity, width), partial(slots.read, idx))
+        def chain() -> None:
+            for i in range(n):
+                view.latent_step(i, stop)
 
-        prefilled = now()
-        if self.graph and n_thoughts:
-
-            def chain() -> None:
-                for i in range(n_thoughts):
-                    slots.think(i, stop)
-
-            self._play(("think", rows, capacity, n_thoughts, stop), chain)
-            thoughts = n_thoughts
+        if n and self.graph:
+            self._run(("thoughts", view.batch, view.capacity, n, stop), chain)
         else:
-            thoughts = 0
-            while thoughts < n_thoughts:
-                if stop and not (slots.active & (model.stop_logit(slots.hidden) <= 0)).any():
+            for i in range(n):
+                # without a graph the chain ends as soon as every sequence has stopped
+                if stop and not (view.active & (model.stop_logit(view.hidden) <= 0)).any():
+                    n = i
                     break
-                slots.think(thoughts, stop)
-                thoughts += 1
-        kept = m.thoughts[:thoughts, :B].transpose(0, 1).clone()
-        had = slots.had[:B].tolist()
+                view.latent_step(i, stop)
+        return self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
 
-        thought = now()
-        sampled, draw = temperature > 0, torch.Generator(device).manual_seed(seed)
+    def _first_token(self, view: BatchView, request: Request) -> None:
+        for i, token in enumerate(request.forced_tokens):
+            if i:
+                view.decode_step()
+            view.token.fill_(token)
+        self._next_token(view, request, decode=bool(request.forced_tokens))
 
-        def word(slots: BatchView, taken: bool = True) -> None:
-            """Say the next word; taken: the last one is read first."""
+    def _next_token(self, view: BatchView, request: Request, decode: bool = True) -> None:
+        """Append the last token (if `decode`), then choose the next one."""
+        eos, greedy = request.eos, request.temperature == 0
 
-            def both() -> None:
-                if taken:
-                    slots.take()
-                slots.pick(eos, sampled)
+        def step() -> None:
+            if decode:
+                view.decode_step()
+            view.sample(eos, greedy)
 
-            if sampled:
-                slots.noise.exponential_(generator=draw)
-            self._play(("word", slots.rows, capacity, taken, eos, sampled), both)
+        if not greedy:  # drawn outside of the graph, by the generator of this request
+            view.noise.exponential_(generator=request.generator)
+        self._run(("token", view.batch, view.capacity, decode, eos, greedy), step)
 
-        for i, token in enumerate(opening):
-            slots.token.fill_(token)
-            if i < len(opening) - 1:
-                slots.take()
-        word(slots, taken=bool(opening))
-        first = now()
-        words = torch.full((B, max_new_tokens), eos, device=device)
-        left = torch.arange(B, device=device)  # of each row in the batch, which it is
-        every = 4 if device.type == "cuda" else 1  # tokens between two looks at who is done
-        for i in range(1, max_new_tokens):
-            if (i - 1) % every == 0:
-                alive = (~slots.done).nonzero()[:, 0]
-                if not len(alive):
+    def _other_tokens(self, view: BatchView, request: Request) -> Tensor:
+        """Generate the rest. Return all tokens, (B, max_new_tokens), padded with eos.
+
+        Once half of the batch is finished, only the unfinished sequences go on.
+        """
+        B, n, device = len(request.prefixes), request.max_new_tokens, view.token.device
+        tokens = torch.full((B, n), request.eos, device=device)
+        index = torch.arange(B, device=device)  # place of each sequence of the view in the B
+        interval = 4 if device.type == "cuda" else 1  # tokens between two checks, which sync
+        for i in range(n - 1):
+            if i % interval == 0:
+                unfinished = (~view.done).nonzero()[:, 0]
+                if not len(unfinished):
                     break
-                fewer = 1 << (len(alive) - 1).bit_length() if self.graph else len(alive)
-                if 2 * fewer <= slots.rows:
-                    words[left] = slots.words[: len(left), :max_new_tokens]
-                    left = left[alive]
-                    slots = self._shrink(slots, alive, fewer, capacity)
-            word(slots)
-        words[left] = slots.words[: len(left), :max_new_tokens]
-        end = now()
+                batch = len(unfinished)
+                batch = 1 << (batch - 1).bit_length() if self.graph else batch
+                if 2 * batch <= view.batch:
+                    tokens[index] = view.tokens[: len(index), :n]
+                    index = index[unfinished]
+                    view = self._shrink(view, unfinished, batch)
+            self._next_token(view, request)
+        tokens[index] = view.tokens[: len(index), :n]
+        return tokens
 
-        tokens = [row[: row.index(eos)] if eos in row else row for row in words.tolist()]
-        times = (prefilled - start, thought - prefilled, first - start, end - first)
-        return Generation(tokens, kept, had, *times)
-
-    def _make_room(self, rows: int, capacity: int, width: int, thoughts: int) -> None:
-        """Grow the static buffers to fit this batch. Growing invalidates every captured graph."""
-        c = self.model.config
-        need = (rows, rows * capacity * 2 * c.n_layer * c.n_embd, rows * width, thoughts)
-        if self._memory is not None:
-            have = self._memory.size
-            if all(map(le, need, have)):
-                return
-            need = tuple(map(max, need, have))
-            self._forget()  # the old memory goes before the new one comes
-        self._memory = StaticBuffers(self.model, *need)
-
-    def _at(self, rows: int, capacity: int) -> BatchView:
-        """The batch of this shape. Where shapes are not rounded up they are not kept either."""
-        key = (rows, capacity)
-        if key in self._slots:
-            return self._slots[key]
-        span = capacity - 1 if self.graph else None
-        slots = BatchView(self.model, self._memory, rows, capacity, self.kernels, span)
-        if self.graph:
-            self._slots[key] = slots
-        return slots
-
-    def _shrink(self, old: BatchView, alive: Tensor, rows: int, capacity: int) -> BatchView:
-        """Go on with the rows alive (n,) only, as the first of a batch of so many."""
-        new, n = self._at(rows, capacity), len(alive)
-        # indexing copies, and it has to: the old and the new rows lie in the same memory
-        kept = old.cache.data[:, :, alive]
-        new.cache.data[:, :, :n] = kept
-        for t in ("hidden", "prev", "token", "words", "done"):
-            getattr(new, t)[:n] = getattr(old, t)[alive]
-        new.cache.lengths[:n] = old.cache.lengths[alive]
+    def _shrink(self, old: BatchView, unfinished: Tensor, batch: int) -> BatchView:
+        """Return a smaller batch whose first sequences are the unfinished ones, (n,)."""
+        new, n = self._view(batch, old.capacity), len(unfinished)
+        cache = old.cache.data[:, :, unfinished]  # a copy, since old and new share their memory
+        new.cache.data[:, :, :n] = cache
+        for name in ("hidden", "prev_embedding", "token", "tokens", "done"):
+            getattr(new, name)[:n] = getattr(old, name)[unfinished]
+        new.cache.lengths[:n] = old.cache.lengths[unfinished]
         new.done[n:] = True
         new.cache.lengths[n:] = 1
         new.span = old.span
         return new
 
-    def _play(self, key: tuple, work: Callable[[], None]) -> None:
-        """Do the work: as it is, or by its CUDA graph."""
+    def _grow(self, batch: int, capacity: int, width: int, n_thoughts: int) -> None:
+        """Grow the static buffers to fit this batch. Growing invalidates every captured graph."""
+        c = self.model.config
+        size = (batch, batch * capacity * 2 * c.n_layer * c.n_embd, batch * width, n_thoughts)
+        if self._buffers is not None:
+            if all(map(le, size, self._buffers.size)):
+                return
+            size = tuple(map(max, size, self._buffers.size))
+            self._reset()  # frees the old buffers before the new ones are allocated
+        self._buffers = StaticBuffers(self.model, *size)
+
+    def _view(self, batch: int, capacity: int) -> BatchView:
+        """Return the view of this shape; kept with graphs only, since rounded shapes are few."""
+        shape = (batch, capacity)
+        if shape in self._views:
+            return self._views[shape]
+        view = BatchView(self.model, self._buffers, shape, self.kernels, static=self.graph)
+        if self.graph:
+            self._views[shape] = view
+        return view
+
+    def _run(self, key: tuple, fn: Callable[[], None]) -> None:
+        """Call fn, or replay its CUDA graph."""
         if self.graphs is None:
-            work()
+            fn()
         else:
-            self.graphs.run(key, work, self._memory.small())
+            self.graphs.run(key, fn, self._buffers.mutable())
+
+    def _weights_key(self) -> tuple:
+        return tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
+
+    def _reset(self) -> None:
+        """Drop buffers, views and graphs."""
+        self._buffers: StaticBuffers | None = None
+        self._views: dict[tuple[int, int], BatchView] = {}
+        if self.graphs is not None:
+            self.graphs = type(self.graphs)(self.graphs.max_graphs)
+        self._captured_weights = self._weights_key()
+
+
+def load(
+    path: str | Path = checkpoint.BUNDLED,
+    device: str = "auto",
+    kernels: str = "auto",
+    graph: str = "auto",
+) -> Engine:
+    """Return an Engine for a checkpoint, or for the best one of a run.
+
+    It renders its own prompts. Its .config and .manifest are those of the run.
+    """
+    model, tokenizer, manifest = checkpoint.load(path, select_device(device))
+    config = make_config(TrainConfig, manifest["config"])
+    engine = Engine.from_config(model, tokenizer, config, kernels=kernels, graph=graph)
+    engine.manifest = manifest
+    return engine

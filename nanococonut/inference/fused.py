@@ -1,4 +1,4 @@
-"""A step of inference by the Triton kernels."""
+"""One step of inference by the Triton kernels."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from nanococonut.model import GPT
 
 
 class FusedStep:
-    """One step of a plain GPT-2 by the kernels, in place, for one cache. Nothing asks the device.
+    """latent_step and decode_step of a plain GPT-2, in place, for one cache. No device sync.
 
-    Both kinds of step append to the cache, move its lengths and write hidden (B, C), the hidden
-    states that the step starts from and ends in. A row that is not active (B,) keeps everything.
+    Both append to the cache, advance its lengths and overwrite hidden (B, C), the last hidden
+    states. An inactive sequence keeps its length and hidden state.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
@@ -20,20 +20,20 @@ class FusedStep:
         _, _, B, nh, T, hs = cache.data.shape
         self.model, self.cache = model, cache
         self.workspace = SplitWorkspace.allocate(B, nh, T, hs, cache.data.device)
-        self.rows = torch.arange(B, device=cache.data.device)
-        # the residual stream; between two steps, the next thought's input
+        self.batch_index = torch.arange(B, device=cache.data.device)
+        # (B, C) residual stream; `feedback` leaves the input of the next thought in it
         self.x = cache.data.new_empty(B, nh * hs)
 
-    def think(self, hidden: Tensor, active: Tensor | None, first: bool) -> None:
-        """One thought. first: the step before was not one of this object's own."""
+    def latent_step(self, hidden: Tensor, active: Tensor | None, is_first: bool) -> None:
+        """Append one thought. is_first: the step before was not a latent step of this object."""
         from kernels.feedback import embed
 
-        if first:
-            embed(hidden, self.rows, self.model.wpe.weight, self.cache.lengths, self.x)
+        if is_first:  # thought plus position: row b of hidden is "token" b
+            embed(hidden, self.batch_index, self.model.wpe.weight, self.cache.lengths, self.x)
         self._blocks(hidden, active)
 
-    def say(self, token: Tensor, hidden: Tensor) -> None:
-        """One word: tokens (B,) int64."""
+    def decode_step(self, token: Tensor, hidden: Tensor) -> None:
+        """Append one token, (B,) int64."""
         from kernels.feedback import embed
 
         wte, wpe = self.model.wte.weight, self.model.wpe.weight
@@ -42,6 +42,7 @@ class FusedStep:
 
     @torch.no_grad()
     def _blocks(self, hidden: Tensor, active: Tensor | None) -> None:
+        """Run all layers on x, five launches each, then the final LayerNorm into hidden."""
         from kernels.append import append
         from kernels.feedback import feedback
         from kernels.latent_attention import latent_attention
@@ -59,6 +60,5 @@ class FusedStep:
             ln, up, down = block.ln_2, block.mlp.c_fc, block.mlp.c_proj
             h = ln_linear_gelu(x, ln.weight, ln.bias, up.weight, up.bias, ln.eps)
             linear_residual(h, down.weight, down.bias, x)
-        ln = self.model.ln_f
-        wpe = self.model.wpe.weight
+        ln, wpe = self.model.ln_f, self.model.wpe.weight
         feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, ln.eps)

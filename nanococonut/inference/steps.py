@@ -1,9 +1,7 @@
-"""Steps of inference: read a question, append a thought or a word to its cache.
+"""The three steps of inference: prefill a prompt, append a thought, append a token.
 
-As plain functions over a DecodeState, and in place over memory that never moves, which is what CUDA
-graphs need: `StaticBuffers` is allocated once, a `BatchView` is a batch within it. Sequence
-b's next token goes to its own length, so sequences of any length run side by side, each with the
-result it has alone.
+Free functions over a model, its KV cache and a DecodeState. The next position of sequence b is
+cache.lengths[b], so sequences of any length share a batch, each with the result it has alone.
 """
 
 from dataclasses import dataclass
@@ -19,61 +17,68 @@ from nanococonut.model import GPT, cached_attention, causal_attention
 
 @dataclass
 class DecodeState:
-    """What one step hands to the next, beside the cache.
+    """What one step passes to the next, in addition to the cache.
 
-    hidden  (B, C)  last hidden state, after the final LayerNorm: the next thought, or the head's
-    prev    (B, C)  last input embedding: what the smear adds to the next one
-    span    int     positions written so far at most, over all rows
+    hidden          (B, C)  last hidden state: the next thought, or input of the head
+    prev_embedding  (B, C)  last input embedding: the smear adds it to the next one
+    span            int     upper bound of the cache's lengths, known without a device sync
     """
 
     hidden: Tensor
-    prev: Tensor
+    prev_embedding: Tensor
     span: int
 
 
 def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeState:
-    """Read right-padded ids (B, T) with lengths (B,) into an empty cache."""
+    """Fill an empty cache with prompts. Return the state after the last token of each.
+
+    idx      (B, T)  right-padded token ids
+    lengths  (B,)    tokens of each prompt
+    """
     (B, T), device = idx.shape, idx.device
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.data[layer, 0, :, :, :T] = k
         cache.data[layer, 1, :, :, :T] = v
         if q.shape[2] == T > 1:
-            return causal_attention(layer, q, k, v)
-        seen = torch.arange(T, device=device) < lengths[:, None]  # only each row's last token asks
-        return F.scaled_dot_product_attention(q, k, v, seen[:, None, None])
+            return causal_attention(layer, q, k, v)  # no query reaches the padding on the right
+        # the last layer has a single query per sequence, its last token
+        mask = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
+        return F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
 
-    e = model.embed(idx)
+    emb, last_pos = model.embed(idx), lengths - 1
     cache.lengths.copy_(lengths)
-    h = model.backbone(e, torch.arange(T, device=device), attend, last_pos=lengths - 1)
-    return DecodeState(h[:, 0], e[torch.arange(B, device=device), lengths - 1], T)
+    pos = torch.arange(T, device=device)
+    hidden = model.backbone(emb, pos, attend, last_pos=last_pos)  # (B, 1, C)
+    return DecodeState(hidden[:, 0], emb[torch.arange(B, device=device), last_pos], T)
 
 
-def step(
-    model: GPT, cache: KVCache, e: Tensor, state: DecodeState, active: Tensor | None = None
+def append_step(
+    model: GPT, cache: KVCache, emb: Tensor, state: DecodeState, active: Tensor | None = None
 ) -> DecodeState:
-    """Append one input embedding e (B, C) to every row and move on. A row that is not active (B,)
-    stays where it is: what was written behind its end is overwritten by its next token."""
+    """Append one input embedding (B, C) to each sequence. Return the state after it.
+
+    active  (B,) bool  the other sequences keep their state and length; None: all are active
+    """
     pos, span = cache.lengths[:, None], state.span + 1
     attend = partial(cached_attention, cache, pos, span)
-    h = model.backbone(e[:, None], pos, attend, state.prev)[:, 0]
+    hidden = model.backbone(emb[:, None], pos, attend, state.prev_embedding)[:, 0]
     if active is None:
         cache.lengths += 1
-        return DecodeState(h, e, span)
+        return DecodeState(hidden, emb, span)
+    # an inactive sequence wrote a key past its length, which its next token overwrites
     cache.lengths += active
-    active = active[:, None]
-    return DecodeState(
-        torch.where(active, h, state.hidden), torch.where(active, e, state.prev), span
-    )
+    hidden = torch.where(active[:, None], hidden, state.hidden)
+    return DecodeState(hidden, torch.where(active[:, None], emb, state.prev_embedding), span)
 
 
 def latent_step(
     model: GPT, cache: KVCache, state: DecodeState, active: Tensor | None = None
 ) -> DecodeState:
-    """One thought: the last hidden state (or what the model makes of it) is the next input."""
-    return step(model, cache, model.thought_embedding(state.hidden), state, active)
+    """Append one thought: the last hidden state is the next input, no token is chosen."""
+    return append_step(model, cache, model.thought_embedding(state.hidden), state, active)
 
 
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -> DecodeState:
-    """One word: tokens (B,) are the next input."""
-    return step(model, cache, model.embed(token), state)
+    """Append one token, (B,)."""
+    return append_step(model, cache, model.embed(token), state)

@@ -1,4 +1,4 @@
-"""Scores are of exact matches, by batched generation that equals one question at a time."""
+"""Scores count exact matches, and batched generation equals one question at a time."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import random_gpt
 
+from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.evaluation import accuracy as evaluate
 from nanococonut.inference.engine import Engine, Generation
@@ -21,56 +22,72 @@ def model(tokenizer):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batched_equals_one_by_one(model, tokenizer, method):
-    rows = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
+    """Sorting by length could mix up the texts of examples."""
+    examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
     engine = Engine(model, tokenizer, Curriculum(method))
     n = 3 if METHODS[method].n_thoughts_rule != "none" else 0
-    batched = evaluate.score(engine, rows, n, batch_size=4, max_new_tokens=9)
-    alone = evaluate.score(engine, rows, n, batch_size=1, max_new_tokens=9)
+    batched = evaluate.score(engine, examples, n, batch_size=4, max_new_tokens=9)
+    alone = evaluate.score(engine, examples, n, batch_size=1, max_new_tokens=9)
     assert batched == alone and len(set(batched.texts)) > 1
 
 
 def scripted(monkeypatch, tokenizer, texts=()):
-    """The engine says these texts, whatever it is asked -> what it is asked."""
-    asked, texts = [], list(texts)
+    """Make Engine.run return these texts. Return the list of its requests."""
+    requests, texts = [], list(texts)
 
-    def fake(self, prefixes, n_thoughts, opening, *_):
-        asked.append((prefixes, n_thoughts, opening))
+    def fake(self, prefixes, n_thoughts, forced_tokens, *_, **__):
+        requests.append((prefixes, n_thoughts, forced_tokens))
         tokens = [tokenizer.encode(texts.pop(0) if texts else "") for _ in prefixes]
         return Generation(tokens, torch.zeros(1), [n_thoughts] * len(tokens), 0, 0, 0, 0)
 
     monkeypatch.setattr(Engine, "run", fake)
-    return asked
+    return requests
 
 
-def test_markers_stand_where_the_method_was_trained_with_them(model, tokenizer, monkeypatch):
-    asked = scripted(monkeypatch, tokenizer)
+def test_prompts_have_the_markers_of_training(model, tokenizer, monkeypatch):
+    """A prompt without the markers of its method gives worse answers, and no error."""
+    requests = scripted(monkeypatch, tokenizer)
     question = tokenizer.encode("Tom?")
     Engine(model, tokenizer).generate(["Tom?"], 2)
     Engine(model, tokenizer, Curriculum("no_cot")).generate(["Tom?"], 0)
     Engine(model, tokenizer, Curriculum("pause")).generate(["Tom?"], 2)
-    assert asked == [
+    assert requests == [
         ([question + [tokenizer.bot]], 2, [tokenizer.eot]),
         ([question], 0, []),
         ([question + [tokenizer.bot] + [tokenizer.latent] * 2], 0, [tokenizer.eot]),
     ]
 
 
-def test_what_counts_as_right_and_as_generated(model, tokenizer, monkeypatch):
+def test_what_counts_as_correct_and_as_generated(model, tokenizer, monkeypatch):
+    """An answer needs its "###"; commas in numbers do not count."""
     texts = ["### Tom is", "Tom is", "### Tom a", "a\n### 2,125"]
     answers = ["Tom is", "Tom is", "Tom is", "2125"]
     scripted(monkeypatch, tokenizer, texts)
-    rows = [{"question": "?", "steps": [], "answer": a} for a in answers]
-    s = evaluate.score(Engine(model, tokenizer), rows, 6, batch_size=3)
-    assert (s.right, s.texts) == (
-        [True, False, False, True],
-        texts,
-    )  # without "###" there is no answer
-    words = sum(len(tokenizer.encode(t)) for t in texts)
-    assert s.generated_tokens == 6 + words / 4 and s.thoughts == 6
+    examples = [{"question": "?", "steps": [], "answer": a} for a in answers]
+    s = evaluate.score(Engine(model, tokenizer), examples, 6, batch_size=3)
+    assert (s.correct, s.texts) == ([True, False, False, True], texts)
+    n_tokens = sum(len(tokenizer.encode(t)) for t in texts)
+    assert s.generated_tokens == 6 + n_tokens / 4 and s.thoughts == 6
+
+
+def test_answers_are_rendered_as_questions_are(model, tokenizer, monkeypatch):
+    """A compact answer never equals a sentence, so every one would count as wrong."""
+    question = "Tom is a lempus. Is Tom a lempus or wumpus?"
+    example = {"question": question, "steps": [], "answer": "Tom is a lempus."}
+    compact = tokenizer.encode(" Tom lempus.? Tom? lempus? wumpus")
+    for render, text in ("compact", "### lempus"), ("sentences", "### Tom is a lempus."):
+        requests = scripted(monkeypatch, tokenizer, [text, "### wumpus"])
+        config = TrainConfig(render=render, tokenizer="words")
+        engine = Engine.from_config(model, tokenizer, config)
+        assert evaluate.score(engine, [example] * 2, 0).correct == [True, False]
+        prompt = compact if render == "compact" else tokenizer.encode(question + "\n")
+        assert requests[0][0] == [prompt + [tokenizer.bot]] * 2
+    with pytest.raises(ValueError, match="from_config"):
+        evaluate.score(Engine(model, tokenizer, render=str.strip), [example], 0)
 
 
 def test_the_interval_is_wilsons():
-    """Values of the closed form, computed by hand: 95 of 100 and 10 of 10."""
+    """The normal approximation has no width at 10 of 10. Values were computed by hand."""
     low, high = evaluate.Score([True] * 95 + [False] * 5, 0, 0, []).interval
     assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
     low, high = evaluate.Score([True] * 10, 0, 0, []).interval
@@ -78,28 +95,29 @@ def test_the_interval_is_wilsons():
 
 
 def test_training_mode_is_left_as_it_was(model, tokenizer):
-    rows = [{"question": "Tom", "steps": [], "answer": "x"}]
+    """Validation could turn dropout off for the rest of the run."""
+    examples = [{"question": "Tom", "steps": [], "answer": "x"}]
     model.train()
-    evaluate.score(Engine(model, tokenizer), rows, 1, max_new_tokens=2)
+    evaluate.score(Engine(model, tokenizer), examples, 1, max_new_tokens=2)
     assert model.training
 
 
 def test_a_question_that_does_not_fit_is_refused(model, tokenizer):
+    """Positions past block_size do not exist."""
     engine = Engine(model, tokenizer)
     with pytest.raises(UserError, match="block_size=64"):
         engine.generate(["Tom is a lempus. " * 20], 3)
-    assert len(engine.generate(["Tom"], 60).tokens[0]) <= 1  # one token of room
-    for none in ([], "Tom"):  # a text is no list of its letters
+    assert len(engine.generate(["Tom"], 60).tokens[0]) <= 1  # one token fits
+    for questions in ([], "Tom"):  # a text would be read as a list of letters
         with pytest.raises(ValueError, match="at least one question"):
-            engine.generate(none, 3)
+            engine.generate(questions, 3)
     with pytest.raises(ValueError, match="tokenizer"):
         Engine(model).generate(["Tom"], 3)
 
 
-def test_the_readmes_python_answers(capsys):
-    """As it stands there, on the bundled model: the right answer, six thoughts."""
+def test_readme_python_block_runs(capsys):
+    """The README's Python block, on the bundled model: a correct answer after six thoughts."""
     text = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = [b for b in text.split("```python\n")[1:] if "Engine(" in b.split("```")[0]]
+    (block,) = [b for b in text.split("```python\n")[1:] if "nanococonut.load" in b.split("```")[0]]
     exec(block.split("```")[0], {})
-    out = capsys.readouterr().out
-    assert "### lempus 6 torch.Size([1, 6, " in out and out.rstrip().endswith("ms")
+    assert capsys.readouterr().out.startswith("### lempus torch.Size([1, 6, ")

@@ -40,7 +40,7 @@ BY_HAND = [
     ("a c t", 0, "Hallucination"),  # without a thought the entity's own step has to be there
     ("a c t", 1, "Correct Path"),
     ("c t", 2, "Correct Path"),
-    ("Tom a c t", 3, "Correct Path"),  # said again after trace it
+    ("Tom a c t", 3, "Correct Path"),  # written again after the thoughts
     ("c t", 1, "Correct Path"),  # thought further than k steps
     ("a b c t", 1, "Longer Path"),
     ("b c t", 2, "Longer Path"),  # every way to b is a detour
@@ -147,11 +147,11 @@ def test_random_examples(base):
                 f"{'' if i == 0 else 'Every '}{a} is a {b}."
                 for i, (a, b) in enumerate(zip(walk, walk[1:], strict=False))
             ]
-            found = "Wrong Target"
+            expected = "Wrong Target"
             if walk[-1] == example["idx_to_symbol"][example["target"]]:
-                found = "Correct Path" if len(chain) == len(steps) else "Longer Path"
-            assert judge(chain, 0) == found, seed
-            seen.add(found)
+                expected = "Correct Path" if len(chain) == len(steps) else "Longer Path"
+            assert judge(chain, 0) == expected, seed
+            seen.add(expected)
     assert seen == {"Wrong Target", "Correct Path", "Longer Path"}
 
 
@@ -162,20 +162,20 @@ def test_released_steps_are_correct_paths(released):
         texts = [
             "\n".join([*example["steps"][k:], f"### {example['answer']}"]) for example in examples
         ]
-        found = category_fractions(examples, texts, k)
+        fractions = category_fractions(examples, texts, k)
         chains = sum(len(example["steps"]) > k for example in examples) / len(examples)
-        assert found["Correct Path"] == chains
-        assert found["Correct Label"] == pytest.approx(1 - chains)
-    assert tuple(found) == CATEGORIES
+        assert fractions["Correct Path"] == chains
+        assert fractions["Correct Label"] == pytest.approx(1 - chains)
+    assert tuple(fractions) == CATEGORIES
 
 
 def test_fractions_add_up():
     """A category could be counted twice."""
     examples = [{"question": QUESTION, "steps": [], "answer": ANSWER}] * 4
     texts = [sentences("Tom a c t"), sentences("Tom a c w"), f"### {ANSWER}", ""]
-    found = category_fractions(examples, texts)
-    wanted = dict.fromkeys(CATEGORIES, 0.25) | {"Longer Path": 0, "Hallucination": 0}
-    assert found == wanted and sum(found.values()) == 1
+    fractions = category_fractions(examples, texts)
+    expected = dict.fromkeys(CATEGORIES, 0.25) | {"Longer Path": 0, "Hallucination": 0}
+    assert fractions == expected and sum(fractions.values()) == 1
 
 
 def test_heights_by_hand():
@@ -197,9 +197,9 @@ def test_heights_of_random_examples(longest):
     seed = random.randrange(2**32)
     for example in prosqa.generate(30, seed):
         edges, _, _ = prosqa.parse_question(example["question"])
-        found = heights(edges, longest)
-        assert set(found) == set(example["idx_to_symbol"])
-        for node, height in found.items():
-            below = [found[b] for a, b in edges if a == node]
-            wanted = 1 + (max if longest else min)(below) if below else 0
-            assert height == wanted, seed
+        actual = heights(edges, longest)
+        assert set(actual) == set(example["idx_to_symbol"])
+        for node, height in actual.items():
+            children = [actual[b] for a, b in edges if a == node]
+            expected = 1 + (max if longest else min)(children) if children else 0
+            assert height == expected, seed

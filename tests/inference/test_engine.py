@@ -1,144 +1,152 @@
-"""The engine equals a naive loop, batched equals one by one, and it refuses what cannot fit."""
+"""The engine equals a naive loop, a batch equals single runs, and what cannot fit is refused."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import generate, random_gpt
+from helpers import generate, random_gpt, save_random_run
 
+import nanococonut
 from nanococonut.inference.engine import Engine
 
 EOS, EOT = 40, 39
 
 
-def naive(model, prefix, n_thoughts, opening, max_new, stop=False):
-    """No cache: the whole sequence again for each thought and word."""
-    e = model.embed(torch.tensor([prefix]))
+def naive(model, prefix, n_thoughts, forced_tokens, max_new_tokens, stop=False):
+    """Return (tokens, thoughts) without a cache: the whole sequence for each thought and token."""
+    emb = model.embed(torch.tensor([prefix]))
 
     def last():
-        return model.backbone(e, torch.arange(e.shape[1]))[:, -1:]
+        return model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]
 
     thoughts = []
     for _ in range(n_thoughts):
         if stop and model.stop(last())[0, 0, 0] > 0:
             break
         thoughts.append(last())
-        e = torch.cat([e, model.thought_embedding(thoughts[-1])], 1)
-    for token in opening:
-        e = torch.cat([e, model.embed(torch.tensor([[token]]))], 1)
-    words = []
-    for _ in range(max_new):
+        emb = torch.cat([emb, model.thought_embedding(thoughts[-1])], 1)
+    for token in forced_tokens:
+        emb = torch.cat([emb, model.embed(torch.tensor([[token]]))], 1)
+    tokens = []
+    for _ in range(max_new_tokens):
         token = int(model.head(last()).argmax())
         if token == EOS:
             break
-        words.append(token)
-        e = torch.cat([e, model.embed(torch.tensor([[token]]))], 1)
-    return words, torch.cat(thoughts, 1) if thoughts else None
+        tokens.append(token)
+        emb = torch.cat([emb, model.embed(torch.tensor([[token]]))], 1)
+    return tokens, torch.cat(thoughts, 1) if thoughts else None
 
 
-def prefixes(seed, n):
+def random_prefixes(seed, n):
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 20, (n,), generator=g).tolist()
     return [torch.randint(0, 39, (k,), generator=g).tolist() for k in lengths]
 
 
 @pytest.mark.parametrize("n_thoughts", [0, 1, 6])
-@pytest.mark.parametrize("opening", [[], [EOT]], ids=["bare", "eot"])
+@pytest.mark.parametrize("forced", [[], [EOT]], ids=["bare", "eot"])
 @torch.no_grad()
-def test_batched_and_ragged_equals_the_naive_loop(gpt, n_thoughts, opening):
-    rows = prefixes(n_thoughts, 7)
-    out = generate(gpt, rows, n_thoughts, opening, EOS, 12)
-    for b, row in enumerate(rows):
-        words, thoughts = naive(gpt, row, n_thoughts, opening, 12)
-        assert out.tokens[b] == words
+def test_ragged_batch_equals_naive_loop(gpt, n_thoughts, forced):
+    """Padding could be attended, or a token written at another sequence's length."""
+    prefixes = random_prefixes(n_thoughts, 7)
+    out = generate(gpt, prefixes, n_thoughts, forced, EOS, 12)
+    for b, prefix in enumerate(prefixes):
+        tokens, thoughts = naive(gpt, prefix, n_thoughts, forced, 12)
+        assert out.tokens[b] == tokens
         if n_thoughts:
             torch.testing.assert_close(out.thoughts[b], thoughts[0], rtol=1e-9, atol=1e-9)
-        alone = generate(gpt, [row], n_thoughts, opening, EOS, 12)
-        assert alone.tokens[0] == words
+        alone = generate(gpt, [prefix], n_thoughts, forced, EOS, 12)
+        assert alone.tokens[0] == tokens
 
 
 @pytest.mark.parametrize("thought", ["hidden", "soft", "projected"])
 @pytest.mark.parametrize("smear", [False, True])
 @torch.no_grad()
-def test_each_row_thinks_until_its_classifier_says_enough(thought, smear):
+def test_classifier_stops_each_sequence_itself(thought, smear):
+    """One sequence's classifier could stop another, or a stopped one could still move on."""
     model = random_gpt(seed=5, thought=thought, smear=smear, stop=True)
-    rows = prefixes(6, 9)
+    prefixes = random_prefixes(6, 9)
     model.stop.bias.fill_(-0.3)
-    out = generate(model, rows, 5, [EOT], EOS, 10, stop=True)
-    for b, row in enumerate(rows):
-        words, thoughts = naive(model, row, 5, [EOT], 10, stop=True)
+    out = generate(model, prefixes, 5, [EOT], EOS, 10, stop=True)
+    for b, prefix in enumerate(prefixes):
+        tokens, thoughts = naive(model, prefix, 5, [EOT], 10, stop=True)
         n = 0 if thoughts is None else thoughts.shape[1]
-        assert (out.n_thoughts[b], out.tokens[b]) == (n, words)
+        assert (out.n_thoughts[b], out.tokens[b]) == (n, tokens)
         if n:
             torch.testing.assert_close(out.thoughts[b, :n], thoughts[0], rtol=1e-9, atol=1e-9)
-    assert len(set(out.n_thoughts)) > 2  # none, all and some in between: the test's own bias
-    assert generate(model, rows, 5, [EOT], EOS, 10).n_thoughts == [5] * 9  # only where asked
+    assert len(set(out.n_thoughts)) > 2  # none, all and some in between: the bias is the test's own
+    # without stop=True the classifier is not used
+    assert generate(model, prefixes, 5, [EOT], EOS, 10).n_thoughts == [5] * 9
 
 
 @torch.no_grad()
-def test_eos_ends_a_row_at_once_and_leaves_the_others_alone():
-    """The released generate never looks at its first token."""
+def test_eos_may_be_the_first_token():
+    """The released generate never compares its first token with eos."""
     model = random_gpt(seed=3)
-    rows = prefixes(1, 5)
-    free = generate(model, rows, 2, [EOT], EOS, 8).tokens
-    first = free[2][0]
-    out = generate(model, rows, 2, [EOT], first, 8).tokens
+    prefixes = random_prefixes(1, 5)
+    endless = generate(model, prefixes, 2, [EOT], EOS, 8).tokens
+    eos = endless[2][0]
+    out = generate(model, prefixes, 2, [EOT], eos, 8).tokens
     assert out[2] == []
-    for a, b in zip(out, free, strict=True):
-        assert a == (b[: b.index(first)] if first in b else b)
-    lengths = {len(a) for a in out}
-    assert len(lengths) > 1  # some ended early while others went on
+    for tokens, expected in zip(out, endless, strict=True):
+        assert tokens == (expected[: expected.index(eos)] if eos in expected else expected)
+    assert len({len(tokens) for tokens in out}) > 1  # some ended early while others went on
 
 
-def test_what_does_not_fit_is_refused_before_any_work(gpt):
+def test_what_does_not_fit_is_refused_before_work(gpt):
+    """An overflow of block_size could show up after minutes of generation."""
     gpt.backbone = None  # any work would raise TypeError
     with pytest.raises(ValueError, match="block_size"):
         generate(gpt, [[1] * 40], 6, [EOT], EOS, 8)
-    for bad in ([[]], -1, 8), ([[1]], -1, 8), ([[1]], 0, 0):
+    for prefixes, n_thoughts, n_new in ([[]], -1, 8), ([[1]], -1, 8), ([[1]], 0, 0), ([], 1, 8):
         with pytest.raises(ValueError, match="must not be empty"):
-            generate(gpt, bad[0], bad[1], [], EOS, bad[2])
+            generate(gpt, prefixes, n_thoughts, [], EOS, n_new)
 
 
 @torch.no_grad()
-def test_rows_that_are_done_leave_the_batch_and_the_others_do_not_notice():
+def test_finished_sequences_leave_the_batch():
+    """The remaining sequences could take over another's cache or tokens."""
     model = random_gpt(seed=8, smear=True)
-    rows = prefixes(3, 12)
-    never = -1
-    free = [generate(model, [row], 2, [EOT], never, 14).tokens[0] for row in rows]
-    ends = [t for row in free for t in row[1:4]]
-    eos = max(set(ends), key=ends.count)  # a token that many rows say early
+    prefixes = random_prefixes(3, 12)
+    endless = [generate(model, [p], 2, [EOT], -1, 14).tokens[0] for p in prefixes]
+    early = [t for tokens in endless for t in tokens[1:4]]
+    eos = max(set(early), key=early.count)  # a token that many sequences generate early
     sizes = []
     backbone = model.backbone
 
-    def spy(e, *args, **kwargs):
-        sizes.append(len(e))
-        return backbone(e, *args, **kwargs)
+    def spy(emb, *args, **kwargs):
+        sizes.append(len(emb))
+        return backbone(emb, *args, **kwargs)
 
     model.backbone = spy
-    out = generate(model, rows, 2, [EOT], eos, 14).tokens
-    assert out == [row[: row.index(eos)] if eos in row else row for row in free]
+    out = generate(model, prefixes, 2, [EOT], eos, 14).tokens
+    assert out == [t[: t.index(eos)] if eos in t else t for t in endless]
     assert sizes[0] == 12 and sizes[-1] <= 6
 
 
 @torch.no_grad()
-def test_sampling_draws_from_the_softmax_by_its_own_seed():
+def test_sampling_follows_the_softmax_and_its_seed():
+    """Sampling could be biased, ignore the seed, or use torch's global generator."""
     model = random_gpt(seed=9)
     logits = model(torch.tensor([[3, 7, 1]]))[0, -1]
-    said = generate(model, [[3, 7, 1]] * 4000, 0, [], EOS, 1, temperature=2.0, seed=1).tokens
-    found = torch.bincount(torch.tensor([t[0] if t else EOS for t in said]), minlength=41) / 4000
-    wanted = (logits / 2.0).softmax(-1)
-    # 5 standard errors of a share of 4,000, and a floor for rare ones
-    assert ((found - wanted).abs() < 5 * (wanted / 4000).sqrt() + 1e-3).all()
+    out = generate(model, [[3, 7, 1]] * 4000, 0, [], EOS, 1, temperature=2.0, seed=1).tokens
+    counts = torch.bincount(torch.tensor([t[0] if t else EOS for t in out]), minlength=41)
+    expected = (logits / 2.0).softmax(-1)
+    # 5 standard errors of a fraction of 4,000, and a floor for rare tokens
+    assert ((counts / 4000 - expected).abs() < 5 * (expected / 4000).sqrt() + 1e-3).all()
     state = torch.random.get_rng_state()
-    ask = [[3, 7], [1]]
-    a, b, c = (generate(model, ask, 1, [], EOS, 9, temperature=1.5, seed=s) for s in (5, 5, 6))
+    args = [[3, 7], [1]], 1, [], EOS, 9
+    a, b, c = (generate(model, *args, temperature=1.5, seed=s) for s in (5, 5, 6))
     assert a.tokens == b.tokens != c.tokens
-    assert torch.equal(state, torch.random.get_rng_state())  # torch's own is left alone
+    assert torch.equal(state, torch.random.get_rng_state())
     with pytest.raises(ValueError, match="temperature"):
-        generate(model, ask, 1, [], EOS, 9, temperature=-1.0)
+        generate(model, *args, temperature=-1.0)
 
 
-def taped(model, max_graphs=24) -> Engine:
-    """The engine as on a GPU, with fake_graphs for graphs."""
+def engine_with_graphs(model, max_graphs=24) -> Engine:
+    """Return the engine as on a GPU, with fake graphs."""
     engine = Engine(model)
     engine.graphs = FakeGraphCache(max_graphs)
     return engine
@@ -148,50 +156,94 @@ def taped(model, max_graphs=24) -> Engine:
 @pytest.mark.parametrize("thought", ["hidden", "soft"])
 @pytest.mark.parametrize("smear", [False, True])
 def test_replayed_steps_equal_the_naive_loop(thought, smear):
-    """Batches of other sizes, lengths and contents, in turn, over one engine's memory and graphs:
-    with rows that fill up the batch, rows that end early and leave it, thoughts that stop."""
+    """A replay could read the shapes, lengths or tokens of the batch that was captured.
+
+    Batches of several shapes in turn, with sequences that only fill the batch, sequences that end
+    early and leave it, and thoughts that stop.
+    """
     FakeGraphCache.captured = FakeGraphCache.replayed = 0
     model = random_gpt(seed=8, smear=smear, thought=thought, stop=True)
     model.stop.bias.fill_(-0.3)
-    engine = taped(model, max_graphs=12)
-    asked = [(2, 6, 3, [EOT]), (3, 5, 3, [EOT]), (4, 6, 3, []), (2, 1, 3, [EOT]),
-             (5, 11, 4, [EOT]), (2, 6, 3, [EOT])]  # fmt: skip
-    for seed, n, thoughts, opening in asked:
-        rows, stop = prefixes(seed, n), seed != 3
-        out = engine.run(rows, thoughts, opening, EOS, 9, stop)
-        for b, row in enumerate(rows):
-            words, had = naive(model, row, thoughts, opening, 9, stop)
-            n_had = 0 if had is None else had.shape[1]
-            assert (out.tokens[b], out.n_thoughts[b]) == (words, n_had)
-            if n_had:
-                torch.testing.assert_close(out.thoughts[b, :n_had], had[0], rtol=1e-9, atol=1e-9)
+    engine = engine_with_graphs(model, max_graphs=12)
+    requests = [(2, 6, 3, [EOT]), (3, 5, 3, [EOT]), (4, 6, 3, []), (2, 1, 3, [EOT]),
+                (5, 11, 4, [EOT]), (2, 6, 3, [EOT])]  # fmt: skip
+    for seed, n, n_thoughts, forced in requests:
+        prefixes, stop = random_prefixes(seed, n), seed != 3
+        out = engine.run(prefixes, n_thoughts, forced, EOS, 9, stop)
+        for b, prefix in enumerate(prefixes):
+            tokens, thoughts = naive(model, prefix, n_thoughts, forced, 9, stop)
+            n_taken = 0 if thoughts is None else thoughts.shape[1]
+            assert (out.tokens[b], out.n_thoughts[b]) == (tokens, n_taken)
+            if n_taken:
+                actual = out.thoughts[b, :n_taken]
+                torch.testing.assert_close(actual, thoughts[0], rtol=1e-9, atol=1e-9)
         assert len(engine.graphs.graphs) <= 12
     assert FakeGraphCache.replayed > 2 * FakeGraphCache.captured > 8
 
 
 @torch.no_grad()
-def test_graphs_are_made_anew_where_the_weights_moved():
+def test_graphs_are_captured_again_if_weights_move():
+    """A replay could read weights that were freed."""
     model = random_gpt(seed=8)
-    engine, rows = taped(model), prefixes(2, 3)
+    engine, prefixes = engine_with_graphs(model), random_prefixes(2, 3)
 
-    def right():
-        words = [naive(model, row, 2, [EOT], 6)[0] for row in rows]
-        return engine.run(rows, 2, [EOT], EOS, 6).tokens == words
+    def is_correct():
+        expected = [naive(model, prefix, 2, [EOT], 6)[0] for prefix in prefixes]
+        return engine.run(prefixes, 2, [EOT], EOS, 6).tokens == expected
 
-    assert right()
+    assert is_correct()
     captured = FakeGraphCache.captured
     model.load_state_dict(random_gpt(seed=9).state_dict())  # in place
-    assert right() and FakeGraphCache.captured == captured  # the same graphs, other weights
+    assert is_correct() and FakeGraphCache.captured == captured  # same graphs, new weights
     model.float()
-    assert engine.run(rows, 2, [EOT], EOS, 6).thoughts.dtype == torch.float32
+    assert engine.run(prefixes, 2, [EOT], EOS, 6).thoughts.dtype == torch.float32
     assert FakeGraphCache.captured > captured
 
 
 @torch.no_grad()
 def test_sampling_is_the_same_replayed():
-    model, rows = random_gpt(seed=9), prefixes(4, 4)
-    plain, replayed = Engine(model), taped(model)
+    """A graph could repeat the random numbers of its capture."""
+    model, prefixes = random_gpt(seed=9), random_prefixes(4, 4)
+    plain, replayed = Engine(model), engine_with_graphs(model)
     for seed in (1, 2):
-        want = plain.run(rows, 2, [EOT], EOS, 7, temperature=1.3, seed=seed)
-        got = replayed.run(rows, 2, [EOT], EOS, 7, temperature=1.3, seed=seed)
-        assert got.tokens == want.tokens
+        expected = plain.run(prefixes, 2, [EOT], EOS, 7, temperature=1.3, seed=seed)
+        out = replayed.run(prefixes, 2, [EOT], EOS, 7, temperature=1.3, seed=seed)
+        assert out.tokens == expected.tokens
+
+
+def test_threads_share_an_engine():
+    """Without the lock, threads write into each other's buffers."""
+    model = random_gpt(seed=8)
+    model.train()  # a call switches to eval mode and back
+    requests = [
+        (random_prefixes(seed, 1 + seed % 5), 1 + seed % 4, [EOT], EOS, 9) for seed in range(40)
+    ]
+    expected = [generate(model, *request) for request in requests]
+    engine = Engine(model)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            outs = list(pool.map(lambda request: engine.run(*request), requests))
+    finally:
+        sys.setswitchinterval(interval)
+    for out, single in zip(outs, expected, strict=True):
+        assert out.tokens == single.tokens and torch.equal(out.thoughts, single.thoughts)
+    assert model.training
+
+
+@pytest.mark.parametrize("render", ["compact", "sentences"])
+def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
+    """A prompt in another form than in training gives another answer."""
+    model = save_random_run(tmp_path, tokenizer, render=render)
+    engine = nanococonut.load(tmp_path, device="cpu", kernels="torch", graph="off")
+    assert engine.config.render == render and engine.manifest["n_thoughts"] == 3
+    question = "Tom is a lempus. Every lempus is a wumpus. Is Tom a lempus or wumpus?"
+    prompt = {
+        "compact": " Tom lempus. lempus wumpus.? Tom? lempus? wumpus",
+        "sentences": question + "\n",
+    }[render]
+    expected = Engine(model, tokenizer).generate([prompt], 3, 9)
+    out = engine.generate([question], 3, 9)
+    assert (out.text, out.tokens) == (expected.text, expected.tokens)
+    assert torch.equal(out.thoughts, expected.thoughts)

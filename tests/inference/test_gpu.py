@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the same numbers as on the CPU, and a training run that ends."""
+"""On a CUDA GPU: the same numbers as on the CPU, and a complete training run."""
 
 import copy
 import json
@@ -25,11 +25,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("smear", [False, True])
 def test_loss_and_gradients_equal_the_cpus(smear):
+    """A GPU kernel could mask or reduce differently."""
     batch, _ = random_batch(1, [3, 0, 5, 1])
     grads = []
-    for where in ("cpu", "cuda"):
-        model = random_gpt(smear=smear).to(where)
-        moved = batch.to(torch.device(where))
+    for name in ("cpu", "cuda"):
+        model = random_gpt(smear=smear).to(name)
+        moved = batch.to(torch.device(name))
         coconut.loss_sum(coconut.forward(model, moved), moved.targets).backward()
         grads.append([p.grad.cpu() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
@@ -39,17 +40,17 @@ def test_loss_and_gradients_equal_the_cpus(smear):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("graph", ["on", "off"])
 def test_generation_equals_the_cpus(kernels, graph):
-    """Batches of other sizes and lengths in turn over one engine: captured, replayed, regrown."""
+    """Batches of several shapes in turn: graphs are captured and replayed, buffers grow."""
     model = random_gpt(seed=8, dtype=torch.float32, n_head=2, n_embd=32, stop=True)
-    here = Engine(model)
-    there = Engine(copy.deepcopy(model).cuda(), kernels=kernels, graph=graph)
+    cpu_engine = Engine(model)
+    gpu_engine = Engine(copy.deepcopy(model).cuda(), kernels=kernels, graph=graph)
     for n, thoughts, stop in [(3, 4, False), (1, 4, True), (5, 2, True), (3, 4, False)]:
-        rows = [[(7 * b + t) % 39 for t in range(1 + 3 * b)] for b in range(n)]
-        want = here.run(rows, thoughts, [39], 40, 8, stop)
+        prefixes = [[(7 * b + t) % 39 for t in range(1 + 3 * b)] for b in range(n)]
+        expected = cpu_engine.run(prefixes, thoughts, [39], 40, 8, stop)
         for _ in range(2):
-            got = there.run(rows, thoughts, [39], 40, 8, stop)
-            assert (got.tokens, got.n_thoughts) == (want.tokens, want.n_thoughts)
-    assert bool(there.memory()["graphs"]) == (graph == "on")
+            out = gpu_engine.run(prefixes, thoughts, [39], 40, 8, stop)
+            assert (out.tokens, out.n_thoughts) == (expected.tokens, expected.n_thoughts)
+    assert bool(gpu_engine.memory()["graphs"]) == (graph == "on")
 
 
 @pytest.mark.parametrize(
@@ -57,20 +58,22 @@ def test_generation_equals_the_cpus(kernels, graph):
     [("torch", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16)],
 )
 def test_graphs_equal_eager_steps(kernels, dtype):
+    """A replay could read stale tensors."""
     model = random_gpt(seed=8, dtype=dtype, n_head=2, n_embd=128, block_size=128).cuda()
-    # 64 tokens wide, as graphs have it: the same products of the same shapes
-    rows = [[(7 * b + t) % 39 for t in range(64 - 15 * b)] for b in range(4)]
-    asked = (rows, 5, [39], -1, 8)
-    eager = generate(model, *asked, kernels=kernels)
+    # 64 tokens wide, as with graphs: the same matrix products
+    prefixes = [[(7 * b + t) % 39 for t in range(64 - 15 * b)] for b in range(4)]
+    args = (prefixes, 5, [39], -1, 8)
+    eager = generate(model, *args, kernels=kernels)
     engine = Engine(model, kernels=kernels, graph="on")
     for _ in range(3):
-        replayed = engine.run(*asked)
+        replayed = engine.run(*args)
         assert replayed.tokens == eager.tokens
-        if kernels == "triton":  # to the bit; torch's attention sees another width
+        if kernels == "triton":  # bit for bit; torch's attention has another width
             assert torch.equal(replayed.thoughts, eager.thoughts)
 
 
-def test_no_more_graphs_are_kept_than_asked_for():
+def test_at_most_max_graphs_are_kept():
+    """Graphs of all shapes would fill the memory."""
     engine = Engine(random_gpt(dtype=torch.float32).cuda(), graph="on", max_graphs=4)
     for n in (1, 2, 4, 8, 1, 8):
         engine.run([[1, 2, 3]] * n, 2, [39], 40, 6)
@@ -79,8 +82,8 @@ def test_no_more_graphs_are_kept_than_asked_for():
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("half", [False, True])
-def test_training_by_graphs_equals_training_without(kernels, half):
-    """Steps of SGD over micro-batches of several shapes, on the GPU and never waiting for it."""
+def test_training_with_graphs_equals_training_without(kernels, half):
+    """SGD over micro-batches of several shapes, without a single device sync."""
     models = [random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32).cuda().train()]
     models.append(copy.deepcopy(models[0]))
     think = partial(coconut.think, kernels=kernels)
@@ -108,7 +111,8 @@ def test_training_by_graphs_equals_training_without(kernels, half):
         torch.testing.assert_close(q, p, **close)
 
 
-def test_dropout_by_graphs_draws_anew_each_step_and_repeats_by_its_seed():
+def test_dropout_in_graphs_follows_the_seed():
+    """A graph could repeat the dropout mask of its capture."""
     model = random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32, dropout=0.3)
     one = TrainStep(model.cuda().train(), graphs=GraphCache(8))
     batch, _ = random_batch(1, [3, 0, 2])
@@ -122,6 +126,7 @@ def test_dropout_by_graphs_draws_anew_each_step_and_repeats_by_its_seed():
 
 
 def test_bfloat16_training_runs(tmp_path):
+    """The default dtype of a GPU must learn."""
     command = [sys.executable, "train.py", "config/prosqa_small.py", "--device=cuda"]
     run = subprocess.run(
         [*command, "--max_steps=60", f"--out_dir={tmp_path}/run"],

@@ -1,29 +1,31 @@
-"""GraphCache are kept by key, a bounded number of them, and capturing one does nothing twice."""
+"""GraphCache keeps a bounded number of graphs, and capturing has no side effect."""
 
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
 
 
-def test_the_oldest_goes_and_each_play_does_the_work_once():
-    graphs, total, made = FakeGraphCache(2), torch.zeros(()), []
+def test_each_run_does_the_work_once():
+    """Warm-up and capture could each add to the total; the oldest graph could stay."""
+    graphs, total, calls = FakeGraphCache(2), torch.zeros(()), []
 
     def add(n):
-        def work():
-            made.append(n)
+        def fn():
+            calls.append(n)
             total.add_(n)
 
-        return work
+        return fn
 
-    for n in (1, 2, 1, 3, 1, 2):  # 3 takes the place of 2, then 2 that of 3
+    for n in (1, 2, 1, 3, 1, 2):  # 3 replaces 2, then 2 replaces 3
         graphs.run((n,), add(n), [total])
         assert len(graphs.graphs) <= 2
     assert total == 1 + 2 + 1 + 3 + 1 + 2
-    assert made == [1, 1, 2, 2, 3, 3, 2, 2]  # rehearsed and captured; never called to replay
+    assert calls == [1, 1, 2, 2, 3, 3, 2, 2]  # warm-up and capture; a replay calls nothing
 
 
-def test_tapes_refuse_what_a_graph_cannot_do():
+def test_fake_graphs_refuse_a_sync():
+    """A fake that syncs would pass tests that fail on a GPU."""
     x = torch.zeros(3)
-    for asking in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0)):
-        with pytest.raises(AssertionError, match="cannot ask the device"):
-            FakeGraphCache(2).run((0,), asking, [x])
+    for sync in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0)):
+        with pytest.raises(AssertionError, match="cannot sync"):
+            FakeGraphCache(2).run((0,), sync, [x])

@@ -133,7 +133,7 @@ def prefilled(dtype, lengths, device, **shape):
     cache = model.new_cache(len(lengths), max(lengths) + 8)
     state = steps.prefill(model, cache, idx, torch.tensor(lengths, device=device))
     model, cache.data = model.to(dtype), cache.data.to(dtype)
-    state = steps.DecodeState(state.hidden.to(dtype), state.prev.to(dtype), state.span)
+    state = steps.DecodeState(state.hidden.to(dtype), state.prev_embedding.to(dtype), state.span)
     return model, cache, state, torch.randint(0, 41, (len(lengths),), device=device)
 
 
@@ -141,7 +141,9 @@ def compare(model, cache, state, token, n, active, impl):
     """Assert that hidden states, lengths and valid slots agree with the torch path."""
     exact, exact_cache = copy.deepcopy(model).double(), copy.deepcopy(cache)
     exact_cache.data = exact_cache.data.double()
-    exact_state = steps.DecodeState(state.hidden.double(), state.prev.double(), state.span)
+    exact_state = steps.DecodeState(
+        state.hidden.double(), state.prev_embedding.double(), state.span
+    )
     exact_states = engines_chain(exact, exact_cache, exact_state, n, token, active)
     plain_cache = copy.deepcopy(cache)
     plain = engines_chain(model, plain_cache, state, n, token, active)

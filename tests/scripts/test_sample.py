@@ -1,4 +1,4 @@
-"""sample.py answers at once from the bundled checkpoint, and refuses in two lines."""
+"""sample.py answers from the bundled checkpoint, and refuses bad input in two lines."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from nanococonut.curriculum import Curriculum
+import nanococonut
 from nanococonut.evaluation.probe import concept_probabilities
 from nanococonut.weights import checkpoint
 
@@ -18,51 +18,77 @@ QUESTION = (
 
 @pytest.fixture
 def sample(script):
-    """sample(*argv) -> (exit code, stdout, stderr), in a folder without a run."""
+    """Return sample(*argv) -> (exit code, stdout, stderr), in a folder without a run."""
     return partial(script, script="sample.py")
 
 
-def test_the_bundled_checkpoint_is_small_whole_and_described():
+def test_bundled_checkpoint_is_small_and_described():
+    """A repository should not grow by megabytes, nor hold a model of unknown origin."""
     manifest = checkpoint.verify(checkpoint.BUNDLED)
     assert sum(p.stat().st_size for p in checkpoint.BUNDLED.iterdir()) < 1_000_000
     assert (manifest["method"], manifest["n_thoughts"]) == ("coconut", 6)
     assert manifest["trained_with"]["commit"] and manifest["config"]["task"] == "prosqa"
 
 
-def test_it_answers_without_a_run_of_ones_own(sample):
+def test_bundled_model_answers_its_own_question(sample):
+    """A newcomer without a run must get an answer, with the thoughts."""
     code, out, err = sample("--latent", "6", "--seed", "1")
     assert (code, err) == (0, "")
-    for word in ("bundled", "question", "thought", "answer", "first word after", "ms a thought"):
-        assert word in out
-    assert "(right)" in out or "(wrong:" in out  # it knows the answer of its own questions
-    assert out.count("%") >= 30  # six thoughts, five words each
+    for words in ("bundled", "question", "Thoughts", "first token after", "ms per thought"):
+        assert words in out
+    assert "(correct)" in out or "(wrong:" in out  # the answer to its own question is known
+    assert out.count("%") >= 30  # six thoughts, five tokens each
 
 
-def test_most_answers_are_right(sample):
-    said = [sample("--latent=6", f"--seed={seed}")[1] for seed in range(12)]
-    assert sum("(right)" in out for out in said) >= 9  # chance: 1 in 4096 * 299 for guessing
+def test_most_answers_are_correct(sample):
+    """A prompt in another form than in training gives answers by chance."""
+    outs = [sample("--latent=6", f"--seed={seed}")[1] for seed in range(12)]
+    assert sum("(correct)" in out for out in outs) >= 9  # by guessing: 299 in 4096
 
 
 @pytest.mark.parametrize("latent", [0, 1, 9])
 def test_any_number_of_thoughts(sample, latent):
+    """No thoughts, or more than in training, once divided by zero."""
     code, out, _ = sample(f"--latent={latent}", "--question", QUESTION)
-    assert code == 0 and "trained to answer after 6" in out
-    assert ("ms a thought" in out) == (latent > 0)
+    assert code == 0 and "trained with 6 thoughts" in out
+    assert ("ms per thought" in out) == (latent > 0)
 
 
 def test_a_typed_question_in_sentences(sample):
+    """The bundled model reads compact questions, users write sentences."""
     code, out, _ = sample("--question", QUESTION)
-    assert code == 0 and "Tom is a l" in out and "(right)" in out
-    assert "never trained on" not in out
+    assert code == 0 and "Tom is a l" in out and "(correct)" in out
+    assert "warning" not in out
+
+
+def test_interactive_mode(sample, monkeypatch):
+    """An error must not end it, an empty line asks a new question, Ctrl-D ends it."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    lines = iter([QUESTION, "What is 2+2?", ""])
+
+    def read(*_, **__):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("rich.console.Console.input", read)
+    code, out, _ = sample("--latent=6", "--seed=3")
+    out = re.sub(r"\x1b\[\d+m", "", out)  # colours
+    assert code == 0 and "Tom is a lempus.  (correct)" in out
+    assert "not a ProsQA question" in out and out.count("first token after") == 3
 
 
 def test_unknown_words_are_warned_of(sample):
+    """The model reads a word that it was not trained on as bytes."""
     code, out, _ = sample("--question", QUESTION.replace("brimpus", "zonk"))
-    assert code == 0 and "never trained on: zonk" in out
+    assert code == 0 and "not in the vocabulary: zonk" in out
 
 
 @pytest.mark.parametrize("method", ["no_cot", "pause", "coconut_no_curriculum"])
-def test_another_layout(sample, method):
+def test_another_token_layout(sample, method):
+    """--method without a feedback of its own works with any model."""
     code, out, _ = sample(f"--method={method}", "--latent=0", "--seed=3")
     assert code == 0 and "answer" in out
 
@@ -86,13 +112,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_two_lines(sample, case):
+    """A traceback does not say what to do."""
     argv, words = REFUSED[case]
     code, _, err = sample(*argv)
     assert code == 2 and words in err, err
     assert err.startswith("error: ") and err.count("\n") <= 2 and "Traceback" not in err
 
 
-def test_accuracy_bench_agrees_with_what_is_claimed(sample):
+def test_accuracy_bench_of_the_bundled_model(sample):
+    """The bundled model must be as good as the README says."""
     code, out, err = sample("--n=60", script="bench/accuracy.py")
     assert (code, err) == (0, "")
     row = json.loads(out.splitlines()[-1])
@@ -107,46 +135,48 @@ def test_accuracy_bench_agrees_with_what_is_claimed(sample):
     assert code == 2 and "none.json" in err
 
 
-# a short cut from terpus to lempus past brimpus; gorpus and lorpus are Sam's
+# an edge from terpus to lempus skips brimpus; gorpus and lorpus are Sam's
 GRAPH = (
     "Tom is a terpus. Every terpus is a brimpus. Every brimpus is a lempus. Every terpus is a "
     "lempus. Every lempus is a yumpus. Every yumpus is a wumpus. Sam is a gorpus. Every gorpus is "
     "a lorpus. Is Tom a lorpus or wumpus?"
 )
-AWAY = {"terpus": "1", "brimpus": "2", "lempus": "2", "yumpus": "3", "wumpus": "4"}
-AWAY |= {"gorpus": "-", "lorpus": "-"}  # counted by hand
+STEPS = {"terpus": "1", "brimpus": "2", "lempus": "2", "yumpus": "3", "wumpus": "4"}
+STEPS |= {"gorpus": "-", "lorpus": "-"}  # counted by hand
 
 
-def test_nodes_are_named_with_their_distance(sample):
-    """For 0, 1, ... thoughts the three likeliest concepts of nodes.py, and how far each is."""
+def test_nodes_have_names_and_distances(sample):
+    """After 0, 1, ... thoughts: the three most probable concepts, and their distance."""
     code, out, err = sample("--latent=6", "--nodes", "--question", GRAPH)
     assert (code, err) == (0, "")
-    table = out[out.index("if it had to speak") : out.index("answer")]
+    table = out[out.index("Concepts after") : out.index("answer")]
     lines = [line for line in table.splitlines() if "%" in line]
-    model, tokenizer, _ = checkpoint.load(checkpoint.BUNDLED)
+    engine = nanococonut.load(device="cpu")
     shown = {}
     for k, line in enumerate(lines):
-        values = concept_probabilities(model, tokenizer, Curriculum("coconut"), GRAPH, "compact", k)
+        values = concept_probabilities(engine, GRAPH, k)
         best = sorted(values, key=values.get, reverse=True)[:3]
-        found = re.findall(r"(\w+) \(([-\d]+)\) (\d+%)", line)
+        cells = re.findall(r"(\w+) \(([-\d]+)\) (\d+%)", line)
         total = sum(values.values())
-        assert [node for node, _, _ in found] == best
-        assert [share for _, _, share in found] == [f"{values[n] / total:.0%}" for n in best]
+        assert [node for node, _, _ in cells] == best
+        assert [p for _, _, p in cells] == [f"{values[n] / total:.0%}" for n in best]
         assert f" {total:.1%} " in line
-        shown |= {node: away for node, away, _ in found}
-    assert len(lines) == 7 and shown == AWAY
+        shown |= {node: steps for node, steps, _ in cells}
+    assert len(lines) == 7 and shown == STEPS
 
 
-def test_words_are_drawn_at_a_temperature(sample):
-    said = {sample("--latent=0", "--temperature=9", f"--seed={s}", "--question", QUESTION)[1]
+def test_tokens_are_sampled_at_a_temperature(sample):
+    """Another seed must give another answer."""
+    outs = {sample("--latent=0", "--temperature=9", f"--seed={s}", "--question", QUESTION)[1]
             for s in range(3)}  # fmt: skip
-    answers = {out[out.index("answer") : out.index("first word")] for out in said}
+    answers = {out[out.index("answer") : out.index("first token")] for out in outs}
     assert len(answers) == 3
     code, _, err = sample("--temperature=-1")
     assert code == 2 and "temperature=-1" in err
 
 
-def test_kernels_that_cannot_run_are_an_error_and_what_runs_is_said(sample):
+def test_the_backend_is_named_and_never_replaced(sample):
+    """A silent fallback would be timed as if it were the kernels."""
     code, out, err = sample("--kernels=triton", "--device=cpu")
     assert code == 2 and "triton cannot run here" in err and err.count("\n") <= 2
     assert "kernels: torch (as requested)" in sample("--kernels=torch", "--seed=1")[1]

@@ -397,7 +397,7 @@ def test_every_method_trains_resumes_and_is_asked(train, tiny, method):
     assert (manifest["method"], manifest["n_thoughts"]) == (method, 2 if slots else 0)
     code, out, err = train("--out_dir=whole", "--seed=1", script="sample.py")
     assert (code, err) == (0, "") and "answer" in out
-    assert ("ms a thought" in out) == (
+    assert ("ms per thought" in out) == (
         METHODS[method].thought_type in ("hidden", "soft", "projected")
     )
 
