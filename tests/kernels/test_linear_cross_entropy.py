@@ -75,7 +75,7 @@ def test_label_outside_the_vocabulary_gives_nan(device):
 
 
 def test_equals_the_torch_training_loss(device, seed):
-    """The same as coconut.loss_sum and helpers.exact_match, which take all logits of (B, Ts) targets."""
+    """The same as coconut.loss_sum and exact_match, which take all logits of (B, Ts) targets."""
     h, w, targets = random_inputs(12, 8, 9, torch.float32, device)
     targets = targets.view(4, 3)
     logits = (h @ w.t()).view(4, 3, 9)
