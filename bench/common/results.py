@@ -1,0 +1,354 @@
+"""One schema for every row that a bench script writes, a JSON line each.
+
+    bench      script: latency, throughput, training, kernels, accuracy, precision
+    metric     what was measured: latent_step, answer, throughput, step, accuracy, ...
+    provider   who was measured: nanococonut, released, transformers, torch, roofline, ...
+    labels     text that identifies the row: task, path, part, relative_to, config, method, ...
+    shape      whole numbers that identify it: batch, context, thoughts, n_layer, ...
+    value      median, in `unit`
+    unit       ms, us, GB/s, questions/s, fraction, ...; "x" is a ratio to labels.relative_to
+    spread     p10 and p90 of the repeats, or the 95 % interval; {} if the value is derived
+    repeats    number of measurements
+    detail     what does not identify the row: categories, losses, the run that was evaluated, ...
+    device     "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
+    dtype      of weights and cache
+    commit     of this repository, "-dirty" if files had changed
+    versions   of Python and packages in the measured process
+    command    that measures it again; local paths are written as RELEASED, PYTHON, ...
+    date       UTC, when the run began: 2026-01-31T12:00:00Z
+
+Rows are appended, never edited. Rows of before this schema go through from_old().
+"""
+
+import json
+import math
+import platform
+import re
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanococonut import checkpoint
+from nanococonut.errors import UserError
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "bench": str,
+    "metric": str,
+    "provider": str,
+    "labels": dict,
+    "shape": dict,
+    "value": (int, float),
+    "unit": str,
+    "spread": dict,
+    "repeats": int,
+    "detail": dict,
+    "device": str,
+    "dtype": str,
+    "commit": str,
+    "versions": dict,
+    "command": str,
+    "date": str,
+}
+UNITS = (
+    "ms", "us", "GB/s", "questions/s", "examples/s", "GFLOP", "GFLOP/s", "MiB", "launches",
+    "fraction", "x",
+)  # fmt: skip
+SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))  # the last in old rows only
+UNKNOWN = "unknown"  # command and date of old rows
+
+
+def validate(row: Mapping[str, Any]) -> None:
+    """Raise UserError if a row does not follow the schema."""
+    reason = _reason(row)
+    if reason:
+        raise UserError(f"not a valid result: {reason}.\nbench/common/results.py has the schema.")
+
+
+def _reason(row: Mapping[str, Any]) -> str | None:
+    if row.keys() != FIELDS.keys():
+        return f"missing or unknown fields: {', '.join(sorted(row.keys() ^ FIELDS.keys()))}"
+    for name, kind in FIELDS.items():
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+            return f"{name} is {row[name]!r}"
+        if row[name] == "":
+            return f"{name} is empty"
+    if row["unit"] not in UNITS:
+        return f"unit is {row['unit']!r}, expected one of {', '.join(UNITS)}"
+    if (row["unit"] == "x") != ("relative_to" in row["labels"]):
+        return "a ratio has unit x and labels.relative_to"
+    if not (math.isfinite(row["value"]) and row["value"] >= 0):
+        return f"value is {row['value']}"
+    if not all(type(n) is int for n in row["shape"].values()):
+        return f"shape is {row['shape']}, expected whole numbers"
+    if not all(isinstance(text, str) for text in row["labels"].values()):
+        return f"labels are {row['labels']}, expected text"
+    if tuple(row["spread"]) not in SPREADS:
+        return f"spread is {row['spread']}, expected p10 and p90, or ci_low and ci_high"
+    low, high = bounds(row)
+    if not low <= row["value"] <= high:
+        return f"value {row['value']} is not between {low} and {high}"
+    if row["repeats"] < 1 or "torch" not in row["versions"]:
+        return f"repeats={row['repeats']}, versions={row['versions']}"
+    date = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    if row["date"] != UNKNOWN and not re.fullmatch(date, row["date"]):
+        return f"date is {row['date']!r}"
+    return None
+
+
+def bounds(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the two ends of a row's spread; its value twice if it has none."""
+    low, high = list(row["spread"].values()) or [row["value"]] * 2
+    return low, high
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return p10, p50 and p90, interpolated as numpy does."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[0], cuts[4], cuts[8]
+
+
+def fmt(value: float) -> str:
+    """Format a positive number with three digits, or all of its digits before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def command_line(config: Any, script: str) -> str:
+    """Return the command that gives this config: values other than the defaults, paths by name."""
+    words = ["python", script]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name == "out" or value == f.default:
+            continue
+        is_local = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
+        text = f.name.rpartition("_")[2].upper() if is_local else str(value)
+        words.append(f"--{f.name}={text}")
+    return shlex.join(words)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the kind of machine, without its name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU {platform.machine()}"
+    n = torch.get_num_threads()
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"CPU {kind}, {n} thread{'s' * (n > 1)}"
+
+
+class ResultWriter:
+    """The rows of one run. Each is also appended to the file at `path`, at once.
+
+    shape   sizes that all rows share, such as the model's
+    labels  labels that all rows share
+    """
+
+    def __init__(
+        self,
+        bench: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        command: str,
+        path: str | None,
+        shape: Mapping[str, int] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        provenance = checkpoint.provenance()
+        self.path = Path(path) if path else None
+        if self.path and not self.path.parent.is_dir():
+            raise UserError(f"--out {path} cannot be written: its folder does not exist.")
+        self.versions, self.rows = provenance["versions"], []
+        self.shape, self.labels = dict(shape or {}), dict(labels or {})
+        self.common = {
+            "bench": bench,
+            "device": device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "commit": provenance["commit"],
+            "command": command,
+            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+    def add(
+        self,
+        metric: str,
+        provider: str,
+        values: Sequence[float],
+        unit: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        detail: Mapping[str, Any] | None = None,
+        spread: Mapping[str, float] | None = None,
+        versions: Mapping[str, str] | None = None,
+        **shape: int,
+    ) -> dict[str, Any]:
+        """Append a row of repeated measurements and return it.
+
+        spread    instead of p10 and p90 of the values; {} for a derived value
+        versions  of another process, if that was measured
+        """
+        low, median, high = (float(f"{v:.5g}") for v in quantiles(values))
+        own = {
+            "metric": metric,
+            "provider": provider,
+            "labels": self.labels | dict(labels or {}),
+            "shape": self.shape | shape,
+            "value": median,
+            "unit": unit,
+            "spread": {"p10": low, "p90": high} if spread is None else dict(spread),
+            "repeats": len(values),
+            "detail": dict(detail or {}),
+            "versions": dict(self.versions if versions is None else versions),
+        }
+        row = {name: (self.common | own)[name] for name in FIELDS}
+        validate(row)
+        self.rows.append(row)
+        if self.path:
+            checkpoint.append_row(self.path, row)
+        return row
+
+    def summary(self, **extra: Any) -> str:
+        """Return all rows as one JSON line; what they share is written once."""
+        rows = []
+        for row in self.rows:
+            own = {k: row[k] for k in FIELDS if k not in self.common}
+            own["shape"] = {k: v for k, v in row["shape"].items() if k not in self.shape}
+            if own["versions"] == self.versions:
+                del own["versions"]
+            rows.append({k: v for k, v in own.items() if v != {}})
+        common = self.common | {"versions": self.versions, "shape": self.shape}
+        return json.dumps(common | extra | {"rows": rows})
+
+
+# ---- reading
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; a missing file has none. UserError names a bad line."""
+    if not path.is_file():
+        return []
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            raise UserError(
+                f"{path}, line {i}: not JSON.\nGive another file, or repair this one."
+            ) from None
+    return rows
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read a file of results, old rows included. Raise UserError if a row is not valid."""
+    rows = []
+    for row in read_jsonl(path):
+        new = [row] if "metric" in row else from_old(row)
+        for one in new:
+            validate(one)
+        rows += new
+    return rows
+
+
+# ---- rows from before this schema
+
+PROVIDERS = {
+    "ours": "nanococonut",
+    "floor": "roofline",
+    "transformers, dynamic cache": "transformers",
+}
+PATHS = {"6 thoughts": "thoughts", "written chain": "chain", "direct": "direct"}
+ANSWER = re.compile(r"(\w+) (answers?)( after prefill)?(?:, (.+?))?( by 6 thoughts)?")
+
+
+def from_old(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return an old row in the new schema, with no value changed or rounded. Of a training row only
+    the times of a step, which tables and pictures show."""
+    common = {k: row[k] for k in row.keys() & FIELDS.keys()} | {"detail": {}, "labels": {}}
+    if "what" in row:
+        return [common | _timing(row)]
+    common |= {"command": UNKNOWN, "date": UNKNOWN}
+    if row.get("bench") == "accuracy":
+        return [common | _accuracy(row)]
+    if row.get("bench") == "training":
+        return [common | new for new in _training(row)]
+    raise UserError(f"not a valid result: {str(row)[:80]}\nbench/common/results.py has the schema.")
+
+
+def _timing(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of latency.py or throughput.py: "prosqa answer, written chain by 6 thoughts"."""
+    name, provider, labels = old["what"], PROVIDERS.get(old["variant"], old["variant"]), {}
+    if name.endswith(", by ours"):
+        name, labels["relative_to"] = name.removesuffix(", by ours"), "nanococonut"
+    elif name == "token step by latent step":
+        name, labels["relative_to"] = "token step", "latent_step"
+    elif name == "memory bandwidth":
+        provider, labels["variant"] = "torch", provider
+    if match := ANSWER.fullmatch(name):
+        task, noun, after_prefill, path, relative = match.groups()
+        name, labels["task"] = "answer" + (after_prefill or ""), task
+        if noun == "answers":  # throughput.py: the variant is the path
+            name, path, provider = "throughput", old["variant"], "nanococonut"
+        labels["path"] = PATHS[path]
+        labels |= {"relative_to": "thoughts"} if relative else {}
+    return {
+        "bench": re.search(r"bench/(\w+)\.py", old["command"])[1],
+        "metric": name.replace(" ", "_"),
+        "provider": provider,
+        "labels": labels,
+        "shape": old["shapes"],
+        "unit": "x" if old["unit"] == "times" else old["unit"],
+    }
+
+
+def _accuracy(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of accuracy.py or table1.py."""
+    names = "generated_tokens by_steps categories trained max_new_tokens generated_seed".split()
+    return {
+        "metric": "accuracy",
+        "provider": "nanococonut",
+        "labels": {k: old[k] for k in ("method", "data", "checkpoint")} | old.get("table1", {}),
+        "shape": {"examples": old["rows"], "thoughts": old["thoughts"]},
+        "value": old["accuracy"],
+        "unit": "fraction",
+        "spread": {"ci_low": old["low"], "ci_high": old["high"]},
+        "repeats": 1,
+        "detail": {k: old[k] for k in names if k in old} | {"shortcuts": old["heuristics"]},
+        "dtype": "float32",
+    }
+
+
+def _training(old: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row of training.py: the step of each provider, and how much longer than ours it takes."""
+    shape = {k: old[k] for k in ("n_layer", "n_embd", "vocab_size", "parameters")}
+    shape |= {"batch": old["batch_size"], "thoughts": old["latent"]}
+    shape |= {"context": old["context"]} if old.get("context") else {}
+    cpu = f"CPU {old['hardware']}, {old['threads']} threads"
+    common = {"shape": shape, "device": cpu if old["device"] == "cpu" else old["hardware"]}
+    times = {
+        "nanococonut": old,
+        "nanococonut, eager": old.get("plain"),
+        "released": old["released"],
+    }
+    rows = []
+    for provider, stats in times.items():
+        for metric, unit, key in (
+            ("step", "ms", "step_ms"),
+            ("examples_per_s", "examples/s", "rows_per_s"),
+            ("step", "x", "ours_times_faster"),
+        ):
+            if stats and key in stats:
+                spread = dict(stats[key])
+                row = {"metric": metric, "unit": unit, "value": spread.pop("median")}
+                labels = {"config": old["config"]}
+                labels |= {"relative_to": "nanococonut"} if unit == "x" else {}
+                rows.append(
+                    common | row | {"spread": spread, "provider": provider, "labels": labels}
+                )
+    return rows
