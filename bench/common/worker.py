@@ -1,7 +1,8 @@
-"""Another Python at work, asked by JSON lines, and our weights in the form that GPT-2 has there."""
+"""Another Python process that answers JSON lines, and our weights in transformers' form."""
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,29 +13,32 @@ from torch import Tensor
 from nanococonut.errors import UserError
 from nanococonut.model import GPT
 
+WORKERS = Path(__file__).parent.parent / "workers"
+
 
 class Worker:
-    """A script of bench/ under a Python of its own; it waits for lines on stdin and answers each.
+    """A script of bench/workers/ under its own Python. It reads requests from stdin, a line each.
 
-    python, flag: that Python and the option it came by. needs: what it has to have. UserError where
-    it cannot be run or ends.
+    python, flag: that Python, and the option that named it. needs: packages it must have. Raises
+    UserError if it cannot run, or ends early.
     """
 
     def __init__(self, script: str, python: str, flag: str, needs: str) -> None:
         self.flag, self.needs = flag, needs
-        # absolute, since it begins elsewhere; not resolved, or a venv's link would leave the venv
+        # absolute, since it starts elsewhere; not resolved, since a venv's link would leave it
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         try:
             self.process = subprocess.Popen(
-                [python, "-I", str(Path(__file__).with_name(script))],  # -I: nothing of ours
+                [python, "-I", str(WORKERS / script)],  # -I: nothing of ours on its path
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
                 text=True,
-                cwd=tempfile.gettempdir(),  # Hugging Face's `kernels`, not ours
+                cwd=tempfile.gettempdir(),  # finds Hugging Face's `kernels`, not ours
                 env=os.environ | offline,
+                start_new_session=True,  # close() also ends what it started, such as compilers
             )
         except OSError as e:
             raise UserError(
@@ -42,44 +46,45 @@ class Worker:
                 f"Give the bin/python of a venv with {needs}."
             ) from None
 
-    def tell(self, message: Any) -> None:
-        """Without waiting for the answer."""
+    def send(self, message: Any) -> None:
+        """Send a request without waiting for the reply."""
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except OSError:
-            raise self._ended() from None
+            raise self._error() from None
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         try:
             return json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):  # it is gone, or does not speak JSON
-            raise self._ended() from None
+        except (OSError, ValueError):  # it has ended, or does not write JSON
+            raise self._error() from None
 
-    def ask(self, message: Any) -> Any:
-        self.tell(message)
-        return self.hear()
+    def request(self, message: Any) -> Any:
+        self.send(message)
+        return self.receive()
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    def close(self) -> None:
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
-    def _ended(self) -> UserError:
-        self.end()
+    def _error(self) -> UserError:
+        self.close()
         self.stderr.seek(0)
-        said = self.stderr.read().strip() or "no error message (out of memory?)"
+        text = self.stderr.read().strip() or "no error message (out of memory?)"
         return UserError(
-            f"{Path(self.process.args[-1]).stem} ended: {said.splitlines()[-1][:200]}\n"
+            f"worker {Path(self.process.args[-1]).stem} ended: {text.splitlines()[-1][:200]}\n"
             f"{self.flag} has to be a Python with {self.needs}."
         )
 
 
 def check_released(clone: str | None, python: str | None) -> None:
-    """UserError where --released and --released_python do not go together or hold no such thing."""
+    """Raise UserError if --released and --released_python do not go together."""
     if (clone is None) != (python is None):
         raise UserError(
             "--released and --released_python go together.\n"
-            "Give a clone of facebookresearch/coconut and a Python that has what it needs."
+            "Give a clone of facebookresearch/coconut and a Python with its requirements."
         )
     if clone and not (Path(clone) / "coconut.py").is_file():
         raise UserError(
@@ -87,8 +92,8 @@ def check_released(clone: str | None, python: str | None) -> None:
         )
 
 
-def commit_of(clone: str) -> str:
-    """The clone's commit, and whether its coconut.py is that commit's."""
+def clone_commit(clone: str) -> str:
+    """Return the clone's commit, "-dirty" if its coconut.py has changed."""
 
     def git(*args: str) -> str:
         run = subprocess.run(["git", "-C", clone, *args], capture_output=True, text=True)
@@ -96,14 +101,14 @@ def commit_of(clone: str) -> str:
 
     try:
         committed = git("rev-parse", "HEAD:./coconut.py")
-        changed = "" if git("hash-object", "coconut.py") == committed else "-dirty"
-        return git("rev-parse", "HEAD") + changed if committed else "unknown"
+        dirty = "" if git("hash-object", "coconut.py") == committed else "-dirty"
+        return git("rev-parse", "HEAD") + dirty if committed else "unknown"
     except OSError:
         return "unknown"
 
 
 def as_gpt2(model: GPT, dropout: float = 0.0) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings of transformers' GPT2Config, and the weights of its `transformer`."""
+    """Return settings for transformers' GPT2Config, and the weights of its `transformer`."""
     c = model.config
     settings = {
         "vocab_size": c.vocab_size,

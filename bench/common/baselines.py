@@ -1,0 +1,211 @@
+"""Providers of bench/latency.py: our engine, and what a user would take instead of it, with the
+same weights and prompts. Each is checked to generate the same tokens before anything is timed."""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors.torch import save_file
+
+from bench.common.worker import Worker, as_gpt2, clone_commit
+from bench.common.workload import THOUGHTS, Workload
+from bench.workers.generate import count_launches
+from nanococonut.engine import Engine
+from nanococonut.errors import UserError
+
+N_CHECKED = 9  # greedy tokens that are compared
+Prompts = list[list[int]]
+
+
+class Timing(TypedDict):
+    """Generated tokens, and seconds. first_token, total: from the start of the request."""
+
+    tokens: list[list[int]]
+    prefill: float
+    latent_step: float
+    first_token: float
+    token_step: float
+    total: float
+
+
+class EngineProvider:
+    """Our engine, with these kernels and CUDA graphs."""
+
+    versions: dict[str, str] | None = None  # None: this process's
+    max_batch: int | None = None
+
+    def __init__(self, name: str, workload: Workload, kernels: str, graph: str) -> None:
+        self.name = name
+        self.engine = Engine(workload.model, kernels=kernels, graph=graph)
+
+    def generate(
+        self, prompts: Prompts, n_thoughts: int, forced_tokens: list[int], n_tokens: int
+    ) -> Timing:
+        eos = -1  # no token ends a sequence
+        out = self.engine.run(prompts, n_thoughts, forced_tokens, eos, n_tokens)
+        return {
+            "tokens": out.tokens,
+            "prefill": out.seconds_prefill,
+            "latent_step": out.seconds_thoughts / n_thoughts if n_thoughts else 0.0,
+            "first_token": out.seconds_first,
+            "token_step": out.seconds_decode / (n_tokens - 1) if n_tokens > 1 else 0.0,
+            "total": out.seconds,
+        }
+
+    def count_launches(self, *request: Any) -> tuple[int, int]:
+        return count_launches(lambda: self.generate(*request))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self.engine.model.to(dtype)
+
+    def close(self) -> None:
+        pass
+
+
+class WorkerProvider:
+    """Another implementation, in a process of its own. max_batch: the largest it can run."""
+
+    def __init__(
+        self, name: str, worker: Worker, versions: dict[str, str], max_batch: int | None = None
+    ) -> None:
+        self.name, self.worker, self.versions, self.max_batch = name, worker, versions, max_batch
+
+    def _request(self, *request: Any, **extra: Any) -> Any:
+        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
+        reply = self.worker.request(dict(zip(names, request, strict=True)) | extra)
+        if "out_of_memory" in reply:
+            raise torch.OutOfMemoryError(f"{self.name} ran out of memory")
+        return reply
+
+    def generate(self, *request: Any) -> Timing:
+        return self._request(*request)
+
+    def count_launches(self, *request: Any) -> tuple[int, int]:
+        return tuple(self._request(*request, launches=True))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self.worker.request({"dtype": str(dtype).removeprefix("torch.")})
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+Provider = EngineProvider | WorkerProvider
+
+
+def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
+    """Start every provider that this machine has. The first is ours, as a user has it by default.
+
+    options: LatencyConfig. Also returns name -> why it is missing.
+    """
+    ours = EngineProvider("nanococonut", workload, "auto", "auto")
+    providers: list[Provider] = [ours]
+    missing: dict[str, str] = {}
+    if ours.engine.kernels != "torch" or ours.engine.graph:
+        providers.append(EngineProvider("nanococonut, eager", workload, "torch", "off"))
+    else:
+        missing["nanococonut, eager"] = "is what nanococonut is here: torch operations, one by one"
+    if workload.device.type != "cuda":
+        missing["nanococonut, torch graph"] = "needs a GPU"
+    elif ours.engine.kernels != "torch":
+        providers.append(EngineProvider("nanococonut, torch graph", workload, "torch", "on"))
+    config = workload.model.config
+    if not options.peers:
+        return providers, missing | dict.fromkeys(("released", "transformers"), "not requested")
+    if config.smear or config.thought != "hidden":
+        why = "runs plain GPT-2s only"
+        return providers, missing | dict.fromkeys(("released", "transformers"), why)
+    workers = _open_workers(options, missing)
+    return providers + _set_up(workers, workload, options, missing), missing
+
+
+def _open_workers(options: Any, missing: dict[str, str]) -> dict[str, Worker]:
+    """Start the processes side by side, since each takes seconds to import its packages."""
+    workers = {}
+    if options.released:
+        needs = "torch and transformers 4.46.2"
+        python = options.released_python
+        workers["released"] = Worker("generate.py", python, "--released_python", needs)
+    else:
+        missing["released"] = (
+            "not installed: git clone https://github.com/facebookresearch/coconut, a venv with "
+            "torch and transformers==4.46.2, then --released CLONE --released_python "
+            "VENV/bin/python"
+        )
+    python = sys.executable if importlib.util.find_spec("transformers") else None
+    python = options.transformers_python or python
+    if python:
+        needs = "torch and transformers 5"
+        workers["transformers"] = Worker("generate.py", python, "--transformers_python", needs)
+    else:
+        missing["transformers"] = (
+            "not installed: pip install transformers (5), or give "
+            "--transformers_python VENV/bin/python"
+        )
+    return workers
+
+
+def _set_up(
+    workers: dict[str, Worker], workload: Workload, options: Any, missing: dict[str, str]
+) -> list[Provider]:
+    """Give every worker our weights. One that fails becomes missing."""
+    providers: list[Provider] = []
+    with tempfile.TemporaryDirectory() as folder:
+        settings, weights = as_gpt2(workload.model)
+        path = Path(folder) / "model.safetensors"
+        save_file(weights, path)
+        setup = {
+            "clone": str(Path(options.released).resolve()) if options.released else None,
+            "weights": str(path),
+            "gpt2": settings,
+            "special": {n: getattr(workload, n) for n in ("bot", "eot", "latent")},
+            "threads": torch.get_num_threads(),
+            "device": workload.device.type,
+        }
+        for name, worker in workers.items():
+            try:
+                worker.send(setup | {"kind": name})
+            except UserError:
+                pass  # it has ended, and receive() says why
+        for name, worker in workers.items():
+            try:
+                versions = worker.receive()["versions"]
+            except UserError as e:
+                missing[name] = str(e).replace("\n", " ")
+                continue
+            if name == "released":
+                versions["coconut"] = clone_commit(options.released)
+            providers.append(
+                WorkerProvider(name, worker, versions, 1 if name == "released" else None)
+            )
+    return providers
+
+
+def drop_wrong(
+    providers: list[Provider], workload: Workload, missing: dict[str, str], length: int
+) -> None:
+    """Remove every provider whose greedy tokens, with thoughts or without, differ from those of
+    plain eager steps in float32. Raise UserError if it is one of ours."""
+    reference = EngineProvider("reference", workload, "torch", "off")
+    for n_thoughts, forced_tokens in ((THOUGHTS, [workload.eot]), (0, [])):
+        request = workload.prompts(1, length, length), n_thoughts, forced_tokens, N_CHECKED
+        expected = reference.generate(*request)["tokens"]
+        for provider in list(providers):
+            try:
+                tokens = provider.generate(*request)["tokens"]
+            except UserError as e:
+                reason = str(e).splitlines()[0]
+            else:
+                if tokens == expected:
+                    continue
+                reason = f"expected tokens {expected[0][:5]} ..., got {tokens[0][:5]} ..."
+                if isinstance(provider, EngineProvider):
+                    raise UserError(
+                        f"{provider.name}: {reason}\nThis is a bug of ours; nothing was timed."
+                    )
+            provider.close()
+            providers.remove(provider)
+            missing[provider.name] = f"not timed, {reason}"

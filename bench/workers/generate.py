@@ -1,0 +1,170 @@
+"""Another implementation for bench/latency.py: generates greedily and returns its times.
+
+    released       the released code's own generate, as its run.py calls it: batch 1 only
+    transformers   thoughts by `inputs_embeds` into a dynamic cache, tokens by its generate
+
+Runs under its own Python and shares only JSON lines and a file of weights with nanococonut. The
+first line on stdin says what to build. Every further line is a request: {"prompts", "n_thoughts",
+"forced_tokens", "n_tokens"}, with "launches" to count kernel launches instead, or {"dtype"}.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+LAUNCHES = "cudaLaunchKernel cudaLaunchKernelExC cuLaunchKernel cuLaunchKernelEx cudaGraphLaunch"
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def count_launches(run: Callable[[], Any]) -> tuple[int, int]:
+    """Return (launches by the host, kernels that the GPU runs) of a second call."""
+    run()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = profile.events()
+    on_gpu = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    launches = sum(e.name in LAUNCHES.split() for e in events)
+    return launches, sum(not name.startswith("Mem") for name in on_gpu)
+
+
+def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
+    sys.path.insert(0, setup["clone"])
+    from coconut import Coconut
+
+    device, special = setup["device"], setup["special"]
+    model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], -1)  # -1: no eos
+    model.eval()
+    starts: list[float] = []  # of each call of GPT-2
+    ends: list[float] = []
+    gpt2.register_forward_pre_hook(lambda *_: starts.append(now(device)))
+    gpt2.register_forward_hook(lambda *_: ends.append(now(device)))
+
+    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+        starts.clear()
+        ends.clear()
+        start = now(device)
+        ids = prompts[0] + [special["latent"]] * n_thoughts + forced_tokens
+        ids = torch.tensor([ids], device=device)
+        tokens = model.generate(ids, None, max_new_tokens=n_tokens)[0, ids.shape[1] :].tolist()
+        end = now(device)
+        # one call for the prompt, one for each thought (the last with the forced tokens), then one
+        # for each further token; a call's input is made between the calls
+        at = starts + [end]
+        first = n_thoughts + 1
+        return {
+            "tokens": [tokens],
+            "prefill": ends[0] - start,
+            "latent_step": (at[n_thoughts] - at[1]) / (n_thoughts - 1) if n_thoughts > 1 else 0.0,
+            "first_token": at[first] - start,
+            "token_step": (end - at[first]) / (n_tokens - 1) if n_tokens > 1 else 0.0,
+            "total": end - start,
+        }
+
+    return generate
+
+
+def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
+    from transformers import DynamicCache
+
+    device = setup["device"]
+    first: list[float] = []
+
+    def note_time(ids: Tensor, scores: Tensor) -> Tensor:
+        if not first:
+            first.append(now(device))
+        return scores
+
+    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+        first.clear()
+        start = now(device)
+        ids, cache = torch.tensor(prompts, device=device), DynamicCache()
+        prefilled = thought = None
+        if n_thoughts:
+            out = gpt2.transformer(input_ids=ids, past_key_values=cache, use_cache=True)
+            hidden = out.last_hidden_state[:, -1:]
+            prefilled = now(device)
+            for _ in range(n_thoughts):
+                out = gpt2.transformer(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+                hidden = out.last_hidden_state
+            thought = now(device)
+            # ids in the thoughts' places: the cache already holds them, so they are not read
+            ids = torch.cat([ids, ids.new_tensor([[0] * n_thoughts + forced_tokens] * len(ids))], 1)
+        out = gpt2.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=n_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=[note_time],
+        )
+        tokens = out[:, ids.shape[1] :].tolist()
+        end = now(device)
+        return {
+            "tokens": tokens,
+            "prefill": (prefilled or first[0]) - start,
+            "latent_step": (thought - prefilled) / n_thoughts if n_thoughts else 0.0,
+            "first_token": first[0] - start,
+            "token_step": (end - first[0]) / (n_tokens - 1) if n_tokens > 1 else 0.0,
+            "total": end - start,
+        }
+
+    return generate
+
+
+def serve(gpt2: Any, generate: Callable, device: str) -> None:
+    """Reply to every request on stdin."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply: Any = {}
+        try:
+            with torch.no_grad():
+                if dtype := request.pop("dtype", None):
+                    gpt2.to(getattr(torch, dtype))
+                elif request.pop("launches", False):
+                    reply = count_launches(lambda request=request: generate(**request))
+                else:
+                    reply = generate(**request)
+        except torch.OutOfMemoryError:
+            reply = {"out_of_memory": True}
+        if "out_of_memory" in reply and device == "cuda":
+            torch.cuda.empty_cache()
+        print(json.dumps(reply), flush=True)
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.readline())
+    torch.set_num_threads(setup["threads"])
+    import transformers  # before the clone's path, which holds modules of common names
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.GPT2Config(**setup["gpt2"], bos_token_id=None, eos_token_id=None)
+    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied to it
+    gpt2.to(setup["device"])
+    kinds = {"released": released, "transformers": transformers_dynamic}
+    generate = kinds[setup["kind"]](gpt2, setup)
+    versions = {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(json.dumps({"versions": versions}), flush=True)
+    serve(gpt2, generate, setup["device"])
+
+
+if __name__ == "__main__":
+    main()
