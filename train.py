@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, device, hub, jacobi, ops, sharding
+from nanococonut import checkpoint, coconut, device, hub, ops
 from nanococonut.build import build_model, build_optimizers
 from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
 from nanococonut.curriculum import METHODS, collate, n_labels, schedule, unused
@@ -49,6 +49,7 @@ from nanococonut.stepper import MicroBatch, Stepper
 from nanococonut.tasks import TASKS
 
 console = Console(highlight=False, soft_wrap=True)
+ADVANCE_ROWS = 1280  # recent rows that advance_at looks at
 
 
 def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
@@ -131,30 +132,13 @@ def main() -> None:
     model = build_model(config, tokenizer).to(where)
     if manifest:
         checkpoint.load_weights(model, folder)
-    kernels, why_kernels = "torch", "there is no kernel for parallel thoughts"
-    if config.thoughts != "jacobi":
-        kernels, why_kernels = ops.choose_training(config.kernels, model)
+    kernels, why_kernels = ops.choose_training(config.kernels, model)
     graph = ops.choose_graph("off" if config.ungraphed else config.graph, model)
-    if config.shard:
-        if ranks.world == 1:
-            raise UserError(
-                "--shard has nobody to share with: this is one process.\n"
-                "Start several, torchrun --nproc_per_node=8 train.py ..., or leave it out."
-            )
-        sharding.shard(model)
     optimizers = build_optimizers(config, model)
-    passes = {"iterations": config.jacobi_iterations, "latent": tokenizer.latent}
-    one_by_one = partial(coconut.think, kernels=kernels)
-    think = partial(jacobi.think, **passes) if config.thoughts == "jacobi" else one_by_one
+    think = partial(coconut.think, kernels=kernels)
 
     # -- the schedule, in steps
-    stages = schedule(
-        curriculum,
-        config.epochs,
-        config.epochs_per_stage,
-        config.first_stage_epochs,
-        config.start_stage,
-    )
+    stages = schedule(curriculum, config.epochs, config.epochs_per_stage, config.first_stage_epochs)
     steps_per_epoch = math.ceil(epochs.n_rows / config.batch_size)
     total = config.epochs * steps_per_epoch
     until = min(total, config.max_steps or total)
@@ -162,7 +146,6 @@ def main() -> None:
     # -- where we are; everything that a resumed run needs beside weights and moments
     at = {"step": 0, "stage": 0, "stage_start": 0, "recent": [], "table": [], "best": -1.0}
     at |= {"seconds": 0.0, "trained": stages[0].index}  # the stage of the last step taken
-    at["time_to"] = None  # the first validation of the final stage that was good enough
     if manifest:
         checkpoint.load_optimizers(optimizers, folder)
         at |= manifest["progress"]
@@ -189,10 +172,11 @@ def main() -> None:
     best_step = manifest.get("best_step", -1) if manifest else -1
 
     def save() -> None:
-        mine = (p.to_local() if config.shard else p for p in model.parameters())
-        if any(ranks.total([not all(torch.isfinite(p).all() for p in mine)])):
+        if any(ranks.total([not all(torch.isfinite(p).all() for p in model.parameters())])):
             diverged("weights")
         at["recent"] = list(recent)
+        if ranks.rank:
+            return
         checkpoint.save(
             out,
             at["step"],
@@ -209,7 +193,6 @@ def main() -> None:
                 "hub_commit": hub_commit,
                 "fell_back": fell_back,
                 "minutes": at["seconds"] / 60,
-                "time_to": at["time_to"],
                 "device": str(where),
                 "kernels": kernels,
                 "graph": graph,
@@ -217,7 +200,6 @@ def main() -> None:
                 "processes": ranks.world,
                 "progress": at,
             },
-            writes=ranks.rank == 0,
         )
 
     def diverged(what: str) -> None:
@@ -240,33 +222,18 @@ def main() -> None:
 
     def validate(stage: int) -> dict:
         n, row = curriculum.thoughts_at(stage), {"stage": stage}
-        with autocast, sharding.whole(model) if config.shard else nullcontext():
+        with autocast:
             engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
             for split, rows in splits.items():
                 right, tokens = 0, 0
                 if mine := ranks.share(rows):
                     shown = rendered(config, mine)
-                    s = score(engine, shown, n, config.eval_batch_size, config.max_new_tokens)
+                    s = score(engine, shown, n, max_new_tokens=config.max_new_tokens)
                     right, tokens = sum(s.right), round(s.generated_tokens * s.rows)
                 right, tokens = ranks.total([right, tokens])
                 row |= {f"{split}_accuracy": right / len(rows)}
                 row |= {f"{split}_tokens": tokens / len(rows)}
-                if 0 < config.jacobi_iterations < n:  # asked, thoughts are had one by one
-                    encoded, size = epochs.encode(rows), config.eval_batch_size
-                    parts = [encoded[i : i + size] for i in range(0, len(rows), size)]
-                    batches = (
-                        collate(curriculum, [stage] * len(part), part, tokenizer).to(where)
-                        for part in ranks.share(parts)
-                    )
-                    (right,) = ranks.total([jacobi.right(model, batches, **passes)])
-                    row |= {f"{split}_as_trained": right / len(rows)}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
-
-    def measured(row: dict, split: str) -> float:
-        return row.get(f"{split}_as_trained", row[f"{split}_accuracy"])
-
-    def reached() -> bool:
-        return bool(at["time_to"] and 0 < config.time_to <= at["time_to"]["accuracy"])
 
     stop = []  # the signal that asked for an end; honoured between two steps
 
@@ -305,7 +272,7 @@ def main() -> None:
     )
     began, seen, ending, ahead = time.time(), 0, 0, None
     epoch_rows: tuple[int, list] = (-1, [])
-    stepper = Stepper(model, think, half, config.stop_target, Graphs(64) if graph else None)
+    stepper = Stepper(model, think, half, Graphs(64) if graph else None)
 
     def prepared(step: int, stage: int) -> tuple[list[MicroBatch], int, int]:
         """A step's rows, each at its own stage, and this process's micro-batches of them: like
@@ -330,7 +297,7 @@ def main() -> None:
 
     model.train()
     with bar:
-        while at["step"] < until and not ending and not reached():
+        while at["step"] < until and not ending:
             stage = stages[at["stage"]].index
             if config.reset_optimizer == "epoch" and at["step"] % steps_per_epoch == 0:
                 optimizers = build_optimizers(config, model)
@@ -350,17 +317,12 @@ def main() -> None:
             # dropout; no state to keep
             torch.manual_seed(ranks.seed(config.seed * 1_000_003 + at["step"]))
             stepper.begin()
-            if config.shard:
-                sharding.gather(model)
             for batch in batches:
                 stepper(batch, labels, n_rows)
-            if config.shard:
-                sharding.reduce(model)
             counts = None
             if ranks.world > 1:
                 counts = ranks.sum_gradients(
-                    [] if config.shard else model.parameters(),
-                    [*stepper.sums.tolist(), len(stop)],
+                    model.parameters(), [*stepper.sums.tolist(), len(stop)]
                 )
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(
@@ -380,9 +342,7 @@ def main() -> None:
             seen += n_rows
 
             recent.append((right, counted))
-            while len(recent) > 1 and sum(n for _, n in recent) - recent[0][1] >= (
-                config.advance_rows
-            ):
+            while len(recent) > 1 and sum(n for _, n in recent) - recent[0][1] >= ADVANCE_ROWS:
                 recent.popleft()
             share = sum(r for r, _ in recent) / max(1, sum(n for _, n in recent))
             speed = seen / (time.time() - began)
@@ -399,7 +359,7 @@ def main() -> None:
             last = at["stage"] == len(stages) - 1
             used = at["step"] - at["stage_start"]
             over = used >= stages[at["stage"]].epochs * steps_per_epoch
-            enough = sum(n for _, n in recent) >= config.advance_rows
+            enough = sum(n for _, n in recent) >= ADVANCE_ROWS
             learnt = config.advance_at > 0 and enough and share >= config.advance_at
             ended = at["step"] == total or (not last and (over or learnt))
             due = last and config.eval_interval and used % config.eval_interval == 0
@@ -407,18 +367,14 @@ def main() -> None:
             if (ended and not by_epoch) or due:
                 row = validate(stage)
                 log(row)
-                accuracy = measured(row, "valid")
+                accuracy = row["valid_accuracy"]
                 if last and accuracy > at["best"]:
                     at["best"], best_step = accuracy, at["step"]
-                if last and 0 < config.time_to <= accuracy:
-                    at["time_to"] = {"wanted": config.time_to, "accuracy": accuracy}
-                    at["time_to"] |= {"minutes": row["minutes"], "step": at["step"]}
-                    log({"time_to": at["time_to"]})
-                if ended or reached():
+                if ended:
                     at["table"].append(row)
                 console.print(
                     f"step {at['step']} stage {stage}: "
-                    + " ".join(f"{s} {measured(row, s):.3f}" for s in splits)
+                    + " ".join(f"{s} {row[f'{s}_accuracy']:.3f}" for s in splits)
                 )
             if ended and not last:
                 at["stage"] += 1
@@ -439,18 +395,11 @@ def main() -> None:
         sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
     # -- how it went
-    if config.time_to and (won := at["time_to"]):
-        console.print(
-            f"time to {won['wanted']:.1%}: {won['minutes']:.1f} minutes, {won['step']} steps "
-            f"(validation accuracy {won['accuracy']:.1%})"
-        )
-    elif config.time_to:
-        console.print(f"{config.time_to:.1%} was not reached")
     table = Table(title=f"{name}: {config.method}, {at['step']} of {total} steps")
     for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
         table.add_column(heading, justify="right")
     for row in at["table"]:
-        accuracies = [f"{measured(row, split):.1%}" for split in splits]
+        accuracies = [f"{row[f'{split}_accuracy']:.1%}" for split in splits]
         tokens = f"{row['valid_tokens']:.1f}"
         minutes = f"{row['minutes']:.1f}"
         table.add_row(str(row["stage"]), str(row["thoughts"]), *accuracies, tokens, minutes)
@@ -465,9 +414,6 @@ def main() -> None:
             shares = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
             console.print(f"  no model, {rule}: {', '.join(shares)}")
     thoughts = curriculum.thoughts_at(at["trained"])
-    if 0 < config.jacobi_iterations < thoughts:
-        print(f"trained with {config.jacobi_iterations} passes for {thoughts} thoughts: not to ask")
-        return
     print(f"ask it: python sample.py --out_dir {out} --latent {thoughts}")
 
 

@@ -49,7 +49,7 @@ from nanococonut.graphs import Graphs
 from nanococonut.stepper import Stepper
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-SETTINGS = "tokenizer render smear dropout grad_clip seed".split()
+SETTINGS = "tokenizer render fresh_rows smear dropout muon_learning_rate grad_clip seed".split()
 ASKED = "batch_size micro_batch_size latent context repeats dtype".split()
 CONTEXTS, THOUGHTS = (100, 400, 1000), (0, 1, 3, 6)  # of --sweep
 WARMUP = 2  # steps before those that count
@@ -110,7 +110,8 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
     if bench.micro_batch_size:
         own |= {"micro_batch_size": bench.micro_batch_size}
     if bench.released:  # what it has not
-        own |= {"smear": False, "grad_clip": 0.0, "micro_batch_size": bench.batch_size}
+        own |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
+        own |= {"micro_batch_size": bench.batch_size}
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
     recipe = build(TrainConfig, read_config_file(bench.config, TrainConfig), own)
     room = bench.context + bench.latent + 64 if bench.context else 0  # an answer takes less
@@ -123,7 +124,6 @@ def recipe_of(bench: StepConfig) -> TrainConfig:
         micro_batch_size=min(recipe.micro_batch_size, bench.batch_size),
         block_size=max(recipe.block_size, room),
         data=None,
-        fresh_rows=False,
         rows_per_epoch=max(EPOCH, WARMUP + bench.repeats) * bench.batch_size,
         **{k: getattr(bench, k) for k in ("device", "dtype", "kernels", "graph")},
     )

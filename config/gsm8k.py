@@ -5,8 +5,8 @@ same to another), or from text lines by --data=FILE --valid_data=FILE. The relea
 a CoT checkpoint instead, and has no stage 0:
 
     python train.py config/gsm8k.py --method=cot --epochs=25 --out_dir=out/gsm8k_cot
-    python train.py config/gsm8k.py --init_from=out/gsm8k_cot --start_stage=1 \
-        --first_stage_epochs=0 --epochs=25
+    python train.py config/gsm8k.py --init_from=out/gsm8k_cot --first_stage_epochs=0 \
+        --epochs=25
 """
 
 task = "gsm8k"

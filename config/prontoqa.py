@@ -6,7 +6,7 @@ fallback = "prontoqa_small.py"  # without GPT-2's weights or a GPU for them: a m
 
 rows_per_epoch = 9_000
 valid_rows = 200
-hops = 5
+max_hops = 5
 c_thought = 1
 max_latent_stage = 6  # five hops and the property
 epochs_per_stage = 5

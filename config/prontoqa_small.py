@@ -5,7 +5,7 @@ tokenizer = "words"  # needs no download
 render = "compact"  # five words of eight, and nothing lost but Each, Every and the plural
 # the released rows have five: in 5,000 steps only their shortcut was learnt, 91 % of plain rows and
 # half of the matched ones after stage 3 (docs/LOG.md)
-hops = 3
+max_hops = 3
 
 n_layer = 2
 n_head = 2
@@ -13,14 +13,12 @@ n_embd = 64
 block_size = 160
 dropout = 0.0  # every row is new: there is nothing to overfit
 token_std = 0.1
-position_std = 0.0
 smear = True
 
 rows_per_epoch = 6_400  # a hundred steps
 fresh_rows = True
 matched_share = 0.5  # without them the shortcut is learnt: only the wrong concept is named once
 short_share = 0.3
-length_pool = 16
 valid_rows = 500
 c_thought = 1
 max_latent_stage = 4  # three hops and the property
@@ -29,13 +27,11 @@ first_stage_epochs = 20  # the first can be long: with 6 the twins are never tol
 epochs_per_stage = 10
 epochs = 80
 uniform_prob = 0.3
-uniform_to = "stage"
 advance_at = 0.93
 icot_tokens = 0.5
 
 batch_size = 64
 micro_batch_size = 64
-optimizer = "muon"
 learning_rate = 2e-3
 muon_learning_rate = 7e-3
 beta2 = 0.98

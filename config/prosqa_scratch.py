@@ -13,14 +13,12 @@ n_embd = 128
 block_size = 256
 dropout = 0.0  # every row is new: there is nothing to overfit
 token_std = 0.1
-position_std = 0.0
 smear = True
 
 rows_per_epoch = 12_800  # two hundred steps
 fresh_rows = True
 matched_share = 0.4  # rows without the depth shortcut
 short_share = 0.3  # rows of one or two hops: search starts with what is near
-length_pool = 16
 valid_rows = 500
 c_thought = 1
 max_latent_stage = 6
@@ -28,12 +26,10 @@ first_stage_epochs = 2
 epochs_per_stage = 3
 epochs = 50
 uniform_prob = 0.3
-uniform_to = "stage"
 advance_at = 0.93
 
 batch_size = 64
 micro_batch_size = 64
-optimizer = "muon"
 learning_rate = 2e-3
 muon_learning_rate = 7e-3
 beta2 = 0.98

@@ -12,6 +12,8 @@ from nanococonut.model import GPT, GPTConfig
 from nanococonut.muon import Muon
 from nanococonut.tokenizer import Tokenizer
 
+BETA1 = 0.9  # AdamW's first beta; every recipe has this one
+
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     """A model from random weights (torch's seed is the caller's), or init_from's with their sizes;
@@ -25,11 +27,6 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         raise UserError(
             f"--stop=classifier ends thoughts, and method {config.method} feeds none back.\n"
             "Leave it out, or choose a method with thoughts, such as coconut."
-        )
-    if config.thoughts == "jacobi" and slot not in ("hidden", "soft", "projected"):
-        raise UserError(
-            f"--thoughts=jacobi has thoughts in parallel, and method {config.method} feeds none "
-            "back.\nLeave it out, or choose a method with thoughts, such as coconut."
         )
     if config.soft_top_k > tokenizer.vocab_size:
         raise UserError(
@@ -60,7 +57,8 @@ def _sized(config: TrainConfig, tokenizer: Tokenizer, switches: dict[str, Any]) 
                 n_embd=config.n_embd,
                 dropout=config.dropout,
                 token_std=config.token_std,
-                position_std=config.position_std,
+                # a smear knows the order already
+                position_std=0.0 if config.smear else 0.02,
                 **switches,
             )
         )
@@ -78,20 +76,20 @@ def _sized(config: TrainConfig, tokenizer: Tokenizer, switches: dict[str, Any]) 
 
 def build_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
     """AdamW for all; or Muon for the matrices within the layers and those that map one stream of
-    embeddings to another, AdamW for the rest. Muon's rate is config.muon_learning_rate."""
+    embeddings to another, AdamW for the rest, if config.muon_learning_rate > 0."""
     inner = [part for part in (model.h, model.smear, model.project) if part is not None]
     matrices = [
         p
         for part in inner
         for p in part.parameters()
-        if p.dim() == 2 and config.optimizer == "muon"
+        if p.dim() == 2 and config.muon_learning_rate > 0
     ]
     chosen = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
         [p for p in model.parameters() if id(p) not in chosen],
         fused=model.wte.weight.is_cuda or None,  # None: as torch chooses
         lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
+        betas=(BETA1, config.beta2),
         weight_decay=config.weight_decay,
     )
     if not matrices:

@@ -98,12 +98,8 @@ def logged_step(line: str) -> float:
         return float("inf")
 
 
-def tensors(
-    model: nn.Module, optimizers: Sequence[Optimizer], keep: bool = True
-) -> dict[str, dict[str, Tensor]]:
-    """File -> name -> tensor on the CPU: all that a checkpoint holds. Those that several processes
-    have in shares (sharding.py) are put together, so all of them call this; keep: this one wants
-    the result."""
+def tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """Return file -> name -> tensor on the CPU: all that a checkpoint holds."""
     found: dict[str, dict[str, Tensor]] = {WEIGHTS: {}} | ({OPTIMIZER: {}} if optimizers else {})
     entries = [(WEIGHTS, name, tensor) for name, tensor in model.state_dict().items()]
     entries += [
@@ -113,9 +109,7 @@ def tensors(
         for name, tensor in entry.items()
     ]
     for file, name, tensor in entries:
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if keep:
-            found[file][name] = whole.detach().contiguous().cpu()
+        found[file][name] = tensor.detach().contiguous().cpu()
     return found
 
 
@@ -124,14 +118,6 @@ def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for key, tensor in load_file(folder / OPTIMIZER).items():
         o, i, name = key.split(".", 2)
-        parameter = [p for group in optimizers[int(o)].param_groups for p in group["params"]][
-            int(i)
-        ]
-        if hasattr(parameter, "full_tensor") and tensor.shape == parameter.shape:
-            from torch.distributed.tensor import distribute_tensor  # slow to import
-
-            mesh, placements = parameter.device_mesh, parameter.placements
-            tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements)
         states[int(o)].setdefault(int(i), {})[name] = tensor
     for optimizer, state in zip(optimizers, states, strict=True):
         groups = optimizer.state_dict()["param_groups"]
@@ -176,17 +162,12 @@ def save(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     manifest: dict[str, Any],
-    writes: bool = True,
 ) -> Path:
     """Write run/step_<step>, then drop the older ones but for the one before, in case this one
-    turns out to be where a run went wrong, and the manifest's best_step. Of several processes all
-    call it, and one writes."""
+    turns out to be where a run went wrong, and the manifest's best_step."""
     folder = run / f"step_{step:08d}"
-    found = tensors(model, optimizers, writes)
-    if not writes:
-        return folder
     if not (folder / MANIFEST).is_file():
-        write(folder, found, manifest | {"step": step})
+        write(folder, tensors(model, optimizers), manifest | {"step": step})
     for old in steps_in(run)[:-2]:
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
             shutil.rmtree(old, ignore_errors=True)
@@ -217,7 +198,56 @@ def _damaged(folder: Path, why: str) -> UserError:
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+# an option of an older manifest -> its name now; None: there is no such option any more
+LEGACY: dict[str, str | None] = dict.fromkeys(
+    "optimizer hops start_stage uniform_to length_pool position_std advance_rows beta1 stop_target "
+    "thoughts jacobi_iterations shard time_to eval_batch_size".split()
+)
+
+
+def upgraded(config: dict[str, Any], n_thoughts: int, folder: Path, resume: bool) -> dict[str, Any]:
+    """Return a manifest's config in today's options.
+
+    Raise UserError if an option that is gone made it another model, or if resume and the run cannot
+    go on as it began.
+    """
+    passes = config.get("jacobi_iterations", 0)
+    if config.get("thoughts") == "jacobi" and 0 < passes < n_thoughts:
+        raise UserError(
+            f"{folder} computes its {n_thoughts} thoughts in {passes} parallel passes, which this "
+            "version cannot do.\nUse the version it was trained with, or train again."
+        )
+    old = {key: config[key] for key in LEGACY.keys() & config.keys()}
+    now = {LEGACY.get(key, key): value for key, value in config.items()}
+    now.pop(None, None)
+    if old.get("optimizer") == "adamw":
+        now["muon_learning_rate"] = 0.0
+    if "hops" in old and config.get("task") == "prontoqa":
+        now["max_hops"] = old["hops"]
+    start, first = old.get("start_stage"), config.get("first_stage_epochs")
+    if start == 0 and first == 0:  # 0 meant: as the others
+        now["first_stage_epochs"] = None
+    if start == 1 and first == 0:  # stage 0 was skipped, as 0 means now
+        del old["start_stage"]
+    # what every run has now; another value only matters to a run that goes on
+    fixed: dict[str, Any] = {"beta1": 0.9, "start_stage": 0, "thoughts": "sequential"}
+    fixed["length_pool"] = 16 if config.get("fresh_rows") else 1
+    if config.get("uniform_prob"):
+        fixed["uniform_to"] = "stage" if config.get("advance_at") else "steps"
+    if config.get("advance_at"):
+        fixed["advance_rows"] = 1280
+    if config.get("stop") == "classifier":
+        fixed["stop_target"] = "steps"
+    for key in fixed.keys() & old.keys() if resume else ():
+        if old[key] != fixed[key]:
+            raise UserError(
+                f"{folder} was trained with {key}={config[key]!r}, which this version cannot do.\n"
+                "Resume it with the version it began with, or start a new run."
+            )
+    return now
+
+
+def read_manifest(folder: Path, resume: bool = False) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -231,13 +261,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(manifest[key], kind):
             raise _damaged(folder, f"{MANIFEST} has no proper {key!r}")
-    return manifest
+    config = upgraded(manifest["config"], manifest["n_thoughts"], folder, resume)
+    return manifest | {"config": config}
 
 
 def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
     """The manifest, after every file's digest has been checked against it. resume: it also has to
     hold what training needs to go on."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, resume)
     if resume and not (OPTIMIZER in manifest["files"] and "progress" in manifest):
         raise UserError(
             f"{folder} holds a model without its training state, so it cannot be resumed.\n"
@@ -252,8 +283,8 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
 
 
 # what a resumed run may be told anew: it does not change the run's bits
-FREE = {"resume", "out_dir", "max_steps", "save_interval", "device", "eval_batch_size", "time_to"}
-FREE |= {"shard", "kernels", "graph"}  # but for rounding: as the number of processes
+FREE = {"resume", "out_dir", "max_steps", "save_interval", "device"}
+FREE |= {"kernels", "graph"}  # but for rounding: as the number of processes
 
 
 def same_settings(manifest: dict[str, Any], config: dict[str, Any], run: Path) -> None:
@@ -287,19 +318,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Model (eval mode), tokenizer and manifest of a checkpoint or of a run's best one.
-
-    UserError where its thoughts were trained in fewer parallel passes than there are thoughts: had
-    one by one, as here, they are not the ones it learnt (jacobi.py)."""
+    """Model (eval mode), tokenizer and manifest of a checkpoint or of a run's best one."""
     folder = find(path, best=True)
     manifest = verify(folder)
-    passes, n = manifest["config"].get("jacobi_iterations", 0), manifest["n_thoughts"]
-    if 0 < passes < n:
-        raise UserError(
-            f"{folder} was trained to have its {n} thoughts in {passes} parallel passes; here they "
-            "are had one by one, and are others.\nHow good it is stands in the run's metrics.jsonl "
-            "as valid_as_trained."
-        )
     try:
         model = GPT(GPTConfig(**manifest["model"]))
         tokenizer = Tokenizer.from_spec(manifest["tokenizer"])

@@ -203,37 +203,17 @@ def forward(model: GPT, batch: Batch) -> Tensor:
     return answer(model, batch, think(model, batch))
 
 
-def stop_loss(model: GPT, batch: Batch, thinking: Thinking, target: str) -> Tensor:
+def stop_loss(model: GPT, batch: Batch, thinking: Thinking) -> Tensor:
     """Mean binary cross-entropy of the classifier that says when thoughts are enough.
 
-    It reads the hidden states detached: it watches the model and does not change it. target: enough
-    is "steps": as many thoughts as replace all of the row's steps; or "correct": all of the row's
-    suffix would be answered right now.
+    It reads the hidden states detached: it watches the model and does not change it. Enough are
+    as many thoughts as replace all of the row's steps.
     """
     n = batch.max_thoughts + 1
     after = torch.arange(n, device=batch.length.device)
     real = (batch.targets != IGNORE).any(dim=1)  # a row that fills up a batch has no label
     reached = (after <= batch.n_thoughts[:, None]) & real[:, None]  # (B, n)
-    if target == "steps":
-        labels = after >= batch.needed[:, None]
-    else:
-        # without dropout: right or not is a fact, and no random number is drawn for it
-        was_training, dropout = model.training, thinking.memory.dropout
-        model.eval()
-        thinking.memory.dropout = 0.0
-        with torch.no_grad():
-            labels = torch.stack(
-                [
-                    right_rows(
-                        read_suffix(model, batch, thinking, batch.n_thoughts.clamp(max=k), k),
-                        batch.targets,
-                    )
-                    for k in range(n)
-                ],
-                dim=1,
-            )
-        model.train(was_training)
-        thinking.memory.dropout = dropout
+    labels = after >= batch.needed[:, None]
     logits = model.enough(torch.stack(thinking.states, dim=1).detach())
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")

@@ -9,6 +9,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -59,12 +60,16 @@ class TrainConfig:
         False, "leave out rows of files that are bad or too long, and say so", "data"
     )
     rows_per_epoch: int = opt(17_886, "generated rows in an epoch", "data", at_least=1)
-    fresh_rows: bool = opt(False, "generate new rows for every epoch", "data")
+    fresh_rows: bool = opt(
+        False, "generate new rows for every epoch, and batch rows of like length", "data"
+    )
     valid_rows: int = opt(300, "generated validation rows", "data", at_least=1)
     n_nodes: int = opt(28, "ProsQA: nodes before pruning", "data", at_least=4, at_most=55)
     min_hops: int = opt(3, "ProsQA: fewest steps to the answer", "data", at_least=1)
-    max_hops: int = opt(6, "ProsQA: most steps to the answer", "data", at_least=1)
-    hops: int = opt(5, "ProntoQA: concepts on the way to the property", "data", at_least=1)
+    max_hops: int = opt(
+        6, "ProsQA: most steps to the answer; ProntoQA: steps to the concept with the property",
+        "data", at_least=1,
+    )  # fmt: skip
     matched_share: float = opt(
         0.0, "share of training rows without the depth shortcut", "data", at_least=0, at_most=1
     )
@@ -72,9 +77,6 @@ class TrainConfig:
         0.0, "share of training rows with chains of 1 .. min_hops - 1 steps", "data",
         at_least=0, at_most=1,
     )  # fmt: skip
-    length_pool: int = opt(
-        1, "batches among which rows of like length are put together (1: off)", "data", at_least=1
-    )
     render: str = opt(
         "sentences", "how ProsQA and ProntoQA are written", "data", choices=("sentences", "compact")
     )
@@ -94,7 +96,6 @@ class TrainConfig:
     dropout: float = opt(0.1, "dropout", "model", at_least=0, below=1)
     smear: bool = opt(False, "add W times the previous input embedding", "model")
     token_std: float = opt(0.02, "token embeddings' first std", "model", at_least=0)
-    position_std: float = opt(0.02, "position embeddings' first std", "model", at_least=0)
     # curriculum
     method: str = opt("coconut", "training method", "curriculum", choices=METHOD_NAMES)
     c_thought: int = opt(1, "thoughts for each dropped step", "curriculum", at_least=0)
@@ -107,23 +108,18 @@ class TrainConfig:
         at_least=0,
     )  # fmt: skip
     uniform_prob: float = opt(
-        0.0, "chance that a row draws its own stage", "curriculum", at_least=0, at_most=1
-    )
+        0.0, "chance that a row draws its own stage: from 0 to its number of steps, or, with "
+        "advance_at, to the curriculum's stage", "curriculum", at_least=0, at_most=1,
+    )  # fmt: skip
     epochs: int = opt(50, "epochs in all", "curriculum", at_least=1)
     epochs_per_stage: int = opt(5, "epochs of a stage", "curriculum", at_least=1)
-    first_stage_epochs: int = opt(
-        0, "epochs of the first stage (0: as the others)", "curriculum", at_least=0
+    first_stage_epochs: int | None = opt(
+        None, "epochs of stage 0 (None: as the others; 0: skip it)", "curriculum", at_least=0
     )
-    start_stage: int = opt(0, "stage to begin with", "curriculum", at_least=0)
-    uniform_to: str = opt(
-        "steps", "uniform_prob draws from 0 to all of the row's steps (paper), or to the stage",
-        "curriculum", choices=("steps", "stage"),
-    )  # fmt: skip
     advance_at: float = opt(
         0.0, "move on when this share of recent rows is all right (0: off)", "curriculum",
         at_least=0, at_most=1,
     )  # fmt: skip
-    advance_rows: int = opt(1280, "recent rows that advance_at looks at", "curriculum", at_least=1)
     icot_tokens: float = opt(
         8.0, "icot: chain tokens removed by every epoch (may be a fraction)", "curriculum", above=0
     )
@@ -135,29 +131,14 @@ class TrainConfig:
         "constant", "how many thoughts when asked: the stage's, or as a classifier trained on the "
         "hidden states says", "curriculum", choices=("constant", "classifier"),
     )  # fmt: skip
-    stop_target: str = opt(
-        "steps", "stop=classifier learns when all steps are replaced, or when the answer is right",
-        "curriculum", choices=("steps", "correct"),
-    )  # fmt: skip
-    thoughts: str = opt(
-        "sequential", "in training: one by one, or all at once in passes (an experiment)",
-        "curriculum", choices=("sequential", "jacobi"),
-    )  # fmt: skip
-    jacobi_iterations: int = opt(
-        0, "thoughts=jacobi: passes (0: one for each thought, which is exact)", "curriculum",
-        at_least=0,
-    )  # fmt: skip
     # optimizer
     batch_size: int = opt(128, "rows of an optimizer step", "optimizer", at_least=1)
     micro_batch_size: int = opt(32, "rows of a forward pass", "optimizer", at_least=1)
-    optimizer: str = opt(
-        "adamw", "adamw, or muon for the layers' matrices and adamw for the rest", "optimizer",
-        choices=("adamw", "muon"),
-    )  # fmt: skip
     learning_rate: float = opt(1e-4, "AdamW's rate", "optimizer", above=0, alias="lr")
-    muon_learning_rate: float = opt(5e-3, "Muon's rate", "optimizer", above=0)
+    muon_learning_rate: float = opt(
+        0.0, "Muon's rate for the layers' matrices (0: AdamW trains all)", "optimizer", at_least=0
+    )
     weight_decay: float = opt(0.01, "AdamW's decay", "optimizer", at_least=0)
-    beta1: float = opt(0.9, "AdamW's first beta", "optimizer", at_least=0, below=1)
     beta2: float = opt(0.999, "AdamW's second beta", "optimizer", at_least=0, below=1)
     grad_clip: float = opt(0.0, "clip the gradient's norm (0: off)", "optimizer", at_least=0)
     warmup_steps: int = opt(0, "steps of linear warm-up", "optimizer", at_least=0)
@@ -173,21 +154,13 @@ class TrainConfig:
     seed: int = opt(0, "of rows, weights, dropout and draws", at_least=0, at_most=2**32 - 1)
     out_dir: str | None = opt(None, "where the run is kept (None: out/<config's name>)")
     resume: bool = opt(False, "go on with the run in out_dir")
-    time_to: float = opt(
-        0.0, "stop at the first validation of the final stage that is this accurate, and say after "
-        "how many minutes (0: off)", at_least=0, at_most=1,
-    )  # fmt: skip
     max_steps: int = opt(0, "stop after this many steps (0: at the schedule's end)", at_least=0)
     save_interval: int = opt(200, "steps between checkpoints", at_least=1)
     eval_interval: int = opt(
         0, "steps between validations in the final stage (0: at stage ends only)", at_least=0
     )
-    eval_batch_size: int = opt(100, "rows validated at once", at_least=1)
     max_new_tokens: int = opt(128, "longest generated answer", at_least=1)
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
-    shard: bool = opt(
-        False, "several processes: each keeps a share of weights and moments (FSDP2, for gpt2-xl)"
-    )
     dtype: str = opt(
         "auto", "forward pass: bfloat16 autocast, or float32, or that with tf32 products on a GPU "
         "(auto: bfloat16 on a GPU)", choices=("auto", "float32", "tf32", "bfloat16"),
@@ -207,7 +180,7 @@ class TrainConfig:
                 f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads.\n"
                 "Choose n_embd as a multiple of n_head."
             )
-        if self.min_hops > self.max_hops:
+        if self.task == "prosqa" and self.min_hops > self.max_hops:
             raise UserError(
                 f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\nSwap them."
             )
@@ -222,35 +195,10 @@ class TrainConfig:
                 f"matched_share={self.matched_share} and short_share={self.short_share} are more "
                 "than all rows.\nLower one: together they may be 1."
             )
-        if self.time_to and not self.eval_interval:
-            raise UserError(
-                f"time_to={self.time_to} looks at validations within the final stage, and "
-                "eval_interval=0 has none.\nGive --eval_interval too: steps between them."
-            )
-        if self.jacobi_iterations and self.thoughts != "jacobi":
-            raise UserError(
-                f"jacobi_iterations={self.jacobi_iterations} is for parallel thoughts, thoughts is "
-                f"{self.thoughts!r}.\nUse --thoughts=jacobi, or leave it out."
-            )
-        if self.thoughts == "jacobi" and self.kernels == "triton":
-            raise UserError(
-                "there is no kernel for parallel thoughts (thoughts='jacobi').\n"
-                "Use --kernels=torch or auto."
-            )
         if self.graph == "on" and self.ungraphed:
             raise UserError(
-                "graph='on' goes neither with shard nor with recompute and dropout.\n"
+                "graph='on' does not go with recompute and dropout.\n"
                 "Use --graph=auto, which leaves graphs out there."
-            )
-        if self.shard and self.optimizer == "muon":
-            raise UserError(
-                "--shard keeps a share of every matrix, and optimizer='muon' needs whole ones.\n"
-                "Use --optimizer=adamw, or leave --shard out."
-            )
-        if self.start_stage > self.max_latent_stage + 1:
-            raise UserError(
-                f"start_stage={self.start_stage} lies behind the final stage "
-                f"{self.max_latent_stage + 1}.\nChoose 0 to {self.max_latent_stage + 1}."
             )
         if self.render == "compact" and self.task == "gsm8k":
             raise UserError(
@@ -265,9 +213,8 @@ class TrainConfig:
 
     @property
     def ungraphed(self) -> bool:
-        """Settings that a CUDA graph cannot hold: weights in shares, or random numbers drawn a
-        second time."""
-        return self.shard or (self.recompute and self.dropout > 0)
+        """Return whether a CUDA graph is ruled out: dropout would be drawn a second time."""
+        return self.recompute and self.dropout > 0
 
 
 def check_values(config: Any) -> None:
@@ -455,8 +402,17 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
 
 
 def show(config: Any) -> str:
-    """The resolved config, grouped, several settings a line."""
-    groups: dict[str, list[str]] = {}
-    for f in dataclasses.fields(config):
-        groups.setdefault(f.metadata["group"], []).append(f"{f.name}={getattr(config, f.name)!r}")
-    return "\n".join(f"  {name:<11}{' '.join(items)}" for name, items in groups.items())
+    """Return the settings that differ from their defaults, wrapped at 80 columns."""
+    changed = [
+        f"{f.name}={value!r}"
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != f.default
+    ]
+    return textwrap.fill(
+        " ".join(changed) or "all settings are the defaults",
+        width=80,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,  # a path stays in one piece
+        break_on_hyphens=False,
+    )

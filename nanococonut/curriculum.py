@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
 @dataclass(frozen=True)
 class Curriculum:
     """The paper's knobs, by the released names. Three are ours: final_thoughts, the slots of the
-    final stage where they are not max_latent_stage * c_thought; uniform_to (see draw_stages);
+    final stage where they are not max_latent_stage * c_thought; up_to_stage (see draw_stages);
     icot_tokens, what iCoT removes at each of its stages (Deng et al. 2024: 8; may be a fraction).
     """
 
@@ -72,7 +72,7 @@ class Curriculum:
     pad_latent_to_max: bool = True
     uniform_prob: float = 0.0
     final_thoughts: int | None = None
-    uniform_to: str = "steps"
+    up_to_stage: bool = False
     icot_tokens: float = 8.0
 
     @property
@@ -101,12 +101,12 @@ class Curriculum:
     def draw_stages(
         self, stage: int, n_steps: Sequence[int], rng: np.random.Generator
     ) -> list[int]:
-        """Each row's own stage: with probability uniform_prob uniform over 0..len(steps), or over
-        0..stage (uniform_to="stage": nothing the curriculum has not come to; so it is where stages
-        do not count steps)."""
+        """Each row's own stage: with probability uniform_prob uniform over 0..len(steps), as
+        the released code does, or over 0..stage. up_to_stage: no stage is drawn before the
+        curriculum has reached it; always so if stages do not count steps (iCoT)."""
         u, v = rng.random((2, len(n_steps)))
-        to_steps = self.uniform_to == "steps" and self.entry.moves != "epochs"
-        tops = n_steps if to_steps else [stage] * len(n_steps)
+        to_stage = self.up_to_stage or self.entry.moves == "epochs"
+        tops = [stage] * len(n_steps) if to_stage else n_steps
         return [
             int(b * (top + 1)) if a < self.uniform_prob else stage
             for top, a, b in zip(tops, u, v, strict=True)
@@ -125,13 +125,12 @@ def schedule(
     curriculum: Curriculum,
     epochs: int,
     epochs_per_stage: int,
-    first_stage_epochs: int = 0,
-    start_stage: int = 0,
+    first_stage_epochs: int | None = None,
 ) -> list[Stage]:
-    """Stages in order: start_stage .. max_latent_stage, then all that is left in the final one.
+    """Stages in order: 0 .. max_latent_stage, then all that is left in the final one.
 
-    epochs counts all of training. first_stage_epochs: of the first stage, where it differs (0: as
-    the others). A method that never moves trains the final stage throughout; one that moves by
+    epochs counts all of training. first_stage_epochs: of stage 0 (None: as the others; 0: it
+    is skipped). A method that never moves trains the final stage throughout; one that moves by
     epochs has as many stages.
     """
     final = curriculum.max_latent_stage + 1
@@ -140,8 +139,8 @@ def schedule(
     if curriculum.entry.moves == "epochs":
         return [Stage(index, 1) for index in range(epochs)]
     stages, left = [], epochs
-    for index in range(start_stage, final):
-        first = index == start_stage and first_stage_epochs
+    for index in range(final):
+        first = index == 0 and first_stage_epochs is not None
         n = min(left, first_stage_epochs if first else epochs_per_stage)
         if n:
             stages.append(Stage(index, n))
@@ -154,7 +153,7 @@ def unused(method: Method) -> set[str]:
     trains."""
     names = set()
     if method.moves != "stages":
-        names |= {"start_stage", "first_stage_epochs", "epochs_per_stage", "uniform_to"}
+        names |= {"first_stage_epochs", "epochs_per_stage"}
         names |= {"max_latent_stage"} if method.insert == "none" else set()
     if method.moves == "never":
         names |= {"uniform_prob", "advance_at"}

@@ -20,6 +20,7 @@ from nanococonut.tasks import TASKS
 from nanococonut.tokenizer import Tokenizer
 
 TRAIN, VALID, MATCHED, ORDER, DRAWS = range(5)  # streams of one seed, kept apart (see PUBLIC)
+POOL = 16  # batches among which rows of like length are put together
 
 
 def curriculum_of(config: TrainConfig) -> Curriculum:
@@ -30,7 +31,7 @@ def curriculum_of(config: TrainConfig) -> Curriculum:
         config.pad_latent_to_max,
         config.uniform_prob,
         config.final_thoughts,
-        config.uniform_to,
+        config.advance_at > 0,
         config.icot_tokens,
     )
 
@@ -159,12 +160,12 @@ class Epochs:
         rows = self.fixed or self.encode(self._generate(epoch))
         rng = np.random.default_rng((self.config.seed, ORDER, epoch))
         rows = [rows[i] for i in rng.permutation(len(rows))]
-        return self._pooled(rows, rng) if self.config.length_pool > 1 else rows
+        return self._pooled(rows, rng) if self.config.fresh_rows else rows
 
     def _pooled(self, rows: list[EncodedRow], rng: np.random.Generator) -> list[EncodedRow]:
         """The same rows with those of like length in one batch, so that less is padding: sorted
-        within pools of length_pool batches, and the pool's batches shuffled."""
-        size, pool = self.config.batch_size, self.config.batch_size * self.config.length_pool
+        within pools of POOL batches, and the pool's batches shuffled."""
+        size, pool = self.config.batch_size, self.config.batch_size * POOL
         batches = []
         for start in range(0, len(rows), pool):
             part = sorted(rows[start : start + pool], key=lambda row: len(row.question))

@@ -36,8 +36,8 @@ class Stepper:
 
     sums  (3,) on the device, in float64: the loss, rows all right, rows counted
 
-    think: coconut.think or what stands for it. half: forward in bfloat16 (autocast). stop_target:
-    see coconut.stop_loss. graphs: None, or where the passes are captured; then gradients are kept
+    think: coconut.think or what stands for it. half: forward in bfloat16 (autocast).
+    graphs: None, or where the passes are captured; then gradients are kept
     from step to step and zeroed in place, never None.
     """
 
@@ -46,11 +46,10 @@ class Stepper:
         model: GPT,
         think: Callable[[GPT, Batch], coconut.Thinking] = coconut.think,
         half: bool = False,
-        stop_target: str = "steps",
         graphs: Graphs | None = None,
     ) -> None:
         self.model, self.think, self.half = model, think, half
-        self.stop_target, self.graphs = stop_target, graphs
+        self.graphs = graphs
         self.device = model.wte.weight.device
         # wide, since it is a sum of many; MPS has no float64
         wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -115,7 +114,7 @@ class Stepper:
             summed, right = coconut.loss(self.model, batch, thinking)
             loss = whole = summed / labels
             if self.model.stop is not None:
-                watcher = coconut.stop_loss(self.model, batch, thinking, self.stop_target)
+                watcher = coconut.stop_loss(self.model, batch, thinking)
                 whole = loss + watcher * share
         whole.backward()
         self.sums += torch.stack([loss.detach(), (right & counts).sum(), counts.sum()])

@@ -61,7 +61,7 @@ def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
 
 
 def _ontology(config: TrainConfig, matched: bool = False) -> prontoqa.OntologyConfig:
-    return prontoqa.OntologyConfig(config.hops, matched)
+    return prontoqa.OntologyConfig(config.max_hops, matched)
 
 
 TASKS: dict[str, Task] = {
@@ -81,7 +81,7 @@ TASKS: dict[str, Task] = {
         prontoqa,
         splits={"prontoqa": _ontology, "prontoqa_matched": partial(_ontology, matched=True)},
         shorter=lambda config: [
-            prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, config.hops)
+            prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, config.max_hops)
         ],
     ),
     "gsm8k": Task(

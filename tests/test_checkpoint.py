@@ -11,6 +11,7 @@ from conftest import random_gpt
 from safetensors.torch import load_file, save_file
 
 from nanococonut import checkpoint
+from nanococonut.config import TrainConfig, build
 from nanococonut.errors import UserError
 
 
@@ -101,6 +102,74 @@ def test_a_model_without_training_state_cannot_be_resumed(saved, tmp_path):
     target = checkpoint.bundle(saved[0].parent, tmp_path / "bundled")
     with pytest.raises(UserError, match="cannot be resumed"):
         checkpoint.verify(target, resume=True)
+
+
+# an older run's config -> what it is now
+OLDER = {
+    "gone": ({"beta1": 0.9, "shard": True, "time_to": 0.9, "eval_batch_size": 7}, {}),
+    "adamw": (
+        {"optimizer": "adamw", "muon_learning_rate": 5e-3}, {"muon_learning_rate": 0.0},
+    ),
+    "muon": (
+        {"optimizer": "muon", "muon_learning_rate": 7e-3}, {"muon_learning_rate": 7e-3},
+    ),
+    "hops": ({"task": "prontoqa", "hops": 3, "max_hops": 6}, {"task": "prontoqa", "max_hops": 3}),
+    "no hops": ({"task": "prosqa", "hops": 5, "max_hops": 3}, {"task": "prosqa", "max_hops": 3}),
+    "all stages": ({"start_stage": 0, "first_stage_epochs": 0}, {"first_stage_epochs": None}),
+    "a long stage 0": ({"start_stage": 0, "first_stage_epochs": 6}, {"first_stage_epochs": 6}),
+    "no stage 0": ({"start_stage": 1, "first_stage_epochs": 0}, {"first_stage_epochs": 0}),
+    "as many passes": ({"thoughts": "jacobi", "jacobi_iterations": 6}, {}),
+    "today's": ({"first_stage_epochs": 0, "max_hops": 4}, {"first_stage_epochs": 0, "max_hops": 4}),
+}  # fmt: skip
+
+
+def written(folder, model, tokenizer, config):
+    """A model's checkpoint of this config, with training state."""
+    manifest = manifest_of(model, tokenizer, progress={}) | {"config": config, "step": 1}
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.write(folder, checkpoint.tensors(model, [optimizer]), manifest)
+
+
+@pytest.mark.parametrize("case", OLDER)
+def test_older_settings_are_read_as_todays(tmp_path, model, tokenizer, case):
+    older, now = OLDER[case]
+    written(tmp_path / "run", model, tokenizer, older)
+    manifest = checkpoint.load(tmp_path / "run")[2]
+    assert manifest["config"] == now
+    build(TrainConfig, now)
+
+
+def test_thoughts_in_fewer_passes_are_refused(tmp_path, model, tokenizer):
+    """They are not those that are computed one by one: it would answer, and wrongly."""
+    config = {"thoughts": "jacobi", "jacobi_iterations": 5}
+    written(tmp_path / "run", model, tokenizer, config)
+    with pytest.raises(UserError, match="6 thoughts in 5 parallel passes") as e:
+        checkpoint.load(tmp_path / "run")
+    assert str(e.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta1": 0.8},
+        {"start_stage": 2, "first_stage_epochs": 0},
+        {"start_stage": 1, "first_stage_epochs": 3},
+        {"length_pool": 16},
+        {"fresh_rows": True, "length_pool": 1},
+        {"uniform_prob": 0.3, "uniform_to": "stage"},
+        {"uniform_prob": 0.3, "uniform_to": "steps", "advance_at": 0.9},
+        {"advance_at": 0.9, "advance_rows": 32},
+        {"stop": "classifier", "stop_target": "correct"},
+        {"thoughts": "jacobi", "jacobi_iterations": 0},
+    ],
+    ids=str,
+)
+def test_what_cannot_go_on_as_it_began_is_loaded_only(tmp_path, model, tokenizer, config):
+    written(tmp_path / "run", model, tokenizer, config)
+    checkpoint.load(tmp_path / "run")
+    with pytest.raises(UserError, match="which this version cannot do") as e:
+        checkpoint.verify(tmp_path / "run", resume=True)
+    assert str(e.value).count("\n") == 1
 
 
 def truncate(path):

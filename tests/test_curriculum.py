@@ -92,7 +92,7 @@ def test_the_papers_schedules():
     gsm = Curriculum("coconut", c_thought=2, max_latent_stage=3)
     paper = schedule(gsm, epochs=50, epochs_per_stage=3, first_stage_epochs=6)
     assert paper == [Stage(0, 6), Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 35)]
-    released = schedule(gsm, epochs=25, epochs_per_stage=3, start_stage=1)
+    released = schedule(gsm, epochs=25, epochs_per_stage=3, first_stage_epochs=0)
     assert released == [Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 16)]
     assert schedule(gsm, epochs=4, epochs_per_stage=3) == [Stage(0, 3), Stage(1, 1)]
     for method in ("cot", "no_cot"):
@@ -114,7 +114,7 @@ def test_uniform_prob_draws_over_the_rows_own_steps():
     always = Curriculum("coconut", uniform_prob=1.0).draw_stages(5, n_steps, rng)
     assert sorted(set(always)) == [0, 1, 2, 3]
     assert max(abs(always.count(s) / 30_000 - 0.25) for s in range(4)) < 0.02
-    to_stage = Curriculum("coconut", uniform_prob=1.0, uniform_to="stage")
+    to_stage = Curriculum("coconut", uniform_prob=1.0, up_to_stage=True)
     assert sorted(set(to_stage.draw_stages(1, n_steps, rng))) == [0, 1]
     some = Curriculum("coconut", uniform_prob=0.3).draw_stages(5, n_steps, rng)
     assert abs(some.count(5) / 30_000 - 0.7) < 0.02
@@ -267,15 +267,15 @@ def test_icot_has_a_stage_for_each_epoch():
     assert set(draws) == set(range(10))  # its stages do not count steps
 
 
-SETTINGS = dict(start_stage=2, first_stage_epochs=3, epochs_per_stage=1, uniform_prob=0.0)
-SETTINGS |= dict(uniform_to="stage", max_latent_stage=1, c_thought=2, final_thoughts=5)
+SETTINGS = dict(first_stage_epochs=3, epochs_per_stage=1, uniform_prob=0.0)
+SETTINGS |= dict(max_latent_stage=1, c_thought=2, final_thoughts=5)
 SETTINGS |= dict(pad_latent_to_max=False, icot_tokens=2.5)
 
 
 def trained_on(config, tokenizer):
     """Every epoch's rows in tokens, and the thoughts that are had in the end."""
     c, rng = curriculum_of(config), np.random.default_rng(1)
-    schedules = config.epochs_per_stage, config.first_stage_epochs, config.start_stage
+    schedules = config.epochs_per_stage, config.first_stage_epochs
     epochs = [s.index for s in schedule(c, 12, *schedules) for _ in range(s.epochs)]
     drawn = [c.draw_stages(stage, [3, 1], rng) for stage in epochs]
     rows = [

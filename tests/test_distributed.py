@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from nanococonut import checkpoint, coconut
 from nanococonut.distributed import Ranks
@@ -116,32 +115,13 @@ def assert_same(run, expected):
 
 def test_two_processes_train_what_one_trains(script):
     """With a part that is unused in some stages and in some rows, and one that is not clipped."""
-    flags = ["--method=projected", "--optimizer=muon", "--stop=classifier", "--advance_at=0.01"]
-    flags += ["--max_steps=22"]
+    flags = ["--method=projected", "--muon_learning_rate=5e-3", "--stop=classifier"]
+    flags += ["--advance_at=0.01", "--max_steps=22"]
     assert script("tiny.py", "--out_dir=one", *flags)[0] == 0
     codes, out, err = Run(2, "--out_dir=two", *flags).end()
     assert (codes, err) == ([0, 0], "") and out.count("ask it: python sample.py") == 1
     assert_same("two", "one")
     assert checkpoint.read_manifest(checkpoint.find("two"))["processes"] == 2
-
-
-def test_shares_of_the_weights_train_what_whole_ones_do(script):
-    """In shares from and to checkpoints that are whole."""
-    import torch.distributed.fsdp  # noqa: F401 - once here, not in each process
-
-    flags = ["--method=projected", "--stop=classifier", "--eval_interval=4"]
-    assert script("tiny.py", "--out_dir=whole", *flags, "--max_steps=20")[0] == 0
-    assert script("tiny.py", "--out_dir=run", *flags, "--max_steps=6")[0] == 0
-    codes, _, err = Run(2, "--out_dir=run", *flags, "--shard", "--max_steps=20", "--resume").end()
-    assert codes == [0, 0], err
-    assert_same("run", "whole")
-    for file in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
-        run, whole = (load_file(checkpoint.find(name) / file) for name in ("run", "whole"))
-        assert run.keys() == whole.keys()
-        for name in run:  # stop's loss is a mean over each micro-batch, and these are others
-            if file == checkpoint.WEIGHTS and not name.startswith("stop."):
-                torch.testing.assert_close(run[name], whole[name], rtol=1e-3, atol=1e-5)
-            assert run[name].shape == whole[name].shape
 
 
 def test_torchrun(script):

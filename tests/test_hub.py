@@ -490,7 +490,8 @@ def test_train_py_goes_on_from_a_run_and_from_its_export(script, tmp_path):
     first = checkpoint.load("cot")[0].state_dict()
     export("cot", "hf")
     for name in ("cot", "hf"):
-        argv = [f"--init_from={name}", "--start_stage=1", "--seed=5", f"--out_dir=from_{name}"]
+        argv = [f"--init_from={name}", "--first_stage_epochs=0", f"--out_dir=from_{name}"]
+        argv += ["--seed=5"]
         code, _, err = script("tiny.py", "--n_embd=64", *argv)  # the size is the weights' own
         assert (code, err) == (0, "")
         for key, p in checkpoint.load(f"from_{name}")[0].state_dict().items():

@@ -33,8 +33,6 @@ ALLOWED = {
     "build": {"config", "curriculum", "errors", "hub", "model", "muon", "tokenizer"},
     "curriculum": {"data", "tokenizer"},
     "coconut": {"curriculum", "model", "ops"},
-    "jacobi": {"coconut", "curriculum", "model"},
-    "sharding": {"model"},
     "stepper": {"coconut", "curriculum", "graphs", "model"},
     "ops": {"cache", "errors", "model"},
     "graphs": set(),

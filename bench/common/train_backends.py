@@ -33,6 +33,7 @@ class Rows:
         epochs, size = Epochs(recipe, self.curriculum, self.tokenizer, None, []), recipe.batch_size
         rows = epochs(0)
         epochs.close()
+        epochs.worker.shutdown()  # waits: the next epoch is not made while a step is measured
         if context:
             rows = [_of_length(row, context - 1) for row in rows]  # <bot> is the last
         self.batches = [

@@ -124,7 +124,8 @@ class OntologyConfig:
         if type(self.hops) is not int or not 1 <= self.hops <= most:
             raise UserError(
                 f"hops={self.hops!r}: wanted is a whole number from 1 to {most} (there are "
-                f"{len(CONCEPTS)} concepts; matched takes more of them).\nChange hops."
+                f"{len(CONCEPTS)} concepts; matched takes more of them).\n"
+                "Change hops (train.py: --max_hops)."
             )
 
 
