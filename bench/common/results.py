@@ -155,7 +155,7 @@ class ResultWriter:
         self,
         bench: str,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         command: str,
         path: str | None,
         shape: Mapping[str, int] | None = None,

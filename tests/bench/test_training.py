@@ -1,0 +1,320 @@
+"""bench/training.py times what it says, and gives the released code the same work."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_gpt
+from tapes import Tapes
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import training
+from bench.common import train_backends
+from bench.common.results import read_results
+from bench.common.roofline import matmul_peak, step_flop
+from bench.common.tables import Run
+from bench.common.train_backends import EagerBackend, FastBackend, FinalStageBatches
+from bench.workers import released_train
+from nanococonut import coconut, ops
+from nanococonut.curriculum import EncodedRow
+from nanococonut.errors import UserError
+from nanococonut.graphs import Graphs
+from nanococonut.model import GPTConfig
+from nanococonut.stepper import Stepper
+
+SCRIPT = ROOT / "bench" / "training.py"
+CONFIG = str(ROOT / "config" / "prosqa_small.py")
+TINY = [f"--config={CONFIG}", "--n_layer=1", "--n_embd=8"]
+TINY += ["--n_head=2", "--batch_size=3", "--repeats=1", "--peak_size=8"]
+OURS, EAGER = training.OURS, training.EAGER
+
+
+@pytest.fixture
+def bench(monkeypatch, script):
+    """bench(*argv) -> (exit code, stdout, stderr), in this process."""
+    for key, value in training.MALLOC.items():  # without them, it starts itself again
+        monkeypatch.setenv(key, value)
+    return lambda *argv: script(*TINY, *argv, script="bench/training.py")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder that looks like the released code's."""
+    (tmp_path / "coconut.py").write_text("")
+    return tmp_path
+
+
+def test_run_finds_where_the_time_goes(tmp_path):
+    log = tmp_path / "rows.jsonl"
+    argv = [sys.executable, SCRIPT, *TINY, "--latent=2", f"--out={log}"]
+    run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    *shown, last = run.stdout.splitlines()
+    rows = read_results(log)
+    assert len(rows) == len(json.loads(last)["rows"])
+    row = rows[0]
+    assert row["labels"] == {"config": "prosqa_small.py"} and row["bench"] == "training"
+    sizes = dict(n_layer=1, n_embd=8, batch=3, micro_batch=3, thoughts=2)
+    assert sizes.items() <= row["shape"].items() and "context" not in row["shape"]
+    assert row["detail"]["smear"] and row["detail"]["kernels"] == "torch"
+    assert row["repeats"] == 1 and "torch" in row["versions"]
+    found = Run(rows)
+    parts = [found.value("step_part", EAGER, part=part) for part in train_backends.PARTS]
+    step, eager = found.value("step"), found.value("step", EAGER)
+    assert min(parts) > 0 and sum(parts) == pytest.approx(eager, rel=1e-3)
+    for provider in (OURS, EAGER):
+        rate, ms = (found.value(m, provider) for m in ("examples_per_s", "step"))
+        assert rate == pytest.approx(3e3 / ms, rel=1e-3)
+    ratio = found.value("step", EAGER, relative_to=OURS)
+    assert ratio == pytest.approx(eager / step, rel=1e-3)
+    flop = found.value("model_flop")
+    assert found.value("flop_rate") == pytest.approx(flop * 1e3 / step, rel=1e-3)
+    assert found.value("flop_peak", "torch") > 0
+    assert found.value("peak_memory") >= 0 and found.value("peak_memory", EAGER) is None
+    padded = [found.value("padded_fraction", variant=v) for v in ("no graphs", "graphs")]
+    assert 0 <= padded[0] < padded[1] < 1
+    assert str(ROOT) not in last and str(tmp_path) not in last
+    assert any(line.startswith("step part thoughts") for line in shown)
+
+
+def test_no_thoughts_take_no_time(bench):
+    """And more layers are more parameters."""
+    runs = []
+    for own in (["--latent=0"], ["--latent=0", "--n_layer=2"]):
+        code, out, err = bench(*own)
+        assert code == 0, err
+        line = json.loads(out.splitlines()[-1])
+        runs.append(line)
+        parts = {
+            r["labels"]["part"]: r["value"] for r in line["rows"] if r["metric"] == "step_part"
+        }
+        assert parts["thoughts"] == 0 < parts["suffix"]
+    layer = 12 * 8 * 8 + 13 * 8  # its matrices; its biases and LayerNorms
+    assert runs[1]["shape"]["parameters"] - runs[0]["shape"]["parameters"] == layer
+
+
+def made(**settings):
+    """Return (recipe, two batches) of a tiny model."""
+    own = dict(config=CONFIG, n_layer=2, n_embd=8, batch_size=5, repeats=1)
+    config = training.StepConfig(**own | settings)
+    recipe = training.recipe_of(config)
+    return recipe, FinalStageBatches(recipe, 2, config.context)
+
+
+@pytest.mark.parametrize("latent, micro", [(0, 5), (2, 2)])
+def test_both_backends_take_the_same_steps(latent, micro):
+    """The loss is train.py's over all micro-batches; weights are the same afterwards."""
+    recipe, batches = made(latent=latent, micro_batch_size=micro)
+    fast = FastBackend(recipe, batches)
+    eager = EagerBackend(fast)
+    before = copy.deepcopy(fast.model)
+    expected = n_labels = 0
+    for micro_batch in batches.micro_batches(0, eager.stepper)[0]:
+        batch = micro_batch.batch
+        logits = coconut.forward(before, batch)
+        expected += coconut.loss_sum(logits, batch.targets)
+        n_labels += batch.n_labels
+    assert len(batches.micro_batches(0, eager.stepper)[0]) == -(-5 // micro)
+    assert fast.check()["loss"] == pytest.approx((expected / n_labels).item(), rel=1e-5)
+    for i in (0, 1):
+        (took, loss), (parts, eager_loss) = fast.step(i), eager.step(i)
+        if i == 0:
+            assert loss == pytest.approx((expected / n_labels).item(), rel=1e-5)
+        assert loss == pytest.approx(eager_loss, rel=1e-5)
+        assert took > 0 and (parts["thoughts"] > 0) == (latent > 0)
+    for a, b, old in zip(*(m.parameters() for m in (fast.model, eager.model, before)), strict=True):
+        torch.testing.assert_close(a, b)
+        assert not torch.equal(a, old) or not old.any()
+
+
+def test_graphs_take_the_same_steps(monkeypatch):
+    """A check() in between must not move the gradients that graphs write to."""
+    monkeypatch.setattr(train_backends, "Graphs", Tapes)
+    monkeypatch.setattr(ops, "choose_graph", lambda *_: True)
+    recipe, batches = made(latent=1, micro_batch_size=3)
+    fast = FastBackend(recipe, batches)
+    eager = EagerBackend(fast)
+    for i in (0, 1, 0):
+        (_, loss), (_, eager_loss) = fast.step(i), eager.step(i)
+        assert loss == pytest.approx(eager_loss, rel=1e-5)
+        assert fast.check()["loss"] > 0
+    assert 0 < len(fast.stepper.graphs.kept) < 6
+
+
+def test_backends_that_differ_are_not_compared():
+    training.check_losses(1.0, 1.00001, "float32")
+    training.check_losses(1.0, 1.01, "bfloat16")
+    for loss in (1.01, float("nan")):
+        with pytest.raises(UserError, match="do not compute the same"):
+            training.check_losses(loss, 1.0, "float32")
+
+
+def test_context_is_exact():
+    recipe, batches = made(context=203, latent=3)
+    for i in (0, 1):
+        assert [p for p, *_ in batches.lengths(i)] == [203] * 5
+    assert recipe.block_size >= max(sum(row[:3]) for row in batches.lengths(0))
+    repeated = batches.sequences[0][0][0]
+    assert repeated[-1] == batches.tokenizer.bot and len(set(repeated)) > 8
+
+
+def test_padding_is_counted_with_and_without_graphs():
+    recipe, batches = made(latent=2, micro_batch_size=3)  # of 5 rows: 3 and 2, for graphs 4 and 2
+    question = list(range(8))
+    batches.batches = [[EncodedRow(question[:n], [], [1, 2]) for n in (1, 3, 5, 7, 7)]]
+    lengths = [len(example.question) + 1 for example in batches.batches[0]]
+    batches.sequences = [[([0] * n, 2, [0] * 4, 1) for n in lengths]]
+    model = random_gpt(block_size=160)
+    real = sum((2, 4, 6, 8, 8)) + 5 * (2 + 4)
+    slots = 3 * (6 + 2 + 4) + 2 * (8 + 2 + 4)
+    assert batches.padded_fraction(Stepper(model)) == pytest.approx(1 - real / slots)
+    for_graphs = (4 + 2) * (64 + 2 + 16)
+    assert batches.padded_fraction(Stepper(model, graphs=Graphs(1))) == pytest.approx(
+        1 - real / for_graphs
+    )
+
+
+@pytest.mark.parametrize("smear", [False, True])
+@pytest.mark.parametrize("thoughts", [0, 3])
+def test_flop_are_those_that_torch_counts(smear, thoughts):
+    """Without padding. Torch also computes queries of the last layer that step_flop omits."""
+    recipe, batches = made(latent=thoughts, batch_size=1)
+    model = random_gpt(smear=smear, dtype=torch.float32, vocab_size=400, block_size=160)
+    batch = batches.micro_batches(0, Stepper(model))[0][0].batch
+    with FlopCounterMode(display=False) as counter:
+        coconut.loss(model, batch, coconut.think(model, batch))[0].backward()
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    dense = sum(n for op, n in counted.items() if op in ("aten.mm", "aten.addmm"))
+    lengths = batches.lengths(0)
+    matrices, _ = step_flop(model.config, lengths)
+    others = 6 * model.config.n_embd**2 * (lengths[0][0] - 1)
+    assert dense == matrices + others
+
+
+def test_flop_of_attention_are_those_of_a_mask():
+    config = GPTConfig(n_layer=3, n_head=1, n_embd=4)
+    rows = [(5, 2, 3, 2), (1, 0, 1, 1)]
+    want = 0
+    for prefix, thoughts, suffix, _ in rows:
+        seen = torch.ones(*[prefix + thoughts + suffix - 1] * 2).tril()
+        want += 2 * seen.sum() + seen[prefix - 1 :].sum()  # the last layer has fewer queries
+    assert step_flop(config, rows)[1] == 3 * 4 * 4 * want
+
+
+def test_peak_is_measured():
+    assert matmul_peak(torch.device("cpu"), torch.float32, 16, 2) > 0
+
+
+def test_sweep_measures_every_cell(bench, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(training, "CONTEXTS", (20, 200))
+    monkeypatch.setattr(training, "THOUGHTS", (0, 2))
+    log = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *TINY, "--sweep", f"--out={log}"])
+    training.main()
+    rows = read_results(log)
+    steps = [r for r in rows if r["metric"] == "step" and r["provider"] == OURS]
+    cells = [(r["shape"]["context"], r["shape"]["thoughts"]) for r in steps]
+    assert cells == [(20, 0), (20, 2), (200, 0), (200, 2)]
+    flop = [r["value"] for r in rows if r["metric"] == "model_flop"]
+    assert flop[0] < flop[1] < flop[2] < flop[3]
+    padded = [r for r in rows if r["labels"].get("variant") == "no graphs"]
+    assert len(padded) == 4 and all(r["value"] < 0.2 for r in padded)
+    *_, heading, a, b, c, d = capsys.readouterr().out.splitlines()
+    assert heading.startswith("context") and d.split()[:2] == ["200", "2"]
+    growth = [float(line.split()[3]) for line in (a, b, c, d)]
+    ms = [r["value"] for r in steps]
+    assert growth == pytest.approx([1, ms[1] / ms[0], 1, ms[3] / ms[2]], abs=0.006)
+
+
+@pytest.mark.parametrize("latent", [0, 3])
+def test_released_code_gets_the_same_sequences(latent):
+    """Compare with our own blocks: tokens, labels, positions and amount of padding."""
+    _, batches = made(latent=latent)
+    plain = Stepper(random_gpt())
+    padding = slots = 0
+    for i, batch in enumerate(batches.as_released()):
+        theirs = released_train.padded(batch, batches.tokenizer.eos, "cpu")
+        ours = batches.micro_batches(i, plain)[0][0].batch
+        real = theirs["attention_mask"] == 1
+        padding, slots = padding + int((~real).sum()), slots + real.numel()
+        assert (theirs["labels"][~real] == -100).all()
+        assert theirs["input_ids"].shape[1] == (
+            ours.prefix.shape[1] + latent + ours.suffix.shape[1] if latent else real.sum(1).max()
+        )
+        for b in range(5):
+            ids = theirs["input_ids"][b, real[b]].tolist()
+            p, n = ours.length[b].item(), latent
+            words = ids[p + n :]
+            assert ids[:p] == ours.prefix[b, :p].tolist() and ids[p - 1] == batches.tokenizer.bot
+            assert ids[p : p + n] == [batches.tokenizer.latent] * n
+            assert words == ours.suffix[b, : len(words)].tolist()
+            assert (words[0], words[-1]) == (batches.tokenizer.eot, batches.tokenizer.eos)
+            labels = [-100] * (p + n) + ours.targets[b, : len(words)].tolist()
+            assert theirs["labels"][b, real[b]].tolist() == labels
+            assert theirs["position_ids"][b, real[b]].tolist() == list(range(len(ids)))
+        if latent:  # all sequences think in the same columns
+            columns = (theirs["input_ids"] == batches.tokenizer.latent).any(dim=0)
+            assert columns.sum() == latent
+    if latent:
+        assert batches.padded_fraction(plain) == pytest.approx(padding / slots)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--repeats=0"], "repeats=0"),
+        (["--config=nowhere.py"], "nowhere.py is not there"),
+        (["--n_head=3"], "does not divide"),
+        (["--latent=500"], "500 thoughts"),
+        (["--released=."], "go together"),
+        (["--sweep", "--context=9"], "its own values of --context"),
+        (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
+        (["--out=nowhere/rows.jsonl"], "cannot be written"),
+    ],
+)
+def test_mistakes_take_two_lines(bench, argv, message):
+    code, _, err = bench(*argv)
+    assert code == 2 and message in err and len(err.splitlines()) <= 2
+
+
+def test_python_that_cannot_be_run(bench, clone):
+    code, _, err = bench(f"--released={clone}", f"--released_python={clone}/python")
+    assert code == 2 and "cannot be run" in err and len(err.splitlines()) <= 2
+
+
+def test_worker_that_dies(bench, clone):
+    code, _, err = bench(f"--released={clone}", f"--released_python={shutil.which('false')}")
+    assert code == 2 and "worker released_train ended" in err and len(err.splitlines()) <= 2
+
+
+def test_worker_that_computes_something_else(bench, clone):
+    fake = clone / "python"
+    replies = ['{"versions": {}}', '{"loss": 1.0, "gradient": 1.0}']
+    fake.write_text("#!/bin/sh\n" + "".join(f"read -r _\necho '{reply}'\n" for reply in replies))
+    fake.chmod(0o755)
+    code, _, err = bench(f"--released={clone}", f"--released_python={fake}")
+    assert code == 2 and "do not compute the same: loss" in err and len(err.splitlines()) <= 2
+
+
+def test_released_code_computes_the_same(bench):
+    released, python = map(os.environ.get, ("NANOCOCONUT_RELEASED", "NANOCOCONUT_RELEASED_PYTHON"))
+    if not (released and python):
+        pytest.skip("NANOCOCONUT_RELEASED and NANOCOCONUT_RELEASED_PYTHON are not set")
+    code, out, err = bench(f"--released={released}", f"--released_python={python}")
+    assert code == 0, err
+    last = out.splitlines()[-1]
+    line = json.loads(last)
+    rows = [row for row in line["rows"] if row["provider"] == "released"]
+    [about] = [row["detail"] for row in rows if row.get("detail")]
+    for name in ("loss", "gradient"):
+        assert about[name]["ours"] == pytest.approx(about[name]["released"], rel=1e-4)
+    assert rows[0]["versions"]["transformers"].startswith("4.")
+    assert not line["rows"][0]["detail"]["smear"]
+    step, rate, ratio = (row["value"] for row in rows[:3])
+    assert ratio == pytest.approx(step / line["rows"][0]["value"], rel=0.01) and rate > 0
+    assert about["commit"] != "unknown" and released not in last and python not in last
