@@ -19,8 +19,7 @@ import math
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from bench.common import baselines
+from bench.common import baselines, tables
 from bench.common.baselines import Provider, Timing
-from bench.common.results import ResultWriter, command_line, fmt
+from bench.common.results import ResultWriter, command_line
 from bench.common.roofline import Bandwidth, best
-from bench.common.tables import Run
 from bench.common.worker import check_released
 from bench.common.workload import (
     TASK_LENGTHS,
@@ -51,7 +47,6 @@ from nanococonut.config import build, opt, parse_cli
 from nanococonut.errors import UserError, main_guard
 
 STEP_TOKENS = 9  # generated where single steps are measured: 8 token steps
-PATHS = {"thoughts": f"{THOUGHTS} thoughts", "chain": "written chain", "direct": "direct"}
 BATCHES = {"cpu": "1,8", "cuda": "1,8,64,256"}
 MAIN_CONTEXT = 400  # measured first
 OURS = "nanococonut"
@@ -92,7 +87,7 @@ class Request:
     """One batch that one provider generates."""
 
     provider: Provider
-    path: str  # of PATHS
+    path: str  # thoughts, chain or direct
     n_tokens: int
 
     @property
@@ -273,44 +268,12 @@ def write_steps(results: ResultWriter, case: Case, workload: Workload) -> None:
     results.add("token_step", OURS, ratios(*times), "x", labels=labels, **case.shape)
 
 
-def write_launches(results: ResultWriter, case: Case, workload: Workload) -> list[str]:
-    """Append launches by the host, and kernels on the GPU, of a step. Return providers that cannot
-    be profiled, and why: what was timed stays."""
-    prompts, left_out = workload.prompts(case.batch, case.context, 0), []
-    for provider in {id(r.provider): r.provider for r in case.requests}.values():
-        try:
-            none, thoughts, tokens = (
-                provider.count_launches(prompts, n_thoughts, [workload.eot], n_tokens)
-                for n_thoughts, n_tokens in ((0, 1), (THOUGHTS, 1), (0, STEP_TOKENS))
-            )
-        except (UserError, RuntimeError) as e:
-            left_out.append(f"launches of {provider.name}: {str(e).splitlines()[0]}")
-            continue
-        for part, counts, n in (
-            ("latent_step", thoughts, THOUGHTS),
-            ("token_step", tokens, STEP_TOKENS - 1),
-        ):
-            labels = {"part": part}
-            for metric, a, b in zip(("launches", "gpu_kernels"), none, counts, strict=True):
-                value = [(b - a) / n]
-                results.add(
-                    metric, provider.name, value, "launches", labels=labels, spread={}, **case.shape
-                )
-    return left_out
-
-
 def measure(
-    fitting: list[Case],
-    config: LatencyConfig,
-    workload: Workload,
-    results: ResultWriter,
-    show: Callable[[str], None],
+    fitting: list[Case], config: LatencyConfig, workload: Workload, results: ResultWriter
 ) -> list[str]:
     """Time every case and append its results. Return what was left out, and why."""
-    left_out, gb_per_s, on_gpu = [], [], workload.device.type == "cuda"
-    bandwidth = Bandwidth(workload.device)
+    left_out, gb_per_s, bandwidth = [], [], Bandwidth(workload.device)
     for case in fitting:
-        show(case.name)
         with catch_oom(workload.device) as failed:
             left_out += time_case(case, config, workload, bandwidth)
         if failed:
@@ -318,10 +281,8 @@ def measure(
             continue
         if case.task:
             write_answers(results, case)
-        if not case.task or len(case.requests) > len(PATHS):  # others have taken turns
+        if not case.task or len({r.provider.name for r in case.requests}) > 1:
             write_steps(results, case, workload)
-        if on_gpu and not (case.task or any(r["unit"] == "launches" for r in results.rows)):
-            left_out += write_launches(results, case, workload)
         gb_per_s += case.bandwidth
     if not gb_per_s:
         raise UserError(f"nothing fits: {left_out[0]}.\nGive smaller --contexts and --batches.")
@@ -330,64 +291,7 @@ def measure(
     return left_out
 
 
-def table(results: ResultWriter) -> Table:
-    """Return the measured times; relative: to nanococonut, or of a token to a latent step."""
-    title = f"{results.common['device']}, {results.common['dtype']}; milliseconds"
-    made = Table(title=title, title_justify="left")
-    for name in "metric|batch|context|provider|p10|p50|p90|relative|of roofline|n".split("|"):
-        justify = "left" if name in ("metric", "provider") else "right"
-        made.add_column(name, justify=justify, no_wrap=True)
-    run = Run(results.rows)
-    for row in results.rows:
-        if row["unit"] != "ms" or row["provider"] == "roofline":
-            continue
-        metric, provider, labels = row["metric"], row["provider"], row["labels"]
-        where = labels | {k: row["shape"][k] for k in ("batch", "context")}
-        to = OURS if provider != OURS else "thoughts" if labels else "latent_step"
-        relative = run.value(metric, provider, **where, relative_to=to)
-        bound = None if labels else run.value(metric, "roofline", **where)
-        name = f"{labels['task']} {metric}, {PATHS[labels['path']]}" if labels else metric
-        cells = [fmt(v) for v in (row["spread"]["p10"], row["value"], row["spread"]["p90"])]
-        cells += [
-            f"{relative:.2f}x" if relative else "",
-            f"{bound / row['value']:.0%}" if bound else "",
-        ]
-        shape = [str(where["batch"]), str(where["context"])]
-        made.add_row(name.replace("_", " "), *shape, provider, *cells, str(row["repeats"]))
-    return made
-
-
-def conclusions(run: Run) -> list[str]:
-    """Return the few numbers that matter, in words."""
-    lines = []
-    by_distance = sorted(run.points(), key=lambda p: (p[0], abs(p[1] - MAIN_CONTEXT)))
-    for batch, context in by_distance[:1]:
-        where = {"batch": batch, "context": context}
-        measured = run.value("token_step", relative_to="latent_step", **where)
-        token, thought = (
-            run.value(metric, "roofline", **where) for metric in ("token_step", "latent_step")
-        )
-        lines.append(
-            f"token step / latent step, batch {batch}, context {context}: {measured:.2f}, by bytes "
-            f"{token / thought:.2f}; a thought needs no LM head"
-        )
-    for task in run.tasks():
-        chain = {"task": task, "path": "chain", "relative_to": "thoughts"}
-        whole, rest = (run.value(m, **chain) for m in ("answer", "answer_after_prefill"))
-        own = {"task": task, "path": "thoughts"}
-        prefill = 1 - run.value("answer_after_prefill", **own) / run.value("answer", **own)
-        lines.append(
-            f"{task}, {THOUGHTS} thoughts: {whole:.2f}x faster than the written chain, "
-            f"{rest:.2f}x without the prefill, which is {prefill:.0%} of the answer"
-        )
-    for provider, relative in run.ratios().items():
-        numbers = ", ".join(f"{m.replace('_', ' ')} {x:.2f}x" for m, x in relative.items())
-        lines.append(f"{provider}, time relative to nanococonut: {numbers}")
-    return lines
-
-
 def main() -> None:
-    began = time.monotonic()
     given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(LatencyConfig, given)
     device = devices.choose(config.device)
@@ -395,37 +299,34 @@ def main() -> None:
     workload = load_model(config, device)
     command = command_line(config, "bench/latency.py")
     results = ResultWriter("latency", device, dtype, command, config.out, workload.shape())
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    with Console(stderr=True).status("starting and checking providers") as status:
-        providers, missing = baselines.start(workload, config)
-        try:
-            length = min(48, workload.model.config.block_size // 2)
-            baselines.drop_wrong(providers, workload, missing, length)
-            for provider in providers:
-                provider.cast(dtype)
-            all_cases = cases(config, providers, device.type == "cuda")
-            fitting, left_out = fitting_cases(all_cases, workload)
-            left_out += measure(fitting, config, workload, results, status.update)
-        finally:
-            for provider in providers:
-                provider.close()
+    print(f"{workload.name}, {workload.model.n_params():,} parameters")
+
+    # ---- providers that compute the same, in turns
+    providers, missing = baselines.start(workload, config)
+    try:
+        length = min(48, workload.model.config.block_size // 2)
+        baselines.drop_wrong(providers, workload, missing, length)
+        engine = providers[0].engine
+        print(
+            f"{results.common['device']}, {results.common['dtype']}, kernels: {engine.kernels} "
+            f"({engine.reason}), CUDA graphs: {'yes' if engine.graph else 'no'}, load {load:.1f}"
+        )
+        for name, why in missing.items():
+            print(f"without {name}: {why}")
+        for provider in providers:
+            provider.cast(dtype)
+        all_cases = cases(config, providers, device.type == "cuda")
+        fitting, left_out = fitting_cases(all_cases, workload)
+        left_out += measure(fitting, config, workload, results)
+    finally:
+        for provider in providers:
+            provider.close()
 
     # ---- report
-    c, engine = workload.model.config, providers[0].engine
-    console.print(
-        f"{workload.name}: {c.n_layer} layers, width {c.n_embd}, {workload.model.n_params():,} "
-        f"parameters; kernels: {engine.kernels} ({engine.reason}), CUDA graphs: "
-        f"{'yes' if engine.graph else 'no'}, load {load:.1f} at the start"
-    )
-    console.print(table(results))
-    lines = [f"[bold]{line}[/]" for line in conclusions(Run(results.rows))]
-    lines += [f"[yellow]without[/] {name}: {why}" for name, why in missing.items()]
-    lines += [f"[yellow]left out[/] {what}" for what in left_out]
-    console.print("\n".join(lines))
+    print("\n".join(["", tables.latency(results.rows), "", *(f"left out: {w}" for w in left_out)]))
     about: dict[str, Any] = {"model": workload.name, "load_at_start": round(load, 2)}
     about |= {"kernels": engine.kernels, "graph": engine.graph}
-    about |= {"missing": missing, "left_out": left_out}
-    print(results.summary(**about, seconds=round(time.monotonic() - began, 1)))
+    print(results.summary(**about, missing=missing, left_out=left_out))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,6 @@ def sections() -> dict[str, str]:
     return {
         "results": tables.main_results(accuracy),
         "speed": tables.speed(latency + training),
-        "methods": tables.methods(),
         "table1": tables.paper_table1(accuracy),
         "table1_prosqa_small": tables.table1(accuracy, "prosqa", "small"),
         "table1_prontoqa_small": tables.table1(accuracy, "prontoqa", "small"),
@@ -122,15 +121,16 @@ def curve_of(run: str) -> dict[str, Any]:
     }
 
 
-def newest(bench: str) -> list[tables.Run]:
-    """Return the newest run of a script for each kind of device, of models of GPT-2's size."""
+def newest(bench: str) -> dict[str, tables.Run]:
+    """Return kind of device -> the newest run there of a model of GPT-2's size."""
     runs: dict[str, tables.Run] = {}
     for run in tables.newest_runs(read_results(RESULTS / f"{bench}.jsonl"), bench):
-        old = runs.get(run.slug)
-        is_large = run.rows[0]["shape"]["parameters"] >= GPT2
-        if is_large and (old is None or run.rows[0]["date"] > old.rows[0]["date"]):
-            runs[run.slug] = run
-    return list(runs.values())
+        row = run.rows[0]
+        device = "cpu" if row["device"].startswith("CPU") else row["device"].replace(" ", "_")
+        is_newer = device not in runs or row["date"] > runs[device].rows[0]["date"]
+        if row["shape"]["parameters"] >= GPT2 and is_newer:
+            runs[device] = run
+    return runs
 
 
 def draw(docs: Path) -> list[Path]:
@@ -142,17 +142,10 @@ def draw(docs: Path) -> list[Path]:
         pictures[f"curve_{row['name']}"] = figures.curve, row
     if accuracy := read_results(RESULTS / "table1.jsonl"):
         pictures["methods"] = figures.methods, accuracy
-    trained: dict[str, list] = {}
-    for row in read_results(RESULTS / "training.jsonl"):
-        trained.setdefault(tables.slug(row["device"]), []).append(row)
-    for device, rows in trained.items():
-        pictures[f"training_{device}"] = figures.training, rows
-    for run in newest("latency"):
-        pictures[f"answers_{run.slug}"] = figures.answers, run
-        if run.ratios():
-            pictures[f"baselines_{run.slug}"] = figures.baselines, run
-    for run in newest("throughput"):
-        pictures[f"throughput_{run.slug}"] = figures.throughput, run
+    for device, run in newest("latency").items():
+        pictures[f"answers_{device}"] = figures.answers, run
+    for device, run in newest("throughput").items():
+        pictures[f"throughput_{device}"] = figures.throughput, run
     for name, (function, what) in pictures.items():
         function(what, docs / f"{name}.png")
     return [docs / f"{name}.png" for name in pictures]

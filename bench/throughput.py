@@ -10,14 +10,10 @@ the prefill; no sequence ends early. --out appends results after every batch; th
 
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
-
-import torch
-from rich.console import Console
 
 from bench.common.results import ResultWriter, command_line
 from bench.common.workload import (
@@ -70,7 +66,6 @@ def time_batch(
 
 
 def main() -> None:
-    began = time.monotonic()
     given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = build(ThroughputConfig, given)
     device = devices.choose(config.device)
@@ -86,18 +81,16 @@ def main() -> None:
         )
     command = command_line(config, "bench/throughput.py")
     results = ResultWriter("throughput", device, dtype, command, config.out, workload.shape())
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
+    print(
         f"{workload.name}, {config.task}: a question of {lengths.question} tokens, a chain of "
         f"{lengths.chain} with its answer, an answer of {lengths.answer}\n"
         f"{results.common['device']}, {results.common['dtype']}, kernels: {engine.kernels}, CUDA "
-        f"graphs: {'yes' if engine.graph else 'no'}; questions per second, median of "
-        f"{config.rounds}\n   batch        thoughts           chain          direct      memory"
+        f"graphs: {'yes' if engine.graph else 'no'}"
     )
 
     # ---- measure, batch by batch
     batch, fastest, n_no_faster, ended = 1, 0.0, 0, f"the largest batch, {config.max_batch}"
-    while batch <= config.max_batch and n_no_faster < 2:
+    while batch <= config.max_batch:
         with catch_oom(device) as failed:
             rates = time_batch(engine, workload, config, batch)
         if failed:
@@ -108,18 +101,16 @@ def main() -> None:
             results.add(
                 "throughput", "nanococonut", values, "questions/s", labels=labels, batch=batch
             )
-        medians = [statistics.median(values) for values in rates.values()]
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        memory = f"{peak / 2**30:8.1f} GiB" if peak else "-"
-        console.print(f"{batch:>8}" + "".join(f"{m:>16.2f}" for m in medians) + f"{memory:>12}")
-        n_no_faster = 0 if medians[0] > FASTER * fastest else n_no_faster + 1
-        fastest = max(fastest, medians[0])
+        rate = statistics.median(rates["thoughts"])
+        n_no_faster = 0 if rate > FASTER * fastest else n_no_faster + 1
+        fastest = max(fastest, rate)
+        if n_no_faster == 2:
+            ended = "two batches that were no faster"
+            break
         batch *= 2
-    if n_no_faster == 2:
-        ended = "two batches that were no faster"
-    console.print(f"ended by {ended}")
+    print(f"ended by {ended}")
     about = {"model": workload.name, "kernels": engine.kernels, "graph": engine.graph}
-    print(results.summary(**about, ended=ended, seconds=round(time.monotonic() - began, 1)))
+    print(results.summary(**about, ended=ended))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time a training step, find where its time goes, and compare with the released code.
+"""Time a training step, and compare it with the released code's.
 
     python bench/training.py --config=config/prosqa_small.py --batch_size=64
     python bench/training.py --released CLONE --released_python VENV/bin/python
@@ -8,17 +8,15 @@ The step is train.py's in the final stage: no written steps, --latent thoughts i
 one forward pass for each micro-batch. In turns with it, in a new random order for each batch, so
 that only one computes at a time:
 
-    nanococonut, eager   the same step in plain torch, without graphs and kernels. The time of its
-                         parts is measured here. On a CPU both are the same code, so that their
-                         ratio is the noise
+    nanococonut, eager   on a GPU: the same step without graphs and kernels
     released             a clone of facebookresearch/coconut in its own process: same weights,
                          examples, dropout, AdamW and threads, float32, whole batches; an error if
                          it does not compute the same. Our time includes making the batch; theirs
                          does not, since their DataLoader makes it in another process
 
 FLOP are counted (bench/common/roofline.py); the machine's peak is measured in the same run. --out
-appends results after every case; each case also prints a line of JSON. If others compute on the
-same cores, set OMP_WAIT_POLICY=passive: threads that wait by spinning take each other's time.
+appends results after every case, which also prints a line of JSON. If others compute on the same
+cores, set OMP_WAIT_POLICY=passive: threads that wait by spinning take each other's time.
 """
 
 import gc
@@ -35,22 +33,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 import torch
 from safetensors.torch import save_file
 
-from bench.common.results import ResultWriter, command_line, fmt
+from bench.common.results import ResultWriter, command_line
 from bench.common.roofline import matmul_peak, step_flop
-from bench.common.tables import Run
 from bench.common.train_backends import (
-    PARTS,
-    EagerBackend,
-    FastBackend,
     FinalStageBatches,
+    TrainBackend,
     adamw_settings,
     peak_memory,
 )
 from bench.common.worker import Worker, as_gpt2, check_released, clone_commit
 from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
 from nanococonut.errors import UserError, main_guard
-from nanococonut.graphs import Graphs
-from nanococonut.stepper import Stepper
 
 OURS, EAGER = "nanococonut", "nanococonut, eager"
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -134,7 +127,7 @@ def recipe_of(config: StepConfig) -> TrainConfig:
     )
 
 
-def start_released(config: StepConfig, fast: FastBackend) -> tuple[Worker, dict[str, Any]]:
+def start_released(config: StepConfig, fast: TrainBackend) -> tuple[Worker, dict[str, Any]]:
     """Start the released code with our size and weights, and check that it computes the same.
     Return it, and what it is."""
     with torch.no_grad():  # with initial weights, thoughts and positions hardly change the loss
@@ -173,68 +166,60 @@ def start_released(config: StepConfig, fast: FastBackend) -> tuple[Worker, dict[
 
 @dataclass
 class Timings:
-    """What time_case measured. about: of the released code, {} without it."""
+    """What time_case measured, by provider. about: what the released code is, {} without it."""
 
-    fast: FastBackend
-    eager: EagerBackend
+    fast: TrainBackend
     about: dict[str, Any]
-    load: float
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # provider -> of each step
-    parts: list[dict[str, float]] = field(default_factory=list)  # of the eager steps
-    memory: dict[str, float | None] = field(default_factory=dict)  # provider -> MiB
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of each step
+    memory: dict[str, float | None] = field(default_factory=dict)  # peak MiB
 
 
 def time_case(config: StepConfig) -> Timings:
     """Take steps in turns, each of them timed."""
-    load, device, on_gpu = os.getloadavg()[0], torch.device(config.device), config.device == "cuda"
-    recipe = recipe_of(config)
+    device, recipe, plain_adamw = (
+        torch.device(config.device),
+        recipe_of(config),
+        bool(config.released),
+    )
     batches = FinalStageBatches(recipe, WARMUP + config.repeats, config.context)
     before = peak_memory(device, reset=True)
-    fast = FastBackend(recipe, batches, plain_adamw=config.released is not None)
-    # a graph is captured when its shape is met first: all of them now, or that would be measured
-    for i in range(len(batches.batches) if fast.graph else WARMUP):
-        fast.step(i)
-    memory = {OURS: _mib(peak_memory(device), before)}
-    released, about = start_released(config, fast) if config.released else (None, {})
-    before = peak_memory(device, reset=True)
-    eager = EagerBackend(fast)
-    for i in range(WARMUP):
-        eager.step(i)
-        if released:
+    fast = TrainBackend(recipe, batches, plain_adamw)
+    providers = {OURS: fast.step}
+    timings = Timings(fast, {}, memory={OURS: warm_up(fast, before)})
+    if config.released:
+        released, timings.about = start_released(config, fast)
+        providers["released"] = released.request
+        for i in range(WARMUP):
             released.request(i)
-    if on_gpu:
-        memory[EAGER] = _mib(peak_memory(device), before)
-    elif config.sweep:  # of one process only the first growth is known
-        memory = {}
-    eager.model.load_state_dict(fast.model.state_dict())
-
-    timings = Timings(fast, eager, about, load, memory=memory)
-    steps = {OURS: fast.step, EAGER: eager.step}
-    if released:
-        steps["released"] = released.request
-    timings.seconds = {name: [] for name in steps}
+    if fast.graph or fast.kernels != "torch":
+        before = peak_memory(device, reset=True)
+        plain = replace(recipe, kernels="torch", graph="off")
+        eager = TrainBackend(plain, batches, plain_adamw)
+        providers[EAGER] = eager.step
+        timings.memory[EAGER] = warm_up(eager, before)
+        eager.model.load_state_dict(fast.model.state_dict())
+    timings.seconds = {name: [] for name in providers}
     for i in range(WARMUP, WARMUP + config.repeats):
-        losses = {}
+        replies = {}
         # in random order, or one would always follow the same other, with its caches
-        for name in random.Random(i).sample([*steps], len(steps)):
-            reply = steps[name](i)
-            if name == "released":
-                seconds, memory[name] = reply["seconds"], reply["memory_mib"]
-            else:
-                seconds, losses[name] = reply
-            if name == EAGER:
-                timings.parts.append(seconds)
-                seconds = sum(seconds.values())
-            timings.seconds[name].append(seconds)
-        if i == WARMUP and not recipe.dropout:  # both have the same weights
-            check_losses(losses[OURS], losses[EAGER], config.dtype)
-    if released:
+        for name in random.Random(i).sample([*providers], len(providers)):
+            replies[name] = providers[name](i)
+            timings.seconds[name].append(replies[name]["seconds"])
+        if i == WARMUP and EAGER in replies and not recipe.dropout:  # from the same weights
+            check_losses(replies[OURS]["loss"], replies[EAGER]["loss"], config.dtype)
+    if config.released:
+        timings.memory["released"] = replies["released"]["memory_mib"]
         released.close()
     return timings
 
 
-def _mib(now: int | None, before: int | None) -> float | None:
-    return None if now is None or before is None else (now - before) / 2**20
+def warm_up(backend: TrainBackend, before: int | None) -> float | None:
+    """Take steps that are not timed. Return the peak MiB since `before`, None if unknown."""
+    # a graph is captured when its shape is met first: all of them now, or that would be timed
+    for i in range(len(backend.batches.batches) if backend.graph else WARMUP):
+        backend.step(i)
+    after = peak_memory(backend.stepper.device)
+    return None if after is None or before is None else (after - before) / 2**20
 
 
 def check_losses(loss: float, eager: float, dtype: str) -> None:
@@ -255,85 +240,40 @@ def write_case(config: StepConfig, timings: Timings) -> ResultWriter:
     shape |= {"parameters": fast.model.n_params(), "batch": config.batch_size}
     shape |= {"micro_batch": recipe.micro_batch_size, "thoughts": config.latent}
     shape |= {"context": config.context} if config.context else {}
-    command, labels = (
-        command_line(config, "bench/training.py"),
+    labels, command = (
         {"config": Path(config.config).name},
+        command_line(config, "bench/training.py"),
     )
-    results = ResultWriter(
-        "training", device, config.dtype, command, config.out, shape=shape, labels=labels
-    )
+    results = ResultWriter("training", device, config.dtype, command, config.out, shape, labels)
     detail = {k: getattr(recipe, k) for k in SETTINGS}
-    detail |= {
-        "kernels": fast.kernels,
-        "graphs": fast.graph,
-        "load_at_start": round(timings.load, 2),
-    }
-    detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
-    versions = {"released": about.pop("versions", None)}
-    details = {OURS: detail, "released": about}
+    detail |= {"kernels": fast.kernels, "graphs": fast.graph}
+    detail |= {"load": os.getloadavg()[0], "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    released_versions, details = about.pop("versions", None), {OURS: detail, "released": about}
     own = timings.seconds[OURS]
     for name, seconds in timings.seconds.items():
-        more = {"versions": versions.get(name)}
+        versions = released_versions if name == "released" else None
         ms, rates = [1e3 * s for s in seconds], [config.batch_size / s for s in seconds]
-        results.add("step", name, ms, "ms", detail=details.get(name), **more)
-        results.add("examples_per_s", name, rates, "examples/s", **more)
+        results.add("step", name, ms, "ms", detail=details.get(name), versions=versions)
+        results.add("examples_per_s", name, rates, "examples/s", versions=versions)
         if name != OURS:
             ratios = [b / a for a, b in zip(own, seconds, strict=True)]
-            results.add("step", name, ratios, "x", labels={"relative_to": OURS}, **more)
-        if timings.memory.get(name) is not None:
-            results.add("peak_memory", name, [timings.memory[name]], "MiB", spread={}, **more)
-    for part in PARTS:
-        ms = [1e3 * parts[part] for parts in timings.parts]
-        results.add("step_part", EAGER, ms, "ms", labels={"part": part})
+            relative = {"relative_to": OURS}
+            results.add("step", name, ratios, "x", labels=relative, versions=versions)
+        if timings.memory[name] is not None:
+            memory = [timings.memory[name]]
+            results.add("peak_memory", name, memory, "MiB", spread={}, versions=versions)
     measured = range(WARMUP, len(batches.batches))
     gflop = [sum(step_flop(c, batches.lengths(i))) / 1e9 for i in measured]
     results.add("model_flop", OURS, gflop, "GFLOP")
-    rates = [a / s for a, s in zip(gflop, own, strict=True)]
-    results.add("flop_rate", OURS, rates, "GFLOP/s")
-    half = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    results.add("flop_rate", OURS, [f / s for f, s in zip(gflop, own, strict=True)], "GFLOP/s")
     size = config.peak_size or (8192 if config.device == "cuda" else 1024)
-    results.add("flop_peak", "torch", [matmul_peak(device, half, size) / 1e9], "GFLOP/s", spread={})
-    for name, stepper in (
-        (EAGER, timings.eager.stepper),
-        (OURS, Stepper(fast.model, graphs=Graphs(1))),
-    ):
-        padded, how = batches.padded_fraction(stepper), "graphs" if name == OURS else "no graphs"
-        results.add(
-            "padded_fraction", OURS, [padded], "fraction", labels={"variant": how}, spread={}
-        )
-    return results
-
-
-def report(results: ResultWriter) -> None:
-    """Print every result on a line: median, p10 and p90."""
-    c, config = results.shape, results.labels["config"]
-    context = f" after {c['context']} tokens" if "context" in c else ""
-    print(
-        f"{config}: {c['n_layer']} layers, width {c['n_embd']}, {c['parameters']:,} parameters; "
-        f"batch {c['batch']}, {c['thoughts']} thoughts{context}\n"
-        f"{results.common['device']}, {results.common['dtype']}; median (p10 .. p90)"
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    results.add(
+        "flop_peak", "torch", [matmul_peak(device, dtype, size) / 1e9], "GFLOP/s", spread={}
     )
-    for row in results.rows:
-        labels = [v for k, v in row["labels"].items() if k not in ("config", "relative_to")]
-        name = " ".join([row["metric"].replace("_", " "), *labels])
-        spread = " .. ".join(fmt(v) for v in row["spread"].values())
-        spread = f"({spread})" if spread else ""
-        print(f"{name:<28}{row['provider']:<20}{fmt(row['value']):>9} {row['unit']:<11}{spread}")
-
-
-def sweep_table(rows: list[dict[str, Any]]) -> None:
-    """Print how cost grows, relative to no thoughts and to the shortest context."""
-    run = Run(rows)
-    print("context  thoughts  ms/step  x no thoughts  x context  x eager")
-    for context in CONTEXTS:
-        for n in THOUGHTS:
-            own = run.value("step", context=context, thoughts=n)
-            first = run.value("step", context=context, thoughts=THOUGHTS[0])
-            short = run.value("step", context=CONTEXTS[0], thoughts=n)
-            eager = run.value("step", EAGER, relative_to=OURS, context=context, thoughts=n)
-            print(
-                f"{context:7} {n:9} {own:8.1f} {own / first:14.2f} {own / short:10.2f} {eager:8.2f}"
-            )
+    padded = batches.padded_fraction(fast.stepper)
+    results.add("padded_fraction", OURS, [padded], "fraction", spread={})
+    return results
 
 
 def main() -> None:
@@ -354,15 +294,11 @@ def main() -> None:
     if sys.platform == "linux" and not MALLOC.items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
     torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
-    rows = []
     for case in cases:
-        results = write_case(case, time_case(case))
-        report(results)
-        print(results.summary(), flush=True)
-        rows += results.rows
-        gc.collect()  # a model and the hook on it refer to each other
-    if config.sweep:
-        sweep_table(rows)
+        context = f" after {case.context} tokens" if case.context else ""
+        print(f"{case.config}: batch {case.batch_size}, {case.latent} thoughts{context}")
+        print(write_case(case, time_case(case)).summary(), flush=True)
+        gc.collect()  # graphs and models refer to each other
 
 
 if __name__ == "__main__":

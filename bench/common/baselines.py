@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from bench.common.worker import Worker, as_gpt2, clone_commit
 from bench.common.workload import THOUGHTS, Workload
-from bench.workers.generate import count_launches
 from nanococonut.engine import Engine
 from nanococonut.errors import UserError
 
@@ -35,7 +34,7 @@ class EngineProvider:
     """Our engine, with these kernels and CUDA graphs."""
 
     versions: dict[str, str] | None = None  # None: this process's
-    max_batch: int | None = None
+    max_batch: int | None = None  # any
 
     def __init__(self, name: str, workload: Workload, kernels: str, graph: str) -> None:
         self.name = name
@@ -55,9 +54,6 @@ class EngineProvider:
             "total": out.seconds,
         }
 
-    def count_launches(self, *request: Any) -> tuple[int, int]:
-        return count_launches(lambda: self.generate(*request))
-
     def cast(self, dtype: torch.dtype) -> None:
         self.engine.model.to(dtype)
 
@@ -66,25 +62,22 @@ class EngineProvider:
 
 
 class WorkerProvider:
-    """Another implementation, in a process of its own. max_batch: the largest it can run."""
+    """Another implementation, in its own process."""
 
     def __init__(
-        self, name: str, worker: Worker, versions: dict[str, str], max_batch: int | None = None
+        self, name: str, worker: Worker, versions: dict[str, str], max_batch: int | None
     ) -> None:
         self.name, self.worker, self.versions, self.max_batch = name, worker, versions, max_batch
 
-    def _request(self, *request: Any, **extra: Any) -> Any:
-        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
-        reply = self.worker.request(dict(zip(names, request, strict=True)) | extra)
+    def generate(
+        self, prompts: Prompts, n_thoughts: int, forced_tokens: list[int], n_tokens: int
+    ) -> Timing:
+        request = dict(prompts=prompts, n_thoughts=n_thoughts)
+        request |= dict(forced_tokens=forced_tokens, n_tokens=n_tokens)
+        reply = self.worker.request(request)
         if "out_of_memory" in reply:
             raise torch.OutOfMemoryError(f"{self.name} ran out of memory")
         return reply
-
-    def generate(self, *request: Any) -> Timing:
-        return self._request(*request)
-
-    def count_launches(self, *request: Any) -> tuple[int, int]:
-        return tuple(self._request(*request, launches=True))
 
     def cast(self, dtype: torch.dtype) -> None:
         self.worker.request({"dtype": str(dtype).removeprefix("torch.")})
@@ -108,68 +101,51 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         providers.append(EngineProvider("nanococonut, eager", workload, "torch", "off"))
     else:
         missing["nanococonut, eager"] = "is what nanococonut is here: torch operations, one by one"
-    if workload.device.type != "cuda":
-        missing["nanococonut, torch graph"] = "needs a GPU"
-    elif ours.engine.kernels != "torch":
+    if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider("nanococonut, torch graph", workload, "torch", "on"))
     config = workload.model.config
-    if not options.peers:
-        return providers, missing | dict.fromkeys(("released", "transformers"), "not requested")
-    if config.smear or config.thought != "hidden":
-        why = "runs plain GPT-2s only"
+    is_plain = not config.smear and config.thought == "hidden"
+    if not (options.peers and is_plain):
+        why = "runs plain GPT-2s only" if options.peers else "not requested"
         return providers, missing | dict.fromkeys(("released", "transformers"), why)
-    workers = _open_workers(options, missing)
-    return providers + _set_up(workers, workload, options, missing), missing
 
-
-def _open_workers(options: Any, missing: dict[str, str]) -> dict[str, Worker]:
-    """Start the processes side by side, since each takes seconds to import its packages."""
+    # each takes seconds to import its packages, so they start side by side
     workers = {}
     if options.released:
-        needs = "torch and transformers 4.46.2"
-        python = options.released_python
+        needs, python = "torch and transformers 4.46.2", options.released_python
         workers["released"] = Worker("generate.py", python, "--released_python", needs)
     else:
         missing["released"] = (
-            "not installed: git clone https://github.com/facebookresearch/coconut, a venv with "
-            "torch and transformers==4.46.2, then --released CLONE --released_python "
-            "VENV/bin/python"
+            "git clone https://github.com/facebookresearch/coconut, a venv with torch and "
+            "transformers==4.46.2, then --released CLONE --released_python VENV/bin/python"
         )
     python = sys.executable if importlib.util.find_spec("transformers") else None
-    python = options.transformers_python or python
-    if python:
+    if python := options.transformers_python or python:
         needs = "torch and transformers 5"
         workers["transformers"] = Worker("generate.py", python, "--transformers_python", needs)
     else:
-        missing["transformers"] = (
-            "not installed: pip install transformers (5), or give "
-            "--transformers_python VENV/bin/python"
-        )
-    return workers
+        missing["transformers"] = "pip install transformers, or --transformers_python PYTHON"
+    return providers + _set_up(workers, workload, options, missing), missing
 
 
 def _set_up(
     workers: dict[str, Worker], workload: Workload, options: Any, missing: dict[str, str]
 ) -> list[Provider]:
     """Give every worker our weights. One that fails becomes missing."""
+    settings, weights = as_gpt2(workload.model)
+    setup = {
+        "gpt2": settings,
+        "special": {n: getattr(workload, n) for n in ("bot", "eot", "latent")},
+        "threads": torch.get_num_threads(),
+        "device": workload.device.type,
+    }
+    setup |= {"clone": str(Path(options.released).resolve())} if options.released else {}
     providers: list[Provider] = []
     with tempfile.TemporaryDirectory() as folder:
-        settings, weights = as_gpt2(workload.model)
-        path = Path(folder) / "model.safetensors"
-        save_file(weights, path)
-        setup = {
-            "clone": str(Path(options.released).resolve()) if options.released else None,
-            "weights": str(path),
-            "gpt2": settings,
-            "special": {n: getattr(workload, n) for n in ("bot", "eot", "latent")},
-            "threads": torch.get_num_threads(),
-            "device": workload.device.type,
-        }
+        setup["weights"] = str(Path(folder) / "model.safetensors")
+        save_file(weights, setup["weights"])
         for name, worker in workers.items():
-            try:
-                worker.send(setup | {"kind": name})
-            except UserError:
-                pass  # it has ended, and receive() says why
+            worker.send(setup | {"kind": name})
         for name, worker in workers.items():
             try:
                 versions = worker.receive()["versions"]
@@ -178,9 +154,8 @@ def _set_up(
                 continue
             if name == "released":
                 versions["coconut"] = clone_commit(options.released)
-            providers.append(
-                WorkerProvider(name, worker, versions, 1 if name == "released" else None)
-            )
+            max_batch = 1 if name == "released" else None
+            providers.append(WorkerProvider(name, worker, versions, max_batch))
     return providers
 
 

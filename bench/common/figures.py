@@ -16,11 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from bench.common.results import bounds
 from bench.common.tables import Run, select
 from nanococonut.curriculum import METHODS
 
-BLUE, RED, GREEN, YELLOW, SKY, GREY = "#0072B2 #D55E00 #009E73 #E69F00 #56B4E9 #7F7F7F".split()
+BLUE, RED, GREEN, GREY = "#0072B2 #D55E00 #009E73 #7F7F7F".split()
 PATHS = {  # path -> name, colour, marker
     "thoughts": ("6 thoughts", BLUE, "o"),
     "chain": ("written chain", RED, "s"),
@@ -80,33 +79,6 @@ def answers(run: Run, path: Path) -> None:
     _save(figure, f"whole answers, {run.title}", path)
 
 
-def baselines(run: Run, path: Path) -> None:
-    """Draw how much longer other implementations take."""
-    bars = {
-        "latent_step": (BLUE, "thought"),
-        "token_step": (RED, "further token"),
-        "answer": (GREEN, "whole ProsQA answer, 6 thoughts"),
-    }
-    ratios = run.ratios()
-    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.7 * len(ratios)))
-    for i, values in enumerate(ratios.values()):
-        for j, (metric, (colour, name)) in enumerate(bars.items()):
-            if metric in values:
-                y, ratio = i + (j - 1) * 0.27, values[metric]
-                axes.barh(y, ratio - 1, 0.24, left=1, color=colour, label=None if i else name)
-                axes.text(max(ratio, 1), y, f" {ratio:.3g}x", va="center", fontsize=8)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    all_ratios = [ratio for values in ratios.values() for ratio in values.values()]
-    axes.set_xlim(min(0.7, 0.9 * min(all_ratios)), 1.6 * max(all_ratios))
-    _log(axes.xaxis)
-    axes.set_yticks(range(len(ratios)), ratios)
-    axes.invert_yaxis()
-    axes.set_xlabel("time relative to nanococonut (logarithmic)")
-    _legend(axes)
-    _save(figure, f"other implementations, batch 1, {run.title}", path)
-
-
 def throughput(run: Run, path: Path) -> None:
     """Draw questions per second against batch size."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
@@ -126,63 +98,6 @@ def throughput(run: Run, path: Path) -> None:
     axes.grid(axis="y", color="0.9")
     axes.legend()
     _save(figure, f"{run.rows[0]['labels']['task']} throughput, {run.title}", path)
-
-
-def training(rows: Rows, path: Path) -> None:
-    """Draw examples per second of ours and of the released code, the newest run of each size, and
-    how a step of the newest --sweep grows with thoughts and context."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
-    shown = _compared(rows, left) + _swept(rows, right)
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in shown))
-    _save(figure, f"training, {shown[-1]['device']}, commits {commits}", path)
-
-
-def _compared(rows: Rows, axes: Axes) -> list[dict[str, Any]]:
-    pairs: dict[tuple, dict[str, dict[str, Any]]] = {}  # case -> provider -> newest row
-    for row in rows:
-        if row["metric"] == "examples_per_s" and "context" not in row["shape"]:
-            case = row["labels"]["config"], row["shape"]["batch"], row["dtype"]
-            pairs.setdefault(case, {})[row["provider"]] = row
-    pairs = {case: pair for case, pair in pairs.items() if "released" in pair}
-    names = []
-    for i, ((config, batch, _), pair) in enumerate(pairs.items()):
-        shape = pair["released"]["shape"]
-        size = f"{shape['n_layer']} x {shape['n_embd']}"
-        names.append(f"{Path(config).stem},\n{size}, batch {batch}")
-        for j, provider in enumerate(("nanococonut", "released")):
-            row = pair[provider]
-            low, high = bounds(row)
-            y, error = i + (j - 0.5) * 0.36, [[row["value"] - low], [high - row["value"]]]
-            axes.barh(y, row["value"], 0.32, xerr=error, color=(BLUE, YELLOW)[j], capsize=3,
-                      label=None if i else provider)  # fmt: skip
-            axes.text(1.08 * high, y, f"{row['value']:,.3g}", va="center", fontsize=8)
-    axes.set_xscale("log")
-    _log(axes.xaxis, [0.1, 1, 10, 100, 1000])
-    axes.set_xlim(0.1, 3000)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("examples per second, 6 thoughts\n(logarithmic, with spread)")
-    _legend(axes)
-    return [pair["nanococonut"] for pair in pairs.values()]
-
-
-def _swept(rows: Rows, axes: Axes) -> list[dict[str, Any]]:
-    times: dict[int, dict[int, dict[str, Any]]] = {}  # context -> thoughts -> newest row
-    for row in rows:
-        if (row["metric"], row["provider"], row["unit"]) == ("step", "nanococonut", "ms"):
-            if "context" in row["shape"]:
-                by_thoughts = times.setdefault(row["shape"]["context"], {})
-                by_thoughts[row["shape"]["thoughts"]] = row
-    styles = zip((GREEN, RED, SKY, GREY), "osD^", strict=True)
-    for (context, cells), (colour, marker) in zip(sorted(times.items()), styles, strict=False):
-        values = [row["value"] for row in cells.values()]
-        axes.plot(list(cells), values, f"{marker}-", color=colour, label=f"{context:,} tokens")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("thoughts, by length of the question\n(prosqa_small's size, batch 8)")
-    axes.set_ylabel("ms per step")
-    axes.grid(axis="y", color="0.9")
-    axes.legend()
-    return [row for cells in times.values() for row in cells.values()]
 
 
 def curve(row: dict[str, Any], path: Path) -> None:

@@ -1,24 +1,5 @@
-"""One schema for every row that a bench script writes, a JSON line each.
-
-    bench      script: latency, throughput, training, kernels, accuracy, precision
-    metric     what was measured: latent_step, answer, throughput, step, accuracy, ...
-    provider   who was measured: nanococonut, released, transformers, torch, roofline, ...
-    labels     text that identifies the row: task, path, part, relative_to, config, method, ...
-    shape      whole numbers that identify it: batch, context, thoughts, n_layer, ...
-    value      median, in `unit`
-    unit       ms, us, GB/s, questions/s, fraction, ...; "x" is a ratio to labels.relative_to
-    spread     p10 and p90 of the repeats, or the 95 % interval; {} if the value is derived
-    repeats    number of measurements
-    detail     what does not identify the row: categories, losses, the run that was evaluated, ...
-    device     "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
-    dtype      of weights and cache
-    commit     of this repository, "-dirty" if files had changed
-    versions   of Python and packages in the measured process
-    command    that measures it again; local paths are written as RELEASED, PYTHON, ...
-    date       UTC, when the run began: 2026-01-31T12:00:00Z
-
-Rows are appended, never edited. Rows of before this schema go through from_old().
-"""
+"""One schema for every row that a bench script writes, a JSON line each. Rows are appended, never
+edited; rows from before this schema go through from_old()."""
 
 import json
 import math
@@ -30,35 +11,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_origin, get_type_hints
 
 import torch
 
 from nanococonut import checkpoint
 from nanococonut.errors import UserError
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "bench": str,
-    "metric": str,
-    "provider": str,
-    "labels": dict,
-    "shape": dict,
-    "value": (int, float),
-    "unit": str,
-    "spread": dict,
-    "repeats": int,
-    "detail": dict,
-    "device": str,
-    "dtype": str,
-    "commit": str,
-    "versions": dict,
-    "command": str,
-    "date": str,
-}
-UNITS = (
-    "ms", "us", "GB/s", "questions/s", "examples/s", "GFLOP", "GFLOP/s", "MiB", "launches",
-    "fraction", "x",
-)  # fmt: skip
+
+class Result(TypedDict):
+    bench: str  # script: latency, throughput, training, kernels, accuracy, precision
+    metric: str  # latent_step, answer, throughput, step, accuracy, ...
+    provider: str  # who was measured: nanococonut, released, transformers, torch, roofline, ...
+    labels: dict[str, str]  # what identifies the row: task, path, config, method, relative_to, ...
+    shape: dict[str, int]  # sizes that identify it: batch, context, thoughts, n_layer, ...
+    value: float  # the median
+    unit: str  # of UNITS; "x" is a ratio to labels.relative_to
+    spread: dict[str, float]  # p10 and p90, or the 95 % interval; {} for a derived value
+    repeats: int
+    detail: dict[str, Any]  # what does not identify it: categories, losses, the evaluated run, ...
+    device: str  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
+    dtype: str  # of weights and cache
+    commit: str  # of this repository, "-dirty" if files had changed
+    versions: dict[str, str]  # of Python and packages in the measured process
+    command: str  # that measures it again; local paths are written as RELEASED, PYTHON, ...
+    date: str  # UTC, when the run began: 2026-01-31T12:00:00Z
+
+
+FIELDS = {name: get_origin(hint) or hint for name, hint in get_type_hints(Result).items()}
+UNITS = "ms us GB/s questions/s examples/s GFLOP GFLOP/s MiB launches fraction x".split()
 SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))  # the last in old rows only
 UNKNOWN = "unknown"  # command and date of old rows
 
@@ -74,7 +55,8 @@ def _reason(row: Mapping[str, Any]) -> str | None:
     if row.keys() != FIELDS.keys():
         return f"missing or unknown fields: {', '.join(sorted(row.keys() ^ FIELDS.keys()))}"
     for name, kind in FIELDS.items():
-        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(row[name], kinds) or isinstance(row[name], bool):
             return f"{name} is {row[name]!r}"
         if row[name] == "":
             return f"{name} is empty"
@@ -90,7 +72,7 @@ def _reason(row: Mapping[str, Any]) -> str | None:
         return f"labels are {row['labels']}, expected text"
     if tuple(row["spread"]) not in SPREADS:
         return f"spread is {row['spread']}, expected p10 and p90, or ci_low and ci_high"
-    low, high = bounds(row)
+    low, high = list(row["spread"].values()) or [row["value"]] * 2
     if not low <= row["value"] <= high:
         return f"value {row['value']} is not between {low} and {high}"
     if row["repeats"] < 1 or "torch" not in row["versions"]:
@@ -99,12 +81,6 @@ def _reason(row: Mapping[str, Any]) -> str | None:
     if row["date"] != UNKNOWN and not re.fullmatch(date, row["date"]):
         return f"date is {row['date']!r}"
     return None
-
-
-def bounds(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the two ends of a row's spread; its value twice if it has none."""
-    low, high = list(row["spread"].values()) or [row["value"]] * 2
-    return low, high
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -189,13 +165,13 @@ class ResultWriter:
         versions: Mapping[str, str] | None = None,
         **shape: int,
     ) -> dict[str, Any]:
-        """Append a row of repeated measurements and return it.
+        """Append, print and return a row of repeated measurements.
 
         spread    instead of p10 and p90 of the values; {} for a derived value
         versions  of another process, if that was measured
         """
         low, median, high = (float(f"{v:.5g}") for v in quantiles(values))
-        own = {
+        row = self.common | {
             "metric": metric,
             "provider": provider,
             "labels": self.labels | dict(labels or {}),
@@ -205,26 +181,26 @@ class ResultWriter:
             "spread": {"p10": low, "p90": high} if spread is None else dict(spread),
             "repeats": len(values),
             "detail": dict(detail or {}),
-            "versions": dict(self.versions if versions is None else versions),
+            "versions": self.versions if versions is None else dict(versions),
         }
-        row = {name: (self.common | own)[name] for name in FIELDS}
         validate(row)
-        self.rows.append(row)
+        self.rows.append({name: row[name] for name in FIELDS})
         if self.path:
-            checkpoint.append_row(self.path, row)
-        return row
+            checkpoint.append_row(self.path, self.rows[-1])
+        own = {k: v for k, v in (labels or {}).items() if k != "relative_to"}
+        text = [metric, *own.values(), *(f"{k} {n}" for k, n in shape.items())]
+        text += [f"relative to {labels['relative_to']}"] if unit == "x" else []
+        ends = " .. ".join(fmt(v) for v in row["spread"].values())
+        print(
+            f"{fmt(median):>8} {unit:<11} {provider:<20} {', '.join(text)}",
+            f"({ends})" * bool(ends),
+        )
+        return self.rows[-1]
 
     def summary(self, **extra: Any) -> str:
         """Return all rows as one JSON line; what they share is written once."""
-        rows = []
-        for row in self.rows:
-            own = {k: row[k] for k in FIELDS if k not in self.common}
-            own["shape"] = {k: v for k, v in row["shape"].items() if k not in self.shape}
-            if own["versions"] == self.versions:
-                del own["versions"]
-            rows.append({k: v for k, v in own.items() if v != {}})
-        common = self.common | {"versions": self.versions, "shape": self.shape}
-        return json.dumps(common | extra | {"rows": rows})
+        rows = [{k: v for k, v in row.items() if k not in self.common} for row in self.rows]
+        return json.dumps(self.common | extra | {"rows": rows})
 
 
 # ---- reading
@@ -329,26 +305,14 @@ def _training(old: Mapping[str, Any]) -> list[dict[str, Any]]:
     shape = {k: old[k] for k in ("n_layer", "n_embd", "vocab_size", "parameters")}
     shape |= {"batch": old["batch_size"], "thoughts": old["latent"]}
     shape |= {"context": old["context"]} if old.get("context") else {}
-    cpu = f"CPU {old['hardware']}, {old['threads']} threads"
-    common = {"shape": shape, "device": cpu if old["device"] == "cpu" else old["hardware"]}
-    times = {
-        "nanococonut": old,
-        "nanococonut, eager": old.get("plain"),
-        "released": old["released"],
-    }
+    device = f"CPU {old['hardware']}, {old['threads']} threads"  # all of them are of CPUs
     rows = []
-    for provider, stats in times.items():
-        for metric, unit, key in (
-            ("step", "ms", "step_ms"),
-            ("examples_per_s", "examples/s", "rows_per_s"),
-            ("step", "x", "ours_times_faster"),
-        ):
-            if stats and key in stats:
-                spread = dict(stats[key])
-                row = {"metric": metric, "unit": unit, "value": spread.pop("median")}
-                labels = {"config": old["config"]}
+    for provider, times in (("nanococonut", old), ("released", old["released"] or {})):
+        for unit, key in (("ms", "step_ms"), ("x", "ours_times_faster")):
+            if key in times:
+                spread, labels = dict(times[key]), {"config": old["config"]}
                 labels |= {"relative_to": "nanococonut"} if unit == "x" else {}
-                rows.append(
-                    common | row | {"spread": spread, "provider": provider, "labels": labels}
-                )
+                row = {"metric": "step", "provider": provider, "labels": labels, "unit": unit}
+                row |= {"value": spread.pop("median"), "spread": spread}
+                rows.append(row | {"shape": shape, "device": device})
     return rows

@@ -45,20 +45,6 @@ PAPER: dict[str, dict[str, tuple[float, float | None, float]]] = {
     },
 }
 
-_DROPS = {
-    "none": "nothing",
-    "stage": "the first s steps at stage s",
-    "all": "all steps",
-    "tokens": "the chain's first tokens, more at every epoch",
-}
-_SLOTS = {
-    "hidden": "thoughts: the last hidden state",
-    "soft": "thoughts: the token embeddings' mean by probability",
-    "projected": "thoughts: a learned map of the hidden state",
-    "pause": "<pause> tokens, read at once",
-}
-_COUNTS = {"stage": "s · c_thought", "all": "as in the final stage"}
-_MOVES = {"stages": "stage by stage", "epochs": "epoch by epoch", "never": "never"}
 _SHOWN = ("coconut", "cot", "no_cot", "pause_as_thought")  # in the README
 
 
@@ -66,17 +52,6 @@ def _table(*rows: Sequence[str]) -> str:
     """Format cells as Markdown; the first row is the header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def methods() -> str:
-    """Return the entries of curriculum.METHODS."""
-    header = ("`--method=`", "dropped", "inserted", "moves on", "markers", "in the paper")
-    rows = []
-    for name, m in METHODS.items():
-        slots = f"{_SLOTS[m.slot]}, {_COUNTS[m.insert]}" if m.slot else "nothing"
-        markers = "yes" if m.markers else "no"
-        rows.append((name, _DROPS[m.drop], slots, _MOVES[m.moves], markers, m.paper or "not there"))
-    return _table(header, *rows)
 
 
 # ---- accuracy
@@ -190,11 +165,6 @@ class Run:
         model = f"{size / 1e6:,.0f} M parameters, " if size else ""
         return f"{model}{row['device']}, {row['dtype']}, {row['date'][:10]}"
 
-    @property
-    def slug(self) -> str:
-        """The device, for a file's name."""
-        return slug(self.rows[0]["device"])
-
     def value(self, metric: str, provider: str = "nanococonut", **where: Any) -> float | None:
         """Return the median of the row with these labels and sizes, None if not measured. A ratio
         is found only if relative_to is given."""
@@ -231,10 +201,6 @@ class Run:
         return list(dict.fromkeys(r["labels"]["task"] for r in rows))
 
 
-def slug(device: str) -> str:
-    return "cpu" if device.startswith("CPU") else device.lower().replace(" ", "_")
-
-
 def newest_runs(rows: Rows, bench: str) -> list[Run]:
     """Return the newest run of a script for each device, dtype and size of model."""
     newest: dict[tuple, list[dict[str, Any]]] = {}
@@ -258,8 +224,7 @@ def latency(rows: Rows) -> str:
     texts = []
     for run in newest_runs(rows, "latency"):
         texts.append(f"{run.title}, commit {run.rows[0]['commit']}; ms, one row:")
-        texts.append(_answers(run))
-        texts.append(_steps(run))
+        texts += [_answers(run), _steps(run)]
         texts += [_others(run)] if run.ratios() else []
     return "\n\n".join(texts) or "Not run."
 
@@ -270,7 +235,7 @@ def _answers(run: Run) -> str:
         times = [run.value("answer", task=task, path=p) for p in ("thoughts", "chain", "direct")]
         chain = {"task": task, "path": "chain", "relative_to": "thoughts"}
         ratios = [run.value(metric, **chain) for metric in ("answer", "answer_after_prefill")]
-        lines.append((task, *map(_ms, times), *(f"{x:.1f}x" for x in ratios)))
+        lines.append((task, *map(fmt, times), *(f"{x:.1f}x" for x in ratios)))
     return _table(*lines)
 
 
@@ -286,16 +251,13 @@ def _steps(run: Run) -> str:
         ]
         ratio = run.value("token_step", relative_to="latent_step", **where)
         ratios = f"{ratio:.2f}x", f"{times[3] / times[1]:.2f}x"
-        lines.append((str(batch), str(context), *map(_ms, times), *ratios))
+        lines.append((str(batch), str(context), *map(fmt, times), *ratios))
     return _table(*lines)
 
 
 def _others(run: Run) -> str:
-    metrics = {
-        "latent_step": "a thought",
-        "token_step": "a further word",
-        "answer": "a ProsQA answer",
-    }
+    metrics = {"latent_step": "a thought", "token_step": "a further word"}
+    metrics["answer"] = "a ProsQA answer"
     lines = [("times as long as ours (transformers)", *metrics.values())]
     for provider, ratios in run.ratios().items():
         cells = [f"{ratios[m]:.2g}x" if m in ratios else "not run" for m in metrics]
@@ -306,36 +268,19 @@ def _others(run: Run) -> str:
 
 
 def speed(rows: Rows) -> str:
-    """Return the README's table: a ProsQA answer and a training step, one column a device.
-
-    rows: results of latency.py and training.py.
-    """
-    runs: dict[str, Run] = {}
+    """Return the README's tables: a ProsQA answer (others relative to six thoughts of ours), and a
+    training step of the released code relative to ours. rows: of latency.py and training.py."""
+    lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", "transformers", "released")]
     for run in newest_runs(rows, "latency"):
-        old = runs.get(run.rows[0]["device"])
-        if old is None or run.rows[0]["date"] > old.rows[0]["date"]:
-            runs[run.rows[0]["device"]] = run
-    lines = [("", *runs)]
-    for path, name in (
-        ("thoughts", "6 thoughts and the answer"),
-        ("chain", "written chain and the answer"),
-        ("direct", "the answer alone"),
-    ):
-        times = [run.value("answer", task="prosqa", path=path) for run in runs.values()]
-        lines.append((f"ProsQA, {name}", *(f"{_ms(t)} ms" if t else "not run" for t in times)))
-    found = [run.ratios() for run in runs.values()]
-    for provider, name in (("transformers", "transformers"), ("released", "released code")):
-        cells = [f"{r[provider]['answer']:.2g}x" if provider in r else "not run" for r in found]
-        lines.append((f"{name}, 6 thoughts, relative to ours", *cells))
-    steps: dict[tuple[str, str], dict[str, Any]] = {}  # (config, device) -> newest row
-    for row in rows:
-        if row["metric"] == "step" and row["unit"] == "x" and row["provider"] == "released":
-            steps[row["labels"]["config"], row["device"]] = row
-    for config in dict.fromkeys(config for config, _ in steps):
-        own = [steps.get((config, device)) for device in runs]
-        cells = [
-            f"{row['value']:.2g}x, batch {row['shape']['batch']}" if row else "not run"
-            for row in own
-        ]
-        lines.append((f"released code, a training step of {config}, relative to ours", *cells))
-    return _table(*lines)
+        paths = ("thoughts", "chain", "direct")
+        times = [run.value("answer", task="prosqa", path=path) for path in paths]
+        ratios = [run.ratios().get(name, {}).get("answer") for name in ("transformers", "released")]
+        if None not in times:
+            cells = [f"{t:,.0f} ms" for t in times] + [f"{x:.2g}x" if x else "-" for x in ratios]
+            lines.append((f"{run.rows[0]['device']}, {run.rows[0]['dtype']}", *cells))
+    steps = [("training step", "batch", "device", "released")]
+    ratios_only = [r for r in rows if r["metric"] == "step" and r["provider"] == "released"]
+    newest = {row["labels"]["config"]: row for row in ratios_only if row["unit"] == "x"}
+    for config, row in newest.items():
+        steps.append((config, str(row["shape"]["batch"]), row["device"], f"{row['value']:.2g}x"))
+    return "\n\n".join((_table(*lines), _table(*steps)))

@@ -1,11 +1,8 @@
-"""Batches of the final stage, and the two ways in which bench/training.py takes steps on them."""
+"""Batches of the final stage, and train.py's optimizer step on them, for bench/training.py."""
 
-import copy
 import sys
 import time
-from collections import Counter
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +14,6 @@ from nanococonut.curriculum import IGNORE, EncodedRow, collate, layout, n_labels
 from nanococonut.graphs import Graphs
 from nanococonut.loader import Epochs, curriculum_of, task_tokenizer
 from nanococonut.stepper import MicroBatch, Stepper
-
-PARTS = ("collate", "prefix", "thoughts", "suffix", "backward", "optimizer")
 
 
 class FinalStageBatches:
@@ -97,48 +92,29 @@ def adamw_settings(recipe: TrainConfig) -> dict[str, float]:
 
 
 class TrainBackend:
-    """A model that takes optimizer steps. plain_adamw: the released code's optimizer, not the
-    recipe's."""
+    """The step of train.py: its Stepper, its kernels, its graphs, in its order.
 
-    def __init__(
-        self,
-        recipe: TrainConfig,
-        batches: FinalStageBatches,
-        model: Any,
-        stepper: Stepper,
-        plain_adamw: bool,
-    ) -> None:
-        self.recipe, self.batches, self.model, self.stepper = recipe, batches, model, stepper
-        self.device, self.plain_adamw = stepper.device, plain_adamw
-        if plain_adamw:
-            settings = adamw_settings(recipe) | {"fused": model.wte.weight.is_cuda or None}
-            self.optimizers = [torch.optim.AdamW(model.parameters(), **settings)]
-        else:
-            self.optimizers = build_optimizers(recipe, model)
-        model.train()
-
-    def update(self) -> None:
-        if self.recipe.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-class FastBackend(TrainBackend):
-    """The step of train.py: its Stepper, its kernels, its graphs, in its order."""
+    plain_adamw: the released code's optimizer, not the recipe's.
+    """
 
     def __init__(
         self, recipe: TrainConfig, batches: FinalStageBatches, plain_adamw: bool = False
     ) -> None:
         torch.manual_seed(recipe.seed)
         model = build_model(recipe, batches.tokenizer).to(device.choose(recipe.device))
+        self.recipe, self.batches, self.model = recipe, batches, model
         self.kernels, self.why_kernels = ops.choose_training(recipe.kernels, model)
         self.graph = ops.choose_graph("off" if recipe.ungraphed else recipe.graph, model)
         think = partial(coconut.think, kernels=self.kernels)
         half, graphs = recipe.dtype == "bfloat16", Graphs(64) if self.graph else None
-        stepper = Stepper(model, think, half, graphs=graphs)
-        super().__init__(recipe, batches, model, stepper, plain_adamw)
+        self.stepper = Stepper(model, think, half, graphs=graphs)
+        if plain_adamw:
+            settings = adamw_settings(recipe) | {"fused": model.wte.weight.is_cuda or None}
+            self.optimizers = [torch.optim.AdamW(model.parameters(), **settings)]
+        else:
+            self.optimizers = build_optimizers(recipe, model)
         self.prefetched: tuple[int, Any] = (-1, None)
+        model.train()
 
     def check(self) -> dict[str, float]:
         """Return loss and norm of the gradient on the first batch, without dropout."""
@@ -155,10 +131,10 @@ class FastBackend(TrainBackend):
         self.model.train()
         return {"loss": plain.sums[0].item(), "gradient": norms.norm().item()}
 
-    def step(self, i: int) -> tuple[float, float]:
+    def step(self, i: int) -> dict[str, float]:
         """Take one optimizer step on batch i. Return seconds and loss. As in train.py, a GPU's next
         batch is made while it computes, within this step's time."""
-        on_gpu, n = self.device.type == "cuda", len(self.batches.batches)
+        on_gpu, n = self.stepper.device.type == "cuda", len(self.batches.batches)
         if on_gpu and self.prefetched[0] != i:
             self.prefetched = i, self.batches.micro_batches(i, self.stepper)
         began = time.perf_counter()
@@ -168,71 +144,14 @@ class FastBackend(TrainBackend):
         self.stepper.begin()
         for micro in micro_batches:
             self.stepper(micro, labels, self.recipe.batch_size)
-        self.update()
+        if self.recipe.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
         if on_gpu:
             self.prefetched = (i + 1) % n, self.batches.micro_batches((i + 1) % n, self.stepper)
         loss, *_ = self.stepper.sums.tolist()  # here the host waits for the device
-        return time.perf_counter() - began, loss
-
-
-class EagerBackend(TrainBackend):
-    """The same step in plain eager torch, with the time of each part.
-
-    On a CPU FastBackend does the same, unless Triton's interpreter was requested.
-    """
-
-    def __init__(self, fast: FastBackend) -> None:
-        model = copy.deepcopy(fast.model)
-        stepper = Stepper(model, half=fast.stepper.half)
-        super().__init__(fast.recipe, fast.batches, model, stepper, fast.plain_adamw)
-        # every pass through the layers ends in ln_f, which tells the three blocks apart
-        model.ln_f.register_forward_hook(lambda *_: self._end_pass())
-        self.marks: list[tuple[str, Any]] = []
-        self.n_passes = 0
-
-    def _mark(self, part: str) -> None:
-        """Note the time at which a part ends; on a GPU as an event, so that nothing waits."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((part, event))
-        else:
-            self.marks.append((part, time.perf_counter()))
-
-    def _end_pass(self) -> None:
-        is_thought = 0 < self.n_passes <= self.batches.thoughts
-        self._mark("thoughts" if is_thought else "suffix" if self.n_passes else "prefix")
-        self.n_passes += 1
-
-    def step(self, i: int) -> tuple[dict[str, float], float]:
-        """Take one optimizer step on batch i. Return the seconds of each part, and the loss."""
-        self.marks = []
-        self._mark("")
-        micro_batches, labels = self.batches.micro_batches(i, self.stepper)
-        torch.manual_seed(self.recipe.seed + i)
-        self.stepper.begin()
-        sums, half = self.stepper.sums, self.stepper.half
-        for micro in micro_batches:
-            batch, counts = micro.batch.to(self.device), micro.counts.to(self.device)
-            self._mark("collate")
-            self.n_passes = 0
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                thinking = coconut.think(self.model, batch)
-                summed, right = coconut.loss(self.model, batch, thinking)
-                loss = summed / labels
-            self._mark("suffix")
-            loss.backward()
-            sums += torch.stack([loss.detach(), (right & counts).sum(), counts.sum()])
-            self._mark("backward")
-        self.update()
-        loss, *_ = sums.tolist()
-        self._mark("optimizer")
-        seconds: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        for (_, a), (part, b) in pairwise(self.marks):
-            seconds[part] += a.elapsed_time(b) / 1000 if self.device.type == "cuda" else b - a
-        return dict(seconds), loss
+        return {"seconds": time.perf_counter() - began, "loss": loss}
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int | None:

@@ -52,13 +52,19 @@ class Worker:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
         except OSError:
-            raise self._error() from None
+            pass  # it has ended, and receive() says why
 
     def receive(self) -> Any:
         try:
             return json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):  # it has ended, or does not write JSON
-            raise self._error() from None
+        except ValueError:  # it has ended, or does not write JSON
+            self.close()
+            self.stderr.seek(0)
+            text = self.stderr.read().strip() or "no error message (out of memory?)"
+            raise UserError(
+                f"worker {Path(self.process.args[-1]).stem} ended: {text.splitlines()[-1][:200]}\n"
+                f"{self.flag} has to be a Python with {self.needs}."
+            ) from None
 
     def request(self, message: Any) -> Any:
         self.send(message)
@@ -68,15 +74,6 @@ class Worker:
         if self.process.returncode is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-
-    def _error(self) -> UserError:
-        self.close()
-        self.stderr.seek(0)
-        text = self.stderr.read().strip() or "no error message (out of memory?)"
-        return UserError(
-            f"worker {Path(self.process.args[-1]).stem} ended: {text.splitlines()[-1][:200]}\n"
-            f"{self.flag} has to be a Python with {self.needs}."
-        )
 
 
 def check_released(clone: str | None, python: str | None) -> None:

@@ -5,7 +5,7 @@
 
 Runs under its own Python and shares only JSON lines and a file of weights with nanococonut. The
 first line on stdin says what to build. Every further line is a request: {"prompts", "n_thoughts",
-"forced_tokens", "n_tokens"}, with "launches" to count kernel launches instead, or {"dtype"}.
+"forced_tokens", "n_tokens"}, or {"dtype"} to continue in that one.
 """
 
 import json
@@ -18,26 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-LAUNCHES = "cudaLaunchKernel cudaLaunchKernelExC cuLaunchKernel cuLaunchKernelEx cudaGraphLaunch"
-
 
 def now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def count_launches(run: Callable[[], Any]) -> tuple[int, int]:
-    """Return (launches by the host, kernels that the GPU runs) of a second call."""
-    run()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
-    events = profile.events()
-    on_gpu = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    launches = sum(e.name in LAUNCHES.split() for e in events)
-    return launches, sum(not name.startswith("Mem") for name in on_gpu)
 
 
 def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
@@ -125,26 +110,6 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
     return generate
 
 
-def serve(gpt2: Any, generate: Callable, device: str) -> None:
-    """Reply to every request on stdin."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        reply: Any = {}
-        try:
-            with torch.no_grad():
-                if dtype := request.pop("dtype", None):
-                    gpt2.to(getattr(torch, dtype))
-                elif request.pop("launches", False):
-                    reply = count_launches(lambda request=request: generate(**request))
-                else:
-                    reply = generate(**request)
-        except torch.OutOfMemoryError:
-            reply = {"out_of_memory": True}
-        if "out_of_memory" in reply and device == "cuda":
-            torch.cuda.empty_cache()
-        print(json.dumps(reply), flush=True)
-
-
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     torch.set_num_threads(setup["threads"])
@@ -163,7 +128,19 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     print(json.dumps({"versions": versions}), flush=True)
-    serve(gpt2, generate, setup["device"])
+    for line in sys.stdin:
+        request, reply = json.loads(line), {}
+        try:
+            with torch.no_grad():
+                if "dtype" in request:
+                    gpt2.to(getattr(torch, request["dtype"]))
+                else:
+                    reply = generate(**request)
+        except torch.OutOfMemoryError:
+            reply = {"out_of_memory": True}
+        if "out_of_memory" in reply:  # after the error, which holds on to tensors
+            torch.cuda.empty_cache()
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from bench.common import train_backends
 from bench.common.results import read_results
 from bench.common.roofline import matmul_peak, step_flop
 from bench.common.tables import Run
-from bench.common.train_backends import EagerBackend, FastBackend, FinalStageBatches
+from bench.common.train_backends import FinalStageBatches, TrainBackend
 from bench.workers import released_train
 from nanococonut import coconut, ops
 from nanococonut.curriculum import EncodedRow
@@ -31,7 +31,7 @@ SCRIPT = ROOT / "bench" / "training.py"
 CONFIG = str(ROOT / "config" / "prosqa_small.py")
 TINY = [f"--config={CONFIG}", "--n_layer=1", "--n_embd=8"]
 TINY += ["--n_head=2", "--batch_size=3", "--repeats=1", "--peak_size=8"]
-OURS, EAGER = training.OURS, training.EAGER
+OURS = training.OURS
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ def clone(tmp_path):
     return tmp_path
 
 
-def test_run_finds_where_the_time_goes(tmp_path):
+def test_run_writes_every_metric(tmp_path):
     log = tmp_path / "rows.jsonl"
     argv = [sys.executable, SCRIPT, *TINY, "--latent=2", f"--out={log}"]
     run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     *shown, last = run.stdout.splitlines()
     rows = read_results(log)
-    assert len(rows) == len(json.loads(last)["rows"])
+    assert len(rows) == len(json.loads(last)["rows"]) == len(shown) - 1
     row = rows[0]
     assert row["labels"] == {"config": "prosqa_small.py"} and row["bench"] == "training"
     sizes = dict(n_layer=1, n_embd=8, batch=3, micro_batch=3, thoughts=2)
@@ -64,36 +64,21 @@ def test_run_finds_where_the_time_goes(tmp_path):
     assert row["detail"]["smear"] and row["detail"]["kernels"] == "torch"
     assert row["repeats"] == 1 and "torch" in row["versions"]
     found = Run(rows)
-    parts = [found.value("step_part", EAGER, part=part) for part in train_backends.PARTS]
-    step, eager = found.value("step"), found.value("step", EAGER)
-    assert min(parts) > 0 and sum(parts) == pytest.approx(eager, rel=1e-3)
-    for provider in (OURS, EAGER):
-        rate, ms = (found.value(m, provider) for m in ("examples_per_s", "step"))
-        assert rate == pytest.approx(3e3 / ms, rel=1e-3)
-    ratio = found.value("step", EAGER, relative_to=OURS)
-    assert ratio == pytest.approx(eager / step, rel=1e-3)
+    step = found.value("step")
+    assert found.value("examples_per_s") == pytest.approx(3e3 / step, rel=1e-3)
     flop = found.value("model_flop")
     assert found.value("flop_rate") == pytest.approx(flop * 1e3 / step, rel=1e-3)
-    assert found.value("flop_peak", "torch") > 0
-    assert found.value("peak_memory") >= 0 and found.value("peak_memory", EAGER) is None
-    padded = [found.value("padded_fraction", variant=v) for v in ("no graphs", "graphs")]
-    assert 0 <= padded[0] < padded[1] < 1
+    assert found.value("flop_peak", "torch") > 0 and found.value("peak_memory") >= 0
+    assert 0 <= found.value("padded_fraction") < 1
     assert str(ROOT) not in last and str(tmp_path) not in last
-    assert any(line.startswith("step part thoughts") for line in shown)
 
 
-def test_no_thoughts_take_no_time(bench):
-    """And more layers are more parameters."""
+def test_more_layers_are_more_parameters(bench):
     runs = []
     for own in (["--latent=0"], ["--latent=0", "--n_layer=2"]):
         code, out, err = bench(*own)
         assert code == 0, err
-        line = json.loads(out.splitlines()[-1])
-        runs.append(line)
-        parts = {
-            r["labels"]["part"]: r["value"] for r in line["rows"] if r["metric"] == "step_part"
-        }
-        assert parts["thoughts"] == 0 < parts["suffix"]
+        runs.append(json.loads(out.splitlines()[-1])["rows"][0])
     layer = 12 * 8 * 8 + 13 * 8  # its matrices; its biases and LayerNorms
     assert runs[1]["shape"]["parameters"] - runs[0]["shape"]["parameters"] == layer
 
@@ -107,43 +92,40 @@ def made(**settings):
 
 
 @pytest.mark.parametrize("latent, micro", [(0, 5), (2, 2)])
-def test_both_backends_take_the_same_steps(latent, micro):
-    """The loss is train.py's over all micro-batches; weights are the same afterwards."""
+def test_loss_is_that_of_all_micro_batches(latent, micro):
     recipe, batches = made(latent=latent, micro_batch_size=micro)
-    fast = FastBackend(recipe, batches)
-    eager = EagerBackend(fast)
-    before = copy.deepcopy(fast.model)
+    backend = TrainBackend(recipe, batches)
+    before = copy.deepcopy(backend.model)
     expected = n_labels = 0
-    for micro_batch in batches.micro_batches(0, eager.stepper)[0]:
+    for micro_batch in batches.micro_batches(0, backend.stepper)[0]:
         batch = micro_batch.batch
         logits = coconut.forward(before, batch)
         expected += coconut.loss_sum(logits, batch.targets)
         n_labels += batch.n_labels
-    assert len(batches.micro_batches(0, eager.stepper)[0]) == -(-5 // micro)
-    assert fast.check()["loss"] == pytest.approx((expected / n_labels).item(), rel=1e-5)
-    for i in (0, 1):
-        (took, loss), (parts, eager_loss) = fast.step(i), eager.step(i)
-        if i == 0:
-            assert loss == pytest.approx((expected / n_labels).item(), rel=1e-5)
-        assert loss == pytest.approx(eager_loss, rel=1e-5)
-        assert took > 0 and (parts["thoughts"] > 0) == (latent > 0)
-    for a, b, old in zip(*(m.parameters() for m in (fast.model, eager.model, before)), strict=True):
-        torch.testing.assert_close(a, b)
-        assert not torch.equal(a, old) or not old.any()
+    assert len(batches.micro_batches(0, backend.stepper)[0]) == -(-5 // micro)
+    expected = pytest.approx((expected / n_labels).item(), rel=1e-5)
+    assert backend.check()["loss"] == expected
+    reply = backend.step(0)
+    assert reply["loss"] == expected and reply["seconds"] > 0
+    for new, old in zip(backend.model.parameters(), before.parameters(), strict=True):
+        assert not torch.equal(new, old) or not old.any()
 
 
-def test_graphs_take_the_same_steps(monkeypatch):
-    """A check() in between must not move the gradients that graphs write to."""
+def test_both_backends_take_the_same_steps(monkeypatch):
+    """With graphs or without: same losses, same weights afterwards. A check() in between must not
+    move the gradients that graphs write to."""
+    recipe, batches = made(latent=1, micro_batch_size=3)
+    eager = TrainBackend(recipe, batches)
     monkeypatch.setattr(train_backends, "Graphs", Tapes)
     monkeypatch.setattr(ops, "choose_graph", lambda *_: True)
-    recipe, batches = made(latent=1, micro_batch_size=3)
-    fast = FastBackend(recipe, batches)
-    eager = EagerBackend(fast)
+    fast = TrainBackend(recipe, batches)
+    assert fast.graph and not eager.graph
     for i in (0, 1, 0):
-        (_, loss), (_, eager_loss) = fast.step(i), eager.step(i)
-        assert loss == pytest.approx(eager_loss, rel=1e-5)
+        assert fast.step(i)["loss"] == pytest.approx(eager.step(i)["loss"], rel=1e-5)
         assert fast.check()["loss"] > 0
     assert 0 < len(fast.stepper.graphs.kept) < 6
+    for a, b in zip(fast.model.parameters(), eager.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_backends_that_differ_are_not_compared():
@@ -222,13 +204,10 @@ def test_sweep_measures_every_cell(bench, monkeypatch, capsys, tmp_path):
     assert cells == [(20, 0), (20, 2), (200, 0), (200, 2)]
     flop = [r["value"] for r in rows if r["metric"] == "model_flop"]
     assert flop[0] < flop[1] < flop[2] < flop[3]
-    padded = [r for r in rows if r["labels"].get("variant") == "no graphs"]
-    assert len(padded) == 4 and all(r["value"] < 0.2 for r in padded)
-    *_, heading, a, b, c, d = capsys.readouterr().out.splitlines()
-    assert heading.startswith("context") and d.split()[:2] == ["200", "2"]
-    growth = [float(line.split()[3]) for line in (a, b, c, d)]
-    ms = [r["value"] for r in steps]
-    assert growth == pytest.approx([1, ms[1] / ms[0], 1, ms[3] / ms[2]], abs=0.006)
+    padded = [r["value"] for r in rows if r["metric"] == "padded_fraction"]
+    assert len(padded) == 4 and max(padded) < 0.2
+    headings = [line for line in capsys.readouterr().out.splitlines() if "thoughts after" in line]
+    assert headings[-1].endswith("batch 3, 2 thoughts after 200 tokens")
 
 
 @pytest.mark.parametrize("latent", [0, 3])

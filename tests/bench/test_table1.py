@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tables
 
+from bench.common.results import read_results
 from nanococonut.tasks import TASKS
-
-ROOT = Path(__file__).parent.parent
 
 TINY = "--set=epochs=2,rows_per_epoch=64,valid_rows=10,advance_at=0,max_new_tokens=4"
 
@@ -26,18 +24,21 @@ def test_a_stopped_table_goes_on_where_it_was(script):
     assert (code, err) == (0, "") and json.loads(out.splitlines()[-1])["left"] == 1
     code, out, err = script(*argv, script="bench/table1.py")
     assert (code, err) == (0, "") and json.loads(out.splitlines()[-1])["left"] == 0
-    rows = tables.read_jsonl(Path("rows.jsonl"))
-    assert [r["data"] for r in rows] == list(TASKS["prontoqa"].splits)
-    assert all(r["method"] == "no_cot" and r["trained"]["steps"] == 2 for r in rows)
+    rows = read_results(Path("rows.jsonl"))
+    assert [r["labels"]["data"] for r in rows] == list(TASKS["prontoqa"].splits)
+    own = {"method": "no_cot", "task": "prontoqa", "preset": "small", "setting": TINY[6:]}
+    assert all(own.items() <= r["labels"].items() for r in rows)
+    assert all(r["detail"]["trained"]["steps"] == 2 for r in rows)
+    assert all("bench/table1.py" in r["command"] for r in rows)
     table = Path("table1_prontoqa_small.md").read_text()
     assert f"no_cot {TINY[6:]}" in table and table in out
     assert script(*argv, script="bench/table1.py")[0] == 0  # all is done: nothing is run again
-    assert tables.read_jsonl(Path("rows.jsonl")) == rows
+    assert read_results(Path("rows.jsonl")) == rows
     code, _, err = script(*argv[:3], "--n=21", *argv[4:], script="bench/table1.py")
-    assert code == 2 and "by 20 rows" in err
+    assert code == 2 and "with 20 examples" in err
 
 
-def test_a_run_that_fails_is_told_and_the_table_still_made(script):
+def test_failed_run_does_not_stop_the_table(script):
     """A folder that is a checkpoint already cannot take a run."""
     place = Path("runs/prontoqa_small") / f"no_cot_{TINY[6:]}_s0"
     place.mkdir(parents=True)
@@ -61,7 +62,7 @@ def test_a_run_that_fails_is_told_and_the_table_still_made(script):
         (["--methods="], "names none"),
         (["--sweep=method=cot,coconut"], "'method'"),
         (["--set=out_dir=x"], "'out_dir'"),
-        (["--data=nope.json"], "that are there"),
+        (["--data=nope.json"], "files that exist"),
         (["--out=."], "cannot be"),
     ],
 )
