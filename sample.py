@@ -15,54 +15,59 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nanococonut import checkpoint, device
-from nanococonut.config import METHOD_NAMES, TrainConfig, build, check_values, opt, parse_cli
-from nanococonut.curriculum import Curriculum, answer_of
-from nanococonut.data import Row, prosqa
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError, main_guard
-from nanococonut.loader import curriculum_of, read_data, render_question
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS, Curriculum
+from nanococonut.data import prosqa
+from nanococonut.data.examples import Example, extract_answer
+from nanococonut.data.search import reachable
+from nanococonut.data.tasks import TASKS, generated, load_data
+from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.inference.engine import Engine
 from nanococonut.model import GPT
-from nanococonut.nodes import node_values
-from nanococonut.tasks import TASKS, generated
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import Tokenizer
+from nanococonut.weights import checkpoint
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    latent: int | None = opt(None, "thoughts before the answer (None: as trained)", at_least=0)
-    question: str | None = opt(None, "ask this (None: one of the task's own)")
-    out_dir: str | None = opt(None, "run or checkpoint (None: newest in out/, else the bundled)")
-    method: str | None = opt(
-        None, "layout of the question (None: as trained)", choices=METHOD_NAMES
+    latent: int | None = option(None, "thoughts before the answer (None: as trained)", ge=0)
+    question: str | None = option(None, "ask this (None: one of the task's own)")
+    out_dir: str | None = option(None, "run or checkpoint (None: newest in out/, else the bundled)")
+    method: str | None = option(
+        None, "layout of the question (None: as trained)", choices=tuple(METHODS)
     )
-    max_new_tokens: int | None = opt(None, "longest answer (None: the run's own)", at_least=1)
-    temperature: float = opt(0.0, "0: greedy; more: words are drawn", at_least=0)
-    nodes: bool = opt(False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts")
-    seed: int | None = opt(
+    max_new_tokens: int | None = option(None, "longest answer (None: the run's own)", ge=1)
+    temperature: float = option(0.0, "0: greedy; more: words are drawn", ge=0)
+    nodes: bool = option(
+        False, "ProsQA: also which concepts it would name after 0, 1, ... thoughts"
+    )
+    seed: int | None = option(
         None,
         "of the drawn question and words (None: others every time)",
-        at_least=0,
-        at_most=2**32 - 1,
+        ge=0,
+        le=2**32 - 1,
     )
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
-    graph: str = opt("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
 
 
 def choose(out_dir: str | None) -> Path:
     """The checkpoint to ask: the one given, else the newest run here, else the bundled one."""
     if out_dir:
-        return checkpoint.find(out_dir, best=True)
-    runs = [run for run in Path("out").glob("*") if checkpoint.steps_in(run)]
+        return checkpoint.resolve(out_dir, best=True)
+    runs = [run for run in Path("out").glob("*") if checkpoint.list_checkpoints(run)]
     if runs:
-        newest = max(runs, key=lambda run: checkpoint.steps_in(run)[-1].stat().st_mtime)
-        return checkpoint.find(newest, best=True)
+        newest = max(runs, key=lambda run: checkpoint.list_checkpoints(run)[-1].stat().st_mtime)
+        return checkpoint.resolve(newest, best=True)
     console.print("no run in out/: asking the bundled prosqa_small (config/prosqa_small.py)")
     return checkpoint.BUNDLED
 
@@ -93,14 +98,14 @@ def nodes_table(
     speak then, and how many steps from the entity each is ("-": not reached from it). Shares are of
     what all concepts have together; the last column says how much that is."""
     edges, entity, _ = prosqa.parse_question(question)
-    away = prosqa.reachable(edges, entity)
+    away = reachable(edges, entity)
     table = Table(title="if it had to speak: concept (steps away)", title_justify="left")
     table.add_column("#", justify="right", no_wrap=True)
     for i in range(3):
         table.add_column(f"node {i + 1}", no_wrap=True)
     table.add_column("a node", justify="right", no_wrap=True)
     for k in range(thoughts + 1):
-        values = node_values(model, tokenizer, curriculum, question, render, k)
+        values = concept_probabilities(model, tokenizer, curriculum, question, render, k)
         all_of_them = sum(values.values())
         best = sorted(values.items(), key=lambda item: -item[1])[:3]
         shown = [
@@ -125,7 +130,7 @@ def answer(
     """Ask one question and print everything there is to see."""
     model, tokenizer, curriculum = engine.model, engine.tokenizer, engine.curriculum
     console.print(f"\n[bold]question[/]  {escape(question)}")
-    asked = render_question(trained, question)
+    asked = TASKS[trained.task].render_question(question, trained.render)
     if unknown := tokenizer.unknown_words(asked):
         console.print(
             f"[yellow]warning[/]   never trained on: {escape(', '.join(unknown[:8]))}. "
@@ -144,10 +149,10 @@ def answer(
     chain, mark, _ = text.rpartition("###")
     for step in chain.splitlines():
         console.print(f"[bold]step[/]      {escape(step)}")
-    said = answer_of(text) if mark else text.strip()
+    said = extract_answer(text) if mark else text.strip()
     verdict = ""
     if known is not None:
-        right = said == answer_of(known)
+        right = said == extract_answer(known)
         verdict = "  [green](right)[/]" if right else f"  [red](wrong: {escape(known)})[/]"
     console.print(f"[bold]answer[/]    {escape(said)}{verdict}")
     n = max(1, len(out.tokens[0]))
@@ -161,14 +166,16 @@ def answer(
 
 def main() -> None:
     given, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(SampleConfig, given)
+    config = make_config(SampleConfig, given)
     folder = choose(config.out_dir)
-    model, tokenizer, manifest = checkpoint.load(folder, device.choose(config.device))
-    trained = build(TrainConfig, manifest["config"])
-    curriculum = curriculum_of(trained)
+    model, tokenizer, manifest = checkpoint.load(folder, select_device(config.device))
+    trained = make_config(TrainConfig, manifest["config"])
+    curriculum = Curriculum.from_config(trained)
     if config.method:
         curriculum = replace(curriculum, method=config.method)
-        if curriculum.entry.slot in {"hidden", "soft", "projected"} - {model.config.thought}:
+        if curriculum.rules.thought_type in {"hidden", "soft", "projected"} - {
+            model.config.thought
+        }:
             raise UserError(
                 f"--method={config.method} feeds back something else than this model, trained by "
                 f"{manifest['method']}.\nLeave it out, or ask a model trained by {config.method}."
@@ -176,7 +183,7 @@ def main() -> None:
     engine = Engine(model, tokenizer, curriculum, config.kernels, config.graph)
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
-    trained_thoughts = manifest["n_thoughts"] if curriculum.entry.insert != "none" else 0
+    trained_thoughts = manifest["n_thoughts"] if curriculum.rules.n_thoughts_rule != "none" else 0
     thoughts = trained_thoughts if config.latent is None else config.latent
     name = "bundled" if folder == checkpoint.BUNDLED else str(folder)
     console.print(
@@ -189,7 +196,7 @@ def main() -> None:
         console.print(
             f"[yellow]note[/]      it was trained to answer after {manifest['n_thoughts']}"
         )
-    if curriculum.entry.insert == "none" and thoughts:
+    if curriculum.rules.n_thoughts_rule == "none" and thoughts:
         console.print(f"[yellow]note[/]      {curriculum.method} has no thoughts in training")
 
     seed = config.seed if config.seed is not None else torch.seed() % 2**32
@@ -201,9 +208,9 @@ def main() -> None:
     own = None
     if from_file and not config.question:
         revision = manifest.get("hub_commit") or trained.hub_revision
-        own = read_data(replace(trained, hub_revision=revision), skipped)[1]["valid"]
+        own = load_data(replace(trained, hub_revision=revision), skipped).val["valid"]
 
-    def drawn() -> Row:
+    def drawn() -> Example:
         if own:
             return own[next(rows) % len(own)]
         return generated(trained.task, 1, next(rows), trained)[0]
@@ -240,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = (here / "nanococonut/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
@@ -16,8 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    # named, not found: bench/, config/ and tests/ stay in the checkout
-    packages=["nanococonut", "nanococonut.data", "kernels"],
+    # bench/, config/ and tests/ stay in the checkout
+    packages=find_packages(include=["nanococonut*", "kernels"]),
     package_data={"nanococonut": ["bundled/*/*"]},
     install_requires=[
         "torch>=2.11",

@@ -27,26 +27,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nanococonut import checkpoint, coconut, device, hub, ops
-from nanococonut.build import build_model, build_optimizers
-from nanococonut.config import TrainConfig, build, parse_cli, read_config_file, show
-from nanococonut.curriculum import METHODS, collate, n_labels, schedule, unused
-from nanococonut.data.files import skipped_line
-from nanococonut.distributed import Ranks, guard
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError
-from nanococonut.evaluate import score
-from nanococonut.graphs import Graphs
-from nanococonut.loader import (
-    DRAWS,
-    Epochs,
-    curriculum_of,
-    read_data,
-    rendered,
-    task_tokenizer,
-)
-from nanococonut.stepper import MicroBatch, Stepper
-from nanococonut.tasks import TASKS
+from nanococonut import coconut, ops
+from nanococonut.batch import collate, count_labels
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS, Curriculum, ignored_options, schedule
+from nanococonut.data.files import skipped_summary
+from nanococonut.data.seeds import STAGE_STREAM
+from nanococonut.data.tasks import TASKS, load_data
+from nanococonut.evaluation.accuracy import score
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime import device
+from nanococonut.runtime.cli import format_config, make_config, parse_cli, read_config_file
+from nanococonut.runtime.distributed import Distributed, run_distributed
+from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.graphs import GraphCache
+from nanococonut.training.loader import TrainLoader
+from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer
+from nanococonut.training.step import MicroBatch, TrainStep
+from nanococonut.weights import checkpoint
+from nanococonut.weights.pretrained import GPT2_SIZES, WeightsUnavailable, resolve_weights
 
 console = Console(highlight=False, soft_wrap=True)
 ADVANCE_ROWS = 1280  # recent rows that advance_at looks at
@@ -55,15 +54,15 @@ ADVANCE_ROWS = 1280  # recent rows that advance_at looks at
 def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
     """Command line -> (resolved config, the run's name, why a fallback was taken if it was)."""
     given, path = parse_cli(TrainConfig, argv, __doc__.split("\n")[0], config_file=True)
-    config = build(TrainConfig, read_config_file(path, TrainConfig) if path else {}, given)
+    config = make_config(TrainConfig, read_config_file(path, TrainConfig) if path else {}, given)
     fell_back, why = {}, None
     no_gpu = not torch.cuda.is_available() and config.device in ("auto", "cpu")
-    if config.init_from in hub.NAMES and no_gpu and config.fallback:
+    if config.init_from in GPT2_SIZES and no_gpu and config.fallback:
         why = f"no GPU to train {config.init_from!r} on"  # nothing is downloaded in vain
     elif config.init_from != "scratch":
         try:
-            hub.find_weights(config.init_from)
-        except hub.Unavailable as e:
+            resolve_weights(config.init_from)
+        except WeightsUnavailable as e:
             if not config.fallback:
                 raise
             why = str(e).split("\n")[0].rstrip(".")
@@ -73,9 +72,9 @@ def settings(argv: list[str]) -> tuple[TrainConfig, str, dict]:
         console.print(f"[bold red]TRAINING {to} INSTEAD[/]. To insist: --fallback=None")
         fell_back = {"instead_of": path, "because": why}
         given = {k: v for k, v in given.items() if k not in ("init_from", "fallback")}
-        config, path = build(TrainConfig, read_config_file(to, TrainConfig), given), to
+        config, path = make_config(TrainConfig, read_config_file(to, TrainConfig), given), to
     # a config file may be for several methods; what is typed is meant to do something
-    if idle := [f"--{key}" for key in given if key in unused(METHODS[config.method])]:
+    if idle := [f"--{key}" for key in given if key in ignored_options(METHODS[config.method])]:
         console.print(f"[bold red]NOT USED[/] by method {config.method}: {', '.join(idle)}")
     return config, Path(path).stem if path else "run", fell_back
 
@@ -86,7 +85,7 @@ def main() -> None:
 
     # -- where it runs
     device.keep_freed_memory()
-    ranks = Ranks.here()  # one, or those that torchrun started; rank 0 writes
+    ranks = Distributed.from_env()  # one, or those that torchrun started; rank 0 writes
     where = ranks.device(config.device)
     half = config.dtype == "bfloat16" or (
         config.dtype == "auto" and where.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -97,7 +96,7 @@ def main() -> None:
     # -- an earlier run is gone on with, or left alone
     if (out / checkpoint.MANIFEST).is_file():
         raise UserError(f"--out_dir {out} is a checkpoint, not a run.\nGive the folder it is in.")
-    earlier = checkpoint.steps_in(out)
+    earlier = checkpoint.list_checkpoints(out)
     if earlier and not config.resume:
         raise UserError(
             f"{out} already holds a run (saved at step {int(earlier[-1].name[5:])}).\n"
@@ -105,36 +104,39 @@ def main() -> None:
         )
     manifest = None
     if config.resume:
-        folder = checkpoint.find(out)
+        folder = checkpoint.resolve(out)
         manifest = checkpoint.verify(folder, resume=True)
-        begun = asdict(build(TrainConfig, manifest["config"]))  # what came later has its default
-        checkpoint.same_settings(manifest | {"config": begun}, asdict(config), out)
+        begun = asdict(
+            make_config(TrainConfig, manifest["config"])
+        )  # what came later has its default
+        checkpoint.check_resumable(manifest | {"config": begun}, asdict(config), out)
 
     # -- tokenizer, rows, model, optimizer
     skipped: list[str] | None = [] if config.skip_bad_rows else None
     # a branch may have moved since the run began: its rows are those of the commit it began with
     begun_at = (manifest or {}).get("hub_commit") or config.hub_revision
-    given, splits, hub_commit = read_data(replace(config, hub_revision=begun_at), skipped)
-    tokenizer = task_tokenizer(config, given)
-    curriculum = curriculum_of(config)
+    data = load_data(replace(config, hub_revision=begun_at), skipped)
+    given, splits, hub_commit = data.train, data.val, data.commit
+    tokenizer = init_tokenizer(config, given)
+    curriculum = Curriculum.from_config(config)
     held_out = [row for rows in splits.values() for row in rows]
-    epochs = Epochs(config, curriculum, tokenizer, given, held_out, skipped)
+    epochs = TrainLoader(config, curriculum, tokenizer, given, held_out, skipped)
     # what does not fit is refused now, not at the first validation
-    splits = {name: epochs.fitting(rows) for name, rows in splits.items()}
+    splits = {name: epochs.drop_too_long(rows) for name, rows in splits.items()}
     if skipped:
         n_rows = epochs.n_rows + sum(map(len, splits.values()))
-        console.print(f"  {escape(skipped_line(n_rows, skipped))}")
+        console.print(f"  {escape(skipped_summary(n_rows, skipped))}")
     if hub_commit:
         console.print(f"  rows of the hub's commit {hub_commit}", markup=False)
     if config.data and not config.valid_data:
         console.print(f"  {len(held_out)} rows of {escape(config.data)} are held out to validate")
     torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer).to(where)
+    model = init_model(config, tokenizer).to(where)
     if manifest:
         checkpoint.load_weights(model, folder)
-    kernels, why_kernels = ops.choose_training(config.kernels, model)
+    kernels, why_kernels = ops.choose_training_backend(config.kernels, model)
     graph = ops.choose_graph("off" if config.ungraphed else config.graph, model)
-    optimizers = build_optimizers(config, model)
+    optimizers = init_optimizers(config, model)
     think = partial(coconut.think, kernels=kernels)
 
     # -- the schedule, in steps
@@ -172,7 +174,9 @@ def main() -> None:
     best_step = manifest.get("best_step", -1) if manifest else -1
 
     def save() -> None:
-        if any(ranks.total([not all(torch.isfinite(p).all() for p in model.parameters())])):
+        if any(
+            ranks.all_reduce_sum([not all(torch.isfinite(p).all() for p in model.parameters())])
+        ):
             diverged("weights")
         at["recent"] = list(recent)
         if ranks.rank:
@@ -188,7 +192,7 @@ def main() -> None:
                 "tokenizer": tokenizer.spec,
                 "method": config.method,
                 "stage": at["trained"],
-                "n_thoughts": curriculum.thoughts_at(at["trained"]),
+                "n_thoughts": curriculum.n_thoughts(at["trained"]),
                 "best_step": best_step,
                 "hub_commit": hub_commit,
                 "fell_back": fell_back,
@@ -203,7 +207,7 @@ def main() -> None:
         )
 
     def diverged(what: str) -> None:
-        kept = checkpoint.steps_in(out)
+        kept = checkpoint.list_checkpoints(out)
         saved = f"the checkpoint of step {int(kept[-1].name[5:])} is kept" if kept else "none saved"
         raise UserError(
             f"the {what} became infinite or NaN at step {at['step']}; {saved}.\n"
@@ -221,16 +225,16 @@ def main() -> None:
             ) from None
 
     def validate(stage: int) -> dict:
-        n, row = curriculum.thoughts_at(stage), {"stage": stage}
+        n, row = curriculum.n_thoughts(stage), {"stage": stage}
         with autocast:
             engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
             for split, rows in splits.items():
                 right, tokens = 0, 0
-                if mine := ranks.share(rows):
-                    shown = rendered(config, mine)
+                if mine := ranks.shard(rows):
+                    shown = TASKS[config.task].render(mine, config.render)
                     s = score(engine, shown, n, max_new_tokens=config.max_new_tokens)
                     right, tokens = sum(s.right), round(s.generated_tokens * s.rows)
-                right, tokens = ranks.total([right, tokens])
+                right, tokens = ranks.all_reduce_sum([right, tokens])
                 row |= {f"{split}_accuracy": right / len(rows)}
                 row |= {f"{split}_tokens": tokens / len(rows)}
         return row | {"thoughts": n, "minutes": (at["seconds"] + time.time() - began) / 60}
@@ -248,7 +252,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, asked_to_stop)
 
-    console.print(show(config), markup=False)
+    console.print(format_config(config), markup=False)
     console.print(
         f"  {model.n_params():,} parameters on {where}, {epochs.n_rows:,} rows an epoch, "
         f"{total:,} steps, run kept in {out}\n  kernels: {kernels} ({why_kernels}), "
@@ -272,7 +276,7 @@ def main() -> None:
     )
     began, seen, ending, ahead = time.time(), 0, 0, None
     epoch_rows: tuple[int, list] = (-1, [])
-    stepper = Stepper(model, think, half, Graphs(64) if graph else None)
+    stepper = TrainStep(model, think, half, GraphCache(64) if graph else None)
 
     def prepared(step: int, stage: int) -> tuple[list[MicroBatch], int, int]:
         """A step's rows, each at its own stage, and this process's micro-batches of them: like
@@ -282,17 +286,17 @@ def main() -> None:
         if epoch_rows[0] != epoch:
             epoch_rows = epoch, epochs(epoch)
         mine = epoch_rows[1][index * config.batch_size :][: config.batch_size]
-        rng = np.random.default_rng((config.seed, DRAWS, step))
-        drawn = curriculum.draw_stages(stage, [len(row.steps) for row in mine], rng)
-        labels = n_labels(curriculum, drawn, mine, tokenizer)
+        rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
+        drawn = curriculum.sample_stages(stage, [len(row.steps) for row in mine], rng)
+        labels = count_labels(curriculum, drawn, mine, tokenizer)
         pairs = sorted(zip(drawn, mine, strict=True), key=lambda p: len(p[1].question))
-        pairs, size = ranks.share(pairs), config.micro_batch_size
+        pairs, size = ranks.shard(pairs), config.micro_batch_size
         batches = []
         for i in range(0, len(pairs), size):
             its_stages, its_rows = zip(*pairs[i : i + size], strict=True)
             batch = collate(curriculum, its_stages, its_rows, tokenizer)
             counts = [s == stage for s in its_stages]
-            batches.append(stepper.ready(batch, counts, curriculum.thoughts_at(stage)))
+            batches.append(stepper.prepare(batch, counts, curriculum.n_thoughts(stage)))
         return batches, labels, len(mine)
 
     model.train()
@@ -300,7 +304,7 @@ def main() -> None:
         while at["step"] < until and not ending:
             stage = stages[at["stage"]].index
             if config.reset_optimizer == "epoch" and at["step"] % steps_per_epoch == 0:
-                optimizers = build_optimizers(config, model)
+                optimizers = init_optimizers(config, model)
             if ahead is None or ahead[0] != (at["step"], stage):
                 ahead = (at["step"], stage), prepared(at["step"], stage)
             batches, labels, n_rows = ahead[1]
@@ -308,7 +312,7 @@ def main() -> None:
             rate_share = min(
                 1.0,
                 (at["step"] + 1) / max(1, config.warmup_steps),
-                (total - at["step"]) / max(1, total * config.decay_share),
+                (total - at["step"]) / max(1, total * config.decay_fraction),
             )
             rates = (config.learning_rate, config.muon_learning_rate)
             for optimizer, rate in zip(optimizers, rates, strict=False):
@@ -316,13 +320,13 @@ def main() -> None:
                     group["lr"] = rate * rate_share
             # dropout; no state to keep
             torch.manual_seed(ranks.seed(config.seed * 1_000_003 + at["step"]))
-            stepper.begin()
+            stepper.zero_grad()
             for batch in batches:
                 stepper(batch, labels, n_rows)
             counts = None
             if ranks.world > 1:
-                counts = ranks.sum_gradients(
-                    model.parameters(), [*stepper.sums.tolist(), len(stop)]
+                counts = ranks.all_reduce_gradients(
+                    model.parameters(), [*stepper.totals.tolist(), len(stop)]
                 )
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(
@@ -334,7 +338,7 @@ def main() -> None:
             if where.type == "cuda" and at["step"] + 1 < until:  # while it computes
                 ahead = (at["step"] + 1, stage), prepared(at["step"] + 1, stage)
             # here the host waits for the device, once a step
-            loss, right, counted, ending = counts or [*stepper.sums.tolist(), len(stop)]
+            loss, right, counted, ending = counts or [*stepper.totals.tolist(), len(stop)]
             if not math.isfinite(loss):
                 diverged("loss")
             at["step"] += 1
@@ -363,7 +367,7 @@ def main() -> None:
             learnt = config.advance_at > 0 and enough and share >= config.advance_at
             ended = at["step"] == total or (not last and (over or learnt))
             due = last and config.eval_interval and used % config.eval_interval == 0
-            by_epoch = curriculum.entry.moves == "epochs" and not last  # too many to validate
+            by_epoch = curriculum.rules.advance_by == "epochs" and not last  # too many to validate
             if (ended and not by_epoch) or due:
                 row = validate(stage)
                 log(row)
@@ -381,7 +385,7 @@ def main() -> None:
                 at["stage_start"] = at["step"]
                 recent.clear()
                 if config.reset_optimizer == "stage":
-                    optimizers = build_optimizers(config, model)
+                    optimizers = init_optimizers(config, model)
             if at["step"] % config.save_interval == 0 or best_step == at["step"]:
                 at["seconds"] += time.time() - began
                 began, seen = time.time(), 0
@@ -409,13 +413,13 @@ def main() -> None:
         console.print(f"no stage has ended in {at['step']} of {total} steps: none is validated yet")
     with suppress(UserError):  # rows of one's own have no such heuristics
         task = TASKS[config.task]
-        baselines = {split: task.heuristics(rows) for split, rows in splits.items()}
+        baselines = {split: task.shortcuts(rows) for split, rows in splits.items()}
         for rule in baselines["valid"]:
             shares = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
             console.print(f"  no model, {rule}: {', '.join(shares)}")
-    thoughts = curriculum.thoughts_at(at["trained"])
+    thoughts = curriculum.n_thoughts(at["trained"])
     print(f"ask it: python sample.py --out_dir {out} --latent {thoughts}")
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_distributed(main)

@@ -21,8 +21,8 @@ run() {
 
 if [ "${2:-}" = checks ]; then  # the limits' sum is 530 s
   # without torch's cache: in it, a read behind a tensor's end lies within a block
-  small=(tests/test_kernels_append.py tests/test_kernels_latent_attention.py -k
-    "(bit or gradient or append) and not 31 and not captured and not bfloat16 and not float16")
+  small=(tests/kernels/test_append.py tests/kernels/test_prefix_attention.py -k
+    "(gradient or append) and not 31 and not bfloat16 and not float16")
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer > /dev/null; then
       run 150 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -43,7 +43,7 @@ if [ -n "${NANOCOCONUT_RELEASED:-}" ] && [ -n "${NANOCOCONUT_RELEASED_PYTHON:-}"
 fi
 # tests compile some hundred kernels, each on one core: file beside file
 names=() pids=()
-for file in tests/test_*.py; do
+for file in tests/test_*.py tests/kernels/test_*.py; do
   if grep -qE "mark\.gpu|device" "$file"; then
     name=$(basename "$file" .py)
     timeout -s INT 110 python -m pytest -q -m "gpu and not slow" "$file" > "$out/$name.log" 2>&1 &

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from bench.common.results import ResultWriter, command_line
 from bench.common.roofline import Bandwidth, best
-from nanococonut.config import build, check_values, opt, parse_cli
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
 
 TOLERANCE = 1e-4  # relative to the greatest value, in float32
 REPEATS = 20  # calls in a CUDA graph, so that the host's time hardly counts
@@ -37,20 +37,20 @@ CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    check: bool = opt(False, "only compare the numbers, at a tiny size, on Triton's interpreter")
-    compile: bool = opt(False, "time torch.compile too: about 30 cold compilations")
-    batches: str = opt("1,8,64,256", "batch sizes, with commas")
-    context: int = opt(400, "keys that a step attends to", at_least=1)
-    n_embd: int = opt(768, "width", at_least=16)
-    n_head: int = opt(12, "attention heads", at_least=1)
-    vocab_size: int = opt(50260, "vocabulary", at_least=2)
-    positions: int = opt(2048, "supervised positions of a training step", at_least=1)
-    dtype: str = opt("bfloat16", "of all tensors", choices=("float32", "bfloat16", "float16"))
-    only: str | None = opt(None, "kernels whose name contains this")
-    out: str | None = opt(None, "append the results to this file")
+    check: bool = option(False, "only compare the numbers, at a tiny size, on Triton's interpreter")
+    compile: bool = option(False, "time torch.compile too: about 30 cold compilations")
+    batches: str = option("1,8,64,256", "batch sizes, with commas")
+    context: int = option(400, "keys that a step attends to", ge=1)
+    n_embd: int = option(768, "width", ge=16)
+    n_head: int = option(12, "attention heads", ge=1)
+    vocab_size: int = option(50260, "vocabulary", ge=2)
+    positions: int = option(2048, "supervised positions of a training step", ge=1)
+    dtype: str = option("bfloat16", "of all tensors", choices=("float32", "bfloat16", "float16"))
+    only: str | None = option(None, "kernels whose name contains this")
+    out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} does not divide into {self.n_head} heads.")
         parts = self.batches.split(",")
@@ -191,26 +191,23 @@ def linear_cases(t: Tensors) -> Iterator[KernelCase]:
 
 def attention_cases(t: Tensors) -> Iterator[KernelCase]:
     """Return attention to the cache, and attention to the prefix with its backward."""
-    from kernels.latent_attention import (
-        latent_attention,
-        latent_attention_lse,
-        latent_attention_scratch,
-    )
+    from kernels.latent_attention import SplitWorkspace, latent_attention
+    from kernels.prefix_attention import PrefixBuffers, prefix_attention
 
     B, C, T, nh = t.batch, t.config.n_embd, t.config.context, t.config.n_head
     shape = dict(batch=B, context=T, n_embd=C)
-    scratch = latent_attention_scratch(B, nh, T + 8, C // nh, t.device)
+    workspace = SplitWorkspace.allocate(B, nh, T + 8, C // nh, torch.device(t.device))
     yield KernelCase(
         "latent_attention",
-        lambda q, k, v, n: latent_attention(q, k, v, n, scratch=scratch),
+        lambda q, k, v, n: latent_attention(q, k, v, n, workspace),
         attention_ref,
         [t.normal(B, nh, C // nh), *t.cache(), t.lengths(T)],
         2 * B * C * T + 2 * B * C, shape,
     )  # fmt: skip
     q, (k, v) = t.normal(B, nh, C // nh), t.cache()
     yield KernelCase(
-        "latent_attention_lse, with backward",
-        lambda q, k, v, n: latent_attention_lse(q, k, v, n)[0],
+        "prefix_attention, with backward",
+        lambda q, k, v, n: prefix_attention(q, k, v, n, PrefixBuffers(workspace))[0],
         attention_ref,
         [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), t.lengths(T)],
         6 * B * C * T + 5 * B * C, shape, grads=True,
@@ -225,7 +222,7 @@ def loss_case(t: Tensors) -> KernelCase:
     h, w = t.normal(N, C), t.normal(V, C, std=C**-0.5)
     return KernelCase(
         "linear_cross_entropy, with backward",
-        lambda h, w, t: linear_cross_entropy(h, w, t, kernel=True, n_labels=len(t))[0],
+        lambda h, w, t: linear_cross_entropy(h, w, t, len(t))[0],
         cross_entropy_ref,
         [h.requires_grad_(), w.requires_grad_(), t.tokens(N)],
         2 * N * C + 2 * V * C, dict(positions=N, n_embd=C, vocab_size=V), grads=True,
@@ -299,7 +296,7 @@ def time_cases(config: KernelsConfig, results: ResultWriter) -> None:
 
 def main() -> None:
     given, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(KernelsConfig, given)
+    config = make_config(KernelsConfig, given)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not config.check:
         print("There is no GPU, and Triton's interpreter is no machine to time kernels on.")
@@ -309,7 +306,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so not yet
     if config.check:
         tiny = dict(n_embd=32, n_head=2, context=20, vocab_size=50, positions=7, batches="1,3")
-        config = build(KernelsConfig, tiny, {"check": True, "only": config.only})
+        config = make_config(KernelsConfig, tiny, {"check": True, "only": config.only})
     for batch in map(int, config.batches.split(",")):
         check_cases(config, batch, "cuda" if on_gpu else "cpu")
     print(f"every kernel computes what plain torch does, in float32, at batch {config.batches}")
@@ -322,4 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

@@ -42,9 +42,9 @@ from bench.common.workload import (
     load_model,
     resolve_dtype,
 )
-from nanococonut import device as devices
-from nanococonut.config import build, opt, parse_cli
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.cli import make_config, option, parse_cli
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.errors import UserError, run_main
 
 STEP_TOKENS = 9  # generated where single steps are measured: 8 token steps
 BATCHES = {"cpu": "1,8", "cuda": "1,8,64,256"}
@@ -54,17 +54,17 @@ OURS = "nanococonut"
 
 @dataclass(frozen=True)
 class LatencyConfig(WorkloadOptions):
-    rounds: int = opt(5, "repeats of each comparison", at_least=1)
-    batches: str | None = opt(None, "batch sizes, with commas (None: 1,8,64,256; on a CPU 1,8)")
-    contexts: str = opt("100,400,1000", "tokens before the thoughts, with commas")
-    tasks: str = opt(",".join(TASK_LENGTHS), "tasks whose whole answers are timed, with commas")
-    peers: bool = opt(True, "other implementations too, if they are installed")
-    released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
-    released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
-    transformers_python: str | None = opt(
+    rounds: int = option(5, "repeats of each comparison", ge=1)
+    batches: str | None = option(None, "batch sizes, with commas (None: 1,8,64,256; on a CPU 1,8)")
+    contexts: str = option("100,400,1000", "tokens before the thoughts, with commas")
+    tasks: str = option(",".join(TASK_LENGTHS), "tasks whose whole answers are timed, with commas")
+    peers: bool = option(True, "other implementations too, if they are installed")
+    released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
+    released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
+    transformers_python: str | None = option(
         None, "a Python that has transformers 5 (None: this one, if it has)"
     )
-    seed: int = opt(0, "of the prompts", at_least=0)
+    seed: int = option(0, "of the prompts", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,12 +293,12 @@ def measure(
 
 def main() -> None:
     given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(LatencyConfig, given)
-    device = devices.choose(config.device)
+    config = make_config(LatencyConfig, given)
+    device = select_device(config.device)
     load, dtype = os.getloadavg()[0], resolve_dtype(config.dtype, device)
     workload = load_model(config, device)
     command = command_line(config, "bench/latency.py")
-    results = ResultWriter("latency", device, dtype, command, config.out, workload.shape())
+    results = ResultWriter("latency", device, dtype, command, config.out, shape=workload.shape())
     print(f"{workload.name}, {workload.model.n_params():,} parameters")
 
     # ---- providers that compute the same, in turns
@@ -330,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

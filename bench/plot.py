@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 
 from bench.common import tables
 from bench.common.results import read_jsonl, read_results
-from nanococonut import checkpoint
-from nanococonut.config import build, opt, parse_cli
-from nanococonut.errors import UserError, main_guard
+from nanococonut.runtime.cli import make_config, option, parse_cli
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.provenance import provenance
+from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
@@ -31,10 +32,10 @@ GPT2 = 100e6  # parameters; speed pictures are of models at least about as large
 
 @dataclass(frozen=True)
 class PlotConfig:
-    readme: bool = opt(False, "rewrite the marked tables instead of drawing")
-    check: bool = opt(False, "with --readme: only compare; exit code 1 if they differ")
-    curve: str | None = opt(None, "draw the learning curve of this run, not the committed results")
-    out: str | None = opt(None, "with --curve: a .png to draw, or a .jsonl to append the row to")
+    readme: bool = option(False, "rewrite the marked tables instead of drawing")
+    check: bool = option(False, "with --readme: only compare; exit code 1 if they differ")
+    curve: str | None = option(None, "draw this run's learning curve, not the results")
+    out: str | None = option(None, "with --curve: a .png to draw, or a .jsonl to append to")
 
     def __post_init__(self) -> None:
         if self.check and not self.readme:
@@ -97,7 +98,7 @@ def update_docs(check: bool) -> None:
 
 def curve_of(run: str) -> dict[str, Any]:
     """Return the learning curve of a run: a point for every STEPS_PER_POINT steps."""
-    folder = checkpoint.find(run)
+    folder = checkpoint.resolve(run)
     manifest = checkpoint.read_manifest(folder)
     logged = read_jsonl(folder.parent / "metrics.jsonl")
     steps = [r for r in logged if "loss" in r]
@@ -117,7 +118,7 @@ def curve_of(run: str) -> dict[str, Any]:
         "points": {"columns": ["step", "stage", "loss", "right"], "rows": points},
         "validations": [{k: r.get(k) for k in keys} for r in logged if "valid_accuracy" in r],
         "trained_commit": manifest["commit"],
-        **checkpoint.provenance(),
+        **provenance(),
     }
 
 
@@ -153,7 +154,7 @@ def draw(docs: Path) -> list[Path]:
 
 def main() -> None:
     given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(PlotConfig, given)
+    config = make_config(PlotConfig, given)
     if config.readme:
         update_docs(config.check)
     elif config.curve:
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

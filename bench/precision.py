@@ -30,15 +30,17 @@ import torch
 from torch import Tensor
 
 from bench.common.results import ResultWriter, command_line
-from nanococonut import checkpoint, ops
-from nanococonut import device as devices
-from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli
-from nanococonut.curriculum import asking
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError, main_guard
-from nanococonut.loader import curriculum_of, rendered
+from nanococonut import ops
+from nanococonut.batch import build_prompt
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import TASKS, generated
+from nanococonut.inference.engine import Engine
 from nanococonut.model import GPT, GPTConfig
-from nanococonut.tasks import TASKS, generated
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -57,24 +59,24 @@ VARIANTS = {  # of a training run, by device
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    of: str = opt("hidden", "what is compared", choices=("hidden", "loss"))
-    checkpoint: str | None = opt(None, "hidden: a run or checkpoint, instead of a random model")
-    n_layer: int = opt(12, "hidden: layers of the random model", at_least=1)
-    n_head: int = opt(12, "hidden: heads of the random model", at_least=1)
-    n_embd: int = opt(768, "hidden: width of the random model", at_least=1)
-    vocab_size: int = opt(50260, "hidden: vocabulary of the random model", at_least=2)
-    thoughts: int = opt(12, "hidden: thoughts", at_least=1)
-    prompts: int = opt(16, "hidden: prompts", at_least=1)
-    length: int = opt(100, "hidden: longest random prompt; the shortest has half", at_least=1)
-    kernels: str = opt("auto", "hidden: compared too", choices=("auto", "triton", "torch"))
-    config: str = opt("config/prosqa_small.py", "loss: training config")
-    steps: int = opt(200, "loss: optimizer steps", at_least=1)
-    seed: int = opt(0, "of weights and prompts, or of the training run", at_least=0)
-    device: str = opt("auto", "auto, cpu, cuda, mps")
-    out: str | None = opt(None, "append the results to this file")
+    of: str = option("hidden", "what is compared", choices=("hidden", "loss"))
+    checkpoint: str | None = option(None, "hidden: a run or checkpoint, instead of a random model")
+    n_layer: int = option(12, "hidden: layers of the random model", ge=1)
+    n_head: int = option(12, "hidden: heads of the random model", ge=1)
+    n_embd: int = option(768, "hidden: width of the random model", ge=1)
+    vocab_size: int = option(50260, "hidden: vocabulary of the random model", ge=2)
+    thoughts: int = option(12, "hidden: thoughts", ge=1)
+    prompts: int = option(16, "hidden: prompts", ge=1)
+    length: int = option(100, "hidden: longest random prompt; the shortest has half", ge=1)
+    kernels: str = option("auto", "hidden: compared too", choices=("auto", "triton", "torch"))
+    config: str = option("config/prosqa_small.py", "loss: training config")
+    steps: int = option(200, "loss: optimizer steps", ge=1)
+    seed: int = option(0, "of weights and prompts, or of the training run", ge=0)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads.\n"
@@ -87,21 +89,22 @@ class PrecisionConfig:
 
 def load_subject(config: PrecisionConfig) -> tuple[str, GPT, list[list[int]]]:
     """Return a name, the model in float32, and prompts as tokens."""
-    device, rng = devices.choose(config.device), torch.Generator().manual_seed(config.seed)
+    device, rng = select_device(config.device), torch.Generator().manual_seed(config.seed)
     prompts: list[list[int]] = []
     if config.checkpoint:
-        folder = checkpoint.find(config.checkpoint, best=True)
+        folder = checkpoint.resolve(config.checkpoint, best=True)
         model, tokenizer, manifest = checkpoint.load(folder, device)
         name, trained = (
             Path(config.checkpoint).resolve().name,
-            build(TrainConfig, manifest["config"]),
+            make_config(TrainConfig, manifest["config"]),
         )
         split = next(iter(TASKS[trained.task].splits), None)
         if split and not trained.data:
-            examples = rendered(trained, generated(split, config.prompts, config.seed, trained))
-            curriculum = curriculum_of(trained)
-            questions = [tokenizer.encode(example["question"]) for example in examples]
-            prompts = [asking(curriculum, q, config.thoughts, tokenizer)[0] for q in questions]
+            examples = generated(split, config.prompts, config.seed, trained)
+            curriculum = Curriculum.from_config(trained)
+            for example in TASKS[trained.task].render(examples, trained.render):
+                question = tokenizer.encode(example["question"])
+                prompts.append(build_prompt(curriculum, question, config.thoughts, tokenizer)[0])
     else:
         torch.manual_seed(config.seed)
         shape = (config.n_layer, config.n_head, config.n_embd)
@@ -153,7 +156,7 @@ def compare_hidden(
 
 def measure_hidden(config: PrecisionConfig) -> None:
     name, model, prompts = load_subject(config)
-    kernels, reason = ops.choose(config.kernels, model)
+    kernels, reason = ops.choose_backend(config.kernels, model)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     print(f"{name}: {len(prompts)} prompts of {shortest} to {longest} tokens")
     print(f"kernels: {kernels} ({reason})")
@@ -209,7 +212,7 @@ def run_losses(
 
 
 def measure_loss(config: PrecisionConfig) -> None:
-    device = devices.choose(config.device)
+    device = select_device(config.device)
     command = command_line(config, "bench/precision.py")
     with tempfile.TemporaryDirectory() as folder:
         plain = run_losses(config, {}, device.type, Path(folder) / "plain")
@@ -240,9 +243,9 @@ def measure_loss(config: PrecisionConfig) -> None:
 
 def main() -> None:
     given, path = parse_cli(PrecisionConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(PrecisionConfig, given, {"config": path} if path else {})
+    config = make_config(PrecisionConfig, given, {"config": path} if path else {})
     measure_hidden(config) if config.of == "hidden" else measure_loss(config)
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

@@ -28,18 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.common.results import command_line, read_results
 from bench.common.tables import table1
-from nanococonut import checkpoint
-from nanococonut.config import (
-    METHOD_NAMES,
-    TrainConfig,
-    build,
-    check_values,
-    opt,
-    parse_cli,
-    read_config_file,
-)
-from nanococonut.errors import UserError, main_guard
-from nanococonut.tasks import TASKS
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
+from nanococonut.data.tasks import TASKS
+from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 OURS = {"method", "seed", "device", "out_dir", "resume"}  # settings of train.py made here
@@ -48,22 +42,22 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Table1Config:
-    task: str = opt("prosqa", "what to learn", choices=tuple(TASKS))
-    preset: str = opt("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
-    seeds: int = opt(1, "seeds 0 .. seeds - 1", at_least=1)
-    methods: str = opt(",".join(METHOD_NAMES), "which methods, with commas")
-    sweep: str | None = opt(None, "a setting and its values: c_thought=0,1,2")
-    set: str | None = opt(None, "settings for all runs, with commas: epochs=10,learning_rate=1e-3")
-    data: str | None = opt(None, "files of examples to evaluate on too, with commas")
-    n: int = opt(2000, "generated examples of a split", at_least=1)
-    jobs: int = opt(1, "runs at a time", at_least=1)
-    minutes: float = opt(0.0, "stop after this time, to continue later (0: when done)", at_least=0)
-    runs: str = opt("out/table1", "folder of the runs")
-    out: str = opt("out/table1/rows.jsonl", "append the results to this file")
-    device: str = opt("auto", "auto, cpu, cuda, mps")
+    task: str = option("prosqa", "what to learn", choices=tuple(TASKS))
+    preset: str = option("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
+    seeds: int = option(1, "seeds 0 .. seeds - 1", ge=1)
+    methods: str = option(",".join(METHODS), "which methods, with commas")
+    sweep: str | None = option(None, "a setting and its values: c_thought=0,1,2")
+    set: str | None = option(None, "settings of all runs: epochs=10,learning_rate=1e-3")
+    data: str | None = option(None, "files of examples to evaluate on too, with commas")
+    n: int = option(2000, "generated examples of a split", ge=1)
+    jobs: int = option(1, "runs at a time", ge=1)
+    minutes: float = option(0.0, "stop after this time, to continue later (0: when done)", ge=0)
+    runs: str = option("out/table1", "folder of the runs")
+    out: str = option("out/table1/rows.jsonl", "append the results to this file")
+    device: str = option("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
 
     @property
     def files(self) -> list[str]:
@@ -116,9 +110,9 @@ def check_config(config: Table1Config) -> None:
     methods = [m for m in config.methods.split(",") if m]
     if not methods:
         raise UserError("--methods names none.\nGive some, with commas, or leave it out.")
-    if unknown := [m for m in methods if m not in METHOD_NAMES]:
+    if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(
-            f"--methods: {unknown[0]!r} is not known.\nChoose from: {', '.join(METHOD_NAMES)}."
+            f"--methods: {unknown[0]!r} is not known.\nChoose from: {', '.join(METHODS)}."
         )
     names = [Path(f).name for f in config.files]
     if len(set(names)) < len(names) or not all(Path(f).is_file() for f in config.files):
@@ -161,9 +155,9 @@ def plan_runs(config: Table1Config) -> list[Run]:
         settings = fixed | pairs(one) | {"method": method, "seed": str(seed)}
         flags = [f"--{k}={v}" for k, v in settings.items()]
         given, _ = parse_cli(TrainConfig, flags, "")
-        train = build(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
-        steps = train.epochs * math.ceil(train.rows_per_epoch / train.batch_size)
-        total_steps = 0 if train.data or TASKS[config.task].read else steps
+        train = make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
+        steps = train.epochs * math.ceil(train.train_examples / train.batch_size)
+        total_steps = 0 if train.data or TASKS[config.task].load_split else steps
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
         runs.append(Run(method, setting, seed, run_dir, command, total_steps))
     return runs
@@ -171,7 +165,7 @@ def plan_runs(config: Table1Config) -> list[Run]:
 
 def start(run: Run) -> None:
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if checkpoint.steps_in(run.run_dir) else []
+    resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
     with (run.run_dir / "train.log").open("a") as log:
         command = [*run.command, f"--out_dir={run.run_dir}", *resume]
         # its own session: Ctrl-C reaches only us, and we ask it to save and end
@@ -284,7 +278,7 @@ def exit_on_signal(number: int, _: object) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, exit_on_signal)
     given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(Table1Config, given)
+    config = make_config(Table1Config, given)
     runs, out = plan_runs(config), Path(config.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -313,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

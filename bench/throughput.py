@@ -25,21 +25,21 @@ from bench.common.workload import (
     load_model,
     resolve_dtype,
 )
-from nanococonut import device as devices
-from nanococonut.config import build, opt, parse_cli
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError, main_guard
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.cli import make_config, option, parse_cli
+from nanococonut.runtime.device import select_device
+from nanococonut.runtime.errors import UserError, run_main
 
 FASTER = 1.02  # a gain of less than this is none
 
 
 @dataclass(frozen=True)
 class ThroughputConfig(WorkloadOptions):
-    task: str = opt("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
-    rounds: int = opt(3, "repeats of every batch", at_least=1)
-    max_batch: int = opt(65536, "largest batch", at_least=1)
-    kernels: str = opt("auto", "what runs a step", choices=("auto", "triton", "torch"))
-    graph: str = opt("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
+    task: str = option("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
+    rounds: int = option(3, "repeats of every batch", ge=1)
+    max_batch: int = option(65536, "largest batch", ge=1)
+    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
 
 def time_batch(
@@ -67,8 +67,8 @@ def time_batch(
 
 def main() -> None:
     given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(ThroughputConfig, given)
-    device = devices.choose(config.device)
+    config = make_config(ThroughputConfig, given)
+    device = select_device(config.device)
     workload, lengths = load_model(config, device), TASK_LENGTHS[config.task]
     dtype = resolve_dtype(config.dtype, device)
     engine = Engine(workload.model.to(dtype), kernels=config.kernels, graph=config.graph)
@@ -80,7 +80,7 @@ def main() -> None:
             "Give another --task or --checkpoint=random."
         )
     command = command_line(config, "bench/throughput.py")
-    results = ResultWriter("throughput", device, dtype, command, config.out, workload.shape())
+    results = ResultWriter("throughput", device, dtype, command, config.out, shape=workload.shape())
     print(
         f"{workload.name}, {config.task}: a question of {lengths.question} tokens, a chain of "
         f"{lengths.chain} with its answer, an answer of {lengths.answer}\n"
@@ -114,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

@@ -42,8 +42,9 @@ from bench.common.train_backends import (
     peak_memory,
 )
 from bench.common.worker import Worker, as_gpt2, check_released, clone_commit
-from nanococonut.config import TrainConfig, build, check_values, opt, parse_cli, read_config_file
-from nanococonut.errors import UserError, main_guard
+from nanococonut.config import TrainConfig
+from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
+from nanococonut.runtime.errors import UserError, run_main
 
 OURS, EAGER = "nanococonut", "nanococonut, eager"
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -65,36 +66,36 @@ MALLOC = {
 
 @dataclass(frozen=True)
 class StepConfig:
-    config: str = opt("config/prosqa_small.py", "training config whose model and data are used")
-    batch_size: int = opt(32, "sequences of a step", at_least=1)
-    micro_batch_size: int | None = opt(
+    config: str = option("config/prosqa_small.py", "training config whose model and data are used")
+    batch_size: int = option(32, "sequences of a step", ge=1)
+    micro_batch_size: int | None = option(
         None, "sequences of a forward pass, if not the config's; with --released the whole batch",
-        at_least=1,
+        ge=1,
     )  # fmt: skip
-    latent: int = opt(6, "thoughts of every sequence", at_least=0)
-    context: int | None = opt(
-        None, "tokens of every prefix: questions repeated or cut, if not as they are", at_least=2
+    latent: int = option(6, "thoughts of every sequence", ge=0)
+    context: int | None = option(
+        None, "tokens of every prefix: questions repeated or cut, if not as they are", ge=2
     )
-    sweep: bool = opt(False, "0 to 6 thoughts, contexts of 100 to 1,000 tokens, a case each")
-    repeats: int = opt(7, "steps measured", at_least=1)
-    n_layer: int | None = opt(None, "layers, if not the config's")
-    n_head: int | None = opt(None, "attention heads, if not the config's")
-    n_embd: int | None = opt(None, "width, if not the config's")
-    block_size: int | None = opt(None, "longest sequence, if not the config's")
-    released: str | None = opt(None, "a clone of facebookresearch/coconut to compare with")
-    released_python: str | None = opt(None, "a Python that has torch and transformers 4.46.2")
-    device: str = opt("cpu", "where to run", choices=("cpu", "cuda"))
-    dtype: str = opt("float32", "as train.py's", choices=("float32", "tf32", "bfloat16"))
-    kernels: str = opt("auto", "as train.py's", choices=("auto", "triton", "torch"))
-    graph: str = opt("auto", "as train.py's", choices=("auto", "on", "off"))
-    peak_size: int | None = opt(
+    sweep: bool = option(False, "0 to 6 thoughts, contexts of 100 to 1,000 tokens, a case each")
+    repeats: int = option(7, "steps measured", ge=1)
+    n_layer: int | None = option(None, "layers, if not the config's")
+    n_head: int | None = option(None, "attention heads, if not the config's")
+    n_embd: int | None = option(None, "width, if not the config's")
+    block_size: int | None = option(None, "longest sequence, if not the config's")
+    released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
+    released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
+    device: str = option("cpu", "where to run", choices=("cpu", "cuda"))
+    dtype: str = option("float32", "as train.py's", choices=("float32", "tf32", "bfloat16"))
+    kernels: str = option("auto", "as train.py's", choices=("auto", "triton", "torch"))
+    graph: str = option("auto", "as train.py's", choices=("auto", "on", "off"))
+    peak_size: int | None = option(
         None, "width of the square matrices that measure the peak (None: 8192, on a CPU 1024)",
-        at_least=1,
+        ge=1,
     )  # fmt: skip
-    out: str | None = opt(None, "append the results to this file")
+    out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
         check_released(self.released, self.released_python)
         if self.released and self.dtype != "float32":
             raise UserError("the comparison is in float32.\nLeave --dtype out with --released.")
@@ -111,7 +112,7 @@ def recipe_of(config: StepConfig) -> TrainConfig:
         own |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
         own |= {"micro_batch_size": config.batch_size}
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
-    recipe = build(TrainConfig, read_config_file(config.config, TrainConfig), own)
+    recipe = make_config(TrainConfig, read_config_file(config.config, TrainConfig), own)
     room = config.context + config.latent + 64 if config.context else 0  # an answer takes less
     return replace(
         recipe,
@@ -122,7 +123,7 @@ def recipe_of(config: StepConfig) -> TrainConfig:
         micro_batch_size=min(recipe.micro_batch_size, config.batch_size),
         block_size=max(recipe.block_size, room),
         data=None,
-        rows_per_epoch=max(EPOCH, WARMUP + config.repeats) * config.batch_size,
+        train_examples=max(EPOCH, WARMUP + config.repeats) * config.batch_size,
         **{k: getattr(config, k) for k in ("device", "dtype", "kernels", "graph")},
     )
 
@@ -218,7 +219,7 @@ def warm_up(backend: TrainBackend, before: int | None) -> float | None:
     # a graph is captured when its shape is met first: all of them now, or that would be timed
     for i in range(len(backend.batches.batches) if backend.graph else WARMUP):
         backend.step(i)
-    after = peak_memory(backend.stepper.device)
+    after = peak_memory(backend.train_step.device)
     return None if after is None or before is None else (after - before) / 2**20
 
 
@@ -244,7 +245,7 @@ def write_case(config: StepConfig, timings: Timings) -> ResultWriter:
         {"config": Path(config.config).name},
         command_line(config, "bench/training.py"),
     )
-    results = ResultWriter("training", device, config.dtype, command, config.out, shape, labels)
+    results = ResultWriter("training", device, config.dtype, command, config.out, labels, shape)
     detail = {k: getattr(recipe, k) for k in SETTINGS}
     detail |= {"kernels": fast.kernels, "graphs": fast.graph}
     detail |= {"load": os.getloadavg()[0], "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
@@ -271,14 +272,16 @@ def write_case(config: StepConfig, timings: Timings) -> ResultWriter:
     results.add(
         "flop_peak", "torch", [matmul_peak(device, dtype, size) / 1e9], "GFLOP/s", spread={}
     )
-    padded = batches.padded_fraction(fast.stepper)
+    padded = batches.padded_fraction(fast.train_step)
     results.add("padded_fraction", OURS, [padded], "fraction", spread={})
     return results
 
 
 def main() -> None:
     given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = build(StepConfig, given, {"config": path} if path else {})  # parse_cli sets it apart
+    config = make_config(
+        StepConfig, given, {"config": path} if path else {}
+    )  # parse_cli sets it apart
     cases = [config]
     if config.sweep:
         if chosen := sorted({"context", "latent"} & given.keys()):
@@ -302,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    run_main(main)

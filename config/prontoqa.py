@@ -4,8 +4,8 @@ task = "prontoqa"
 init_from = "gpt2"
 fallback = "prontoqa_small.py"  # without GPT-2's weights or a GPU for them: a model for any machine
 
-rows_per_epoch = 9_000
-valid_rows = 200
+train_examples = 9_000
+val_examples = 200
 max_hops = 5
 c_thought = 1
 max_latent_stage = 6  # five hops and the property

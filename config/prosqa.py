@@ -6,7 +6,7 @@ Everything not said here is TrainConfig's default, which is the same recipe.
 init_from = "gpt2"
 fallback = "prosqa_small.py"  # without GPT-2's weights or a GPU for them: a model for any machine
 
-rows_per_epoch = 17_886  # the released training set's size; --data=FILE trains on the real one
+train_examples = 17_886  # the released training set's size; --data=FILE trains on the real one
 c_thought = 1
 max_latent_stage = 6  # ProsQA's longest chain
 epochs_per_stage = 5

@@ -1,7 +1,7 @@
-"""Triton kernels of nanococonut, one op per file; their truths are in kernels/reference.py.
+"""Triton kernels of nanococonut, one op per file; kernels/reference.py has plain torch versions.
 
 The owner of the project named this package `kernels`. Hugging Face publishes another package of
-the same import name; whoever meets this one by accident is told so.
+the same import name; an import meant for that one gets an error that explains it.
 """
 
 

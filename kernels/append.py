@@ -1,8 +1,8 @@
-"""A row of the residual stream becomes a query and one more key and value in the KV cache.
+"""Append one key and value per sequence to the KV cache, and return the query.
 
-LayerNorm, QKV projection and bias in one launch; k and v go straight to each row's own length, q is
-handed on. In the project's words: row b's valid keys are [0, lengths[b]), and this is what makes
-[0, lengths[b] + 1) true. The length itself is moved by kernels.feedback, after the last layer.
+LayerNorm, QKV projection and bias in one launch. k and v are stored at each sequence's own length:
+before the call sequence b's valid keys are [0, lengths[b]), after it [0, lengths[b] + 1). The
+lengths themselves change in kernels/feedback.py, after the last layer.
 """
 
 import triton
@@ -10,115 +10,89 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
+from kernels._linear import auto_impl, check_linear, gemm_tile, gemv, launch_config
 
 
 @triton.jit
 def _store_qkv(
-    qkv,  # (BLOCK_M, BLOCK_N)
-    m,  # (BLOCK_M, 1) rows
-    n,  # (1, BLOCK_N) columns: C of q, then C of k, then C of v, head by head
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    length,  # (BLOCK_M, 1) int64, and so is every offset into the cache
-    store,  # (BLOCK_M, 1): whether the row's k and v are stored
-    B,
-    stride_b,
-    stride_h,
-    stride_t,
-    C: tl.constexpr,
-    HEAD: tl.constexpr,
-):
-    c = n % C
-    at = m.to(tl.int64) * stride_b + length * stride_t + (c // HEAD) * stride_h + c % HEAD
-    tl.store(q_ptr + m * C + c, qkv.to(q_ptr.dtype.element_ty), mask=(m < B) & (n < C))
-    qkv = qkv.to(k_ptr.dtype.element_ty)
-    tl.store(k_ptr + at, qkv, mask=store & (n >= C) & (n < 2 * C))
-    tl.store(v_ptr + at, qkv, mask=store & (n >= 2 * C) & (n < 3 * C))
+    qkv,  # block (BLOCK_M, BLOCK_N)
+    offs_m,  # rows (BLOCK_M, 1)
+    offs_n,  # columns (1, BLOCK_N): C of q, then C of k, then C of v, head by head
+    q_ptr, k_ptr, v_ptr,
+    length,  # (BLOCK_M, 1) int64, which makes all offsets into the cache int64
+    is_stored,  # (BLOCK_M, 1): whether the row's k and v are stored
+    B, stride_kb, stride_kh, stride_kt, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    c = offs_n % C
+    offs_kv = offs_m.to(tl.int64) * stride_kb + length * stride_kt + (c // D) * stride_kh + c % D
+    mask_q = (offs_m < B) & (offs_n < C)
+    tl.store(q_ptr + offs_m * C + c, qkv.to(q_ptr.dtype.element_ty), mask=mask_q)
+    qkv = qkv.to(k_ptr.dtype.element_ty)  # the cache may have another dtype
+    tl.store(k_ptr + offs_kv, qkv, mask=is_stored & (offs_n >= C) & (offs_n < 2 * C))
+    tl.store(v_ptr + offs_kv, qkv, mask=is_stored & (offs_n >= 2 * C) & (offs_n < 3 * C))
 
 
 @triton.jit
 def _append_kernel(
-    x_ptr,  # (B, C)
-    gain_ptr,  # (C,) LayerNorm's weight
-    shift_ptr,  # (C,) LayerNorm's bias
-    w_ptr,  # (3C, C)
-    bias_ptr,  # (3C,)
-    q_ptr,  # (B, nh, HEAD), contiguous
-    k_ptr,  # (B, nh, T, HEAD), strided, HEAD contiguous
-    v_ptr,  # the same
-    lengths_ptr,  # (B,) int64
-    active_ptr,  # (B,) bool; not read without MASKED
-    eps,
-    B,
-    T,
-    stride_b,
-    stride_h,
-    stride_t,
-    C: tl.constexpr,
-    HEAD: tl.constexpr,
-    MASKED: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    x_ptr,  # residual stream (B, C), read
+    ln_w_ptr,  # LayerNorm weight (C,), read
+    ln_b_ptr,  # LayerNorm bias (C,), read
+    w_ptr,  # QKV weight (3C, C), read
+    bias_ptr,  # QKV bias (3C,), read
+    q_ptr,  # query (B, nh, D) contiguous, written
+    k_ptr,  # key cache (B, nh, T, D), written at slot length
+    v_ptr,  # value cache, same strides, written at slot length
+    lengths_ptr,  # valid keys (B,) int64, read
+    active_ptr,  # (B,) bool, read if MASKED
+    eps, B, T, stride_kb, stride_kh, stride_kt,
+    C: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
     col0 = tl.program_id(0) * BLOCK_N
-    m = row0 + tl.arange(0, BLOCK_M)[:, None]
-    n = col0 + tl.arange(0, BLOCK_N)[None, :]
-    # asked for before the sum: behind it nothing would hide the wait
-    bias = tl.load(bias_ptr + n, mask=n < 3 * C, other=0.0).to(tl.float32)
-    length = tl.load(lengths_ptr + m, mask=m < B, other=0)  # int64
-    store = (m < B) & (length < T)
+    offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
+    # load before the matrix product, which hides the latency
+    bias = tl.load(bias_ptr + offs_n, mask=offs_n < 3 * C, other=0.0).to(tl.float32)
+    length = tl.load(lengths_ptr + offs_m, mask=offs_m < B, other=0)  # int64
+    is_stored = (offs_m < B) & (length < T)  # a full sequence stores nothing
     if MASKED:
-        store = store & tl.load(active_ptr + m, mask=m < B, other=0).to(tl.int1)
+        active = tl.load(active_ptr + offs_m, mask=offs_m < B, other=0)
+        is_stored = is_stored & active.to(tl.int1)
     if DOT:
-        acc = tile(
-            x_ptr, w_ptr, gain_ptr, shift_ptr, eps, B, row0, col0, 3 * C, C, True,
+        acc = gemm_tile(
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, 3 * C, C, True,
             BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
         )  # fmt: skip
     else:
         acc = gemv(
-            x_ptr, w_ptr, gain_ptr, shift_ptr, eps, B, row0, col0, 3 * C, C, True,
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, 3 * C, C, True,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     _store_qkv(
-        acc + bias, m, n, q_ptr, k_ptr, v_ptr, length, store, B,
-        stride_b, stride_h, stride_t, C, HEAD,
+        acc + bias, offs_m, offs_n, q_ptr, k_ptr, v_ptr, length, is_stored,
+        B, stride_kb, stride_kh, stride_kt, C, D,
     )  # fmt: skip
 
 
 @triton.jit
 def _append_store_kernel(
-    qkv_ptr,  # (B, 3C), contiguous
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lengths_ptr,
-    active_ptr,
-    B,
-    T,
-    stride_b,
-    stride_h,
-    stride_t,
-    C: tl.constexpr,
-    HEAD: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    m = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    length = tl.load(lengths_ptr + m)
-    store = length < T
+    qkv_ptr,  # projection (B, 3C) contiguous, read
+    q_ptr,  # the rest as in _append_kernel
+    k_ptr, v_ptr, lengths_ptr, active_ptr,
+    B, T, stride_kb, stride_kh, stride_kt,
+    C: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    length = tl.load(lengths_ptr + offs_m)
+    is_stored = length < T
     if MASKED:
-        store = store & tl.load(active_ptr + m).to(tl.int1)
-    qkv = tl.load(qkv_ptr + m * (3 * C) + n, mask=n < 3 * C, other=0.0)
+        is_stored = is_stored & tl.load(active_ptr + offs_m).to(tl.int1)
+    qkv = tl.load(qkv_ptr + offs_m * (3 * C) + offs_n, mask=offs_n < 3 * C, other=0.0)
     _store_qkv(
-        qkv, m, n, q_ptr, k_ptr, v_ptr, length, store, B,
-        stride_b, stride_h, stride_t, C, HEAD,
+        qkv, offs_m, offs_n, q_ptr, k_ptr, v_ptr, length, is_stored,
+        B, stride_kb, stride_kh, stride_kt, C, D,
     )  # fmt: skip
 
 
@@ -133,41 +107,49 @@ def append(
     lengths: Tensor,
     active: Tensor | None = None,
     eps: float = 1e-5,
-    form: str = "auto",
+    impl: str = "auto",
 ) -> Tensor:
-    """x (B, C) -> q (B, nh, hs), a new tensor; k, v go to cache_k, cache_v at [b, :, lengths[b]].
+    """Return q (B, nh, hs), a new tensor; store k and v at [b, :, lengths[b]] of the cache.
 
-    weight (3C, C), bias (3C,): an nn.Linear's, the columns those of q, k and v, head by head.
-    cache_k, cache_v (B, nh, T, hs): one layer's views of the cache, hs contiguous, equal strides.
-    lengths (B,) int64 and active (B,) bool or None (all), read on the device. A row that is not
-    active, or whose length is T already, stores nothing; its q is made all the same.
+    x                  (B, C) residual stream
+    weight, bias       (3C, C), (3C,) of an nn.Linear; columns of q, k and v, head by head
+    cache_k, cache_v   (B, nh, T, hs), one layer's views of the cache: same strides, hs contiguous
+    lengths            (B,) int64, read on the device
+    active             (B,) bool, read on the device; None: all
+    impl               "gemv", "gemm_tile", "library" (GEMM, then a kernel that only stores), "auto"
 
-    form: "gemv", "tile", "library" (a GEMM, then a kernel that only stores), or "auto"
-    (kernels.linear.auto_form by the batch). x and the parameters are contiguous and of one dtype
-    (fp32, bf16, fp16); the cache may have another. Otherwise ValueError. Nothing but q is allocated
-    (the library's form: two more), nothing asks the device.
+    Inactive and full sequences (length T) store nothing; their q is computed but meaningless.
+    x and the parameters are contiguous and of one dtype (fp32, bf16, fp16), which may differ from
+    the cache's. Raise ValueError if not. Only q is allocated ("library": two tensors more), and the
+    GPU is never synchronized.
     """
     check_linear(x, weight, bias, ln_weight, ln_bias)
     B, nh, T, hs = cache_k.shape
     C = nh * hs
     if x.shape != (B, C) or weight.shape != (3 * C, C):
         raise ValueError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit a cache of "
-            f"{B} rows and {nh} heads of {hs}"
+            f"x, weight: expected {(B, C)}, {(3 * C, C)} for a cache of {nh} heads of {hs}, "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)}"
         )
     if cache_v.shape != cache_k.shape or cache_v.stride() != cache_k.stride():
-        raise ValueError("cache_k and cache_v are to have the same shape and strides")
+        raise ValueError(
+            f"cache_v: expected {tuple(cache_k.shape)} strides {cache_k.stride()} like cache_k, "
+            f"got {tuple(cache_v.shape)} strides {cache_v.stride()}"
+        )
     if cache_k.stride(3) != 1 or cache_v.dtype != cache_k.dtype:
-        raise ValueError("the cache's last dimension is to be contiguous, and of one dtype")
-    if lengths.shape != (B,) or not lengths.is_contiguous():
-        raise ValueError(f"lengths is {tuple(lengths.shape)}: ({B},), contiguous, is wanted")
-    if active is not None and (active.shape != (B,) or not active.is_contiguous()):
-        raise ValueError(f"active is {tuple(active.shape)}: ({B},), contiguous, is wanted")
+        raise ValueError(
+            "cache_k, cache_v: expected a contiguous last dimension and one dtype, "
+            f"got stride {cache_k.stride(3)}, {cache_k.dtype}, {cache_v.dtype}"
+        )
+    for name, t in (("lengths", lengths), ("active", active)):
+        if t is not None and (t.shape != (B,) or not t.is_contiguous()):
+            raise ValueError(f"{name}: expected contiguous {(B,)}, got {tuple(t.shape)}")
     q = x.new_empty(B, nh, hs)
-    form = auto_form(B, x.element_size(), C) if form == "auto" else form
+    impl = auto_impl(B, x.element_size(), C) if impl == "auto" else impl
+    # without a mask any valid pointer will do for active
     cache = (q, cache_k, cache_v, lengths, lengths if active is None else active)
     sizes = (B, T, *cache_k.stride()[:3], C, hs, active is not None)
-    if form == "library":
+    if impl == "library":
         qkv = F.linear(F.layer_norm(x, (C,), ln_weight, ln_bias, eps), weight, bias)
         block = min(1024, triton.next_power_of_2(3 * C))
         grid = (triton.cdiv(3 * C, block), B)
@@ -175,26 +157,6 @@ def append(
             qkv, *cache, *sizes, BLOCK_N=block, num_warps=2, enable_fp_fusion=True
         )
         return q
-    grid, options = plan(form, B, 3 * C, C, x.element_size(), norm=True)
-    _append_kernel[grid](x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, **options)
+    grid, config = launch_config(impl, B, 3 * C, C, x.element_size(), norm=True)
+    _append_kernel[grid](x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, **config)
     return q
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: GPT-2 124M's. hip: as planned on an AMD GPU."""
-    from kernels.aot import Case
-
-    strides = dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i32")
-    more = dict(lengths_ptr="*i64", active_ptr="*i1", T="i32", **strides)
-    more |= dict(C=768, HEAD=64, MASKED=True)
-    pointers = {a: "*bf16" for a in _append_store_kernel.arg_names if a.endswith("_ptr")}
-    signature = pointers | dict(B="i32") | {k: t for k, t in more.items() if isinstance(t, str)}
-    constexprs = dict(C=768, HEAD=64, MASKED=True, BLOCK_N=1024)
-    return [
-        *(
-            aot_case(_append_kernel, form, B, 2304, 768, True, hip, eps="fp32", **more)
-            for form, B in [("gemv", 1), ("gemv", 4), ("tile", 8)]
-        ),
-        Case("store", _append_store_kernel, signature, constexprs, num_warps=2, wide_loads=True,
-             divisible=[*pointers, *strides]),
-    ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""The end of a latent step: the last hidden state becomes the next input, the row one longer.
+"""The end of a latent step: the last hidden state becomes the next input, one position later.
 
-Final LayerNorm, position embedding and length in one launch of a program per row. `embed` is the
-same end for a step that begins with a word instead of a thought.
+Final LayerNorm, position embedding and length update in one launch, one program per sequence.
+`embed` makes the input of a step that starts from a token instead of a thought.
 """
 
 import triton
@@ -11,62 +11,57 @@ from torch import Tensor
 
 @triton.jit
 def _feedback_kernel(
-    x_ptr,  # (B, C), read and written
-    gain_ptr,  # (C,) LayerNorm's weight
-    shift_ptr,  # (C,) LayerNorm's bias
-    wpe_ptr,  # (P, C)
+    x_ptr,  # residual stream (B, C), read and written
+    ln_w_ptr,  # LayerNorm weight (C,), read
+    ln_b_ptr,  # LayerNorm bias (C,), read
+    wpe_ptr,  # position embeddings (P, C), read
     lengths_ptr,  # (B,) int64, read and written
-    hidden_ptr,  # (B, C), written where active, read where not
-    active_ptr,  # (B,) bool; not read without MASKED
-    eps,
-    P,
-    C: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    hidden_ptr,  # (B, C), written if active, read if not
+    active_ptr,  # (B,) bool, read if MASKED
+    eps, P, C: tl.constexpr, MASKED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)
-    valid = c < C
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = offs_c < C
     length = tl.load(lengths_ptr + b)
-    x = tl.load(x_ptr + b * C + c, mask=valid, other=0.0).to(tl.float32)
-    gain = tl.load(gain_ptr + c, mask=valid, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + c, mask=valid, other=0.0).to(tl.float32)
-    x = tl.where(valid, x - tl.sum(x, 0) / C, 0.0)
-    h = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * gain + shift
-    h = h.to(hidden_ptr.dtype.element_ty)  # the next input is made of what is kept
+    x = tl.load(x_ptr + b * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+    ln_w = tl.load(ln_w_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    ln_b = tl.load(ln_b_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
+    h = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * ln_w + ln_b
+    h = h.to(hidden_ptr.dtype.element_ty)  # the next input uses the rounded hidden state
     if MASKED:
         active = tl.load(active_ptr + b).to(tl.int1)
         length += active.to(tl.int64)
-        h = tl.where(active, h, tl.load(hidden_ptr + b * C + c, mask=valid, other=0.0))
+        h = tl.where(active, h, tl.load(hidden_ptr + b * C + offs_c, mask=mask, other=0.0))
     else:
         length += 1
-    position = tl.load(wpe_ptr + tl.minimum(length, P - 1) * C + c, mask=valid, other=0.0)
-    tl.debug_barrier()  # every thread has read the row and its length: both are overwritten now
-    tl.store(hidden_ptr + b * C + c, h, mask=valid)
+    # clamped: a full sequence may not advance, but must not read past wpe
+    position = tl.load(wpe_ptr + tl.minimum(length, P - 1) * C + offs_c, mask=mask, other=0.0)
+    tl.debug_barrier()  # all threads must have read x and the length before they are overwritten
+    tl.store(hidden_ptr + b * C + offs_c, h, mask=mask)
     x = h.to(tl.float32) + position.to(tl.float32)
-    tl.store(x_ptr + b * C + c, x.to(x_ptr.dtype.element_ty), mask=valid)
+    tl.store(x_ptr + b * C + offs_c, x.to(x_ptr.dtype.element_ty), mask=mask)
     tl.store(lengths_ptr + b, length)
 
 
 @triton.jit
 def _embed_kernel(
-    wte_ptr,  # (V, C)
-    token_ptr,  # (B,) int64
-    wpe_ptr,  # (P, C)
-    lengths_ptr,  # (B,) int64
-    x_ptr,  # (B, C), written
-    P,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    wte_ptr,  # token embeddings (V, C), read
+    token_ptr,  # (B,) int64, read
+    wpe_ptr,  # position embeddings (P, C), read
+    lengths_ptr,  # (B,) int64, read
+    x_ptr,  # input of the step (B, C), written
+    P, C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)
-    valid = c < C
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = offs_c < C
     token = tl.load(token_ptr + b)
     length = tl.minimum(tl.load(lengths_ptr + b), P - 1)
-    e = tl.load(wte_ptr + token * C + c, mask=valid, other=0.0).to(tl.float32)
-    position = tl.load(wpe_ptr + length * C + c, mask=valid, other=0.0).to(tl.float32)
-    tl.store(x_ptr + b * C + c, (e + position).to(x_ptr.dtype.element_ty), mask=valid)
+    emb = tl.load(wte_ptr + token * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+    position = tl.load(wpe_ptr + length * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x_ptr + b * C + offs_c, (emb + position).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def feedback(
@@ -79,21 +74,21 @@ def feedback(
     active: Tensor | None = None,
     eps: float = 1e-5,
 ) -> None:
-    """In place, for every row of the residual stream x (B, C) behind the last layer:
+    """Turn the output of the last layer x into the next step's input, in place.
 
-    hidden (B, C) = layer_norm(x), what the head reads; an inactive row keeps its own.
-    lengths (B,) int64 += 1, an inactive row's stays. active (B,) bool or None: all.
-    x = hidden + wpe[lengths], the next thought's input at its position, from the new length; at the
-    end of wpe (P, C) the last position stands in, for a row that goes no further.
+    hidden    (B, C) = layer_norm(x), the head's input; unchanged for inactive sequences
+    lengths   (B,) int64 += 1; unchanged for inactive sequences
+    x         (B, C) = hidden + wpe[lengths], with the new lengths
+    wpe       (P, C); a sequence at its end uses the last position, because it goes no further
+    active    (B,) bool; None: all
 
-    All contiguous and of one dtype but lengths and active, else ValueError. Nothing is allocated,
-    nothing asks the device.
+    All tensors are contiguous and, except lengths and active, of one dtype; raise ValueError if
+    not. Nothing is allocated, and the GPU is never synchronized.
     """
     B, C = x.shape
-    _check(x, lengths, ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)), wpe=(wpe, (-1, C)),
-           hidden=(hidden, (B, C)))  # fmt: skip
-    if active is not None and (active.shape != (B,) or not active.is_contiguous()):
-        raise ValueError(f"active is {tuple(active.shape)}: ({B},), contiguous, is wanted")
+    _check(x, dict(lengths=lengths, active=active), ln_weight=(ln_weight, (C,)),
+           ln_bias=(ln_bias, (C,)), wpe=(wpe, (len(wpe), C)), hidden=(hidden, (B, C)))  # fmt: skip
+    # without a mask any valid pointer will do for active
     _feedback_kernel[(B,)](
         x, ln_weight, ln_bias, wpe, lengths, hidden, lengths if active is None else active, eps,
         len(wpe), C, active is not None, triton.next_power_of_2(C),
@@ -102,48 +97,32 @@ def feedback(
 
 
 def embed(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
-    """x (B, C) = wte[token] + wpe[lengths], in place: a word (B,) int64 as the next input.
+    """Write x (B, C) = wte[token] + wpe[lengths] in place; token is (B,) int64.
 
-    With wte a hidden state (B, C) and token 0 .. B-1 it is the input of a first thought. Checks and
-    the last position as in `feedback`.
+    If wte is a hidden state (B, C) and token is 0 .. B-1, x is the input of a first thought.
+    Checks and the clamped position are those of `feedback`.
     """
     B, C = x.shape
-    _check(x, lengths, wte=(wte, (-1, C)), wpe=(wpe, (-1, C)))
-    if token.shape != (B,) or not token.is_contiguous():
-        raise ValueError(f"token is {tuple(token.shape)}: ({B},), contiguous, is wanted")
+    _check(
+        x, dict(lengths=lengths, token=token), wte=(wte, (len(wte), C)), wpe=(wpe, (len(wpe), C))
+    )
     _embed_kernel[(B,)](
         wte, token, wpe, lengths, x, len(wpe), C, triton.next_power_of_2(C),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _check(x: Tensor, lengths: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
+def _check(
+    x: Tensor, vectors: dict[str, Tensor | None], **others: tuple[Tensor, tuple[int, ...]]
+) -> None:
+    """Raise ValueError unless vectors are (B,) and the others have their shape and x's dtype."""
     B, C = x.shape
-    if lengths.shape != (B,) or not lengths.is_contiguous():
-        raise ValueError(f"lengths is {tuple(lengths.shape)}: ({B},), contiguous, is wanted")
+    for name, t in vectors.items():
+        if t is not None and (t.shape != (B,) or not t.is_contiguous()):
+            raise ValueError(f"{name}: expected contiguous {(B,)}, got {tuple(t.shape)}")
     for name, (t, shape) in {"x": (x, (B, C)), **others}.items():
-        shape = tuple(len(t) if s == -1 else s for s in shape)
         if t.shape != shape or not t.is_contiguous() or t.dtype != x.dtype:
             raise ValueError(
-                f"{name} is {tuple(t.shape)} {t.dtype}, strides {t.stride()}: {shape} {x.dtype}, "
-                "contiguous, is wanted"
+                f"{name}: expected contiguous {shape} {x.dtype}, "
+                f"got {tuple(t.shape)} {t.dtype} strides {t.stride()}"
             )
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: GPT-2 124M's. A row is too short for 128 bits per thread."""
-    from kernels.aot import Case
-
-    def case(kernel, name: str, **given: str | int | bool) -> Case:
-        given = {a: "*bf16" for a in kernel.arg_names if a.endswith("_ptr")} | given
-        given |= dict(lengths_ptr="*i64", P="i32", C=768, BLOCK_C=1024)
-        signature = {a: t for a, t in given.items() if isinstance(t, str)}
-        constexprs = {a: v for a, v in given.items() if not isinstance(v, str)}
-        return Case(
-            name, kernel, signature, constexprs, divisible=[a for a in signature if "_ptr" in a]
-        )
-
-    return [
-        case(_feedback_kernel, "active", active_ptr="*i1", eps="fp32", MASKED=True),
-        case(_embed_kernel, "bf16", token_ptr="*i64"),
-    ]

@@ -1,6 +1,6 @@
 """x += y W^T + b: a projection into the residual stream, bias and sum in one launch.
 
-Both of a block's: attention's (C, C) and the MLP's (C, 4C).
+Used for both projections of a block: attention's (C, C) and the MLP's (C, 4C).
 """
 
 import triton
@@ -8,72 +8,61 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
+from kernels._linear import auto_impl, check_linear, gemm_tile, gemv, launch_config
 
 
 @triton.jit
 def _linear_residual_kernel(
-    y_ptr,  # (B, K)
-    w_ptr,  # (N, K)
-    bias_ptr,  # (N,)
-    x_ptr,  # (B, N), read and written: each element by one program only
-    B,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    y_ptr,  # input (B, K), read
+    w_ptr,  # weight (N, K), read
+    bias_ptr,  # bias (N,), read
+    x_ptr,  # residual stream (B, N), read and written: each element by one program only
+    B, N: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
     col0 = tl.program_id(0) * BLOCK_N
-    m = row0 + tl.arange(0, BLOCK_M)[:, None]
-    n = col0 + tl.arange(0, BLOCK_N)[None, :]
-    valid = (m < B) & (n < N)
-    # asked for before the sum: behind it nothing would hide the wait
-    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + m * N + n, mask=valid, other=0.0).to(tl.float32)
+    offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
+    mask = (offs_m < B) & (offs_n < N)
+    # load before the matrix product, which hides the latency
+    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offs_m * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+    # no LayerNorm: y_ptr fills the places of its parameters, which are not read
     if DOT:
-        acc = tile(
-            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K,
-            CHUNKS,
+        acc = gemm_tile(
+            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False,
+            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
         )  # fmt: skip
     else:
         acc = gemv(
-            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K
+            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    tl.store(x_ptr + m * N + n, (x + (acc + bias)).to(x_ptr.dtype.element_ty), mask=valid)
+    # one rounding: product, bias and residual are all fp32 up to here
+    x = (x + (acc + bias)).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + offs_m * N + offs_n, x, mask=mask)
 
 
 def linear_residual(
-    y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, form: str = "auto"
+    y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, impl: str = "auto"
 ) -> Tensor:
-    """x (B, N) += y (B, K) @ weight (N, K)^T + bias (N,), in place; x is returned.
+    """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x.
 
-    form: "gemv", "tile", "library", or "auto" (kernels.linear.auto_form by the batch). All tensors
-    contiguous and of one dtype (fp32, bf16, fp16), else ValueError. One rounding, at the store (the
-    library's: two). Nothing is allocated but by the library's form, nothing asks the device.
+    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and of one dtype
+    (fp32, bf16, fp16); raise ValueError if not. The result is rounded once, when stored ("library":
+    twice). Nothing is allocated except by "library", and the GPU is never synchronized.
     """
     check_linear(y, weight, bias)
-    if x.shape != (len(y), len(weight)) or not x.is_contiguous() or x.dtype != y.dtype:
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype}, strides {x.stride()}: "
-            f"{(len(y), len(weight))} {y.dtype}, contiguous, is wanted"
-        )
     B, (N, K) = len(y), weight.shape
-    form = auto_form(B, y.element_size()) if form == "auto" else form
-    if form == "library":
+    if x.shape != (B, N) or not x.is_contiguous() or x.dtype != y.dtype:
+        raise ValueError(
+            f"x: expected contiguous {(B, N)} {y.dtype}, "
+            f"got {tuple(x.shape)} {x.dtype} strides {x.stride()}"
+        )
+    impl = auto_impl(B, y.element_size()) if impl == "auto" else impl
+    if impl == "library":
         return x.add_(F.linear(y, weight, bias))
-    grid, options = plan(form, B, N, K, y.element_size(), norm=False)
-    _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **options)
+    grid, config = launch_config(impl, B, N, K, y.element_size(), norm=False)
+    _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **config)
     return x
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: both projections of GPT-2 124M. hip: as planned on an AMD GPU."""
-    shapes = [("gemv", 1, 768), ("gemv", 4, 3072), ("tile", 8, 3072), ("tile", 63, 768)]
-    return [
-        aot_case(_linear_residual_kernel, form, B, 768, K, False, hip, N=768, K=K)
-        for form, B, K in shapes
-    ]

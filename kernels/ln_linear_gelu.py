@@ -5,47 +5,41 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear import aot_case, auto_form, check_linear, gemv, plan, tile
+from kernels._linear import auto_impl, check_linear, gemm_tile, gemv, launch_config
 
 
 @triton.jit
 def _ln_linear_gelu_kernel(
-    x_ptr,  # (B, K)
-    gain_ptr,  # (K,) LayerNorm's weight
-    shift_ptr,  # (K,) LayerNorm's bias
-    w_ptr,  # (N, K)
-    bias_ptr,  # (N,)
-    out_ptr,  # (B, N)
-    eps,
-    B,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    x_ptr,  # residual stream (B, K), read
+    ln_w_ptr,  # LayerNorm weight (K,), read
+    ln_b_ptr,  # LayerNorm bias (K,), read
+    w_ptr,  # weight (N, K), read
+    bias_ptr,  # bias (N,), read
+    out_ptr,  # output (B, N), written
+    eps, B, N: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
     col0 = tl.program_id(0) * BLOCK_N
-    m = row0 + tl.arange(0, BLOCK_M)[:, None]
-    n = col0 + tl.arange(0, BLOCK_N)[None, :]
-    # asked for before the sum: behind it nothing would hide the wait
-    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
+    # load before the matrix product, which hides the latency
+    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
     if DOT:
-        acc = tile(
-            x_ptr, w_ptr, gain_ptr, shift_ptr, eps, B, row0, col0, N, K, True,
+        acc = gemm_tile(
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, N, K, True,
             BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
         )  # fmt: skip
     else:
         acc = gemv(
-            x_ptr, w_ptr, gain_ptr, shift_ptr, eps, B, row0, col0, N, K, True,
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, N, K, True,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     h = acc + bias
     # tanh-GELU: h * (1 + tanh(u)) / 2 = h * sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3)
     h = h * tl.sigmoid(1.59576912 * (h + 0.044715 * h * h * h))
-    tl.store(out_ptr + m * N + n, h.to(out_ptr.dtype.element_ty), mask=(m < B) & (n < N))
+    mask = (offs_m < B) & (offs_n < N)
+    tl.store(out_ptr + offs_m * N + offs_n, h.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def ln_linear_gelu(
@@ -55,31 +49,21 @@ def ln_linear_gelu(
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-5,
-    form: str = "auto",
+    impl: str = "auto",
 ) -> Tensor:
-    """gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)) -> a new (B, N), GELU by its tanh.
+    """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)), a new (B, N); tanh-GELU.
 
-    form: "gemv", "tile", "library", or "auto" (kernels.linear.auto_form by the batch). All tensors
-    contiguous and of one dtype (fp32, bf16, fp16), else ValueError. Nothing but the output is
-    allocated (the library's form: three), nothing asks the device.
+    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and of one dtype
+    (fp32, bf16, fp16); raise ValueError if not. Only the output is allocated ("library": three
+    tensors), and the GPU is never synchronized.
     """
     check_linear(x, weight, bias, ln_weight, ln_bias)
     B, (N, K) = len(x), weight.shape
-    form = auto_form(B, x.element_size(), K) if form == "auto" else form
-    if form == "library":
+    impl = auto_impl(B, x.element_size(), K) if impl == "auto" else impl
+    if impl == "library":
         h = F.linear(F.layer_norm(x, (K,), ln_weight, ln_bias, eps), weight, bias)
         return F.gelu(h, approximate="tanh")
-    grid, options = plan(form, B, N, K, x.element_size(), norm=True)
+    grid, config = launch_config(impl, B, N, K, x.element_size(), norm=True)
     out = x.new_empty(B, N)
-    _ln_linear_gelu_kernel[grid](x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, **options)
+    _ln_linear_gelu_kernel[grid](x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, **config)
     return out
-
-
-def aot_cases(hip: bool = False) -> list:
-    """What kernels.aot compiles: those that want most registers. hip: as planned on an AMD
-    GPU."""
-    shapes = [("gemv", 4, 768), ("tile", 8, 1024)]
-    return [
-        aot_case(_ln_linear_gelu_kernel, form, B, 4 * C, C, True, hip, eps="fp32", N=4 * C, K=C)
-        for form, B, C in shapes
-    ]

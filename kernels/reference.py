@@ -1,4 +1,4 @@
-"""The truth: what each kernel computes, in the plainest torch. Slow, and correct in any dtype."""
+"""References for the kernels in plain torch: slow, and correct in any dtype."""
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ def append_ref(
     active: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """q (B, nh, hs) of x (B, C); k, v are written at each row's length (see kernels/append.py)."""
+    """Return q (B, nh, hs) of x (B, C); store k and v at each sequence's length (append.py)."""
     B, nh, T, hs = cache_k.shape
     qkv = F.linear(F.layer_norm(x, (nh * hs,), ln_weight, ln_bias, eps), weight, bias)
     q, k, v = qkv.view(B, 3, nh, hs).unbind(1)  # (B, nh, hs) each
+    # one sequence at a time, because each has its own length
     for b, length in enumerate(lengths.tolist()):
         if length < T and (active is None or active[b]):
             cache_k[b, :, length] = k[b]
@@ -29,16 +30,16 @@ def append_ref(
 
 
 def linear_residual_ref(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """x (B, N) += y (B, K) @ weight (N, K)^T + bias (N,), in place."""
+    """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x."""
     return x.add_(F.linear(y, weight, bias))
 
 
 def ln_linear_gelu_ref(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> Tensor:
-    """gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)) -> (B, N)."""
+    """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)): (B, N)."""
     h = F.linear(F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps), weight, bias)
-    return F.gelu(h, approximate="tanh")
+    return F.gelu(h, approximate="tanh")  # GPT-2's GELU
 
 
 def feedback_ref(
@@ -51,45 +52,54 @@ def feedback_ref(
     active: Tensor | None = None,
     eps: float = 1e-5,
 ) -> None:
-    """x, lengths and hidden in place (see kernels/feedback.py)."""
+    """Update x, lengths and hidden in place (feedback.py)."""
     active = torch.ones_like(lengths, dtype=torch.bool) if active is None else active
     h = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
     hidden.copy_(torch.where(active[:, None], h, hidden))
-    lengths += active
+    lengths += active  # before wpe: the next input is one position later
     x.copy_(hidden + wpe[lengths.clamp(max=len(wpe) - 1)])
 
 
 def embed_ref(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
-    """x (B, C) = wte[token] + wpe[lengths], in place."""
+    """Write x (B, C) = wte[token] + wpe[lengths] in place."""
     x.copy_(wte[token] + wpe[lengths.clamp(max=len(wpe) - 1)])
 
 
 def latent_attention_lse_ref(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q (B, nh, hs) over the keys [0, lengths[b]) of k, v (B, nh, T, hs) -> out (B, nh, hs), lse
-    (B, nh), the log-sum-exp of the scaled scores. No key: zeros, and -inf."""
-    seen = torch.arange(k.shape[2], device=k.device) < lengths[:, None]  # (B, T)
-    hidden = ~seen[:, None, :, None]
-    k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)  # whatever stands there, NaN even
+    """Return (out (B, nh, hs), lse (B, nh)) of q (B, nh, hs) over keys [0, lengths[b]).
+
+    k and v are (B, nh, T, hs); lse is the log-sum-exp of the scaled scores. Without keys out is
+    zero and lse is -inf.
+    """
+    valid = torch.arange(k.shape[2], device=k.device) < lengths[:, None]  # (B, T)
+    unused = ~valid[:, None, :, None]
+    # unused slots may hold NaN, which a zero weight would not remove
+    k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
     scores = (k @ q[..., None])[..., 0] * q.shape[-1] ** -0.5  # (B, nh, T)
-    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    scores = scores.masked_fill(~valid[:, None], float("-inf"))
+    # softmax over -inf only would be NaN
     empty = (lengths <= 0)[:, None, None]
     p = scores.masked_fill(empty, 0).softmax(dim=-1).masked_fill(empty, 0)
+    # (B, nh, 1, T) @ (B, nh, T, hs) -> (B, nh, hs)
     return (p[:, :, None] @ v)[:, :, 0], scores.logsumexp(dim=-1)
 
 
 def latent_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, extra: int = 0
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_new: int = 0
 ) -> Tensor:
-    """q (B, nh, hs) over the keys [0, lengths[b] + extra) -> (B, nh, hs)."""
-    return latent_attention_lse_ref(q, k, v, lengths + extra)[0]
+    """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new)."""
+    return latent_attention_lse_ref(q, k, v, lengths + n_new)[0]
 
 
 def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """h (N, C), w (V, C), targets (N,), -100 where there is none -> the summed cross-entropy ()
-    and right (N,) bool: the label is the most probable token, or there is none."""
-    logits = F.linear(h, w)
+    """Return (summed cross-entropy (), correct (N,) bool) of h (N, C), w (V, C), targets (N,).
+
+    correct: the label is the argmax, or there is none (-100).
+    """
+    logits = F.linear(h, w)  # (N, V)
+    # softmax in at least fp32, as autocast does
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return loss, (logits.argmax(-1) == targets) | (targets == -100)

@@ -2,12 +2,12 @@
 
 A thought is the hidden state after the final LayerNorm at the position before it, taken as the next
 input embedding in place of a token's (paper, section 3). It is not detached: the loss on the words
-behind the thoughts reaches every thought. What else may be fed back stands in model.feed_back.
+after the thoughts reaches every thought. model.thought_embedding has the other kinds of thought.
 
     [ prefix: question <bot> ]  [ thoughts ]  [ suffix: <eot> remaining steps ### answer eos ]
       right-padded to Tp          n slots       right-padded to Ts
 
-Each block keeps its own keys and values, so nothing saved for backward is ever written to. Row b
+Each block keeps its own keys and values, so nothing saved for backward is overwritten. Sequence b
 has n_thoughts[b] <= n thoughts; after them it is inactive: its slots are masked for whatever comes
 later, and its suffix follows its last real token directly.
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanococonut import ops
-from nanococonut.curriculum import IGNORE, Batch
+from nanococonut.batch import IGNORE, Batch
 from nanococonut.model import GPT, causal_attention
 
 
-class BlockMemory:
+class BlockKV:
     """Keys and values of the blocks so far, and attention of a new block to them and itself.
 
     Scores are concatenated, never the keys: the prefix's are the bulk and stay where they are.
@@ -45,6 +45,7 @@ class BlockMemory:
         self.length, self.prefix_valid = length, prefix_valid  # (B,), (B, Tp) bool
         self.dropout = dropout
         self.triton = kernels == "triton"
+        self.buffers: list[ops.PrefixBuffers] = []  # per layer, with kernels="triton"
 
     def valid(self, thoughts: int, taken: Tensor, as_one: bool = False) -> Tensor:
         """(B, Tp + thoughts) bool: the prefix's keys, and of `thoughts` columns the first taken.
@@ -56,6 +57,8 @@ class BlockMemory:
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # contiguous once here, or every thought's matrix products would each copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
+        if self.triton:
+            self.buffers.append(ops.prefix_buffers(*k.shape, k.device))
         if q.shape[2] == 1:  # the last layer: only the last token of each row asks
             if self.triton:
                 return self._ask_prefix(layer, q)[1]
@@ -79,7 +82,9 @@ class BlockMemory:
 
     def _ask_prefix(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, nh, 1, hs) -> the prefix as one key: score (B, nh, 1, 1), value (B, nh, 1, hs)."""
-        out, lse, k, v = ops.prefix_attention(q[:, :, 0], *self.prefix[layer], self.length)
+        out, lse, k, v = ops.prefix_attention(
+            q[:, :, 0], *self.prefix[layer], self.length, self.buffers[layer]
+        )
         self.prefix[layer] = k, v  # backward goes through them to add to this pass's gradients
         return lse[..., None, None], out[:, :, None]
 
@@ -107,20 +112,20 @@ def _bias(seen: Tensor) -> Tensor:
 
 
 @dataclass
-class Thinking:
+class ThoughtTrace:
     """A batch with its question read and its thoughts had.
 
-    states   n + 1 of (B, C): the hidden state after 0, 1, ... thoughts (a row that has had all its
+    hidden   n + 1 of (B, C): the hidden state after 0, 1, ... thoughts (a row that has had all its
              own keeps its last)
     inputs   n + 1 of (B, C): the input embedding that led to each, the smear's memory
     """
 
-    memory: BlockMemory
-    states: list[Tensor]
+    kv: BlockKV
+    hidden: list[Tensor]
     inputs: list[Tensor]
 
 
-def think(model: GPT, batch: Batch, kernels: str = "torch") -> Thinking:
+def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
     """Prefill and thoughts. Differentiable; shapes depend on the batch's only. kernels: "torch" or
     "triton", as ops.choose_training says."""
     B, Tp = batch.prefix.shape
@@ -128,33 +133,33 @@ def think(model: GPT, batch: Batch, kernels: str = "torch") -> Thinking:
     rows, last = torch.arange(B, device=device), batch.length - 1
 
     valid = torch.arange(Tp, device=device) < batch.length[:, None]
-    memory = BlockMemory(model.config.n_layer, batch.length, valid, model.attn_dropout, kernels)
+    memory = BlockKV(model.config.n_layer, batch.length, valid, model.attn_dropout, kernels)
     e = model.embed(batch.prefix)
-    h = model.trunk(e, torch.arange(Tp, device=device), memory.attend_prefix, only=last)[:, 0]
+    h = model.backbone(e, torch.arange(Tp, device=device), memory.attend_prefix, only=last)[:, 0]
     states, inputs = [h], [e[rows, last]]
 
     for i in range(batch.max_thoughts):
         active = i < batch.n_thoughts  # (B,)
         # an inactive row has no valid key of its own here; it still sees its prefix, so no NaN
         bias = _bias(memory.valid(i + 1, batch.n_thoughts, memory.triton))[:, None, None]
-        thought = model.feed_back(states[-1])
+        thought = model.thought_embedding(states[-1])
         pos = (batch.length + i).clamp(max=model.config.block_size - 1)
         attend = partial(memory.attend_thought, bias)
-        h = model.trunk(thought[:, None], pos[:, None], attend, inputs[-1])[:, 0]
+        h = model.backbone(thought[:, None], pos[:, None], attend, inputs[-1])[:, 0]
         states.append(torch.where(active[:, None], h, states[-1]))
         inputs.append(torch.where(active[:, None], thought, inputs[-1]))
-    return Thinking(memory, states, inputs)
+    return ThoughtTrace(memory, states, inputs)
 
 
-def suffix_states(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: int) -> Tensor:
+def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace, taken: Tensor, n: int) -> Tensor:
     """Hidden states (B, Ts, C) that predict batch.suffix: column j stands before suffix token j.
 
-    taken (B,): how many of its thoughts each row answers after; thinking.states[n] is the state
+    taken (B,): how many of its thoughts each row answers after; trace.hidden[n] is the state
     after them. Column 0 comes from the last prefix position or thought, so that methods without
     <eot> are scored on their first word too.
     """
     Ts, device = batch.suffix.shape[1], batch.prefix.device
-    h, prev, memory = thinking.states[n], thinking.inputs[n], thinking.memory
+    h, prev, memory = trace.hidden[n], trace.inputs[n], trace.kv
     if Ts == 1:  # a lone label: nothing is read behind it
         return h[:, None]
     causal = torch.ones(Ts - 1, Ts - 1, dtype=torch.bool, device=device).tril()
@@ -163,26 +168,26 @@ def suffix_states(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n
     pos = (batch.length + taken)[:, None] + torch.arange(Ts - 1, device=device)
     pos = pos.clamp(max=model.config.block_size - 1)  # only padding is ever clamped
     attend = partial(memory.attend_suffix, _bias(seen)[:, None])
-    out = model.trunk(model.embed(batch.suffix[:, :-1]), pos, attend, prev)
+    out = model.backbone(model.embed(batch.suffix[:, :-1]), pos, attend, prev)
     return torch.cat([h[:, None], out], dim=1)
 
 
-def read_suffix(model: GPT, batch: Batch, thinking: Thinking, taken: Tensor, n: int) -> Tensor:
-    """Logits (B, Ts, V) that predict batch.suffix (see suffix_states)."""
-    return model.head(suffix_states(model, batch, thinking, taken, n))
+def suffix_logits(model: GPT, batch: Batch, trace: ThoughtTrace, taken: Tensor, n: int) -> Tensor:
+    """Logits (B, Ts, V) that predict batch.suffix (see suffix_hidden)."""
+    return model.head(suffix_hidden(model, batch, trace, taken, n))
 
 
-def loss(model: GPT, batch: Batch, thinking: Thinking) -> tuple[Tensor, Tensor]:
+def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]:
     """What training wants of the suffix, each row after all of its thoughts: the cross-entropy
     summed over the supervised labels (), and (B,) bool: rows whose every label is the most probable
     token. As loss_sum and right_rows of `answer`, but only supervised positions have logits (and
     others where batch.n_labels is more than there are); with Triton some at a time, and their
     gradient is made in this call, unless grad mode is off.
     """
-    h = suffix_states(model, batch, thinking, batch.n_thoughts, batch.max_thoughts)
+    h = suffix_hidden(model, batch, trace, batch.n_thoughts, batch.max_thoughts)
     h, targets = h.flatten(0, 1), batch.targets.flatten()  # (B * Ts, C), (B * Ts,)
-    if thinking.memory.triton:
-        total, right = ops.head_loss(h, model.wte.weight, targets, batch.n_labels)
+    if trace.kv.triton:
+        total, right = ops.head_cross_entropy(h, model.wte.weight, targets, batch.n_labels)
     else:
         # those with a label, in order; how many is known, so that no device is asked
         at = (targets == IGNORE).int().argsort(stable=True)[: batch.n_labels]
@@ -193,9 +198,9 @@ def loss(model: GPT, batch: Batch, thinking: Thinking) -> tuple[Tensor, Tensor]:
     return total, right.view(batch.targets.shape).all(dim=1)
 
 
-def answer(model: GPT, batch: Batch, thinking: Thinking) -> Tensor:
+def answer(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     """Logits (B, Ts, V) that predict batch.suffix, each row after all of its thoughts."""
-    return read_suffix(model, batch, thinking, batch.n_thoughts, batch.max_thoughts)
+    return suffix_logits(model, batch, trace, batch.n_thoughts, batch.max_thoughts)
 
 
 def forward(model: GPT, batch: Batch) -> Tensor:
@@ -203,7 +208,7 @@ def forward(model: GPT, batch: Batch) -> Tensor:
     return answer(model, batch, think(model, batch))
 
 
-def stop_loss(model: GPT, batch: Batch, thinking: Thinking) -> Tensor:
+def stop_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     """Mean binary cross-entropy of the classifier that says when thoughts are enough.
 
     It reads the hidden states detached: it watches the model and does not change it. Enough are
@@ -214,7 +219,7 @@ def stop_loss(model: GPT, batch: Batch, thinking: Thinking) -> Tensor:
     real = (batch.targets != IGNORE).any(dim=1)  # a row that fills up a batch has no label
     reached = (after <= batch.n_thoughts[:, None]) & real[:, None]  # (B, n)
     labels = after >= batch.needed[:, None]
-    logits = model.enough(torch.stack(thinking.states, dim=1).detach())
+    logits = model.stop_logit(torch.stack(trace.hidden, dim=1).detach())
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
     return (each * reached).sum() / reached.sum()

@@ -39,8 +39,8 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     smear: bool = False  # x_t += W x_(t-1) on the input embeddings; off for GPT-2
-    token_std: float = 0.02  # of the token embeddings at first; GPT-2's
-    position_std: float = 0.02
+    wte_init_std: float = 0.02  # of the token embeddings at first; GPT-2's
+    wpe_init_std: float = 0.02
     thought: str = "hidden"  # what is fed back: the hidden state, or "soft", or "projected"
     soft_temperature: float = 1.0  # "soft": of the softmax that weighs the token embeddings
     soft_top_k: int = 0  # "soft": only the k most probable tokens (0: all)
@@ -101,21 +101,21 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.recompute = False  # in backward make the MLP anew, the most of what is kept for it
+        self.recompute_mlp = False  # in backward make the MLP anew, the most of what is kept for it
 
     def forward(self, x: Tensor, attend: BlockAttend, only: Tensor | None = None) -> Tensor:
         y = self.attn(self.ln_1(x), attend, only)
         if only is not None:
             x = x[torch.arange(len(x), device=x.device), only][:, None]  # (B, 1, C)
         x = x + y
-        if self.recompute and self.training:
+        if self.recompute_mlp and self.training:
             h, drawn = self.ln_2(x), self.mlp.dropout.p > 0
             return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=drawn)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2 of any size. `model(idx)` gives logits; `embed`, `trunk` and `head` are its parts."""
+    """GPT-2 of any size. `model(idx)` returns logits; its parts are `embed`, `backbone`, `head`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd)
-        stds = {"wte.weight": config.token_std, "wpe.weight": config.position_std}
+        stds = {"wte.weight": config.wte_init_std, "wpe.weight": config.wpe_init_std}
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # GPT-2's init: the projections into the residual stream shrink with its depth
@@ -143,14 +143,6 @@ class GPT(nn.Module):
         for added in (self.smear, self.project, self.stop):
             for p in added.parameters() if added is not None else ():
                 nn.init.zeros_(p)  # starts as plain GPT-2
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, dropout: float = 0.0) -> "GPT":
-        """GPT-2 with its own vocabulary, as in nanoGPT. name_or_path: gpt2, gpt2-medium, -large,
-        -xl (cached or downloaded), or whatever else --init_from takes. UserError where it fails."""
-        from nanococonut import hub  # it imports this module
-
-        return hub.load_gpt2(hub.find_weights(name_or_path), dropout=dropout)
 
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -172,7 +164,7 @@ class GPT(nn.Module):
         """Token ids (B, T) -> input embeddings (B, T, C), before smear and positions."""
         return self.wte(idx)
 
-    def trunk(
+    def backbone(
         self,
         e: Tensor,
         pos: Tensor,
@@ -200,7 +192,7 @@ class GPT(nn.Module):
             x = block(x, partial(attend, layer), only if last else None)
         return self.ln_f(x)
 
-    def feed_back(self, hidden: Tensor) -> Tensor:
+    def thought_embedding(self, hidden: Tensor) -> Tensor:
         """What a thought puts in place of a token's embedding: hidden states (..., C) -> (..., C).
 
         Coconut's is the hidden state itself (paper, section 3). "projected" adds a learned map that
@@ -217,7 +209,7 @@ class GPT(nn.Module):
         p = best.values.softmax(-1)  # (..., k)
         return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
 
-    def enough(self, hidden: Tensor) -> Tensor:
+    def stop_logit(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> (...) the logit of "no further thought is needed" (paper,
         section 3: a binary classifier on latent thoughts). Only with config.stop."""
         return self.stop(hidden)[..., 0]
@@ -233,4 +225,4 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         """Token ids (B, T) -> logits at every position (B, T, V)."""
         pos = torch.arange(idx.shape[1], device=idx.device)
-        return self.head(self.trunk(self.embed(idx), pos))
+        return self.head(self.backbone(self.embed(idx), pos))

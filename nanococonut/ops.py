@@ -3,22 +3,25 @@
     "torch"    plain PyTorch, everywhere
     "triton"   kernels/: five launches a layer, the keys and values stored by the projection itself
 
-and whether steps are replayed from CUDA graphs. There is no silent fallback: `choose` and
+and whether steps are replayed from CUDA graphs. There is no silent fallback: `choose_backend` and
 `choose_graph` say what "auto" came to, and what is asked for where it cannot run is an error.
 """
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nanococonut.cache import KVCache
-from nanococonut.errors import UserError
 from nanococonut.model import GPT
+from nanococonut.runtime.errors import UserError
+
+if TYPE_CHECKING:  # kernels/ needs triton, which is optional
+    from kernels.prefix_attention import PrefixBuffers
 
 
-def choose(kernels: str, model: GPT) -> tuple[str, str]:
+def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     """--kernels=auto|triton|torch -> ("triton" or "torch", the reason, for the user to read).
 
     UserError for "triton" where it cannot run.
@@ -27,7 +30,7 @@ def choose(kernels: str, model: GPT) -> tuple[str, str]:
         return "torch", "as asked for"
     # Triton's interpreter is for tests: slow, and never taken unasked
     interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    why_not = _why_not(model, interpreted)
+    why_not = _unsupported_reason(model, interpreted)
     if kernels == "triton" and why_not:
         raise UserError(f"--kernels=triton cannot run here: {why_not}.\nUse --kernels=torch.")
     return ("torch", why_not) if why_not else ("triton", "a GPU and a plain GPT-2")
@@ -45,7 +48,7 @@ def choose_graph(graph: str, model: GPT) -> bool:
     return on_gpu and graph != "off"
 
 
-def _why_not(model: GPT, interpreted: bool) -> str:
+def _unsupported_reason(model: GPT, interpreted: bool) -> str:
     """What keeps Triton's kernels from running this model where it is; "" where nothing does."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -62,8 +65,8 @@ def _why_not(model: GPT, interpreted: bool) -> str:
     return ""
 
 
-def choose_training(kernels: str, model: GPT) -> tuple[str, str]:
-    """As `choose`, for training: what a thought's attention over the prefix and the head's
+def choose_training_backend(kernels: str, model: GPT) -> tuple[str, str]:
+    """As `choose_backend`, for training: what a thought's attention over the prefix and the head's
     cross-entropy run by. Triton's interpreter is for tests, which ask for "triton"."""
     if kernels == "torch":
         return "torch", "as asked for"
@@ -82,76 +85,29 @@ def choose_training(kernels: str, model: GPT) -> tuple[str, str]:
     return ("torch", why_not) if why_not else ("triton", "a GPU and no dropout")
 
 
+def prefix_buffers(B: int, nh: int, T: int, hs: int, device: torch.device) -> "PrefixBuffers":
+    """Return the memory that prefix_attention needs for one prefix (B, nh, T, hs)."""
+    from kernels.latent_attention import SplitWorkspace
+    from kernels.prefix_attention import PrefixBuffers
+
+    return PrefixBuffers(SplitWorkspace.allocate(B, nh, T, hs, device))
+
+
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, buffers: "PrefixBuffers"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One query per row over its prefix, by Triton (kernels/latent_attention.py): out, lse, and the
-    k and v for whatever reads them next."""
-    from kernels.latent_attention import latent_attention_pass
+    """Return (out, lse, k, v) of one query per sequence over its prefix, by Triton. The next reader
+    of the prefix takes the k and v returned here (kernels/prefix_attention.py)."""
+    from kernels.prefix_attention import prefix_attention
 
-    return latent_attention_pass(q, k, v, lengths)
+    return prefix_attention(q, k, v, lengths, buffers)
 
 
-def head_loss(h: Tensor, w: Tensor, targets: Tensor, n_labels: int) -> tuple[Tensor, Tensor]:
+def head_cross_entropy(
+    h: Tensor, w: Tensor, targets: Tensor, n_labels: int
+) -> tuple[Tensor, Tensor]:
     """The head w (V, C) and its cross-entropy on the n_labels of h (N, C) that have a target (N,),
     by Triton (kernels/linear_cross_entropy.py): the sum, and right (N,)."""
     from kernels.linear_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(h, w, targets, kernel=True, n_labels=n_labels)
-
-
-class TritonStep:
-    """One step of a plain GPT-2 by the kernels, in place, for one cache. Nothing asks the device.
-
-    Both kinds of step append to the cache, move its lengths and write hidden (B, C), the hidden
-    states that the step starts from and ends in. A row that is not active (B,) keeps everything.
-    """
-
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        from kernels.latent_attention import latent_attention_scratch
-
-        _, _, B, nh, T, hs = cache.data.shape
-        self.model, self.cache = model, cache
-        self.scratch = latent_attention_scratch(B, nh, T, hs, cache.data.device)
-        self.rows = torch.arange(B, device=cache.data.device)
-        # the residual stream; between two steps, the next thought's input
-        self.x = cache.data.new_empty(B, nh * hs)
-
-    def think(self, hidden: Tensor, active: Tensor | None, first: bool) -> None:
-        """One thought. first: the step before was not one of this object's own."""
-        from kernels.feedback import embed
-
-        if first:
-            embed(hidden, self.rows, self.model.wpe.weight, self.cache.lengths, self.x)
-        self._blocks(hidden, active)
-
-    def say(self, token: Tensor, hidden: Tensor) -> None:
-        """One word: tokens (B,) int64."""
-        from kernels.feedback import embed
-
-        wte, wpe = self.model.wte.weight, self.model.wpe.weight
-        embed(wte, token, wpe, self.cache.lengths, self.x)
-        self._blocks(hidden, None)
-
-    @torch.no_grad()
-    def _blocks(self, hidden: Tensor, active: Tensor | None) -> None:
-        from kernels.append import append
-        from kernels.feedback import feedback
-        from kernels.latent_attention import latent_attention
-        from kernels.linear_residual import linear_residual
-        from kernels.ln_linear_gelu import ln_linear_gelu
-
-        x, lengths = self.x, self.cache.lengths
-        for layer, block in enumerate(self.model.h):
-            k, v = self.cache.data[layer]
-            ln, qkv = block.ln_1, block.attn.c_attn
-            q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, k, v, lengths, active, ln.eps)
-            y = latent_attention(q, k, v, lengths, extra=1, scratch=self.scratch)
-            out = block.attn.c_proj
-            linear_residual(y.flatten(1), out.weight, out.bias, x)
-            ln, up, down = block.ln_2, block.mlp.c_fc, block.mlp.c_proj
-            h = ln_linear_gelu(x, ln.weight, ln.bias, up.weight, up.bias, ln.eps)
-            linear_residual(h, down.weight, down.bias, x)
-        ln = self.model.ln_f
-        wpe = self.model.wpe.weight
-        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, ln.eps)
+    return linear_cross_entropy(h, w, targets, n_labels)

@@ -12,7 +12,7 @@ from typing import Any
 
 import tiktoken
 
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 EOS, BOT, EOT, LATENT = "<|endoftext|>", "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 # a word, number, run of #, one sign, or white space; the space in front belongs to the word

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanococonut.data.tasks import TASKS
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -28,25 +30,26 @@ from torch import Tensor
 # -- every name of the project that is used here
 from kernels.append import append
 from kernels.feedback import embed, feedback
-from kernels.latent_attention import latent_attention, latent_attention_lse, latent_attention_pass
-from kernels.latent_attention import latent_attention_scratch as scratch
+from kernels.latent_attention import SplitWorkspace, latent_attention
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_residual import linear_residual
 from kernels.ln_linear_gelu import ln_linear_gelu
-from nanococonut.checkpoint import BUNDLED, load
-from nanococonut.config import TrainConfig, build, read_config_file
-from nanococonut.curriculum import METHODS, collate, encode_row
+from kernels.prefix_attention import PrefixBuffers, prefix_attention
+from nanococonut.batch import collate, tokenize
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
-from nanococonut.data.files import read_rows
-from nanococonut.engine import Engine
-from nanococonut.loader import curriculum_of, rendered
+from nanococonut.data.files import read_examples
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.cli import make_config, read_config_file
 from nanococonut.tokenizer import Tokenizer
+from nanococonut.weights.checkpoint import BUNDLED, load
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, CONFIGS = ROOT / "train.py", ROOT / "config"
 # four steps an epoch: stages end at steps 4, 12, 20, 28, and 15 is within a stage and an epoch
 SETTINGS = (
-    "--rows_per_epoch=256 --batch_size=64 --micro_batch_size=32 --valid_rows=40 --epochs=12 "
+    "--train_examples=256 --batch_size=64 --micro_batch_size=32 --val_examples=40 --epochs=12 "
     "--first_stage_epochs=1 --epochs_per_stage=2 --warmup_steps=5 --advance_at=1 --device=cpu"
 ).split()
 
@@ -92,11 +95,11 @@ def resume() -> dict[str, Any]:
 
 def greedy() -> dict[str, Any]:
     model, tokenizer, manifest = load(BUNDLED)
-    config = build(TrainConfig, manifest["config"])
+    config = make_config(TrainConfig, manifest["config"])
     graphs = prosqa.GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
     rows = prosqa.generate(200, 20241209, graphs)
-    asked = [row["question"] for row in rendered(config, rows)]
-    engine = Engine(model, tokenizer, curriculum_of(config), kernels="torch", graph="off")
+    asked = [row["question"] for row in TASKS[config.task].render(rows, config.render)]
+    engine = Engine(model, tokenizer, Curriculum.from_config(config), kernels="torch", graph="off")
     found: dict[str, Any] = {"rows": digest(rows), "questions": digest(asked)}
     for n in (0, 3, 6):
         for start in range(0, len(asked), 50):
@@ -115,12 +118,13 @@ def layouts() -> dict[str, Any]:
         ("prontoqa", "prontoqa_valid.json", 100),
         ("gsm8k", "gsm8k_valid.txt", 100),
     ):
-        rows = read_rows(data / name)[:n]
+        rows = read_examples(data / name)[:n]
         given = read_config_file(CONFIGS / f"{task}.py", TrainConfig)
         assert len(rows) == n
-        encoded = [encode_row(tokenizer, r) for r in rendered(build(TrainConfig, given), rows)]
+        style = make_config(TrainConfig, given).render
+        encoded = [tokenize(tokenizer, r) for r in TASKS[task].render(rows, style)]
         for method in METHODS:
-            curriculum = curriculum_of(build(TrainConfig, given, {"method": method}))
+            curriculum = Curriculum.from_config(make_config(TrainConfig, given, {"method": method}))
             for stage in range(curriculum.max_latent_stage + 2):
                 batches = (collate(curriculum, [stage], [row], tokenizer) for row in encoded)
                 parts = ((b.prefix, b.n_thoughts, b.suffix, b.targets) for b in batches)
@@ -143,19 +147,19 @@ def outputs(dtype: str) -> Iterator[tuple[str, list[Tensor]]]:
         return torch.randn(shape, generator=rng).to(getattr(torch, dtype))
 
     lengths, active = torch.tensor([5, 0, 33]), torch.tensor([True, False, True])
-    x, gain, shift = randn(B, C) * 2 + 3, randn(C) + 1, randn(C)
+    x, ln_w, ln_b = randn(B, C) * 2 + 3, randn(C) + 1, randn(C)
     w, b, up = randn(3 * C, C) / C**0.5, randn(3 * C), randn(B, 3 * C)
     cache, wte, wpe = randn(2, B, nh, T, hs), randn(11, C), randn(T, C)
-    for form in ("gemv", "tile", "library", "auto"):
+    for impl in ("gemv", "gemm_tile", "library", "auto"):
         for name, rows in (("all", None), ("active", active)):
             kv = cache.clone()
-            out = append(x, gain, shift, w, b, *kv, lengths, rows, form=form)
-            yield f"append {form} {name}", [out, kv]
-        yield f"linear_residual {form}", [linear_residual(x, w, b, up.clone(), form)]
-        yield f"ln_linear_gelu {form}", [ln_linear_gelu(x, gain, shift, w, b, form=form)]
+            out = append(x, ln_w, ln_b, w, b, *kv, lengths, rows, impl=impl)
+            yield f"append {impl} {name}", [out, kv]
+        yield f"linear_residual {impl}", [linear_residual(x, w, b, up.clone(), impl)]
+        yield f"ln_linear_gelu {impl}", [ln_linear_gelu(x, ln_w, ln_b, w, b, impl=impl)]
     for name, rows in (("all", None), ("active", active)):
         state = x.clone(), lengths.clone(), randn(B, C)
-        feedback(state[0], gain, shift, wpe, *state[1:], rows)
+        feedback(state[0], ln_w, ln_b, wpe, *state[1:], rows)
         yield f"feedback {name}", [*state]
     out = torch.zeros_like(x)
     embed(wte, torch.tensor([3, 0, 10]), wpe, lengths, out)
@@ -165,28 +169,24 @@ def outputs(dtype: str) -> Iterator[tuple[str, list[Tensor]]]:
     lengths = torch.tensor([5, 0, 290])
     for splits in (1, 2):
         with torch.no_grad():
-            room = scratch(*k.shape, "cpu", splits)
-            for extra in (0, 1):
-                got = latent_attention(q, k, v, lengths, extra, room)
-                yield f"latent_attention {splits} {extra}", [got]
-        got, lse = latent_attention_lse(q, k, v, lengths, splits)
-        total = got.float().square().sum() + lse[[0, 2]].sum()  # the other row's is -inf
-        grads = torch.autograd.grad(total, (q, k, v))
-        yield f"latent_attention_lse {splits}", [got, lse, *grads]
+            workspace = SplitWorkspace.allocate(*k.shape, "cpu", splits)
+            for n_new in (0, 1):
+                got = latent_attention(q, k, v, lengths, workspace, n_new)
+                yield f"latent_attention {splits} {n_new}", [got]
         total, at, keys, values = torch.zeros(()), q, k, v
+        buffers = PrefixBuffers(SplitWorkspace.allocate(*k.shape, "cpu", splits))
         for _ in range(3):
-            at, lse, keys, values = latent_attention_pass(at, keys, values, lengths, splits)
+            at, lse, keys, values = prefix_attention(at, keys, values, lengths, buffers)
             total = total + at.float().square().sum() + lse[[0, 2]].sum()
         grads = torch.autograd.grad(total, (q, k, v))
-        yield f"latent_attention_pass {splits}", [total, at, *grads]
+        yield f"prefix_attention {splits}", [total, at, *grads]
 
     h, head = randn(11, 24).requires_grad_(), (randn(101, 24) / 5).requires_grad_()
     targets = torch.randint(101, (11,), generator=rng)
     targets[:3] = -100
-    for kernel in (True, False):
-        loss, right = linear_cross_entropy(h, head, targets, 3, kernel, n_labels=8)
-        grads = torch.autograd.grad(loss / 8, (h, head))
-        yield f"linear_cross_entropy {kernel}", [loss, right, *grads]
+    loss, right = linear_cross_entropy(h, head, targets, 8, 3)
+    grads = torch.autograd.grad(loss / 8, (h, head))
+    yield "linear_cross_entropy", [loss, right, *grads]
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {

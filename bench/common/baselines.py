@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from bench.common.worker import Worker, as_gpt2, clone_commit
 from bench.common.workload import THOUGHTS, Workload
-from nanococonut.engine import Engine
-from nanococonut.errors import UserError
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
 
 N_CHECKED = 9  # greedy tokens that are compared
 Prompts = list[list[int]]

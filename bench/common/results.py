@@ -15,8 +15,9 @@ from typing import Any, TypedDict, get_origin, get_type_hints
 
 import torch
 
-from nanococonut import checkpoint
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.provenance import provenance
+from nanococonut.weights import checkpoint
 
 
 class Result(TypedDict):
@@ -44,7 +45,7 @@ SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))  # the las
 UNKNOWN = "unknown"  # command and date of old rows
 
 
-def validate(row: Mapping[str, Any]) -> None:
+def validate_row(row: Mapping[str, Any]) -> None:
     """Raise UserError if a row does not follow the schema."""
     reason = _reason(row)
     if reason:
@@ -134,20 +135,20 @@ class ResultWriter:
         dtype: torch.dtype | str,
         command: str,
         path: str | None,
-        shape: Mapping[str, int] | None = None,
         labels: Mapping[str, str] | None = None,
+        shape: Mapping[str, int] | None = None,
     ) -> None:
-        provenance = checkpoint.provenance()
+        about = provenance()
         self.path = Path(path) if path else None
         if self.path and not self.path.parent.is_dir():
             raise UserError(f"--out {path} cannot be written: its folder does not exist.")
-        self.versions, self.rows = provenance["versions"], []
+        self.versions, self.rows = about["versions"], []
         self.shape, self.labels = dict(shape or {}), dict(labels or {})
         self.common = {
             "bench": bench,
             "device": device_name(device),
             "dtype": str(dtype).removeprefix("torch."),
-            "commit": provenance["commit"],
+            "commit": about["commit"],
             "command": command,
             "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
@@ -183,7 +184,7 @@ class ResultWriter:
             "detail": dict(detail or {}),
             "versions": self.versions if versions is None else dict(versions),
         }
-        validate(row)
+        validate_row(row)
         self.rows.append({name: row[name] for name in FIELDS})
         if self.path:
             checkpoint.append_row(self.path, self.rows[-1])
@@ -227,7 +228,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     for row in read_jsonl(path):
         new = [row] if "metric" in row else from_old(row)
         for one in new:
-            validate(one)
+            validate_row(one)
         rows += new
     return rows
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nanococonut.errors import UserError
 from nanococonut.model import GPT
+from nanococonut.runtime.errors import UserError
 
 WORKERS = Path(__file__).parent.parent / "workers"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from nanococonut import checkpoint
-from nanococonut.config import check_values, opt
-from nanococonut.errors import UserError
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
 
 THOUGHTS = 6  # the paper's, on all three tasks
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -41,22 +41,22 @@ TASK_LENGTHS = {
 class WorkloadOptions:
     """Options of every script that measures inference."""
 
-    checkpoint: str | None = opt(
+    checkpoint: str | None = option(
         None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
     )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = opt(
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
     )
-    n_layer: int | None = opt(None, "random weights: layers", at_least=1)
-    n_head: int | None = opt(None, "random weights: heads", at_least=1)
-    n_embd: int | None = opt(None, "random weights: width", at_least=1)
-    block_size: int | None = opt(None, "random weights: longest sequence", at_least=32)
-    vocab_size: int | None = opt(None, "random weights: vocabulary", at_least=16)
-    out: str | None = opt(None, "append the results to this file")
+    n_layer: int | None = option(None, "random weights: layers", ge=1)
+    n_head: int | None = option(None, "random weights: heads", ge=1)
+    n_embd: int | None = option(None, "random weights: width", ge=1)
+    block_size: int | None = option(None, "random weights: longest sequence", ge=32)
+    vocab_size: int | None = option(None, "random weights: vocabulary", ge=16)
+    out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
-        check_values(self)
+        validate(self)
 
 
 @dataclass
@@ -104,8 +104,10 @@ def load_model(options: WorkloadOptions, device: torch.device) -> Workload:
     shape = {k: v for k in MODEL_SHAPE if (v := getattr(options, k)) is not None}
     source = options.checkpoint
     if source is None and not shape:
-        runs = [run for run in Path("out").glob("*") if checkpoint.steps_in(run)]
-        newest = max(runs, key=lambda r: checkpoint.steps_in(r)[-1].stat().st_mtime, default=None)
+        runs = [run for run in Path("out").glob("*") if checkpoint.list_checkpoints(run)]
+        newest = max(
+            runs, key=lambda r: checkpoint.list_checkpoints(r)[-1].stat().st_mtime, default=None
+        )
         source = str(newest) if newest else None
     if source in (None, "random"):
         return random_weights(shape, device)

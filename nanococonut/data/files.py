@@ -1,9 +1,9 @@
-"""Files of rows: four formats in, told apart by their content, and one out.
+"""Files of examples: four formats are read, recognized by their content; one is written.
 
-A JSON list of {question, steps, answer}   what the released code reads, and what is written here
-JSON lines                                 one such object a line
-raw ProntoQA                               as the public generator writes it
-GSM8k-Aug text                             question||<<16-3-4=9>> <<9*2=18>> #### 18
+JSON list        [{question, steps, answer}, ...], the released code's format; also written here
+JSON lines       one such object per line
+raw ProntoQA     the JSON of the public generator
+GSM8k-Aug text   question||<<16-3-4=9>> <<9*2=18>> #### 18
 """
 
 import json
@@ -12,79 +12,81 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nanococonut.data import Row, fault, kind
-from nanococonut.errors import UserError
+from nanococonut.data.examples import Example, json_type_name, validation_error
+from nanococonut.runtime.errors import UserError
 
-OBJECT = "A row is an object: question (text), steps (list of texts), answer (text)."
-EXAMPLE = "An example is {test_example: {question, query, chain_of_thought, answer}}."
-LINE = "A line is: question||<<16-3-4=9>> <<9*2=18>> #### 18"
-BAD_BYTE = re.compile("[\udc80-\udcff]")  # how a byte that is not UTF-8 is decoded here
+BAD_BYTE_RE = re.compile("[\udc80-\udcff]")  # how surrogateescape decodes a byte that is not UTF-8
 
 
-def read_rows(path: str | os.PathLike[str], skipped: list[str] | None = None) -> list[Row]:
-    """All rows of a file in any of the formats, every one checked.
+class _Format(NamedTuple):
+    parse: Callable[[Any], Example]  # raises ValueError for a bad entry
+    expected: str  # what an entry should look like, the second line of an error
 
-    A bad row is a UserError that names file and place. With a list `skipped` it is left out
-    instead, and what would have been said about it is appended to the list; what is no file of
-    rows at all, or has none that is good, stays an error.
+
+def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None) -> list[Example]:
+    """Read and check all examples of a file in any format.
+
+    A bad example raises a UserError that names file and place. If `skipped` is a list, bad examples
+    are dropped and their errors appended. A file without any valid example is always an error.
     """
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
         reason = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"{path} cannot be read: {reason}.\nGive a file of rows.") from None
-    wanted, read, entries = _format(path, text)
-    return collect(path, entries, read, wanted, skipped)
+        raise UserError(f"{path} cannot be read: {reason}.\nGive a file of examples.") from None
+    (parse, expected), entries = _detect_format(path, text)
+    return collect(path, entries, parse, expected, skipped)
 
 
 def collect(
     source: str | os.PathLike[str],
     entries: Iterable[tuple[str, Any]],
-    read: Callable[[Any], list[Row]],
-    wanted: str,
+    parse: Callable[[Any], Example],
+    expected: str,
     skipped: list[str] | None,
-) -> list[Row]:
-    """The rows that read() makes of (place, entry) pairs; read raises ValueError for bad ones.
+) -> list[Example]:
+    """Return the examples that parse() makes of (place, entry) pairs; see read_examples.
 
-    wanted: what an entry should be, for the error's second line. skipped: as in read_rows.
+    parse      raises ValueError for a bad entry
+    expected   what an entry should look like, the second line of an error
     """
-    rows: list[Row] = []
-    bad: list[str] = []
+    examples: list[Example] = []
+    errors: list[str] = []
     for place, entry in entries:
         try:
-            rows += read(entry)
-        except (ValueError, UserError) as e:
-            reason = str(e).split("\n")[0].removesuffix(".")
-            bad.append(f"{source}, {place}: {reason}")
+            examples.append(parse(entry))
+        except ValueError as e:
+            errors.append(f"{source}, {place}: {e}")
             if skipped is None:
-                raise UserError(f"{bad[0]}.\n{wanted}") from None
-    if not rows and bad:
-        raise UserError(f"all {len(bad)} rows are bad, the first: {bad[0]}.\n{wanted}")
-    if not rows:
-        raise UserError(f"{source} holds no rows.\nGive one that has at least one.")
+                raise UserError(f"{errors[0]}.\n{expected}") from None
+    if not examples and errors:
+        raise UserError(f"all {len(errors)} examples are bad, the first: {errors[0]}.\n{expected}")
+    if not examples:
+        raise UserError(f"{source} holds no examples.\nGive one that has at least one.")
     if skipped is not None:
-        skipped += bad
-    return rows
+        skipped += errors
+    return examples
 
 
-def skipped_line(n_rows: int, skipped: Sequence[str]) -> str:
-    """What to tell the user about rows left out, beside the n_rows that were read."""
-    return f"{len(skipped)} of {n_rows + len(skipped)} rows skipped, the first: {skipped[0]}"
+def skipped_summary(n_examples: int, skipped: Sequence[str]) -> str:
+    """Return one line about the skipped examples of a file with `n_examples` valid ones."""
+    n_all = n_examples + len(skipped)
+    return f"{len(skipped)} of {n_all} examples skipped, the first: {skipped[0]}"
 
 
-def write_rows(path: str | os.PathLike[str], rows: Sequence[Row], overwrite: bool = False) -> None:
-    """One JSON list, a row a line; there at once and whole, or not at all.
+def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
+    """Write a new file atomically: a JSON list, one example per line.
 
-    UserError where the file exists and overwrite is False, or cannot be written.
+    Raise UserError if the file exists or cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"
     try:
-        if path.exists() and not overwrite:
+        if path.exists():
             raise UserError(f"{path} exists already.\nChoose another name or remove it first.")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -95,69 +97,121 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row], overwrite: boo
         raise UserError(f"{path} cannot be written: {reason}.\nChoose another file.") from None
 
 
-# what an entry should be, what makes rows of one, and all entries with their places in the file
-_Format = tuple[str, Callable[[Any], list[Row]], list[tuple[str, Any]]]
+# ---- one entry of each format -> an example
 
 
-def _format(path: Path, text: str) -> _Format:
-    """How to read this text. UserError where it is in none of the formats."""
+def parse_object(value: Any) -> Example:
+    """Return a JSON object itself. Raise ValueError if it is not an example."""
+    if error := validation_error(value):
+        raise ValueError(error)
+    return value
+
+
+def parse_json_line(line: str) -> Example:
+    """Return the example on a line of JSON. Raise ValueError if it holds none."""
+    return parse_object(_load_json(line))
+
+
+def parse_gsm8k_line(line: str) -> Example:
+    """Return the example on a line of GSM8k-Aug text. Raise ValueError if it holds none.
+
+    The answer keeps its commas; extract_answer drops them when answers are compared.
+    """
+    question, bars, solution = _require_utf8(line).partition("||")
+    steps, mark, answer = solution.rpartition("####")
+    if not bars:
+        raise ValueError("no || after the question")
+    if not mark:
+        raise ValueError("no #### before the answer")
+    return parse_gsm8k_columns({"question": question, "cot": steps, "answer": answer})
+
+
+def parse_gsm8k_columns(columns: dict[str, Any]) -> Example:
+    """Return the example in the columns question, steps or cot, answer. ValueError as above."""
+    values = dict(columns)
+    if isinstance(values.get("cot"), str):  # all steps in one text
+        values["steps"] = values.pop("cot").split(" ")
+    if values.keys() != {"question", "steps", "answer"}:
+        names = ", ".join(columns)
+        raise ValueError(f"expected the columns question, steps or cot, answer, got {names}")
+    question, steps, answer = (parse_object(values)[k] for k in ("question", "steps", "answer"))
+    steps = [step.strip() for step in steps if step.strip()]  # "" is no step
+    return {"question": question.strip(), "steps": steps, "answer": answer.strip()}
+
+
+def parse_raw_prontoqa(raw: Any) -> Example:
+    """Return an example of the public ProntoQA generator, as the released preprocessing does.
+
+    raw   {"test_example": {question, query, chain_of_thought, answer}}; other keys are ignored
+
+    Raise ValueError if it is not one.
+    """
     try:
-        value = _json(text)
+        test = raw["test_example"]
+        question, query, chain = test["question"], test["query"], test["chain_of_thought"]
+        texts = [question, query, test["answer"], *chain]
+        valid = isinstance(chain, list) and all(isinstance(t, str) and t.strip() for t in texts)
+    except (KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError("not an example of the public generator")
+    steps = [" ".join(chain[i : i + 2]) for i in range(0, len(chain), 2)]
+    return {"question": f"{question} {query}", "steps": steps, "answer": test["answer"]}
+
+
+_OBJECT = "An example is an object: question (text), steps (list of texts), answer (text)."
+JSON = _Format(parse_object, _OBJECT)
+JSON_LINES = _Format(parse_json_line, _OBJECT)
+GSM8K = _Format(parse_gsm8k_line, "A line is: question||<<16-3-4=9>> <<9*2=18>> #### 18")
+RAW_PRONTOQA = _Format(
+    parse_raw_prontoqa,
+    "An example is {test_example: {question, query, answer (texts), chain_of_thought (texts)}}.",
+)
+
+
+def _detect_format(path: Path, text: str) -> tuple[_Format, list[tuple[str, Any]]]:
+    """Return the format of a text and its (place, entry) pairs. UserError if there is none."""
+    try:
+        value = _load_json(text)
     except ValueError as e:
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         start = lines[0][1].strip() if lines else ""
-        # a list or an object over several lines, broken somewhere, is no JSON lines
+        # "[" or a lone "{" starts a broken JSON value over several lines, not JSON lines
         if not start.startswith("[") and start != "{":
             if any(line.lstrip().startswith("{") for _, line in lines):
-                return OBJECT, lambda line: _row(_json(line)), lines
+                return JSON_LINES, lines
             if "||" in text:
-                return LINE, _gsm8k, lines
-        at = getattr(e.__cause__, "lineno", 1)
-        if odd := BAD_BYTE.search(text):
-            at = text.count("\n", 0, odd.start()) + 1
-        raise UserError(f"{path}, line {at}: {e}.\nGive a JSON list of rows.") from None
+                return GSM8K, lines
+        line_number = getattr(e.__cause__, "lineno", 1)
+        if bad_byte := BAD_BYTE_RE.search(text):
+            line_number = text.count("\n", 0, bad_byte.start()) + 1
+        raise UserError(
+            f"{path}, line {line_number}: {e}.\nGive a JSON list of examples."
+        ) from None
     if isinstance(value, list):
-        return OBJECT, _row, [(f"row {i}", row) for i, row in enumerate(value)]
+        return JSON, [(f"example {i}", entry) for i, entry in enumerate(value)]
     if isinstance(value, dict):
         if any(isinstance(v, dict) and "test_example" in v for v in value.values()):
-            return EXAMPLE, _prontoqa, [(key, {key: example}) for key, example in value.items()]
-        return OBJECT, _row, [("row 0", value)]  # JSON lines with one line
+            return RAW_PRONTOQA, list(value.items())
+        return JSON, [("example 0", value)]  # JSON lines with one line
     raise UserError(
-        f"{path} holds a JSON {kind(value)}, where a list of rows is wanted.\n"
+        f"{path}: expected a list of examples, got a JSON {json_type_name(value)}.\n"
         'Write [{"question": ..., "steps": [...], "answer": ...}, ...].'
     )
 
 
-def _utf8(text: str) -> str:
-    """The text itself. ValueError where a byte of it could not be decoded."""
-    if BAD_BYTE.search(text):
+def _require_utf8(text: str) -> str:
+    """Return the text. Raise ValueError if a byte of it is not UTF-8."""
+    if BAD_BYTE_RE.search(text):
         raise ValueError("not UTF-8 text")
     return text
 
 
-def _json(text: str) -> Any:
-    """Its JSON value. ValueError with the reason, caused by what knows the line."""
+def _load_json(text: str) -> Any:
+    """Return the JSON value. Raise ValueError with the reason; its cause knows the line."""
     try:
-        return json.loads(_utf8(text))
+        return json.loads(_require_utf8(text))
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg})") from e
     except RecursionError:
         raise ValueError("not JSON (nested too deeply)") from None
-
-
-def _row(value: Any) -> list[Row]:
-    if wrong := fault(value):
-        raise ValueError(wrong)
-    return [value]
-
-
-def _gsm8k(line: str) -> list[Row]:
-    from nanococonut.data import gsm8k  # which imports this module
-
-    return [gsm8k.row_of_line(_utf8(line))]
-
-
-def _prontoqa(example: dict) -> list[Row]:
-    from nanococonut.data import prontoqa
-
-    return prontoqa.rows_of_raw(example)

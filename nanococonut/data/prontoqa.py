@@ -1,56 +1,46 @@
-"""ProntoQA: is it true or false of an entity that it has a property? Ontologies of invented words.
+"""ProntoQA: does an entity have a property? Ontologies of invented words.
 
-Rows as the public generator (Saparov and He, arXiv 2210.01240) draws them for the Coconut paper:
-a chain of concepts, each with a property and a second parent that leads nowhere, and the entity at
-its lower end; the property asked for is `hops` steps away. All shapes are the same, so a thousand
-rows are drawn at a time, as numbers. The shares of negations follow from that generator's walk (see
-_negated); `statistics` and RELEASED compare them with 300 rows that it made.
+Examples like those that the public generator (Saparov and He, arXiv 2210.01240) makes for the
+Coconut paper: a chain of concepts above the entity, each with a property and a second parent that
+leads nowhere; the property in the query is `hops` steps away. All examples have one shape, so a
+thousand are drawn at a time as arrays. statistics.py has figures of 300 that it made.
 
-Those rows can be answered without any search: the property is stated of two concepts, with and
-without "not", and the wrong one is named nowhere else in the text. `heuristics` measures that (100
-%). In rows of OntologyConfig(matched=True) it stands at the end of a twin of the chain, and only
-the entity's fact says which of the two to follow: every such rule is worth 50 % there.
+Those examples need no search: the property is stated of two concepts, once with "not", and the
+wrong one occurs nowhere else in the text (shortcuts.py: 100 % correct). With
+OntologyConfig(matched=True) the wrong statement is at the end of a twin of the chain. Only the
+entity's fact tells the two apart, so all such rules give 50 %.
 """
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from nanococonut.data import Row
-from nanococonut.data.prosqa import PUBLIC
-from nanococonut.errors import UserError
+from nanococonut.data.examples import Example
+from nanococonut.data.search import children_of, distances
+from nanococonut.data.seeds import rng_from_seed
+from nanococonut.runtime.errors import UserError
 
 NAMES = "Alex Fae Max Polly Rex Sally Sam Stella Wren".split()
 CONCEPTS = (
     "brimpus dumpus gorpus grimpus impus jompus lempus lorpus numpus rompus shumpus sterpus tumpus "
     "vumpus wumpus yumpus zumpus"
 ).split()
-FAMILIES = [  # of properties: a row takes at most one of each
+# of properties: an example uses at most one of each
+FAMILIES = [
     family.split()
     for family in (
-        "blue brown orange red",
-        "large small",
-        "liquid luminous metallic wooden",
-        "opaque transparent",
-        "feisty happy nervous shy",
-        "bright dull",
-        "bitter sour spicy sweet",
-        "earthy floral fruity",
-        "cold hot temperate",
-        "aggressive amenable angry kind mean",
-        "discordant loud melodic muffled",
-        "fast moderate slow",
-        "overcast rainy snowy sunny windy",
-    )
+        "blue brown orange red, large small, liquid luminous metallic wooden, opaque transparent, "
+        "feisty happy nervous shy, bright dull, bitter sour spicy sweet, earthy floral fruity, "
+        "cold hot temperate, aggressive amenable angry kind mean, discordant loud melodic muffled, "
+        "fast moderate slow, overcast rainy snowy sunny windy"
+    ).split(", ")
 ]
 PROPERTIES = [word for family in FAMILIES for word in family]
-# every word and sign of both renderings, and the answer's mark
+# every word and sign of both styles, and the mark before the answer
 VOCABULARY = [
     *NAMES,
     *CONCEPTS,
@@ -60,19 +50,24 @@ VOCABULARY = [
     *"Each Every is are a an not True False or false : . ? ###".split(),
 ]
 
-BATCH = 1024  # rows drawn at once: fixed, so that more rows begin with the same rows
+BATCH = 1024  # examples drawn at once; constant, so that the first examples do not depend on n
 WORDS = CONCEPTS + PROPERTIES
 
 
 class Claim(NamedTuple):
-    """A sentence taken apart: a fact's subject is a name, a rule's a concept.
-
-    The predicate is a concept (a word that ends in -pus) or a property.
-    """
+    """A parsed sentence. A fact's subject is a name, a rule's is a concept."""
 
     subject: str
     negated: bool
-    predicate: str
+    predicate: str  # a concept (ends in -pus) or a property
+
+    @property
+    def is_fact(self) -> bool:
+        return self.subject[0].isupper()
+
+    @property
+    def names_concept(self) -> bool:
+        return self.predicate.endswith("pus")
 
 
 def _a(concept: str) -> str:
@@ -80,17 +75,17 @@ def _a(concept: str) -> str:
 
 
 def _sentence(claim: Claim, wording: str = "Every") -> str:
-    """The claim in words; wording is Each, Every or plural and does nothing to a fact."""
+    """Write a claim. Wording is Each, Every or plural; facts have only one."""
     subject, negated, predicate = claim
     no = "not " if negated else ""
-    if wording == "plural" and not subject[0].isupper():
-        plural = f"{predicate}es" if predicate.endswith("pus") else predicate
+    if wording == "plural" and not claim.is_fact:
+        plural = f"{predicate}es" if claim.names_concept else predicate
         return f"{subject.capitalize()}es are {no}{plural}."
-    subject = subject if subject[0].isupper() else f"{wording} {subject}"
-    return f"{subject} is {no}{_a(predicate) if predicate.endswith('pus') else predicate}."
+    subject = subject if claim.is_fact else f"{wording} {subject}"
+    return f"{subject} is {no}{_a(predicate) if claim.names_concept else predicate}."
 
 
-# in all wordings (plural twice: half of all rules are), looked up faster than put together
+# (wording, subject, negated, predicate); plural twice: half of all rules are
 SENTENCES = np.array(
     [
         [[[_sentence(Claim(s, no, p), w) for p in WORDS] for no in (False, True)] for s in CONCEPTS]
@@ -100,30 +95,22 @@ SENTENCES = np.array(
 )
 
 
-class Question(NamedTuple):
-    """A question taken apart, singular words throughout, in the order of the text."""
-
-    facts: list[Claim]
-    rules: list[Claim]
-    query: Claim
-
-
 @dataclass(frozen=True)
 class OntologyConfig:
-    """What the ontology is like. UserError where one cannot be.
+    """Settings of the ontologies.
 
-    hops      steps from the entity's concept to the property asked for (released: 5)
-    matched   the wrong property stands at the end of a twin of the chain
+    hops      steps from the entity's concept to the property in the query (released: 5)
+    matched   the wrong property is at the end of a twin of the chain
     """
 
     hops: int = 5
     matched: bool = False
 
     def __post_init__(self) -> None:
-        most = 5 if self.matched else 6
-        if type(self.hops) is not int or not 1 <= self.hops <= most:
+        limit = 5 if self.matched else 6
+        if type(self.hops) is not int or not 1 <= self.hops <= limit:
             raise UserError(
-                f"hops={self.hops!r}: wanted is a whole number from 1 to {most} (there are "
+                f"hops={self.hops!r}: expected a whole number from 1 to {limit} (there are "
                 f"{len(CONCEPTS)} concepts; matched takes more of them).\n"
                 "Change hops (train.py: --max_hops)."
             )
@@ -134,51 +121,50 @@ def generate(
     seed: int | Sequence[int],
     config: OntologyConfig | None = None,
     exclude: Collection[bytes] = frozenset(),
-) -> list[Row]:
-    """n rows; none whose signature is in exclude.
+) -> list[Example]:
+    """Return n examples, none whose graph_hash is in `exclude`.
 
-    The same seed gives the same rows, and the first rows do not depend on n. UserError where
-    exclude leaves hardly any.
+    The same seed gives the same examples, and the first ones do not depend on n. Raise UserError
+    if `exclude` leaves hardly any.
     """
     config = config or OntologyConfig()
-    # numpy pads seeds with zeros: a bare S would be the same stream as (S, 0, 0), a training one
-    rng = np.random.default_rng((seed, PUBLIC) if isinstance(seed, int) else seed)
-    rows: list[Row] = []
-    while len(rows) < n:
-        batch = _draw(rng, config)
+    rng = rng_from_seed(seed)
+    examples: list[Example] = []
+    while len(examples) < n:
+        batch = _sample_examples(rng, config)
         if exclude:
-            batch = [row for row in batch if signature(row) not in exclude]
+            batch = [example for example in batch if graph_hash(example) not in exclude]
         if not batch:
             raise UserError(
-                f"{BATCH} ontologies with hops={config.hops} gave no row that is not excluded.\n"
-                "Exclude fewer rows or ask for more hops."
+                f"all of {BATCH} ontologies with hops={config.hops} are excluded.\n"
+                "Exclude fewer examples or ask for more hops."
             )
-        rows += batch
-    return rows[:n]
+        examples += batch
+    return examples[:n]
 
 
-def _negated(c: OntologyConfig) -> np.ndarray:
-    """(P) how likely each property is a negated one: of concepts 1 to hops, then of all others.
+def _negated_probability(c: OntologyConfig) -> np.ndarray:
+    """Return (P) how likely each property is negated: of concepts 1 to hops, then of all others.
 
-    A third of all properties is. The public generator walks up the chain, and at each concept asks
-    for its property, with weight .3 (negated: .7), or goes on, with weight 1. It keeps the walks of
-    the right length: a concept that was passed is rather one without "not".
+    A third of all properties is. The public generator walks up the chain; at each concept it stops
+    to ask for its property with weight .3 (negated: .7), or goes on with weight 1, and keeps the
+    walks of the right length. So a concept on the way is more often one without "not".
     """
-    share = np.full(2 * c.hops + (not c.matched), 1 / 3)
-    if c.matched:  # the twin has the opposite: no share but this is the same for both
-        share[: c.hops] = 1 / 2
-        return share
+    probability = np.full(2 * c.hops + (not c.matched), 1 / 3)
+    if c.matched:  # the twin has the opposite: only 1/2 is the same for both
+        probability[: c.hops] = 1 / 2
+        return probability
     no, yes = 1 / 3 / 1.7, 2 / 3 / 1.3
-    share[0] = 0.7 * no / (0.7 * no + 0.3 * yes)
-    share[1 : c.hops] = no / (no + yes)
-    return share
+    probability[0] = 0.7 * no / (0.7 * no + 0.3 * yes)
+    probability[1 : c.hops] = no / (no + yes)
+    return probability
 
 
 def _rules(c: OntologyConfig) -> tuple[list[tuple[int, int, bool]], int]:
-    """(subject, predicate, opposite) of each rule by number, and the second fact's concept.
+    """Return (subject, predicate, opposite) of each rule by number, and the second fact's concept.
 
     Concepts 0 to hops are the chain, top first; concept hops + i is the second parent of concept i.
-    Predicates from len(CONCEPTS) on are properties, opposite ones negated where others are not.
+    Predicates from len(CONCEPTS) on are properties; opposite: negated if the property is not.
     """
     h, p = c.hops, len(CONCEPTS)
     rules = []
@@ -196,91 +182,71 @@ def _rules(c: OntologyConfig) -> tuple[list[tuple[int, int, bool]], int]:
     return rules, 3 * h
 
 
-def _draw(rng: np.random.Generator, c: OntologyConfig) -> list[Row]:
-    """BATCH rows."""
+def _sample_examples(rng: np.random.Generator, c: OntologyConfig) -> list[Example]:
+    """Draw BATCH examples: B examples, R rules, P properties, 17 concepts, 13 families."""
     rules, second = _rules(c)
-    negated_share = _negated(c)
-    n_properties = len(negated_share)
-    # B rows, R rules, P properties
-    concept = rng.random((BATCH, len(CONCEPTS))).argsort(1)  # (B, 17) the word of each
-    family = rng.random((BATCH, len(FAMILIES))).argsort(1)[:, :n_properties]
+    negated_probability = _negated_probability(c)
+    concept = rng.random((BATCH, len(CONCEPTS))).argsort(1)  # (B, 17) word of each concept
+    family = rng.random((BATCH, len(FAMILIES))).argsort(1)[:, : len(negated_probability)]  # (B, P)
     size = np.array([len(f) for f in FAMILIES])
     member = (rng.random(family.shape) * size[family]).astype(int)
     word = np.hstack([concept, len(CONCEPTS) + (size.cumsum() - size)[family] + member])
-    negated = np.zeros(word.shape, bool)
-    negated[:, len(CONCEPTS) :] = rng.random(family.shape) < negated_share
+    negated = np.zeros(word.shape, bool)  # (B, 17 + P), concepts never
+    negated[:, len(CONCEPTS) :] = rng.random(family.shape) < negated_probability
 
-    subject, predicate, opposite = np.array(rules).T
+    subject, predicate, opposite = np.array(rules).T  # (R)
     wording = rng.integers(4, size=(BATCH, len(rules)))
     no = negated[:, predicate] ^ opposite.astype(bool)
-    said = SENTENCES[wording, word[:, subject], no.astype(int), word[:, predicate]]  # (B, R)
-    order = rng.random(said.shape).argsort(1)
-    shuffled = np.take_along_axis(said, order, 1).tolist()
-    # the rules of the steps: from concept hops up to 1, then its property
-    proof = said[:, [*range(4 * (c.hops - 1), 0, -4), 2]].tolist()
+    sentences = SENTENCES[wording, word[:, subject], no.astype(int), word[:, predicate]]  # (B, R)
+    order = rng.random(sentences.shape).argsort(1)
+    shuffled = np.take_along_axis(sentences, order, 1).tolist()
+    # the rules of the steps: from concept `hops` up to 1, then its property
+    proof = sentences[:, [*range(4 * (c.hops - 1), 0, -4), 2]].tolist()
     name = rng.random((BATCH, len(NAMES))).argsort(1)[:, :2].tolist()
-    second_first, true = (rng.random((2, BATCH)) < 0.5).tolist()
-    rows: list[Row] = []
-    for i, (entity, other) in enumerate(name):
-        entity, other = NAMES[entity], NAMES[other if c.matched else entity]
+    second_first, is_true = (rng.random((2, BATCH)) < 0.5).tolist()
+    examples: list[Example] = []
+    for i, (first_name, second_name) in enumerate(name):
+        entity, other = NAMES[first_name], NAMES[second_name if c.matched else first_name]
         chain = [CONCEPTS[k] for k in concept[i, c.hops : 0 : -1]]
         facts = [f"{entity} is {_a(chain[0])}.", f"{other} is {_a(CONCEPTS[concept[i, second]])}."]
         if second_first[i]:
             facts.reverse()
-        asked, no = WORDS[word[i, len(CONCEPTS)]], bool(negated[i, len(CONCEPTS)])
-        query = _sentence(Claim(entity, no == true[i], asked))
+        prop, no = WORDS[word[i, len(CONCEPTS)]], bool(negated[i, len(CONCEPTS)])
+        query = _sentence(Claim(entity, no == is_true[i], prop))
         steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(chain, proof[i], strict=True)]
-        rows.append(
+        examples.append(
             {
                 "question": " ".join([*shuffled[i], *facts, "True or false:", query]),
-                "steps": [*steps, _sentence(Claim(entity, no, asked))],
-                "answer": str(true[i]),
+                "steps": [*steps, _sentence(Claim(entity, no, prop))],
+                "answer": str(is_true[i]),
             }
         )
-    return rows
+    return examples
 
 
-def rows_of_raw(raw: dict[str, Any]) -> list[Row]:
-    """The public generator's JSON -> rows, as the released preprocessing makes them.
-
-    raw is {"example1": {"test_example": {question, query, chain_of_thought, answer}}, ...}; other
-    keys (in-context examples) are ignored. UserError names the example that is not so.
-    """
-    if not isinstance(raw, dict):
-        raise UserError(
-            'not the public generator\'s JSON: no object at the top.\nGive {"example1": ...}.'
-        )
-    rows: list[Row] = []
-    for name, example in raw.items():
-        try:
-            test = example["test_example"]
-            question, query, chain = test["question"], test["query"], test["chain_of_thought"]
-            texts = [question, query, test["answer"], *chain]
-            fits = isinstance(chain, list) and all(isinstance(t, str) and t.strip() for t in texts)
-        except (KeyError, TypeError):
-            fits = False
-        if not fits:
-            raise UserError(
-                f"{name} is no example of the public generator.\nIts test_example holds question, "
-                "query, answer (texts) and chain_of_thought (a list of texts)."
-            )
-        steps = [" ".join(chain[i : i + 2]) for i in range(0, len(chain), 2)]
-        rows.append({"question": f"{question} {query}", "steps": steps, "answer": test["answer"]})
-    return rows
+# ---- sentences
 
 
-# -- text to claims
+class Question(NamedTuple):
+    """A parsed question, singular words throughout, in the order of the text."""
+
+    facts: list[Claim]
+    rules: list[Claim]
+    query: Claim
+
 
 PROPERTY = r"(not )?((?!not\b|[a-z]*pus(?:es)?\b)[a-z]+)"
-ONE = re.compile(rf"(?:(?:Each|Every) ([a-z]*pus)|([A-Z][a-z]*)) is (?:an? ([a-z]*pus)|{PROPERTY})")
-MANY = re.compile(rf"([A-Z][a-z]*pus)es are (?:([a-z]*pus)es|{PROPERTY})")
+SINGULAR_RE = re.compile(
+    rf"(?:(?:Each|Every) ([a-z]*pus)|([A-Z][a-z]*)) is (?:an? ([a-z]*pus)|{PROPERTY})"
+)
+PLURAL_RE = re.compile(rf"([A-Z][a-z]*pus)es are (?:([a-z]*pus)es|{PROPERTY})")
 
 
-def _claim(sentence: str) -> Claim:
-    """A sentence without its full stop, in any wording. UserError else."""
-    if m := ONE.fullmatch(sentence):
+def parse_sentence(sentence: str) -> Claim:
+    """Parse a sentence without its full stop, in any wording. UserError if it is not ProntoQA."""
+    if m := SINGULAR_RE.fullmatch(sentence):
         return Claim(m[1] or m[2], bool(m[4]), m[3] or m[5])
-    if m := MANY.fullmatch(sentence):
+    if m := PLURAL_RE.fullmatch(sentence):
         return Claim(m[1].lower(), bool(m[3]), m[2] or m[4])
     raise UserError(
         f'not a ProntoQA sentence: {sentence[:60]!r}.\nWrite "Max is a wumpus." (a capital for '
@@ -288,78 +254,68 @@ def _claim(sentence: str) -> Claim:
     )
 
 
-def _sentences(text: str) -> list[str]:
-    """The sentences of a text without their full stops; white space is made single."""
+def split_sentences(text: str) -> list[str]:
+    """Return the sentences without their full stops and with single spaces."""
     return [s.strip() for s in " ".join(text.split()).removesuffix(".").split(".")]
 
 
-def _parts(question: str) -> tuple[list[str], str]:
-    """The sentences of what is said, and what is asked behind "True or false:"."""
-    told, _, asked = " ".join(question.split()).partition("True or false:")
-    return _sentences(told) if told else [], asked.strip()
+def split_question(question: str) -> tuple[list[str], str]:
+    """Return (sentences of rules and facts, the query after "True or false:")."""
+    context, _, query = " ".join(question.split()).partition("True or false:")
+    return split_sentences(context) if context else [], query.strip()
 
 
 def parse_question(question: str) -> Question:
-    """What is said and what is asked. UserError for a text that is not a ProntoQA question."""
-    told, asked = _parts(question)
+    """Parse a question. UserError if it is not ProntoQA."""
+    sentences, query_text = split_question(question)
     try:
-        query = _claim(asked.removesuffix("."))
+        query = parse_sentence(query_text.removesuffix("."))
     except UserError:
         query = None
-    if not told or not query or not query.subject[0].isupper() or _is_concept(query):
+    if not sentences or not query or not query.is_fact or query.names_concept:
         raise UserError(
-            f"not a ProntoQA question: {question[-60:]!r}.\nWrite rules, facts and what is asked: "
+            f"not a ProntoQA question: {question[-60:]!r}.\nWrite rules, facts and a query: "
             '"Each wumpus is red. Max is a wumpus. True or false: Max is not red."'
         )
-    claims = [_claim(sentence) for sentence in told]
-    facts = [claim for claim in claims if claim.subject[0].isupper()]
-    return Question(facts, [claim for claim in claims if claim.subject[0].islower()], query)
+    claims = [parse_sentence(sentence) for sentence in sentences]
+    facts = [claim for claim in claims if claim.is_fact]
+    return Question(facts, [claim for claim in claims if not claim.is_fact], query)
 
 
-def _is_concept(claim: Claim) -> bool:
-    return claim.predicate.endswith("pus")
-
-
-def _reached(q: Question) -> dict[str, int]:
-    """The entity and all concepts that it is -> fewest steps up to them."""
-    parents: dict[str, list[str]] = {}
-    for claim in q.facts + q.rules:
-        if _is_concept(claim):
-            parents.setdefault(claim.subject, []).append(claim.predicate)
-    steps = {q.query.subject: 0}
-    queue = [q.query.subject]
-    for at in queue:  # grows while it is read
-        for parent in parents.get(at, ()):
-            if parent not in steps:
-                steps[parent] = steps[at] + 1
-                queue.append(parent)
-    return steps
+def concepts_of(q: Question) -> dict[str, int]:
+    """Map the entity and all concepts that it is to the fewest steps up to them."""
+    edges = [(c.subject, c.predicate) for c in q.facts + q.rules if c.names_concept]
+    return distances(children_of(edges), q.query.subject)
 
 
 def solve(question: str) -> str | None:
-    """The answer found by search: "True" or "False". None where the text is no ProntoQA question,
-    or where nothing or a contradiction follows about the property."""
+    """Return the answer found by search, "True" or "False".
+
+    None if the text is not a ProntoQA question, or if nothing or a contradiction follows.
+    """
     try:
         q = parse_question(question)
     except UserError:
         return None
-    reached = _reached(q)
-    found = {
+    concepts = concepts_of(q)
+    signs = {
         claim.negated
         for claim in q.facts + q.rules
-        if claim.predicate == q.query.predicate and claim.subject in reached
+        if claim.predicate == q.query.predicate and claim.subject in concepts
     }
-    return str(found == {q.query.negated}) if len(found) == 1 else None
+    return str(signs == {q.query.negated}) if len(signs) == 1 else None
 
 
-def signature(row: Row) -> bytes:
-    """Which ontology and question it is: the same for any sentence order, wording, name of the
-    entity and names of the concepts (not: properties). UserError as parse_question."""
-    q = parse_question(row["question"])
+def graph_hash(example: Example) -> bytes:
+    """Return a hash of ontology and query, independent of sentence order, wording and names.
+
+    Names of the entity and the concepts do not count, properties do. UserError as parse_question.
+    """
+    q = parse_question(example["question"])
     above: dict[str, list[str]] = {}
     for claim in q.facts + q.rules:
         above.setdefault(claim.subject, [])
-        if _is_concept(claim):
+        if claim.names_concept:
             above[claim.subject].append(claim.predicate)
             above.setdefault(claim.predicate, [])
         else:
@@ -367,48 +323,48 @@ def signature(row: Row) -> bytes:
     shape: dict[str, str] = {}
 
     def describe(node: str) -> str:
-        """All that follows from it, without names."""
+        """Return all that follows from a node, without names."""
         if node not in above:
             return node  # a property
         if node not in shape:
-            shape[node] = ""  # should it lead back to itself
+            shape[node] = ""  # ends the recursion in a cycle
             shape[node] = f"({','.join(sorted(map(describe, above[node])))})"
         return shape[node]
 
-    asked = describe(q.query.subject), q.query[1:]
-    whole = repr((asked, sorted(map(describe, above))))
-    return hashlib.blake2b(whole.encode(), digest_size=16).digest()
+    query = describe(q.query.subject), q.query[1:]
+    content = repr((query, sorted(map(describe, above))))
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
-# -- the compact rendering: "Each p is a c." is " p c.", "Ps are not red." " p not red.", the query
+# ---- compact style: "Each p is a c." is " p c.", "Ps are not red." " p not red.", the query
 # "? Max? not red". A step, "Max is a p. Each p is a c.", is " p c", the last one " not red"; the
-# answer stays. Each symbol has exactly one space in front, and a sign stands before the entity and
-# the property asked for, both for the reasons given at prosqa's. Only the wording is lost.
+# answer is unchanged. Spaces and signs are as in prosqa.py. Only the wording is lost.
 
 
 def _compact(claim: Claim) -> str:
-    return f" {claim.subject}{_says(claim)}"
+    return f" {claim.subject}{_compact_predicate(claim)}"
 
 
-def _says(claim: Claim) -> str:
+def _compact_predicate(claim: Claim) -> str:
     return f" {'not ' * claim.negated}{claim.predicate}"
 
 
 def compact_question(question: str) -> str:
-    """The rules, the facts, then "? Max? not red". Lost is how rules are worded (Each, Every,
-    plural), nothing else. UserError as parse_question."""
+    """Return the rules, the facts, then "? Max? not red". UserError as in parse_question."""
     facts, rules, query = parse_question(question)
-    told = "".join([f"{_compact(claim)}." for claim in rules + facts])
-    return f"{told}? {query.subject}?{_says(query)}"
+    claims = "".join([f"{_compact(claim)}." for claim in rules + facts])
+    return f"{claims}? {query.subject}?{_compact_predicate(query)}"
 
 
 def compact_step(step: str) -> str:
-    """A step, one or two sentences: "Max is a p. Each p is a c." -> " p c", "Max is not red." ->
-    " not red". UserError for anything else."""
-    fact, *rule = [_claim(sentence) for sentence in _sentences(step)]
-    if fact.subject[0].isupper() and not rule:
-        return _says(fact)
-    if fact.subject[0].isupper() and [claim.subject for claim in rule] == [fact.predicate]:
+    """Return a step in compact style. UserError if it is not one.
+
+    "Max is a p. Each p is a c." -> " p c", "Max is not red." -> " not red"
+    """
+    fact, *rule = [parse_sentence(sentence) for sentence in split_sentences(step)]
+    if fact.is_fact and not rule:
+        return _compact_predicate(fact)
+    if fact.is_fact and [claim.subject for claim in rule] == [fact.predicate]:
         return _compact(rule[0])
     raise UserError(
         f"not a ProntoQA step: {step[:60]!r}.\n"
@@ -416,169 +372,34 @@ def compact_step(step: str) -> str:
     )
 
 
-def compact_row(row: Row) -> Row:
-    """The row in compact words, other keys as they are."""
-    steps = [compact_step(step) for step in row["steps"]]
-    return {**row, "question": compact_question(row["question"]), "steps": steps}
+def compact_example(example: Example) -> Example:
+    """Return the example in compact style, with its further keys unchanged."""
+    steps = [compact_step(step) for step in example["steps"]]
+    return {**example, "question": compact_question(example["question"]), "steps": steps}
 
 
-STEP = re.compile(r"([a-z]*pus) (not )?(?!not\b)([a-z]+)|(not )?(?!not\b)([a-z]+)|\S+")
+STEP_RE = re.compile(r"([a-z]*pus) (not )?(?!not\b)([a-z]+)|(not )?(?!not\b)([a-z]+)|\S+")
 
 
 def expand_steps(text: str, question: str) -> list[str]:
-    """Compact steps to a question in sentences, one behind the other, as sentences.
+    """Return concatenated compact steps as sentences; text that is no step is kept as it is.
 
-    Rules are worded as in the question, those that it does not hold with Every; what is no step is
-    left as it is. UserError as parse_question.
+    Rules are worded as in the question (in sentences), other rules with Every. UserError as in
+    parse_question.
     """
     entity = parse_question(question).query.subject
-    known = {_claim(sentence): f"{sentence}." for sentence in _parts(question)[0]}
+    wording = {parse_sentence(s): f"{s}." for s in split_question(question)[0]}
     steps = []
-    for m in STEP.finditer(" ".join(text.split())):
+    for m in STEP_RE.finditer(" ".join(text.split())):
         if m[1]:
             rule = Claim(m[1], bool(m[2]), m[3])
             fact = _sentence(Claim(entity, False, m[1]))
-            steps.append(f"{fact} {known.get(rule) or _sentence(rule)}")
+            steps.append(f"{fact} {wording.get(rule) or _sentence(rule)}")
         else:
             steps.append(_sentence(Claim(entity, bool(m[4]), m[5])) if m[5] else m[0])
     return steps
 
 
 def expand_answer(text: str, question: str) -> str:
-    """A compact answer -> the answer, which is the same word whatever the question."""
+    """Return the answer, which is the same word in both styles."""
     return text.strip()
-
-
-# -- what rows are like
-
-
-def statistics(rows: Sequence[Row]) -> dict[str, float]:
-    """Means and shares of rows. UserError where a row's answer does not follow from its text.
-
-    "Each", "Every", "plural" are shares of the rules; "negated ..." of the rules that give a
-    property: on the way to the conclusion, and aside (others, but none of the property asked for).
-    """
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if solve(row["question"]) != row["answer"]:
-            raise UserError(
-                f"a row's answer does not follow from its text: ...{row['question'][-40:]!r}.\n"
-                "Give rows as generated or released."
-            )
-        for key, values in _measured(row).items():
-            found.setdefault(key, []).extend(values)
-    means = {key: fmean(values) for key, values in found.items() if values}
-    return {**means, "words sd": pstdev(found["words"])}
-
-
-def _measured(row: Row) -> dict[str, list[float]]:
-    """What `statistics` takes the means of: a value for the row, or one for each of its rules."""
-    facts, rules, query = q = parse_question(row["question"])
-    reached = _reached(q)
-    rising = [rule for rule in rules if _is_concept(rule)]
-    giving = [rule for rule in rules if not _is_concept(rule)]
-    about = [claim for claim in rules + facts if claim.predicate == query.predicate]
-    others = [rule for rule in giving if rule not in about]
-    supports = [claim.subject in reached for claim in about]
-    right = about[supports.index(True)]
-    way = {_claim(_sentences(step)[0]).predicate for step in row["steps"]}
-    told, _ = _parts(row["question"])
-    opening = [sentence.split()[0] for sentence in told if _claim(sentence) in rules]
-    parents = Counter(rule.subject for rule in rising)
-    return {
-        "sentences": [len(told)],
-        "words": [len(row["question"].split())],
-        "facts": [len(facts)],
-        "facts last": [all(_claim(sentence) in facts for sentence in told[-len(facts) :])],
-        "start is first fact": [facts[0].predicate in way],
-        "properties": [len(giving)],
-        "property families": [sum(any(r.predicate in f for r in giving) for f in FAMILIES)],
-        "concepts": [len({r.subject for r in rules} | {r.predicate for r in rising})],
-        "concepts with two parents": [sum(n == 2 for n in parents.values())],
-        "concepts reached": [len(reached) - 1],
-        "Each": [word == "Each" for word in opening],
-        "Every": [word == "Every" for word in opening],
-        "plural": [word.endswith("puses") for word in opening],
-        "negated on the way": [rule.negated for rule in others if rule.subject in way],
-        "negated aside": [rule.negated for rule in others if rule.subject not in way],
-        "conclusion negated": [right.negated],
-        "contradicted by": [supports.count(False)],
-        "contradiction first": [not supports[0]],
-        "query negated": [query.negated],
-        "true": [row["answer"] == "True"],
-        "true and negated": [query.negated and row["answer"] == "True"],
-        "hops": [reached[right.subject]],
-        "steps": [len(row["steps"])],
-    }
-
-
-# `statistics` of 300 rows made by the public generator (5 hops, random order)
-RELEASED: dict[str, float] = {
-    "sentences": 25,
-    "words": 104.72,
-    "facts": 2,
-    "facts last": 1,
-    "start is first fact": 0.5067,
-    "properties": 12,
-    "property families": 11,
-    "concepts": 14,
-    "concepts with two parents": 5,
-    "concepts reached": 13,
-    "Each": 0.2604,
-    "Every": 0.2462,
-    "plural": 0.4933,
-    "negated on the way": 0.2758,
-    "negated aside": 0.3294,
-    "conclusion negated": 0.4733,
-    "contradicted by": 1,
-    "contradiction first": 0.5367,
-    "query negated": 0.4667,
-    "true": 0.4867,
-    "true and negated": 0.2133,
-    "hops": 5,
-    "steps": 6,
-    "words sd": 4.2522,
-}
-
-
-def heuristics(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of rows that a rule answers right which does not search; ties count half.
-
-    always true, no "not": from the query alone. The others believe one of the rules about the
-    property: the one stated first, or last; whose concept leads on to another; which another one
-    leads to; whose concept occurs most often.
-    """
-    right = dict.fromkeys(
-        ("always true", 'no "not"', "first", "last", "leads on", "led to", "most often", "random"),
-        0.0,
-    )
-    for row in rows:
-        if row["answer"] not in ("True", "False"):
-            raise UserError(
-                f"the answer {row['answer']!r} is neither True nor False.\n"
-                "Give rows as generated or released."
-            )
-        facts, rules, query = parse_question(row["question"])
-        true = row["answer"] == "True"
-        right["always true"] += true
-        right['no "not"'] += true != query.negated
-        subjects = [claim.subject for claim in rules if _is_concept(claim)]
-        objects = [claim.predicate for claim in rules if _is_concept(claim)]
-        words = [word for claim in rules + facts for word in (claim.subject, claim.predicate)]
-        scored: dict[str, list[tuple[float, bool]]] = {}
-        for place, (subject, negated, predicate) in enumerate(rules + facts):
-            if predicate == query.predicate:
-                says_true = negated == query.negated
-                for rule, score in (
-                    ("first", -place),
-                    ("last", place),
-                    ("leads on", subject in subjects),
-                    ("led to", subject in objects),
-                    ("most often", words.count(subject)),
-                    ("random", 0),
-                ):
-                    scored.setdefault(rule, []).append((score, says_true))
-        for rule, votes in scored.items():
-            best = max(votes)[0]
-            right[rule] += fmean(says == true for score, says in votes if score == best)
-    return {rule: n / len(rows) for rule, n in right.items()}

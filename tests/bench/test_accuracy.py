@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from bench.common.results import read_results
-from nanococonut import checkpoint
 from nanococonut.data import prosqa
-from nanococonut.data.files import write_rows
-from nanococonut.data.paths import CATEGORIES
+from nanococonut.data.files import write_examples
+from nanococonut.evaluation.categories import CATEGORIES
 from nanococonut.model import GPT
+from nanococonut.weights import checkpoint
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
     assert (code, err) == (0, "")
     rows = rows_of(out)
     assert [r["shape"]["thoughts"] for r in rows] == [0, 1, 2, 3]
-    table = {line[:16].strip(): line[16:].split() for line in out.splitlines()}
-    assert table["thoughts"] == ["0", "1", "2", "3"]
-    for category in CATEGORIES:
-        assert table[category] == [f"{r['detail']['categories'][category]:.1%}" for r in rows]
+    for row in rows:
+        assert tuple(row["detail"]["categories"]) == CATEGORIES
+        for name, fraction in row["detail"]["categories"].items():
+            assert f"  {fraction:6.1%} {name}" in out.splitlines()
     first, *_, last = (r["detail"] for r in rows)
     assert first["categories"]["Correct Path"] > 0.5 and first["categories"]["Correct Label"] == 0
     assert last["categories"]["Correct Label"] == rows[-1]["value"]
@@ -54,7 +54,7 @@ def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
 
 def test_examples_of_a_file(accuracy, tmp_path):
     examples = prosqa.generate(20, 5, prosqa.GraphConfig(13, 2, 3))
-    write_rows(tmp_path / "rows.json", examples)
+    write_examples(tmp_path / "rows.json", examples)
     code, out, _ = accuracy("--data=rows.json", "--latent=0", "--out=results.jsonl")
     [row] = read_results(tmp_path / "results.jsonl")
     assert code == 0 and row["labels"]["data"] == "rows.json" and row["shape"]["examples"] == 20

@@ -12,7 +12,7 @@ import torch
 from bench import latency as bench
 from bench.common import baselines, roofline, tables, workload
 from bench.common.results import read_results
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
 
 TINY = "--n_layer=2 --n_embd=16 --n_head=2 --vocab_size=64 --block_size=512".split()
 SHAPE = dict(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=512)

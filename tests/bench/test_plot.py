@@ -5,14 +5,14 @@ import statistics
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from bench import plot
 from bench.common import tables
 from bench.common.results import ResultWriter, read_results
-from nanococonut import checkpoint
 from nanococonut.curriculum import METHODS
-from nanococonut.errors import UserError
+from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
 
 OURS = "nanococonut"
 
@@ -20,7 +20,7 @@ OURS = "nanococonut"
 def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
     """Return rows as bench/latency.py and bench/throughput.py write them."""
     cpu, size = torch.device("cpu"), {"parameters": 124_000_000}
-    made = ResultWriter(bench, cpu, torch.float32, f"python bench/{bench}.py", None, size)
+    made = ResultWriter(bench, cpu, torch.float32, f"python bench/{bench}.py", None, shape=size)
     made.common["date"] = date
 
     def add(metric, provider, value, unit="ms", labels=None, **shape):

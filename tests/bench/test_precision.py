@@ -8,8 +8,8 @@ import torch
 
 from bench import precision
 from bench.common.results import read_results
-from nanococonut import checkpoint
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.weights import checkpoint
 
 THOUGHTS = 12
 
@@ -107,8 +107,8 @@ max_hops = 3
 n_layer = 1
 n_head = 2
 n_embd = 32
-rows_per_epoch = 32
-valid_rows = 2
+train_examples = 32
+val_examples = 2
 batch_size = 8
 """
 

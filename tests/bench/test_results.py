@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from bench.common import results
-from nanococonut.config import opt
-from nanococonut.errors import UserError
+from nanococonut.runtime.cli import option
+from nanococonut.runtime.errors import UserError
 
 
 def writer(path=None):
     return results.ResultWriter(
-        "latency", torch.device("cpu"), torch.float32, "python bench/x.py", path, {"n_layer": 2}
+        "latency",
+        torch.device("cpu"),
+        torch.float32,
+        "python bench/x.py",
+        path,
+        shape={"n_layer": 2},
     )
 
 
@@ -28,7 +33,7 @@ def row(**own):
 
 def test_row_holds_median_and_spread():
     good = row()
-    results.validate(good)
+    results.validate_row(good)
     assert good["value"] == 2 and good["spread"] == {"p10": 1.2, "p90": 2.8}
     assert (good["repeats"], good["shape"]) == (3, {"n_layer": 2, "batch": 4})
     assert good["labels"] == {"path": "thoughts"} and good["detail"] == {}
@@ -59,11 +64,11 @@ def test_row_holds_median_and_spread():
 )
 def test_invalid_row_is_refused(own, message):
     with pytest.raises(UserError, match=message):
-        results.validate(row() | own)
+        results.validate_row(row() | own)
     short = row()
     short.pop("commit")
     with pytest.raises(UserError, match="commit"):
-        results.validate(short)
+        results.validate_row(short)
 
 
 def test_rows_are_appended_at_once(tmp_path):
@@ -91,9 +96,9 @@ def test_summary_holds_what_is_shared_once():
 def test_command_has_no_local_path(tmp_path):
     @dataclass(frozen=True)
     class Config:
-        released: str | None = opt(None, "a clone")
-        rounds: float = opt(3.0, "rounds")
-        out: str | None = opt(None, "file")
+        released: str | None = option(None, "a clone")
+        rounds: float = option(3.0, "rounds")
+        out: str | None = option(None, "file")
 
     config = Config(released=str(tmp_path), rounds=5.0, out="rows.jsonl")
     command = results.command_line(config, "bench/latency.py")

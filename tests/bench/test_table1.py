@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from bench.common.results import read_results
-from nanococonut.tasks import TASKS
+from nanococonut.data.tasks import TASKS
 
-TINY = "--set=epochs=2,rows_per_epoch=64,valid_rows=10,advance_at=0,max_new_tokens=4"
+TINY = "--set=epochs=2,train_examples=64,val_examples=10,advance_at=0,max_new_tokens=4"
 
 
 def test_a_stopped_table_goes_on_where_it_was(script):

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_gpt
-from tapes import Tapes
+from fake_graphs import FakeGraphCache
+from helpers import ROOT, random_gpt
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import training
@@ -21,11 +21,11 @@ from bench.common.tables import Run
 from bench.common.train_backends import FinalStageBatches, TrainBackend
 from bench.workers import released_train
 from nanococonut import coconut, ops
-from nanococonut.curriculum import EncodedRow
-from nanococonut.errors import UserError
-from nanococonut.graphs import Graphs
+from nanococonut.batch import TokenizedExample
 from nanococonut.model import GPTConfig
-from nanococonut.stepper import Stepper
+from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.graphs import GraphCache
+from nanococonut.training.step import TrainStep
 
 SCRIPT = ROOT / "bench" / "training.py"
 CONFIG = str(ROOT / "config" / "prosqa_small.py")
@@ -97,12 +97,12 @@ def test_loss_is_that_of_all_micro_batches(latent, micro):
     backend = TrainBackend(recipe, batches)
     before = copy.deepcopy(backend.model)
     expected = n_labels = 0
-    for micro_batch in batches.micro_batches(0, backend.stepper)[0]:
+    for micro_batch in batches.micro_batches(0, backend.train_step)[0]:
         batch = micro_batch.batch
         logits = coconut.forward(before, batch)
         expected += coconut.loss_sum(logits, batch.targets)
         n_labels += batch.n_labels
-    assert len(batches.micro_batches(0, backend.stepper)[0]) == -(-5 // micro)
+    assert len(batches.micro_batches(0, backend.train_step)[0]) == -(-5 // micro)
     expected = pytest.approx((expected / n_labels).item(), rel=1e-5)
     assert backend.check()["loss"] == expected
     reply = backend.step(0)
@@ -116,14 +116,14 @@ def test_both_backends_take_the_same_steps(monkeypatch):
     move the gradients that graphs write to."""
     recipe, batches = made(latent=1, micro_batch_size=3)
     eager = TrainBackend(recipe, batches)
-    monkeypatch.setattr(train_backends, "Graphs", Tapes)
+    monkeypatch.setattr(train_backends, "GraphCache", FakeGraphCache)
     monkeypatch.setattr(ops, "choose_graph", lambda *_: True)
     fast = TrainBackend(recipe, batches)
     assert fast.graph and not eager.graph
     for i in (0, 1, 0):
         assert fast.step(i)["loss"] == pytest.approx(eager.step(i)["loss"], rel=1e-5)
         assert fast.check()["loss"] > 0
-    assert 0 < len(fast.stepper.graphs.kept) < 6
+    assert 0 < len(fast.train_step.graphs.graphs) < 6
     for a, b in zip(fast.model.parameters(), eager.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -148,15 +148,15 @@ def test_context_is_exact():
 def test_padding_is_counted_with_and_without_graphs():
     recipe, batches = made(latent=2, micro_batch_size=3)  # of 5 rows: 3 and 2, for graphs 4 and 2
     question = list(range(8))
-    batches.batches = [[EncodedRow(question[:n], [], [1, 2]) for n in (1, 3, 5, 7, 7)]]
+    batches.batches = [[TokenizedExample(question[:n], [], [1, 2]) for n in (1, 3, 5, 7, 7)]]
     lengths = [len(example.question) + 1 for example in batches.batches[0]]
     batches.sequences = [[([0] * n, 2, [0] * 4, 1) for n in lengths]]
     model = random_gpt(block_size=160)
     real = sum((2, 4, 6, 8, 8)) + 5 * (2 + 4)
     slots = 3 * (6 + 2 + 4) + 2 * (8 + 2 + 4)
-    assert batches.padded_fraction(Stepper(model)) == pytest.approx(1 - real / slots)
+    assert batches.padded_fraction(TrainStep(model)) == pytest.approx(1 - real / slots)
     for_graphs = (4 + 2) * (64 + 2 + 16)
-    assert batches.padded_fraction(Stepper(model, graphs=Graphs(1))) == pytest.approx(
+    assert batches.padded_fraction(TrainStep(model, graphs=GraphCache(1))) == pytest.approx(
         1 - real / for_graphs
     )
 
@@ -167,7 +167,7 @@ def test_flop_are_those_that_torch_counts(smear, thoughts):
     """Without padding. Torch also computes queries of the last layer that step_flop omits."""
     recipe, batches = made(latent=thoughts, batch_size=1)
     model = random_gpt(smear=smear, dtype=torch.float32, vocab_size=400, block_size=160)
-    batch = batches.micro_batches(0, Stepper(model))[0][0].batch
+    batch = batches.micro_batches(0, TrainStep(model))[0][0].batch
     with FlopCounterMode(display=False) as counter:
         coconut.loss(model, batch, coconut.think(model, batch))[0].backward()
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
@@ -214,7 +214,7 @@ def test_sweep_measures_every_cell(bench, monkeypatch, capsys, tmp_path):
 def test_released_code_gets_the_same_sequences(latent):
     """Compare with our own blocks: tokens, labels, positions and amount of padding."""
     _, batches = made(latent=latent)
-    plain = Stepper(random_gpt())
+    plain = TrainStep(random_gpt())
     padding = slots = 0
     for i, batch in enumerate(batches.as_released()):
         theirs = released_train.padded(batch, batches.tokenizer.eos, "cpu")

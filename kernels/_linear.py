@@ -1,0 +1,210 @@
+"""Building blocks of the linear maps of one step: (B, N) = f(x) W^T, f a LayerNorm or the identity.
+
+A step has one row of x per sequence, so reading the weights dominates and their bytes are the lower
+bound. W is an nn.Linear's, (N, K) with K contiguous. There are two implementations of the sum, both
+with one program per block of output columns and fp32 accumulation:
+
+- `gemv`, for a few rows: each warp loads all weights of a few columns at once, before it reads x,
+  and multiplies them with every row while they are in registers. No loop, no shared memory.
+- `gemm_tile`, for about eight rows or more: tensor cores (`tl.dot`) with rows padded to 16, and W
+  streamed through `num_stages` buffers of shared memory.
+
+Large batches use the library's GEMM. Each program recomputes LayerNorm's mean and variance: K
+values per row from the L2 cache cost less than a separate launch.
+
+`launch_config` depends on static shapes only, so a captured graph replays what an eager call does.
+"""
+
+from functools import cache
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GEMV_MAX_ROWS = 4  # estimate: with more rows, shuffles cost more than tensor cores (not measured)
+LIBRARY_MIN_ROWS = 64  # estimate: LayerNorm in each program gets too expensive (not measured)
+MAX_NORM_ROW_BYTES = 2048  # row that gemm_tile normalizes in registers: GPT-2 medium in bf16
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@triton.jit
+def gemv(
+    x_ptr,  # input (B, K), read
+    w_ptr,  # weight (N, K), read
+    ln_w_ptr,  # LayerNorm weight (K,), read if NORM
+    ln_b_ptr,  # LayerNorm bias (K,), read if NORM
+    eps, B, row0, col0,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N).
+
+    BLOCK_K is a power of two and at least K. All threads lie along K, so rows and weights have the
+    same layout and are multiplied in place; only the final sums cross threads.
+    """
+    offs_m = row0 + tl.arange(0, BLOCK_M)[:, None, None]
+    offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
+    offs_k = tl.arange(0, BLOCK_K)[None, None, :]
+    mask_k = offs_k < K
+    w = tl.load(w_ptr + offs_n * K + offs_k, mask=(offs_n < N) & mask_k, other=0.0)
+    if NORM:
+        ln_w = tl.load(ln_w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        ln_b = tl.load(ln_b_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # the compiler would delay the loads above; now all of them are in flight
+    x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & mask_k, other=0.0)
+    x = x.to(tl.float32)  # (BLOCK_M, 1, BLOCK_K)
+    if NORM:
+        x = tl.where(mask_k, x - tl.sum(x, 2, keep_dims=True) / K, 0.0)
+        var = tl.sum(x * x, 2, keep_dims=True) / K
+        x = x * tl.rsqrt(var + eps) * ln_w + ln_b
+    return tl.sum(x * w.to(tl.float32), 2)
+
+
+@triton.jit
+def gemm_tile(
+    x_ptr,  # input (B, K), read
+    w_ptr,  # weight (N, K), read
+    ln_w_ptr,  # LayerNorm weight (K,), read if NORM
+    ln_b_ptr,  # LayerNorm bias (K,), read if NORM
+    eps, B, row0, col0,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Return the same block as gemv, computed on tensor cores.
+
+    The warps share K: each multiplies its own of CHUNKS chunks of BLOCK_K, and the products are
+    added at the end. A pipelined loop covers the rest of K. With NORM there is no rest, because
+    the statistics need the whole row: CHUNKS * BLOCK_K >= K. They are computed while the weights
+    load. Normalized rows are rounded to the weights' dtype, as nn.LayerNorm's output is.
+    """
+    offs_m = row0 + tl.arange(0, BLOCK_M)[None, :, None]
+    offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
+    chunk = tl.arange(0, CHUNKS)[:, None, None]
+    acc = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, CHUNKS * BLOCK_K):
+        offs_k = k0 + chunk * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]  # (CHUNKS, 1, BLOCK_K)
+        w = tl.load(w_ptr + offs_n * K + offs_k, mask=(offs_n < N) & (offs_k < K), other=0.0)
+        if NORM:
+            tl.static_assert(CHUNKS * BLOCK_K >= K)
+            # load in x's shape: broadcasting later would convert the layout, which waits
+            offs_x = tl.broadcast_to(offs_k, (CHUNKS, BLOCK_M, BLOCK_K))
+            ln_w = tl.load(ln_w_ptr + offs_x, mask=offs_x < K, other=0.0)
+            ln_b = tl.load(ln_b_ptr + offs_x, mask=offs_x < K, other=0.0)
+            tl.debug_barrier()  # issue all loads above before that of x
+        x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & (offs_k < K), other=0.0)
+        if NORM:
+            h = x.to(tl.float32)
+            mean = tl.sum(tl.sum(h, 2, keep_dims=True), 0, keep_dims=True) / K
+            h = tl.where(offs_k < K, h - mean, 0.0)
+            var = tl.sum(tl.sum(h * h, 2, keep_dims=True), 0, keep_dims=True) / K
+            h = h * tl.rsqrt(var + eps) * ln_w.to(tl.float32) + ln_b.to(tl.float32)
+            x = h.to(w.dtype)
+            # a use this late: without it the compiler waits for w as soon as it is loaded
+            w = tl.where(offs_n < N, w, 0.0)
+        # "ieee": no TF32 for fp32 inputs
+        acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
+    return tl.sum(acc, 0)
+
+
+def auto_impl(
+    batch: int,
+    itemsize: int,
+    norm_width: int = 0,
+    gemv_max_rows: int = GEMV_MAX_ROWS,
+    library_min_rows: int = LIBRARY_MIN_ROWS,
+) -> str:
+    """Return the implementation for a batch: "gemv", "gemm_tile" or "library".
+
+    gemm_tile needs a two-byte dtype, because tensor cores have no true fp32, and, with a LayerNorm
+    over norm_width numbers, a row that fits into registers.
+    """
+    if batch >= library_min_rows:
+        return "library"
+    can_tile = itemsize == 2 and norm_width * itemsize <= MAX_NORM_ROW_BYTES
+    return "gemm_tile" if can_tile and batch > gemv_max_rows else "gemv"
+
+
+@cache
+def launch_config(
+    impl: str, batch: int, n_out: int, n_in: int, itemsize: int, norm: bool
+) -> tuple[tuple[int, int], dict]:
+    """Return (grid, block sizes and launch options) of gemv or gemm_tile for (B, K) x (N, K)^T."""
+    if impl == "gemv":
+        block_m, block_n, block_k, warps = _gemv_blocks(batch, n_in)
+        chunks, stages = 1, 1
+    elif impl == "gemm_tile":
+        if norm and n_in * itemsize > MAX_NORM_ROW_BYTES:
+            raise ValueError(
+                f"impl='gemm_tile': expected rows of at most {MAX_NORM_ROW_BYTES} bytes, "
+                f"got {n_in} x {itemsize}; use 'gemv'"
+            )
+        block_m, block_n, block_k, warps, chunks, stages = _gemm_blocks(
+            batch, n_out, n_in, itemsize, norm
+        )
+    else:
+        raise ValueError(f"impl: expected auto, gemv, gemm_tile or library, got {impl!r}")
+    grid = (triton.cdiv(n_out, block_n), triton.cdiv(batch, block_m))
+    return grid, dict(
+        DOT=impl == "gemm_tile",
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        CHUNKS=chunks,
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _gemv_blocks(batch: int, n_in: int) -> tuple[int, int, int, int]:
+    """Return BLOCK_M, BLOCK_N, BLOCK_K, num_warps."""
+    block_k = triton.next_power_of_2(n_in)
+    block_m = min(4, triton.next_power_of_2(batch))
+    # columns per warp that fit into registers with the rows: at most 128 weights per thread
+    block_n = 4 if block_m < 4 else 2
+    # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
+    return block_m, block_n, block_k, min(8, max(1, block_k // 1024))
+
+
+def _gemm_blocks(
+    batch: int, n_out: int, n_in: int, itemsize: int, norm: bool
+) -> tuple[int, int, int, int, int, int]:
+    """Return BLOCK_M, BLOCK_N, BLOCK_K, num_warps, CHUNKS, num_stages."""
+    padded_k = max(16, triton.next_power_of_2(n_in))
+    shapes = [(m, n) for m in (16, 32, 64) for n in (16, 32, 64)]
+    if norm:  # rows and weights pass through registers and 64 KiB of shared memory
+        shapes = [(16, n) for n in (16, 32) if n == 16 or n * padded_k * itemsize <= 65536]
+
+    def cost(shape: tuple[int, int]) -> tuple[int, int]:
+        # each program reads (rows + columns) * K; minimize the bytes of the busiest multiprocessor
+        programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
+        return triton.cdiv(programs, MULTIPROCESSORS) * sum(shape), programs
+
+    block_m, block_n = min(shapes, key=cost)
+    block_k = min(padded_k, 128)
+    if norm:
+        return block_m, block_n, block_k, 8, padded_k // block_k, 1
+    # Three buffers of 32 KiB: 48 programs keep 3 MB in flight, and the 99 KiB of consumer GPUs
+    # suffice.
+    elements = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
+    return block_m, block_n, block_k, 4, max(1, min(padded_k, elements) // block_k), 4
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> None:
+    """Raise ValueError unless x (B, K), weight (N, K), bias (N,) and norm's (K,) match."""
+    K = x.shape[-1]
+    tensors = [
+        ("x", x, (len(x), K)),
+        ("weight", weight, (len(bias), K)),
+        ("bias", bias, (len(bias),)),
+        *(("LayerNorm parameter", p, (K,)) for p in norm),
+    ]
+    for name, t, shape in tensors:
+        if t.shape != shape or not t.is_contiguous():
+            raise ValueError(
+                f"{name}: expected contiguous {shape}, got {tuple(t.shape)} strides {t.stride()}"
+            )
+        if t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"{name}: expected {x.dtype} on {x.device} like x, got {t.dtype} on {t.device}"
+            )

@@ -1,0 +1,94 @@
+"""Rules that answer without search. A model that is no better may not have searched either."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from nanococonut.data import prontoqa, prosqa
+from nanococonut.data.examples import Example
+from nanococonut.data.search import distances, parents_of
+from nanococonut.runtime.errors import UserError
+
+
+def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
+    """Return the fraction correct of rules that ignore the entity; ties count half.
+
+    deeper           the option farther from its nearest parentless node
+    farthest         the option farther from its farthest parentless node
+    more ancestors   the option with more of them
+    fewer parents    the option with fewer of them
+    """
+    rules = ("deeper", "farthest", "more ancestors", "fewer parents", "random")
+    n_correct = dict.fromkeys(rules, 0.0)
+    for example in examples:
+        edges, _, options = prosqa.parse_question(example["question"])
+        parents = parents_of(edges)
+        scores = []
+        for option in options:
+            above = distances(parents, option)
+            # the graph of a user may have cycles, with no parentless node above
+            depths = [depth for node, depth in above.items() if node not in parents] or [0]
+            n_parents = len(parents.get(option, ()))
+            scores.append((min(depths), max(depths), len(above), -n_parents, 0))
+        correct_option = example["answer"].split()[-1].removesuffix(".")
+        if correct_option not in options:
+            raise UserError(
+                f"the answer {example['answer']!r} is none of the options: {', '.join(options)}.\n"
+                "Give examples as generated or released."
+            )
+        if correct_option == options[1]:
+            scores.reverse()
+        for rule, correct, wrong in zip(rules, *scores, strict=True):
+            n_correct[rule] += (correct > wrong) + 0.5 * (correct == wrong)
+    return {rule: n / len(examples) for rule, n in n_correct.items()}
+
+
+def prontoqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
+    """Return the fraction correct of rules that do not search; ties count half.
+
+    always true, no "not"   look at the query alone; the others believe one of the claims about
+                            the property:
+    first, last             the one stated first, or last
+    leads on                the one whose concept leads to another concept
+    led to                  the one whose concept another one leads to
+    most often              the one whose concept occurs most often
+    """
+    rules = ("always true", 'no "not"', "first", "last", "leads on", "led to", "most often")
+    n_correct = dict.fromkeys((*rules, "random"), 0.0)
+    for example in examples:
+        if example["answer"] not in ("True", "False"):
+            raise UserError(
+                f"the answer {example['answer']!r} is neither True nor False.\n"
+                "Give examples as generated or released."
+            )
+        is_true = example["answer"] == "True"
+        question = prontoqa.parse_question(example["question"])
+        n_correct["always true"] += is_true
+        n_correct['no "not"'] += is_true != question.query.negated
+        for rule, votes in _votes(question).items():
+            best_score = max(votes)[0]
+            n_correct[rule] += fmean(
+                answer == is_true for score, answer in votes if score == best_score
+            )
+    return {rule: n / len(examples) for rule, n in n_correct.items()}
+
+
+def _votes(question: prontoqa.Question) -> dict[str, list[tuple[float, bool]]]:
+    """Map each rule to a (score, answer) pair for every claim about the property in the query."""
+    facts, rules, query = question
+    edges = [claim for claim in rules if claim.names_concept]
+    subjects, predicates = {c.subject for c in edges}, {c.predicate for c in edges}
+    words = [word for claim in rules + facts for word in (claim.subject, claim.predicate)]
+    votes: dict[str, list[tuple[float, bool]]] = {}
+    for position, (subject, negated, predicate) in enumerate(rules + facts):
+        if predicate == query.predicate:
+            scores = {
+                "first": -position,
+                "last": position,
+                "leads on": subject in subjects,
+                "led to": subject in predicates,
+                "most often": words.count(subject),
+                "random": 0,
+            }
+            for rule, score in scores.items():
+                votes.setdefault(rule, []).append((score, negated == query.negated))
+    return votes

@@ -1,0 +1,214 @@
+"""The tasks, one entry each: where examples come from and how they are written.
+
+Another task is another entry. A file of your own needs none: --data=FILE trains on any.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import ModuleType
+
+import numpy as np
+
+from nanococonut.config import TrainConfig
+from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts, statistics
+from nanococonut.data.examples import Example
+from nanococonut.data.files import read_examples
+from nanococonut.data.seeds import MATCHED, VALID
+from nanococonut.runtime.errors import UserError
+
+GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig
+Statistics = Callable[[Sequence[Example]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop, the sampler and the benches know of a task.
+
+    description      a line for --help
+    module           generate, solve, graph_hash, compact_example, ... of a generated task
+    statistics       examples -> means and fractions
+    released         these statistics of the released examples
+    shortcuts        examples -> fraction correct of rules that never search; UserError if the
+                     examples are not of this task
+    config_class     the generator's settings; None: examples are read, never generated
+    splits           name -> settings for a model's TrainConfig. The first is the training split,
+                     the second its variant without shortcuts
+    easier_configs   settings with fewer steps than the task's own, to start the search from
+    load_split       (split, revision, skipped) -> (examples, commit); None for generated tasks
+    """
+
+    description: str
+    module: ModuleType
+    statistics: Statistics
+    released: Mapping[str, float]
+    shortcuts: Statistics = lambda examples: {}
+    config_class: type[GeneratorConfig] | None = None
+    splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
+    easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
+    load_split: Callable[[str, str, list[str] | None], tuple[list[Example], str]] | None = None
+
+    def words(self) -> list[str]:
+        """Return the words that a word-level vocabulary needs in addition to those of a file."""
+        return getattr(self.module, "VOCABULARY", ["###"])
+
+    def solve(self, question: str) -> str | None:
+        """Return the correct answer by search, or None if there is none."""
+        return self.module.solve(question) if self.splits else None
+
+    def render_question(self, question: str, style: str) -> str:
+        """Return the question as a model reads it: "sentences" and a newline, or "compact"."""
+        return self.module.compact_question(question) if style == "compact" else question + "\n"
+
+    def render(self, examples: Sequence[Example], style: str) -> list[Example]:
+        """Return examples as a model reads them.
+
+        sentences   a newline after the question and after each step, as in the released code
+        compact     the task's own short form; UserError if an example is not of this task
+        """
+        if style == "sentences":
+            return [
+                example
+                | {
+                    "question": self.render_question(example["question"], style),
+                    "steps": [step + "\n" for step in example["steps"]],
+                }
+                for example in examples
+            ]
+        compact = []
+        for i, example in enumerate(examples):
+            try:
+                compact.append(self.module.compact_example(example))
+            except UserError as e:
+                raise UserError(
+                    f"example {i} has no compact form: {str(e).splitlines()[0]}\n"
+                    "Use --render=sentences for examples of your own."
+                ) from None
+        return compact
+
+    def expand(self, text: str, question: str) -> str:
+        """Return a compact completion as sentences: " Tom a a b### b" -> a line for each step, and
+        "### Tom is a b."; text that is not compact is kept as it is."""
+        steps, mark, answer = text.rpartition("###")
+        if not mark:
+            return "\n".join(self.module.expand_steps(text, question))
+        lines = self.module.expand_steps(steps, question)
+        return "\n".join([*lines, f"### {self.module.expand_answer(answer, question)}"])
+
+
+def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
+    return prosqa.GraphConfig(
+        n_nodes=config.n_nodes, min_hops=config.min_hops, max_hops=config.max_hops
+    )
+
+
+def _shorter_graphs(config: TrainConfig) -> list[prosqa.GraphConfig]:
+    if config.min_hops == 1:
+        return []
+    return [replace(_graphs(config), min_hops=1, max_hops=config.min_hops - 1)]
+
+
+def _ontology(config: TrainConfig, matched: bool = False) -> prontoqa.OntologyConfig:
+    return prontoqa.OntologyConfig(config.max_hops, matched)
+
+
+def _shorter_ontologies(config: TrainConfig) -> list[prontoqa.OntologyConfig]:
+    return [prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, config.max_hops)]
+
+
+TASKS: dict[str, Task] = {
+    "prosqa": Task(
+        "which of two concepts does a chain of facts lead to?",
+        prosqa,
+        statistics.prosqa_statistics,
+        statistics.PROSQA_RELEASED,
+        shortcuts.prosqa_shortcuts,
+        prosqa.GraphConfig,
+        splits={
+            name: partial(lambda name, config: prosqa.split_config(name, _graphs(config)), name)
+            for name in prosqa.SPLITS
+        },
+        easier_configs=_shorter_graphs,
+    ),
+    "prontoqa": Task(
+        "does a statement follow from a chain of rules?",
+        prontoqa,
+        statistics.prontoqa_statistics,
+        statistics.PRONTOQA_RELEASED,
+        shortcuts.prontoqa_shortcuts,
+        prontoqa.OntologyConfig,
+        splits={"prontoqa": _ontology, "prontoqa_matched": partial(_ontology, matched=True)},
+        easier_configs=_shorter_ontologies,
+    ),
+    "gsm8k": Task(
+        "what number answers a question of grade-school mathematics?",
+        gsm8k,
+        statistics.gsm8k_statistics,
+        statistics.GSM8K_RELEASED,
+        load_split=lambda split, revision, skipped: gsm8k.from_hub(
+            split, revision=revision, skipped=skipped
+        ),
+    ),
+}
+
+
+def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example] | None:
+    """Return n examples of a split of config.task, scaled to the config; None if it has no such
+    split."""
+    task = TASKS[config.task]
+    if name not in task.splits:
+        return None
+    return task.module.generate(n, seed, task.splits[name](config))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and validates on.
+
+    train    None: generated, see training/loader
+    val      name of the split -> examples
+    commit   of the data set on the hub, None for files and generated examples
+    """
+
+    train: list[Example] | None
+    val: dict[str, list[Example]]
+    commit: str | None = None
+
+
+def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
+    """Read or generate the data of a run; skipped: as in read_examples.
+
+    A file without valid_data loses a tenth, at most val_examples, to validation. Generated
+    validation examples come with a split without shortcuts.
+    """
+    task = TASKS[config.task]
+    train = commit = None
+    if config.data:
+        train = read_examples(config.data, skipped)
+    elif task.load_split:
+        train, commit = task.load_split("train", config.hub_revision, skipped)
+    if config.valid_data:
+        return Data(train, {"valid": read_examples(config.valid_data, skipped)}, commit)
+    if commit and task.load_split:
+        return Data(train, {"valid": task.load_split("validation", commit, skipped)[0]}, commit)
+    if train is not None:
+        return _hold_out(train, config)
+    plain, matched, *_ = task.splits.values()
+    n, generate = config.val_examples, task.module.generate
+    val = {
+        "valid": generate(n, (config.seed, VALID), plain(config)),
+        "matched": generate(n, (config.seed, MATCHED), matched(config)),
+    }
+    return Data(None, val)
+
+
+def _hold_out(examples: list[Example], config: TrainConfig) -> Data:
+    """Split a file at random: a tenth, at most val_examples, is for validation."""
+    if len(examples) < 2:
+        raise UserError(
+            f"{config.data} holds one example, so none can be held out for validation.\n"
+            "Give more examples, or a --valid_data file."
+        )
+    n = min(config.val_examples, max(1, len(examples) // 10))
+    order = np.random.default_rng((config.seed, VALID)).permutation(len(examples))
+    return Data([examples[i] for i in order[n:]], {"valid": [examples[i] for i in order[:n]]})

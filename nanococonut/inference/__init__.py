@@ -1,0 +1,1 @@
+"""A question is read once, thoughts are appended, text comes out."""

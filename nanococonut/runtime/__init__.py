@@ -1,0 +1,1 @@
+"""The machine: command line, devices, processes, CUDA graphs, errors."""

@@ -1,0 +1,1 @@
+"""Everything train.py needs besides the model."""

@@ -1,0 +1,263 @@
+"""Export a run as a Hugging Face folder: weights, tokenizer and a card, for transformers.
+
+    python -m nanococonut.weights.export out/RUN FOLDER
+
+The tokenizer is written as plain JSON, so neither transformers nor tokenizers is needed.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanococonut.curriculum import METHODS
+from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.tokenizer import BOT, EOS, EOT, LATENT, Tokenizer
+from nanococonut.weights import checkpoint
+from nanococonut.weights.pretrained import (
+    CONFIG_KEYS,
+    CONFIG_NAME,
+    CONV1D_WEIGHTS,
+    FIXED_SETTINGS,
+    WEIGHTS_NAME,
+)
+
+# sizes and initialization; any other field of GPTConfig makes a model that transformers lacks
+GPT2_FIELDS = {*CONFIG_KEYS, "vocab_size", "dropout", "wte_init_std", "wpe_init_std"}
+GPT2_TENSOR = re.compile(
+    r"(wte|wpe)\.weight|ln_f\.(weight|bias)"
+    r"|h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
+)
+EXAMPLES = {  # task -> the question in the card's program
+    "prosqa": "Tom is a terpus. Every brimpus is a lempus. Sam is a gorpus. Every terpus is a "
+    "brimpus. Is Tom a lempus or gorpus?",
+    "prontoqa": "Every vumpus is a lempus. Lempuses are not windy. Each impus is windy. Max is a "
+    "vumpus. True or false: Max is not windy.",
+    "gsm8k": "Tom has 3 apples and buys 2 bags of 4. How many apples does he have?",
+}
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, coconut, nanococonut]
+---
+
+# GPT-2 trained by {method}, {slots}: {n_thoughts}
+
+A GPT-2 of {n_params:,} parameters, trained by nanococonut with `--method={method}` (after Coconut,
+[arXiv 2412.06769](https://arxiv.org/abs/2412.06769)): {step} optimizer steps, stage {stage},
+{minutes:.1f} minutes on {device}, commit {commit}.
+
+{how}
+Run this in the folder, and write questions as in the training data:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
+question = {question!r}
+{program}print(tokenizer.decode(out, skip_special_tokens=True))
+```
+"""
+STOCK = "A stock `generate` runs it{prompt}."
+STOCK_PROGRAM = """\
+ids = tokenizer(question{special}, return_tensors="pt")
+out = model.generate(**ids, max_new_tokens={max_new_tokens})[0, ids["input_ids"].shape[1] :]
+"""
+LOOP = """\
+A stock `generate` **does not run its thoughts**: after `<|start-latent|>` the last hidden state is
+fed back as the next input, {n_thoughts} times, before `<|end-latent|>` and the answer."""
+LOOP_PROGRAM = """\
+ids = tokenizer(question + "<|start-latent|>", return_tensors="pt")["input_ids"]
+end = tokenizer("<|end-latent|>", return_tensors="pt")["input_ids"]
+embed = model.get_input_embeddings()
+with torch.no_grad():
+    x = embed(ids)
+    for _ in range({n_thoughts}):  # a thought: the last hidden state, after the final LayerNorm
+        thought = model.transformer(inputs_embeds=x).last_hidden_state[:, -1:]
+        x = torch.cat([x, thought], dim=1)
+    x = torch.cat([x, embed(end)], dim=1)
+    mask = torch.ones(x.shape[:2], dtype=torch.long)
+    out = model.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens={max_new_tokens})[0]
+"""
+
+
+def export(run: str | Path, folder: str | Path) -> Path:
+    """Write a run's best checkpoint to `folder`: all of it or nothing. Return the folder.
+
+    Raise UserError if the folder exists, or if the model or its vocabulary is not GPT-2's.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already.\nGive a folder that does not exist yet.")
+    model, tokenizer, manifest = checkpoint.load(run)
+    _check_exportable(run, model, tokenizer)
+    eos = {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos}
+    texts = {
+        CONFIG_NAME: _json(_config(model, tokenizer, manifest) | eos),
+        "generation_config.json": _json(eos | {"pad_token_id": tokenizer.eos, "do_sample": False}),
+        "README.md": _card(model, manifest),
+        **_tokenizer_files(tokenizer, model.config.block_size),
+    }
+    weights = {
+        f"transformer.{name}": (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
+        for name, p in model.state_dict().items()
+    }
+    _write(folder, weights, texts)
+    return folder
+
+
+def _check_exportable(run: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
+    config = model.config
+    extra = [
+        f"{f.name}={getattr(config, f.name)!r}"
+        for f in fields(GPTConfig)
+        if f.name not in GPT2_FIELDS and getattr(config, f.name) != f.default
+    ]
+    extra += [name for name in model.state_dict() if not GPT2_TENSOR.fullmatch(name)][:3]
+    if extra:
+        raise UserError(
+            f"{run} is not a plain GPT-2, it has {', '.join(extra)}: transformers cannot run it.\n"
+            "Train without, or share the checkpoint folder itself."
+        )
+    if tokenizer.spec["kind"] != "gpt2":
+        raise UserError(
+            f"{run} has tokenizer {tokenizer.spec['kind']!r}: only GPT-2's can be exported.\n"
+            "Train with --tokenizer=gpt2, or share the checkpoint folder itself."
+        )
+
+
+def _write(folder: Path, weights: dict[str, Tensor], texts: dict[str, str]) -> None:
+    """Write all files under another name, then rename: a killed export leaves no half a folder."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{folder} could not be written: {e}.\nMake room or choose another folder."
+        ) from None
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[str, Any]:
+    ours = {"tokenizer": tokenizer.spec, "n_thoughts": manifest["n_thoughts"]}
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **FIXED_SETTINGS,
+        "vocab_size": tokenizer.vocab_size,
+        **{key: getattr(model.config, field) for field, key in CONFIG_KEYS.items()},
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model.config.dropout),
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "nanococonut": ours | {"method": manifest["method"]},
+    }
+
+
+def _card(model: GPT, manifest: dict[str, Any]) -> str:
+    """Return the README.md: what the model is and a program that runs it."""
+    config, method = manifest["config"], METHODS[manifest["method"]]
+    n, has_pauses = manifest["n_thoughts"], method.thought_type == "pause"
+    # exported thoughts are hidden states: _check_exportable refuses soft and projected ones
+    how, program = (LOOP, LOOP_PROGRAM) if n and not has_pauses else (STOCK, STOCK_PROGRAM)
+    pauses = f' + "{LATENT}" * {n}' if n and has_pauses else ""
+    values = {
+        **manifest,
+        "commit": manifest.get("trained_with", manifest)["commit"],  # a bundled run has two commits
+        "slots": "pauses" if has_pauses else "thoughts",
+        "n_params": model.n_params(),
+        "question": EXAMPLES[config["task"]] + "\n",  # never compact: that needs a word vocabulary
+        "prompt": " if the prompt holds its pauses and their markers" if pauses else "",
+        "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
+        "max_new_tokens": config["max_new_tokens"],
+    }
+    values |= {"how": how.format(**values), "program": program.format(**values)}
+    return CARD.format(**values)
+
+
+# ---- GPT-2's tokenizer, from tiktoken's table of ranks
+
+
+def _byte_letters() -> dict[int, str]:
+    """Return GPT-2's letter for each byte: printable Latin-1 as is, others from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Return the two tokens that byte-pair encoding merges last to make this one."""
+    pieces = [bytes([b]) for b in token]
+    while len(pieces) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(pieces, pieces[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
+
+
+def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
+    """Return file name -> text, such that AutoTokenizer gives the same ids as `tokenizer`."""
+    ranks, letters = tokenizer.encoding._mergeable_ranks, _byte_letters()
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[b] for b in token)
+
+    merges = [" ".join(map(spell, _last_merge(t, ranks))) for t in by_rank if len(t) > 1]
+    vocab = {spell(token): ranks[token] for token in by_rank} | {EOS: tokenizer.eos}
+    special = {EOS: tokenizer.eos, BOT: tokenizer.bot, EOT: tokenizer.eot, LATENT: tokenizer.latent}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = True  # GPT-2's own pattern
+    files = {
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": i, "content": name, "special": True, **flags} for name, i in special.items()
+            ],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
+            "additional_special_tokens": [BOT, EOT, LATENT],
+        },
+        "vocab.json": vocab,
+    }
+    texts = {name: _json(data) for name, data in files.items()}
+    return texts | {"merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
+
+
+def main() -> None:
+    if len(sys.argv) != 3 or sys.argv[1].startswith("-"):
+        raise UserError(
+            f"expected a run and a folder to write, got {' '.join(sys.argv[1:]) or 'nothing'}.\n"
+            "python -m nanococonut.weights.export out/prosqa FOLDER"
+        )
+    print(f"wrote {export(sys.argv[1], sys.argv[2])}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,307 @@
+"""Load GPT-2 weights: from the Hugging Face hub, a folder, a file, a run or a released checkpoint.
+
+transformers is not needed. No file can make this program run code: PyTorch files are read as plain
+tensors or refused.
+"""
+
+import json
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
+
+GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+N_SPECIAL_TOKENS = 3  # <bot>, <eot>, <latent>: their ids follow GPT-2's own
+# transformers stores these as (in, out): GPT-2's Conv1D is a transposed Linear
+CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+# field of GPTConfig -> key of config.json
+CONFIG_KEYS = {"block_size": "n_positions"} | {key: key for key in ("n_layer", "n_head", "n_embd")}
+# other keys of config.json that change the model: GPT implements these values only
+FIXED_SETTINGS = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+_PREFIX = re.compile(r"^(module\.)?(base_causallm\.)?(transformer\.)?")
+_MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
+_ACCEPTED = (
+    f"Give {', '.join(GPT2_SIZES)}, a folder with a GPT-2's {CONFIG_NAME} and {WEIGHTS_NAME}, one "
+    "such file, a run of ours, or a released checkpoint."
+)
+
+
+class WeightsUnavailable(UserError):
+    """The hub's weights are neither cached nor downloadable. train.py may use its fallback."""
+
+
+def load_pretrained(name_or_path: str, dropout: float = 0.0) -> GPT:
+    """Return a GPT with pretrained weights and their own vocabulary, as in nanoGPT.
+
+    name_or_path: one of GPT2_SIZES, or anything else that --init_from takes.
+    """
+    return load_gpt2(resolve_weights(name_or_path), dropout=dropout)
+
+
+def resolve_weights(init_from: str) -> Path:
+    """Return the path of the weights. Download one of GPT2_SIZES if it is not cached.
+
+    init_from: one of GPT2_SIZES, or a path (write ./gpt2 for a folder called gpt2).
+    Raise WeightsUnavailable if the hub cannot be reached, UserError if the path has no weights.
+    """
+    if init_from in GPT2_SIZES:
+        return _from_hub(init_from)
+    path = Path(init_from)
+    if not path.exists():
+        raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{_ACCEPTED}")
+    if path.is_dir() and not _is_checkpoint(path) and not (path / WEIGHTS_NAME).is_file():
+        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{_ACCEPTED}")
+    return path
+
+
+def load_gpt2(
+    path: str | Path,
+    vocab_size: int | None = None,
+    dropout: float = 0.0,
+    spec: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> GPT:
+    """Return a GPT in fp32 with the weights at `path` and their sizes.
+
+    path        as returned by resolve_weights
+    vocab_size  None keeps the checkpoint's; otherwise it may be N_SPECIAL_TOKENS larger
+    spec        tokenizer to check the checkpoint against
+    extra       GPTConfig fields GPT-2 lacks (smear, ...); modules missing from the checkpoint
+                start at zero
+    Raise UserError if anything does not fit. One error lists all bad tensors.
+    """
+    path = Path(path)
+    source, tensors, source_spec, is_conv1d = _read(path)
+    _check_vocabulary(path, source.vocab_size, source_spec, vocab_size, spec)
+    problems = _remove_tied_copies(tensors)
+    if vocab_size == source.vocab_size + N_SPECIAL_TOKENS:
+        _append_special_tokens(tensors)
+    extra = dict(extra or {})
+    extra["smear"] = extra.get("smear") or source.smear  # weights trained with smear need it
+    config = replace(source, vocab_size=vocab_size or source.vocab_size, dropout=dropout, **extra)
+    try:
+        model = GPT(config)
+    except ValueError as e:
+        raise _not_gpt2(path, e) from None
+    _check_thoughts(path, source, model, tensors)
+    params = _params_in_file_layout(model, is_conv1d)
+    problems += _tensor_problems(tensors, params)
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise _not_gpt2(path, "; ".join(problems[:4]) + more)
+    for name, tensor in tensors.items():
+        params[name].copy_(tensor)
+    return model
+
+
+# ---- checks and changes of the tensors
+
+
+def _check_vocabulary(
+    path: Path,
+    n_source: int,
+    source_spec: dict[str, Any] | None,
+    n_requested: int | None,
+    spec: dict[str, Any] | None,
+) -> None:
+    """Raise UserError if the run's tokenizer is not the one that the weights were trained with."""
+    if spec and source_spec and spec != source_spec:
+        raise UserError(
+            f"{path} was trained with another vocabulary: {n_source} tokens of kind "
+            f"{source_spec.get('kind')!r}, this run has {n_requested} of kind {spec['kind']!r}.\n"
+            "Use its --tokenizer, and data with the same words."
+        )
+    if n_requested not in (None, n_source, n_source + N_SPECIAL_TOKENS):
+        raise UserError(
+            f"{path} has a vocabulary of {n_source} tokens, this run has {n_requested}.\n"
+            "Choose the --tokenizer that belongs to these weights, or train --init_from=scratch."
+        )
+
+
+def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
+    """Remove copies of wte.weight (GPT-2's head is tied to it). Return those that differ."""
+    wte, problems = tensors.get("wte.weight"), []
+    for name in ("lm_head.weight", "embedding.weight"):
+        copy = tensors.pop(name, None)
+        if copy is None or wte is None:
+            continue
+        if copy.shape != wte.shape or not torch.equal(copy.float(), wte.float()):
+            problems.append(f"{name} differs from wte.weight, to which it should be tied")
+    return problems
+
+
+def _append_special_tokens(tensors: dict[str, Tensor]) -> None:
+    """Append embeddings for the special tokens, copied from one token as in the released code."""
+    wte = tensors.get("wte.weight")
+    if wte is not None and wte.dim() == 2:  # otherwise _tensor_problems reports it
+        new = wte[_init_row(wte)].expand(N_SPECIAL_TOKENS, -1)
+        tensors["wte.weight"] = torch.cat([wte, new])
+
+
+def _init_row(wte: Tensor) -> int:
+    """Return the id of "<<" in GPT-2's vocabulary, or the last id of a smaller vocabulary."""
+    return min(16791, len(wte) - 1)
+
+
+def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError if the model lacks the checkpoint's projection; drop an unused classifier."""
+    if source.thought == "projected" and model.project is None:
+        raise UserError(
+            f"{path} was trained by --method=projected: no other method uses its map of the hidden "
+            "state.\nContinue with --method=projected, or give a run of another method."
+        )
+    if source.stop and model.stop is None:  # it never changed the model's output
+        print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
+        for name in [name for name in tensors if name.startswith("stop.")]:
+            del tensors[name]
+
+
+def _params_in_file_layout(model: GPT, is_conv1d: bool) -> dict[str, Tensor]:
+    """Return views of the model's parameters, transposed if the file stores them as Conv1D."""
+    return {
+        name: p.t() if is_conv1d and name.endswith(CONV1D_WEIGHTS) else p
+        for name, p in model.state_dict().items()
+    }
+
+
+def _tensor_problems(tensors: dict[str, Tensor], params: dict[str, Tensor]) -> list[str]:
+    """Return one sentence for each tensor that is unknown, of the wrong shape or dtype, missing."""
+    problems = []
+    for name, tensor in tensors.items():
+        if name not in params:
+            problems.append(f"{name} is unknown")
+        elif params[name].shape != tensor.shape or not tensor.is_floating_point():
+            dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+            expected = tuple(params[name].shape)
+            problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
+    optional = ("smear.", "project.", "stop.")  # start at zero
+    missing = [name for name in params if name not in tensors and not name.startswith(optional)]
+    return problems + [f"{name} is missing" for name in missing]
+
+
+def _not_gpt2(path: Path, reason: object) -> UserError:
+    return UserError(f"{path} holds no GPT-2: {reason}.\n{_ACCEPTED}")
+
+
+# ---- reading
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether this is a checkpoint of ours, or a run's folder with one in it."""
+    return (path / checkpoint.MANIFEST).is_file() or bool(checkpoint.list_checkpoints(path))
+
+
+def _from_hub(name: str) -> Path:
+    """Return the cache folder with both files of `name`. Download what is missing."""
+    repo, cache = f"openai-community/{name}", constants.HF_HUB_CACHE
+    files = [try_to_load_from_cache(repo, file, cache) for file in (CONFIG_NAME, WEIGHTS_NAME)]
+    if not all(isinstance(file, str) for file in files):
+        try:
+            # without a network this fails at once; the download would retry for minutes
+            get_hf_file_metadata(hf_hub_url(repo, WEIGHTS_NAME), timeout=10)
+            files = [hf_hub_download(repo, f, cache_dir=cache) for f in (CONFIG_NAME, WEIGHTS_NAME)]
+        except Exception as e:  # the hub raises whatever its HTTP client raises
+            raise WeightsUnavailable(
+                f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
+                f"({type(e).__name__}).\nGive a folder as --init_from, made elsewhere by `hf "
+                f"download {repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from "
+                "scratch (config/prosqa_small.py)."
+            ) from None
+    return Path(files[1]).parent
+
+
+def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | None, bool]:
+    """Read weights.
+
+    Return (GPTConfig, state dict, tokenizer spec or None, whether linears are stored as Conv1D).
+    """
+    if path.name == WEIGHTS_NAME and _is_checkpoint(path.parent):
+        path = path.parent
+    if _is_checkpoint(path):
+        model, tokenizer, _ = checkpoint.load(path)
+        return model.config, model.state_dict(), tokenizer.spec, False
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    try:
+        load = load_file if file.suffix == ".safetensors" else _load_torch
+        tensors = {
+            _PREFIX.sub("", name): tensor
+            for name, tensor in load(file).items()
+            if not name.endswith(_MASKS)
+        }
+        config_file = file.with_name(CONFIG_NAME)
+        if not config_file.is_file():
+            raise UserError(
+                f"{file} has no {CONFIG_NAME} next to it, so its sizes are unknown.\n"
+                "Put its GPT-2's there, as by `hf download openai-community/gpt2 "
+                f"{CONFIG_NAME} --local-dir {file.parent}`."
+            )
+        config, spec = _config_from_json(config_file, tensors)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise _not_gpt2(path, e) from None
+    return config, tensors, spec, True
+
+
+def _load_torch(file: Path) -> dict[str, Tensor]:
+    """Load a state dict written by torch.save, as the released code does. Unpickle only tensors."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the ValueError below says what is wrong
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # a torn or hostile pickle may raise anything
+        raise ValueError(
+            f"neither safetensors nor a state dict of plain tensors ({type(e).__name__}), and "
+            "nothing else is unpickled"
+        ) from None
+    is_dict = isinstance(state, dict) and len(state) > 0
+    if not is_dict or not all(type(k) is str and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError("not a state dict of names and tensors")
+    return state
+
+
+def _config_from_json(
+    file: Path, tensors: dict[str, Tensor]
+) -> tuple[GPTConfig, dict[str, Any] | None]:
+    """Read a config.json. Return (GPTConfig, tokenizer spec if the folder is an export of ours)."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{CONFIG_NAME} is not a JSON object")
+    for key, value in FIXED_SETTINGS.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"{CONFIG_NAME} has {key}={settings[key]!r}, expected {value!r}")
+    sizes = {field: settings.get(key) for field, key in CONFIG_KEYS.items()}
+    bad = [CONFIG_KEYS[field] for field, n in sizes.items() if type(n) is not int or n < 1]
+    if bad:
+        raise ValueError(f"{CONFIG_NAME} has no valid {', '.join(bad)}")
+    exported = settings.get("nanococonut")
+    spec = exported.get("tokenizer") if isinstance(exported, dict) else None
+    wte = tensors.get("wte.weight")
+    if wte is not None and wte.dim() == 2:
+        vocab_size = len(wte)  # exact, whatever the config says
+    else:
+        vocab_size = GPTConfig.vocab_size - N_SPECIAL_TOKENS
+    return GPTConfig(vocab_size=vocab_size, **sizes), spec if isinstance(spec, dict) else None

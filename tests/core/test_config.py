@@ -1,0 +1,131 @@
+"""Config files and the command line: what is wrong is refused, by name, before any work."""
+
+import re
+
+import pytest
+
+from nanococonut.config import TrainConfig
+from nanococonut.runtime.cli import format_config, make_config, parse_cli, read_config_file
+from nanococonut.runtime.errors import UserError
+
+
+def refused(fn, *words):
+    """The message of the UserError that fn() raises: at most two lines, with these words."""
+    with pytest.raises(UserError) as e:
+        fn()
+    text = str(e.value)
+    assert text.count("\n") <= 1, text
+    for word in words:
+        assert word in text, text
+
+
+def cli(*argv):
+    given, path = parse_cli(TrainConfig, argv, "", config_file=True)
+    return make_config(TrainConfig, given), path
+
+
+def file_of(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return path
+
+
+def test_both_spellings_aliases_and_bare_flags():
+    config, path = cli("config/x.py", "--lr=3e-4", "--n_layer", "3", "--resume", "--fallback=None")
+    assert path == "config/x.py"
+    assert (config.learning_rate, config.n_layer, config.resume) == (3e-4, 3, True)
+    assert config.fallback is None
+    assert cli("--resume=False")[0].resume is False
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = file_of(tmp_path, '"""why"""\nn_layer = 3  # because\nlr = 0.5\ndata = None\n')
+    values = read_config_file(path, TrainConfig)
+    assert values == {"n_layer": 3, "learning_rate": 0.5, "data": None}
+    given, _ = parse_cli(TrainConfig, ["--n_layer=4"], "", config_file=True)
+    config = make_config(TrainConfig, values, given)
+    assert (config.n_layer, config.learning_rate) == (4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--n_layr=3"], ["--n_layr", "Did you mean --n_layer?"]),
+        (["--n_layer=three"], ["n_layer", "'three'", "whole number"]),
+        (["--n_layer=3.5"], ["n_layer", "3.5", "whole number"]),
+        (["--n_layer"], ["--n_layer", "expected one argument"]),
+        (["--n_layer=0"], ["n_layer=0", "at least 1"]),
+        (["--dropout=1"], ["dropout=1", "less than 1"]),
+        (["--lr=0"], ["learning_rate=0", "more than 0"]),
+        (["--lr=nan"], ["learning_rate", "number"]),
+        (["--max_steps=-1"], ["max_steps=-1", "at least 0"]),
+        (["--resume=perhaps"], ["resume", "True or False"]),
+        (["--method=coconot"], ["coconot", "Did you mean coconut?", "no_cot"]),
+        (["--n_embd=10", "--n_head=3"], ["n_embd=10", "n_head=3", "multiple"]),
+        (["--min_hops=7"], ["min_hops=7", "max_hops=6"]),
+        (["--c_thought=3", "--block_size=20"], ["18 thoughts", "block_size=20"]),
+        (["--render=compact"], ["compact", "--tokenizer=words"]),
+        (["a.py", "b.py"], ["b.py"]),
+    ],
+)
+def test_bad_settings(argv, words):
+    refused(lambda: cli(*argv), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("n_layer = 2\n\nn_layerz = 3\n", ["line 3", "n_layerz", "Did you mean n_layer?"]),
+        ("n_layer = 2 * 3\n", ["line 1", "n_layer", "not a literal"]),
+        ("n_layer = open('x')\n", ["line 1", "not a literal"]),
+        ("import os\n", ["line 1", "only assignments"]),
+        ("n_layer, n_head = 2, 2\n", ["line 1", "only assignments"]),
+        ("n_layer = = 2\n", ["line 1", "not a config file"]),
+        ("a\0b", ["not a config file"]),
+    ],
+)
+def test_bad_files(tmp_path, text, words):
+    path = file_of(tmp_path, text)
+    refused(lambda: read_config_file(path, TrainConfig), str(path), *words)
+
+
+def test_missing_and_undecodable_files(tmp_path):
+    file_of(tmp_path, "")
+    refused(
+        lambda: read_config_file(tmp_path / "mien.py", TrainConfig), "not there", "mean mine.py"
+    )
+    refused(lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "not there")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
+    refused(lambda: read_config_file(tmp_path / "latin.py", TrainConfig), "UTF-8")
+    refused(lambda: read_config_file(tmp_path, TrainConfig), "not readable")
+
+
+def test_help_is_grouped_and_complete(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli("--help")
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    for group in ("data:", "model:", "curriculum:", "optimizer:", "run:"):
+        assert group in text
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name} " in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_there_are_sixty_settings():
+    """An option is there if a committed result or a test of the paper needs it."""
+    assert len(TrainConfig.__dataclass_fields__) == 60
+
+
+def test_min_hops_is_for_prosqa_alone():
+    assert cli("--task=prontoqa", "--max_hops=2")[0].max_hops == 2
+    refused(lambda: cli("--max_hops=2"), "min_hops=3", "max_hops=2")
+
+
+def test_show_names_what_differs():
+    assert "=" not in format_config(TrainConfig())
+    changed = dict(n_layer=2, n_head=2, n_embd=64, seed=1, tokenizer="words", out_dir="out/a-b")
+    changed |= dict(valid_data="v" * 90)  # longer than a line, and in one piece
+    lines = format_config(TrainConfig(**changed)).splitlines()
+    assert sorted(re.findall(r"(\w+)=", " ".join(lines))) == sorted(changed)
+    assert [len(line) <= 80 for line in lines].count(False) == 1

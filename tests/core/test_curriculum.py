@@ -1,0 +1,296 @@
+"""The schedule and the layouts, against lists written by hand from the paper's section 3."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_gpt
+from torch.nn import functional as F
+
+from nanococonut import coconut
+from nanococonut.batch import (
+    IGNORE,
+    TokenizedExample,
+    build_sequence,
+    collate,
+    max_length,
+    tokenize,
+)
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, schedule
+from nanococonut.data.examples import extract_answer
+from nanococonut.data.tasks import TASKS
+
+ROW = TokenizedExample(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
+SHORT = TokenizedExample(question=[9], steps=[[3]], answer=[7])
+
+
+@pytest.fixture
+def ids(tokenizer):
+    return tokenizer.bot, tokenizer.eot, tokenizer.eos
+
+
+def test_coconut_layout_by_stage(tokenizer, ids):
+    bot, eot, eos = ids
+    c = Curriculum("coconut", c_thought=2, max_latent_stage=2)
+    expected = {
+        0: ([1, 2, bot], 0, [eot, 3, 4, 5, 6, 7, 8, eos], 1),
+        1: ([1, 2, bot], 2, [eot, 4, 5, 6, 7, 8, eos], 1),
+        2: ([1, 2, bot], 4, [eot, 6, 7, 8, eos], 1),
+        3: ([1, 2, bot], 4, [eot, 7, 8, eos], 1),  # the final stage drops all steps
+    }
+    for stage, parts in expected.items():
+        assert build_sequence(c, stage, ROW, tokenizer) == parts
+
+
+def test_a_row_with_fewer_steps_gets_the_stages_thoughts(tokenizer, ids):
+    bot, eot, eos = ids
+    c = Curriculum("coconut", c_thought=1, max_latent_stage=3)
+    for stage, thoughts in [(1, 1), (2, 2), (3, 3), (4, 3)]:
+        assert build_sequence(c, stage, SHORT, tokenizer) == ([9, bot], thoughts, [eot, 7, eos], 1)
+    unpadded = Curriculum("coconut", max_latent_stage=3, pad_latent_to_max=False)
+    assert build_sequence(unpadded, 4, SHORT, tokenizer)[1] == 1  # only the final stage looks at it
+    assert build_sequence(unpadded, 3, SHORT, tokenizer)[1] == 3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3, 7])
+def test_cot_and_no_cot_have_no_stages_and_no_markers(tokenizer, ids, stage):
+    eos = ids[2]
+    cot, no_cot = Curriculum("cot"), Curriculum("no_cot")
+    assert build_sequence(cot, stage, ROW, tokenizer) == ([1, 2], 0, [3, 4, 5, 6, 7, 8, eos], 0)
+    assert build_sequence(no_cot, stage, ROW, tokenizer) == ([1, 2], 0, [7, 8, eos], 0)
+
+
+def test_collate_pads_to_the_right_and_supervises_words_only(tokenizer, ids):
+    bot, eot, eos = ids
+    batch = collate(Curriculum("coconut", max_latent_stage=3), [1, 4], [ROW, SHORT], tokenizer)
+    assert batch.prefix.tolist() == [[1, 2, bot], [9, bot, 0]]
+    assert batch.length.tolist() == [3, 2]
+    assert batch.n_thoughts.tolist() == [1, 3] and batch.max_thoughts == 3
+    assert batch.suffix.tolist() == [[eot, 4, 5, 6, 7, 8, eos], [eot, 7, eos, 0, 0, 0, 0]]
+    assert batch.targets.tolist() == [
+        [IGNORE, 4, 5, 6, 7, 8, eos],
+        [IGNORE, 7, eos, IGNORE, IGNORE, IGNORE, IGNORE],
+    ]
+    assert batch.n_labels == 8
+    assert batch.prefix.dtype == batch.targets.dtype == torch.int64
+
+
+def test_without_markers_the_first_word_is_supervised(tokenizer, ids):
+    batch = collate(Curriculum("no_cot"), [7, 7], [ROW, SHORT], tokenizer)
+    assert batch.targets.tolist() == [[7, 8, ids[2]], [7, ids[2], IGNORE]]
+
+
+def test_the_papers_schedules():
+    prosqa = schedule(Curriculum("coconut", max_latent_stage=6), epochs=50, epochs_per_stage=5)
+    assert prosqa == [Stage(s, 5) for s in range(7)] + [Stage(7, 15)]
+    gsm = Curriculum("coconut", c_thought=2, max_latent_stage=3)
+    paper = schedule(gsm, epochs=50, epochs_per_stage=3, first_stage_epochs=6)
+    assert paper == [Stage(0, 6), Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 35)]
+    released = schedule(gsm, epochs=25, epochs_per_stage=3, first_stage_epochs=0)
+    assert released == [Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 16)]
+    assert schedule(gsm, epochs=4, epochs_per_stage=3) == [Stage(0, 3), Stage(1, 1)]
+    for method in ("cot", "no_cot"):
+        assert schedule(Curriculum(method), 50, 5) == [Stage(7, 50)]
+
+
+def test_thoughts_when_asked_are_the_stages_own():
+    c = Curriculum("coconut", c_thought=2, max_latent_stage=3)
+    assert [c.n_thoughts(s) for s in range(5)] == [0, 2, 4, 6, 6]
+    assert [replace(c, final_thoughts=9).n_thoughts(s) for s in range(5)] == [0, 2, 4, 6, 9]
+    assert Curriculum("cot").n_thoughts(7) == Curriculum("no_cot").n_thoughts(7) == 0
+
+
+def test_uniform_prob_draws_over_the_rows_own_steps():
+    n_steps = [3] * 30_000
+    rng = np.random.default_rng(0)
+    never = Curriculum("coconut").sample_stages(5, n_steps, rng)
+    assert set(never) == {5}
+    always = Curriculum("coconut", uniform_prob=1.0).sample_stages(5, n_steps, rng)
+    assert sorted(set(always)) == [0, 1, 2, 3]
+    assert max(abs(always.count(s) / 30_000 - 0.25) for s in range(4)) < 0.02
+    to_stage = Curriculum("coconut", uniform_prob=1.0, up_to_stage=True)
+    assert sorted(set(to_stage.sample_stages(1, n_steps, rng))) == [0, 1]
+    some = Curriculum("coconut", uniform_prob=0.3).sample_stages(5, n_steps, rng)
+    assert abs(some.count(5) / 30_000 - 0.7) < 0.02
+
+
+def test_longest_is_the_longest_stage(tokenizer):
+    c = Curriculum("coconut", c_thought=3, max_latent_stage=3)
+    lengths = []
+    for stage in range(5):
+        prefix, n, suffix, _ = build_sequence(c, stage, ROW, tokenizer)
+        lengths.append(len(prefix) + n + len(suffix))
+    assert max_length(c, ROW, tokenizer) == max(lengths) and lengths[0] != max(lengths)
+
+
+def test_parts_are_tokenised_on_their_own(tokenizer):
+    rows = [{"question": "Tom is.", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}]
+    row = tokenize(tokenizer, TASKS["prosqa"].render(rows, "sentences")[0])
+    assert tokenizer.decode(row.question) == "Tom is.\n"
+    assert [tokenizer.decode(s) for s in row.steps] == ["Tom is a lempus.\n"]
+    assert tokenizer.decode(row.answer) == "### Tom is a lempus."
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("a\n### 2,125", "2125"), ("###  Tom is a lempus. ", "Tom is a lempus."), ("x # y # z", "z")],
+)
+def test_the_answer_stands_behind_the_last_hash(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_methods_say_only_what_is_understood():
+    assert tuple(METHODS) == tuple(METHODS)
+    for method in METHODS.values():
+        assert method.drop_rule in ("none", "stage", "all", "tokens")
+        assert method.n_thoughts_rule in ("none", "stage", "all")
+        assert method.advance_by in ("stages", "epochs", "never")
+        assert method.thought_type in ("hidden", "soft", "projected", "pause", "")
+        assert (method.thought_type == "") == (method.n_thoughts_rule == "none")
+
+
+# Written by hand: the whole sequence of ROW (question 1 2, steps 3 | 4 5 | 6, answer 7 8) at stages
+# of max_latent_stage = 3, c_thought = 1. B E: markers, P: pause, $: eos, ~: a thought (what is fed
+# back). Words behind | are labels.
+WRITTEN = {
+    "coconut": {
+        0: "1 2 B E | 3 4 5 6 7 8 $",
+        1: "1 2 B ~ E | 4 5 6 7 8 $",
+        2: "1 2 B ~ ~ E | 6 7 8 $",
+        4: "1 2 B ~ ~ ~ E | 7 8 $",
+    },
+    "cot": {0: "1 2 | 3 4 5 6 7 8 $", 2: "1 2 | 3 4 5 6 7 8 $", 4: "1 2 | 3 4 5 6 7 8 $"},
+    "no_cot": {0: "1 2 | 7 8 $", 2: "1 2 | 7 8 $", 4: "1 2 | 7 8 $"},
+    "icot": {  # 1.5 tokens a stage
+        0: "1 2 | 3 4 5 6 7 8 $",
+        1: "1 2 | 4 5 6 7 8 $",
+        2: "1 2 | 6 7 8 $",
+        3: "1 2 | 7 8 $",
+        40: "1 2 | 7 8 $",
+    },
+    "pause": {n: "1 2 B P P P E | 7 8 $" for n in (0, 2, 4)},
+    "coconut_no_curriculum": {n: "1 2 B ~ ~ ~ E | 7 8 $" for n in (0, 2, 4)},
+    "coconut_no_thought": {
+        0: "1 2 | 3 4 5 6 7 8 $",
+        1: "1 2 | 4 5 6 7 8 $",
+        2: "1 2 | 6 7 8 $",
+        4: "1 2 | 7 8 $",
+    },
+    "pause_as_thought": {
+        0: "1 2 B E | 3 4 5 6 7 8 $",
+        1: "1 2 B P E | 4 5 6 7 8 $",
+        2: "1 2 B P P E | 6 7 8 $",
+        4: "1 2 B P P P E | 7 8 $",
+    },
+}
+WRITTEN["soft_thought"] = WRITTEN["projected"] = WRITTEN["coconut"]
+CASES = [(method, stage) for method, stages in WRITTEN.items() for stage in stages]
+
+
+def written(method, stage, tokenizer):
+    """-> (sequence of token ids and None for thoughts, index of its first label)"""
+    given, labels = WRITTEN[method][stage].split("|")
+    names = {"B": tokenizer.bot, "E": tokenizer.eot, "P": tokenizer.latent, "$": tokenizer.eos}
+    names |= {"~": None} | {str(i): i for i in range(10)}
+    return [names[w] for w in (given + labels).split()], len(given.split())
+
+
+@pytest.mark.parametrize(("method", "stage"), CASES)
+def test_layout_labels_and_positions_are_those_written_by_hand(tokenizer, method, stage):
+    sequence, first_label = written(method, stage, tokenizer)
+    c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
+    batch = collate(c, [stage, stage], [ROW, SHORT], tokenizer)
+    n, k = int(batch.length[0]), int(batch.n_thoughts[0])
+    s = int((batch.targets[0] != IGNORE).sum()) + len(sequence[n + k : first_label])
+    assert batch.prefix[0, :n].tolist() == sequence[:n]
+    assert sequence[n : n + k] == [None] * k and None not in sequence[n + k :]
+    assert batch.suffix[0, :s].tolist() == sequence[n + k :]
+    assert batch.targets[0, :s].tolist() == (
+        [IGNORE] * (first_label - n - k) + sequence[first_label:]
+    )
+    assert batch.targets[0, s:].eq(IGNORE).all() and batch.needed.tolist() == [3, 1]
+    # positions: the row alone takes as many as there are tokens and thoughts
+    assert n + k + s == len(sequence) <= max_length(c, ROW, tokenizer)
+
+
+@pytest.mark.parametrize(("method", "stage"), CASES)
+def test_each_methods_loss_equals_a_naive_loop_over_the_hand_written_list(tokenizer, method, stage):
+    """One row, no cache, no blocks: the sequence is read from the start for every thought."""
+    slot = METHODS[method].thought_type
+    model = random_gpt(
+        vocab_size=tokenizer.vocab_size,
+        thought=slot if slot in ("soft", "projected") else "hidden",
+        soft_temperature=0.5,
+        smear=True,
+    )
+    c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
+    batch = collate(c, [stage], [ROW], tokenizer)
+    loss = coconut.loss_sum(coconut.forward(model, batch), batch.targets)
+
+    sequence, first_label = written(method, stage, tokenizer)
+    e = torch.empty(1, 0, model.config.n_embd, dtype=torch.float64)
+    h = None
+    for token in sequence:
+        if token is not None:
+            new = model.embed(torch.tensor([[token]]))
+        elif slot == "hidden":
+            new = h
+        elif slot == "soft":
+            new = (h @ model.wte.weight.T / 0.5).softmax(-1) @ model.wte.weight
+        else:
+            new = h + h @ model.project.weight.T + model.project.bias
+        e = torch.cat([e, new], dim=1)
+        hidden = model.backbone(e, torch.arange(e.shape[1]))
+        h = hidden[:, -1:]
+    logits = model.head(hidden)[0, first_label - 1 : -1]
+    expected = F.cross_entropy(logits, torch.tensor(sequence[first_label:]), reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_fewer_slots_for_shorter_rows_where_they_are_not_padded(tokenizer):
+    for method in ("pause", "coconut_no_curriculum", "pause_as_thought"):
+        c = Curriculum(method, c_thought=2, max_latent_stage=3, pad_latent_to_max=False)
+        prefix, thoughts, _, _ = build_sequence(c, 4, SHORT, tokenizer)
+        assert thoughts + prefix.count(tokenizer.latent) == 2
+        assert c.n_thoughts(4) == 6
+
+
+def test_icot_has_a_stage_for_each_epoch():
+    assert schedule(Curriculum("icot"), 4, 5) == [Stage(i, 1) for i in range(4)]
+    draws = Curriculum("icot", uniform_prob=1.0).sample_stages(
+        9, [2] * 500, np.random.default_rng(0)
+    )
+    assert set(draws) == set(range(10))  # its stages do not count steps
+
+
+SETTINGS = dict(first_stage_epochs=3, epochs_per_stage=1, uniform_prob=0.0)
+SETTINGS |= dict(max_latent_stage=1, c_thought=2, final_thoughts=5)
+SETTINGS |= dict(pad_latent_to_max=False, icot_tokens=2.5)
+
+
+def trained_on(config, tokenizer):
+    """Every epoch's rows in tokens, and the thoughts that are had in the end."""
+    c, rng = Curriculum.from_config(config), np.random.default_rng(1)
+    schedules = config.epochs_per_stage, config.first_stage_epochs
+    epochs = [s.index for s in schedule(c, 12, *schedules) for _ in range(s.epochs)]
+    drawn = [c.sample_stages(stage, [3, 1], rng) for stage in epochs]
+    rows = [
+        [build_sequence(c, s, r, tokenizer) for s, r in zip(d, (ROW, SHORT), strict=True)]
+        for d in drawn
+    ]
+    return rows, c.n_thoughts(epochs[-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unused_are_the_settings_that_change_nothing(tokenizer, method):
+    base = TrainConfig(method=method, max_latent_stage=3, uniform_prob=0.5, epochs_per_stage=2)
+    as_it_is = trained_on(base, tokenizer)
+    idle = ignored_options(METHODS[method])
+    for name, value in SETTINGS.items():
+        changed = trained_on(replace(base, **{name: value}), tokenizer) != as_it_is
+        assert changed == (name not in idle), name
+    assert ("soft_top_k" in idle) == (method != "soft_thought")
+    assert ("advance_at" in idle) == (METHODS[method].advance_by == "never")  # train.py asks for it
+    assert idle - set(SETTINGS) <= {"soft_top_k", "soft_temperature", "advance_at"}

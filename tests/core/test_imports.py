@@ -1,0 +1,71 @@
+"""Imports point one way, scripts are never imported, and `kernels` lives beside transformers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Each line may import the lines above it, and modules of its own line.
+LAYERS = """
+runtime cache curriculum
+tokenizer config model
+data ops
+batch weights
+coconut inference
+evaluation training
+"""
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "nanococonut":
+                yield from (f"nanococonut.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_point_one_way():
+    """An import upwards is the start of a circle."""
+    package, level = ROOT / "nanococonut", {}
+    for i, line in enumerate(LAYERS.split("\n")):
+        level |= dict.fromkeys(line.split(), i)
+    for path in package.rglob("*.py"):
+        module = path.relative_to(package).parts[0].removesuffix(".py")
+        if module == "__init__":
+            continue
+        names = set(imports(path))
+        assert not {n.split(".")[0] for n in names} & {"transformers", "train", "sample", "bench"}
+        for name in names:
+            if name.startswith("nanococonut."):
+                other = name.split(".")[1]
+                assert other == module or level[other] < level[module], f"{path} imports {name}"
+        if module == "data":
+            assert not {n.split(".")[0] for n in names} & {"torch", "triton"}, path
+
+
+def test_triton_is_imported_by_kernels_only():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "nanococonut").rglob("*.py")]:
+        assert "triton" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_kernels_explains_itself():
+    import kernels
+
+    with pytest.raises(ImportError, match="nanococonut's own package"):
+        kernels.get_kernel  # noqa: B018
+    assert not hasattr(kernels, "__wrapped__")
+
+
+def test_transformers_models_import_from_the_checkout():
+    """Hugging Face's `kernels` is an optional import of transformers: ours must not break it."""
+    pytest.importorskip("transformers")
+    code = "import transformers; transformers.GPT2LMHeadModel; print('ok')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip().endswith("ok"), run.stderr

@@ -1,0 +1,100 @@
+"""model.py is GPT-2: the same logits as transformers', and cached equals uncached."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import random_gpt
+from nanococonut.weights.pretrained import load_gpt2
+
+from nanococonut.model import GPT, GPTConfig, cached_attention
+from nanococonut.runtime.errors import UserError
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 24), (3, 4, 64)])
+def test_logits_equal_transformers(tmp_path, shape):
+    transformers = pytest.importorskip("transformers")
+    n_layer, n_head, n_embd = shape
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=97, n_positions=32, n_layer=n_layer, n_head=n_head, n_embd=n_embd
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = load_gpt2(tmp_path, vocab_size=100, dropout=0.0).eval()
+    idx = torch.randint(97, (3, 32))
+    with torch.no_grad():
+        expected, got = theirs(idx).logits, ours(idx)[..., :97]
+    assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
+    assert ours.wte.weight[97:].equal(ours.wte.weight[96:97].expand(3, -1))
+
+
+@pytest.mark.parametrize("config", [None, "{}", "[]", '{"n_positions": 8, "n_layer": "x"}'])
+def test_a_folder_without_gpt2_is_refused(tmp_path, config):
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match="holds no GPT-2"):
+        load_gpt2(tmp_path, 100, 0.0)
+
+
+def test_only_the_past_is_seen(gpt):
+    idx = torch.randint(41, (2, 12))
+    changed = idx.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 41
+    a, b = gpt(idx), gpt(changed)
+    assert torch.equal(a[:, :7], b[:, :7])
+    assert (a[:, 7:] - b[:, 7:]).abs().amax(dim=(0, 2)).min() > 1e-6  # and all of the future is
+
+
+def test_cached_equals_uncached_in_chunks_of_any_size(gpt):
+    idx = torch.randint(41, (3, 20))
+    expected = gpt(idx)
+    cache, parts, start, prev = gpt.new_cache(3, 25), [], 0, None
+    for n in (7, 1, 1, 5, 6):
+        pos = torch.arange(start, start + n).expand(3, n)
+        e = gpt.embed(idx[:, start : start + n])
+        attend = partial(cached_attention, cache, pos, start + n)
+        parts.append(gpt.head(gpt.backbone(e, pos, attend, prev)))
+        prev, start = e[:, -1], start + n
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_smear_starts_as_plain_gpt2():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8, smear=True))
+    idx = torch.randint(11, (2, 8))
+    before = model(idx)
+    model.smear = None
+    torch.testing.assert_close(before, model(idx))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="heads"):
+        random_gpt(n_head=5)
+
+
+def test_recomputed_mlps_change_nothing_but_what_is_kept():
+    """Same loss and gradients to the bit, dropout included; less than two thirds kept."""
+    found = []
+    for recompute in (False, True):
+        model = random_gpt(dropout=0.2).train()
+        for block in model.h:
+            block.recompute_mlp = recompute
+        kept = []
+
+        def keep(t, kept=kept):
+            kept.append(t)
+            return t
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(torch.arange(40).view(2, 20)).square().sum()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        loss.backward()
+        found.append((loss, [p.grad for p in model.parameters()], sum(storages.values())))
+    (loss, grads, most), (again, regrads, less) = found
+    assert torch.equal(loss, again) and all(map(torch.equal, grads, regrads))
+    assert less < 0.67 * most

@@ -1,0 +1,277 @@
+"""Files of examples: reading, writing, and the errors of broken files."""
+
+import json
+import os
+import random
+
+import pytest
+
+from nanococonut.data import prosqa
+from nanococonut.data.examples import extract_answer
+from nanococonut.data.files import (
+    parse_gsm8k_line,
+    parse_raw_prontoqa,
+    read_examples,
+    skipped_summary,
+    write_examples,
+)
+from nanococonut.runtime.errors import UserError, run_main
+
+GOOD = {"question": "Is it so?", "steps": ["It is.", "So it is."], "answer": "Yes."}
+
+
+def test_json_and_json_lines_are_read_alike(tmp_path):
+    """A byte order mark or an empty line must not break reading."""
+    examples = [GOOD, {**GOOD, "steps": [], "idx": 7}]
+    (tmp_path / "a.json").write_text(json.dumps(examples))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, examples)) + "\n\n")
+    (tmp_path / "c.json").write_text("\ufeff" + json.dumps(examples, indent=2), encoding="utf-8")
+    for name in ("a.json", "b.jsonl", "c.json"):
+        assert read_examples(tmp_path / name) == examples
+
+
+def test_written_examples_are_read_back(tmp_path):
+    """Newlines and non-ASCII text have to survive."""
+    examples = prosqa.generate(20, 3) + [{**GOOD, "question": 'Zoë\n"☃"'}]
+    write_examples(tmp_path / "examples.json", examples)
+    assert read_examples(tmp_path / "examples.json") == examples
+    assert os.listdir(tmp_path) == ["examples.json"]  # no temporary file is left
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path):
+    """A data set must not be lost to a wrong --out."""
+    path = tmp_path / "examples.json"
+    write_examples(path, [GOOD])
+    with pytest.raises(UserError, match=r"examples\.json exists already"):
+        write_examples(path, [GOOD, GOOD])
+    assert read_examples(path) == [GOOD]
+
+
+def test_an_unwritable_path_is_an_error(tmp_path):
+    """Temporary files must not remain."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "no" / "examples.json", tmp_path / "file" / "examples.json"):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_examples(path, [GOOD])
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
+    """A full disk must leave neither half a file nor a temporary one."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_examples(tmp_path / "examples.json", [GOOD, GOOD])
+    assert os.listdir(tmp_path) == []
+
+
+def without(key: str) -> dict:
+    return {k: v for k, v in GOOD.items() if k != key}
+
+
+WRONG = {
+    "empty": ("", "line 1: not JSON"),
+    "broken list": ("[\n" + json.dumps(GOOD) + ",\n{,\n]", "line 3: not JSON"),
+    "broken line": (json.dumps(GOOD) + "\n{oh\n", "line 2: not JSON"),
+    "too deep": ("[" * 100_000, "not JSON"),
+    "broken object": ('{\n"example1": {\n{}', "line 3: not JSON"),
+    "plain text": ("Is it so?\nYes.", "line 1: not JSON"),
+    "long number": ("[" + "7" * 5000 + "]", "line 1"),
+    "a number": ("3", "expected a list of examples, got a JSON number"),
+    "another object": (
+        json.dumps({"examples": [GOOD]}, indent=1),
+        "example 0: 'question' is missing",
+    ),
+    "no examples": ("[]", "holds no examples"),
+    "example is a list": (
+        json.dumps([GOOD, [GOOD]]),
+        "example 1: expected an object, got a JSON list",
+    ),
+    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: expected an object, got a JSON text"),
+    "no question": (json.dumps([without("question")]), "example 0: 'question' is missing"),
+    "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "example 2: 'steps' is missing"),
+    "no answer": (json.dumps([without("answer")]), "example 0: 'answer' is missing"),
+    "number asked": (
+        json.dumps([GOOD | {"question": 3}]),
+        "'question': expected a text, got a number",
+    ),
+    "true answer": (
+        json.dumps([GOOD | {"answer": True}]),
+        "'answer': expected a text, got a truth value",
+    ),
+    "blank question": (json.dumps([GOOD | {"question": " \n"}]), "example 0: 'question' is blank"),
+    "empty answer": (json.dumps([GOOD | {"answer": ""}]), "example 0: 'answer' is blank"),
+    "steps in one": (
+        json.dumps([GOOD | {"steps": "a. b."}]),
+        "'steps': expected a list of texts, got a text",
+    ),
+    "no text in steps": (
+        json.dumps([GOOD | {"steps": ["a", None]}]),
+        r"'steps'\[1\]: expected a text, got a null",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_broken_files_are_refused_with_their_place(tmp_path, name):
+    """Errors without file and line cannot be fixed by the user."""
+    text, complaint = WRONG[name]
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UserError, match=complaint) as e:
+        read_examples(tmp_path / "bad.json")
+    lines = str(e.value).split("\n")
+    assert len(lines) == 2 and "bad.json" in lines[0] and len(lines[1]) > 20
+
+
+LINE = "How many?||<<1+1=2>> #### 2"
+# examples left out -> (what is in the file, complaints about them); GOOD or LINE stays in each
+SKIPPED = {
+    "list": (
+        json.dumps([3, GOOD, without("steps")]),
+        ["example 0: expected an object", "example 2: 'steps'"],
+    ),
+    "lines": (
+        f'{{oh\n\n{json.dumps(GOOD)}\n{{"question": "a\udce9"}}\nno\n[]',
+        ["line 1: not JSON", "line 4: not UTF-8", "line 5: not JSON", "line 6: expected an object"],
+    ),
+    "gsm8k": (
+        f"Two #### 2\n||1 #### 1\r\n\nAn\udce9||1 #### 1\n{LINE}\r\nThree?||3",
+        ["line 1: no ||", "line 2: 'question' is blank", "line 4: not UTF-8", "line 6: no ####"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_bad_examples_are_skipped_and_reported(tmp_path, name):
+    """A dropped example without a report would change results silently."""
+    path = tmp_path / "mixed"
+    text, complaints = SKIPPED[name]
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError) as e:
+        read_examples(path)
+    assert complaints[0] in str(e.value)
+    skipped: list[str] = []
+    examples = read_examples(path, skipped)
+    assert examples == [GOOD if name != "gsm8k" else parse_gsm8k_line(LINE)]
+    assert len(skipped) == len(complaints)
+    for said, complaint in zip(skipped, complaints, strict=True):
+        assert said.startswith(f"{path}, {complaint}") and "\n" not in said
+    n = len(complaints)
+    said = skipped_summary(1, skipped)
+    assert said.startswith(f"{n} of {n + 1} examples skipped, the first: {path}, {complaints[0]}")
+
+
+def test_every_broken_line_is_counted(tmp_path):
+    """Line numbers could be off after the first error."""
+    examples = [{**GOOD, "question": f"{i}?"} for i in range(40)]
+    lines = [json.dumps(example) for example in examples]
+    bad = set(random.sample(range(40), random.randint(1, 30)))
+    for i in bad:
+        lines[i] = lines[i][: random.randint(1, len(lines[i]) - 1)]
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines))
+    skipped: list[str] = []
+    good = [example for i, example in enumerate(examples) if i not in bad]
+    assert read_examples(tmp_path / "cut.jsonl", skipped) == good
+    assert [int(said.split("line ")[1].split(":")[0]) - 1 for said in skipped] == sorted(bad)
+
+
+@pytest.mark.parametrize("text", [f"[{json.dumps(GOOD)},\n3", "[]", "7", "", "{\n", "no examples"])
+def test_a_broken_file_is_an_error_with_skipped_too(tmp_path, text):
+    """skip_bad_rows must not turn a wrong file into no data."""
+    (tmp_path / "bad").write_text(text)
+    with pytest.raises(UserError):
+        read_examples(tmp_path / "bad", [])
+
+
+def test_a_file_without_valid_examples_is_an_error(tmp_path):
+    """An empty training set would fail much later."""
+    (tmp_path / "bad").write_text(json.dumps([1, 2]))
+    skipped: list[str] = []
+    with pytest.raises(
+        UserError, match="all 2 examples are bad, the first: .*example 0: expected an object"
+    ):
+        read_examples(tmp_path / "bad", skipped)
+    assert skipped == []
+
+
+def test_gsm8k_lines_are_not_taken_for_json(tmp_path):
+    """Braces and brackets in a question look like JSON."""
+    lines = [LINE, "Half of {it}? [or all]||<<4/2=2>> <<2-1=1>> #### 1,000"]
+    (tmp_path / "any.name").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    assert read_examples(tmp_path / "any.name") == [parse_gsm8k_line(line) for line in lines]
+
+
+def test_one_object_is_a_file_of_one_example(tmp_path):
+    """JSON lines with one line are a JSON object."""
+    for indent in (None, 1):
+        (tmp_path / "one.jsonl").write_text(json.dumps(GOOD, indent=indent))
+        assert read_examples(tmp_path / "one.jsonl") == [GOOD]
+
+
+def test_lines_end_at_newlines_only(tmp_path):
+    """str.splitlines() also splits at U+2028."""
+    example = {**GOOD, "question": "a\u2028b\x85c?"}
+    text = json.dumps(example, ensure_ascii=False)
+    (tmp_path / "odd.jsonl").write_text(f"{text}\n{text}", encoding="utf-8")
+    assert read_examples(tmp_path / "odd.jsonl") == [example, example]
+
+
+def test_raw_prontoqa_is_read_example_by_example(tmp_path, released):
+    """One broken example must not cost the whole file."""
+    path = released / "prontoqa_raw_5hop_sample.json"
+    raw = json.loads(path.read_text())
+    examples = read_examples(path)
+    assert (
+        examples == [parse_raw_prontoqa(example) for example in raw.values()]
+        and len(examples) == len(raw) > 2
+    )
+    last = list(raw)[-1]
+    del raw[last]["test_example"]["answer"]
+    for indent in (None, 1):  # over many lines as well as in one
+        (tmp_path / "raw.json").write_text(json.dumps(raw, indent=indent))
+        with pytest.raises(UserError, match=f"raw.json, {last}: "):
+            read_examples(tmp_path / "raw.json")
+        skipped: list[str] = []
+        assert read_examples(tmp_path / "raw.json", skipped) == examples[:-1]
+        assert len(skipped) == 1 and last in skipped[0]
+
+
+def test_an_unreadable_file_is_an_error(tmp_path):
+    """The operating system raises several types of errors here."""
+    (tmp_path / "latin.json").write_bytes(b'["cafe",\n"caf\xe9"]')
+    for path, complaint in (
+        (tmp_path / "none.json", "No such file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "latin.json", "latin.json, line 2: not UTF-8 text"),
+        ("a\0b", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            read_examples(path)
+
+
+def test_released_examples_are_read(released):
+    """Our keys could differ from the released ones."""
+    examples = read_examples(released / "prosqa_valid.json")
+    assert len(examples) == 300
+    assert set(examples[0]) == set(prosqa.generate(1, 0)[0])
+
+
+def test_a_user_error_exits_with_code_2(capsys):
+    """A mistake of the user must not print a traceback."""
+
+    def main():
+        raise UserError("this is wrong.\nDo that.")
+
+    with pytest.raises(SystemExit) as e:
+        run_main(main)
+    assert e.value.code == 2
+    assert capsys.readouterr().err == "error: this is wrong.\nDo that.\n"
+
+
+def test_the_answer_follows_the_last_mark():
+    """ "1,000" and "1000" are the same answer."""
+    assert extract_answer("a = 3 # b ### 1,000 \n") == "1000"
+    assert extract_answer("no mark") == "no mark" and extract_answer("###") == ""

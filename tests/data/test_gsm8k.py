@@ -1,0 +1,201 @@
+"""GSM8k-Aug: text lines, copies on the hub, statistics."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanococonut.data import gsm8k
+from nanococonut.data.files import parse_gsm8k_line, read_examples
+from nanococonut.data.statistics import GSM8K_RELEASED, gsm8k_statistics
+from nanococonut.runtime.errors import UserError
+
+LINES = {
+    "How many?||<<16-3-4=9>> <<9*2=18>> #### 18": ("How many?", ["<<16-3-4=9>>", "<<9*2=18>>"]),
+    " No step? || #### 2,125\r\n": ("No step?", []),
+    "Two  spaces.  In it?||<<1=1>>  <<2=2>>  ####-0.5": (
+        "Two  spaces.  In it?",
+        ["<<1=1>>", "<<2=2>>"],
+    ),
+}
+
+
+def test_parse_gsm8k_line():
+    """Double spaces, missing steps and line ends must be parsed."""
+    examples = [parse_gsm8k_line(line) for line in LINES]
+    assert [(example["question"], example["steps"]) for example in examples] == list(LINES.values())
+    assert [example["answer"] for example in examples] == ["18", "2,125", "-0.5"]
+
+
+def test_any_example_survives_as_a_line():
+    """Digits and dots must not be taken for marks."""
+    for _ in range(50):
+        steps = [f"<<{random.random()}={i}>>" for i in range(random.randint(0, 9))]
+        example = {
+            "question": f"{random.random()}?",
+            "steps": steps,
+            "answer": f"{random.random()}",
+        }
+        line = f"{example['question']}||{' '.join(steps)} #### {example['answer']}"
+        assert parse_gsm8k_line(line) == example
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("How many? <<1+1=2>> #### 2", r"no \|\|"),
+        ("How many?||<<1+1=2>> 2", "no ####"),
+        ("||<<1+1=2>> #### 2", "'question' is blank"),
+        ("How many?||<<1+1=2>> #### ", "'answer' is blank"),
+        ("", r"no \|\|"),
+    ],
+)
+def test_a_broken_line_is_refused_with_the_reason(line, complaint):
+    """A line without a mark must not become an empty answer."""
+    with pytest.raises(ValueError, match=complaint):
+        parse_gsm8k_line(line)
+
+
+def test_statistics_by_hand():
+    """Commas, signs and words in answers are counted apart."""
+    lines = [
+        "a b c?||<<1+1=2>> <<2+2=4.0>> #### 4",
+        "a?||<<500*2=1000>> #### 1,000",
+        "a b?|| #### -3",
+        "a b?||<<1=1>> <<1=1>> <<1=1>> <<1/2=.5>> #### 0.50",
+        "a b?||<<1=1>> #### two",
+    ]
+    found = gsm8k_statistics([parse_gsm8k_line(line) for line in lines])
+    shares = {"steps 0": 1, "steps 1": 2, "steps 2": 1, "steps >3": 1}
+    shares |= {"answer has comma": 1, "answer negative": 1, "answer decimal": 1}
+    shares |= {"answer no number": 1, "last is answer": 3, "steps": 8, "words of question": 10}
+    assert found == pytest.approx({key: n / 5 for key, n in shares.items()})
+    with pytest.raises(UserError, match="no examples"):
+        gsm8k_statistics([])
+
+
+def test_released_examples_have_gsm8k_released(released):
+    """GSM8K_RELEASED could differ from the file it describes."""
+    examples = read_examples(released / "gsm8k_valid.txt")
+    assert len(examples) == 500 and sum(not example["steps"] for example in examples) == 6
+    assert all("" not in example["steps"] for example in examples)
+    assert sum("," in example["answer"] for example in examples) == 4
+    assert gsm8k_statistics(examples) == pytest.approx(GSM8K_RELEASED, abs=1e-9)
+
+
+# -- the hub's copies; only the download itself is not the real thing
+
+STEPS = [["<<1+1=2>>", "<<2+2=4>>"], [], ["<<3*3=9>>"]]
+ONE = {"question": ["a?", " b? ", "c?"], "steps": STEPS, "answer": ["4", "1,000 ", "9"]}
+OTHER = {**{k: v for k, v in ONE.items() if k != "steps"}, "cot": [" ".join(s) for s in STEPS]}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(columns, kind): snapshot_download gives a folder with them, as parquet or JSON lines."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "c0ffee"
+
+    def put(columns, kind="parquet"):
+        (folder / "data").mkdir(parents=True)
+        table = datasets.Dataset.from_dict(columns)
+        getattr(table, f"to_{kind}")(folder / "data" / f"validation-00000-of-00001.{kind}")
+
+    def download(name, repo_type, revision):
+        assert (name in gsm8k.HUB, repo_type, revision) == (True, "dataset", "main")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return put
+
+
+EMPTY = {**ONE, "steps": [STEPS[0], [""], STEPS[2]]}
+
+
+@pytest.mark.parametrize("columns, kind", [(ONE, "parquet"), (EMPTY, "parquet"), (OTHER, "json")])
+def test_both_copies_give_the_same_examples(hub, columns, kind):
+    """The copies have different columns; an empty step is no step."""
+    hub(columns, kind)
+    examples, commit = gsm8k.from_hub("validation", gsm8k.HUB[kind == "json"])
+    assert commit == "c0ffee"
+    assert [example["steps"] for example in examples] == STEPS
+    assert [(example["question"], example["answer"]) for example in examples] == [
+        ("a?", "4"),
+        ("b?", "1,000"),
+        ("c?", "9"),
+    ]
+    assert all(set(example) == {"question", "steps", "answer"} for example in examples)
+
+
+@pytest.mark.parametrize(
+    "columns, complaint",
+    [
+        (
+            {"question": ["a?"], "answer": ["1"]},
+            "example 0: expected the columns .* got question, answer",
+        ),
+        ({**ONE, "note": [1, 2, 3]}, "example 0: .* got question, steps, answer, note"),
+        ({**ONE, "answer": ["4", None, "9"]}, "example 1: 'answer': expected a text, got a null"),
+        ({**ONE, "question": ["a?", "b?", " "]}, "example 2: 'question' is blank"),
+        ({**ONE, "answer": [4, 5, 6]}, "example 0: 'answer': expected a text, got a number"),
+        ({**OTHER, "cot": [None] * 3}, "example 0: expected the columns"),
+    ],
+)
+def test_other_columns_and_bad_examples_are_refused(hub, columns, complaint):
+    """Another data set could be read as if it were GSM8k-Aug."""
+    hub(columns)
+    with pytest.raises(UserError, match=complaint) as e:
+        gsm8k.from_hub("validation")
+    assert str(e.value).count("\n") == 1 and gsm8k.HUB[0] in str(e.value)
+
+
+def test_bad_examples_of_a_copy_are_skipped(hub):
+    """The hub must follow --skip_bad_rows like files."""
+    hub({**ONE, "answer": ["4", None, "9"]})
+    skipped: list[str] = []
+    examples, _ = gsm8k.from_hub("validation", skipped=skipped)
+    assert [example["answer"] for example in examples] == ["4", "9"]
+    assert skipped == [
+        f"{gsm8k.HUB[0]} validation, example 1: 'answer': expected a text, got a null"
+    ]
+
+
+def test_a_missing_split_is_an_error(hub):
+    """datasets raises many types of errors."""
+    hub(ONE)
+    with pytest.raises(UserError, match="split test: cannot be read") as e:
+        gsm8k.from_hub("test")
+    assert str(e.value).count("\n") == 1
+
+
+def test_offline_the_error_lists_what_to_do(monkeypatch, tmp_path):
+    """The error of the hub names none of the ways out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="neither in the Hugging Face cache nor") as e:
+        gsm8k.from_hub("train")
+    said = str(e.value)
+    assert said.count("\n") == 1
+    for way in (gsm8k.HUB[0], "HF_HUB_OFFLINE", "--from FILE", "gsm_icot.bash"):
+        assert way in said
+
+
+def test_import_does_not_load_datasets():
+    """It takes a second and is optional."""
+    code = "import sys; from nanococonut.data import gsm8k; print('datasets' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", gsm8k.HUB)
+def test_the_hub_has_the_released_examples(name, released):
+    """A copy could be changed by its owner."""
+    split = "validation" if name == gsm8k.HUB[0] else "test"
+    examples, commit = gsm8k.from_hub(split, name)
+    assert len(commit) == 40 and len(examples) == {"validation": 500, "test": 1319}[split]
+    if split == "validation":
+        assert examples == read_examples(released / "gsm8k_valid.txt")

@@ -1,0 +1,85 @@
+"""A task of your own: the README's ten lines write a file that train.py and sample.py accept."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nanococonut.data.files import read_examples
+from nanococonut.weights import checkpoint
+
+TEN_LINES = """
+import itertools, json
+
+rows = []
+for a, b, c in itertools.product(range(10), repeat=3):
+    rows.append({
+        "question": f"{a} + {b} + {c} = ?",
+        "steps": [f"{a} + {b} = {a + b}", f"{a + b} + {c} = {a + b + c}"],
+        "answer": str(a + b + c),
+    })
+json.dump(rows, open("sums.json", "w"))
+"""
+SMALL = """
+tokenizer = "words"
+render = "sentences"
+n_layer = 1
+n_head = 2
+n_embd = 32
+block_size = 64
+max_latent_stage = 2
+epochs_per_stage = 1
+epochs = 3
+batch_size = 64
+micro_batch_size = 64
+val_examples = 10
+max_new_tokens = 8
+learning_rate = 3e-3
+"""
+
+
+def test_ten_lines_make_a_task_that_trains(script):
+    """The README's example could stop working unnoticed."""
+    exec(TEN_LINES.replace("range(10)", "range(7)"), {})
+    rows = read_examples("sums.json")
+    assert len(rows) == 7**3 and all(len(row["steps"]) == 2 for row in rows)
+    Path("small.py").write_text(SMALL)
+    code, out, err = script("small.py", "--data=sums.json")
+    assert (code, err) == (0, "") and "333 rows an epoch" in out
+    run = Path("out/small")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 18 and losses[-1] < losses[0]  # six steps a stage
+    assert {line["stage"] for line in lines if "stage" in line} == {0, 1, 2}
+    _, tokenizer, _ = checkpoint.load(run)
+    assert not tokenizer.unknown_words("7 + 8 + 9 = ?")
+    code, out, err = script("--out_dir=out/small", "--seed=1", "--latent=2", script="sample.py")
+    assert (code, err) == (0, "") and "= ?" in out
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"question": "<|endoftext|> + 1 = ?", "steps": [], "answer": "1"}, "special token"),
+        ({"question": "1 + 1 = ? " * 30, "steps": [], "answer": "2"}, "block_size=64"),
+        ({"question": "\ud800 = ?", "steps": [], "answer": "2"}, "surrogate"),
+        ({"question": "1 = ?", "steps": []}, "'answer' is missing"),
+    ],
+)
+def test_a_bad_example_is_named_or_skipped(script, bad, words):
+    """train.py could fail with a traceback, or drop examples silently."""
+    good = {"question": "1 + 1 = ?", "steps": ["1 + 1 = 2"], "answer": "2"}
+    Path("mine.json").write_text(json.dumps([good] * 20 + [bad]))
+    Path("small.py").write_text(SMALL)
+    argv = ["small.py", "--data=mine.json", "--valid_data=valid.json", "--max_steps=1"]
+    Path("valid.json").write_text(json.dumps([good]))
+    code, _, err = script(*argv, "--out_dir=a")
+    assert (
+        code == 2 and re.search("(row|example) 20", err) and words in err and err.count("\n") <= 2
+    )
+    wrong = (*argv, "--out_dir=c", "--render=compact", "--data=valid.json")
+    code, _, err = script(*wrong)
+    assert code == 2 and "example 0" in err and "--render=sentences" in err and err.count("\n") <= 2
+    code, out, err = script(*argv, "--out_dir=b", "--skip_bad_rows")
+    assert (code, err) == (0, "") and "1 of 22 examples skipped" in out and words in out

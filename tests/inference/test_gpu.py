@@ -1,0 +1,132 @@
+"""On a CUDA GPU: the same numbers as on the CPU, and a training run that ends."""
+
+import copy
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import generate, random_batch, random_gpt
+
+from nanococonut import coconut
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.graphs import GraphCache
+from nanococonut.training.step import TrainStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("smear", [False, True])
+def test_loss_and_gradients_equal_the_cpus(smear):
+    batch, _ = random_batch(1, [3, 0, 5, 1])
+    grads = []
+    for where in ("cpu", "cuda"):
+        model = random_gpt(smear=smear).to(where)
+        moved = batch.to(torch.device(where))
+        coconut.loss_sum(coconut.forward(model, moved), moved.targets).backward()
+        grads.append([p.grad.cpu() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_generation_equals_the_cpus(kernels, graph):
+    """Batches of other sizes and lengths in turn over one engine: captured, replayed, regrown."""
+    model = random_gpt(seed=8, dtype=torch.float32, n_head=2, n_embd=32, stop=True)
+    here = Engine(model)
+    there = Engine(copy.deepcopy(model).cuda(), kernels=kernels, graph=graph)
+    for n, thoughts, stop in [(3, 4, False), (1, 4, True), (5, 2, True), (3, 4, False)]:
+        rows = [[(7 * b + t) % 39 for t in range(1 + 3 * b)] for b in range(n)]
+        want = here.run(rows, thoughts, [39], 40, 8, stop)
+        for _ in range(2):
+            got = there.run(rows, thoughts, [39], 40, 8, stop)
+            assert (got.tokens, got.n_thoughts) == (want.tokens, want.n_thoughts)
+    assert bool(there.memory()["graphs"]) == (graph == "on")
+
+
+@pytest.mark.parametrize(
+    "kernels, dtype",
+    [("torch", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16)],
+)
+def test_graphs_equal_eager_steps(kernels, dtype):
+    model = random_gpt(seed=8, dtype=dtype, n_head=2, n_embd=128, block_size=128).cuda()
+    # 64 tokens wide, as graphs have it: the same products of the same shapes
+    rows = [[(7 * b + t) % 39 for t in range(64 - 15 * b)] for b in range(4)]
+    asked = (rows, 5, [39], -1, 8)
+    eager = generate(model, *asked, kernels=kernels)
+    engine = Engine(model, kernels=kernels, graph="on")
+    for _ in range(3):
+        replayed = engine.run(*asked)
+        assert replayed.tokens == eager.tokens
+        if kernels == "triton":  # to the bit; torch's attention sees another width
+            assert torch.equal(replayed.thoughts, eager.thoughts)
+
+
+def test_no_more_graphs_are_kept_than_asked_for():
+    engine = Engine(random_gpt(dtype=torch.float32).cuda(), graph="on", max_graphs=4)
+    for n in (1, 2, 4, 8, 1, 8):
+        engine.run([[1, 2, 3]] * n, 2, [39], 40, 6)
+        assert 0 < engine.memory()["graphs"] <= 4
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("half", [False, True])
+def test_training_by_graphs_equals_training_without(kernels, half):
+    """Steps of SGD over micro-batches of several shapes, on the GPU and never waiting for it."""
+    models = [random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32).cuda().train()]
+    models.append(copy.deepcopy(models[0]))
+    think = partial(coconut.think, kernels=kernels)
+    steppers = [
+        TrainStep(models[0], think, half),
+        TrainStep(models[1], think, half, graphs=GraphCache(8)),
+    ]
+    for step in range(4):
+        batches = [random_batch(10 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
+        labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
+        for model, one in zip(models, steppers, strict=True):
+            ready = [one.prepare(b, [True] * len(b.length), 3) for b in batches]
+            one.zero_grad()
+            if step:  # the first captures
+                torch.cuda.set_sync_debug_mode("error")
+            for micro in ready:
+                one(micro, labels, rows)
+            torch.cuda.set_sync_debug_mode("default")
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.01 * p.grad
+        close = dict(rtol=2e-2, atol=2e-3) if half else dict(rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(steppers[1].totals[0], steppers[0].totals[0], **close)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(q, p, **close)
+
+
+def test_dropout_by_graphs_draws_anew_each_step_and_repeats_by_its_seed():
+    model = random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32, dropout=0.3)
+    one = TrainStep(model.cuda().train(), graphs=GraphCache(8))
+    batch, _ = random_batch(1, [3, 0, 2])
+    losses = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        one.zero_grad()
+        one(one.prepare(batch, [True] * 3), batch.n_labels, 3)
+        losses.append(one.totals[0].item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_bfloat16_training_runs(tmp_path):
+    command = [sys.executable, "train.py", "config/prosqa_small.py", "--device=cuda"]
+    run = subprocess.run(
+        [*command, "--max_steps=60", f"--out_dir={tmp_path}/run"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])

@@ -1,0 +1,108 @@
+"""aot.py compiles without a GPU, reads the machine code, and fails if a check fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from aot import SHARED_LIMIT, Case, Report, all_cases, looped_lines
+
+ROOT = Path(__file__).parent.parent.parent
+AOT = Path("tests/kernels/aot.py")
+
+
+def run(*argv, **env):
+    """Run in a new process: here kernels may be interpreted, and those have no machine code."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
+    return subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def test_attention_kernel_compiles_for_hopper(tmp_path):
+    only = "_latent_attention_fwd_kernel bf16 hs=64 splits=8"
+    done = run(AOT, "--target=sm_90", "--only", only, TRITON_CACHE_DIR=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("_latent")).split()
+    registers, stack, shared, wide, _, _, _, cp_async = row[row.index("sm_90") + 1 :][:8]
+    assert 16 < int(registers) <= 72 and stack == "0"  # all 768 blocks of batch 64 fit at once
+    assert 0 < int(shared) <= SHARED_LIMIT["sm_90"] / 6 and int(wide) > int(cp_async) > 0
+    assert "all checks hold" in done.stdout
+
+
+def test_failed_check_gives_exit_code_1(tmp_path):
+    code = (
+        "import sys, dataclasses; sys.path.insert(0, 'tests/kernels'); import aot; "
+        "case = next(iter(aot.all_cases('_softmax_cross_entropy_kernel bf16 no grad'))); "
+        "aot.all_cases = lambda only: [dataclasses.replace(case, dots=True)]; "
+        "sys.exit(aot.main(['--target=sm_90']))"
+    )
+    done = run("-c", code, TRITON_CACHE_DIR=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no tensor-core instructions" in done.stdout and "1 of 1 fail" in done.stdout
+
+
+def test_interpreter_is_refused():
+    done = run(AOT, TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_unknown_name_is_an_error():
+    done = run(AOT, "--only=nothing")
+    assert done.returncode == 2 and "'nothing'" in done.stderr
+
+
+def test_cases_cover_every_kernel():
+    """A kernel that somebody adds without a case would never be audited."""
+    text = "".join(p.read_text() for p in (ROOT / "kernels").glob("*.py"))
+    names = {line.split("(")[0] for line in text.split("\ndef ")[1:]}
+    kernels = {name for name in names if name.endswith("_kernel")}
+    assert kernels == {case.kernel.fn.__name__ for case in all_cases()}
+
+
+def test_cases_name_every_argument():
+    cases = list(all_cases())
+    assert len({(c.kernel.fn.__name__, c.name) for c in cases}) == len(cases)
+    for case in cases:
+        assert {*case.signature} | {*case.constexprs} == set(case.kernel.arg_names), case.name
+        assert not {*case.signature} & {*case.constexprs}
+        assert {*case.divisible} <= {*case.signature}
+
+
+GOOD = dict(
+    registers=40,
+    stack=0,
+    shared=1000,
+    wide=8,
+    wide_looped=4,
+    narrow=0,
+    narrow_looped=0,
+    cp_async=4,
+    tensor=2,
+)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, []),
+        ({"stack": 8}, ["8 bytes of stack"]),
+        ({"shared": 170_000}, ["170000 bytes of shared memory > 166912"]),
+        ({"wide": 0, "wide_looped": 0}, ["no 128-bit loads"]),
+        ({"wide_looped": 0, "narrow": 9, "narrow_looped": 9}, ["no 128-bit loads"]),
+        ({"wide_looped": 0}, []),  # unrolled: nothing is loaded in a loop
+        ({"tensor": 0, "stack": 4}, ["4 bytes of stack", "no tensor-core"]),
+    ],
+)
+def test_report_lists_failed_checks(change, expected):
+    case = Case("test", None, {}, {}, wide_loads=True, dots=True)
+    failures = Report(**GOOD | change).failures(case, "sm_80")
+    assert len(failures) == len(expected) and all(map(str.startswith, failures, expected)), failures
+
+
+def test_loop_lines_are_between_label_and_jump():
+    lines = [".L_x_1:", "a", "BRA `(.L_x_2)", ".L_x_3:", "b", "BRA `(.L_x_3)", ".L_x_2:", "c"]
+    assert looped_lines(lines) == {3, 4}

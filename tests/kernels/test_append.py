@@ -1,0 +1,148 @@
+"""append against its reference: q and the due cache slots; all other slots keep their bits."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from helpers import assert_three_way
+
+from kernels._linear import MAX_NORM_ROW_BYTES
+from kernels.append import append
+from kernels.reference import append_ref
+
+IMPLS = ["gemv", "gemm_tile", "library"]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+NAN = float("nan")
+# sequences, heads, head size: heads narrower than a block of columns, C not a power of two
+SHAPES = [(1, 3, 8), (3, 5, 5), (17, 1, 8)]
+
+
+def layer(B, C, dtype, device):
+    """Return x (B, C), LayerNorm weight and bias (C,), QKV weight (3C, C) and bias (3C,)."""
+    shapes = [(B, C), (C,), (C,), (3 * C, C), (3 * C,)]
+    x, ln_w, ln_b, w, b = (torch.randn(s, device=device).to(dtype) for s in shapes)
+    return x * 2 + 3, ln_w + 1, ln_b, w / C**0.5, b
+
+
+def bits(t):
+    return t.contiguous().view(torch.uint8)
+
+
+def check(B, nh, hs, T, dtype, device, impl, data, lengths, active):
+    """Append to layer 1 of data (2, 2, >= B, nh, >= T, hs). Compare q and every due slot with the
+    reference, and all other slots with their old bits."""
+    args = layer(B, nh * hs, dtype, device)
+    before = data.clone()
+    k, v = data[1, :, :B, :, :T]
+    q = append(*args, k, v, lengths, active, impl=impl)
+
+    exact = before.double()
+    q64 = append_ref(*(a.double() for a in args), *exact[1, :, :B, :, :T], lengths, active)
+    plain = before.clone()
+    plain_q = append_ref(*args, *plain[1, :, :B, :, :T], lengths, active)
+    assert q.shape == (B, nh, hs) and q.is_contiguous()
+    assert_three_way(q, plain_q, q64)
+
+    due = torch.zeros(data.shape[2], data.shape[4], dtype=torch.bool, device=device)  # (B, T)
+    for b, length in enumerate(lengths.tolist()):
+        due[b, length:T][:1] = active is None or bool(active[b])
+    rows, slots = due.nonzero(as_tuple=True)
+    written = [d[1, :, rows, :, slots] for d in (data, plain, exact)]  # (due, 2, nh, hs) each
+    if len(rows):
+        assert_three_way(*written)
+    data[1, :, rows, :, slots] = before[1, :, rows, :, slots]
+    assert torch.equal(bits(data), bits(before)), "a slot that is not due was written"
+
+    again = before.clone()
+    assert torch.equal(q, append(*args, *again[1, :, :B, :, :T], lengths, active, impl=impl))
+    assert torch.equal(again[1, :, rows, :, slots], written[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, nh, hs", SHAPES)
+def test_query_and_slots_match_reference(B, nh, hs, dtype, impl, device, seed, nan_memory):
+    T = 5
+    data = torch.full((2, 2, B, nh, T, hs), NAN, dtype=dtype, device=device)
+    lengths = torch.randint(0, T + 1, (B,), device=device)
+    lengths[0] = 0
+    lengths[-1] = T if B > 2 else T - 1  # full: nothing may be written past the cache
+    active = torch.rand(B, device=device) < 0.6 if B > 1 else None
+    check(B, nh, hs, T, dtype, device, impl, data, lengths, active)
+
+
+@pytest.mark.parametrize("impl", ["gemm_tile", "library"])
+def test_views_of_a_larger_cache(impl, device, seed, nan_memory):
+    """Fewer sequences and slots than allocated, another dtype, all sequences full but one."""
+    data = torch.full((2, 2, 4, 2, 9, 8), NAN, dtype=torch.float32, device=device)
+    lengths = torch.tensor([7, 7, 6], device=device)
+    check(3, 2, 8, 7, torch.float32, device, impl, data, lengths, None)
+    args = layer(3, 16, torch.float16, device)
+    k, v = data[0, :, :3, :, :7]
+    append(*args, k, v, lengths, impl=impl)
+    assert not k[2, :, 6].isnan().any() and k[:2].isnan().all() and v[2, :, :6].isnan().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inactive_sequences_write_nothing(impl, device, seed):
+    args = layer(2, 24, torch.float32, device)
+    k, v = torch.full((2, 2, 3, 4, 8), NAN, device=device)
+    lengths = torch.zeros(2, dtype=torch.int64, device=device)
+    append(*args, k, v, lengths, torch.zeros(2, dtype=torch.bool, device=device), impl=impl)
+    assert k.isnan().all() and v.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("nh, C", [(12, 768), (16, 1024), (20, 1280), (25, 1600)])
+@pytest.mark.parametrize("B", [1, 3, 8, 33, 64, 256])
+def test_gpt2_sizes(B, nh, C, impl, seed, nan_memory):
+    if impl == "gemm_tile" and 2 * C > MAX_NORM_ROW_BYTES:
+        pytest.skip("the row is too long for gemm_tile")
+    data = torch.full((2, 2, B, nh, 40, C // nh), NAN, dtype=torch.bfloat16, device="cuda")
+    lengths = torch.randint(0, 41, (B,), device="cuda")
+    active = torch.rand(B, device="cuda") < 0.8
+    check(B, nh, C // nh, 40, torch.bfloat16, "cuda", impl, data, lengths, active)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_offsets_beyond_31_bits(impl, seed):
+    """A cache of more than 2^31 elements: the last key and value are stored at the right slot."""
+    B, nh, hs, T = 350, 12, 64, 4096
+    args = layer(B, nh * hs, torch.bfloat16, "cuda")
+    data = torch.zeros(2, B, nh, T, hs, dtype=torch.bfloat16, device="cuda")
+    assert data.numel() > 2**31
+    lengths = torch.full((B,), T - 1, device="cuda")
+    append(*args, *data, lengths, impl=impl)
+    small = torch.zeros(2, B, nh, 1, hs, dtype=torch.bfloat16, device="cuda")
+    append(*args, *small, torch.zeros_like(lengths), impl=impl)
+    assert torch.equal(data[:, :, :, -1:], small)
+    assert (data[:, :, :, : T - 1].amax(), data[:, :, :, : T - 1].amin()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["heads", "weight", "strides", "cache", "lengths", "active", "impl"]
+)
+def test_bad_input_is_an_error(wrong, device):
+    x, ln_w, ln_b, w, b = layer(2, 24, torch.float32, device)
+    k, v = torch.zeros(2, 2, 3, 4, 8, device=device)
+    lengths, active, impl = torch.zeros(2, dtype=torch.int64, device=device), None, "gemv"
+    if wrong == "heads":
+        k, v = k[:, :2], v[:, :2]
+    elif wrong == "weight":
+        w, b = w[:-8], b[:-8]
+    elif wrong == "strides":
+        k, v = torch.zeros(2, 2, 3, 8, 4, device=device).transpose(3, 4)
+    elif wrong == "cache":
+        v = v[:, :, :-1]
+    elif wrong == "lengths":
+        lengths = lengths[:1]
+    elif wrong == "active":
+        active = torch.ones(3, dtype=torch.bool, device=device)
+    else:
+        impl = "fast"
+    with pytest.raises(ValueError, match="expected"):
+        append(x, ln_w, ln_b, w, b, k, v, lengths, active, impl=impl)

@@ -1,0 +1,501 @@
+"""train.py as its users run it: it learns, it resumes to the same bits, it refuses in two lines."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanococonut.curriculum import METHODS
+from nanococonut.data import prosqa
+from nanococonut.data.files import write_examples
+from nanococonut.weights import checkpoint
+from nanococonut.weights.bundle import bundle
+
+ROOT = Path(__file__).parents[2]
+# small in every way, but with all that has a state: dropout, own stages, early advance, clipping
+TINY = """
+tokenizer = "words"
+render = "compact"
+n_nodes = 10
+min_hops = 2
+max_hops = 3
+n_layer = 1
+n_head = 2
+n_embd = 16
+block_size = 128
+dropout = 0.1
+smear = True
+train_examples = 50
+regenerate_each_epoch = True
+val_examples = 12
+max_latent_stage = 2
+epochs_per_stage = 2
+epochs = 10
+uniform_prob = 0.3
+batch_size = 16
+micro_batch_size = 6
+learning_rate = 3e-3
+grad_clip = 1.0
+warmup_steps = 3
+decay_fraction = 0.5
+max_new_tokens = 12
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture
+def train(script):
+    """train(*argv) -> (exit code, stdout, stderr)."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield script
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def digests(run):
+    """Of the weights and the moments of a run's newest checkpoint."""
+    return checkpoint.read_manifest(checkpoint.resolve(run))["files"]
+
+
+def logged(run):
+    """The metrics without what is measured in time."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
+    return [{k: v for k, v in r.items() if k not in ("rows_per_s", "minutes")} for r in rows]
+
+
+def test_a_run_goes_through_its_stages_and_says_how_it_went(train, tiny):
+    code, out, err = train(tiny, "--out_dir=run")
+    assert (code, err) == (0, "")
+    rows = logged("run")
+    losses = [r for r in rows if "loss" in r]
+    ends = [r for r in rows if "valid_accuracy" in r]
+    assert [r["step"] for r in losses] == list(range(1, 41))  # 4 steps an epoch, 10 epochs
+    assert [(r["step"], r["stage"], r["thoughts"]) for r in ends] == [
+        (8, 0, 0),
+        (16, 1, 1),
+        (24, 2, 2),
+        (40, 3, 2),
+    ]
+    first, last = (sum(r["loss"] for r in part) / 5 for part in (losses[:5], losses[-5:]))
+    assert last < 0.9 * first
+    assert all(r["valid_tokens"] >= r["thoughts"] for r in ends)
+    for word in ("generated tokens", "matched", "deeper", "python sample.py"):
+        assert word in out
+    manifest = checkpoint.verify(checkpoint.resolve("run"))
+    assert (manifest["step"], manifest["stage"], manifest["n_thoughts"]) == (40, 3, 2)
+    assert "kernels: torch (the model is on" in out and manifest["kernels"] == "torch"
+    assert manifest["config"]["n_embd"] == 16 and manifest["tokenizer"]["kind"] == "words"
+
+
+def test_a_checkpoint_at_a_stages_end_is_of_the_stage_it_was_trained_in(train, tiny):
+    train(tiny, "--out_dir=run", "--max_steps=8")
+    manifest = checkpoint.read_manifest(checkpoint.resolve("run"))
+    assert (manifest["stage"], manifest["n_thoughts"]) == (0, 0)
+    train(tiny, "--out_dir=run", "--max_steps=9", "--resume")
+    manifest = checkpoint.read_manifest(checkpoint.resolve("run"))
+    assert (manifest["stage"], manifest["n_thoughts"]) == (1, 1)
+
+
+def test_a_run_that_has_ended_no_stage_has_a_line_in_place_of_a_table(train, tiny):
+    code, out, _ = train(tiny, "--out_dir=run", "--max_steps=7")
+    assert code == 0 and "no stage has ended in 7 of 40 steps" in out and "generated" not in out
+    code, out, _ = train(tiny, "--out_dir=run", "--max_steps=8", "--resume")
+    assert code == 0 and "no stage has ended" not in out and "generated tokens" in out
+
+
+def test_killed_twice_before_the_first_step_the_log_is_still_there(train, tiny):
+    train(tiny, "--out_dir=run", "--max_steps=9")
+    before = logged("run")
+    for _ in range(2):
+        process = start(tiny, "--out_dir=run", "--resume")
+        for line in process.stdout:
+            if "going on" in line:
+                break
+        process.kill()
+        process.communicate()
+        assert logged("run")[: len(before)] == before
+
+
+@pytest.mark.parametrize("reset", ["stage", "epoch", "never"])
+def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
+    """At a stage's end, in the middle of an epoch and at an epoch's end: the same bits."""
+    setting = f"--reset_optimizer={reset}"
+    assert train(tiny, setting, "--out_dir=whole", "--max_steps=30")[0] == 0
+    train(tiny, setting, "--out_dir=parts", "--max_steps=8")
+    for until in (11, 20, 30):
+        code, out, _ = train(tiny, setting, "--out_dir=parts", f"--max_steps={until}", "--resume")
+        assert code == 0 and "going on with parts" in out
+    assert digests("parts") == digests("whole")
+    assert logged("parts") == logged("whole")
+
+
+def test_the_seed_is_the_run(train, tiny):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tiny, f"--out_dir={name}", f"--seed={seed}", "--max_steps=3")
+    assert digests("a") == digests("b") != digests("c")
+
+
+def test_a_stage_ends_when_it_is_learnt(train, tiny):
+    """One row again and again is soon learnt: advance_at moves on long before the stage's limit."""
+    write_examples("one.json", prosqa.generate(1, 0, prosqa.GraphConfig(10, 2, 3)) * 1500)
+    code, _, _ = train(
+        tiny, "--data=one.json", "--out_dir=run", "--advance_at=0.9", "--batch_size=320",
+        "--micro_batch_size=320",
+        "--epochs_per_stage=100", "--epochs=310", "--max_steps=150", "--lr=1e-2", "--dropout=0",
+        "--uniform_prob=0", "--decay_fraction=0",
+    )  # fmt: skip
+    assert code == 0
+    ends = [r for r in logged("run") if "valid_accuracy" in r]
+    assert [r["stage"] for r in ends] == [0, 1, 2]
+    assert ends[0]["step"] >= 4  # not before it has looked at ADVANCE_ROWS
+    assert (
+        max(b["step"] - a["step"] for a, b in zip([{"step": 0}, *ends], ends, strict=False)) < 100
+    )
+    by_step = {r["step"]: r for r in logged("run") if "loss" in r}
+    for end in ends:
+        assert by_step[end["step"]]["right"] >= 0.9 > by_step[end["step"] - 1]["right"]
+    assert by_step[150]["stage"] == 3
+
+
+def start(tiny, *argv, **kwargs):
+    command = [sys.executable, str(ROOT / "train.py"), tiny, *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs
+    )
+
+
+def wait_for_lines(path, n, process):
+    for _ in range(6000):
+        if path.exists() and path.read_bytes().count(b"\n") >= n:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError("no progress in a minute")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
+    train(tiny, "--out_dir=whole", "--save_interval=3")
+    process = start(tiny, "--out_dir=killed", "--save_interval=3")
+    wait_for_lines(Path("killed/metrics.jsonl"), 10, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number and err == ""
+        assert "go on with --resume" in out
+    assert checkpoint.resolve("killed").name != checkpoint.resolve("whole").name
+    code, out, _ = train(tiny, "--out_dir=killed", "--save_interval=3", "--resume")
+    assert code == 0
+    assert digests("killed") == digests("whole")
+    assert logged("killed") == logged("whole")
+
+
+def test_a_full_disk_ends_in_two_lines_and_the_last_checkpoint_lives(train, tiny):
+    train(tiny, "--out_dir=run", "--max_steps=4")
+    before = digests("run")
+
+    def no_room():  # files of more than 20 kB cannot be written any more
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = start(tiny, "--out_dir=run", "--max_steps=9", "--resume", preexec_fn=no_room)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("error: the checkpoint") and err.count("\n") <= 2, err
+    assert digests("run") == before
+    checkpoint.load("run")
+    assert train(tiny, "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
+
+
+def test_a_disk_that_fills_between_checkpoints(train, tiny):
+    """The log of steps is what meets the full disk first."""
+    train(tiny, "--out_dir=run", "--max_steps=4")
+    room = Path("run/metrics.jsonl").stat().st_size + 150
+
+    def no_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    process = start(tiny, "--out_dir=run", "--max_steps=30", "--resume", preexec_fn=no_room)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "metrics.jsonl cannot be written" in err, err
+    assert err.count("\n") <= 2
+    assert train(tiny, "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
+    assert [r["step"] for r in logged("run") if "loss" in r] == list(range(1, 10))
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_one(train, tiny):
+    argv = ["--lr=1e30", "--grad_clip=0", "--save_interval=1", "--warmup_steps=0"]
+    code, _, err = train(tiny, "--out_dir=run", *argv)
+    assert code == 2
+    assert "infinite or NaN at step" in err and "--learning_rate" in err and err.count("\n") == 2
+    kept = checkpoint.list_checkpoints(Path("run"))
+    assert kept
+    for folder in kept:
+        model, _, _ = checkpoint.load(folder)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_trains_on_a_file_of_rows(train, tiny):
+    rows = prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3))
+    write_examples("rows.json", rows[:30])
+    write_examples("valid.json", rows[30:])
+    code, out, _ = train(tiny, "--data=rows.json", "--valid_data=valid.json", "--epochs=3")
+    assert code == 0 and "30 rows an epoch" in out
+    manifest = checkpoint.read_manifest(checkpoint.resolve("out/tiny"))
+    assert manifest["step"] == 6  # two steps of 16 and 14 rows, three epochs
+
+
+def test_trains_on_a_task_of_ones_own(train, tiny):
+    """Sums: no ProsQA in it. Its words are learnt as words, a tenth of it is held out."""
+    sums = [(a, b) for a in range(6) for b in range(5)]
+    rows = [{"question": f"{a} plus {b}?", "steps": [], "answer": f"{a + b}"} for a, b in sums]
+    write_examples("sums.json", rows)
+    code, out, err = train(tiny, "--data=sums.json", "--render=sentences", "--epochs=2")
+    assert (code, err) == (0, "") and "27 rows an epoch" in out and "no model" not in out
+    _, tokenizer, manifest = checkpoint.load("out/tiny")
+    assert "plus" in manifest["tokenizer"]["words"] and not tokenizer.unknown_words("3 plus 4?")
+    code, out, _ = train("--out_dir=out/tiny", "--seed=1", script="sample.py")
+    assert code == 0 and "plus" in out
+
+
+def test_trains_on_released_rows(train, tiny, released):
+    code, out, _ = train(
+        tiny, f"--data={released}/prosqa_valid.json", "--max_steps=2", "--block_size=300"
+    )
+    assert code == 0 and "288 rows an epoch" in out  # 12, val_examples, are held out
+
+
+def test_other_methods_run_the_same_loop(train, tiny):
+    for method in ("cot", "no_cot"):
+        code, _, err = train(tiny, f"--method={method}", f"--out_dir={method}", "--epochs=2")
+        assert (code, err) == (0, "")
+        ends = [r for r in logged(method) if "valid_accuracy" in r]
+        assert [(r["stage"], r["thoughts"]) for r in ends] == [(3, 0)]
+
+
+def test_settings_that_a_method_does_not_look_at_are_named_where_they_were_typed(train, tiny):
+    """tiny.py has stages too, as a config file for several methods may."""
+    flags = [tiny, "--max_steps=1"]
+    code, out, _ = train(*flags, "--method=cot", "--out_dir=a")
+    assert code == 0 and "NOT USED" not in out
+    flags += ["--first_stage_epochs=0"]
+    code, out, _ = train(*flags, "--method=cot", "--dropout=0", "--out_dir=b")
+    assert code == 0 and "NOT USED by method cot: --first_stage_epochs\n" in out
+    code, out, _ = train(*flags, "--out_dir=c")
+    assert code == 0 and "NOT USED" not in out
+
+
+def test_the_fallback_is_said_and_recorded(train, tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
+    code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run", "--init_from=gpt2")
+    assert code == 0
+    assert "NOT TRAINING" in out and "--fallback=None" in out
+    fell_back = checkpoint.read_manifest(checkpoint.resolve("run"))["fell_back"]
+    assert "big.py" in fell_back["instead_of"] and fell_back["because"]
+
+
+REFUSED = {
+    "misspelt key": (["--n_layr=2"], "Did you mean --n_layer?"),
+    "wrong type": (["--epochs=many"], "whole number"),
+    "missing config": (["tiy.py"], "Did you mean tiny.py?"),
+    "config not literal": (["bad.py"], "not a literal"),
+    "data missing": (["tiny.py", "--data=none.json"], "none.json"),
+    "data not JSON": (["tiny.py", "--data=bad.py"], "not JSON"),
+    "data not UTF-8": (["tiny.py", "--data=latin.json"], "UTF-8"),
+    "data without keys": (["tiny.py", "--data=keys.json"], "example 0"),
+    "data empty": (["tiny.py", "--data=empty.json"], "no examples"),
+    "data no ProsQA": (["tiny.py", "--data=other.json", "--valid_data=other.json"], "ProsQA"),
+    "data of one row": (["tiny.py", "--data=one.json"], "held out"),
+    "validation too long": (["tiny.py", "--valid_data=long.json"], "block_size=128"),
+    "validation no ProsQA": (["tiny.py", "--valid_data=other.json"], "ProsQA"),
+    "a checkpoint as out_dir": (["tiny.py", "--out_dir=run/step_00000001"], "is a checkpoint"),
+    "a model only": (["tiny.py", "--out_dir=bundle", "--resume"], "cannot be resumed"),
+    "seed too large": (["tiny.py", "--seed=99999999999999999999"], "at most"),
+    "no GPT-2 there": (["tiny.py", "--init_from=hub"], "no weights"),
+    "brackets": (["tiny.py", "--data=[/x].json"], "[/x].json"),
+    "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
+    "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be written"),
+    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "is not there"),
+    "run exists": (["tiny.py", "--out_dir=run"], "already holds a run"),
+    "model changed": (["tiny.py", "--out_dir=run", "--resume", "--n_embd=32"], "n_embd=16"),
+    "data changed": (["tiny.py", "--out_dir=run", "--resume", "--n_nodes=12"], "n_nodes=10"),
+    "damaged": (["tiny.py", "--out_dir=torn", "--resume"], "damaged"),
+    "no such device": (["tiny.py", "--device=cuda:99"], "cannot be used"),
+    "no device": (["tiny.py", "--device=toaster"], "cannot be used"),
+    "impossible graphs": (["tiny.py", "--min_hops=7", "--max_hops=7"], "hops"),
+    "no weights": (["tiny.py", "--init_from=gpt2"], "no weights of 'gpt2'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, case):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    (tmp_path / "bad.py").write_text("n_layer = int('2')\n")
+    (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9"}]')
+    (tmp_path / "keys.json").write_text('[{"question": "Is it?"}]')
+    (tmp_path / "empty.json").write_text("[]")
+    write_examples("long.json", prosqa.generate(2, 0))  # of the released size
+    if case == "a model only":
+        train(tiny, "--out_dir=whole", "--max_steps=1")
+        (tmp_path / "bundle").mkdir()
+        bundle("whole", tmp_path / "bundle" / "step_00000001")
+    write_examples("one.json", prosqa.generate(1, 0))
+    (tmp_path / "other.json").write_text('[{"question": "2+2?", "steps": [], "answer": "4"}]')
+    argv, words = REFUSED[case]
+    if "run" in str(argv) or "torn" in str(argv):
+        name = "run" if "run" in str(argv) else "torn"
+        assert train(tiny, f"--out_dir={name}", "--max_steps=1")[0] == 0
+        before = digests(name)
+        if name == "torn":
+            weights = checkpoint.resolve(name) / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-8])
+    code, _, err = train(*argv)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") <= 2 and "Traceback" not in err, err
+    assert words in err, err
+    if "run" in str(argv):
+        assert digests("run") == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_out_dir(train, tiny, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, _, err = train(tiny, "--out_dir=locked/run")
+    assert code == 2 and "cannot be written" in err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_and_is_asked(train, tiny, method):
+    """By one flag each: a run, its end resumed to the same bits, and an answer."""
+    flags = [tiny, f"--method={method}", "--epochs=8", "--reset_optimizer=never"]
+    # as the small presets: a part may be unused in some stages
+    flags += ["--muon_learning_rate=5e-3"]
+    assert train(*flags, "--out_dir=whole")[0] == 0
+    assert train(*flags, "--out_dir=part", "--max_steps=13")[0] == 0
+    assert train(*flags, "--out_dir=part", "--resume")[0] == 0
+    assert digests("whole") == digests("part") and logged("whole") == logged("part")
+    manifest = checkpoint.read_manifest(checkpoint.resolve("whole"))
+    slots = METHODS[method].n_thoughts_rule != "none"
+    assert (manifest["method"], manifest["n_thoughts"]) == (method, 2 if slots else 0)
+    code, out, err = train("--out_dir=whole", "--seed=1", script="sample.py")
+    assert (code, err) == (0, "") and "answer" in out
+    assert ("ms a thought" in out) == (
+        METHODS[method].thought_type in ("hidden", "soft", "projected")
+    )
+
+
+def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
+    """With it or without, the model is the same to the bit; asked, it says how much is enough."""
+    shape = ["--epochs=8", "--pad_latent_to_max=False"]
+    assert train(tiny, *shape, "--out_dir=without")[0] == 0
+    assert train(tiny, *shape, "--stop=classifier", "--out_dir=with")[0] == 0
+    plain = checkpoint.load("without")[0].state_dict()
+    watched = checkpoint.load("with")[0].state_dict()
+    assert watched.keys() - plain.keys() == {"stop.weight", "stop.bias"}
+    assert all(torch.equal(watched[name], tensor) for name, tensor in plain.items())
+    assert watched["stop.weight"].abs().max() > 0
+    code, out, err = train("--out_dir=with", "--seed=1", script="sample.py")
+    assert (code, err) == (0, "") and "answer" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stop=classifier", "--method=cot"], "cot feeds none back"),
+        (["--stop=classifier", "--method=pause_as_thought"], "feeds none back"),
+        (["--method=soft_thought", "--soft_top_k=100000"], "more than the vocabulary"),
+        (["--kernels=triton"], "kernels=triton cannot run here"),
+        (["--graph=on"], "graph=on cannot run here"),
+        (
+            ["--graph=on", "--recompute_mlp", "--dropout=0.1"],
+            "does not go with recompute and dropout",
+        ),
+        (["--task=gsm8k"], "render='compact' is not for gsm8k"),
+        (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(train, tiny, flags, words):
+    code, _, err = train(tiny, *flags, "--out_dir=new")
+    assert code == 2 and words in err and err.count("\n") <= 2 and "Traceback" not in err
+    assert not checkpoint.list_checkpoints(Path("new"))
+
+
+def test_half_precision_trains_everything(train, tiny):
+    """bfloat16 autocast, the default on a GPU, on the parts that see hidden states outside it."""
+    flags = [tiny, "--dtype=bfloat16", "--max_steps=3", "--stop=classifier"]
+    flags += ["--first_stage_epochs=0", "--max_latent_stage=0", "--final_thoughts=2"]
+    for method in ("coconut", "soft_thought", "projected"):
+        code, _, err = train(*flags, f"--method={method}", f"--out_dir={method}")
+        assert (code, err) == (0, "")
+
+
+def test_a_step_by_kernels_is_the_step_without(train, tiny):
+    pytest.importorskip("triton")
+    losses = []
+    for kernels in ("torch", "triton"):
+        flags = ["--dropout=0", "--first_stage_epochs=0", "--c_thought=2"]
+        flags += ["--max_steps=2", "--batch_size=2"]
+        code, out, err = train(tiny, *flags, f"--kernels={kernels}", f"--out_dir={kernels}")
+        assert (code, err) == (0, "") and f"kernels: {kernels} (" in out
+        losses.append([row["loss"] for row in logged(kernels)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][1]
+
+
+def test_generated_rows_that_do_not_fit_are_an_error_even_where_bad_rows_are_skipped(train, tiny):
+    code, _, err = train(tiny, "--skip_bad_rows", "--block_size=40", "--out_dir=new")
+    assert code == 2 and "block_size=40" in err
+
+
+def test_rows_of_the_hub_stay_those_of_the_commit_that_the_run_began_with(train, tiny, monkeypatch):
+    """Here only the hub is not the real one: its branch moves between two calls."""
+    tips, asked = {"main": "c0ffee", "v1": "beef"}, []
+
+    def from_hub(split, name="", revision="main", skipped=None):
+        asked.append((split, revision))
+        commit = tips.get(revision, revision)
+        b = len(commit)  # other rows at another commit
+        sums = [(f"{a} + {b}?", f"{a + b}") for a in range(20)]
+        return [{"question": q, "steps": [], "answer": a} for q, a in sums], commit
+
+    monkeypatch.setattr("nanococonut.data.gsm8k.from_hub", from_hub)
+    flags = [tiny, "--task=gsm8k", "--render=sentences"]
+    assert train(*flags, "--out_dir=whole", "--max_steps=4")[0] == 0
+    code, out, err = train(*flags, "--out_dir=run", "--max_steps=2")
+    assert (code, err) == (0, "") and "c0ffee" in out
+    assert asked[-2:] == [("train", "main"), ("validation", "c0ffee")]
+    tips["main"] = "another one"
+    code, _, err = train(*flags, "--out_dir=run", "--max_steps=4", "--resume")
+    assert (code, err) == (0, "") and digests("run") == digests("whole")
+    assert asked[-2:] == [("train", "c0ffee"), ("validation", "c0ffee")]
+    manifest = checkpoint.read_manifest(checkpoint.resolve("run"))
+    assert manifest["hub_commit"] == "c0ffee" and manifest["config"]["hub_revision"] == "main"
+    assert train("--out_dir=run", "--seed=1", script="sample.py")[0] == 0
+    assert asked[-2:] == [("train", "c0ffee"), ("validation", "c0ffee")]
+    assert train(*flags, "--hub_revision=v1", "--out_dir=v1", "--max_steps=1")[0] == 0
+    assert asked[-2:] == [("train", "v1"), ("validation", "beef")]
+    code, _, err = train(*flags, "--hub_revision=v1", "--out_dir=run", "--resume")
+    assert code == 2 and "hub_revision='main'" in err
+
+
+def test_what_is_refused_leaves_no_folder(train, tiny):
+    for wrong in ("--kernels=triton", "--graph=on", "--data=nowhere.json"):
+        code, _, err = train(tiny, wrong, "--out_dir=refused")
+        assert code == 2 and err.count("\n") == 2 and not Path("refused").exists()

@@ -1,0 +1,98 @@
+"""Micro-batches add up to the gradient of the plain loss, as they are and replayed as graphs."""
+
+import copy
+
+import pytest
+import torch
+from fake_graphs import FakeGraphCache
+from helpers import random_batch, random_gpt
+
+from nanococonut import coconut
+from nanococonut.training import step as stepper
+from nanococonut.training.step import TrainStep
+
+BATCHES = [(1, [3, 0, 2]), (2, [2, 1, 3]), (3, [0, 0]), (4, [1]), (1, [3, 0, 2])]
+
+
+@pytest.fixture(autouse=True)
+def small_multiples(monkeypatch):
+    """Of a size at which tiny batches differ in their padded shapes, and some share one."""
+    monkeypatch.setattr(stepper, "PREFIX", 8)
+    monkeypatch.setattr(stepper, "SUFFIX", 6)
+    monkeypatch.setattr(stepper, "LABELS", 16)
+
+
+def plain(model, batches, labels):
+    """The loss and its gradient without any of it."""
+    model.zero_grad()
+    loss = 0
+    for batch in batches:
+        logits = coconut.forward(model, batch)
+        loss = loss + coconut.loss_sum(logits, batch.targets) / labels
+    loss.backward()
+    return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed, n_thoughts", BATCHES)
+def test_padding_and_rows_that_fill_up_change_nothing(gpt, seed, n_thoughts):
+    batch, _ = random_batch(seed, n_thoughts)
+    wide = batch.padded(5, 30, 12, 4, 60)
+    loss, grads = plain(gpt, [batch], batch.n_labels)
+    padded_loss, padded_grads = plain(gpt, [wide], batch.n_labels)
+    close(padded_loss, loss)
+    close(padded_grads, grads)
+    gpt.zero_grad()
+    trace = coconut.think(gpt, wide)
+    summed, right = coconut.loss(gpt, wide, trace)
+    (summed / batch.n_labels).backward()
+    close(summed / batch.n_labels, loss)
+    close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
+    want = coconut.right_rows(coconut.forward(gpt, batch), batch.targets)
+    assert torch.equal(right[: len(want)], want)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("smear", [False, True])
+def test_graphs_train_as_no_graphs_do(stop, smear):
+    """Three steps over micro-batches of several shapes: every count, gradient and weight."""
+    models = [random_gpt(seed=3, smear=smear, stop=stop).train()]
+    models.append(copy.deepcopy(models[0]))
+    FakeGraphCache.captured = FakeGraphCache.replayed = 0
+    steppers = [TrainStep(models[0]), TrainStep(models[1], graphs=FakeGraphCache(8))]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
+    for step in range(3):
+        batches = [random_batch(10 * step + seed, n)[0] for seed, n in BATCHES]
+        labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
+        for one in steppers:
+            one.zero_grad()
+            for batch in batches:
+                even = [b % 2 == 0 for b in range(len(batch.length))]
+                one(one.prepare(batch, even, 3), labels, rows)
+        loss, _ = plain(copy.deepcopy(models[0]), batches, labels)
+        close(steppers[0].totals[0], loss.detach())
+        close(steppers[1].totals, steppers[0].totals)
+        assert steppers[0].totals[2] == sum((len(b.length) + 1) // 2 for b in batches)
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            close(q.grad, torch.zeros_like(p) if p.grad is None else p.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        close(q, p)
+    assert 0 < FakeGraphCache.captured < FakeGraphCache.replayed
+
+
+def test_the_loss_is_the_whole_steps_mean(gpt):
+    """Two micro-batches of different sizes: the gradient of the mean over all labels."""
+    batches = [random_batch(5, [2, 1, 0])[0], random_batch(6, [3])[0]]
+    labels = sum(b.n_labels for b in batches)
+    loss, grads = plain(gpt, batches, labels)
+    one = TrainStep(gpt)
+    one.zero_grad()
+    for batch in batches:
+        one(one.prepare(batch, [True] * len(batch.length)), labels, 4)
+    close(one.totals[0], loss.detach())
+    close([p.grad for p in gpt.parameters() if p.grad is not None], grads)

@@ -1,0 +1,212 @@
+"""A checkpoint is whole or not there, is what was saved, and says so when it is not."""
+
+import json
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+from helpers import random_gpt
+from safetensors.torch import load_file, save_file
+
+from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
+from nanococonut.weights.bundle import bundle
+
+
+def manifest_of(model, tokenizer, **more):
+    return {
+        "config": {},
+        "model": checkpoint.describe_model(model),
+        "tokenizer": tokenizer.spec,
+        "method": "coconut",
+        "stage": 3,
+        "n_thoughts": 6,
+        "minutes": 0.5,
+        "device": "cpu",
+        "threads": 1,
+        **more,
+    }
+
+
+@pytest.fixture
+def model(tokenizer):
+    return random_gpt(dtype=torch.float32, vocab_size=tokenizer.vocab_size, smear=True)
+
+
+@pytest.fixture
+def saved(tmp_path, model, tokenizer):
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randint(20, (2, 5))).sum().backward()
+    optimizer.step()
+    folder = checkpoint.save(tmp_path / "run", 7, model, [optimizer], manifest_of(model, tokenizer))
+    return folder, model, optimizer
+
+
+def test_load_gives_back_the_model_tokenizer_and_manifest(saved, tokenizer):
+    folder, model, _ = saved
+    for path in (folder, folder.parent):
+        again, words, manifest = checkpoint.load(path)
+        for (name, a), b in zip(
+            model.state_dict().items(), again.state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), name
+        assert words.encode("Tom is a lempus.") == tokenizer.encode("Tom is a lempus.")
+        assert (manifest["step"], manifest["n_thoughts"]) == (7, 6)
+        assert {"commit", "versions", "platform"} <= manifest.keys()
+        assert not again.training
+
+
+def test_the_optimizer_goes_on_as_if_nothing_had_happened(saved):
+    folder, model, optimizer = saved
+    fresh = torch.optim.AdamW(model.parameters())
+    checkpoint.load_optimizers([fresh], folder)
+    a, b = optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert a.keys() == b.keys() and a
+    for i in a:
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(a[i][key], b[i][key])
+
+
+def test_older_ones_go_but_not_the_best(tmp_path, model, tokenizer):
+    run = tmp_path / "run"
+    for step, best in [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4)]:
+        m = manifest_of(model, tokenizer, best_step=best)
+        checkpoint.save(run, step, model, [], m)
+        kept = [int(p.name[5:]) for p in checkpoint.list_checkpoints(run)]
+        assert kept == sorted({min(best, step), max(1, step - 1), step})  # the best, the last two
+    assert checkpoint.resolve(run).name == "step_00000005"
+    assert checkpoint.resolve(run, best=True).name == "step_00000004"
+
+
+def test_a_half_written_checkpoint_is_not_one(saved):
+    """kill -9 in the middle of a save leaves a folder under another name."""
+    folder, _, _ = saved
+    shutil.copytree(folder, folder.with_name(".step_00000009.partial"))
+    shutil.copytree(folder, folder.with_name("step_00000010"))
+    (folder.with_name("step_00000010") / "manifest.json").unlink()
+    assert checkpoint.resolve(folder.parent) == folder
+
+
+def test_a_users_copy_is_the_users(saved, model, tokenizer):
+    folder, _, _ = saved
+    copy = folder.with_name(f"{folder.name}_backup")
+    shutil.copytree(folder, copy)
+    for step in (8, 9, 10):
+        checkpoint.save(folder.parent, step, model, [], manifest_of(model, tokenizer))
+    assert checkpoint.resolve(folder.parent).name == "step_00000010" and copy.is_dir()
+
+
+def test_a_model_without_training_state_cannot_be_resumed(saved, tmp_path):
+    target = bundle(saved[0].parent, tmp_path / "bundled")
+    with pytest.raises(UserError, match="cannot be resumed"):
+        checkpoint.verify(target, resume=True)
+
+
+# an older run's config -> what it is now
+OLDER = {
+    "gone": ({"beta1": 0.9, "shard": True, "time_to": 0.9, "eval_batch_size": 7}, {}),
+    "adamw": (
+        {"optimizer": "adamw", "muon_learning_rate": 5e-3}, {"muon_learning_rate": 0.0},
+    ),
+    "muon": (
+        {"optimizer": "muon", "muon_learning_rate": 7e-3}, {"muon_learning_rate": 7e-3},
+    ),
+    "hops": ({"task": "prontoqa", "hops": 3, "max_hops": 6}, {"task": "prontoqa", "max_hops": 3}),
+    "no hops": ({"task": "prosqa", "hops": 5, "max_hops": 3}, {"task": "prosqa", "max_hops": 3}),
+    "all stages": ({"start_stage": 0, "first_stage_epochs": 0}, {"first_stage_epochs": None}),
+    "a long stage 0": ({"start_stage": 0, "first_stage_epochs": 6}, {"first_stage_epochs": 6}),
+    "no stage 0": ({"start_stage": 1, "first_stage_epochs": 0}, {"first_stage_epochs": 0}),
+    "as many passes": ({"thoughts": "jacobi", "jacobi_iterations": 6}, {}),
+    "today's": ({"first_stage_epochs": 0, "max_hops": 4}, {"first_stage_epochs": 0, "max_hops": 4}),
+}  # fmt: skip
+
+
+def written(folder, model, tokenizer, config):
+    """A model's checkpoint of this config, with training state."""
+    manifest = manifest_of(model, tokenizer, progress={}) | {"config": config, "step": 1}
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.write_atomic(folder, checkpoint.gather_tensors(model, [optimizer]), manifest)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "weights truncated": lambda f: truncate(f / "model.safetensors"),
+    "one bit flipped": lambda f: flip(f / "model.safetensors"),
+    "weights missing": lambda f: (f / "model.safetensors").unlink(),
+    "optimizer flipped": lambda f: flip(f / "optimizer.safetensors"),
+    "manifest truncated": lambda f: truncate(f / "manifest.json"),
+    "manifest foreign": lambda f: (f / "manifest.json").write_text('{"model_type": "gpt2"}'),
+    "manifest a list": lambda f: (f / "manifest.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_clear_error(saved, damage):
+    folder, _, _ = saved
+    DAMAGE[damage](folder)
+    with pytest.raises(UserError, match="damaged or not one of ours") as e:
+        checkpoint.load(folder)
+    assert str(e.value).count("\n") == 1
+
+
+def test_another_shape_is_named(saved):
+    folder, model, _ = saved
+    weights = load_file(folder / "model.safetensors")
+    weights["wpe.weight"] = weights["wpe.weight"][:5].clone()
+    save_file(weights, folder / "model.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = checkpoint._digest(folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"another shape: wpe.weight is \(5, 24\)"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty"])
+def test_no_checkpoint_is_said_in_two_lines(tmp_path, where):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint|is not there") as e:
+        checkpoint.load(tmp_path / where)
+    assert str(e.value).count("\n") == 1
+
+
+def test_a_save_that_fails_leaves_the_last_one(saved, tokenizer, monkeypatch):
+    folder, model, _ = saved
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left") as e:
+        checkpoint.save(folder.parent, 8, model, [], manifest_of(model, tokenizer))
+    assert "untouched" in str(e.value)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    checkpoint.load(folder.parent)
+
+
+def test_bundle_is_small_and_answers_the_same(saved, tmp_path):
+    folder, model, _ = saved
+    target = bundle(folder.parent, tmp_path / "bundled")
+    small, _, manifest = checkpoint.load(target)
+    assert not (target / "optimizer.safetensors").exists() and manifest["trained_with"]
+    for a, b in zip(model.parameters(), small.parameters(), strict=True):
+        assert torch.equal(a.to(torch.bfloat16).float(), b)
+
+
+def test_the_bundled_model_is_not_replaced_by_an_unfinished_run(saved, monkeypatch, capsys):
+    before = checkpoint.verify(checkpoint.BUNDLED)
+    monkeypatch.setattr(sys, "argv", ["checkpoint", str(saved[0].parent)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("nanococonut.weights.bundle", run_name="__main__")
+    assert end.value.code == 2 and "final stage" in capsys.readouterr().err
+    assert checkpoint.verify(checkpoint.BUNDLED) == before
