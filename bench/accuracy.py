@@ -111,10 +111,9 @@ def main() -> None:
         shortcuts = task.shortcuts(examples)
     except UserError:  # examples of another kind
         shortcuts = {}
-    n_trained = manifest["n_thoughts"]
-    n_thoughts = n_trained if config.latent is None else config.latent
+    n_thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
-    print(f"{name}: {method}, step {manifest['step']}, trained with {n_trained} thoughts")
+    print(f"{name}: {method}, step {manifest['step']}, {manifest['n_thoughts']} thoughts")
     if engine.curriculum.rules.n_thoughts_rule == "none" and n_thoughts:
         print(f"note: {method} has no thoughts in training")
     print(f"{data}: {len(examples)} examples, kernels: {engine.kernels} ({engine.reason})")
@@ -125,8 +124,8 @@ def main() -> None:
     weights, command = model.wte.weight, command_line(config, "bench/accuracy.py")
     results = ResultWriter("accuracy", weights.device, weights.dtype, command, config.out, labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
-    detail |= {"generated_seed": config.seed if drawn is not None else None}
     detail |= {"kernels": engine.kernels, "graph": engine.graph}
+    detail |= {"generated_seed": None if drawn is None else config.seed}
     for n in range(n_thoughts + 1) if config.sweep else [n_thoughts]:
         s = score(engine, prompts, n, config.batch_size, longest)
         own = {"generated_tokens": round(s.generated_tokens, 2)}
@@ -149,8 +148,7 @@ def main() -> None:
             print(f"  {fraction:6.1%} {name}")
 
     # ---- report
-    counts = own["by_steps"].items()
-    steps = ", ".join(f"{n}: {correct} / {n_examples}" for n, (correct, n_examples) in counts)
+    steps = ", ".join(f"{n}: {c[0]} / {c[1]}" for n, c in own["by_steps"].items())
     print(f"correct / examples by steps of the written chain: {steps}")
     for rule, fraction in shortcuts.items():
         print(f"no model, {rule}: {fraction:.1%}")

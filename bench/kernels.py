@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +62,25 @@ class KernelsConfig:
 @dataclass
 class KernelCase:
     """A kernel and its reference in plain torch, which take the same args and change them alike.
-
-    n_numbers   numbers that have to be read and written
-    grads       also differentiate with respect to the args that require a gradient
-    """
+    If an arg requires a gradient, backward is part of the case."""
 
     name: str
     impl: Callable[..., Any]
     reference: Callable[..., Any]
     args: list[Tensor]
-    n_numbers: int
+    n_numbers: int  # that have to be read and written
     shape: dict[str, int]
-    grads: bool = False
 
     def copy_args(self) -> list[Tensor]:
         return [a.detach().clone().requires_grad_(a.requires_grad) for a in self.args]
 
     def run(self, fn: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
         """Return the output, and the args that fn may have changed or their gradients."""
-        if not self.grads:
-            with torch.no_grad():
-                out = fn(*args)
-            return [t for t in (out, *args) if t is not None]
-        out = fn(*args)
         inputs = [a for a in args if a.requires_grad]
-        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+        out = fn(*args)
+        if inputs:
+            return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+        return [t for t in (out, *args) if t is not None]
 
 
 def append_ref(
@@ -109,124 +104,99 @@ def cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, w).float(), targets, reduction="sum")
 
 
-@dataclass
-class Tensors:
-    """Makes the random tensors of one batch."""
-
-    config: KernelsConfig
-    batch: int
-    device: str
-    dtype: torch.dtype
-
-    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=self.device) * std).to(self.dtype)
-
-    def layer_norm(self) -> tuple[Tensor, Tensor]:
-        C = self.config.n_embd
-        return 1 + self.normal(C, std=0.1), self.normal(C, std=0.1)
-
-    def linear(self, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
-        return self.normal(n_out, n_in, std=n_in**-0.5), self.normal(n_out, std=0.1)
-
-    def cache(self) -> tuple[Tensor, Tensor]:
-        c = self.config
-        shape = (self.batch, c.n_head, c.context + 8, c.n_embd // c.n_head)
-        return self.normal(*shape), self.normal(*shape)
-
-    def lengths(self, n: int) -> Tensor:
-        return torch.full((self.batch,), n, device=self.device)
-
-    def tokens(self, n: int) -> Tensor:
-        return torch.randint(self.config.vocab_size, (n,), device=self.device)
+def scaled_randn(*size: int, device: str, dtype: torch.dtype) -> Tensor:
+    std = size[-1] ** -0.5 if len(size) == 2 else 1.0  # outputs of matrices are about 1
+    return (torch.randn(size, device=device) * std).to(dtype)
 
 
 def cases(
     config: KernelsConfig, batch: int, device: str, dtype: torch.dtype
 ) -> Iterator[KernelCase]:
-    """Return the requested kernels at one batch."""
-    torch.manual_seed(0)
-    tensors = Tensors(config, batch, device, dtype)
-    made = [*linear_cases(tensors), *attention_cases(tensors)]
-    if batch == min(int(b) for b in config.batches.split(",")):  # its size is not the batch
-        made.append(loss_case(tensors))
-    return (case for case in made if config.only is None or config.only in case.name)
-
-
-def linear_cases(t: Tensors) -> Iterator[KernelCase]:
-    """Return the kernels of a step that read weights."""
+    """Return the kernels of inference at one batch."""
     from kernels.append import append
     from kernels.feedback import embed, feedback
+    from kernels.latent_attention import SplitWorkspace, latent_attention
     from kernels.linear_residual import linear_residual
     from kernels.ln_linear_gelu import ln_linear_gelu
     from kernels.reference import embed_ref, feedback_ref, linear_residual_ref, ln_linear_gelu_ref
 
-    B, C, T, V = t.batch, t.config.n_embd, t.config.context, t.config.vocab_size
-    shape = dict(batch=B, context=T, n_embd=C)
+    torch.manual_seed(0)
+    B, C, T, V, nh = batch, config.n_embd, config.context, config.vocab_size, config.n_head
+    hs, shape = C // nh, dict(batch=B, context=T, n_embd=C)
+    randn = partial(scaled_randn, device=device, dtype=dtype)
+
+    def full(value: int) -> Tensor:
+        return torch.full((B,), value, device=device)
+
+    n_numbers = 3 * C * C + 5 * C + 4 * B * C
+    cache = [randn(B, nh, T, hs), randn(B, nh, T, hs)]
+    args = [randn(B, C), randn(C), randn(C), randn(3 * C, C), randn(3 * C), *cache, full(T - 1)]
+    yield KernelCase("append", append, append_ref, args, n_numbers, shape)
+
+    n_numbers = 4 * C * C + C + 6 * B * C
+    args = [randn(B, 4 * C), randn(C, 4 * C), randn(C), randn(B, C)]
     yield KernelCase(
-        "append", append, append_ref,
-        [t.normal(B, C), *t.layer_norm(), *t.linear(3 * C, C), *t.cache(), t.lengths(T - 1)],
-        3 * C * C + 5 * C + 4 * B * C, shape,
-    )  # fmt: skip
-    yield KernelCase(
-        "linear_residual", linear_residual, linear_residual_ref,
-        [t.normal(B, 4 * C), *t.linear(C, 4 * C), t.normal(B, C)],
-        4 * C * C + C + 6 * B * C, shape,
-    )  # fmt: skip
-    yield KernelCase(
-        "ln_linear_gelu", ln_linear_gelu, ln_linear_gelu_ref,
-        [t.normal(B, C), *t.layer_norm(), *t.linear(4 * C, C)],
-        4 * C * C + 6 * C + 5 * B * C, shape,
-    )  # fmt: skip
-    yield KernelCase(
-        "feedback", feedback, feedback_ref,
-        [t.normal(B, C), *t.layer_norm(), t.normal(T + 8, C), t.lengths(1), t.normal(B, C)],
-        4 * B * C + 2 * C, shape,
-    )  # fmt: skip
-    yield KernelCase(
-        "embed", embed, embed_ref,
-        [t.normal(V, C), t.tokens(B), t.normal(T + 8, C), t.lengths(1), t.normal(B, C)],
-        3 * B * C, shape,
-    )  # fmt: skip
+        "linear_residual", linear_residual, linear_residual_ref, args, n_numbers, shape
+    )
+    n_numbers = 4 * C * C + 6 * C + 5 * B * C
+    args = [randn(B, C), randn(C), randn(C), randn(4 * C, C), randn(4 * C)]
+    yield KernelCase("ln_linear_gelu", ln_linear_gelu, ln_linear_gelu_ref, args, n_numbers, shape)
+
+    n_numbers = 4 * B * C + 2 * C
+    args = [randn(B, C), randn(C), randn(C), randn(T, C), full(1), randn(B, C)]
+    yield KernelCase("feedback", feedback, feedback_ref, args, n_numbers, shape)
+
+    tokens = torch.randint(V, (B,), device=device)
+    args = [randn(V, C), tokens, randn(T, C), full(1), randn(B, C)]
+    yield KernelCase("embed", embed, embed_ref, args, 3 * B * C, shape)
+
+    workspace = SplitWorkspace.allocate(B, nh, T, hs, torch.device(device))
+    attention, n_numbers = partial(latent_attention, workspace=workspace), 2 * B * C * (T + 1)
+    args = [randn(B, nh, hs), *cache, full(T)]
+    yield KernelCase("latent_attention", attention, attention_ref, args, n_numbers, shape)
 
 
-def attention_cases(t: Tensors) -> Iterator[KernelCase]:
-    """Return attention to the cache, and attention to the prefix with its backward."""
-    from kernels.latent_attention import SplitWorkspace, latent_attention
+def training_cases(
+    config: KernelsConfig, batch: int, device: str, dtype: torch.dtype
+) -> Iterator[KernelCase]:
+    """Return the kernels of training, with their backward."""
+    from kernels.latent_attention import SplitWorkspace
+    from kernels.linear_cross_entropy import linear_cross_entropy
     from kernels.prefix_attention import PrefixBuffers, prefix_attention
 
-    B, C, T, nh = t.batch, t.config.n_embd, t.config.context, t.config.n_head
-    shape = dict(batch=B, context=T, n_embd=C)
-    workspace = SplitWorkspace.allocate(B, nh, T + 8, C // nh, torch.device(t.device))
+    B, C, T, V, nh = batch, config.n_embd, config.context, config.vocab_size, config.n_head
+    P, hs, randn = config.positions, C // nh, partial(scaled_randn, device=device, dtype=dtype)
+    workspace = SplitWorkspace.allocate(B, nh, T, hs, torch.device(device))
+    q, k, v = randn(B, nh, hs), randn(B, nh, T, hs), randn(B, nh, T, hs)
     yield KernelCase(
-        "latent_attention",
-        lambda q, k, v, n: latent_attention(q, k, v, n, workspace),
+        "prefix_attention",
+        lambda *args: prefix_attention(*args, PrefixBuffers(workspace))[0],
         attention_ref,
-        [t.normal(B, nh, C // nh), *t.cache(), t.lengths(T)],
-        2 * B * C * T + 2 * B * C, shape,
-    )  # fmt: skip
-    q, (k, v) = t.normal(B, nh, C // nh), t.cache()
-    yield KernelCase(
-        "prefix_attention, with backward",
-        lambda q, k, v, n: prefix_attention(q, k, v, n, PrefixBuffers(workspace))[0],
-        attention_ref,
-        [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), t.lengths(T)],
-        6 * B * C * T + 5 * B * C, shape, grads=True,
-    )  # fmt: skip
+        [
+            q.requires_grad_(),
+            k.requires_grad_(),
+            v.requires_grad_(),
+            torch.full((B,), T, device=device),
+        ],
+        6 * B * C * T + 5 * B * C,
+        dict(batch=B, context=T, n_embd=C),
+    )
+    if batch == min(map(int, config.batches.split(","))):  # its size is not the batch
+        targets = torch.randint(V, (P,), device=device)
+        yield KernelCase(
+            "linear_cross_entropy",
+            lambda h, w, targets: linear_cross_entropy(h, w, targets, P)[0],
+            cross_entropy_ref,
+            [randn(P, C).requires_grad_(), randn(V, C).requires_grad_(), targets],
+            2 * C * (P + V),
+            dict(positions=P, n_embd=C, vocab_size=V),
+        )
 
 
-def loss_case(t: Tensors) -> KernelCase:
-    """Return the head's loss with its backward."""
-    from kernels.linear_cross_entropy import linear_cross_entropy
-
-    N, C, V = t.config.positions, t.config.n_embd, t.config.vocab_size
-    h, w = t.normal(N, C), t.normal(V, C, std=C**-0.5)
-    return KernelCase(
-        "linear_cross_entropy, with backward",
-        lambda h, w, t: linear_cross_entropy(h, w, t, len(t))[0],
-        cross_entropy_ref,
-        [h.requires_grad_(), w.requires_grad_(), t.tokens(N)],
-        2 * N * C + 2 * V * C, dict(positions=N, n_embd=C, vocab_size=V), grads=True,
-    )  # fmt: skip
+def requested(config: KernelsConfig, *where: Any) -> list[KernelCase]:
+    """Return the cases whose name contains --only."""
+    made = [*cases(config, *where), *training_cases(config, *where)]
+    return [case for case in made if config.only is None or config.only in case.name]
 
 
 def max_error(case: KernelCase) -> float:
@@ -241,7 +211,7 @@ def max_error(case: KernelCase) -> float:
 
 def check_cases(config: KernelsConfig, batch: int, device: str) -> None:
     """Raise UserError if a kernel does not compute what plain torch does, in float32."""
-    for case in cases(config, batch, device, torch.float32):
+    for case in requested(config, batch, device, torch.float32):
         error = max_error(case)
         if not error <= TOLERANCE:
             raise UserError(
@@ -281,7 +251,7 @@ def time_cases(config: KernelsConfig, results: ResultWriter) -> None:
     way, rates = best([bandwidth.measure() for _ in range(10)])
     results.add("memory_bandwidth", "torch", rates, "GB/s", labels={"variant": way})
     for batch in map(int, config.batches.split(",")):
-        for case in cases(config, batch, "cuda", dtype):
+        for case in requested(config, batch, "cuda", dtype):
             providers = {"triton": case.impl, "torch": case.reference}
             if config.compile:
                 torch._dynamo.reset()

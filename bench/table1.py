@@ -10,21 +10,18 @@ command continues. --out holds one result for each run and split; a Markdown tab
 deviation over seeds) is printed and written next to it.
 """
 
+import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.common.results import command_line, read_results
 from bench.common.tables import table1
@@ -37,7 +34,6 @@ from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 OURS = {"method", "seed", "device", "out_dir", "resume"}  # settings of train.py made here
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -71,30 +67,18 @@ class Table1Config:
 
 @dataclass
 class Run:
-    """One run of one method: its train.py, and how far it is."""
+    """One run of one method, by a train.py of its own."""
 
     method: str
     setting: str  # what differs from the preset: "c_thought=2", or ""
     seed: int
     run_dir: Path
     command: list[str]
-    total_steps: int  # 0 if the size of a file decides
-    process: subprocess.Popen | None = field(default=None, repr=False)
+    process: subprocess.Popen | None = None
 
     @property
     def done(self) -> Path:
         return self.run_dir / "table1.done"
-
-    def step(self) -> int:
-        """Return the step of the last whole line of its metrics."""
-        try:
-            with (self.run_dir / "metrics.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-                lines = file.read().decode().splitlines()
-        except OSError:
-            return 0
-        steps = [checkpoint.logged_step(line) for line in lines]
-        return int(max((s for s in steps if s != float("inf")), default=0))
 
 
 def pairs(text: str | None) -> dict[str, str]:
@@ -140,26 +124,21 @@ def plan_runs(config: Table1Config) -> list[Run]:
     """Return every run that the table needs. Raise UserError for a setting train.py refuses."""
     check_config(config)
     fixed = pairs(config.set) | {"device": config.device}
-    if config.preset == "gpt2":
-        fixed["fallback"] = "None"
+    fixed |= {"fallback": "None"} if config.preset == "gpt2" else {}
     key, _, values = (config.sweep or "").partition("=")
     swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
     methods = [m for m in config.methods.split(",") if m]
     runs = []
-    for seed, method, one in (
-        (seed, method, one) for seed in range(config.seeds) for method in methods for one in swept
-    ):
+    for seed, method, one in itertools.product(range(config.seeds), methods, swept):
         setting = ",".join(filter(None, (config.set, one)))
         name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
         run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name
         settings = fixed | pairs(one) | {"method": method, "seed": str(seed)}
         flags = [f"--{k}={v}" for k, v in settings.items()]
         given, _ = parse_cli(TrainConfig, flags, "")
-        train = make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
-        steps = train.epochs * math.ceil(train.train_examples / train.batch_size)
-        total_steps = 0 if train.data or TASKS[config.task].load_split else steps
+        make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
-        runs.append(Run(method, setting, seed, run_dir, command, total_steps))
+        runs.append(Run(method, setting, seed, run_dir, command))
     return runs
 
 
@@ -205,8 +184,7 @@ def evaluate(run: Run, config: Table1Config) -> None:
         row["labels"] |= {"preset": config.preset, "setting": run.setting}
         row["command"] = command_line(config, "bench/table1.py")
         checkpoint.append_row(Path(config.out), row)
-        name = f"{run.run_dir.name} on {Path(split).name}"
-        console.print(f"{name}: {row['value']:.1%}", markup=False)
+        print(f"{run.run_dir.name} on {Path(split).name}: {row['value']:.1%}", flush=True)
 
 
 def finish(run: Run, config: Table1Config) -> None:
@@ -222,53 +200,38 @@ def finish(run: Run, config: Table1Config) -> None:
     evaluate(run, config)
 
 
-def finish_or_report(run: Run, config: Table1Config, waiting: list[Run], failed: list[str]) -> None:
-    """Finish a run. If it failed, the others continue, unless they would fail alike."""
-    try:
-        finish(run, config)
-    except UserError as e:
-        console.print(f"error: {e}", markup=False)
-        reason = str(e).split(": ", 1)[-1].splitlines()[0]
-        if run.process.returncode == 2 and any(reason in f for f in failed):
-            console.print("the others are not tried: they would fail alike")
-            waiting.clear()
-        failed.append(str(e))
-
-
-def train_all(runs: list[Run], config: Table1Config) -> list[str]:
-    """Train and evaluate what is not done yet, with a progress bar. Return the errors."""
+def train_all(waiting: list[Run], config: Table1Config) -> list[str]:
+    """Train and evaluate these runs, --jobs at a time. Return the errors."""
     until = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    columns += TextColumn("steps, left"), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    whole = bar.add_task("table", total=sum(run.total_steps for run in runs) or None)
-    waiting = [run for run in runs if not run.done.exists()]
-    running: dict[str, Run] = {}  # by its line of the bar
-    failed: list[str] = []
+    running: list[Run] = []
+    errors: list[str] = []
     try:
-        with bar:
-            while (waiting or running) and time.monotonic() < until:
-                while waiting and len(running) < config.jobs:
-                    run = waiting.pop(0)
-                    start(run)
-                    running[bar.add_task(run.run_dir.name, total=run.total_steps or None)] = run
-                time.sleep(0.5)
-                for line, run in list(running.items()):
-                    bar.update(line, completed=run.step())
-                    if run.process.poll() is not None:
-                        bar.remove_task(line)
-                        del running[line]
-                        finish_or_report(run, config, waiting, failed)
-                steps = sum(r.total_steps if r.done.exists() else r.step() for r in runs)
-                n_done = len(runs) - len(waiting) - len(running)
-                name = f"{n_done} of {len(runs)} runs"
-                bar.update(whole, completed=steps, description=name)
+        while waiting or running:
+            while waiting and len(running) < config.jobs:
+                run = waiting.pop(0)
+                start(run)
+                running.append(run)
+                print(f"training {run.run_dir.name}, {len(waiting)} more wait", flush=True)
+            time.sleep(0.5)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                try:
+                    finish(run, config)
+                except UserError as e:  # the others continue, unless they would fail alike
+                    print(f"error: {e}")
+                    reason = str(e).split(": ", 1)[-1].splitlines()[0]
+                    if run.process.returncode == 2 and any(reason in error for error in errors):
+                        print("the others are not tried: they would fail alike")
+                        waiting.clear()
+                    errors.append(str(e))
+            if time.monotonic() > until:
+                break
     finally:
-        for run in running.values():
+        for run in running:
             run.process.terminate()  # it saves, then ends
-        for run in running.values():
+        for run in running:
             run.process.wait()
-    return failed
+    return errors
 
 
 def exit_on_signal(number: int, _: object) -> None:
@@ -291,7 +254,7 @@ def main() -> None:
     for run in runs:
         if run.done.exists():
             evaluate(run, config)
-    failed = train_all(runs, config)
+    errors = train_all([run for run in runs if not run.done.exists()], config)
 
     # ---- the table
     table = table1(read_results(out), config.task, config.preset)
@@ -302,8 +265,8 @@ def main() -> None:
         print(f"{left} of {len(runs)} runs are not done: give the same command to continue")
     summary = {"bench": "table1", "task": config.task, "preset": config.preset}
     print(json.dumps(summary | {"runs": len(runs), "left": left, "out": str(out)}))
-    if failed:
-        raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
+    if errors:
+        raise UserError(f"{len(errors)} runs failed, the first: {errors[0]}")
 
 
 if __name__ == "__main__":
