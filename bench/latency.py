@@ -3,23 +3,21 @@
     python bench/latency.py                    anywhere: a GPU or a CPU
     python bench/latency.py --released CLONE --released_python VENV/bin/python
 
-The model is the newest run in out/, else a GPT-2 124M with random weights: they are as fast as any.
-Measured are a latent step, a token step, the time to the first token after 6 thoughts, and whole
-answers with the paper's lengths: question -> 6 thoughts -> answer, question -> written chain and
-answer, question -> answer. No sequence ends early.
+Measured are a latent step, a token step, the first token after 6 thoughts, and whole answers with
+the paper's lengths: question -> 6 thoughts -> answer, question -> written chain and answer,
+question -> answer. No sequence ends early. Without --checkpoint it is the newest run in out/, else
+a random GPT-2 124M, which is as fast as a trained one.
 
-Providers take turns, so what is compared comes from the same minutes. Others (bench/common/
-baselines.py) get the same weights and prompts, and are timed only if they generate the same greedy
-tokens in float32. The roofline of a step is the bytes that it has to read (weights of the layers,
-for a token also the head, keys and values) at the bandwidth measured in the same rounds. --out
-appends results after every case; the last line is JSON.
+Providers take turns, so what is compared comes from the same minutes. Others (common/baselines.py)
+are timed only if they generate the same greedy tokens in float32. The roofline of a step is the
+bytes that it has to read, at the bandwidth measured in the same rounds. --out appends results after
+every case; the last line is JSON.
 """
 
 import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,49 +164,26 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
     ]
 
 
-def free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+def unfit(case: Case, workload: Workload) -> str | None:
+    """Return why a case cannot be measured: too many positions, or too little memory."""
+    block_size, free = workload.model.config.block_size, math.inf
+    if case.n_positions > block_size:
+        return f"{case.name}: {case.n_positions} positions, the model has {block_size}"
+    if workload.device.type == "cuda":
+        free = torch.cuda.mem_get_info(workload.device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    is_large = workload.cache_bytes(case.batch, case.n_positions) > 0.6 * free
+    return f"{case.name}: memory" if is_large else None
 
 
-def fitting_cases(all_cases: list[Case], workload: Workload) -> tuple[list[Case], list[str]]:
-    """Return the cases that block_size and memory allow, and why others were left out."""
-    block_size, free = workload.model.config.block_size, free_memory(workload.device)
-    fitting, left_out = [], []
-    for case in all_cases:
-        if case.n_positions > block_size:
-            left_out.append(
-                f"{case.name}: {case.n_positions} positions, the model has {block_size}"
-            )
-        elif workload.cache_bytes(case.batch, case.n_positions) > 0.6 * free:
-            left_out.append(f"{case.name}: memory")
-        else:
-            fitting.append(case)
-    if not fitting:
-        raise UserError(f"nothing fits: {left_out[0]}.\nGive smaller --contexts and --batches.")
-    return fitting, left_out
-
-
-def time_case(
-    case: Case, config: LatencyConfig, workload: Workload, bandwidth: Bandwidth
-) -> list[str]:
-    """Fill in the timings of a case: every request once in each round, in an order that rotates.
-    Return other providers' requests that did not fit into memory."""
-    left_out = []
+def time_case(case: Case, config: LatencyConfig, workload: Workload, bandwidth: Bandwidth) -> None:
+    """Fill in the timings of a case: every request once in each round, in an order that rotates."""
     if workload.device.type == "cuda":  # what is captured or compiled at first use is not timed
         prompts = workload.prompts(case.batch, case.context, config.seed)
         for _ in range(2):  # a longer request drops the graphs that a shorter one has captured
-            for request in list(case.requests):
-                try:
-                    request.run(workload, prompts)
-                except torch.OutOfMemoryError:
-                    if request.provider is case.requests[0].provider:
-                        raise
-                    case.requests.remove(request)
-                    left_out.append(f"{case.name}, {request.provider.name}: out of memory")
+            for request in case.requests:
+                request.run(workload, prompts)
     for i in range(config.rounds):
         case.bandwidth.append(bandwidth.measure())
         prompts = workload.prompts(case.batch, case.context, config.seed + i)
@@ -216,66 +191,58 @@ def time_case(
         for request in case.requests[start:] + case.requests[:start]:
             key = request.provider.name, request.path
             case.timings.setdefault(key, []).append(request.run(workload, prompts))
-    return left_out
-
-
-def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:
-    """Return the ratios of values from the same rounds."""
-    return [a / b for a, b in zip(slower, faster, strict=True)]
 
 
 def write_answers(results: ResultWriter, case: Case) -> None:
     """Append the whole answers of a case, and what they are relative to ours with thoughts."""
-    metrics = ("answer", "answer_after_prefill")
+    ours = {path: case.ms(OURS, path, "answer") for path in ("thoughts", "chain")}
+    rest = {path: case.ms(OURS, path, "answer_after_prefill") for path in ours}
     for request in case.requests:
         provider, path = request.provider.name, request.path
-        labels = {"task": case.task, "path": path}
-        more = dict(versions=request.provider.versions, **case.shape)
-        more |= {"thoughts": request.n_thoughts, "tokens": request.n_tokens}
-        for metric in metrics:
-            results.add(
-                metric, provider, case.ms(provider, path, metric), "ms", labels=labels, **more
-            )
+        extra = {"labels": {"task": case.task, "path": path}, "versions": request.provider.versions}
+        extra |= {"thoughts": request.n_thoughts, "tokens": request.n_tokens} | case.shape
+        for metric in ("answer", "answer_after_prefill"):
+            results.add(metric, provider, case.ms(provider, path, metric), "ms", **extra)
         if path == "thoughts" and provider != OURS:
-            times = [case.ms(name, path, "answer") for name in (provider, OURS)]
-            labels = labels | {"relative_to": OURS}
-            results.add("answer", provider, ratios(*times), "x", labels=labels, **more)
-    labels = {"task": case.task, "path": "chain", "relative_to": "thoughts"}
-    for metric in metrics:
-        times = [case.ms(OURS, path, metric) for path in ("chain", "thoughts")]
-        results.add(metric, OURS, ratios(*times), "x", labels=labels, **case.shape)
+            times = case.ms(provider, path, "answer")
+            results.add_ratio("answer", provider, times, ours[path], OURS, **extra)
+    for metric, times in (("answer", ours), ("answer_after_prefill", rest)):
+        extra = {"labels": {"task": case.task, "path": "chain"}} | case.shape
+        results.add_ratio(metric, OURS, times["chain"], times["thoughts"], "thoughts", **extra)
 
 
 def write_steps(results: ResultWriter, case: Case, workload: Workload) -> None:
     """Append the single steps of a case, their rooflines, and others relative to ours."""
     providers = {r.provider.name: r.provider for r in case.requests if r.path == "thoughts"}
     gb_per_s = statistics.median(best(case.bandwidth)[1])
-    for metric in ("latent_step", "token_step", "first_token"):
-        own = case.ms(OURS, "thoughts", metric)
+    metrics = ("latent_step", "token_step", "first_token")
+    own = {metric: case.ms(OURS, "thoughts", metric) for metric in metrics}
+    for metric in metrics:
         for name, provider in providers.items():
-            values, more = case.ms(name, "thoughts", metric), {"versions": provider.versions}
-            more |= case.shape
-            results.add(metric, name, values, "ms", **more)
+            times = case.ms(name, "thoughts", metric)
+            extra = {"versions": provider.versions} | case.shape
+            results.add(metric, name, times, "ms", **extra)
             if name != OURS:
-                labels = {"relative_to": OURS}
-                results.add(metric, name, ratios(values, own), "x", labels=labels, **more)
+                results.add_ratio(metric, name, times, own[metric], OURS, **extra)
         if metric != "first_token":
             n_bytes = workload.step_bytes(case.batch, case.context, metric == "token_step")
             ms = n_bytes / gb_per_s / 1e6
             results.add(metric, "roofline", [ms], "ms", spread={}, **case.shape)
-    times = [case.ms(OURS, "thoughts", metric) for metric in ("token_step", "latent_step")]
-    labels = {"relative_to": "latent_step"}
-    results.add("token_step", OURS, ratios(*times), "x", labels=labels, **case.shape)
+    times = own["token_step"], own["latent_step"]
+    results.add_ratio("token_step", OURS, *times, "latent_step", **case.shape)
 
 
 def measure(
-    fitting: list[Case], config: LatencyConfig, workload: Workload, results: ResultWriter
+    all_cases: list[Case], config: LatencyConfig, workload: Workload, results: ResultWriter
 ) -> list[str]:
     """Time every case and append its results. Return what was left out, and why."""
     left_out, gb_per_s, bandwidth = [], [], Bandwidth(workload.device)
-    for case in fitting:
+    for case in all_cases:
+        if why := unfit(case, workload):
+            left_out.append(why)
+            continue
         with catch_oom(workload.device) as failed:
-            left_out += time_case(case, config, workload, bandwidth)
+            time_case(case, config, workload, bandwidth)
         if failed:
             left_out.append(f"{case.name}: out of memory")
             continue
@@ -316,8 +283,7 @@ def main() -> None:
         for provider in providers:
             provider.cast(dtype)
         all_cases = cases(config, providers, device.type == "cuda")
-        fitting, left_out = fitting_cases(all_cases, workload)
-        left_out += measure(fitting, config, workload, results)
+        left_out = measure(all_cases, config, workload, results)
     finally:
         for provider in providers:
             provider.close()

@@ -198,6 +198,21 @@ class ResultWriter:
         )
         return self.rows[-1]
 
+    def add_ratio(
+        self,
+        metric: str,
+        provider: str,
+        slower: Sequence[float],
+        faster: Sequence[float],
+        relative_to: str,
+        labels: Mapping[str, str] | None = None,
+        **extra: Any,
+    ) -> None:
+        """Append the ratio of values from the same rounds, pair by pair."""
+        ratios = [a / b for a, b in zip(slower, faster, strict=True)]
+        labels = {**(labels or {}), "relative_to": relative_to}
+        self.add(metric, provider, ratios, "x", labels=labels, **extra)
+
     def summary(self, **extra: Any) -> str:
         """Return all rows as one JSON line; what they share is written once."""
         rows = [{k: v for k, v in row.items() if k not in self.common} for row in self.rows]

@@ -1,4 +1,4 @@
-"""Upper bounds of speed: measured bandwidth and matrix products, and the FLOP of a step."""
+"""Bounds of speed: the bandwidth of memory, measured, and the FLOP of a training step, counted."""
 
 import statistics
 import time
@@ -64,18 +64,6 @@ def step_flop(config: GPTConfig, sequences: Iterable[Lengths]) -> tuple[int, int
         keys = L * n_tokens * (n_tokens + 1) // 2 - idle * (idle + 1) // 2  # summed over queries
         attention += 4 * C * keys  # scores, and the sum of values
     return 3 * matmul, 3 * attention
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 20) -> float:
-    """Return the best FLOP/s of a square matrix product, with this process's threads and
-    float32_matmul_precision."""
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    times = []
-    for _ in range(1 + repeats):  # the first is slow
-        began = now(device)
-        a @ b
-        times.append(now(device) - began)
-    return 2 * size**3 / min(times)
 
 
 def now(device: torch.device) -> float:

@@ -1,6 +1,5 @@
 """Batches of the final stage, and train.py's optimizer step on them, for bench/training.py."""
 
-import sys
 import time
 from functools import partial
 from typing import Any
@@ -58,18 +57,6 @@ class FinalStageBatches:
     def lengths(self, i: int) -> list[tuple[int, int, int, int]]:
         """Return tokens of the prefix, thoughts, suffix and labels of batch i's sequences."""
         return [(len(p), n, len(s), len(s) - skipped) for p, n, s, skipped in self.sequences[i]]
-
-    def padded_fraction(self, train_step: TrainStep) -> float:
-        """Return the fraction of computed positions that are padding. Without graphs the released
-        code pads as many, with thoughts."""
-        used = computed = 0
-        for i in range(len(self.batches)):
-            used += sum(p + n + s for p, n, s, _ in self.lengths(i))
-            for micro in self.micro_batches(i, train_step)[0]:
-                b = micro.batch
-                width = b.prefix.shape[1] + b.max_thoughts + b.suffix.shape[1]
-                computed += len(b.length) * width
-        return 1 - used / computed
 
     def as_released(self) -> list[dict[str, list]]:
         """Return the batches as plain sequences: token ids, labels, position of the thoughts."""
@@ -155,16 +142,3 @@ class TrainBackend:
             self.prefetched = (i + 1) % n, self.batches.micro_batches((i + 1) % n, self.train_step)
         loss, *_ = self.train_step.totals.tolist()  # here the host waits for the device
         return {"seconds": time.perf_counter() - began, "loss": loss}
-
-
-def peak_memory(device: torch.device, reset: bool = False) -> int | None:
-    """Return the most bytes of a GPU's tensors since the last reset, or of this process so far;
-    None if unknown."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if sys.platform != "linux":
-        return None
-    with open("/proc/self/status") as lines:  # getrusage's number includes the parent's
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))

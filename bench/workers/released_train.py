@@ -29,21 +29,6 @@ def padded(batch: dict[str, list], pad: int, device: str) -> dict[str, torch.Ten
     return {name: torch.tensor(values, device=device) for name, values in columns.items()}
 
 
-def peak_resident() -> int:
-    """Return the most KiB that this process has used so far, 0 if unknown."""
-    if sys.platform != "linux":
-        return 0
-    with open("/proc/self/status") as lines:  # getrusage's number includes the parent's
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def peak_memory(device: str, before: int) -> float | None:
-    """Return the peak MiB of the model, its moments and its steps; on a CPU of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return (peak_resident() - before) / 2**10 if before else None
-
-
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     torch.set_num_threads(setup["threads"])
@@ -52,7 +37,7 @@ def main() -> None:
     sys.path.insert(0, setup["clone"])
     from coconut import Coconut
 
-    device, special, before = setup["device"], setup["special"], peak_resident()
+    device, special = setup["device"], setup["special"]
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**setup["gpt2"]))
     gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied to it
     model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], special["eos"])
@@ -69,8 +54,8 @@ def main() -> None:
         model.train()
         return {"loss": loss.item(), "gradient": norms.norm().item()}
 
-    def step(i: int) -> dict[str, float | None]:
-        began = time.perf_counter()
+    def step(i: int) -> dict[str, float]:
+        began, memory = time.perf_counter(), 0.0
         loss = model(**batches[i]).loss
         loss.backward()
         optimizer.step()
@@ -78,8 +63,8 @@ def main() -> None:
         value = loss.item()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "loss": value, "memory_mib": peak_memory(device, before)}
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        return {"seconds": time.perf_counter() - began, "loss": value, "memory_mib": memory}
 
     reply = {
         "attention": gpt2.config._attn_implementation,

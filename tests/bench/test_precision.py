@@ -28,7 +28,8 @@ def drifts(seed, std, device="cpu", kinds=("torch",)):
     for kind in kinds:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             got = precision.think(model, prompts, THOUGHTS, dtype, kind)
-            error = torch.tensor(precision.compare_hidden(*got, *truth)["error"])
+            stats = precision.compare_hidden(*got, *truth)
+            error = torch.tensor([s["error"] for s in stats])
             found[dtype, kind] = error / torch.finfo(dtype).eps
     return found
 
@@ -52,10 +53,11 @@ def test_compare_hidden():
     expected = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])  # two prompts, one thought
     got = torch.tensor([[[3.0, 4.5]], [[1.0, 2.0]]])
     tokens, others = torch.tensor([[7], [8]]), torch.tensor([[7], [9]])
-    stats = precision.compare_hidden(got, tokens, expected, others)
-    assert stats["error"] == pytest.approx([0.3]) and stats["worst"] == pytest.approx([0.5])
+    [stats] = precision.compare_hidden(got, tokens, expected, others)
     cosines = 27 / 5 / 29.25**0.5, 2 / 5**0.5
-    assert stats["cosine"] == pytest.approx([sum(cosines) / 2]) and stats["same_token"] == [0.5]
+    assert stats == pytest.approx(
+        {"error": 0.3, "worst": 0.5, "cosine": sum(cosines) / 2, "same_token": 0.5}
+    )
 
 
 @pytest.fixture
@@ -63,11 +65,11 @@ def bench(script):
     return lambda *argv: script(*argv, script="bench/precision.py")
 
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=50", "--prompts=2"]
-TINY += ["--thoughts=3", "--device=cpu"]
+SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=50", "--length=5"]
+TINY = ["--prompts=2", "--thoughts=3", "--device=cpu"]
 
 
-@pytest.mark.parametrize("argv", [["--length=5"], [f"--checkpoint={checkpoint.BUNDLED}"]])
+@pytest.mark.parametrize("argv", [SHAPE, [f"--checkpoint={checkpoint.BUNDLED}"]])
 def test_hidden_states_of_random_and_trained(bench, tmp_path, argv):
     code, out, err = bench(*TINY, *argv, "--kernels=torch", "--out=rows.jsonl")
     assert (code, err) == (0, "")
@@ -81,17 +83,17 @@ def test_hidden_states_of_random_and_trained(bench, tmp_path, argv):
     coarse, fine = ([r["value"] for r in rows if r["dtype"] == d] for d in ("bfloat16", "float16"))
     assert all(0 < 3 * b < a < 0.1 for a, b in zip(coarse, fine, strict=True))
     assert all(r["value"] <= r["detail"]["worst"] for r in rows)
-    name = "random" if argv == ["--length=5"] else "prosqa_small"
+    name = "random weights" if argv == SHAPE else "prosqa_small (step 5000)"
     assert rows[0]["labels"] == {"checkpoint": name}
 
 
 def test_mistakes_take_two_lines(bench):
     for argv, message in (
-        (["--n_head=3"], "does not divide"),
+        ([*SHAPE, "--n_head=3"], "does not divide"),
         (["--thoughts=0"], "thoughts=0"),
         (["--checkpoint=nowhere"], "is not there"),
         ([f"--checkpoint={checkpoint.BUNDLED}", "--thoughts=500"], "block_size=160"),
-        (["--kernels=triton", "--n_embd=258", "--n_head=2"], "triton cannot run here"),
+        ([*SHAPE, "--kernels=triton", "--n_embd=258"], "triton cannot run here"),
         (["--of=loss", "--config=nowhere.py"], "nowhere.py"),
     ):
         code, _, err = bench(*TINY, *argv)

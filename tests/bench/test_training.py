@@ -16,29 +16,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import training
 from bench.common import train_backends
 from bench.common.results import read_results
-from bench.common.roofline import matmul_peak, step_flop
+from bench.common.roofline import step_flop
 from bench.common.tables import Run
 from bench.common.train_backends import FinalStageBatches, TrainBackend
 from bench.workers import released_train
 from nanococonut import coconut, ops
-from nanococonut.batch import TokenizedExample
 from nanococonut.model import GPTConfig
-from nanococonut.runtime.errors import UserError
-from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.step import TrainStep
 
 SCRIPT = ROOT / "bench" / "training.py"
 CONFIG = str(ROOT / "config" / "prosqa_small.py")
 TINY = [f"--config={CONFIG}", "--n_layer=1", "--n_embd=8"]
-TINY += ["--n_head=2", "--batch_size=3", "--repeats=1", "--peak_size=8"]
+TINY += ["--n_head=2", "--batch_size=3", "--repeats=1"]
 OURS = training.OURS
 
 
 @pytest.fixture
-def bench(monkeypatch, script):
+def bench(script):
     """bench(*argv) -> (exit code, stdout, stderr), in this process."""
-    for key, value in training.MALLOC.items():  # without them, it starts itself again
-        monkeypatch.setenv(key, value)
     return lambda *argv: script(*TINY, *argv, script="bench/training.py")
 
 
@@ -56,7 +51,7 @@ def test_run_writes_every_metric(tmp_path):
     assert run.returncode == 0, run.stderr
     *shown, last = run.stdout.splitlines()
     rows = read_results(log)
-    assert len(rows) == len(json.loads(last)["rows"]) == len(shown) - 1
+    assert len(rows) == len(json.loads(last)["rows"]) == len(shown) - 2
     row = rows[0]
     assert row["labels"] == {"config": "prosqa_small.py"} and row["bench"] == "training"
     sizes = dict(n_layer=1, n_embd=8, batch=3, micro_batch=3, thoughts=2)
@@ -68,8 +63,7 @@ def test_run_writes_every_metric(tmp_path):
     assert found.value("examples_per_s") == pytest.approx(3e3 / step, rel=1e-3)
     flop = found.value("model_flop")
     assert found.value("flop_rate") == pytest.approx(flop * 1e3 / step, rel=1e-3)
-    assert found.value("flop_peak", "torch") > 0 and found.value("peak_memory") >= 0
-    assert 0 <= found.value("padded_fraction") < 1
+    assert found.value("peak_memory") is None  # of a GPU only
     assert str(ROOT) not in last and str(tmp_path) not in last
 
 
@@ -128,14 +122,6 @@ def test_both_backends_take_the_same_steps(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_backends_that_differ_are_not_compared():
-    training.check_losses(1.0, 1.00001, "float32")
-    training.check_losses(1.0, 1.01, "bfloat16")
-    for loss in (1.01, float("nan")):
-        with pytest.raises(UserError, match="do not compute the same"):
-            training.check_losses(loss, 1.0, "float32")
-
-
 def test_context_is_exact():
     recipe, batches = made(context=203, latent=3)
     for i in (0, 1):
@@ -143,22 +129,6 @@ def test_context_is_exact():
     assert recipe.block_size >= max(sum(row[:3]) for row in batches.lengths(0))
     repeated = batches.sequences[0][0][0]
     assert repeated[-1] == batches.tokenizer.bot and len(set(repeated)) > 8
-
-
-def test_padding_is_counted_with_and_without_graphs():
-    recipe, batches = made(latent=2, micro_batch_size=3)  # of 5 rows: 3 and 2, for graphs 4 and 2
-    question = list(range(8))
-    batches.batches = [[TokenizedExample(question[:n], [], [1, 2]) for n in (1, 3, 5, 7, 7)]]
-    lengths = [len(example.question) + 1 for example in batches.batches[0]]
-    batches.sequences = [[([0] * n, 2, [0] * 4, 1) for n in lengths]]
-    model = random_gpt(block_size=160)
-    real = sum((2, 4, 6, 8, 8)) + 5 * (2 + 4)
-    slots = 3 * (6 + 2 + 4) + 2 * (8 + 2 + 4)
-    assert batches.padded_fraction(TrainStep(model)) == pytest.approx(1 - real / slots)
-    for_graphs = (4 + 2) * (64 + 2 + 16)
-    assert batches.padded_fraction(TrainStep(model, graphs=GraphCache(1))) == pytest.approx(
-        1 - real / for_graphs
-    )
 
 
 @pytest.mark.parametrize("smear", [False, True])
@@ -188,39 +158,15 @@ def test_flop_of_attention_are_those_of_a_mask():
     assert step_flop(config, rows)[1] == 3 * 4 * 4 * want
 
 
-def test_peak_is_measured():
-    assert matmul_peak(torch.device("cpu"), torch.float32, 16, 2) > 0
-
-
-def test_sweep_measures_every_cell(bench, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(training, "CONTEXTS", (20, 200))
-    monkeypatch.setattr(training, "THOUGHTS", (0, 2))
-    log = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *TINY, "--sweep", f"--out={log}"])
-    training.main()
-    rows = read_results(log)
-    steps = [r for r in rows if r["metric"] == "step" and r["provider"] == OURS]
-    cells = [(r["shape"]["context"], r["shape"]["thoughts"]) for r in steps]
-    assert cells == [(20, 0), (20, 2), (200, 0), (200, 2)]
-    flop = [r["value"] for r in rows if r["metric"] == "model_flop"]
-    assert flop[0] < flop[1] < flop[2] < flop[3]
-    padded = [r["value"] for r in rows if r["metric"] == "padded_fraction"]
-    assert len(padded) == 4 and max(padded) < 0.2
-    headings = [line for line in capsys.readouterr().out.splitlines() if "thoughts after" in line]
-    assert headings[-1].endswith("batch 3, 2 thoughts after 200 tokens")
-
-
 @pytest.mark.parametrize("latent", [0, 3])
 def test_released_code_gets_the_same_sequences(latent):
-    """Compare with our own blocks: tokens, labels, positions and amount of padding."""
+    """Compare with our own blocks: tokens, labels, positions and padding."""
     _, batches = made(latent=latent)
     plain = TrainStep(random_gpt())
-    padding = slots = 0
     for i, batch in enumerate(batches.as_released()):
         theirs = released_train.padded(batch, batches.tokenizer.eos, "cpu")
         ours = batches.micro_batches(i, plain)[0][0].batch
         real = theirs["attention_mask"] == 1
-        padding, slots = padding + int((~real).sum()), slots + real.numel()
         assert (theirs["labels"][~real] == -100).all()
         assert theirs["input_ids"].shape[1] == (
             ours.prefix.shape[1] + latent + ours.suffix.shape[1] if latent else real.sum(1).max()
@@ -239,8 +185,6 @@ def test_released_code_gets_the_same_sequences(latent):
         if latent:  # all sequences think in the same columns
             columns = (theirs["input_ids"] == batches.tokenizer.latent).any(dim=0)
             assert columns.sum() == latent
-    if latent:
-        assert batches.padded_fraction(plain) == pytest.approx(padding / slots)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +195,6 @@ def test_released_code_gets_the_same_sequences(latent):
         (["--n_head=3"], "does not divide"),
         (["--latent=500"], "500 thoughts"),
         (["--released=."], "go together"),
-        (["--sweep", "--context=9"], "its own values of --context"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
         (["--out=nowhere/rows.jsonl"], "cannot be written"),
     ],
