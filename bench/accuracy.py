@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-from bench.common.results import ResultWriter, command_line
+from bench.common.results import ResultWriter
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import Example
@@ -121,8 +121,8 @@ def main() -> None:
     # ---- evaluate
     longest = config.max_new_tokens or trained.max_new_tokens
     labels = {"method": method, "task": trained.task, "data": Path(data).name, "checkpoint": name}
-    weights, command = model.wte.weight, command_line(config, "bench/accuracy.py")
-    results = ResultWriter("accuracy", weights.device, weights.dtype, command, config.out, labels)
+    weights = model.wte.weight
+    results = ResultWriter("accuracy", config, weights.device, weights.dtype, labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
     detail |= {"kernels": engine.kernels, "graph": engine.graph}
     detail |= {"generated_seed": None if drawn is None else config.seed}

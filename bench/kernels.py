@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.common.results import ResultWriter, command_line
+from bench.common.results import ResultWriter
 from bench.common.roofline import Bandwidth, best
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
@@ -282,8 +282,7 @@ def main() -> None:
     print(f"every kernel computes what plain torch does, in float32, at batch {config.batches}")
     if config.check:
         return
-    device, command = torch.device("cuda"), command_line(config, "bench/kernels.py")
-    results = ResultWriter("kernels", device, config.dtype, command, config.out)
+    results = ResultWriter("kernels", config, torch.device("cuda"), config.dtype)
     time_cases(config, results)
     print(results.summary())
 

@@ -28,7 +28,7 @@ import torch
 
 from bench.common import baselines, tables
 from bench.common.baselines import Provider, Timing
-from bench.common.results import ResultWriter, command_line
+from bench.common.results import ResultWriter
 from bench.common.roofline import Bandwidth, best
 from bench.common.worker import check_released
 from bench.common.workload import (
@@ -141,10 +141,7 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
         lengths = TASK_LENGTHS[task]
         n_tokens = {"thoughts": lengths.answer, "chain": lengths.chain, "direct": lengths.answer}
         requests = [Request(compared[0], path, n) for path, n in n_tokens.items()]
-        for provider in compared[1:]:
-            # released: every further token is a whole forward pass, so it writes no chain
-            paths = ("thoughts",) if provider.max_batch else ("thoughts", "chain")
-            requests += [Request(provider, path, n_tokens[path]) for path in paths]
+        requests += [Request(p, "thoughts", lengths.answer) for p in compared[1:]]
         return Case(task, 1, lengths.question, requests)
 
     def steps(batch: int, context: int) -> Case:
@@ -264,8 +261,7 @@ def main() -> None:
     device = select_device(config.device)
     load, dtype = os.getloadavg()[0], resolve_dtype(config.dtype, device)
     workload = load_model(config, device)
-    command = command_line(config, "bench/latency.py")
-    results = ResultWriter("latency", device, dtype, command, config.out, shape=workload.shape())
+    results = ResultWriter("latency", config, device, dtype, shape=workload.shape())
     print(f"{workload.name}, {workload.model.n_params():,} parameters")
 
     # ---- providers that compute the same, in turns

@@ -56,7 +56,6 @@ def sections() -> dict[str, str]:
     return {
         "results": tables.main_results(accuracy),
         "speed": tables.speed(latency + training),
-        "table1": tables.paper_table1(accuracy),
         "table1_prosqa_small": tables.table1(accuracy, "prosqa", "small"),
         "table1_prontoqa_small": tables.table1(accuracy, "prontoqa", "small"),
         "latency": tables.latency(latency),

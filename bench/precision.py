@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 import torch
 from torch import Tensor
 
-from bench.common.results import ResultWriter, command_line
+from bench.common.results import ResultWriter
 from bench.common.workload import Workload, WorkloadOptions, load_model
 from nanococonut import ops
 from nanococonut.batch import build_prompt
@@ -135,12 +135,12 @@ def measure_hidden(config: PrecisionConfig) -> None:
     kernels, reason = ops.choose_backend(config.kernels, model)
     print(f"{workload.name}, kernels: {kernels} ({reason})")
     reference = think(model, prompts, config.thoughts, torch.float32, "torch")
-    command, labels = command_line(config, "bench/precision.py"), {"checkpoint": workload.name}
+    labels = {"checkpoint": workload.name}
     for provider in ("torch",) if kernels == "torch" else ("torch", "triton"):
         for dtype in DTYPES[provider == "torch" :]:  # torch's float32 is the reference
             states = think(model, prompts, config.thoughts, getattr(torch, dtype), provider)
             results = ResultWriter(
-                "precision", workload.device, dtype, command, config.out, labels, workload.shape()
+                "precision", config, workload.device, dtype, labels, workload.shape()
             )
             for n, stats in enumerate(compare_hidden(*states, *reference), 1):
                 error, shape = [stats.pop("error")], {"examples": len(prompts), "thoughts": n}
@@ -171,7 +171,7 @@ def run_losses(
 
 def measure_loss(config: PrecisionConfig) -> None:
     """Compare loss curves and append a result for each variant."""
-    device, command = select_device(config.device), command_line(config, "bench/precision.py")
+    device = select_device(config.device)
     with tempfile.TemporaryDirectory() as folder:
         plain = run_losses(config, {}, device.type, Path(folder) / "plain")
         print(f"float32, plain: loss {plain[0]:.3f} to {plain[-1]:.3f}; relative differences:")
@@ -182,9 +182,8 @@ def measure_loss(config: PrecisionConfig) -> None:
             mean, plain_mean = statistics.fmean(curve[tail:]), statistics.fmean(plain[tail:])
             detail = {"first": apart[0], "greatest": max(apart), "plain": [plain[0], plain[-1]]}
             detail["last_tenth"] = abs(mean - plain_mean) / plain_mean
-            results = ResultWriter(
-                "precision", device, settings.get("dtype", "float32"), command, config.out
-            )
+            dtype = settings.get("dtype", "float32")
+            results = ResultWriter("precision", config, device, dtype)
             labels = {"config": Path(config.config).name, "variant": name}
             shape = {"steps": len(plain), "seed": config.seed}
             results.add(

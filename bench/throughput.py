@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-from bench.common.results import ResultWriter, command_line
+from bench.common.results import ResultWriter
 from bench.common.workload import (
     TASK_LENGTHS,
     THOUGHTS,
@@ -79,22 +79,16 @@ def main() -> None:
             f"{config.task}'s answers take {longest} positions, the model has {block_size}.\n"
             "Give another --task or --checkpoint=random."
         )
-    command = command_line(config, "bench/throughput.py")
-    results = ResultWriter("throughput", device, dtype, command, config.out, shape=workload.shape())
-    print(
-        f"{workload.name}, {config.task}: a question of {lengths.question} tokens, a chain of "
-        f"{lengths.chain} with its answer, an answer of {lengths.answer}\n"
-        f"{results.common['device']}, {results.common['dtype']}, kernels: {engine.kernels}, CUDA "
-        f"graphs: {'yes' if engine.graph else 'no'}"
-    )
+    results = ResultWriter("throughput", config, device, dtype, shape=workload.shape())
+    print(f"{workload.name}, kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
 
     # ---- measure, batch by batch
-    batch, fastest, n_no_faster, ended = 1, 0.0, 0, f"the largest batch, {config.max_batch}"
-    while batch <= config.max_batch:
+    batch, fastest, n_no_faster, ended = 1, 0.0, 0, "the largest batch"
+    while batch <= config.max_batch and n_no_faster < 2:
         with catch_oom(device) as failed:
             rates = time_batch(engine, workload, config, batch)
         if failed:
-            ended = f"memory, at batch {batch}"
+            ended = "memory"
             break
         for path, values in rates.items():
             labels = {"task": config.task, "path": path}
@@ -104,10 +98,8 @@ def main() -> None:
         rate = statistics.median(rates["thoughts"])
         n_no_faster = 0 if rate > FASTER * fastest else n_no_faster + 1
         fastest = max(fastest, rate)
-        if n_no_faster == 2:
-            ended = "two batches that were no faster"
-            break
         batch *= 2
+    ended = "two batches that were no faster" if n_no_faster == 2 else ended
     print(f"ended by {ended}")
     about = {"model": workload.name, "kernels": engine.kernels, "graph": engine.graph}
     print(results.summary(**about, ended=ended))

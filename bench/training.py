@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 import torch
 from safetensors.torch import save_file
 
-from bench.common.results import ResultWriter, command_line
+from bench.common.results import ResultWriter
 from bench.common.roofline import step_flop
 from bench.common.train_backends import FinalStageBatches, TrainBackend, adamw_settings
 from bench.common.worker import Worker, as_gpt2, check_released, clone_commit
@@ -168,11 +168,8 @@ def write_results(
     shape |= {"parameters": ours.model.n_params(), "batch": config.batch_size}
     shape |= {"micro_batch": recipe.micro_batch_size, "thoughts": config.latent}
     shape |= {"context": config.context} if config.context else {}
-    labels, command = (
-        {"config": Path(config.config).name},
-        command_line(config, "bench/training.py"),
-    )
-    results = ResultWriter("training", device, config.dtype, command, config.out, labels, shape)
+    labels = {"config": Path(config.config).name}
+    results = ResultWriter("training", config, device, config.dtype, labels, shape)
     detail = {k: getattr(recipe, k) for k in SETTINGS}
     detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": os.getloadavg()[0]}
     detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}

@@ -162,25 +162,24 @@ def _set_up(
 def drop_wrong(
     providers: list[Provider], workload: Workload, missing: dict[str, str], length: int
 ) -> None:
-    """Remove every provider whose greedy tokens, with thoughts or without, differ from those of
-    plain eager steps in float32. Raise UserError if it is one of ours."""
+    """Remove every provider whose greedy tokens after thoughts differ from those of plain eager
+    steps in float32. Raise UserError if it is one of ours."""
     reference = EngineProvider("reference", workload, "torch", "off")
-    for n_thoughts, forced_tokens in ((THOUGHTS, [workload.eot]), (0, [])):
-        request = workload.prompts(1, length, length), n_thoughts, forced_tokens, N_CHECKED
-        expected = reference.generate(*request)["tokens"]
-        for provider in list(providers):
-            try:
-                tokens = provider.generate(*request)["tokens"]
-            except UserError as e:
-                reason = str(e).splitlines()[0]
-            else:
-                if tokens == expected:
-                    continue
-                reason = f"expected tokens {expected[0][:5]} ..., got {tokens[0][:5]} ..."
-                if isinstance(provider, EngineProvider):
-                    raise UserError(
-                        f"{provider.name}: {reason}\nThis is a bug of ours; nothing was timed."
-                    )
-            provider.close()
-            providers.remove(provider)
-            missing[provider.name] = f"not timed, {reason}"
+    request = workload.prompts(1, length, length), THOUGHTS, [workload.eot], N_CHECKED
+    expected = reference.generate(*request)["tokens"]
+    for provider in list(providers):
+        try:
+            tokens = provider.generate(*request)["tokens"]
+        except UserError as e:
+            reason = str(e).splitlines()[0]
+        else:
+            if tokens == expected:
+                continue
+            reason = f"expected tokens {expected[0][:5]} ..., got {tokens[0][:5]} ..."
+            if isinstance(provider, EngineProvider):
+                raise UserError(
+                    f"{provider.name}: {reason}\nThis is a bug of ours; nothing was timed."
+                )
+        provider.close()
+        providers.remove(provider)
+        missing[provider.name] = f"not timed, {reason}"

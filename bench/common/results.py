@@ -122,34 +122,33 @@ def device_name(device: torch.device) -> str:
 
 
 class ResultWriter:
-    """The rows of one run. Each is also appended to the file at `path`, at once.
+    """The rows of one run. Each is printed, and appended to the file config.out, at once.
 
-    shape   sizes that all rows share, such as the model's
-    labels  labels that all rows share
+    bench, config   the script and its options, which make the command line
+    labels, shape   labels and sizes that all rows share
     """
 
     def __init__(
         self,
         bench: str,
+        config: Any,
         device: torch.device,
         dtype: torch.dtype | str,
-        command: str,
-        path: str | None,
         labels: Mapping[str, str] | None = None,
         shape: Mapping[str, int] | None = None,
     ) -> None:
         about = provenance()
-        self.path = Path(path) if path else None
+        self.path = Path(config.out) if config.out else None
         if self.path and not self.path.parent.is_dir():
-            raise UserError(f"--out {path} cannot be written: its folder does not exist.")
+            raise UserError(f"--out {self.path} cannot be written: its folder does not exist.")
         self.versions, self.rows = about["versions"], []
-        self.shape, self.labels = dict(shape or {}), dict(labels or {})
+        self.labels, self.shape = dict(labels or {}), dict(shape or {})
         self.common = {
             "bench": bench,
             "device": device_name(device),
             "dtype": str(dtype).removeprefix("torch."),
             "commit": about["commit"],
-            "command": command,
+            "command": command_line(config, f"bench/{bench}.py"),
             "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
 
@@ -188,30 +187,20 @@ class ResultWriter:
         self.rows.append({name: row[name] for name in FIELDS})
         if self.path:
             checkpoint.append_row(self.path, self.rows[-1])
-        own = {k: v for k, v in (labels or {}).items() if k != "relative_to"}
-        text = [metric, *own.values(), *(f"{k} {n}" for k, n in shape.items())]
-        text += [f"relative to {labels['relative_to']}"] if unit == "x" else []
+        text = [metric, *(labels or {}).values(), *(f"{k} {n}" for k, n in shape.items())]
         ends = " .. ".join(fmt(v) for v in row["spread"].values())
-        print(
-            f"{fmt(median):>8} {unit:<11} {provider:<20} {', '.join(text)}",
-            f"({ends})" * bool(ends),
-        )
+        line = f"{fmt(median):>8} {unit:<11} {provider:<20} {', '.join(text)}"
+        print(f"{line} ({ends})" if ends else line)
         return self.rows[-1]
 
     def add_ratio(
-        self,
-        metric: str,
-        provider: str,
-        slower: Sequence[float],
-        faster: Sequence[float],
-        relative_to: str,
-        labels: Mapping[str, str] | None = None,
-        **extra: Any,
-    ) -> None:
+        self, metric: str, provider: str, slower: Sequence[float], faster: Sequence[float],
+        relative_to: str, **extra: Any,
+    ) -> None:  # fmt: skip
         """Append the ratio of values from the same rounds, pair by pair."""
         ratios = [a / b for a, b in zip(slower, faster, strict=True)]
-        labels = {**(labels or {}), "relative_to": relative_to}
-        self.add(metric, provider, ratios, "x", labels=labels, **extra)
+        extra["labels"] = extra.get("labels", {}) | {"relative_to": relative_to}
+        self.add(metric, provider, ratios, "x", **extra)
 
     def summary(self, **extra: Any) -> str:
         """Return all rows as one JSON line; what they share is written once."""

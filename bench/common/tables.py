@@ -112,25 +112,6 @@ def table1(rows: Rows, task: str, preset: str) -> str:
     return _table(*lines)
 
 
-def paper_table1(rows: Rows) -> str:
-    """Return the paper's Table 1, with our own GPT-2 runs after a semicolon if there are any."""
-    rows = select(rows, preset="gpt2", setting="")
-    lines, missing = [("method", *PAPER)], []
-    for method, entry in METHODS.items():
-        cells = []
-        for task, known in PAPER.items():
-            own = select(rows, task=task, method=method)
-            own = [r for r in own if task == "gsm8k" or r["labels"]["data"] == task]
-            missing += [] if own else [f"{method} on {task}"]
-            paper = [_cell(*known[entry.paper])] if entry.paper else []
-            cells.append("; ".join(paper + [_over_seeds(own)] * bool(own)) or "-")
-        lines.append((method, *cells))
-    n_cells = len(METHODS) * len(PAPER)
-    what = "all of them" if len(missing) == n_cells else ", ".join(missing)
-    note = f"\n\nNot run yet with GPT-2: {what}." if missing else ""
-    return _table(*lines) + note
-
-
 def main_results(rows: Rows) -> str:
     """Return the README's table: small ProsQA models, accuracy and tokens in their own columns."""
     rows = select(rows, task="prosqa", preset="small", setting="")

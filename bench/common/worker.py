@@ -90,18 +90,9 @@ def check_released(clone: str | None, python: str | None) -> None:
 
 
 def clone_commit(clone: str) -> str:
-    """Return the clone's commit, "-dirty" if its coconut.py has changed."""
-
-    def git(*args: str) -> str:
-        run = subprocess.run(["git", "-C", clone, *args], capture_output=True, text=True)
-        return run.stdout.strip()
-
-    try:
-        committed = git("rev-parse", "HEAD:./coconut.py")
-        dirty = "" if git("hash-object", "coconut.py") == committed else "-dirty"
-        return git("rev-parse", "HEAD") + dirty if committed else "unknown"
-    except OSError:
-        return "unknown"
+    """Return the clone's commit, "-dirty" if it has changed."""
+    git = ["git", "-C", clone, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def as_gpt2(model: GPT, dropout: float = 0.0) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -4,8 +4,7 @@
     transformers   thoughts by `inputs_embeds` into a dynamic cache, tokens by its generate
 
 Runs under its own Python and shares only JSON lines and a file of weights with nanococonut. The
-first line on stdin says what to build. Every further line is a request: {"prompts", "n_thoughts",
-"forced_tokens", "n_tokens"}, or {"dtype"} to continue in that one.
+first line on stdin says what to build; every further one is a request, or a dtype to continue in.
 """
 
 import json
@@ -47,14 +46,13 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
         end = now(device)
         # one call for the prompt, one for each thought (the last with the forced tokens), then one
         # for each further token; a call's input is made between the calls
-        at = starts + [end]
         first = n_thoughts + 1
         return {
             "tokens": [tokens],
             "prefill": ends[0] - start,
-            "latent_step": (at[n_thoughts] - at[1]) / (n_thoughts - 1) if n_thoughts > 1 else 0.0,
-            "first_token": at[first] - start,
-            "token_step": (end - at[first]) / (n_tokens - 1) if n_tokens > 1 else 0.0,
+            "latent_step": (starts[n_thoughts] - starts[1]) / (n_thoughts - 1),
+            "first_token": starts[first] - start,
+            "token_step": (end - starts[first]) / (n_tokens - 1),
             "total": end - start,
         }
 
@@ -65,28 +63,25 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
     from transformers import DynamicCache
 
     device = setup["device"]
-    first: list[float] = []
+    first: list[float] = []  # when the first token's scores were there
 
     def note_time(ids: Tensor, scores: Tensor) -> Tensor:
-        if not first:
-            first.append(now(device))
+        first.append(now(device))
         return scores
 
     def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
         first.clear()
         start = now(device)
         ids, cache = torch.tensor(prompts, device=device), DynamicCache()
-        prefilled = thought = None
-        if n_thoughts:
-            out = gpt2.transformer(input_ids=ids, past_key_values=cache, use_cache=True)
-            hidden = out.last_hidden_state[:, -1:]
-            prefilled = now(device)
-            for _ in range(n_thoughts):
-                out = gpt2.transformer(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
-                hidden = out.last_hidden_state
-            thought = now(device)
-            # ids in the thoughts' places: the cache already holds them, so they are not read
-            ids = torch.cat([ids, ids.new_tensor([[0] * n_thoughts + forced_tokens] * len(ids))], 1)
+        out = gpt2.transformer(input_ids=ids, past_key_values=cache, use_cache=True)
+        hidden = out.last_hidden_state[:, -1:]
+        prefilled = now(device)
+        for _ in range(n_thoughts):
+            out = gpt2.transformer(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+            hidden = out.last_hidden_state
+        thought = now(device)
+        # ids in the thoughts' places: the cache already holds them, so they are not read
+        ids = torch.cat([ids, ids.new_tensor([[0] * n_thoughts + forced_tokens] * len(ids))], 1)
         out = gpt2.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -100,10 +95,10 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
         end = now(device)
         return {
             "tokens": tokens,
-            "prefill": (prefilled or first[0]) - start,
-            "latent_step": (thought - prefilled) / n_thoughts if n_thoughts else 0.0,
+            "prefill": prefilled - start,
+            "latent_step": (thought - prefilled) / n_thoughts,
             "first_token": first[0] - start,
-            "token_step": (end - first[0]) / (n_tokens - 1) if n_tokens > 1 else 0.0,
+            "token_step": (end - first[0]) / (n_tokens - 1),
             "total": end - start,
         }
 

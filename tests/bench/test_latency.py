@@ -103,8 +103,9 @@ def test_case_that_does_not_fit_is_left_out(latency):
 
 def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
     """A run that is killed keeps the cases that it finished."""
-    found, config = tiny(batches="1", contexts="16,32", tasks="", rounds=1, peers=False)
-    results = bench.ResultWriter("latency", CPU, torch.float32, "x", str(tmp_path / "r.jsonl"))
+    options = dict(batches="1", contexts="16,32", tasks="", rounds=1, peers=False)
+    found, config = tiny(**options, out=str(tmp_path / "r.jsonl"))
+    results = bench.ResultWriter("latency", config, CPU, torch.float32)
     providers, _ = baselines.start(found, config)
     done = []
     time_case = bench.time_case

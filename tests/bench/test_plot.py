@@ -10,6 +10,7 @@ from helpers import ROOT
 from bench import plot
 from bench.common import tables
 from bench.common.results import ResultWriter, read_results
+from bench.common.workload import WorkloadOptions
 from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
@@ -20,7 +21,7 @@ OURS = "nanococonut"
 def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
     """Return rows as bench/latency.py and bench/throughput.py write them."""
     cpu, size = torch.device("cpu"), {"parameters": 124_000_000}
-    made = ResultWriter(bench, cpu, torch.float32, f"python bench/{bench}.py", None, shape=size)
+    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, shape=size)
     made.common["date"] = date
 
     def add(metric, provider, value, unit="ms", labels=None, **shape):
@@ -116,18 +117,6 @@ def test_cell_is_mean_and_deviation_or_not_run():
     assert "| no model: deeper |  | 87.5 |  |  |" in tables.table1(
         [*rows, own_file], "prosqa", "small"
     )
-
-
-def test_paper_table_names_missing_runs():
-    """Small models do not count as GPT-2's, and only a task's own examples count."""
-    small = [accuracy("coconut", 0, 0.97)]
-    assert tables.paper_table1(small).endswith("Not run yet with GPT-2: all of them.")
-    rows = [
-        accuracy("coconut", 0, a, data=d, preset="gpt2") for d, a in (("prosqa", 0.97), ("x", 0))
-    ]
-    table = tables.paper_table1(rows)
-    assert "97.0 ± 0.3 / 14.2; 97.0 / 8.0 |" in table
-    assert "coconut on prosqa," not in table and "cot on prosqa" in table
 
 
 def test_main_results_separate_accuracy_and_tokens():

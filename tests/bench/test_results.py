@@ -13,15 +13,16 @@ from nanococonut.runtime.cli import option
 from nanococonut.runtime.errors import UserError
 
 
+@dataclass(frozen=True)
+class Config:
+    released: str | None = option(None, "a clone")
+    rounds: float = option(3.0, "rounds")
+    out: str | None = option(None, "file")
+
+
 def writer(path=None):
-    return results.ResultWriter(
-        "latency",
-        torch.device("cpu"),
-        torch.float32,
-        "python bench/x.py",
-        path,
-        shape={"n_layer": 2},
-    )
+    cpu, shape = torch.device("cpu"), {"n_layer": 2}
+    return results.ResultWriter("latency", Config(out=path), cpu, torch.float32, shape=shape)
 
 
 def row(**own):
@@ -94,12 +95,6 @@ def test_summary_holds_what_is_shared_once():
 
 
 def test_command_has_no_local_path(tmp_path):
-    @dataclass(frozen=True)
-    class Config:
-        released: str | None = option(None, "a clone")
-        rounds: float = option(3.0, "rounds")
-        out: str | None = option(None, "file")
-
     config = Config(released=str(tmp_path), rounds=5.0, out="rows.jsonl")
     command = results.command_line(config, "bench/latency.py")
     assert command == "python bench/latency.py --released=RELEASED --rounds=5.0"
