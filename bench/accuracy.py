@@ -94,11 +94,8 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
-    config = make_config(AccuracyConfig, given)
-
-    # ---- checkpoint and examples
+def evaluate(config: AccuracyConfig) -> ResultWriter:
+    """Evaluate a checkpoint, once for each number of thoughts, and print what it is next to."""
     folder = checkpoint.resolve(config.checkpoint or checkpoint.BUNDLED, best=True)
     model, tokenizer, manifest = checkpoint.load(folder, select_device(config.device))
     trained, method = make_config(TrainConfig, manifest["config"]), manifest["method"]
@@ -118,10 +115,8 @@ def main() -> None:
         print(f"note: {method} has no thoughts in training")
     print(f"{data}: {len(examples)} examples, kernels: {engine.kernels} ({engine.reason})")
 
-    # ---- evaluate
-    longest = config.max_new_tokens or trained.max_new_tokens
+    longest, weights = config.max_new_tokens or trained.max_new_tokens, model.wte.weight
     labels = {"method": method, "task": trained.task, "data": Path(data).name, "checkpoint": name}
-    weights = model.wte.weight
     results = ResultWriter("accuracy", config, weights.device, weights.dtype, labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
     detail |= {"kernels": engine.kernels, "graph": engine.graph}
@@ -138,21 +133,22 @@ def main() -> None:
                 texts = [task.expand(text, example["question"]) for text, example in pairs]
             own["categories"] = category_fractions(examples, texts, n)
         low, high = s.interval
-        spread = {"ci_low": round(low, 4), "ci_high": round(high, 4)}
         results.add(
-            "accuracy", "nanococonut", [s.accuracy], "fraction", spread=spread, detail=own | detail,
+            "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,
+            spread={"ci_low": round(low, 4), "ci_high": round(high, 4)},
             examples=len(examples), thoughts=n,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
-        for name, fraction in own.get("categories", {}).items():
-            print(f"  {fraction:6.1%} {name}")
-
-    # ---- report
-    steps = ", ".join(f"{n}: {c[0]} / {c[1]}" for n, c in own["by_steps"].items())
-    print(f"correct / examples by steps of the written chain: {steps}")
+        for category, fraction in own.get("categories", {}).items():
+            print(f"  {fraction:6.1%} {category}")
     for rule, fraction in shortcuts.items():
         print(f"no model, {rule}: {fraction:.1%}")
-    print(results.summary())
+    return results
+
+
+def main() -> None:
+    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    print(evaluate(make_config(AccuracyConfig, given)).summary())
 
 
 if __name__ == "__main__":

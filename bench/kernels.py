@@ -47,7 +47,7 @@ class KernelsConfig:
     vocab_size: int = option(50260, "vocabulary", ge=2)
     positions: int = option(2048, "supervised positions of a training step", ge=1)
     dtype: str = option("bfloat16", "of all tensors", choices=("float32", "bfloat16", "float16"))
-    only: str | None = option(None, "kernels whose name contains this")
+    only: str = option("", "kernels whose name contains this")
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ def training_cases(
 def requested(config: KernelsConfig, *where: Any) -> list[KernelCase]:
     """Return the cases whose name contains --only."""
     made = [*cases(config, *where), *training_cases(config, *where)]
-    return [case for case in made if config.only is None or config.only in case.name]
+    return [case for case in made if config.only in case.name]
 
 
 def max_error(case: KernelCase) -> float:

@@ -121,10 +121,10 @@ def curve_of(run: str) -> dict[str, Any]:
     }
 
 
-def newest(bench: str) -> dict[str, tables.Run]:
-    """Return kind of device -> the newest run there of a model of GPT-2's size."""
+def newest_large(rows: list[dict[str, Any]]) -> dict[str, tables.Run]:
+    """Return kind of device -> its newest latency run of a model of GPT-2's size."""
     runs: dict[str, tables.Run] = {}
-    for run in tables.newest_runs(read_results(RESULTS / f"{bench}.jsonl"), bench):
+    for run in tables.newest_runs(rows, "latency"):
         row = run.rows[0]
         device = "cpu" if row["device"].startswith("CPU") else row["device"].replace(" ", "_")
         is_newer = device not in runs or row["date"] > runs[device].rows[0]["date"]
@@ -142,10 +142,8 @@ def draw(docs: Path) -> list[Path]:
         pictures[f"curve_{row['name']}"] = figures.curve, row
     if accuracy := read_results(RESULTS / "table1.jsonl"):
         pictures["methods"] = figures.methods, accuracy
-    for device, run in newest("latency").items():
+    for device, run in newest_large(read_results(RESULTS / "latency.jsonl")).items():
         pictures[f"answers_{device}"] = figures.answers, run
-    for device, run in newest("throughput").items():
-        pictures[f"throughput_{device}"] = figures.throughput, run
     for name, (function, what) in pictures.items():
         function(what, docs / f"{name}.png")
     return [docs / f"{name}.png" for name in pictures]

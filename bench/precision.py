@@ -74,7 +74,7 @@ class PrecisionConfig(WorkloadOptions):
 def load_prompts(config: PrecisionConfig, workload: Workload) -> list[list[int]]:
     """Return questions of a trained model's task, in its layout, or random prompts."""
     prompts = workload.prompts(config.prompts, config.length, config.seed)
-    if config.checkpoint not in (None, "random"):
+    if config.checkpoint != "random":
         folder = checkpoint.resolve(config.checkpoint, best=True)
         _, tokenizer, manifest = checkpoint.load(folder)
         trained = make_config(TrainConfig, manifest["config"])

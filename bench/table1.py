@@ -16,15 +16,15 @@ import math
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
+from bench.accuracy import AccuracyConfig, evaluate
 from bench.common.results import command_line, read_results
-from bench.common.tables import table1
+from bench.common.tables import select, table1
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
 from nanococonut.data.tasks import TASKS
@@ -54,6 +54,10 @@ class Table1Config:
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def method_list(self) -> list[str]:
+        return [m for m in self.methods.split(",") if m]
 
     @property
     def files(self) -> list[str]:
@@ -91,13 +95,10 @@ def pairs(text: str | None) -> dict[str, str]:
 
 def check_config(config: Table1Config) -> None:
     """Raise UserError for what can be known to fail before any run."""
-    methods = [m for m in config.methods.split(",") if m]
-    if not methods:
+    if not config.method_list:
         raise UserError("--methods names none.\nGive some, with commas, or leave it out.")
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise UserError(
-            f"--methods: {unknown[0]!r} is not known.\nChoose from: {', '.join(METHODS)}."
-        )
+    if unknown := [m for m in config.method_list if m not in METHODS]:
+        raise UserError(f"--methods: {unknown[0]!r} is not one of {', '.join(METHODS)}.")
     names = [Path(f).name for f in config.files]
     if len(set(names)) < len(names) or not all(Path(f).is_file() for f in config.files):
         raise UserError(f"--data {config.data}: expected files that exist, with different names.")
@@ -107,15 +108,10 @@ def check_config(config: Table1Config) -> None:
             "Choose another --preset or --task."
         )
     if not (TASKS[config.task].splits or names):
-        raise UserError(
-            f"{config.task} has no generated examples.\nGive --data FILE to evaluate on."
-        )
+        raise UserError(f"{config.task} has no generated examples.\nGive --data FILE.")
     key, _, values = (config.sweep or "").partition("=")
     if ours := {key, *pairs(config.set)} & OURS:
-        raise UserError(
-            f"--sweep and --set cannot change {min(ours)!r}.\nSee --methods, --seeds, --device and "
-            "--runs."
-        )
+        raise UserError(f"--sweep and --set cannot change {min(ours)!r}.\nSee --help.")
     if config.sweep and not (key and all(values.split(","))):
         raise UserError(f"--sweep {config.sweep} has no values.\nWrite c_thought=0,1,2.")
 
@@ -127,9 +123,8 @@ def plan_runs(config: Table1Config) -> list[Run]:
     fixed |= {"fallback": "None"} if config.preset == "gpt2" else {}
     key, _, values = (config.sweep or "").partition("=")
     swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
-    methods = [m for m in config.methods.split(",") if m]
     runs = []
-    for seed, method, one in itertools.product(range(config.seeds), methods, swept):
+    for seed, method, one in itertools.product(range(config.seeds), config.method_list, swept):
         setting = ",".join(filter(None, (config.set, one)))
         name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
         run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name
@@ -151,40 +146,32 @@ def start(run: Run) -> None:
         run.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def evaluate(run: Run, config: Table1Config) -> None:
+def evaluate_run(run: Run, config: Table1Config) -> None:
     """Append one result for each split that has none yet."""
-    done = {
-        (r["labels"]["task"], r["labels"]["preset"], r["labels"]["method"],
-         r["labels"]["setting"], r["detail"]["trained"]["seed"], r["labels"]["data"]):
-        r["shape"]["examples"]
-        for r in read_results(Path(config.out))
-    }  # fmt: skip
+    own = {"task": config.task, "preset": config.preset, "method": run.method}
+    own |= {"setting": run.setting}
+    rows = select(read_results(Path(config.out)), **own)
+    done = {r["labels"]["data"]: r for r in rows if r["detail"]["trained"]["seed"] == run.seed}
     for split in [*TASKS[config.task].splits, *config.files]:
-        key = (config.task, config.preset, run.method, run.setting, run.seed, Path(split).name)
-        if key in done:
-            if split in TASKS[config.task].splits and done[key] != config.n:
+        if row := done.get(Path(split).name):
+            n = row["shape"]["examples"]
+            if split in TASKS[config.task].splits and n != config.n:
                 raise UserError(
-                    f"{config.out} has {run.run_dir.name} on {split} with {done[key]} examples, "
-                    f"not --n {config.n}.\nGive another --out: all cells of a table have as many."
+                    f"{config.out} has {run.run_dir.name} on {split} with {n} examples, not --n "
+                    f"{config.n}.\nGive another --out: all cells of a table have as many."
                 )
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "accuracy.jsonl"
-            command = [sys.executable, str(ROOT / "bench/accuracy.py"), f"--out={out}"]
-            command += [f"--checkpoint={run.run_dir}", f"--data={split}", f"--n={config.n}"]
-            # one limit for all cells, whatever a run's own: some written chains never end
-            command += [f"--device={config.device}", "--max_new_tokens=128"]
-            process = subprocess.run(command, capture_output=True, text=True)
-            if process.returncode:
-                raise UserError(
-                    f"{run.run_dir.name} could not be evaluated on {split}: "
-                    f"{process.stderr.strip()[-300:]}"
-                )
-            [row] = read_results(out)
-        row["labels"] |= {"preset": config.preset, "setting": run.setting}
+        print(f"evaluating {run.run_dir.name} on {split}", flush=True)
+        # one limit for all cells, whatever a run's own: some written chains never end
+        options = dict(n=config.n, device=config.device, max_new_tokens=128)
+        try:
+            accuracy = AccuracyConfig(checkpoint=str(run.run_dir), data=split, **options)
+            [row] = evaluate(accuracy).rows
+        except UserError as e:
+            raise UserError(f"{run.run_dir.name} on {split}: {e}") from None
+        row["labels"] |= own
         row["command"] = command_line(config, "bench/table1.py")
         checkpoint.append_row(Path(config.out), row)
-        print(f"{run.run_dir.name} on {Path(split).name}: {row['value']:.1%}", flush=True)
 
 
 def finish(run: Run, config: Table1Config) -> None:
@@ -197,7 +184,7 @@ def finish(run: Run, config: Table1Config) -> None:
             f"The other runs are kept; see {run.run_dir}/train.log, then give the same command."
         )
     run.done.touch()
-    evaluate(run, config)
+    evaluate_run(run, config)
 
 
 def train_all(waiting: list[Run], config: Table1Config) -> list[str]:
@@ -253,7 +240,7 @@ def main() -> None:
     # ---- evaluate what is trained, train the rest
     for run in runs:
         if run.done.exists():
-            evaluate(run, config)
+            evaluate_run(run, config)
     errors = train_all([run for run in runs if not run.done.exists()], config)
 
     # ---- the table

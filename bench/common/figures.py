@@ -4,7 +4,7 @@ Colours are Okabe and Ito's, which everybody can tell apart; lines also differ i
 """
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.common.tables import Run, select
 from nanococonut.curriculum import METHODS
 
 BLUE, RED, GREEN, GREY = "#0072B2 #D55E00 #009E73 #7F7F7F".split()
-PATHS = {  # path -> name, colour, marker
-    "thoughts": ("6 thoughts", BLUE, "o"),
-    "chain": ("written chain", RED, "s"),
-    "direct": ("direct answer", GREEN, "^"),
-}
+PATHS = {"thoughts": BLUE, "chain": RED, "direct": GREEN}
+NAMES = {"thoughts": "6 thoughts", "chain": "written chain", "direct": "direct answer"}
 Rows = Sequence[dict[str, Any]]
 
 plt.rcParams.update(
@@ -39,23 +34,6 @@ def _save(figure: Figure, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _log(axis: Any, ticks: Iterable[float] = ()) -> None:
-    """Label a logarithmic axis in plain numbers: these ticks, or 1, 2, 5, 10, ..."""
-    low, high = axis.get_view_interval()
-    if ticks:
-        axis.set_major_locator(FixedLocator(sorted(ticks)))
-    else:
-        axis.set_major_locator(MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
-
-
-def _legend(axes: Axes) -> None:
-    """Put the legend above the axes, where it hides nothing."""
-    n = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=n)
-
-
 def answers(run: Run, path: Path) -> None:
     """Draw the time of whole answers, split into the question (prefill) and the rest."""
     tasks = run.tasks()
@@ -64,40 +42,20 @@ def answers(run: Run, path: Path) -> None:
     longest = max(times)
     scale, unit = (1, "ms") if longest < 2000 else (1e-3, "seconds")
     for i, task in enumerate(tasks):
-        for j, (kind, (name, colour, _)) in enumerate(PATHS.items()):
+        for j, (kind, colour) in enumerate(PATHS.items()):
             whole = scale * run.value("answer", task=task, path=kind)
             rest = scale * run.value("answer_after_prefill", task=task, path=kind)
             y = i + (j - 1) * 0.27
             axes.barh(y, whole - rest, 0.24, color="0.8", label=None if i or j else "question")
-            axes.barh(y, rest, 0.24, left=whole - rest, color=colour, label=None if i else name)
+            name = None if i else NAMES[kind]
+            axes.barh(y, rest, 0.24, left=whole - rest, color=colour, label=name)
             axes.text(whole + 0.01 * scale * longest, y, f"{whole:,.3g}", va="center", fontsize=8)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * scale * longest)
     axes.set_xlabel(f"{unit} an answer, batch 1")
-    _legend(axes)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4)  # hides nothing
     _save(figure, f"whole answers, {run.title}", path)
-
-
-def throughput(run: Run, path: Path) -> None:
-    """Draw questions per second against batch size."""
-    figure, axes = plt.subplots(figsize=(8, 3.6))
-    ticks: set[int] = set()
-    for kind, (name, colour, marker) in PATHS.items():
-        rows = select(run.rows, path=kind)
-        batches = [row["shape"]["batch"] for row in rows]
-        ticks |= set(batches)
-        values = [row["value"] for row in rows]
-        axes.plot(batches, values, marker + "-", color=colour, label=name)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _log(axes.xaxis, ticks)
-    _log(axes.yaxis)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("questions per second")
-    axes.grid(axis="y", color="0.9")
-    axes.legend()
-    _save(figure, f"{run.rows[0]['labels']['task']} throughput, {run.title}", path)
 
 
 def curve(row: dict[str, Any], path: Path) -> None:

@@ -47,41 +47,32 @@ UNKNOWN = "unknown"  # command and date of old rows
 
 def validate_row(row: Mapping[str, Any]) -> None:
     """Raise UserError if a row does not follow the schema."""
-    reason = _reason(row)
-    if reason:
-        raise UserError(f"not a valid result: {reason}.\nbench/common/results.py has the schema.")
 
+    def require(holds: bool, reason: str) -> None:
+        if not holds:
+            advice = "bench/common/results.py has the schema."
+            raise UserError(f"not a valid result: {reason}.\n{advice}")
 
-def _reason(row: Mapping[str, Any]) -> str | None:
-    if row.keys() != FIELDS.keys():
-        return f"missing or unknown fields: {', '.join(sorted(row.keys() ^ FIELDS.keys()))}"
+    different = ", ".join(sorted(row.keys() ^ FIELDS.keys()))
+    require(not different, f"missing or unknown fields: {different}")
     for name, kind in FIELDS.items():
-        kinds = (int, float) if kind is float else kind
-        if not isinstance(row[name], kinds) or isinstance(row[name], bool):
-            return f"{name} is {row[name]!r}"
-        if row[name] == "":
-            return f"{name} is empty"
-    if row["unit"] not in UNITS:
-        return f"unit is {row['unit']!r}, expected one of {', '.join(UNITS)}"
-    if (row["unit"] == "x") != ("relative_to" in row["labels"]):
-        return "a ratio has unit x and labels.relative_to"
-    if not (math.isfinite(row["value"]) and row["value"] >= 0):
-        return f"value is {row['value']}"
-    if not all(type(n) is int for n in row["shape"].values()):
-        return f"shape is {row['shape']}, expected whole numbers"
-    if not all(isinstance(text, str) for text in row["labels"].values()):
-        return f"labels are {row['labels']}, expected text"
-    if tuple(row["spread"]) not in SPREADS:
-        return f"spread is {row['spread']}, expected p10 and p90, or ci_low and ci_high"
-    low, high = list(row["spread"].values()) or [row["value"]] * 2
-    if not low <= row["value"] <= high:
-        return f"value {row['value']} is not between {low} and {high}"
-    if row["repeats"] < 1 or "torch" not in row["versions"]:
-        return f"repeats={row['repeats']}, versions={row['versions']}"
-    date = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
-    if row["date"] != UNKNOWN and not re.fullmatch(date, row["date"]):
-        return f"date is {row['date']!r}"
-    return None
+        is_typed = isinstance(row[name], (int, float) if kind is float else kind)
+        require(is_typed and not isinstance(row[name], bool), f"{name} is {row[name]!r}")
+        require(row[name] != "", f"{name} is empty")
+    value, labels, shape, spread = (row[k] for k in ("value", "labels", "shape", "spread"))
+    require(row["unit"] in UNITS, f"unit is {row['unit']!r}, expected one of {', '.join(UNITS)}")
+    is_ratio = row["unit"] == "x"
+    require(is_ratio == ("relative_to" in labels), "a ratio has unit x and labels.relative_to")
+    require(math.isfinite(value) and value >= 0, f"value is {value}")
+    require(all(type(n) is int for n in shape.values()), f"{shape}: expected whole numbers")
+    require(all(type(text) is str for text in labels.values()), f"{labels}: expected text")
+    require(tuple(spread) in SPREADS, f"{spread}: expected p10 and p90, or ci_low and ci_high")
+    low, high = list(spread.values()) or [value] * 2
+    require(low <= value <= high, f"value {value} is not between {low} and {high}")
+    require(row["repeats"] >= 1, f"repeats={row['repeats']}")
+    require("torch" in row["versions"], f"versions={row['versions']}")
+    date = r"unknown|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    require(bool(re.fullmatch(date, row["date"])), f"date is {row['date']!r}")
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,8 +1,10 @@
 """Markdown tables of committed rows. Used by plot.py and table1.py; nothing is measured here."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.common.results import fmt
@@ -11,40 +13,9 @@ from nanococonut.curriculum import METHODS
 Rows = Sequence[dict[str, Any]]
 
 
-# Table 1 of the paper (arXiv 2412.06769): accuracy in %, standard deviation, generated tokens
-PAPER: dict[str, dict[str, tuple[float, float | None, float]]] = {
-    "gsm8k": {
-        "CoT": (42.9, 0.2, 25.0),
-        "No-CoT": (16.5, 0.5, 2.2),
-        "iCoT": (30.0, None, 2.2),
-        "Pause token": (16.4, 1.8, 2.2),
-        "Coconut": (34.1, 1.5, 8.2),
-        "w/o curriculum": (14.4, 0.8, 8.2),
-        "w/o thought": (21.6, 0.5, 2.3),
-        "pause as thought": (24.1, 0.7, 2.2),
-    },
-    "prontoqa": {
-        "CoT": (98.8, 0.8, 92.5),
-        "No-CoT": (93.8, 0.7, 3.0),
-        "iCoT": (99.8, 0.3, 3.0),
-        "Pause token": (77.7, 21.0, 3.0),
-        "Coconut": (99.8, 0.2, 9.0),
-        "w/o curriculum": (52.4, 0.4, 9.0),
-        "w/o thought": (99.9, 0.1, 3.0),
-        "pause as thought": (100.0, 0.1, 3.0),
-    },
-    "prosqa": {
-        "CoT": (77.5, 1.9, 49.4),
-        "No-CoT": (76.7, 1.0, 8.2),
-        "iCoT": (98.2, 0.3, 8.2),
-        "Pause token": (75.9, 0.7, 8.2),
-        "Coconut": (97.0, 0.3, 14.2),
-        "w/o curriculum": (76.1, 0.2, 14.2),
-        "w/o thought": (95.5, 1.1, 8.2),
-        "pause as thought": (96.6, 0.8, 8.2),
-    },
-}
-
+# Table 1 of the paper (arXiv 2412.06769): task -> method -> accuracy in %, its standard deviation
+# or null, generated tokens
+PAPER = json.loads((Path(__file__).parent.parent / "results/paper_table1.json").read_text())
 _SHOWN = ("coconut", "cot", "no_cot", "pause_as_thought")  # in the README
 
 

@@ -41,9 +41,7 @@ TASK_LENGTHS = {
 class WorkloadOptions:
     """Options of every script that measures inference."""
 
-    checkpoint: str | None = option(
-        None, "a run or checkpoint, or random (None: newest in out/, else random GPT-2 124M)"
-    )
+    checkpoint: str = option("random", "a run or checkpoint, or random: a GPT-2 124M")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
@@ -102,21 +100,14 @@ class Workload:
 def load_model(options: WorkloadOptions, device: torch.device) -> Workload:
     """Load options.checkpoint, or make random weights, which are as fast as trained ones."""
     shape = {k: v for k in MODEL_SHAPE if (v := getattr(options, k)) is not None}
-    source = options.checkpoint
-    if source is None and not shape:
-        runs = [run for run in Path("out").glob("*") if checkpoint.list_checkpoints(run)]
-        newest = max(
-            runs, key=lambda r: checkpoint.list_checkpoints(r)[-1].stat().st_mtime, default=None
-        )
-        source = str(newest) if newest else None
-    if source in (None, "random"):
+    if options.checkpoint == "random":
         return random_weights(shape, device)
     if shape:
         raise UserError(f"--{next(iter(shape))} is for random weights.\nGive no --checkpoint.")
-    model, tokenizer, manifest = checkpoint.load(source, device)
-    name = f"{Path(source).resolve().name} (step {manifest['step']})"
-    special = {n: getattr(tokenizer, n) for n in ("eos", "bot", "eot", "latent")}
-    return Workload(model, name, **special)
+    model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
+    name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
+    special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
+    return Workload(model, name, *special)
 
 
 def random_weights(shape: dict[str, int], device: torch.device) -> Workload:

@@ -161,13 +161,12 @@ def write(path, rows):
 def test_every_picture_is_drawn(results):
     pytest.importorskip("matplotlib")
     assert plot.draw(results) == []
-    for name in ("latency", "throughput"):
-        write(results / f"{name}.jsonl", rows_of(name, "2026-01-02T00:00:00Z"))
+    write(results / "latency.jsonl", rows_of("latency", "2026-01-02T00:00:00Z"))
     for name in ("table1", "curves"):
         text = (ROOT / f"bench/results/{name}.jsonl").read_text()
         (results / f"{name}.jsonl").write_text(text)
     drawn = plot.draw(results)
-    names = "curve_prosqa_scratch methods answers_cpu throughput_cpu"
+    names = "curve_prosqa_scratch methods answers_cpu"
     assert [path.stem for path in drawn] == names.split()
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
@@ -177,14 +176,14 @@ def test_pictures_are_of_the_newest_large_run(results):
     for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (4, {"shape": {"parameters": 1000}})):
         rows = rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]
         write(results / "latency.jsonl", [row | own for row in rows])
-    [run] = plot.newest("latency").values()
+    [run] = plot.newest_large(read_results(results / "latency.jsonl")).values()
     assert run.rows[0]["date"] == "2026-01-03T00:00:00Z"
 
 
 def test_invalid_row_is_not_drawn(results):
     (results / "latency.jsonl").write_text('{"metric": "latent_step"}\n')
     with pytest.raises(UserError, match="not a valid result"):
-        plot.newest("latency")
+        plot.draw(results)
 
 
 def test_sections_are_put_between_their_marks(results):
