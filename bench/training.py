@@ -11,8 +11,8 @@ weights, examples, dropout, AdamW and threads, float32, whole batches; an error 
 compute the same. Our time includes making the batch; theirs does not, since their DataLoader makes
 it in another process.
 
-FLOP are counted (common/roofline.py). --out appends the results; the last line is JSON. If others
-compute on the same cores, set OMP_WAIT_POLICY=passive: threads that spin take each other's time.
+--out appends the results; the last line is JSON. If others compute on the same cores, set
+OMP_WAIT_POLICY=passive: threads that spin take each other's time.
 """
 
 import os
@@ -26,12 +26,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
 import torch
-from safetensors.torch import save_file
 
 from bench.common.results import ResultWriter
-from bench.common.roofline import step_flop
 from bench.common.train_backends import FinalStageBatches, TrainBackend, adamw_settings
-from bench.common.worker import Worker, as_gpt2, check_released, clone_commit
+from bench.common.worker import Worker, check_released, clone_commit, worker_setup
 from nanococonut.config import TrainConfig
 from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
 from nanococonut.runtime.device import keep_freed_memory
@@ -116,21 +114,11 @@ def start_released(config: StepConfig, ours: TrainBackend) -> tuple[Worker, dict
     with torch.no_grad():  # with initial weights, thoughts and positions hardly change the loss
         for p in ours.model.parameters():
             p.add_(torch.randn_like(p) * ours.recipe.n_embd**-0.5)
-    gpt2, weights = as_gpt2(ours.model, ours.recipe.dropout)
-    tokenizer = ours.batches.tokenizer
+    batches, recipe = ours.batches, ours.recipe
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_file(weights, path)
-        setup = {
-            "clone": str(Path(config.released).resolve()),
-            "weights": str(path),
-            "gpt2": gpt2,
-            "special": {n: getattr(tokenizer, n) for n in ("eos", "bot", "eot", "latent")},
-            "adamw": adamw_settings(ours.recipe),
-            "batches": ours.batches.as_released(),
-            "threads": torch.get_num_threads(),
-            "device": config.device,
-        }
+        setup = worker_setup(ours.model, batches.tokenizer, path, config.released, recipe.dropout)
+        setup |= {"adamw": adamw_settings(recipe), "batches": batches.as_released()}
         flag, needs = "--released_python", "torch and transformers 4.46.2"
         os.environ.update(MALLOC)
         worker = Worker("released_train.py", config.released_python, flag, needs)
@@ -181,11 +169,6 @@ def write_results(
         results.add("examples_per_s", name, rates, "examples/s", versions=versions)
         if name != OURS:
             results.add_ratio("step", name, times, seconds[OURS], OURS, versions=versions)
-    measured = range(WARMUP, len(ours.batches.batches))
-    gflop = [sum(step_flop(c, ours.batches.lengths(i))) / 1e9 for i in measured]
-    results.add("model_flop", OURS, gflop, "GFLOP")
-    rates = [f / s for f, s in zip(gflop, seconds[OURS], strict=True)]
-    results.add("flop_rate", OURS, rates, "GFLOP/s")
     return results
 
 

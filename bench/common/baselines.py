@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import save_file
 
-from bench.common.worker import Worker, as_gpt2, clone_commit
+from bench.common.worker import Worker, clone_commit, worker_setup
 from bench.common.workload import THOUGHTS, Workload
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -115,35 +114,17 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         needs, python = "torch and transformers 4.46.2", options.released_python
         workers["released"] = Worker("generate.py", python, "--released_python", needs)
     else:
-        missing["released"] = (
-            "git clone https://github.com/facebookresearch/coconut, a venv with torch and "
-            "transformers==4.46.2, then --released CLONE --released_python VENV/bin/python"
-        )
+        missing["released"] = "git clone https://github.com/facebookresearch/coconut, a venv with "
+        missing["released"] += "torch and transformers==4.46.2, then --released --released_python"
     python = sys.executable if importlib.util.find_spec("transformers") else None
     if python := options.transformers_python or python:
         needs = "torch and transformers 5"
         workers["transformers"] = Worker("generate.py", python, "--transformers_python", needs)
     else:
         missing["transformers"] = "pip install transformers, or --transformers_python PYTHON"
-    return providers + _set_up(workers, workload, options, missing), missing
-
-
-def _set_up(
-    workers: dict[str, Worker], workload: Workload, options: Any, missing: dict[str, str]
-) -> list[Provider]:
-    """Give every worker our weights. One that fails becomes missing."""
-    settings, weights = as_gpt2(workload.model)
-    setup = {
-        "gpt2": settings,
-        "special": {n: getattr(workload, n) for n in ("bot", "eot", "latent")},
-        "threads": torch.get_num_threads(),
-        "device": workload.device.type,
-    }
-    setup |= {"clone": str(Path(options.released).resolve())} if options.released else {}
-    providers: list[Provider] = []
     with tempfile.TemporaryDirectory() as folder:
-        setup["weights"] = str(Path(folder) / "model.safetensors")
-        save_file(weights, setup["weights"])
+        path = Path(folder) / "model.safetensors"
+        setup = worker_setup(workload.model, workload, path, options.released)
         for name, worker in workers.items():
             worker.send(setup | {"kind": name})
         for name, worker in workers.items():
@@ -156,7 +137,7 @@ def _set_up(
                 versions["coconut"] = clone_commit(options.released)
             max_batch = 1 if name == "released" else None
             providers.append(WorkerProvider(name, worker, versions, max_batch))
-    return providers
+    return providers, missing
 
 
 def drop_wrong(

@@ -1,18 +1,13 @@
-"""Bounds of speed: the bandwidth of memory, measured, and the FLOP of a training step, counted."""
+"""The bandwidth of memory, measured between what it is compared with."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from nanococonut.model import GPTConfig
-
 BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # more than fits into most caches
 WIDTH = 1024  # columns of the buffer as a matrix
-
-# tokens of one sequence: prefix, thoughts, suffix, supervised labels
-Lengths = tuple[int, int, int, int]
 
 
 class Bandwidth:
@@ -44,26 +39,6 @@ def best(measured: Sequence[dict[str, float]]) -> tuple[str, list[float]]:
     values = {name: [m[name] for m in measured] for name in measured[0]}
     name = max(values, key=lambda n: statistics.median(values[n]))
     return name, values[name]
-
-
-def step_flop(config: GPTConfig, sequences: Iterable[Lengths]) -> tuple[int, int]:
-    """Return the FLOP of a training step, (in matrix products, in attention).
-
-    Backward counts twice the forward. Counted is what Coconut cannot do without: no padding, no
-    recomputation, logits at labels only, and in the prefix's last layer only keys and values but
-    for the last token. Elementwise operations and the optimizer are not counted.
-    """
-    C, L = config.n_embd, config.n_layer
-    matmul = attention = 0
-    for prefix, thoughts, suffix, labels in sequences:
-        n_tokens = prefix + thoughts + suffix - 1  # nothing is read after the last label
-        idle = prefix - 1  # tokens without query and MLP in the last layer
-        weights = 12 * C * C * L * n_tokens - 10 * C * C * idle
-        weights += C * C * n_tokens if config.smear else 0
-        matmul += 2 * (weights + config.vocab_size * C * labels)
-        keys = L * n_tokens * (n_tokens + 1) // 2 - idle * (idle + 1) // 2  # summed over queries
-        attention += 4 * C * keys  # scores, and the sum of values
-    return 3 * matmul, 3 * attention
 
 
 def now(device: torch.device) -> float:

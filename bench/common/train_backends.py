@@ -54,10 +54,6 @@ class FinalStageBatches:
             made.append(train_step.prepare(collated, [True] * len(part), self.thoughts))
         return made, labels
 
-    def lengths(self, i: int) -> list[tuple[int, int, int, int]]:
-        """Return tokens of the prefix, thoughts, suffix and labels of batch i's sequences."""
-        return [(len(p), n, len(s), len(s) - skipped) for p, n, s, skipped in self.sequences[i]]
-
     def as_released(self) -> list[dict[str, list]]:
         """Return the batches as plain sequences: token ids, labels, position of the thoughts."""
         batches = []

@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import save_file
 
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
@@ -95,19 +96,25 @@ def clone_commit(clone: str) -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def as_gpt2(model: GPT, dropout: float = 0.0) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return settings for transformers' GPT2Config, and the weights of its `transformer`."""
+def worker_setup(
+    model: GPT, tokens: Any, path: Path, clone: str | None, dropout: float = 0.0
+) -> dict[str, Any]:
+    """Write our weights to `path`, as transformers' GPT-2 has them. Return what a worker needs to
+    build that model. tokens: has the ids eos, bot, eot and latent."""
     c = model.config
-    settings = {
-        "vocab_size": c.vocab_size,
-        "n_positions": c.block_size,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        "n_embd": c.n_embd,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
-    }
+    gpt2 = {k: getattr(c, k) for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    gpt2 |= {"n_positions": c.block_size}
+    gpt2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     weights = {  # its linear layers are stored transposed
         name: p.t().contiguous() if name.startswith("h.") and p.dim() == 2 else p.contiguous()
         for name, p in model.state_dict().items()
     }
-    return settings, weights
+    save_file(weights, path)
+    return {
+        "gpt2": gpt2,
+        "weights": str(path),
+        "special": {name: getattr(tokens, name) for name in ("eos", "bot", "eot", "latent")},
+        "threads": torch.get_num_threads(),
+        "device": model.wte.weight.device.type,
+        "clone": str(Path(clone).resolve()) if clone else None,
+    }
