@@ -178,7 +178,9 @@ class ResultWriter:
         self.rows.append({name: row[name] for name in FIELDS})
         if self.path:
             checkpoint.append_row(self.path, self.rows[-1])
-        text = [metric, *(labels or {}).values(), *(f"{k} {n}" for k, n in shape.items())]
+        text = [metric, *(labels or {}).values()]
+        text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
+        text += [f"{name} {n}" for name, n in shape.items()]
         ends = " .. ".join(fmt(v) for v in row["spread"].values())
         line = f"{fmt(median):>8} {unit:<11} {provider:<20} {', '.join(text)}"
         print(f"{line} ({ends})" if ends else line)

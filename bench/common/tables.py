@@ -175,14 +175,16 @@ def latency(rows: Rows) -> str:
     """Return three tables for each machine: whole answers, single steps, other providers."""
     texts = []
     for run in newest_runs(rows, "latency"):
-        texts.append(f"{run.title}, commit {run.rows[0]['commit']}; ms, one row:")
+        texts.append(f"{run.title}, commit {run.rows[0]['commit']}; ms, batch 1:")
         texts += [_answers(run), _steps(run)]
         texts += [_others(run)] if run.ratios() else []
     return "\n\n".join(texts) or "Not run."
 
 
 def _answers(run: Run) -> str:
-    lines = [("answer", "6 thoughts", "written chain", "direct", "chain / thoughts", "no prefill")]
+    lines = [
+        ("answer", "6 thoughts", "written chain", "direct", "chain / thoughts", "after prefill")
+    ]
     for task in run.tasks():
         times = [run.value("answer", task=task, path=p) for p in ("thoughts", "chain", "direct")]
         chain = {"task": task, "path": "chain", "relative_to": "thoughts"}
@@ -192,7 +194,7 @@ def _answers(run: Run) -> str:
 
 
 def _steps(run: Run) -> str:
-    header = "batch|context|a thought|its floor|a word|its floor|word / thought|of their bytes"
+    header = "batch|context|thought|roofline|token|roofline|token / thought|of their bytes"
     lines = [header.split("|")]
     for batch, context in run.points():
         where = {"batch": batch, "context": context}
@@ -208,9 +210,8 @@ def _steps(run: Run) -> str:
 
 
 def _others(run: Run) -> str:
-    metrics = {"latent_step": "a thought", "token_step": "a further word"}
-    metrics["answer"] = "a ProsQA answer"
-    lines = [("times as long as ours (transformers)", *metrics.values())]
+    metrics = {"latent_step": "thought", "token_step": "token", "answer": "ProsQA answer"}
+    lines = [("time relative to ours (transformers version)", *metrics.values())]
     for provider, ratios in run.ratios().items():
         cells = [f"{ratios[m]:.2g}x" if m in ratios else "not run" for m in metrics]
         versions = next(r["versions"] for r in run.rows if r["provider"] == provider)
