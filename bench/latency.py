@@ -46,7 +46,6 @@ from nanococonut.runtime.errors import UserError, run_main
 
 STEP_TOKENS = 9  # generated where single steps are measured: 8 token steps
 BATCHES = {"cpu": "1,8", "cuda": "1,8,64,256"}
-MAIN_CONTEXT = 400  # measured first
 OURS = "nanococonut"
 
 
@@ -132,7 +131,7 @@ class Case:
 
 
 def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> list[Case]:
-    """Return everything to measure, the most important first."""
+    """Return everything to measure."""
     tasks = [t for t in TASK_LENGTHS if t in config.tasks.split(",")]
     batches = config.numbers("batches", BATCHES["cuda" if on_gpu else "cpu"])
     contexts = config.numbers("contexts")
@@ -149,16 +148,9 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
         requests = [Request(p, "thoughts", STEP_TOKENS) for p in (providers[0], *others)]
         return Case("", batch, context, requests)
 
-    by_distance = sorted(contexts, key=lambda c: abs(c - MAIN_CONTEXT))
-    single = [steps(1, c) for c in by_distance] if 1 in batches else []
-    swept = sorted((b * c, b, c) for b in batches for c in contexts if b > 1)
-    return [
-        *single[:1],
-        *(answers(task, providers) for task in tasks[:1]),
-        *single[1:],
-        *(answers(task, providers[:1]) for task in tasks[1:]),
-        *(steps(b, c) for _, b, c in swept),
-    ]
+    shapes = sorted((b * c, b, c) for b in batches for c in contexts)
+    others = [answers(task, providers[:1]) for task in tasks[1:]]
+    return [answers(t, providers) for t in tasks[:1]] + [steps(b, c) for _, b, c in shapes] + others
 
 
 def unfit(case: Case, workload: Workload) -> str | None:

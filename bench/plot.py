@@ -121,18 +121,6 @@ def curve_of(run: str) -> dict[str, Any]:
     }
 
 
-def newest_large(rows: list[dict[str, Any]]) -> dict[str, tables.Run]:
-    """Return kind of device -> its newest latency run of a model of GPT-2's size."""
-    runs: dict[str, tables.Run] = {}
-    for run in tables.newest_runs(rows, "latency"):
-        row = run.rows[0]
-        device = "cpu" if row["device"].startswith("CPU") else row["device"].replace(" ", "_")
-        is_newer = device not in runs or row["date"] > runs[device].rows[0]["date"]
-        if row["shape"]["parameters"] >= GPT2 and is_newer:
-            runs[device] = run
-    return runs
-
-
 def draw(docs: Path) -> list[Path]:
     """Draw every picture that has rows and return their paths."""
     from bench.common import figures  # matplotlib, which nothing else needs
@@ -142,8 +130,12 @@ def draw(docs: Path) -> list[Path]:
         pictures[f"curve_{row['name']}"] = figures.curve, row
     if accuracy := read_results(RESULTS / "table1.jsonl"):
         pictures["methods"] = figures.methods, accuracy
-    for device, run in newest_large(read_results(RESULTS / "latency.jsonl")).items():
-        pictures[f"answers_{device}"] = figures.answers, run
+    runs = tables.newest_runs(read_results(RESULTS / "latency.jsonl"), "latency")
+    for run in sorted(runs, key=lambda run: run.rows[0]["date"]):  # the newest of a device is last
+        device, shape = run.rows[0]["device"], run.rows[0]["shape"]
+        name = "cpu" if device.startswith("CPU") else device.replace(" ", "_")
+        if shape["parameters"] >= GPT2:
+            pictures[f"answers_{name}"] = figures.answers, run
     for name, (function, what) in pictures.items():
         function(what, docs / f"{name}.png")
     return [docs / f"{name}.png" for name in pictures]

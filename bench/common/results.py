@@ -6,13 +6,13 @@ import math
 import platform
 import re
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 from nanococonut.runtime.errors import UserError
@@ -73,14 +73,6 @@ def validate_row(row: Mapping[str, Any]) -> None:
     require("torch" in row["versions"], f"versions={row['versions']}")
     date = r"unknown|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
     require(bool(re.fullmatch(date, row["date"])), f"date is {row['date']!r}")
-
-
-def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return p10, p50 and p90, interpolated as numpy does."""
-    if len(values) == 1:
-        return (values[0],) * 3
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[0], cuts[4], cuts[8]
 
 
 def fmt(value: float) -> str:
@@ -161,7 +153,7 @@ class ResultWriter:
         spread    instead of p10 and p90 of the values; {} for a derived value
         versions  of another process, if that was measured
         """
-        low, median, high = (float(f"{v:.5g}") for v in quantiles(values))
+        low, median, high = (float(f"{v:.5g}") for v in np.percentile(values, (10, 50, 90)))
         row = self.common | {
             "metric": metric,
             "provider": provider,

@@ -138,10 +138,9 @@ def catch_oom(device: torch.device) -> Iterator[list[bool]]:
     failed: list[bool] = []
     try:
         yield failed
-    except (torch.OutOfMemoryError, MemoryError):
-        failed.append(True)
-    except RuntimeError as e:  # the CPU's allocator raises no type of its own
-        if "can't allocate memory" not in str(e):
+    except (MemoryError, RuntimeError) as e:  # the CPU's allocator raises no type of its own
+        known = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(e):
             raise
         failed.append(True)
     if failed and device.type == "cuda":

@@ -172,12 +172,15 @@ def test_every_picture_is_drawn(results):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-def test_pictures_are_of_the_newest_large_run(results):
+def test_pictures_are_of_the_newest_large_run(results, monkeypatch):
+    figures = pytest.importorskip("bench.common.figures")
+    drawn = []
+    monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run.rows[0]["date"]))
     for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (4, {"shape": {"parameters": 1000}})):
         rows = rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]
         write(results / "latency.jsonl", [row | own for row in rows])
-    [run] = plot.newest_large(read_results(results / "latency.jsonl")).values()
-    assert run.rows[0]["date"] == "2026-01-03T00:00:00Z"
+    assert [path.name for path in plot.draw(results)] == ["answers_cpu.png"]
+    assert drawn == ["2026-01-03T00:00:00Z"]
 
 
 def test_invalid_row_is_not_drawn(results):
