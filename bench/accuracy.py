@@ -4,11 +4,10 @@
     python bench/accuracy.py --checkpoint out/RUN --data prosqa_matched
     python bench/accuracy.py --checkpoint out/RUN --data prosqa_balanced --sweep
 
-Answers are generated greedily, in batches. The number of thoughts is the checkpoint's own (its
-manifest), or --latent; --sweep evaluates with 0, 1, ... up to it. Generated splits have graphs of
-the size that the checkpoint was trained on (nanococonut/data/prosqa.py, split). ProsQA's generated
-texts are also sorted into the paper's categories (nanococonut/data/paths.py). --out appends one
-result for each number of thoughts; the last line is JSON.
+Answers are generated greedily. The number of thoughts is the checkpoint's own, or --latent; --sweep
+evaluates with 0, 1, ... up to it. Generated splits have graphs of the size that the checkpoint was
+trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/categories.py).
+--out appends a result for each number of thoughts; the last line is JSON.
 """
 
 import sys

@@ -1,13 +1,11 @@
 """Time each Triton kernel of kernels/ against plain torch and its roofline.
 
     python bench/kernels.py                    on a GPU: GPT-2 124M's sizes, batch 1, 8, 64, 256
-    python bench/kernels.py --compile          also against torch.compile, which takes minutes
     python bench/kernels.py --check            anywhere: only compare numbers, at a tiny size
 
 A time is that of one call in a CUDA graph of REPEATS calls, over copies of the arguments that do
-not fit into the L2 cache together, as when a step comes back to a layer. The roofline is what has
-to be read and written once, at the bandwidth measured in the same run. Kernels that training uses
-are timed with their backward. --out appends results at once; the last line is JSON.
+not fit into the L2 cache together. Kernels of training are timed with their backward. The roofline
+is what has to be read and written once, at the bandwidth measured in the same run.
 """
 
 import os
@@ -39,7 +37,6 @@ CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 @dataclass(frozen=True)
 class KernelsConfig:
     check: bool = option(False, "only compare the numbers, at a tiny size, on Triton's interpreter")
-    compile: bool = option(False, "time torch.compile too: about 30 cold compilations")
     batches: str = option("1,8,64,256", "batch sizes, with commas")
     context: int = option(400, "keys that a step attends to", ge=1)
     n_embd: int = option(768, "width", ge=16)
@@ -253,9 +250,6 @@ def time_cases(config: KernelsConfig, results: ResultWriter) -> None:
     for batch in map(int, config.batches.split(",")):
         for case in requested(config, batch, "cuda", dtype):
             providers = {"triton": case.impl, "torch": case.reference}
-            if config.compile:
-                torch._dynamo.reset()
-                providers["torch.compile"] = torch.compile(case.reference, dynamic=False)
             labels = {"kernel": case.name}
             for provider, fn in providers.items():
                 times = time_in_graph(case, fn)

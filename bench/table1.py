@@ -6,8 +6,7 @@
     python bench/table1.py --methods coconut --sweep c_thought=0,1,2 --set final_thoughts=None
 
 Each run is its own train.py, with the same data, steps and rates. Stopped at any moment, the same
-command continues. --out holds one result for each run and split; a Markdown table (mean ± standard
-deviation over seeds) is printed and written next to it.
+command continues. --out holds a result for each run and split; a Markdown table is next to it.
 """
 
 import itertools
@@ -97,16 +96,11 @@ def check_config(config: Table1Config) -> None:
     """Raise UserError for what can be known to fail before any run."""
     if not config.method_list:
         raise UserError("--methods names none.\nGive some, with commas, or leave it out.")
-    if unknown := [m for m in config.method_list if m not in METHODS]:
-        raise UserError(f"--methods: {unknown[0]!r} is not one of {', '.join(METHODS)}.")
     names = [Path(f).name for f in config.files]
     if len(set(names)) < len(names) or not all(Path(f).is_file() for f in config.files):
         raise UserError(f"--data {config.data}: expected files that exist, with different names.")
     if not config.recipe.is_file():
-        raise UserError(
-            f"there is no {config.preset} preset for {config.task} (config/{config.recipe.name}).\n"
-            "Choose another --preset or --task."
-        )
+        raise UserError(f"{config.task} has no {config.preset} preset.\nSee the folder config/.")
     if not (TASKS[config.task].splits or names):
         raise UserError(f"{config.task} has no generated examples.\nGive --data FILE.")
     key, _, values = (config.sweep or "").partition("=")
@@ -176,8 +170,7 @@ def evaluate_run(run: Run, config: Table1Config) -> None:
 
 def finish(run: Run, config: Table1Config) -> None:
     """Evaluate a run whose process has ended. Raise UserError if it failed."""
-    code = run.process.returncode
-    if code:
+    if code := run.process.returncode:
         log = (run.run_dir / "train.log").read_text().strip().splitlines()
         raise UserError(
             f"{run.run_dir.name} ended with code {code}: {' '.join(log[-2:])}\n"

@@ -3,9 +3,8 @@
     python bench/throughput.py                         ProsQA's lengths, batch 1, 2, 4, ...
     python bench/throughput.py --task=gsm8k
 
-Batches double until memory ends, or until two in a row were no faster. The model is chosen as in
-bench/latency.py; the three paths take turns. Lengths are those of bench/common/workload.py, with
-the prefill; no sequence ends early. --out appends results after every batch; the last line is JSON.
+Batches double until memory ends, or until two in a row were no faster. The three paths take turns;
+no sequence ends early. --out appends results after every batch; the last line is JSON.
 """
 
 import statistics

@@ -4,12 +4,10 @@
     python bench/training.py --released CLONE --released_python VENV/bin/python
     python bench/training.py --context=400 --latent=3     how cost grows, a call for each
 
-The step is train.py's in the final stage: no written steps, --latent thoughts in every sequence,
-one forward pass for each micro-batch. The released code (a clone of facebookresearch/coconut, in
-its own process) takes turns with it, in random order, so that only one computes at a time: same
-weights, examples, dropout, AdamW and threads, float32, whole batches; an error if it does not
-compute the same. Our time includes making the batch; theirs does not, since their DataLoader makes
-it in another process.
+The step is train.py's in the final stage: no written steps, --latent thoughts in every sequence.
+The released code (a clone of facebookresearch/coconut, in its own process) takes turns with it:
+same weights, examples, dropout, AdamW and threads, float32, whole batches; an error if it does not
+compute the same. Only our time includes making the batch: their DataLoader has its own process.
 
 --out appends the results; the last line is JSON. If others compute on the same cores, set
 OMP_WAIT_POLICY=passive: threads that spin take each other's time.
@@ -119,11 +117,12 @@ def start_released(config: StepConfig, ours: TrainBackend) -> tuple[Worker, dict
         path = Path(folder) / "model.safetensors"
         setup = worker_setup(ours.model, batches.tokenizer, path, config.released, recipe.dropout)
         setup |= {"adamw": adamw_settings(recipe), "batches": batches.as_released()}
+        setup |= {"kind": "released_train"}
         flag, needs = "--released_python", "torch and transformers 4.46.2"
         os.environ.update(MALLOC)
-        worker = Worker("released_train.py", config.released_python, flag, needs)
+        worker = Worker("released_train", config.released_python, flag, needs)
         about = worker.request(setup)
-    mine, theirs = ours.check(), worker.request("check")
+    mine, theirs = ours.check(), worker.request({})
     for name in mine:
         if not abs(mine[name] - theirs[name]) <= TOLERANCE * abs(theirs[name]):
             worker.close()
@@ -190,9 +189,9 @@ def main() -> None:
     providers, about = {OURS: ours.step}, {}
     if config.released:
         worker, about = start_released(config, ours)
-        providers["released"] = worker.request
+        providers["released"] = lambda i: worker.request({"i": i})
         for i in range(WARMUP):
-            memory["released"] = worker.request(i)["memory_mib"]
+            memory["released"] = providers["released"](i)["memory_mib"]
 
     # ---- steps in turns
     seconds: dict[str, list[float]] = {name: [] for name in providers}

@@ -1,5 +1,4 @@
-"""Providers of bench/latency.py: our engine, and what a user would take instead of it, with the
-same weights and prompts. Each is checked to generate the same tokens before anything is timed."""
+"""Providers of bench/latency.py: our engine, and what a user would take instead of it."""
 
 import importlib.util
 import sys
@@ -71,12 +70,8 @@ class WorkerProvider:
     def generate(
         self, prompts: Prompts, n_thoughts: int, forced_tokens: list[int], n_tokens: int
     ) -> Timing:
-        request = dict(prompts=prompts, n_thoughts=n_thoughts)
-        request |= dict(forced_tokens=forced_tokens, n_tokens=n_tokens)
-        reply = self.worker.request(request)
-        if "out_of_memory" in reply:
-            raise torch.OutOfMemoryError(f"{self.name} ran out of memory")
-        return reply
+        request = {"prompts": prompts, "n_thoughts": n_thoughts}
+        return self.worker.request(request | {"forced_tokens": forced_tokens, "n_tokens": n_tokens})
 
     def cast(self, dtype: torch.dtype) -> None:
         self.worker.request({"dtype": str(dtype).removeprefix("torch.")})
@@ -108,26 +103,22 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         why = "runs plain GPT-2s only" if options.peers else "not requested"
         return providers, missing | dict.fromkeys(("released", "transformers"), why)
 
-    # each takes seconds to import its packages, so they start side by side
-    workers = {}
-    if options.released:
-        needs, python = "torch and transformers 4.46.2", options.released_python
-        workers["released"] = Worker("generate.py", python, "--released_python", needs)
-    else:
-        missing["released"] = "git clone https://github.com/facebookresearch/coconut, a venv with "
-        missing["released"] += "torch and transformers==4.46.2, then --released --released_python"
-    python = sys.executable if importlib.util.find_spec("transformers") else None
-    if python := options.transformers_python or python:
-        needs = "torch and transformers 5"
-        workers["transformers"] = Worker("generate.py", python, "--transformers_python", needs)
-    else:
-        missing["transformers"] = "pip install transformers, or --transformers_python PYTHON"
+    here = sys.executable if importlib.util.find_spec("transformers") else None
+    others = {  # name -> Python, the option that names it, what it needs, largest batch
+        "released": (options.released_python, "--released_python", "transformers 4.46.2", 1),
+        "transformers": (
+            options.transformers_python or here, "--transformers_python", "transformers 5", None
+        ),
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         setup = worker_setup(workload.model, workload, path, options.released)
-        for name, worker in workers.items():
+        for name, (python, flag, needs, max_batch) in others.items():
+            if python is None:
+                missing[name] = f"give {flag} a Python that has torch and {needs}"
+                continue
+            worker = Worker(name, python, flag, f"torch and {needs}")
             worker.send(setup | {"kind": name})
-        for name, worker in workers.items():
             try:
                 versions = worker.receive()["versions"]
             except UserError as e:
@@ -135,7 +126,6 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
                 continue
             if name == "released":
                 versions["coconut"] = clone_commit(options.released)
-            max_batch = 1 if name == "released" else None
             providers.append(WorkerProvider(name, worker, versions, max_batch))
     return providers, missing
 

@@ -1,4 +1,4 @@
-"""Another Python process that answers JSON lines, and our weights in transformers' form."""
+"""workers/serve.py under another Python, and our weights in transformers' form."""
 
 import json
 import os
@@ -14,25 +14,24 @@ from safetensors.torch import save_file
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
-WORKERS = Path(__file__).parent.parent / "workers"
+SERVE = Path(__file__).parent.parent / "workers/serve.py"
 
 
 class Worker:
-    """A script of bench/workers/ under its own Python. It reads requests from stdin, a line each.
+    """A process that answers requests, a JSON line each. Raises UserError if it ends early.
 
-    python, flag: that Python, and the option that named it. needs: packages it must have. Raises
-    UserError if it cannot run, or ends early.
+    python, flag: its Python, and the option that named it. needs: packages it must have.
     """
 
-    def __init__(self, script: str, python: str, flag: str, needs: str) -> None:
-        self.flag, self.needs = flag, needs
+    def __init__(self, name: str, python: str, flag: str, needs: str) -> None:
+        self.name, self.flag, self.needs = name, flag, needs
         # absolute, since it starts elsewhere; not resolved, since a venv's link would leave it
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         try:
             self.process = subprocess.Popen(
-                [python, "-I", str(WORKERS / script)],  # -I: nothing of ours on its path
+                [python, "-I", str(SERVE)],  # -I: nothing of ours on its path
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
@@ -57,15 +56,18 @@ class Worker:
 
     def receive(self) -> Any:
         try:
-            return json.loads(self.process.stdout.readline())
+            reply = json.loads(self.process.stdout.readline())
         except ValueError:  # it has ended, or does not write JSON
             self.close()
             self.stderr.seek(0)
             text = self.stderr.read().strip() or "no error message (out of memory?)"
             raise UserError(
-                f"worker {Path(self.process.args[-1]).stem} ended: {text.splitlines()[-1][:200]}\n"
+                f"worker {self.name} ended: {text.splitlines()[-1][:200]}\n"
                 f"{self.flag} has to be a Python with {self.needs}."
             ) from None
+        if "out_of_memory" in reply:
+            raise torch.OutOfMemoryError(f"worker {self.name} ran out of memory")
+        return reply
 
     def request(self, message: Any) -> Any:
         self.send(message)
@@ -80,14 +82,9 @@ class Worker:
 def check_released(clone: str | None, python: str | None) -> None:
     """Raise UserError if --released and --released_python do not go together."""
     if (clone is None) != (python is None):
-        raise UserError(
-            "--released and --released_python go together.\n"
-            "Give a clone of facebookresearch/coconut and a Python with its requirements."
-        )
+        raise UserError("--released and --released_python go together.\nGive a clone and a Python.")
     if clone and not (Path(clone) / "coconut.py").is_file():
-        raise UserError(
-            f"--released {clone} holds no coconut.py.\nGive a clone of facebookresearch/coconut."
-        )
+        raise UserError(f"--released {clone} holds no coconut.py.\nGive a clone of the code.")
 
 
 def clone_commit(clone: str) -> str:

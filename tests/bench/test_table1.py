@@ -53,7 +53,7 @@ def test_failed_run_does_not_stop_the_table(script):
     ("argv", "words"),
     [
         (["--methods=coconutt"], "coconutt"),
-        (["--task=gsm8k"], "no small preset"),
+        (["--task=gsm8k"], "has no small preset"),
         (["--sweep=c_thought"], "no values"),
         (["--set=epochs"], "no value"),
         (["--sweep=c_thout=0,1"], "Did you mean --c_thought"),

@@ -17,7 +17,7 @@ from bench.common import train_backends
 from bench.common.results import read_results
 from bench.common.tables import Run
 from bench.common.train_backends import FinalStageBatches, TrainBackend
-from bench.workers import released_train
+from bench.workers import serve
 from nanococonut import coconut, ops
 from nanococonut.training.step import TrainStep
 
@@ -133,7 +133,7 @@ def test_released_code_gets_the_same_sequences(latent):
     _, batches = made(latent=latent)
     plain = TrainStep(random_gpt())
     for i, batch in enumerate(batches.as_released()):
-        theirs = released_train.padded(batch, batches.tokenizer.eos, "cpu")
+        theirs = serve.padded(batch, batches.tokenizer.eos, "cpu")
         ours = batches.micro_batches(i, plain)[0][0].batch
         real = theirs["attention_mask"] == 1
         assert (theirs["labels"][~real] == -100).all()

@@ -1,10 +1,11 @@
-"""Another implementation for bench/latency.py: generates greedily and returns its times.
+"""Another implementation, which answers requests of bench/latency.py or bench/training.py.
 
-    released       the released code's own generate, as its run.py calls it: batch 1 only
-    transformers   thoughts by `inputs_embeds` into a dynamic cache, tokens by its generate
+    released         the released code's own generate, as its run.py calls it: batch 1 only
+    transformers     thoughts by `inputs_embeds` into a dynamic cache, tokens by its generate
+    released_train   optimizer steps of the released code
 
 Runs under its own Python and shares only JSON lines and a file of weights with nanococonut. The
-first line on stdin says what to build; every further one is a request, or a dtype to continue in.
+first line on stdin says what to build; each further one holds the arguments of a request.
 """
 
 import json
@@ -105,9 +106,59 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
     return generate
 
 
+def padded(batch: dict[str, list], pad: int, device: str) -> dict[str, torch.Tensor]:
+    """Pad as the released collator does: on the left, so that thoughts share their columns."""
+    start = max(batch["first_thought"])
+    lefts = [start - first for first in batch["first_thought"]]
+    width = max(left + len(ids) for left, ids in zip(lefts, batch["ids"], strict=True))
+    columns = {"input_ids": [], "labels": [], "attention_mask": [], "position_ids": []}
+    for left, ids, labels in zip(lefts, batch["ids"], batch["labels"], strict=True):
+        n = len(ids)
+        right = width - left - n
+        columns["input_ids"].append([pad] * left + ids + [pad] * right)
+        columns["labels"].append([-100] * left + labels + [-100] * right)
+        columns["attention_mask"].append([0] * left + [1] * n + [0] * right)
+        columns["position_ids"].append([0] * left + list(range(n)) + [0] * right)
+    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
+
+
+def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
+    sys.path.insert(0, setup["clone"])
+    from coconut import Coconut
+
+    device, special = setup["device"], setup["special"]
+    model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], special["eos"])
+    optimizer = torch.optim.AdamW(model.parameters(), **setup["adamw"])
+    batches = [padded(batch, special["eos"], device) for batch in setup["batches"]]
+
+    def check() -> dict[str, float]:
+        """Return loss and norm of the gradient on the first batch, without dropout."""
+        model.eval()
+        loss = model(**batches[0]).loss
+        loss.backward()
+        norms = torch.stack([p.grad.norm() for p in model.parameters()])
+        optimizer.zero_grad()
+        return {"loss": loss.item(), "gradient": norms.norm().item()}
+
+    def step(i: int) -> dict[str, float]:
+        model.train()
+        start = now(device)
+        loss = model(**batches[i]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()
+        seconds = now(device) - start
+        memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+        return {"seconds": seconds, "loss": value, "memory_mib": memory}
+
+    return lambda i=None: check() if i is None else step(i)
+
+
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     torch.set_num_threads(setup["threads"])
+    torch.set_grad_enabled(setup["kind"] == "released_train")
     import transformers  # before the clone's path, which holds modules of common names
 
     transformers.logging.set_verbosity_error()
@@ -115,8 +166,12 @@ def main() -> None:
     gpt2 = transformers.GPT2LMHeadModel(config).eval()
     gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied to it
     gpt2.to(setup["device"])
-    kinds = {"released": released, "transformers": transformers_dynamic}
-    generate = kinds[setup["kind"]](gpt2, setup)
+    kinds = {
+        "released": released,
+        "transformers": transformers_dynamic,
+        "released_train": released_train,
+    }
+    answer = kinds[setup["kind"]](gpt2, setup)
     versions = {
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": torch.__version__,
@@ -126,11 +181,10 @@ def main() -> None:
     for line in sys.stdin:
         request, reply = json.loads(line), {}
         try:
-            with torch.no_grad():
-                if "dtype" in request:
-                    gpt2.to(getattr(torch, request["dtype"]))
-                else:
-                    reply = generate(**request)
+            if "dtype" in request:
+                gpt2.to(getattr(torch, request["dtype"]))
+            else:
+                reply = answer(**request)
         except torch.OutOfMemoryError:
             reply = {"out_of_memory": True}
         if "out_of_memory" in reply:  # after the error, which holds on to tensors
