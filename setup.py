@@ -10,16 +10,16 @@ version = (here / "nanococonut/__init__.py").read_text().split('__version__ = "'
 setup(
     name="nanococonut",
     version=version,
-    description="The smallest, fastest, most honest implementation of Coconut, "
-    "Chain of Continuous Thought (arXiv 2412.06769)",
+    description="Coconut, Chain of Continuous Thought (arXiv 2412.06769), in PyTorch and Triton: "
+    "training, inference and benchmarks, in nanoGPT's style",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
     # bench/, config/ and tests/ stay in the checkout
     packages=find_packages(include=["nanococonut*", "kernels"]),
-    package_data={"nanococonut": ["bundled/*/*"]},
-    install_requires=[
+    package_data={"nanococonut": ["py.typed", "bundled/*/*"]},
+    install_requires=[  # lower bounds only
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
@@ -32,5 +32,6 @@ setup(
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.46", "matplotlib>=3.8"],
         "plot": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.16"],
     },
 )

@@ -336,6 +336,11 @@ def graph_hash(example: Example) -> bytes:
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
+def graph_hashes(examples: Sequence[Example]) -> list[bytes]:
+    """Return the graph_hash of each example."""
+    return [graph_hash(example) for example in examples]
+
+
 # ---- compact style: "Each p is a c." is " p c.", "Ps are not red." " p not red.", the query
 # "? Max? not red". A step, "Max is a p. Each p is a c.", is " p c", the last one " not red"; the
 # answer is unchanged. Spaces and signs are as in prosqa.py. Only the wording is lost.

@@ -8,6 +8,9 @@ import numpy as np
 # generate() with a plain integer
 TRAIN, VALID, MATCHED, ORDER, STAGE_STREAM, USER_STREAM = range(6)
 
+# a user's seed: training repeats no graph of the first N_TEST examples of a split by this seed
+TEST_SEED, N_TEST = 1_000_003, 2000
+
 
 def rng_from_seed(seed: int | Sequence[int]) -> np.random.Generator:
     """Return numpy's generator for (seed, stream, ...), or for a user's integer seed."""

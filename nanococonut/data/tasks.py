@@ -5,7 +5,7 @@ Another task is another entry. A file of your own needs none: --data=FILE trains
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 
 import numpy as np
@@ -14,7 +14,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts, statistics
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
-from nanococonut.data.seeds import MATCHED, VALID
+from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
 from nanococonut.runtime.errors import UserError
 
 GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig
@@ -159,6 +159,33 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
     if name not in task.splits:
         return None
     return task.module.generate(n, seed, task.splits[name](config))
+
+
+def held_out(config: TrainConfig) -> dict[str, list[Example]]:
+    """Return the examples whose graphs a run never generates: validation and test splits."""
+    tests = {name: _test_examples(config.task, c) for name, c in _test_configs(config).items()}
+    return load_data(config).val | tests
+
+
+def test_hashes(config: TrainConfig) -> frozenset[bytes]:
+    """Return the graph_hash of every test example that a run could generate."""
+    hashes = [_test_hashes(config.task, c) for c in _test_configs(config).values()]
+    return frozenset().union(*hashes)
+
+
+def _test_configs(config: TrainConfig) -> dict[str, GeneratorConfig]:
+    """Return the splits, without chains that are too long for training to generate (slow, too)."""
+    configs = {name: split(config) for name, split in TASKS[config.task].splits.items()}
+    return {n: c for n, c in configs.items() if getattr(c, "min_hops", 0) <= config.max_hops}
+
+
+def _test_examples(task: str, config: GeneratorConfig) -> list[Example]:
+    return TASKS[task].module.generate(N_TEST, TEST_SEED, config)
+
+
+@cache  # a second, which further runs in the same process save
+def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[bytes]:
+    return frozenset(TASKS[task].module.graph_hashes(_test_examples(task, config)))
 
 
 @dataclass(frozen=True)

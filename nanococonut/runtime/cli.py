@@ -1,20 +1,30 @@
-"""Command lines and config files into frozen dataclasses: one field, one --flag."""
+"""Command lines and config files as frozen dataclasses: each field is one --key."""
 
 import argparse
 import ast
 import dataclasses
 import difflib
+import operator
 import textwrap
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from nanococonut.runtime.errors import UserError
 
 T = TypeVar("T")
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+TYPE_NAMES |= {NoneType: "None"}
+CONSTANTS = {"true": True, "false": False, "none": None}
+BOUNDS = {  # argument of option() -> (words for the error, test)
+    "ge": ("at least", operator.ge),
+    "le": ("at most", operator.le),
+    "gt": ("more than", operator.gt),
+    "lt": ("less than", operator.lt),
+}
+LITERAL_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 
 
 def option(
@@ -28,110 +38,98 @@ def option(
     choices: Sequence[str] | None = None,
     alias: str | None = None,
 ) -> Any:
-    """A dataclass field with its help, its --help group and its allowed values."""
-    meta = dict(help=help, group=group, ge=ge, le=le, gt=gt)
-    meta |= dict(lt=lt, choices=choices, alias=alias)
-    return field(default=default, metadata=meta)
+    """Return a dataclass field with its help, its group in --help and its allowed values."""
+    metadata = dict(help=help, group=group, ge=ge, le=le, gt=gt, lt=lt)
+    metadata |= dict(choices=choices, alias=alias)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def validate(config: Any) -> None:
-    """Types and ranges of every field of a config dataclass. UserError names the field."""
+    """Raise UserError if a field of this config dataclass has a wrong type or value."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
-        value, meta = getattr(config, f.name), f.metadata
-        if not _is_a(value, hints[f.name]):
+        value, meta, types = getattr(config, f.name), f.metadata, _types(hints[f.name])
+        # type(), not isinstance(): True is no whole number
+        if type(value) not in types and not (float in types and type(value) is int):
+            expected = " or ".join(TYPE_NAMES[t] for t in types)
             raise UserError(
                 f"{f.name}={value!r} has the wrong type: {type(value).__name__}.\n"
-                f"It has to be {_type_name(hints[f.name])} ({meta['help']})."
+                f"Use {expected} ({meta['help']})."
             )
-        bounds = (
-            ("ge", "at least", lambda v, b: v >= b),
-            ("le", "at most", lambda v, b: v <= b),
-            ("gt", "more than", lambda v, b: v > b),
-            ("lt", "less than", lambda v, b: v < b),
-        )
-        for key, words, holds in bounds:
+        if value is None:
+            continue
+        for key, (words, holds) in BOUNDS.items():
             limit = meta.get(key)
-            if value is not None and limit is not None and not holds(value, limit):  # NaN too
+            if limit is not None and not holds(value, limit):  # NaN holds for nothing
                 raise UserError(
-                    f"{f.name}={value!r} is out of range ({meta['help']}).\n"
-                    f"It has to be {words} {meta[key]}."
+                    f"{f.name}={value!r} is out of range ({meta['help']}).\nUse {words} {limit}."
                 )
-        if meta.get("choices") and value is not None and value not in meta["choices"]:
+        choices = meta.get("choices")
+        if choices and value not in choices:
             raise UserError(
-                f"{f.name}={value!r} is not known.{_hint(str(value), meta['choices'])}\n"
-                f"Choose one of: {', '.join(meta['choices'])}."
+                f"{f.name}={value!r} is unknown.{_suggestion(value, choices)}\n"
+                f"Choose one of: {', '.join(choices)}."
             )
 
 
-def _is_a(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_is_a(value, h) for h in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+def _types(hint: Any) -> tuple[type, ...]:
+    """Return (int, NoneType) for int | None, (int,) for int."""
+    return typing.get_args(hint) or (hint,)
 
 
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-    if isinstance(hint, types.UnionType):
-        kinds = typing.get_args(hint)
-        return " or ".join("None" if h is type(None) else _type_name(h) for h in kinds)
-    return names[hint]
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
+def _suggestion(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _aliases(cls: type) -> dict[str, str]:
-    """Other spelling -> field name."""
-    return {a: f.name for f in dataclasses.fields(cls) if (a := f.metadata.get("alias"))}
+def _spellings(cls: type) -> dict[str, str]:
+    """Return spelling -> field name, for names and aliases."""
+    fields = dataclasses.fields(cls)
+    aliases = {f.metadata["alias"]: f.name for f in fields if f.metadata["alias"]}
+    return {f.name: f.name for f in fields} | aliases
 
 
 def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
-    """The assignments of a config file. Only literals: nothing in it is ever executed."""
-    path = Path(path)
+    """Return the assignments of a config file. Only literals: nothing in it is executed."""
+    path, spellings = Path(path), _spellings(cls)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, UnicodeDecodeError) as e:
         reason = "not there" if isinstance(e, FileNotFoundError) else "not readable as UTF-8 text"
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        has = f"{path.parent}/ holds: {', '.join(near)}." if near else "Give a file of assignments."
-        raise UserError(f"config file {path} is {reason}.{_hint(path.name, near)}\n{has}") from None
-    try:
-        body = ast.parse(text).body
+        near = sorted(p.name for p in path.parent.glob("*.py"))
+        advice = f"{path.parent}/ has: {', '.join(near)}" if near else "Give a file of assignments"
+        raise UserError(
+            f"config file {path} is {reason}.{_suggestion(path.name, near)}\n{advice}."
+        ) from None
     except (SyntaxError, ValueError) as e:
         line = getattr(e, "lineno", None) or 1
         raise UserError(
             f"{path}, line {line}: not a config file ({e.args[0]}).\n"
-            "Write one literal assignment a line, such as n_layer = 2."
+            "Write one literal assignment per line, such as n_layer = 2."
         ) from None
-    known = {f.name for f in dataclasses.fields(cls)}
-    aliases, values = _aliases(cls), {}
+    values = {}
     for node in body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        simple = isinstance(node, ast.Assign) and len(node.targets) == 1
-        if not simple or not isinstance(node.targets[0], ast.Name):
+        at = f"{path}, line {node.lineno}"
+        match node:
+            case ast.Expr(value=ast.Constant()):  # a docstring
+                continue
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                pass
+            case _:
+                raise UserError(
+                    f"{at}: only assignments of literals are allowed.\n"
+                    "Write name = value, such as n_layer = 2."
+                )
+        if name not in spellings:
             raise UserError(
-                f"{path}, line {node.lineno}: only assignments of literals may stand here.\n"
-                "Write name = value, such as n_layer = 2."
-            )
-        name = aliases.get(node.targets[0].id, node.targets[0].id)
-        if name not in known:
-            raise UserError(
-                f"{path}, line {node.lineno}: unknown key {name!r}."
-                f"{_hint(name, sorted(known | set(aliases)))}\nSee --help for all keys."
+                f"{at}: unknown key {name!r}.{_suggestion(name, spellings)}\n"
+                "See --help for all keys."
             )
         try:
-            values[name] = ast.literal_eval(node.value)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            values[spellings[name]] = ast.literal_eval(value)
+        except LITERAL_ERRORS:
             raise UserError(
-                f"{path}, line {node.lineno}: the value of {name} is not a literal.\n"
+                f"{at}: the value of {name} is not a literal.\n"
                 "Write a number, a text in quotes, True, False or None."
             ) from None
     return values
@@ -139,83 +137,64 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:  # argparse would print all of the usage
-        raise UserError(f"{message}.\nSee --help for what can be given.")
-
-
-def _parse_value(text: str, hint: Any) -> Any:
-    """A command-line value as the field's type; left as text where it is not (checked later)."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in kinds and text in ("None", "none"):
-        return None
-    if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if float in kinds or int in kinds:
-        try:
-            value = ast.literal_eval(text)
-            return value if not isinstance(value, str) else text
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return text
-    return text
+        raise UserError(f"{message}.\nSee --help for all keys.")
 
 
 def parse_cli(
-    cls: type[T],
-    argv: Sequence[str],
-    description: str,
-    config_file: bool = False,
-    short: Mapping[str, str] | None = None,
+    cls: type[T], argv: Sequence[str], description: str, config_file: bool = False
 ) -> tuple[dict[str, Any], str | None]:
-    """Command line -> (what was given, by field name; the config file's path or None).
+    """Parse --key=value, --key value, and a bare --flag for True.
 
-    --key=value and --key value, a bare --flag for True. Nothing is merged or checked yet.
+    Return (field name -> value of the keys in argv, path of the config file or None). Nothing is
+    merged or validated yet.
     """
-    hints = typing.get_type_hints(cls)
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # only keys in argv are returned
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+    )
     if config_file:
         parser.add_argument("config", nargs="?", help="a file of literal assignments")
     groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        group = f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        names = [f"--{f.name}"]
-        if f.metadata.get("alias"):
-            names.append(f"--{f.metadata['alias']}")
-        kwargs: dict[str, Any] = {}
-        if hints[f.name] is bool:
-            kwargs = dict(nargs="?", const="True")
-        text = f.metadata["help"]
-        if f.metadata.get("choices"):
-            text += f": {', '.join(f.metadata['choices'])}"
-        groups[group].add_argument(
-            *names,
+        meta, types = f.metadata, _types(hints[f.name])
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        choices = f": {', '.join(meta['choices'])}" if meta["choices"] else ""
+        groups[meta["group"]].add_argument(
+            *(f"--{name}" for name in (f.name, meta["alias"]) if name),
             dest=f.name,
-            default=argparse.SUPPRESS,
-            metavar=_type_name(hints[f.name]).split()[-1].upper(),
-            help=f"{text} [{f.default}]".replace("%", "%%"),
-            **kwargs,
+            metavar=types[0].__name__.upper(),
+            help=f"{meta['help']}{choices} [{f.default}]".replace("%", "%%"),
+            **(dict(nargs="?", const="True") if types == (bool,) else {}),
         )
-    given, rest = parser.parse_known_args(argv)
-    if rest:
-        key = rest[0].split("=")[0]
-        known = [f"--{n}" for n in [f.name for f in dataclasses.fields(cls)] + [*_aliases(cls)]]
-        raise UserError(f"unknown argument {key!r}.{_hint(key, known)}\nSee --help for all keys.")
-    values = vars(given)
-    config = values.pop("config", None)
-    return {k: _parse_value(v, hints[k]) for k, v in values.items()}, config
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split("=")[0]
+        suggestion = _suggestion(key, [f"--{name}" for name in _spellings(cls)])
+        raise UserError(f"unknown argument {key!r}.{suggestion}\nSee --help for all keys.")
+    texts = vars(namespace)
+    path = texts.pop("config", None)
+    return {name: _parse_value(text, _types(hints[name])) for name, text in texts.items()}, path
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
+def _parse_value(text: str, types: tuple[type, ...]) -> Any:
+    """Return the value as one of these types, or the text itself, which validate() refuses."""
+    if text.lower() in CONSTANTS and type(CONSTANTS[text.lower()]) in types:
+        return CONSTANTS[text.lower()]
+    if int in types or float in types:
+        try:
+            return ast.literal_eval(text)
+        except LITERAL_ERRORS:
+            pass
+    return text
 
 
 def make_config(cls: type[T], *layers: Mapping[str, Any]) -> T:
-    """The dataclass from layers of settings, later ones winning. UserError where one is wrong."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged |= layer
-    return cls(**merged)
+    """Return the dataclass with these settings. Later layers override earlier ones."""
+    return cls(**{name: value for layer in layers for name, value in layer.items()})
 
 
 def format_config(config: Any) -> str:
@@ -225,11 +204,7 @@ def format_config(config: Any) -> str:
         for f in dataclasses.fields(config)
         if (value := getattr(config, f.name)) != f.default
     ]
-    return textwrap.fill(
-        " ".join(changed) or "all settings are the defaults",
-        width=80,
-        initial_indent="  ",
-        subsequent_indent="  ",
-        break_long_words=False,  # a path stays in one piece
-        break_on_hyphens=False,
-    )
+    text = " ".join(changed) or "all settings are the defaults"
+    # a path stays in one piece
+    text = textwrap.fill(text, width=78, break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent(text, "  ")

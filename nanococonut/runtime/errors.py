@@ -1,4 +1,4 @@
-"""Mistakes of the user's: one or two lines that say what was given, what is wanted, what to do."""
+"""Errors a user can fix: what is wrong, the value, what to do, in at most two lines."""
 
 import os
 import sys
@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is shown as it is, without a traceback."""
+    """A mistake of the user. run_main prints the message without a traceback."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(). A UserError ends it with its message and exit code 2, Ctrl-C with
-    130."""
+    """Run a script's main(). Exit with code 2 on a UserError, with 130 on Ctrl-C."""
     try:
         main()
     except UserError as e:
@@ -19,6 +18,6 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough; nothing more can be said, at exit either
+    except BrokenPipeError:  # `| head` closed the pipe; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -1,4 +1,4 @@
-"""What a result or checkpoint was made with: commit, versions, platform."""
+"""Where a result or checkpoint comes from."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """Commit, versions and platform: what a figure or a checkpoint was made with."""
+    """Return the commit, the package versions and the platform that produced this result."""
     root = Path(__file__).parent.parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -20,6 +20,6 @@ def provenance() -> dict[str, Any]:
     for package in ("nanococonut", "torch", "numpy", "tiktoken", "safetensors", "triton"):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # triton on a CPU, nanococonut without pip install
             pass
     return {"commit": commit, "versions": versions, "platform": sys.platform}

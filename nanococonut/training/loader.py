@@ -14,7 +14,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import Example
 from nanococonut.data.seeds import ORDER, TRAIN
-from nanococonut.data.tasks import TASKS
+from nanococonut.data.tasks import TASKS, test_hashes
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 
@@ -42,7 +42,9 @@ class TrainLoader:
         self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
         # generated rows that do not fit are the settings' fault, not the rows'
         self.task, self.skipped = TASKS[config.task], skipped if rows is not None else None
-        self.exclude = self._signatures(held_out) if rows is None else frozenset()
+        self.exclude = frozenset()
+        if rows is None:
+            self.exclude = self._signatures(held_out) | test_hashes(config)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self.ahead: tuple[int, Future[list[TokenizedExample]]] | None = None
         self.fixed: list[TokenizedExample] | None = None

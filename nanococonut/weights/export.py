@@ -1,13 +1,12 @@
-"""Export a run as a Hugging Face folder: weights, tokenizer and a card, for transformers.
+"""Export a run as a Hugging Face folder for transformers: weights, tokenizer and a model card.
 
     python -m nanococonut.weights.export out/RUN FOLDER
 
-The tokenizer is written as plain JSON, so neither transformers nor tokenizers is needed.
+All files are written here as plain JSON and text; transformers is not needed.
 """
 
 import json
 import os
-import re
 import shutil
 import sys
 from dataclasses import fields
@@ -33,15 +32,11 @@ from nanococonut.weights.pretrained import (
 
 # sizes and initialization; any other field of GPTConfig makes a model that transformers lacks
 GPT2_FIELDS = {*CONFIG_KEYS, "vocab_size", "dropout", "wte_init_std", "wpe_init_std"}
-GPT2_TENSOR = re.compile(
-    r"(wte|wpe)\.weight|ln_f\.(weight|bias)"
-    r"|h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
-)
 EXAMPLES = {  # task -> the question in the card's program
-    "prosqa": "Tom is a terpus. Every brimpus is a lempus. Sam is a gorpus. Every terpus is a "
-    "brimpus. Is Tom a lempus or gorpus?",
-    "prontoqa": "Every vumpus is a lempus. Lempuses are not windy. Each impus is windy. Max is a "
-    "vumpus. True or false: Max is not windy.",
+    "prosqa": "Tom is a terpus. Sam is a gorpus. Every terpus is a lempus. "
+    "Every gorpus is a zumpus. Is Tom a lempus or zumpus?",
+    "prontoqa": "Max is a vumpus. Every vumpus is a lempus. Lempuses are not windy. Each impus is "
+    "windy. True or false: Max is not windy.",
     "gsm8k": "Tom has 3 apples and buys 2 bags of 4. How many apples does he have?",
 }
 CARD = """---
@@ -117,27 +112,24 @@ def export(run: str | Path, folder: str | Path) -> Path:
 
 
 def _check_exportable(run: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the model or its vocabulary is not GPT-2's."""
     config = model.config
     extra = [
         f"{f.name}={getattr(config, f.name)!r}"
         for f in fields(GPTConfig)
         if f.name not in GPT2_FIELDS and getattr(config, f.name) != f.default
     ]
-    extra += [name for name in model.state_dict() if not GPT2_TENSOR.fullmatch(name)][:3]
+    if tokenizer.spec["kind"] != "gpt2":
+        extra.append(f"tokenizer {tokenizer.spec['kind']!r}")
     if extra:
         raise UserError(
             f"{run} is not a plain GPT-2, it has {', '.join(extra)}: transformers cannot run it.\n"
-            "Train without, or share the checkpoint folder itself."
-        )
-    if tokenizer.spec["kind"] != "gpt2":
-        raise UserError(
-            f"{run} has tokenizer {tokenizer.spec['kind']!r}: only GPT-2's can be exported.\n"
-            "Train with --tokenizer=gpt2, or share the checkpoint folder itself."
+            "Train without these settings, or share the checkpoint folder itself."
         )
 
 
 def _write(folder: Path, weights: dict[str, Tensor], texts: dict[str, str]) -> None:
-    """Write all files under another name, then rename: a killed export leaves no half a folder."""
+    """Write all files to a temporary folder, then rename it: an export is whole or absent."""
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -196,7 +188,7 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
 
 
 def _byte_letters() -> dict[int, str]:
-    """Return GPT-2's letter for each byte: printable Latin-1 as is, others from 256 on."""
+    """Return GPT-2's character for each byte: printable Latin-1 as is, others from 256."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
@@ -244,10 +236,8 @@ def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
             **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
             "additional_special_tokens": [BOT, EOT, LATENT],
         },
-        "vocab.json": vocab,
     }
-    texts = {name: _json(data) for name, data in files.items()}
-    return texts | {"merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
+    return {name: _json(data) for name, data in files.items()}
 
 
 def main() -> None:

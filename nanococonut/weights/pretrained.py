@@ -1,7 +1,6 @@
 """Load GPT-2 weights: from the Hugging Face hub, a folder, a file, a run or a released checkpoint.
 
-transformers is not needed. No file can make this program run code: PyTorch files are read as plain
-tensors or refused.
+transformers is not needed. No file can run code: PyTorch files are read as plain tensors only.
 """
 
 import json
@@ -30,6 +29,7 @@ from nanococonut.weights import checkpoint
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 N_SPECIAL_TOKENS = 3  # <bot>, <eot>, <latent>: their ids follow GPT-2's own
+INIT_TOKEN = 16791  # "<<" in GPT-2's vocabulary: the released code copies it to new tokens
 # transformers stores these as (in, out): GPT-2's Conv1D is a transposed Linear
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # field of GPTConfig -> key of config.json
@@ -43,39 +43,36 @@ FIXED_SETTINGS = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-_PREFIX = re.compile(r"^(module\.)?(base_causallm\.)?(transformer\.)?")
-_MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
-_ACCEPTED = (
+WRAPPER_PREFIX = re.compile(r"^(module\.)?(base_causallm\.)?(transformer\.)?")
+MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
+ACCEPTED = (
     f"Give {', '.join(GPT2_SIZES)}, a folder with a GPT-2's {CONFIG_NAME} and {WEIGHTS_NAME}, one "
     "such file, a run of ours, or a released checkpoint."
 )
+Spec = dict[str, Any]  # a tokenizer's description, as in a manifest
 
 
 class WeightsUnavailable(UserError):
-    """The hub's weights are neither cached nor downloadable. train.py may use its fallback."""
+    """The weights are neither cached nor downloadable. train.py may use its fallback."""
 
 
 def load_pretrained(name_or_path: str, dropout: float = 0.0) -> GPT:
-    """Return a GPT with pretrained weights and their own vocabulary, as in nanoGPT.
-
-    name_or_path: one of GPT2_SIZES, or anything else that --init_from takes.
-    """
+    """Return a GPT with the weights of anything that --init_from takes."""
     return load_gpt2(resolve_weights(name_or_path), dropout=dropout)
 
 
 def resolve_weights(init_from: str) -> Path:
     """Return the path of the weights. Download one of GPT2_SIZES if it is not cached.
 
-    init_from: one of GPT2_SIZES, or a path (write ./gpt2 for a folder called gpt2).
     Raise WeightsUnavailable if the hub cannot be reached, UserError if the path has no weights.
     """
-    if init_from in GPT2_SIZES:
+    if init_from in GPT2_SIZES:  # a folder of this name is ./gpt2
         return _from_hub(init_from)
     path = Path(init_from)
     if not path.exists():
-        raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{_ACCEPTED}")
+        raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
     if path.is_dir() and not _is_checkpoint(path) and not (path / WEIGHTS_NAME).is_file():
-        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{_ACCEPTED}")
+        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{ACCEPTED}")
     return path
 
 
@@ -83,7 +80,7 @@ def load_gpt2(
     path: str | Path,
     vocab_size: int | None = None,
     dropout: float = 0.0,
-    spec: dict[str, Any] | None = None,
+    spec: Spec | None = None,
     extra: dict[str, Any] | None = None,
 ) -> GPT:
     """Return a GPT in fp32 with the weights at `path` and their sizes.
@@ -97,10 +94,19 @@ def load_gpt2(
     """
     path = Path(path)
     source, tensors, source_spec, is_conv1d = _read(path)
-    _check_vocabulary(path, source.vocab_size, source_spec, vocab_size, spec)
+    is_extended = vocab_size == source.vocab_size + N_SPECIAL_TOKENS
+    fits = is_extended or vocab_size in (None, source.vocab_size)
+    if not fits or (spec and source_spec and spec != source_spec):
+        raise UserError(
+            f"{path} was trained with another vocabulary: {source.vocab_size} tokens, this run has "
+            f"{vocab_size}.\nUse its --tokenizer and data with the same words, or train "
+            "--init_from=scratch."
+        )
     problems = _remove_tied_copies(tensors)
-    if vocab_size == source.vocab_size + N_SPECIAL_TOKENS:
-        _append_special_tokens(tensors)
+    if is_extended:
+        wte = tensors["wte.weight"]  # (V, C)
+        init = wte[min(INIT_TOKEN, len(wte) - 1)]  # (C,)
+        tensors["wte.weight"] = torch.cat([wte, init.expand(N_SPECIAL_TOKENS, -1)])
     extra = dict(extra or {})
     extra["smear"] = extra.get("smear") or source.smear  # weights trained with smear need it
     config = replace(source, vocab_size=vocab_size or source.vocab_size, dropout=dropout, **extra)
@@ -109,63 +115,30 @@ def load_gpt2(
     except ValueError as e:
         raise _not_gpt2(path, e) from None
     _check_thoughts(path, source, model, tensors)
-    params = _params_in_file_layout(model, is_conv1d)
+    params = {  # in the file's layout
+        name: p.t() if is_conv1d and name.endswith(CONV1D_WEIGHTS) else p
+        for name, p in model.state_dict().items()
+    }
     problems += _tensor_problems(tensors, params)
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise _not_gpt2(path, "; ".join(problems[:4]) + more)
+        rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise _not_gpt2(path, "; ".join(problems[:4]) + rest)
     for name, tensor in tensors.items():
         params[name].copy_(tensor)
     return model
 
 
-# ---- checks and changes of the tensors
-
-
-def _check_vocabulary(
-    path: Path,
-    n_source: int,
-    source_spec: dict[str, Any] | None,
-    n_requested: int | None,
-    spec: dict[str, Any] | None,
-) -> None:
-    """Raise UserError if the run's tokenizer is not the one that the weights were trained with."""
-    if spec and source_spec and spec != source_spec:
-        raise UserError(
-            f"{path} was trained with another vocabulary: {n_source} tokens of kind "
-            f"{source_spec.get('kind')!r}, this run has {n_requested} of kind {spec['kind']!r}.\n"
-            "Use its --tokenizer, and data with the same words."
-        )
-    if n_requested not in (None, n_source, n_source + N_SPECIAL_TOKENS):
-        raise UserError(
-            f"{path} has a vocabulary of {n_source} tokens, this run has {n_requested}.\n"
-            "Choose the --tokenizer that belongs to these weights, or train --init_from=scratch."
-        )
+# ---- checks of the tensors
 
 
 def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
     """Remove copies of wte.weight (GPT-2's head is tied to it). Return those that differ."""
-    wte, problems = tensors.get("wte.weight"), []
+    wte, problems = tensors["wte.weight"].float(), []
     for name in ("lm_head.weight", "embedding.weight"):
         copy = tensors.pop(name, None)
-        if copy is None or wte is None:
-            continue
-        if copy.shape != wte.shape or not torch.equal(copy.float(), wte.float()):
+        if copy is not None and not torch.equal(copy.float(), wte):
             problems.append(f"{name} differs from wte.weight, to which it should be tied")
     return problems
-
-
-def _append_special_tokens(tensors: dict[str, Tensor]) -> None:
-    """Append embeddings for the special tokens, copied from one token as in the released code."""
-    wte = tensors.get("wte.weight")
-    if wte is not None and wte.dim() == 2:  # otherwise _tensor_problems reports it
-        new = wte[_init_row(wte)].expand(N_SPECIAL_TOKENS, -1)
-        tensors["wte.weight"] = torch.cat([wte, new])
-
-
-def _init_row(wte: Tensor) -> int:
-    """Return the id of "<<" in GPT-2's vocabulary, or the last id of a smaller vocabulary."""
-    return min(16791, len(wte) - 1)
 
 
 def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:
@@ -179,14 +152,6 @@ def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str
         print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
         for name in [name for name in tensors if name.startswith("stop.")]:
             del tensors[name]
-
-
-def _params_in_file_layout(model: GPT, is_conv1d: bool) -> dict[str, Tensor]:
-    """Return views of the model's parameters, transposed if the file stores them as Conv1D."""
-    return {
-        name: p.t() if is_conv1d and name.endswith(CONV1D_WEIGHTS) else p
-        for name, p in model.state_dict().items()
-    }
 
 
 def _tensor_problems(tensors: dict[str, Tensor], params: dict[str, Tensor]) -> list[str]:
@@ -205,7 +170,7 @@ def _tensor_problems(tensors: dict[str, Tensor], params: dict[str, Tensor]) -> l
 
 
 def _not_gpt2(path: Path, reason: object) -> UserError:
-    return UserError(f"{path} holds no GPT-2: {reason}.\n{_ACCEPTED}")
+    return UserError(f"{path} holds no GPT-2: {reason}.\n{ACCEPTED}")
 
 
 # ---- reading
@@ -235,7 +200,7 @@ def _from_hub(name: str) -> Path:
     return Path(files[1]).parent
 
 
-def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | None, bool]:
+def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Spec | None, bool]:
     """Read weights.
 
     Return (GPTConfig, state dict, tokenizer spec or None, whether linears are stored as Conv1D).
@@ -247,23 +212,27 @@ def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | No
         return model.config, model.state_dict(), tokenizer.spec, False
     file = path / WEIGHTS_NAME if path.is_dir() else path
     try:
-        load = load_file if file.suffix == ".safetensors" else _load_torch
+        state = load_file(file) if file.suffix == ".safetensors" else _load_torch(file)
         tensors = {
-            _PREFIX.sub("", name): tensor
-            for name, tensor in load(file).items()
-            if not name.endswith(_MASKS)
+            WRAPPER_PREFIX.sub("", name): tensor
+            for name, tensor in state.items()
+            if not name.endswith(MASKS)
         }
-        config_file = file.with_name(CONFIG_NAME)
-        if not config_file.is_file():
+        if not file.with_name(CONFIG_NAME).is_file():
             raise UserError(
                 f"{file} has no {CONFIG_NAME} next to it, so its sizes are unknown.\n"
                 "Put its GPT-2's there, as by `hf download openai-community/gpt2 "
                 f"{CONFIG_NAME} --local-dir {file.parent}`."
             )
-        config, spec = _config_from_json(config_file, tensors)
+        sizes, spec = _read_config(file.with_name(CONFIG_NAME))
+        wte = tensors.get("wte.weight")
+        if wte is None:
+            raise ValueError("wte.weight is missing")
+        if wte.dim() != 2:
+            raise ValueError(f"wte.weight is {tuple(wte.shape)}, expected (tokens, n_embd)")
     except (OSError, ValueError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
-    return config, tensors, spec, True
+    return GPTConfig(vocab_size=len(wte), **sizes), tensors, spec, True
 
 
 def _load_torch(file: Path) -> dict[str, Tensor]:
@@ -283,10 +252,8 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _config_from_json(
-    file: Path, tensors: dict[str, Tensor]
-) -> tuple[GPTConfig, dict[str, Any] | None]:
-    """Read a config.json. Return (GPTConfig, tokenizer spec if the folder is an export of ours)."""
+def _read_config(file: Path) -> tuple[dict[str, int], Spec | None]:
+    """Return (sizes by GPTConfig's names, tokenizer spec if the folder is an export of ours)."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG_NAME} is not a JSON object")
@@ -297,11 +264,4 @@ def _config_from_json(
     bad = [CONFIG_KEYS[field] for field, n in sizes.items() if type(n) is not int or n < 1]
     if bad:
         raise ValueError(f"{CONFIG_NAME} has no valid {', '.join(bad)}")
-    exported = settings.get("nanococonut")
-    spec = exported.get("tokenizer") if isinstance(exported, dict) else None
-    wte = tensors.get("wte.weight")
-    if wte is not None and wte.dim() == 2:
-        vocab_size = len(wte)  # exact, whatever the config says
-    else:
-        vocab_size = GPTConfig.vocab_size - N_SPECIAL_TOKENS
-    return GPTConfig(vocab_size=vocab_size, **sizes), spec if isinstance(spec, dict) else None
+    return sizes, settings.get("nanococonut", {}).get("tokenizer")

@@ -1,4 +1,4 @@
-"""Config files and the command line: what is wrong is refused, by name, before any work."""
+"""config.py, runtime/cli.py: settings from files and flags; bad ones are refused by name."""
 
 import re
 
@@ -10,7 +10,7 @@ from nanococonut.runtime.errors import UserError
 
 
 def refused(fn, *words):
-    """The message of the UserError that fn() raises: at most two lines, with these words."""
+    """Assert that fn() raises a UserError of at most two lines that contains these words."""
     with pytest.raises(UserError) as e:
         fn()
     text = str(e.value)
@@ -20,17 +20,18 @@ def refused(fn, *words):
 
 
 def cli(*argv):
-    given, path = parse_cli(TrainConfig, argv, "", config_file=True)
-    return make_config(TrainConfig, given), path
+    overrides, path = parse_cli(TrainConfig, argv, "", config_file=True)
+    return make_config(TrainConfig, overrides), path
 
 
-def file_of(tmp_path, text):
+def write_config(tmp_path, text):
     path = tmp_path / "mine.py"
     path.write_text(text)
     return path
 
 
-def test_both_spellings_aliases_and_bare_flags():
+def test_cli_spellings_aliases_and_bare_flags():
+    """--key=value, --key value, --lr for learning_rate, --resume for True, None as a value."""
     config, path = cli("config/x.py", "--lr=3e-4", "--n_layer", "3", "--resume", "--fallback=None")
     assert path == "config/x.py"
     assert (config.learning_rate, config.n_layer, config.resume) == (3e-4, 3, True)
@@ -38,12 +39,13 @@ def test_both_spellings_aliases_and_bare_flags():
     assert cli("--resume=False")[0].resume is False
 
 
-def test_command_line_wins_over_the_file(tmp_path):
-    path = file_of(tmp_path, '"""why"""\nn_layer = 3  # because\nlr = 0.5\ndata = None\n')
+def test_command_line_overrides_config_file(tmp_path):
+    """Defaults merged too early would override the file."""
+    path = write_config(tmp_path, '"""why"""\nn_layer = 3  # because\nlr = 0.5\ndata = None\n')
     values = read_config_file(path, TrainConfig)
     assert values == {"n_layer": 3, "learning_rate": 0.5, "data": None}
-    given, _ = parse_cli(TrainConfig, ["--n_layer=4"], "", config_file=True)
-    config = make_config(TrainConfig, values, given)
+    overrides, _ = parse_cli(TrainConfig, ["--n_layer=4"], "", config_file=True)
+    config = make_config(TrainConfig, values, overrides)
     assert (config.n_layer, config.learning_rate) == (4, 0.5)
 
 
@@ -65,10 +67,15 @@ def test_command_line_wins_over_the_file(tmp_path):
         (["--min_hops=7"], ["min_hops=7", "max_hops=6"]),
         (["--c_thought=3", "--block_size=20"], ["18 thoughts", "block_size=20"]),
         (["--render=compact"], ["compact", "--tokenizer=words"]),
+        (["--resume=1"], ["resume='1'", "True or False"]),
+        (["--n_layer=True"], ["n_layer=True", "whole number"]),
+        (["--n_layer=None"], ["n_layer", "whole number"]),
+        (["--n-layer=3"], ["--n-layer", "Did you mean --n_layer?"]),
         (["a.py", "b.py"], ["b.py"]),
     ],
 )
-def test_bad_settings(argv, words):
+def test_bad_setting_is_refused(argv, words):
+    """A typo or a value out of range must not train for an hour."""
     refused(lambda: cli(*argv), *words)
 
 
@@ -84,13 +91,15 @@ def test_bad_settings(argv, words):
         ("a\0b", ["not a config file"]),
     ],
 )
-def test_bad_files(tmp_path, text, words):
-    path = file_of(tmp_path, text)
+def test_bad_config_file_is_refused(tmp_path, text, words):
+    """The error names the file and the line; no code in the file is executed."""
+    path = write_config(tmp_path, text)
     refused(lambda: read_config_file(path, TrainConfig), str(path), *words)
 
 
-def test_missing_and_undecodable_files(tmp_path):
-    file_of(tmp_path, "")
+def test_unreadable_config_file_is_refused(tmp_path):
+    """A missing file, a file in Latin-1 and a folder end in two lines, not in a traceback."""
+    write_config(tmp_path, "")
     refused(
         lambda: read_config_file(tmp_path / "mien.py", TrainConfig), "not there", "mean mine.py"
     )
@@ -101,6 +110,7 @@ def test_missing_and_undecodable_files(tmp_path):
 
 
 def test_help_is_grouped_and_complete(capsys):
+    """--help lists every setting in its group, at 100 columns."""
     with pytest.raises(SystemExit) as e:
         cli("--help")
     assert e.value.code == 0
@@ -117,12 +127,14 @@ def test_there_are_sixty_settings():
     assert len(TrainConfig.__dataclass_fields__) == 60
 
 
-def test_min_hops_is_for_prosqa_alone():
+def test_min_hops_is_checked_for_prosqa_only():
+    """ProntoQA has no min_hops; ProsQA's default must not refuse its max_hops."""
     assert cli("--task=prontoqa", "--max_hops=2")[0].max_hops == 2
     refused(lambda: cli("--max_hops=2"), "min_hops=3", "max_hops=2")
 
 
-def test_show_names_what_differs():
+def test_format_config_shows_what_differs():
+    """Sixty settings on the screen would hide the five that matter."""
     assert "=" not in format_config(TrainConfig())
     changed = dict(n_layer=2, n_head=2, n_embd=64, seed=1, tokenizer="words", out_dir="out/a-b")
     changed |= dict(valid_data="v" * 90)  # longer than a line, and in one piece

@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from helpers import random_gpt
-from nanococonut.weights.pretrained import load_gpt2
 
 from nanococonut.model import GPT, GPTConfig, cached_attention
 from nanococonut.runtime.errors import UserError
+from nanococonut.weights.pretrained import load_gpt2
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 24), (3, 4, 64)])

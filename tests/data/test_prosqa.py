@@ -289,7 +289,7 @@ def test_a_user_seed_is_not_a_training_stream():
 
 def test_excluded_graphs_are_never_generated():
     """Training could repeat validation examples."""
-    tiny = GraphConfig(n_nodes=5, min_hops=1, max_hops=2)  # so few graphs that they come again
+    tiny = GraphConfig(n_nodes=6, min_hops=1, max_hops=2)  # so few graphs that they come again
     held_out = {prosqa.graph_hash(example) for example in prosqa.generate(20, 0, tiny)}
     plain = prosqa.generate(300, 1, tiny)
     assert any(prosqa.graph_hash(example) in held_out for example in plain)

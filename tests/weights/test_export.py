@@ -118,10 +118,9 @@ def test_vocabulary_files_are_openais(exported):
     merges, vocab = (
         load.read_file_cached(url + name).decode() for name in ("vocab.bpe", "encoder.json")
     )
-    folder = exported[3]
-    assert (folder / "merges.txt").read_text(encoding="utf-8").split() == merges.split()
-    ours = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    assert ours == json.loads(vocab) and ours["<<"] == 16791
+    ours = json.loads((exported[3] / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert ours["merges"] == merges.rstrip().split("\n")[1:]  # the first line is the version
+    assert ours["vocab"] == json.loads(vocab) and ours["vocab"]["<<"] == 16791
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_export_is_whole_or_absent(tmp_path, gpt2, monkeypatch):
 def test_smear_is_refused(tmp_path, tokenizer):
     """transformers would ignore the smear and give other logits."""
     save_random_run(tmp_path / "run", tokenizer, smear=True)
-    with pytest.raises(UserError, match=r"smear=True, smear\.weight") as error:
+    with pytest.raises(UserError, match="it has smear=True") as error:
         export(tmp_path / "run", tmp_path / "hf")
     assert str(error.value).count("\n") == 1 and not (tmp_path / "hf").exists()
 

@@ -248,14 +248,14 @@ def cache(tmp_path, monkeypatch):
 def test_cached_weights_need_no_network(cache, monkeypatch):
     """A cached model must load offline; half a cache must not count as one."""
     theirs = transformers_gpt2(SHAPES["one layer"])
-    at = cache / "models--openai-community--gpt2-medium"
-    theirs.save_pretrained(at / "snapshots" / "abc")
-    (at / "refs").mkdir()
-    (at / "refs" / "main").write_text("abc")
+    repo = cache / "models--openai-community--gpt2-medium"
+    theirs.save_pretrained(repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
     for name in ("get_hf_file_metadata", "hf_hub_download"):
         monkeypatch.setattr(pretrained, name, None)
     assert logit_error(theirs, nanococonut.load_pretrained("gpt2-medium")) < 1e-5
-    (at / "snapshots" / "abc" / "config.json").unlink()
+    (repo / "snapshots" / "abc" / "config.json").unlink()
     with pytest.raises(WeightsUnavailable):
         resolve_weights("gpt2-medium")
 
@@ -267,7 +267,7 @@ def test_offline_error_names_three_ways_on(cache, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(pretrained, "get_hf_file_metadata", no_route)
-    monkeypatch.setattr(pretrained, "hf_hub_download", None)  # which would try again and again
+    monkeypatch.setattr(pretrained, "hf_hub_download", None)  # it would retry
     with pytest.raises(WeightsUnavailable) as error:
         resolve_weights("gpt2-xl")
     text = str(error.value)
@@ -285,16 +285,16 @@ def test_offline_error_names_three_ways_on(cache, monkeypatch):
 
 def test_only_the_two_files_are_downloaded(cache, monkeypatch, tmp_path):
     """The repository also holds weights for other frameworks: gigabytes."""
-    asked = []
+    requested = []
 
     def download(repo, file, cache_dir):
-        asked.append((repo, file))
+        requested.append((repo, file))
         return str(tmp_path / file)
 
     monkeypatch.setattr(pretrained, "get_hf_file_metadata", lambda url, **_: None)
     monkeypatch.setattr(pretrained, "hf_hub_download", download)
     assert resolve_weights("gpt2") == tmp_path
-    assert asked == [("openai-community/gpt2", f) for f in ("config.json", "model.safetensors")]
+    assert requested == [("openai-community/gpt2", f) for f in ("config.json", "model.safetensors")]
 
 
 # ---- train.py's choice

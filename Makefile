@@ -1,0 +1,17 @@
+.PHONY: test lint bench plots
+
+test:  ## needs pip install -e ".[test]"
+	python -m pytest -q
+
+lint:
+	ruff check .
+	ruff format --check .
+
+bench:  ## GPT-2 124M with random weights: speed does not depend on their values
+	python bench/latency.py --checkpoint=random
+	python bench/throughput.py --checkpoint=random
+	python bench/training.py
+
+plots:  ## pictures, and the tables of README.md and docs/, from bench/results/
+	python bench/plot.py
+	python bench/plot.py --readme

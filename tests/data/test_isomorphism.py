@@ -1,0 +1,186 @@
+"""Graphs in training and in evaluation: the same ones are recognized, and never shared."""
+
+import itertools
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data import isomorphism, prosqa, tasks
+from nanococonut.data.prosqa import GraphConfig
+from nanococonut.training.loader import TrainLoader
+from nanococonut.training.setup import init_tokenizer
+
+MINI = GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
+NODES = ("root", "target", "neg_target")
+
+
+def renumber(example: dict, rng: random.Random) -> dict:
+    """The same example under random node numbers, its edges in another order."""
+    n = 1 + max(map(max, example["edges"]))
+    number = rng.sample(range(n), n)
+    edges = [[number[a], number[b]] for a, b in example["edges"]]
+    return example | {
+        "edges": rng.sample(edges, len(edges)),
+        **{key: number[example[key]] for key in NODES},
+    }
+
+
+def marked(example: dict) -> tuple[Counter, dict[int, tuple]]:
+    """Edges with their counts, and each node's (marks, number of parents, number of children)."""
+    edges = Counter(map(tuple, example["edges"]))
+    nodes = sorted({node for edge in edges for node in edge})
+    return edges, {
+        v: (
+            tuple(example[key] == v for key in NODES),
+            sum(n for (_, b), n in edges.items() if b == v),
+            sum(n for (a, _), n in edges.items() if a == v),
+        )
+        for v in nodes
+    }
+
+
+def is_isomorphic(first: dict, second: dict) -> bool:
+    """Try all ways to match the nodes, one after another: slow, plain and exact."""
+    (edges, nodes), (other_edges, other_nodes) = marked(first), marked(second)
+    if Counter(nodes.values()) != Counter(other_nodes.values()):
+        return False
+    rarity = Counter(nodes.values())
+    order = sorted(nodes, key=lambda v: rarity[nodes[v]])
+
+    def extend(match: dict[int, int]) -> bool:
+        if len(match) == len(order):
+            return True
+        v = order[len(match)]
+        for w in set(other_nodes) - set(match.values()):
+            if other_nodes[w] == nodes[v] and all(
+                edges[v, a] == other_edges[w, b] and edges[a, v] == other_edges[b, w]
+                for a, b in [*match.items(), (v, w)]
+            ):
+                if extend(match | {v: w}):
+                    return True
+        return False
+
+    return extend({})
+
+
+def example_of(edges: list, root: int, target: int, neg_target: int) -> dict:
+    nodes = dict(zip(NODES, (root, target, neg_target), strict=True))
+    return {"question": "x", "steps": [], "answer": "x", "edges": edges, **nodes}
+
+
+def test_two_numberings_of_a_graph_hash_alike():
+    """Numbers, which no prompt shows, made held-out graphs look new."""
+    first = example_of([[0, 2], [0, 3], [3, 4], [1, 5]], 0, 4, 5)
+    second = example_of([[0, 3], [0, 2], [2, 4], [1, 5]], 0, 4, 5)
+    assert prosqa.graph_hash(first) == prosqa.graph_hash(second)
+    far = example_of([[7, 900], [7, -3], [-3, 4], [10**20, 5]], 7, 4, 5)
+    assert prosqa.graph_hash(first) == prosqa.graph_hash(far)
+
+
+@pytest.mark.parametrize("config", [GraphConfig(), MINI, GraphConfig(n_nodes=50, parent_rate=1.1)])
+def test_random_renumberings_hash_alike(config):
+    """Ties between nodes could be broken by their numbers."""
+    rng = random.Random(0)
+    for example in prosqa.generate(150, 0, config):
+        other = renumber(example, rng)
+        assert prosqa.graph_hash(other) == prosqa.graph_hash(example)
+        assert is_isomorphic(example, other)
+
+
+def test_other_graphs_hash_differently():
+    """A coarse hash would take graphs from training that nobody holds out. One moved edge."""
+    rng = random.Random(0)
+    n_different = 0
+    for example in prosqa.generate(300, 1, MINI):
+        edges = [list(edge) for edge in example["edges"]]
+        i, j = rng.sample(range(len(edges)), 2)
+        edges[i][1], edges[j][1] = edges[j][1], edges[i][1]  # all degrees stay the same
+        other = renumber(example | {"edges": edges}, rng)
+        same = is_isomorphic(example, other)
+        assert (prosqa.graph_hash(example) == prosqa.graph_hash(other)) == same
+        n_different += not same
+    assert n_different >= 200
+
+
+def test_hashes_agree_with_a_plain_search():
+    """All pairs of many very small graphs, of which most have symmetries."""
+    examples = prosqa.generate(60, 0, GraphConfig(n_nodes=6, min_hops=1, max_hops=2))
+    hashes = prosqa.graph_hashes(examples)
+    assert hashes == [prosqa.graph_hash(example) for example in examples]
+    pairs = itertools.combinations(zip(examples, hashes, strict=True), 2)
+    same = [is_isomorphic(a, b) == (x == y) for (a, x), (b, y) in pairs]
+    assert all(same) and len(set(hashes)) < 50
+
+
+def rings(*sizes: int) -> tuple[list, list]:
+    """Rings of nodes with edges both ways: all nodes have one color in rings of any size."""
+    edges, start = [], 0
+    for n in sizes:
+        ring = [(start + i, start + (i + 1) % n) for i in range(n)]
+        edges += ring + [(b, a) for a, b in ring]
+        start += n
+    return edges, [0] * start
+
+
+def test_forms_are_exact_if_all_colors_tie():
+    """Refinement alone cannot tell one ring of six from two of three."""
+    colors = isomorphism.node_colors([rings(6), rings(3, 3)])[1]
+    assert colors[0] == colors[1]
+    one, two = isomorphism.graph_hashes([rings(6), rings(3, 3)])
+    assert one[: isomorphism.COLOR_BYTES] == two[: isomorphism.COLOR_BYTES] and one != two
+    edges, marks = rings(3, 4, 4, 5)
+    order = np.random.default_rng(0).permutation(len(marks)).tolist()
+    shuffled = [(order[a], order[b]) for a, b in edges], marks
+    (form,) = {repr(isomorphism.canonical_form(g, marks)) for g in ((edges, marks), shuffled)}
+    assert form != repr(isomorphism.canonical_form(rings(4, 4, 4, 4), marks))
+
+
+def test_symmetric_graphs_are_fast():
+    """Ten equal branches have 10! numberings; twins and images must not be tried one by one."""
+    branches = [e for i in range(10) for e in ([0, 10 * i + 2], [10 * i + 2, 10 * i + 3])]
+    twins = [[1, v] for v in range(200, 220)]
+    example = example_of([*branches, *twins], 0, 3, 200)
+    other = renumber(example_of([*branches, *twins], 0, 93, 219), random.Random(0))
+    assert prosqa.graph_hash(example) == prosqa.graph_hash(other)
+
+
+def test_excluding_by_color_alone_is_not_enough(monkeypatch):
+    """Graphs with an excluded one's color but another form stay."""
+    examples = prosqa.generate(50, 0, MINI)
+    true_colors = isomorphism.graph_colors
+    assert prosqa.generate(50, 0, MINI, {b"x" * 40}) == examples
+    monkeypatch.setattr(isomorphism, "graph_colors", lambda graphs: [b"x" * 8] * len(graphs))
+    assert prosqa.generate(50, 0, MINI, {b"x" * 40}) == examples
+    assert len(true_colors([])) == 0
+
+
+@pytest.mark.parametrize("task, nodes, hops", [("prosqa", 11, 3), ("prontoqa", 11, 1)])
+def test_training_never_repeats_a_held_out_graph(task, nodes, hops):
+    """Training repeated graphs of validation and test examples under other node numbers."""
+    config = TrainConfig(
+        task=task, tokenizer="words", render="compact", n_nodes=nodes, min_hops=1, max_hops=hops,
+        train_examples=1000, val_examples=100, regenerate_each_epoch=True, matched_fraction=0.4,
+        short_fraction=0.2,
+    )  # fmt: skip
+    module = tasks.TASKS[task].module
+    held_out = tasks.held_out(config)
+    assert {"valid", "matched", task, f"{task}_matched"} <= set(held_out)
+    assert held_out[task] == module.generate(
+        2000, 1_000_003, tasks.TASKS[task].splits[task](config)
+    )
+    hashes = {key for examples in held_out.values() for key in module.graph_hashes(examples)}
+    val = tasks.load_data(config).val.values()
+    loader = TrainLoader(
+        config, Curriculum.from_config(config), init_tokenizer(config, None), None,
+        [example for examples in val for example in examples],
+    )  # fmt: skip
+    trained = [example for epoch in range(3) for example in loader._generate(epoch)]
+    loader.close()
+    assert hashes.isdisjoint(module.graph_hashes(trained))
+    assert not any(
+        is_isomorphic(a, b) for a in trained[:100] for b in held_out["valid"] if task == "prosqa"
+    )
