@@ -1,71 +1,72 @@
 #!/usr/bin/env bash
-# Every row that needs a GPU, in one call of at most nine minutes: bash bench/gpu_suite.sh [FOLDER]
-# What only checks (compute-sanitizer, loss curves, drift), in another: ... gpu_suite.sh FOLDER checks
-# Rows and logs go to FOLDER (default bench/results/gpu); copy what is worth keeping. A part that
-# fails or runs out of its time does not end the others. With NANOCOCONUT_RELEASED (a clone of
+# Run all that needs a GPU, in one call of at most nine minutes: bash bench/gpu_suite.sh FOLDER
+# Checks (compute-sanitizer, precision), in another call: bash bench/gpu_suite.sh FOLDER checks
+# Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. A part that fails or runs
+# out of time does not end the others. With NANOCOCONUT_RELEASED (a clone of
 # facebookresearch/coconut) and NANOCOCONUT_RELEASED_PYTHON the released code is measured too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-bench/results/gpu}
-mkdir -p "$out"
-python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-  echo "error: torch sees no CUDA GPU. Run this on a machine that has one." >&2
+PYTHON=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 # of a run that is killed, what it printed is kept
+dir=${1:-out/gpu}
+mkdir -p "$dir"
+"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+  echo "error: $PYTHON has no torch that sees a CUDA GPU. Run this on a GPU, or set PYTHON." >&2
   exit 2
 }
 failed=0
 # run SECONDS NAME COMMAND...: shown, and kept in FOLDER/NAME.log
 run() {
   echo "== ${*:3}"
-  timeout "$1" "${@:3}" 2>&1 | tee "$out/$2.log" || { echo "failed: ${*:3}"; failed=1; }
+  timeout "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; false; }
+}
+# all results once more at the end: of a long output only the end may be kept
+finish() {
+  [ -z "${OUT:-}" ] || tar czf "$OUT/gpu.tgz" -C "$dir" --exclude='*.safetensors' .
+  grep -hE '^ *[0-9.,e+-]+ (us|ms|x|GB/s|MiB|questions/s|examples/s|fraction) ' "$dir"/*.log
+  exit $failed
 }
 
-if [ "${2:-}" = checks ]; then  # the limits' sum is 530 s
-  # without torch's cache: in it, a read behind a tensor's end lies within a block
-  small=(tests/kernels/test_append.py tests/kernels/test_prefix_attention.py -k
-    "(gradient or append) and not 31 and not bfloat16 and not float16")
+if [ "${2:-}" = checks ]; then # the limits' sum is 530 s
+  # without torch's cache, in which a read after a tensor's end is still within a block
+  tests=(tests/kernels/test_{append,latent_attention,prefix_attention}.py -m gpu -q -x -k
+    "(query_and_slots or output_matches or gradients_match) and dtype0")
   for tool in memcheck racecheck; do
-    if command -v compute-sanitizer > /dev/null; then
-      run 150 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$tool" --error-exitcode 1 python -m pytest -q -x -m gpu "${small[@]}"
-    else
-      echo "no compute-sanitizer here: $tool not run"
-    fi
+    run 150 $tool env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
+      --error-exitcode 1 "$PYTHON" -m pytest "${tests[@]}"
   done
-  run 30 drift python bench/drift.py --out="$out/drift.jsonl"
-  run 200 loss python bench/loss.py --out="$out/loss.jsonl"
-  exit $failed
+  run 30 precision "$PYTHON" bench/precision.py --out="$dir/precision.jsonl"
+  run 200 loss "$PYTHON" bench/precision.py --of=loss --out="$dir/precision.jsonl"
+  finish
 fi
 
-# the limits' sum is 540 s, with the tests' 110
+# the limits' sum is 540 s. Tests compile some hundred kernels, each on one core: files side by side
+files=(tests/kernels/test_{append,feedback,latent_attention,prefix_attention,linear}.py
+  tests/kernels/test_linear_cross_entropy.py tests/inference/test_gpu.py
+  tests/core/test_{coconut,ops}.py tests/bench/test_{kernels,precision}.py)
+pids=()
+for file in "${files[@]}"; do
+  log="$dir/$(basename "$file" .py).log"
+  timeout -s INT 110 "$PYTHON" -m pytest -q -m "gpu and not slow" "$file" > "$log" 2>&1 &
+  pids+=($!)
+done
+for i in "${!pids[@]}"; do
+  wait "${pids[$i]}" || failed=1
+  echo "${files[$i]}: $(tail -n 1 "$dir/$(basename "${files[$i]}" .py).log")"
+done
 released=()
 if [ -n "${NANOCOCONUT_RELEASED:-}" ] && [ -n "${NANOCOCONUT_RELEASED_PYTHON:-}" ]; then
   released=("--released=$NANOCOCONUT_RELEASED" "--released_python=$NANOCOCONUT_RELEASED_PYTHON")
 fi
-# tests compile some hundred kernels, each on one core: file beside file
-names=() pids=()
-for file in tests/test_*.py tests/kernels/test_*.py; do
-  if grep -qE "mark\.gpu|device" "$file"; then
-    name=$(basename "$file" .py)
-    timeout -s INT 110 python -m pytest -q -m "gpu and not slow" "$file" > "$out/$name.log" 2>&1 &
-    names+=("$name") pids+=($!)
-  fi
+run 150 latency "$PYTHON" bench/latency.py "${released[@]}" --out="$dir/latency.jsonl"
+run 60 kernels "$PYTHON" bench/kernels.py --out="$dir/kernels.jsonl"
+run 40 throughput "$PYTHON" bench/throughput.py --out="$dir/throughput.jsonl"
+for options in "" --dtype=bfloat16 "--kernels=torch --graph=off"; do
+  # shellcheck disable=SC2086
+  run 25 "training $options" "$PYTHON" bench/training.py --config=config/prosqa_scratch.py \
+    --batch_size=64 --device=cuda $options --out="$dir/training.jsonl"
 done
-for i in "${!pids[@]}"; do
-  wait "${pids[$i]}"
-  code=$?
-  echo "${names[$i]}: $(tail -n 1 "$out/${names[$i]}.log")"
-  [ $code = 0 ] || [ $code = 5 ] || failed=1  # 5: it has no such tests
-done
-run 160 latency python bench/latency.py --checkpoint=random "${released[@]}" \
-  --out="$out/latency.jsonl"
-run 45 kernels python bench/kernels.py --out="$out/kernels.jsonl"
-run 45 throughput python bench/throughput.py --checkpoint=random \
-  --out="$out/throughput.jsonl"
-for dtype in float32 bfloat16; do
-  run 40 "training_$dtype" python bench/training.py --config=config/prosqa_scratch.py \
-    --batch_size=64 --device=cuda --dtype="$dtype" --out="$out/training.jsonl"
-done
-run 80 train python train.py config/prosqa_small.py --device=cuda --out_dir="$out/prosqa_small"
-run 20 accuracy python bench/accuracy.py --checkpoint="$out/prosqa_small" --device=cuda \
-  --out="$out/accuracy.jsonl"
-exit $failed
+# an unfinished model is not evaluated
+run 90 train "$PYTHON" train.py config/prosqa_small.py --device=cuda --out_dir="$dir/run" &&
+  run 15 accuracy "$PYTHON" bench/accuracy.py --checkpoint="$dir/run" --out="$dir/accuracy.jsonl"
+finish

@@ -1,31 +1,29 @@
-"""The paper's Table 1 from one command: every method trained and evaluated, beside its figures.
+"""Make the paper's Table 1: train and evaluate every method, next to the paper's numbers.
 
     python bench/table1.py --task prosqa                    small models, for any machine
     python bench/table1.py --task prosqa --preset gpt2      GPT-2 by the paper's recipe
     python bench/table1.py --seeds 3 --minutes 9            in as many calls as it takes
     python bench/table1.py --methods coconut --sweep c_thought=0,1,2 --set final_thoughts=None
 
-Each run is a train.py of its own, with the same rows, steps and rates. Stopped at any moment, the
-same command goes on where it was. Results: one JSON row for each run and split, and a Markdown
-table (mean ± standard deviation over seeds).
+Each run is its own train.py, with the same data, steps and rates. Stopped at any moment, the same
+command continues. --out holds a result for each run and split; a Markdown table is next to it.
 """
 
+import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout works uninstalled too
+sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tables import read_jsonl, table1
-
+from bench.accuracy import AccuracyConfig, evaluate
+from bench.common.results import command_line, read_results
+from bench.common.tables import select, table1
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
 from nanococonut.data.tasks import TASKS
@@ -34,7 +32,7 @@ from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
-console = Console(highlight=False, soft_wrap=True)
+OURS = {"method", "seed", "device", "out_dir", "resume"}  # settings of train.py made here
 
 
 @dataclass(frozen=True)
@@ -42,262 +40,213 @@ class Table1Config:
     task: str = option("prosqa", "what to learn", choices=tuple(TASKS))
     preset: str = option("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
     seeds: int = option(1, "seeds 0 .. seeds - 1", ge=1)
-    methods: str = option(",".join(tuple(METHODS)), "which, with commas")
+    methods: str = option(",".join(METHODS), "which methods, with commas")
     sweep: str | None = option(None, "a setting and its values: c_thought=0,1,2")
-    set: str | None = option(
-        None, "settings for all runs, with commas: epochs=10,learning_rate=1e-3"
-    )
-    data: str | None = option(None, "files of rows to evaluate on too, with commas")
-    n: int = option(2000, "generated rows of a split", ge=1)
+    set: str | None = option(None, "settings of all runs: epochs=10,learning_rate=1e-3")
+    data: str | None = option(None, "files of examples to evaluate on too, with commas")
+    n: int = option(2000, "generated examples of a split", ge=1)
     jobs: int = option(1, "runs at a time", ge=1)
-    minutes: float = option(0.0, "stop after these, to go on later (0: when all is done)", ge=0)
+    minutes: float = option(0.0, "stop after this time, to continue later (0: when done)", ge=0)
     runs: str = option("out/table1", "folder of the runs")
-    out: str = option("out/table1/rows.jsonl", "rows are appended to this file")
+    out: str = option("out/table1/rows.jsonl", "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
         validate(self)
 
+    @property
+    def method_list(self) -> list[str]:
+        return [m for m in self.methods.split(",") if m]
+
+    @property
+    def files(self) -> list[str]:
+        return [f for f in (self.data or "").split(",") if f]
+
+    @property
+    def recipe(self) -> Path:
+        suffix = "_small" if self.preset == "small" else ""
+        return ROOT / "config" / f"{self.task}{suffix}.py"
+
 
 @dataclass
-class Job:
-    """One run of one method: what train.py is told, and where it has got to."""
+class Run:
+    """One run of one method, by a train.py of its own."""
 
     method: str
     setting: str  # what differs from the preset: "c_thought=2", or ""
     seed: int
-    folder: Path
+    run_dir: Path
     command: list[str]
-    total: int  # steps, 0 where the rows of a file decide
-    process: subprocess.Popen | None = field(default=None, repr=False)
+    process: subprocess.Popen | None = None
 
     @property
     def done(self) -> Path:
-        return self.folder / "table1.done"
-
-    def step(self) -> int:
-        """The step of the last whole line of its metrics."""
-        try:
-            with (self.folder / "metrics.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-                lines = file.read().decode().splitlines()
-        except OSError:
-            return 0
-        steps = [checkpoint.logged_step(line) for line in lines]
-        return int(max((s for s in steps if s != float("inf")), default=0))
+        return self.run_dir / "table1.done"
 
 
 def pairs(text: str | None) -> dict[str, str]:
-    """ "a=1,b=2" -> {"a": "1", "b": "2"}"""
-    parts = [part.partition("=") for part in (text or "").split(",") if part]
-    if bad := [key for key, sign, _ in parts if not sign]:
+    """Return "a=1,b=2" as {"a": "1", "b": "2"}."""
+    pieces = [piece.partition("=") for piece in (text or "").split(",") if piece]
+    if bad := [key for key, sign, _ in pieces if not sign]:
         raise UserError(f"--set {text}: {bad[0]!r} has no value.\nWrite key=value,key=value.")
-    return {key.strip(): value for key, _, value in parts}
+    return {key.strip(): value for key, _, value in pieces}
 
 
-def jobs_of(config: Table1Config) -> list[Job]:
-    """Every run that the table needs. UserError for a setting that train.py would refuse."""
-    methods = [m for m in config.methods.split(",") if m]
-    if not methods:
+def check_config(config: Table1Config) -> None:
+    """Raise UserError for what can be known to fail before any run."""
+    if not config.method_list:
         raise UserError("--methods names none.\nGive some, with commas, or leave it out.")
-    names = [Path(f).name for f in files_of(config)]
-    if len(set(names)) < len(names) or not all(Path(f).is_file() for f in files_of(config)):
-        raise UserError(
-            f"--data {config.data}: files that are there, of different names, are wanted."
-        )
-    if unknown := [m for m in methods if m not in tuple(METHODS)]:
-        raise UserError(
-            f"--methods {unknown[0]!r} is not known.\nChoose of: {', '.join(tuple(METHODS))}."
-        )
-    file = f"{config.task}_small.py" if config.preset == "small" else f"{config.task}.py"
-    path = ROOT / "config" / file
-    if not path.is_file():
-        raise UserError(
-            f"there is no {config.preset} preset for {config.task} (config/{file}).\n"
-            "Choose another --preset or --task."
-        )
+    names = [Path(f).name for f in config.files]
+    if len(set(names)) < len(names) or not all(Path(f).is_file() for f in config.files):
+        raise UserError(f"--data {config.data}: expected files that exist, with different names.")
+    if not config.recipe.is_file():
+        raise UserError(f"{config.task} has no {config.preset} preset.\nSee the folder config/.")
     if not (TASKS[config.task].splits or names):
-        raise UserError(f"{config.task} has no generated rows.\nGive --data FILE to evaluate on.")
-    fixed = pairs(config.set) | {"device": config.device}
-    if config.preset == "gpt2":
-        fixed["fallback"] = "None"
+        raise UserError(f"{config.task} has no generated examples.\nGive --data FILE.")
     key, _, values = (config.sweep or "").partition("=")
-    if ours := {key, *pairs(config.set)} & {"method", "seed", "device", "out_dir", "resume"}:
-        raise UserError(
-            f"--sweep and --set leave {min(ours)!r} to this script.\nSee --methods, --seeds, "
-            "--device and --runs."
-        )
-    swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
+    if ours := {key, *pairs(config.set)} & OURS:
+        raise UserError(f"--sweep and --set cannot change {min(ours)!r}.\nSee --help.")
     if config.sweep and not (key and all(values.split(","))):
         raise UserError(f"--sweep {config.sweep} has no values.\nWrite c_thought=0,1,2.")
-    jobs = []
-    for seed in range(config.seeds):
-        for method in methods:
-            for one in swept:
-                setting = ",".join(filter(None, (config.set, one)))
-                name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
-                folder = Path(config.runs) / f"{config.task}_{config.preset}" / name
-                told = fixed | pairs(one) | {"method": method, "seed": str(seed)}
-                flags = [f"--{k}={v}" for k, v in told.items()]
-                given, _ = parse_cli(TrainConfig, flags, "")
-                resolved = make_config(TrainConfig, read_config_file(path, TrainConfig), given)
-                steps = math.ceil(resolved.train_examples / resolved.batch_size)
-                jobs.append(
-                    Job(
-                        method,
-                        setting,
-                        seed,
-                        folder,
-                        [sys.executable, str(ROOT / "train.py"), str(path), *flags],
-                        0
-                        if resolved.data or TASKS[config.task].load_split
-                        else resolved.epochs * steps,
-                    )
-                )
-    return jobs
 
 
-def files_of(config: Table1Config) -> list[str]:
-    """Files of rows to evaluate on."""
-    return [f for f in (config.data or "").split(",") if f]
+def plan_runs(config: Table1Config) -> list[Run]:
+    """Return every run that the table needs. Raise UserError for a setting train.py refuses."""
+    check_config(config)
+    fixed = pairs(config.set) | {"device": config.device}
+    fixed |= {"fallback": "None"} if config.preset == "gpt2" else {}
+    key, _, values = (config.sweep or "").partition("=")
+    swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
+    runs = []
+    for seed, method, one in itertools.product(range(config.seeds), config.method_list, swept):
+        setting = ",".join(filter(None, (config.set, one)))
+        name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
+        run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name
+        settings = fixed | pairs(one) | {"method": method, "seed": str(seed)}
+        flags = [f"--{k}={v}" for k, v in settings.items()]
+        given, _ = parse_cli(TrainConfig, flags, "")
+        make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
+        command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
+        runs.append(Run(method, setting, seed, run_dir, command))
+    return runs
 
 
-def start(job: Job) -> None:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if checkpoint.list_checkpoints(job.folder) else []
-    with (job.folder / "train.log").open("a") as log:
-        command = [*job.command, f"--out_dir={job.folder}", *resume]
-        # a session of its own: Ctrl-C is for us, who then ask it to save and end
-        job.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+def start(run: Run) -> None:
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
+    with (run.run_dir / "train.log").open("a") as log:
+        command = [*run.command, f"--out_dir={run.run_dir}", *resume]
+        # its own session: Ctrl-C reaches only us, and we ask it to save and end
+        run.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def evaluate(job: Job, config: Table1Config) -> None:
-    """One row for each split that has none yet."""
-    have = {
-        (r["table1"]["task"], r["table1"]["preset"], r["method"], r["table1"]["setting"],
-         r["trained"]["seed"], r["data"]): r["rows"]
-        for r in read_jsonl(Path(config.out))
-    }  # fmt: skip
-    for split in [*TASKS[config.task].splits, *files_of(config)]:
-        kind = (config.task, config.preset, job.method, job.setting, job.seed, Path(split).name)
-        if kind in have:
-            if split in TASKS[config.task].splits and have[kind] != config.n:
+def evaluate_run(run: Run, config: Table1Config) -> None:
+    """Append one result for each split that has none yet."""
+    own = {"task": config.task, "preset": config.preset, "method": run.method}
+    own |= {"setting": run.setting}
+    rows = select(read_results(Path(config.out)), **own)
+    done = {r["labels"]["data"]: r for r in rows if r["detail"]["trained"]["seed"] == run.seed}
+    for split in [*TASKS[config.task].splits, *config.files]:
+        if row := done.get(Path(split).name):
+            n = row["shape"]["examples"]
+            if split in TASKS[config.task].splits and n != config.n:
                 raise UserError(
-                    f"{config.out} has {job.folder.name} on {split} by {have[kind]} rows, now --n "
-                    f"{config.n} is asked for.\nGive another --out: cells of one table are of as "
-                    "many rows."
+                    f"{config.out} has {run.run_dir.name} on {split} with {n} examples, not --n "
+                    f"{config.n}.\nGive another --out: all cells of a table have as many."
                 )
             continue
-        command = [sys.executable, str(ROOT / "bench/accuracy.py"), f"--checkpoint={job.folder}"]
-        command += [f"--data={split}", f"--n={config.n}", f"--device={config.device}"]
+        print(f"evaluating {run.run_dir.name} on {split}", flush=True)
         # one limit for all cells, whatever a run's own: some written chains never end
-        command.append("--max_new_tokens=128")
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise UserError(
-                f"{job.folder.name} could not be evaluated on {split}: {run.stderr.strip()[-300:]}"
-            )
-        row = json.loads(run.stdout.splitlines()[-1])
-        place = {"task": config.task, "preset": config.preset, "setting": job.setting}
-        checkpoint.append_row(Path(config.out), row | {"table1": place})
-        console.print(f"{job.folder.name} on {row['data']}: {row['accuracy']:.1%}", markup=False)
+        options = dict(n=config.n, device=config.device, max_new_tokens=128)
+        try:
+            accuracy = AccuracyConfig(checkpoint=str(run.run_dir), data=split, **options)
+            [row] = evaluate(accuracy).rows
+        except UserError as e:
+            raise UserError(f"{run.run_dir.name} on {split}: {e}") from None
+        row["labels"] |= own
+        row["command"] = command_line(config, "bench/table1.py")
+        checkpoint.append_row(Path(config.out), row)
 
 
-def finish(job: Job, config: Table1Config) -> None:
-    """After its process has ended: evaluated where it was trained to its end."""
-    code = job.process.returncode
-    if code:
-        log = (job.folder / "train.log").read_text().strip().splitlines()
+def finish(run: Run, config: Table1Config) -> None:
+    """Evaluate a run whose process has ended. Raise UserError if it failed."""
+    if code := run.process.returncode:
+        log = (run.run_dir / "train.log").read_text().strip().splitlines()
         raise UserError(
-            f"{job.folder.name} ended with code {code}: {' '.join(log[-2:])}\n"
-            f"The other runs are kept; see {job.folder}/train.log, then give the same command."
+            f"{run.run_dir.name} ended with code {code}: {' '.join(log[-2:])}\n"
+            f"The other runs are kept; see {run.run_dir}/train.log, then give the same command."
         )
-    job.done.touch()
-    evaluate(job, config)
+    run.done.touch()
+    evaluate_run(run, config)
 
 
-def asked_to_stop(number: int, _: object) -> None:
+def train_all(waiting: list[Run], config: Table1Config) -> list[str]:
+    """Train and evaluate these runs, --jobs at a time. Return the errors."""
+    until = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
+    running: list[Run] = []
+    errors: list[str] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < config.jobs:
+                run = waiting.pop(0)
+                start(run)
+                running.append(run)
+                print(f"training {run.run_dir.name}, {len(waiting)} more wait", flush=True)
+            time.sleep(0.5)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                try:
+                    finish(run, config)
+                except UserError as e:  # the others continue, unless they would fail alike
+                    print(f"error: {e}")
+                    reason = str(e).split(": ", 1)[-1].splitlines()[0]
+                    if run.process.returncode == 2 and any(reason in error for error in errors):
+                        print("the others are not tried: they would fail alike")
+                        waiting.clear()
+                    errors.append(str(e))
+            if time.monotonic() > until:
+                break
+    finally:
+        for run in running:
+            run.process.terminate()  # it saves, then ends
+        for run in running:
+            run.process.wait()
+    return errors
+
+
+def exit_on_signal(number: int, _: object) -> None:
     sys.exit(128 + number)  # through the finally that ends the runs
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, asked_to_stop)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
     config = make_config(Table1Config, given)
-    jobs = jobs_of(config)
-    out = Path(config.out)
-    read_jsonl(out)  # what cannot be read or written is said before the work
+    runs, out = plan_runs(config), Path(config.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("a").close()
     except OSError as e:
         raise UserError(f"--out {out} cannot be written: {e.strerror}.\nGive another.") from None
-    until = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
+    read_results(out)  # errors in it are reported before the work
 
-    waiting, running = [], []
-    for job in jobs:
-        if job.done.exists():
-            evaluate(job, config)
-        else:
-            waiting.append(job)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    n_done = len(jobs) - len(waiting)
-    whole = bar.add_task("table", total=sum(job.total for job in jobs) or None)
-    lines: dict[str, int] = {}
-    failed: list[str] = []
-    try:
-        with bar:
-            while waiting or running:
-                while waiting and len(running) < config.jobs:
-                    job = waiting.pop(0)
-                    start(job)
-                    running.append(job)
-                    lines[job.folder.name] = bar.add_task(job.folder.name, total=job.total or None)
-                time.sleep(0.5)
-                for job in list(running):
-                    bar.update(lines[job.folder.name], completed=job.step())
-                    if job.process.poll() is not None:
-                        running.remove(job)
-                        bar.remove_task(lines.pop(job.folder.name))
-                        try:
-                            finish(job, config)
-                        except UserError as e:  # the others go on
-                            console.print(f"error: {e}", markup=False)
-                            reason = str(e).split(": ", 1)[-1].splitlines()[0]
-                            if job.process.returncode == 2 and any(reason in f for f in failed):
-                                console.print("the others are not tried: it would be the same")
-                                waiting.clear()
-                            failed.append(str(e))
-                        n_done += 1
-                steps = sum(job.total if job.done.exists() else job.step() for job in jobs)
-                bar.update(whole, completed=steps, description=f"run {n_done + 1} of {len(jobs)}")
-                if time.monotonic() > until:
-                    break
-    finally:
-        for job in running:
-            job.process.terminate()  # it saves, then ends
-        for job in running:
-            job.process.wait()
+    # ---- evaluate what is trained, train the rest
+    for run in runs:
+        if run.done.exists():
+            evaluate_run(run, config)
+    errors = train_all([run for run in runs if not run.done.exists()], config)
 
-    rows = read_jsonl(out)
-    table = table1(rows, config.task, config.preset)
+    # ---- the table
+    table = table1(read_results(out), config.task, config.preset)
     checkpoint.replace_text(out.with_name(f"table1_{config.task}_{config.preset}.md"), table + "\n")
     print(table)
-    left = sum(not job.done.exists() for job in jobs)
+    left = sum(not run.done.exists() for run in runs)
     if left:
-        print(f"{left} of {len(jobs)} runs are not done: give the same command to go on")
+        print(f"{left} of {len(runs)} runs are not done: give the same command to continue")
     summary = {"bench": "table1", "task": config.task, "preset": config.preset}
-    print(json.dumps(summary | {"runs": len(jobs), "left": left, "rows": str(out)}))
-    if failed:
-        raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
+    print(json.dumps(summary | {"runs": len(runs), "left": left, "out": str(out)}))
+    if errors:
+        raise UserError(f"{len(errors)} runs failed, the first: {errors[0]}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""bench/accuracy.py: the bundled checkpoint on every split, with the categories of its answers."""
+"""bench/accuracy.py: the bundled checkpoint on every split, with the categories of its texts."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
+from bench.common.results import read_results
 from nanococonut.data import prosqa
 from nanococonut.data.files import write_examples
 from nanococonut.evaluation.categories import CATEGORIES
@@ -17,45 +18,48 @@ def accuracy(script):
     return lambda *argv: script("--device=cpu", *argv, script="bench/accuracy.py")
 
 
+def rows_of(out: str) -> list[dict]:
+    return json.loads(out.splitlines()[-1])["rows"]
+
+
 @pytest.mark.parametrize("split", prosqa.SPLITS)
-def test_every_split_is_asked_with_the_thoughts_of_the_manifest(accuracy, split):
+def test_every_split_is_evaluated_as_trained(accuracy, split):
+    """With the number of thoughts in the manifest."""
     code, out, err = accuracy(f"--data={split}", "--n=40")
     assert (code, err) == (0, "")
-    row = json.loads(out.splitlines()[-1])
-    assert (row["data"], row["rows"], row["thoughts"]) == (split, 40, 6)
-    assert row["accuracy"] > 0.7 and row["low"] < row["accuracy"] <= row["high"]
-    shares = row["categories"]
-    assert tuple(shares) == CATEGORIES and sum(shares.values()) == pytest.approx(1)
-    # behind six thoughts it says no step, so a right label is a right answer
-    assert shares["Correct Label"] == row["accuracy"]
-    assert "sweep" not in row
+    [row] = rows_of(out)
+    assert row["labels"]["data"] == split and row["shape"] == {"examples": 40, "thoughts": 6}
+    low, high = row["spread"].values()
+    assert row["value"] > 0.7 and low < row["value"] <= high
+    fractions = row["detail"]["categories"]
+    assert tuple(fractions) == CATEGORIES and sum(fractions.values()) == pytest.approx(1)
+    # after six thoughts it writes no step, so a correct label is a correct answer
+    assert fractions["Correct Label"] == row["value"]
 
 
-def test_a_sweep_has_a_column_for_each_number_of_thoughts(accuracy):
+def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
     code, out, err = accuracy("--data=prosqa_balanced", "--n=40", "--sweep", "--latent=3")
     assert (code, err) == (0, "")
-    *lines, last = out.splitlines()
-    row = json.loads(last)
-    assert [r["thoughts"] for r in row["sweep"]] == [0, 1, 2, 3]
-    table = {line[:16].strip(): line[16:].split() for line in lines}
-    assert table["thoughts"] == ["0", "1", "2", "3"]
-    for category in CATEGORIES:
-        wanted = [f"{r['categories'][category]:.1%}" for r in row["sweep"]]
-        assert table[category] == wanted
-    first, *_, final = row["sweep"]
+    rows = rows_of(out)
+    assert [r["shape"]["thoughts"] for r in rows] == [0, 1, 2, 3]
+    for row in rows:
+        assert tuple(row["detail"]["categories"]) == CATEGORIES
+        for name, fraction in row["detail"]["categories"].items():
+            assert f"  {fraction:6.1%} {name}" in out.splitlines()
+    first, *_, last = (r["detail"] for r in rows)
     assert first["categories"]["Correct Path"] > 0.5 and first["categories"]["Correct Label"] == 0
-    assert final["categories"]["Correct Label"] == final["accuracy"] == row["accuracy"]
-    assert first["generated_tokens"] > final["generated_tokens"]
+    assert last["categories"]["Correct Label"] == rows[-1]["value"]
+    assert first["generated_tokens"] > last["generated_tokens"]
 
 
-def test_rows_of_a_file(accuracy, tmp_path):
-    rows = prosqa.generate(20, 5, prosqa.GraphConfig(13, 2, 3))
-    write_examples(tmp_path / "rows.json", rows)
+def test_examples_of_a_file(accuracy, tmp_path):
+    examples = prosqa.generate(20, 5, prosqa.GraphConfig(13, 2, 3))
+    write_examples(tmp_path / "rows.json", examples)
     code, out, _ = accuracy("--data=rows.json", "--latent=0", "--out=results.jsonl")
-    row = json.loads(out.splitlines()[-1])
-    assert code == 0 and json.loads((tmp_path / "results.jsonl").read_text()) == row
-    assert (row["data"], row["rows"], row["generated_seed"]) == ("rows.json", 20, None)
-    assert row["categories"]["Correct Path"] > 0.4
+    [row] = read_results(tmp_path / "results.jsonl")
+    assert code == 0 and row["labels"]["data"] == "rows.json" and row["shape"]["examples"] == 20
+    assert row["detail"]["generated_seed"] is None
+    assert row["detail"]["categories"]["Correct Path"] > 0.4
 
 
 @pytest.mark.parametrize(
@@ -91,21 +95,24 @@ def like_the_bundled(run, stop=None, **changes):
     checkpoint.save(run, manifest["step"], model, [], manifest)
 
 
-@pytest.mark.parametrize("logit, had", [(1.0, 0), (-1.0, 6)])
-def test_a_classifiers_row_has_the_most_thoughts_and_the_mean_had(accuracy, tmp_path, logit, had):
+@pytest.mark.parametrize("logit, taken", [(1.0, 0), (-1.0, 6)])
+def test_classifier_can_take_fewer_thoughts(accuracy, tmp_path, logit, taken):
     like_the_bundled(tmp_path / "run", stop=logit, config={"stop": "classifier"})
     code, out, _ = accuracy("--checkpoint=run", "--n=20", "--latent=6", "--max_new_tokens=1")
-    row = json.loads(out.splitlines()[-1])
-    assert code == 0 and (row["thoughts"], row["thoughts_had"]) == (6, had)
-    assert row["generated_tokens"] == had + 1 and f"6 thoughts at most, {had}.0 had" in out
+    [row] = rows_of(out)
+    assert code == 0 and row["shape"]["thoughts"] == 6
+    assert row["detail"]["thoughts_taken"] == taken
+    assert row["detail"]["generated_tokens"] == taken + 1
+    assert f", {taken}.0 of them thoughts" in out
 
 
 def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
     like_the_bundled(tmp_path / "run", config={"max_new_tokens": 1})
     for more, longest in (([], 1), (["--max_new_tokens=2"], 2)):
         code, out, _ = accuracy("--checkpoint=run", "--n=20", *more)
-        row = json.loads(out.splitlines()[-1])
-        assert (code, row["max_new_tokens"], row["generated_tokens"]) == (0, longest, 6 + longest)
+        detail = rows_of(out)[0]["detail"]
+        assert code == 0 and detail["max_new_tokens"] == longest
+        assert detail["generated_tokens"] == 6 + longest
         code, out, _ = script("--out_dir=run", "--seed=1", *more, script="sample.py")
         assert code == 0 and f", {longest} tokens" in out
 

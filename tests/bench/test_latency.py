@@ -1,18 +1,17 @@
-"""bench/latency.py and throughput.py at a tiny size: rows, peers wrong or missing."""
+"""bench/latency.py and throughput.py at a tiny size: results, providers wrong or missing."""
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
-import bandwidth
-import peers
 import pytest
-import schema
-import subject
-import tables
 import torch
 
+from bench import latency as bench
+from bench.common import baselines, roofline, tables, workload
+from bench.common.results import read_results
 from nanococonut.runtime.errors import UserError
 
 TINY = "--n_layer=2 --n_embd=16 --n_head=2 --vocab_size=64 --block_size=512".split()
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setitem(bandwidth.BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(roofline.BUFFER_BYTES, "cpu", 1 << 16)
 
 
 @pytest.fixture
@@ -30,8 +29,19 @@ def latency(script):
     return lambda *argv: script(*TINY, *argv, "--device=cpu", script="bench/latency.py")
 
 
+@pytest.fixture
+def tiny():
+    """Return (workload, config) with options; nothing is started."""
+
+    def make(**options):
+        config = bench.LatencyConfig(checkpoint="random", device="cpu", **SHAPE, **options)
+        return workload.load_model(config, CPU), config
+
+    return make
+
+
 def fake(folder: Path, replies: list[dict]) -> Path:
-    """A "Python" that gives these replies, whatever it is asked."""
+    """Make a "Python" that gives these replies, whatever is requested."""
     path = folder / "python"
     lines = [f"read -r _\necho '{json.dumps(reply)}'\n" for reply in replies]
     path.write_text("#!/bin/sh\n" + "".join(lines))
@@ -39,63 +49,84 @@ def fake(folder: Path, replies: list[dict]) -> Path:
     return path
 
 
-def test_a_run_measures_everything(latency, tmp_path):
+def test_run_measures_everything(latency, tmp_path):
     argv = ["--rounds=2", "--peers=False", "--batches=1,3", "--contexts=20,40"]
     code, out, err = latency(*argv, "--tasks=prosqa,gsm8k", "--out=rows.jsonl")
     assert code == 0, err
     *shown, last = out.splitlines()
-    line, rows = json.loads(last), tables.read_jsonl(tmp_path / "rows.jsonl")
-    for row in rows:
-        schema.check(row)
-    [run] = tables.runs(rows, "latency")
+    line, rows = json.loads(last), read_results(tmp_path / "rows.jsonl")
+    [run] = tables.newest_runs(rows, "latency")
     assert run.rows == rows and len(line["rows"]) == len(rows)
     assert run.points() == [(1, 20), (1, 40), (3, 20), (3, 40)]
     for batch, context in run.points():
-        latent, token = (
-            run.value(w, "ours", batch=batch, context=context)
-            for w in ("latent step", "token step")
-        )
-        assert 0 < latent < run.value("first token", "ours", batch=batch, context=context)
-        floors = [
-            run.value(w, "floor", batch=batch, context=context)
-            for w in ("latent step", "token step")
-        ]
-        assert 0 < floors[0] < floors[1] and token > 0
-        at = f"token step / latent step, batch {batch}, context {context}"
+        at = dict(batch=batch, context=context)
+        latent, token = (run.value(m, **at) for m in ("latent_step", "token_step"))
+        assert 0 < latent < run.value("first_token", **at)
+        bounds = [run.value(m, "roofline", **at) for m in ("latent_step", "token_step")]
+        assert 0 < bounds[0] < bounds[1] and token > 0
+        assert run.value("token_step", relative_to="latent_step", **at) > 0
         numbers = 2 * 2 * 16 * context * batch + 2 * (12 * 16 * 16 + 13 * 16)
-        times = run.value("token step by latent step", "ours", batch=batch, context=context)
-        assert line["ratios"][at]["measured"] == pytest.approx(times, abs=1e-3)
-        assert line["ratios"][at]["bytes"] == pytest.approx(1 + 64 * 16 / numbers, abs=1e-3)
+        assert bounds[1] / bounds[0] == pytest.approx(1 + 64 * 16 / numbers, rel=1e-3)
     for task in ("prosqa", "gsm8k"):
-        whole = {
-            w: run.value(f"{task} answer, {w}", "ours") for w in ("6 thoughts", "written chain")
-        }
-        rest = run.value(f"{task} answer after prefill, written chain", "ours")
-        assert 0 < rest < whole["written chain"]
-        times = run.value(f"{task} answer, written chain by 6 thoughts", "ours")
-        ratios = line["ratios"][f"{task}, chain / thoughts"]
-        assert 0 < ratios["prefill share"] < 1
-        assert ratios["whole"] == pytest.approx(times, rel=1e-3)
-    rates = [run.value("memory bandwidth", way) for way in ("copy", "matrix times vector")]
+        for path in ("thoughts", "chain", "direct"):
+            where = {"task": task, "path": path}
+            whole, rest = (run.value(m, **where) for m in ("answer", "answer_after_prefill"))
+            assert 0 < rest < whole
+        assert run.value("answer", task=task, path="chain", relative_to="thoughts") > 0
+    rates = [
+        run.value("memory_bandwidth", "torch", variant=v) for v in ("copy", "matrix times vector")
+    ]
     assert any(rates) and not all(rates)  # the faster of the two
-    assert {row["repeats"] for row in rows if row["unit"] == "times"} == {2}  # rounds are whole
-    assert line["left_out"] == [] and set(line["without"]) >= {"released", "ours, eager"}
-    assert "not installed" in line["without"]["released"]
-    assert any("by bytes" in s for s in shown) and str(tmp_path) not in out
+    assert {row["repeats"] for row in rows if row["unit"] == "x"} == {2}  # rounds are whole
+    assert line["left_out"] == [] and {"released", "nanococonut, eager"} <= line["missing"].keys()
+    assert line["missing"]["released"] == "not requested"
+    assert "| prosqa |" in "\n".join(shown) and str(tmp_path) not in out
 
 
-def test_what_does_not_fit_is_left_out_and_said(latency):
+def test_missing_provider_says_how_to_install_it(tiny, monkeypatch):
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    found, config = tiny()
+    providers, missing = baselines.start(found, config)
+    assert [p.name for p in providers] == ["nanococonut"]
+    assert "--released_python" in missing["released"]
+    assert "transformers 5" in missing["transformers"]
+
+
+def test_case_that_does_not_fit_is_left_out(latency):
     argv = ["--rounds=1", "--peers=False", "--batches=1", "--contexts=16,900"]
     code, out, err = latency(*argv, "--tasks=prosqa")
     assert code == 0, err
     left_out = json.loads(out.splitlines()[-1])["left_out"]
     assert any("context 900: 916 positions, the model has 512" in w for w in left_out)
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert any(r["what"] == "latent step" for r in rows)  # what it is all about is measured
+    assert any(r["metric"] == "latent_step" for r in rows)  # the main result is measured
+
+
+def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
+    """A run that is killed keeps the cases that it finished."""
+    options = dict(batches="1", contexts="16,32", tasks="", rounds=1, peers=False)
+    found, config = tiny(**options, out=str(tmp_path / "r.jsonl"))
+    results = bench.ResultWriter("latency", config, CPU, torch.float32)
+    providers, _ = baselines.start(found, config)
+    done = []
+    time_case = bench.time_case
+
+    def fails_at_second(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return time_case(*args)
+
+    monkeypatch.setattr(bench, "time_case", fails_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        all_cases = bench.cases(config, providers, False)
+        bench.measure(all_cases, config, found, results)
+    rows = read_results(tmp_path / "r.jsonl")
+    assert {r["metric"] for r in rows} >= {"latent_step", "token_step", "first_token"}
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, message",
     [
         (["--batches=1,x"], "no list of numbers"),
         (["--contexts=0"], "no list of numbers"),
@@ -105,70 +136,85 @@ def test_what_does_not_fit_is_left_out_and_said(latency):
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
         (["--checkpoint=nowhere"], "Give no --checkpoint"),
         (["--n_head=3"], "does not divide"),
-        (["--out=nowhere/rows.jsonl"], "folder is not there"),
+        (["--out=nowhere/rows.jsonl"], "folder does not exist"),
         (["--contexts=9000", "--tasks=", "--peers=False"], "nothing fits"),
     ],
 )
-def test_mistakes_take_two_lines(latency, argv, said):
+def test_mistakes_take_two_lines(latency, argv, message):
     code, _, err = latency(*argv)
-    assert code == 2 and said in err and len(err.splitlines()) <= 2, err
+    assert code == 2 and message in err and len(err.splitlines()) <= 2, err
 
 
-def test_others_are_checked_before_anything_is_timed(tmp_path, monkeypatch):
-    """One that says other tokens, one that ends, one that is not installed."""
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    found = subject.find("random", SHAPE, CPU)
+def test_others_are_checked_before_timing(tiny, tmp_path, monkeypatch):
+    """One with other tokens, one that ends, one that is not installed."""
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "coconut.py").write_text("")
-    lies = fake(tmp_path, [{"versions": {"torch": "2"}}, {"tokens": [[0] * peers.TOKENS]}])
-    sides = peers.start(found, str(tmp_path), str(lies), None)
-    assert [side.name for side in sides.all] == ["ours", "released"]
-    assert sides.all[1].versions["coconut"] == "unknown"
-    peers.check(sides, found, [8])
-    assert [side.name for side in sides.all] == ["ours"]
-    assert "says other tokens than ours" in sides.missing["released"]
-    assert "pip install transformers" in sides.missing["transformers, dynamic cache"]
-    ends = fake(tmp_path, [])
-    sides = peers.start(found, str(tmp_path), str(ends), str(ends))
-    assert [side.name for side in sides.all] == ["ours"]
-    assert "generate_worker ended" in sides.missing["transformers, dynamic cache"]
+    wrong_tokens = {"tokens": [[0] * baselines.N_CHECKED]}
+    wrong = str(fake(tmp_path, [{"versions": {"torch": "2"}}, wrong_tokens]))
+    found, config = tiny(released=str(tmp_path), released_python=wrong)
+    providers, missing = baselines.start(found, config)
+    assert [p.name for p in providers] == ["nanococonut", "released"]
+    assert providers[1].versions["coconut"] == "unknown"
+    baselines.drop_wrong(providers, found, missing, 8)
+    assert [p.name for p in providers] == ["nanococonut"]
+    assert "not timed, expected tokens" in missing["released"]
+    ends = str(fake(tmp_path, []))
+    options = dict(released=str(tmp_path), released_python=ends, transformers_python=ends)
+    found, config = tiny(**options)
+    providers, missing = baselines.start(found, config)
+    assert [p.name for p in providers] == ["nanococonut"]
+    assert "worker transformers ended" in missing["transformers"]
+    found, config = tiny(transformers_python=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="cannot be run"):
-        peers.start(found, None, None, str(tmp_path / "nothing"))
+        baselines.start(found, config)
 
 
-def test_a_defect_of_ours_is_an_error(monkeypatch):
-    found = subject.find("random", SHAPE, CPU)
-    sides = peers.start(found, None, None, None, others=False)
-    said = sides.first.answer
-    wrong = lambda *a: said(*a) | {"tokens": [[1] * peers.TOKENS]}  # noqa: E731
-    monkeypatch.setattr(sides.first, "answer", wrong)
-    with pytest.raises(UserError, match="defect of ours"):
-        peers.check(sides, found, [8])
+def test_closed_worker_leaves_no_process(tmp_path):
+    """A compiler that a killed worker had started used to run on, beside the next measurement."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 20 &\necho {}\nwait\n")
+    python.chmod(0o755)
+    worker = baselines.Worker("released", str(python), "--flag", "nothing")
+    assert worker.receive() == {}
+    began = time.monotonic()
+    worker.close()
+    worker.close()  # twice is no error
+    assert worker.process.stdout.read() == ""  # ends when the last process has closed it
+    assert time.monotonic() - began < 10
 
 
-def test_memory_that_is_not_enough_is_no_crash():
+def test_bug_of_ours_is_an_error(tiny, monkeypatch):
+    found, config = tiny(peers=False)
+    providers, missing = baselines.start(found, config)
+    generate = providers[0].generate
+    wrong = lambda *a: generate(*a) | {"tokens": [[1] * baselines.N_CHECKED]}  # noqa: E731
+    monkeypatch.setattr(providers[0], "generate", wrong)
+    with pytest.raises(UserError, match="bug of ours"):
+        baselines.drop_wrong(providers, found, missing, 8)
+
+
+def test_out_of_memory_is_no_crash():
     for error in (
         torch.OutOfMemoryError("x"),
         MemoryError(),
         RuntimeError("can't allocate memory"),
     ):
-        with subject.out_of_memory(CPU) as failed:
+        with workload.catch_oom(CPU) as failed:
             raise error
         assert failed
-    with pytest.raises(RuntimeError, match="other"), subject.out_of_memory(CPU):
+    with pytest.raises(RuntimeError, match="other"), workload.catch_oom(CPU):
         raise RuntimeError("another thing")
-    with subject.out_of_memory(CPU) as failed:
+    with workload.catch_oom(CPU) as failed:
         pass
     assert not failed
 
 
-def test_throughput_goes_on_until_it_rises_no_more(script, tmp_path):
-    argv = [*TINY, "--task=gsm8k", "--rounds=2", "--most=8", "--device=cpu"]
+def test_throughput_ends_when_no_longer_faster(script, tmp_path):
+    argv = [*TINY, "--task=gsm8k", "--rounds=2", "--max_batch=8", "--device=cpu"]
     code, out, err = script(*argv, "--out=rows.jsonl", script="bench/throughput.py")
     assert code == 0, err
-    rows, line = tables.read_jsonl(tmp_path / "rows.jsonl"), json.loads(out.splitlines()[-1])
-    for row in rows:
-        schema.check(row)
-    batches = [row["shapes"]["batch"] for row in rows if row["variant"] == "6 thoughts"]
+    rows, line = read_results(tmp_path / "rows.jsonl"), json.loads(out.splitlines()[-1])
+    batches = [row["shape"]["batch"] for row in tables.select(rows, path="thoughts")]
     assert batches == [1, 2, 4, 8][: len(batches)] and len(rows) == 3 * len(batches)
     assert {row["unit"] for row in rows} == {"questions/s"} and line["ended"]
     code, _, err = script(*TINY[:-1], "--block_size=64", script="bench/throughput.py")
@@ -176,32 +222,20 @@ def test_throughput_goes_on_until_it_rises_no_more(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_says_the_same(latency):
+def test_transformers_generates_the_same(latency):
     pytest.importorskip("transformers")
     argv = ["--rounds=2", "--batches=1", "--contexts=20", "--tasks=gsm8k"]
     released, python = map(os.environ.get, ("NANOCOCONUT_RELEASED", "NANOCOCONUT_RELEASED_PYTHON"))
-    wanted = {"transformers, dynamic cache"}
+    expected = {"transformers"}
     if released and python:
         argv += [f"--released={released}", f"--released_python={python}"]
-        wanted.add("released")
+        expected.add("released")
     code, out, err = latency(*argv, f"--transformers_python={sys.executable}")
     assert code == 0, err
     line = json.loads(out.splitlines()[-1])
-    rows = {(r["what"], r["variant"]): r for r in line["rows"]}
-    for name in wanted:
-        assert name not in line["without"]
-        for what in ("latent step", "token step", "gsm8k answer, 6 thoughts"):
-            assert rows[what, name]["value"] > 0
-        assert rows["latent step", name]["versions"]["transformers"]
-
-
-@pytest.mark.gpu
-def test_launches_are_counted_on_a_gpu(script, tmp_path):
-    argv = [*TINY, "--peers=False", "--rounds=1", "--batches=1", "--contexts=20", "--tasks=gsm8k"]
-    code, out, err = script(*argv, "--out=rows.jsonl", script="bench/latency.py")
-    assert code == 0, err
-    rows = tables.read_jsonl(tmp_path / "rows.jsonl")
-    counted = {(r["what"], r["variant"]): r["value"] for r in rows if r["unit"] == "launches"}
-    assert counted["latent step kernels", "ours, eager"] > 20
-    assert counted["latent step launches", "ours"] < 1  # a graph for the whole chain
-    assert counted["latent step kernels", "ours"] < counted["latent step kernels", "ours, eager"]
+    rows = {(r["metric"], r["provider"]): r for r in line["rows"]}
+    for name in expected:
+        assert name not in line["missing"]
+        for metric in ("latent_step", "token_step", "answer"):
+            assert rows[metric, name]["value"] > 0
+        assert rows["latent_step", name]["versions"]["transformers"]

@@ -1,71 +1,80 @@
-"""bench/plot.py: pictures and README sections from rows, and nothing else."""
+"""bench/plot.py: pictures and Markdown tables from rows, and nothing else."""
 
-import runpy
+import json
+import statistics
 
 import pytest
-import schema
-import tables
 import torch
 from helpers import ROOT
 
+from bench import plot
+from bench.common import tables
+from bench.common.results import ResultWriter, read_results
+from bench.common.workload import WorkloadOptions
+from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
 
-WAYS = ("6 thoughts", "written chain", "direct")
+OURS = "nanococonut"
 
 
-def rows_of(command: str, date: str, scale: float = 1.0) -> list[dict]:
-    """As bench/latency.py makes them: steps at two batches, two answers, one other side."""
-    device, size = torch.device("cpu"), {"parameters": 124_000_000}
-    made = schema.Rows(device, torch.float32, f"python bench/{command}.py", None, size)
+def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
+    """Return rows as bench/latency.py and bench/throughput.py write them."""
+    cpu, size = torch.device("cpu"), {"parameters": 124_000_000}
+    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, shape=size)
     made.common["date"] = date
 
-    def add(what, variant, value, unit="ms", **shapes):
-        made.add(what, variant, [scale * value if unit == "ms" else value], unit, **shapes)
+    def add(metric, provider, value, unit="ms", labels=None, **shape):
+        value *= scale if unit == "ms" else 1
+        made.add(metric, provider, [value], unit, labels=labels, **shape)
 
-    if command == "throughput":
+    if bench == "throughput":
         for batch in (1, 2, 4):
-            for i, way in enumerate(WAYS):
-                shapes = dict(batch=batch)
-                made.add("prosqa answers", way, [scale * batch * (3 - i)], "questions/s", **shapes)
+            for i, path in enumerate(("thoughts", "chain", "direct")):
+                labels = {"task": "prosqa", "path": path}
+                add("throughput", OURS, batch * (3 - i), "questions/s", labels, batch=batch)
         return made.rows
-    for batch, context in ((1, 400), (1, 100), (8, 400)):
-        for what, value in (("latent step", 20), ("token step", 30)):
-            add(what, "ours", value * batch, batch=batch, context=context)
-            add(what, "floor", value / 2, batch=batch, context=context)
+    for batch, context in ((1, 400), (1, 100), (8, 400), (1, 363)):
         at = dict(batch=batch, context=context)
-        add("token step by latent step", "ours", 1.5, "times", **at)
+        for metric, value in (("latent_step", 20), ("token_step", 30)):
+            add(metric, OURS, value * batch, **at)
+            add(metric, "roofline", value / 2, **at)
+        add("token_step", OURS, 1.5, "x", {"relative_to": "latent_step"}, **at)
     for task, context in (("prosqa", 363), ("gsm8k", 57)):
-        for way, value in zip(WAYS, (100, 300, 80), strict=True):
-            add(f"{task} answer, {way}", "ours", value, batch=1, context=context)
-            add(f"{task} answer after prefill, {way}", "ours", value - 60, batch=1, context=context)
-        for rest, value in (("", 3), (" after prefill", 6)):
-            what = f"{task} answer{rest}, written chain by 6 thoughts"
-            add(what, "ours", value, "times", batch=1, context=context)
-    at = dict(batch=1, context=363)
-    add("prosqa answer, 6 thoughts", "released", 900, **at)
-    add("prosqa answer, 6 thoughts, by ours", "released", 9, "times", **at)
-    for what, ours, times in (("latent step", 21, 4), ("token step", 31, 20)):
-        add(what, "ours", ours, **at)
-        add(what, "floor", ours / 2, **at)
-        add(what, "released", ours * times, **at)
-        add(f"{what}, by ours", "released", times, "times", **at)
-    add("latent step, by ours", "released", 7, "times", batch=1, context=400)  # not of the answers
+        at = dict(batch=1, context=context)
+        for path, value in (("thoughts", 100), ("chain", 300), ("direct", 80)):
+            labels = {"task": task, "path": path}
+            add("answer", OURS, value, labels=labels, **at)
+            add("answer_after_prefill", OURS, value - 60, labels=labels, **at)
+        labels = {"task": task, "path": "chain", "relative_to": "thoughts"}
+        add("answer", OURS, 3, "x", labels, **at)
+        add("answer_after_prefill", OURS, 6, "x", labels, **at)
+    at, ratio = dict(batch=1, context=363), {"relative_to": OURS}
+    labels = {"task": "prosqa", "path": "thoughts"}
+    add("answer", "released", 900, labels=labels, **at)
+    add("answer", "released", 9, "x", labels | ratio, **at)
+    for metric, value in (("latent_step", 4), ("token_step", 20)):
+        add(metric, "released", 21 * value, **at)
+        add(metric, "released", value, "x", ratio, **at)
+    add("latent_step", "released", 7, "x", ratio, batch=1, context=400)  # not of the answers
     return made.rows
 
 
-def test_the_newest_run_of_a_machine_counts():
+def test_newest_run_of_a_machine_counts():
     old, new = (rows_of("latency", f"2026-01-0{n}T00:00:00Z", n) for n in (1, 2))
     for order in (old + new, new + old):
-        [run] = tables.runs(order, "latency")
-        assert run.value("latent step", "ours", batch=8, context=400) == 320
+        [run] = tables.newest_runs(order, "latency")
+        assert run.value("latent_step", batch=8, context=400) == 320
         assert run.points() == [(1, 100), (1, 400), (8, 400)]
-    assert run.value("latent step", "ours", batch=9) is None
+    assert run.value("latent_step", batch=9) is None
+    assert run.value("token_step", relative_to="latent_step", batch=8) == 1.5
     other = [row | {"device": "NVIDIA H200"} for row in old]
-    assert [r.slug for r in tables.runs(old + other, "latency")] == ["cpu", "nvidia_h200"]
-    assert tables.runs(rows_of("throughput", "2026-01-01T00:00:00Z"), "latency") == []
+    runs = tables.newest_runs(old + other, "latency")
+    assert [run.rows[0]["device"] for run in runs][1:] == ["NVIDIA H200"]
+    assert tables.newest_runs(rows_of("throughput", "2026-01-01T00:00:00Z"), "latency") == []
 
 
-def test_the_section_says_what_the_rows_say():
+def test_latency_table_agrees_with_the_rows():
     text = tables.latency(rows_of("latency", "2026-01-02T00:00:00Z"))
     assert "| prosqa | 100 | 300 | 80 | 3.0x | 6.0x |" in text
     assert "| 8 | 400 | 160 | 10 | 240 | 15 | 1.50x | 1.50x |" in text
@@ -74,46 +83,149 @@ def test_the_section_says_what_the_rows_say():
     assert tables.latency([]) == "Not run."
 
 
+def test_readme_speed_has_a_line_per_device():
+    rows = rows_of("latency", "2026-01-02T00:00:00Z")
+    rows += [row | {"device": "NVIDIA H200", "dtype": "bfloat16"} for row in rows]
+    rows += read_results(ROOT / "bench/results/training.jsonl")
+    text = tables.speed(rows)
+    assert "| NVIDIA H200, bfloat16 | 100 ms | 300 ms | 80 ms | - | 9x |" in text
+    assert text.count("| 100 ms |") == 2
+    assert "| prosqa_small.py | 32 | CPU x86_64 AVX512, 2 threads | 17x |" in text
+
+
+def accuracy(method, seed, value, data="prosqa", **labels):
+    own = {"method": method, "data": data, "task": "prosqa", "preset": "small", "setting": ""}
+    detail = {"generated_tokens": 8.0 + seed, "trained": {"seed": seed}}
+    return {
+        "labels": own | labels,
+        "value": value,
+        "detail": detail | {"shortcuts": {"deeper": 0.875 if data == "prosqa" else 0.5}},
+    }
+
+
+def test_cell_is_mean_and_deviation_or_not_run():
+    rows = [accuracy("coconut", s, a) for s, a in enumerate((0.98, 0.96, 0.97))]
+    rows += [accuracy("cot", 0, 0.5), accuracy("coconut", 0, 0.25, setting="c_thought=2")]
+    table = tables.table1(rows, "prosqa", "small")
+    assert "| coconut | 97.0 ± 0.3 / 14.2 | 97.0 ± 1.0 / 9.0 | 0, 1, 2 |" in table
+    assert "| cot | 77.5 ± 1.9 / 49.4 | 50.0 / 8.0 | 0 |" in table
+    assert "| no_cot | 76.7 ± 1.0 / 8.2 | not run | not run |" in table
+    assert "| coconut c_thought=2 |  | 25.0 / 8.0 | 0 |" in table
+    assert "| no model: deeper |  | 87.5 |  |" in table
+    own_file = accuracy("coconut", 0, 0.5, data="rows.json")
+    own_file["detail"]["shortcuts"] = {}
+    assert "| no model: deeper |  | 87.5 |  |  |" in tables.table1(
+        [*rows, own_file], "prosqa", "small"
+    )
+
+
+def test_main_results_separate_accuracy_and_tokens():
+    rows = [accuracy("coconut", s, a) for s, a in enumerate((0.98, 0.96, 0.97))]
+    rows += [accuracy("coconut", 0, 0.9, data="prosqa_matched")]
+    table = tables.main_results(rows).splitlines()
+    assert "| coconut | 97.0 ± 1.0 | 90.0 | not run | 9.0 | 0, 1, 2 |" in table
+    assert table[-1] == "| best shortcut rule, no model | 87.5 | 50.0 | 0.0 | 0 | - |"
+
+
+def test_every_method_is_documented():
+    """docs/RESULTS.md says what each entry of METHODS drops and inserts."""
+    text = (ROOT / "docs/RESULTS.md").read_text()
+    for name, method in METHODS.items():
+        [line] = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert (method.paper or "-") in line
+    for cells in tables.PAPER.values():
+        assert cells.keys() == {m.paper for m in METHODS.values() if m.paper}
+
+
+def test_committed_results_give_the_published_numbers():
+    """Seeds' mean and deviation, computed here from the rows once more."""
+    rows = read_results(ROOT / "bench/results/table1.jsonl")
+    cells = tables.select(rows, method="coconut", data="prosqa", setting="", preset="small")
+    percent = [100 * row["value"] for row in cells]
+    text = f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
+    assert f"| coconut | {text} |" in tables.main_results(rows)
+
+
 @pytest.fixture
-def plot(monkeypatch, tmp_path):
-    names = runpy.run_path(str(ROOT / "bench/plot.py"), run_name="bench")
-    monkeypatch.setitem(names["sections"].__globals__, "RESULTS", tmp_path)
-    return names
+def results(monkeypatch, tmp_path):
+    """An empty folder of results."""
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    return tmp_path
 
 
-def test_every_picture_is_drawn(plot, tmp_path):
+def write(path, rows):
+    for row in rows:
+        checkpoint.append_row(path, row)
+
+
+def test_every_picture_is_drawn(results):
     pytest.importorskip("matplotlib")
-    assert plot["draw"](tmp_path) == []
-    for name in ("latency", "throughput"):
-        for row in rows_of(name, "2026-01-02T00:00:00Z"):
-            plot["checkpoint"].append_row(tmp_path / f"{name}.jsonl", row)
-    trained = ROOT / "bench/results/training.jsonl"
-    (tmp_path / "training.jsonl").write_text(trained.read_text())
-    drawn = plot["draw"](tmp_path)
-    kinds = ["training", "answers", "peers", "throughput"]
-    assert [path.name for path in drawn] == [f"{kind}_cpu.png" for kind in kinds]
+    assert plot.draw(results) == []
+    write(results / "latency.jsonl", rows_of("latency", "2026-01-02T00:00:00Z"))
+    for name in ("table1", "curves"):
+        text = (ROOT / f"bench/results/{name}.jsonl").read_text()
+        (results / f"{name}.jsonl").write_text(text)
+    drawn = plot.draw(results)
+    names = "curve_prosqa_scratch methods answers_cpu"
+    assert [path.stem for path in drawn] == names.split()
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-def test_pictures_are_of_the_newest_large_run(plot, tmp_path):
-    for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (4, {"shapes": {"parameters": 1000}})):
-        for row in rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]:
-            plot["checkpoint"].append_row(tmp_path / "latency.jsonl", row | own)
-    [run] = plot["newest"]("latency")
-    assert run.rows[0]["date"] == "2026-01-03T00:00:00Z"
+def test_pictures_are_of_the_newest_large_run(results, monkeypatch):
+    figures = pytest.importorskip("bench.common.figures")
+    drawn = []
+    monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run.rows[0]["date"]))
+    for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (4, {"shape": {"parameters": 1000}})):
+        rows = rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]
+        write(results / "latency.jsonl", [row | own for row in rows])
+    assert [path.name for path in plot.draw(results)] == ["answers_cpu.png"]
+    assert drawn == ["2026-01-03T00:00:00Z"]
 
 
-def test_a_wrong_row_is_no_picture(plot, tmp_path):
-    (tmp_path / "latency.jsonl").write_text('{"what": "latent step"}\n')
-    with pytest.raises(UserError, match="a row of results is wrong"):
-        plot["bench_rows"]("latency")
+def test_invalid_row_is_not_drawn(results):
+    (results / "latency.jsonl").write_text('{"metric": "latent_step"}\n')
+    with pytest.raises(UserError, match="not a valid result"):
+        plot.draw(results)
 
 
-def test_sections_are_put_between_their_marks(plot):
+def test_sections_are_put_between_their_marks(results):
     text = "a\n<!-- latency -->\nold\n<!-- /latency -->\nb\n"
-    made = plot["with_sections"]("README.md", text)
-    assert made == "a\n<!-- latency -->\nNot run.\n<!-- /latency -->\nb\n"
+    filled = plot.replace_sections("README.md", text)
+    assert filled == "a\n<!-- latency -->\nNot run.\n<!-- /latency -->\nb\n"
+    empty = "a\n<!-- latency -->\n<!-- /latency -->\nb\n"
+    assert plot.replace_sections("README.md", empty) == filled
     for bad in ("<!-- latency -->\nold\n", "<!-- chess -->\n\n<!-- /chess -->\n"):
-        with pytest.raises(UserError, match="no whole section"):
-            plot["with_sections"]("README.md", bad)
+        with pytest.raises(UserError, match="README.md: expected"):
+            plot.replace_sections("README.md", bad)
+
+
+def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
+    """--curve RUN --out FILE draws a run's own curve, or appends its row."""
+    pytest.importorskip("matplotlib")
+    model, tokenizer, manifest = checkpoint.load(checkpoint.BUNDLED)
+    checkpoint.save(tmp_path / "run", manifest["step"], model, [], manifest)
+    logged = [{"step": i, "stage": i // 60, "loss": 2.0, "right": 0.5} for i in range(1, 120)]
+    logged.append({"step": 119, "stage": 1, "minutes": 1.0, "valid_accuracy": 0.9})
+    write(tmp_path / "run" / "metrics.jsonl", logged)
+    for out in ("curve.png", "curves.jsonl"):
+        code, text, err = script("--curve=run", f"--out={out}", script="bench/plot.py")
+        assert (code, err, text) == (0, "", f"run -> {out}\n")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    row = json.loads((tmp_path / "curves.jsonl").read_text())
+    assert row["name"] == "run" and row["validations"][0]["valid_accuracy"] == 0.9
+    assert [point[0] for point in row["points"]["rows"]] == [50, 100, 119]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--check"], "Give it with --readme"),
+        (["--curve=run"], "go together"),
+        (["--curve=run", "--out=curve.txt"], "expected a .png or .jsonl"),
+        (["--curve=run", "--out=x.png"], "run"),
+    ],
+)
+def test_mistakes_take_two_lines(script, argv, message):
+    code, _, err = script(*argv, script="bench/plot.py")
+    assert code == 2 and message in err and len(err.splitlines()) <= 2

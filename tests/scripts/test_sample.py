@@ -123,14 +123,11 @@ def test_accuracy_bench_of_the_bundled_model(sample):
     """The bundled model must be as good as the README says."""
     code, out, err = sample("--n=60", script="bench/accuracy.py")
     assert (code, err) == (0, "")
-    row = json.loads(out.splitlines()[-1])
-    assert (
-        row["checkpoint"] == "bundled"
-        and row["rows"] == 60
-        and row["thoughts"] == 6
-        and row["accuracy"] > 0.85
-    )
-    assert row["heuristics"]["random"] == 0.5 and row["commit"]
+    line = json.loads(out.splitlines()[-1])
+    [row] = line["rows"]
+    assert row["labels"]["checkpoint"] == "bundled" and row["value"] > 0.85
+    assert row["shape"] == {"examples": 60, "thoughts": 6}
+    assert row["detail"]["shortcuts"]["random"] == 0.5 and line["commit"]
     code, _, err = sample("--data=none.json", script="bench/accuracy.py")
     assert code == 2 and "none.json" in err
 

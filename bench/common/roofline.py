@@ -1,4 +1,4 @@
-"""Memory bandwidth, measured between what it is compared with."""
+"""The bandwidth of memory, measured between what it is compared with."""
 
 import statistics
 import time
@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# of a buffer: more than fits into most caches
-BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
-WIDTH = 1024  # of the matrix that a buffer is
+BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # more than fits into most caches
+WIDTH = 1024  # columns of the buffer as a matrix
 
 
 class Bandwidth:
-    """GB/s of memory, whenever asked: of a plain copy, and of a matrix times a vector, which reads
-    as a step does."""
+    """GB/s of memory: of a copy, and of a matrix times a vector, which reads as a step does."""
 
     def __init__(self, device: torch.device) -> None:
-        rows = BYTES.get(device.type, BYTES["cpu"]) // (4 * WIDTH)
+        rows = BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"]) // (4 * WIDTH)
         self.device = device
         self.a, self.b = (torch.ones(rows, WIDTH, device=device) for _ in range(2))
         self.vector = torch.ones(WIDTH, device=device)
@@ -29,20 +27,22 @@ class Bandwidth:
         }
 
     def _rate(self, work: Callable[[], object], n_bytes: int) -> float:
-        times = 8 if self.device.type == "cuda" else 1  # so that waiting for it hardly counts
-        began = self._now()
-        for _ in range(times):
+        repeats = 8 if self.device.type == "cuda" else 1  # so that synchronizing hardly counts
+        began = now(self.device)
+        for _ in range(repeats):
             work()
-        return times * n_bytes / (self._now() - began) / 1e9
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return repeats * n_bytes / (now(self.device) - began) / 1e9
 
 
 def best(measured: Sequence[dict[str, float]]) -> tuple[str, list[float]]:
-    """Of several measurements: the way that was faster, and its GB/s."""
+    """Return the faster way of several measurements, and its GB/s."""
     values = {name: [m[name] for m in measured] for name in measured[0]}
     name = max(values, key=lambda n: statistics.median(values[n]))
     return name, values[name]
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds after all work on the device has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

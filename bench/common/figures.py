@@ -1,0 +1,128 @@
+"""Pictures of committed rows, one function each. Used by plot.py; nothing is measured here.
+
+Colours are Okabe and Ito's, which everybody can tell apart; lines also differ in their markers.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from bench.common.tables import Run, select
+from nanococonut.curriculum import METHODS
+
+BLUE, RED, GREEN, GREY = "#0072B2 #D55E00 #009E73 #7F7F7F".split()
+PATHS = {"thoughts": BLUE, "chain": RED, "direct": GREEN}
+NAMES = {"thoughts": "6 thoughts", "chain": "written chain", "direct": "direct answer"}
+Rows = Sequence[dict[str, Any]]
+
+plt.rcParams.update(
+    {"legend.fontsize": 8, "legend.frameon": False, "font.size": 9, "figure.dpi": 110}
+)
+
+
+def _save(figure: Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def answers(run: Run, path: Path) -> None:
+    """Draw the time of whole answers, split into the question (prefill) and the rest."""
+    tasks = run.tasks()
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.9 * len(tasks)))
+    times = [run.value("answer", task=t, path=p) for t in tasks for p in PATHS]
+    longest = max(times)
+    scale, unit = (1, "ms") if longest < 2000 else (1e-3, "seconds")
+    for i, task in enumerate(tasks):
+        for j, (kind, colour) in enumerate(PATHS.items()):
+            whole = scale * run.value("answer", task=task, path=kind)
+            rest = scale * run.value("answer_after_prefill", task=task, path=kind)
+            y = i + (j - 1) * 0.27
+            axes.barh(y, whole - rest, 0.24, color="0.8", label=None if i or j else "question")
+            name = None if i else NAMES[kind]
+            axes.barh(y, rest, 0.24, left=whole - rest, color=colour, label=name)
+            axes.text(whole + 0.01 * scale * longest, y, f"{whole:,.3g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * scale * longest)
+    axes.set_xlabel(f"{unit} an answer, batch 1")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4)  # hides nothing
+    _save(figure, f"whole answers, {run.title}", path)
+
+
+def curve(row: dict[str, Any], path: Path) -> None:
+    """Draw a run's loss and accuracies, with a band for each stage."""
+    step, stage, loss, exact = zip(*row["points"]["rows"], strict=True)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
+    above.plot(step, loss, color=BLUE)
+    above.set_yscale("log")
+    above.set_ylabel("loss, nats per label")
+    below.plot(step, exact, color=BLUE, label="training examples with every token correct")
+    validations = row["validations"]
+    for key, colour, marker, name in (
+        ("valid_accuracy", RED, "o", "validation accuracy"),
+        ("matched_accuracy", GREEN, "s", "validation accuracy without the depth shortcut"),
+    ):
+        points = [(v["step"], v[key]) for v in validations if v[key] is not None]
+        if points:
+            below.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name)
+    below.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    below.set_ylim(0, 1)
+    below.set_ylabel("fraction")
+    below.set_xlabel(f"optimizer steps, batch {row['batch_size']}")
+    below.legend(loc="lower right")
+    starts = [0] + [i for i in range(1, len(step)) if stage[i] != stage[i - 1]]
+    for n, i in enumerate(starts):
+        left = step[i - 1] if i else 0
+        end = step[starts[n + 1] - 1] if n + 1 < len(starts) else step[-1]
+        for axes in (above, below) if n % 2 else ():
+            axes.axvspan(left, end, color="0.94", zorder=0)
+        name = f"stage {stage[i]}" if n == 0 or end - left > step[-1] / 9 else stage[i]
+        where = above.get_xaxis_transform()
+        above.text((left + end) / 2, 1.02, name, ha="center", fontsize=8, transform=where)
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+    run = f"{row['name']}: {row['method']}, seed {row['seed']}"
+    _save(figure, f"{run}, {row['minutes']:.0f} minutes on {row['device']} ({threads})", path)
+
+
+def methods(rows: Rows, path: Path) -> None:
+    """Draw the small models' Table 1: every method with the data's shortcut and without it."""
+    rows = select(rows, preset="small", setting="")
+    tasks = {
+        "ProsQA": ("prosqa", "prosqa_balanced"),
+        "ProntoQA": ("prontoqa", "prontoqa_matched"),
+    }
+    figure, both = plt.subplots(1, 2, figsize=(8, 4.2), sharey=True)
+    for axes, (task, splits) in zip(both, tasks.items(), strict=True):
+        axes.axvline(50, color="black", linewidth=0.8, linestyle=":", label="guessing")
+        for y, name in enumerate(METHODS):
+            own = [select(rows, method=name, data=split) for split in splits]
+            if not all(own):
+                axes.text(50, y, " not run", va="center", fontsize=8, color=GREY)
+                continue
+            a, b = (100 * statistics.fmean(row["value"] for row in cells) for cells in own)
+            axes.plot([a, b], [y, y], color="0.8", linewidth=3, zorder=0)
+            labels = (None, None) if y else ("with the data's shortcut", "without a shortcut")
+            axes.plot(a, y, "o", mfc="white", color=RED, label=labels[0])
+            axes.plot(b, y, "D", color=BLUE, markersize=6, label=labels[1])
+        axes.set_xlim(44, 102)
+        axes.set_xticks(range(50, 101, 10))
+        axes.set_xlabel(f"{task}, accuracy in %\n({', '.join(splits)})")
+        axes.grid(axis="x", color="0.92")
+    both[0].set_yticks(range(len(METHODS)), METHODS)
+    both[0].invert_yaxis()
+    handles = both[0].get_legend_handles_labels()
+    legend = figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.55, 0.95), ncol=3)
+    legend.set_in_layout(False)
+    seeds = {row["detail"]["trained"]["seed"] for row in rows}
+    commits = ", ".join(dict.fromkeys(row["detail"]["trained"]["commit"] for row in rows))
+    title = f"small models, at most {len(seeds)} seeds, {rows[0]['device'].upper()}, "
+    _save(figure, f"{title}trained at {commits}\n", path)  # the legend takes the second line

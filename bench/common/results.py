@@ -1,0 +1,308 @@
+"""One schema for every row that a bench script writes, a JSON line each. Rows are appended, never
+edited; rows from before this schema go through from_old()."""
+
+import json
+import math
+import platform
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypedDict, get_origin, get_type_hints
+
+import numpy as np
+import torch
+
+from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.provenance import provenance
+from nanococonut.weights import checkpoint
+
+
+class Result(TypedDict):
+    bench: str  # script: latency, throughput, training, kernels, accuracy, precision
+    metric: str  # latent_step, answer, throughput, step, accuracy, ...
+    provider: str  # who was measured: nanococonut, released, transformers, torch, roofline, ...
+    labels: dict[str, str]  # what identifies the row: task, path, config, method, relative_to, ...
+    shape: dict[str, int]  # sizes that identify it: batch, context, thoughts, n_layer, ...
+    value: float  # the median
+    unit: str  # of UNITS; "x" is a ratio to labels.relative_to
+    spread: dict[str, float]  # p10 and p90, or the 95 % interval; {} for a derived value
+    repeats: int
+    detail: dict[str, Any]  # what does not identify it: categories, losses, the evaluated run, ...
+    device: str  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
+    dtype: str  # of weights and cache
+    commit: str  # of this repository, "-dirty" if files had changed
+    versions: dict[str, str]  # of Python and packages in the measured process
+    command: str  # that measures it again; local paths are written as RELEASED, PYTHON, ...
+    date: str  # UTC, when the run began: 2026-01-31T12:00:00Z
+
+
+FIELDS = {name: get_origin(hint) or hint for name, hint in get_type_hints(Result).items()}
+UNITS = "ms us GB/s questions/s examples/s GFLOP GFLOP/s MiB launches fraction x".split()
+SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))  # the last in old rows only
+UNKNOWN = "unknown"  # command and date of old rows
+
+
+def validate_row(row: Mapping[str, Any]) -> None:
+    """Raise UserError if a row does not follow the schema."""
+
+    def require(holds: bool, reason: str) -> None:
+        if not holds:
+            advice = "bench/common/results.py has the schema."
+            raise UserError(f"not a valid result: {reason}.\n{advice}")
+
+    different = ", ".join(sorted(row.keys() ^ FIELDS.keys()))
+    require(not different, f"missing or unknown fields: {different}")
+    for name, kind in FIELDS.items():
+        is_typed = isinstance(row[name], (int, float) if kind is float else kind)
+        require(is_typed and not isinstance(row[name], bool), f"{name} is {row[name]!r}")
+        require(row[name] != "", f"{name} is empty")
+    value, labels, shape, spread = (row[k] for k in ("value", "labels", "shape", "spread"))
+    require(row["unit"] in UNITS, f"unit is {row['unit']!r}, expected one of {', '.join(UNITS)}")
+    is_ratio = row["unit"] == "x"
+    require(is_ratio == ("relative_to" in labels), "a ratio has unit x and labels.relative_to")
+    require(math.isfinite(value) and value >= 0, f"value is {value}")
+    require(all(type(n) is int for n in shape.values()), f"{shape}: expected whole numbers")
+    require(all(type(text) is str for text in labels.values()), f"{labels}: expected text")
+    require(tuple(spread) in SPREADS, f"{spread}: expected p10 and p90, or ci_low and ci_high")
+    low, high = list(spread.values()) or [value] * 2
+    require(low <= value <= high, f"value {value} is not between {low} and {high}")
+    require(row["repeats"] >= 1, f"repeats={row['repeats']}")
+    require("torch" in row["versions"], f"versions={row['versions']}")
+    date = r"unknown|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    require(bool(re.fullmatch(date, row["date"])), f"date is {row['date']!r}")
+
+
+def fmt(value: float) -> str:
+    """Format a positive number with three digits, or all of its digits before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def command_line(config: Any, script: str) -> str:
+    """Return the command that gives this config: values other than the defaults, paths by name."""
+    words = ["python", script]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name == "out" or value == f.default:
+            continue
+        is_local = isinstance(value, str) and (Path(value).is_absolute() or Path(value).exists())
+        text = f.name.rpartition("_")[2].upper() if is_local else str(value)
+        words.append(f"--{f.name}={text}")
+    return shlex.join(words)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the kind of machine, without its name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU {platform.machine()}"
+    n = torch.get_num_threads()
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"CPU {kind}, {n} thread{'s' * (n > 1)}"
+
+
+class ResultWriter:
+    """The rows of one run. Each is printed, and appended to the file config.out, at once.
+
+    bench, config   the script and its options, which make the command line
+    labels, shape   labels and sizes that all rows share
+    """
+
+    def __init__(
+        self,
+        bench: str,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype | str,
+        labels: Mapping[str, str] | None = None,
+        shape: Mapping[str, int] | None = None,
+    ) -> None:
+        about = provenance()
+        self.path = Path(config.out) if config.out else None
+        if self.path and not self.path.parent.is_dir():
+            raise UserError(f"--out {self.path} cannot be written: its folder does not exist.")
+        self.versions, self.rows = about["versions"], []
+        self.labels, self.shape = dict(labels or {}), dict(shape or {})
+        self.common = {
+            "bench": bench,
+            "device": device_name(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "commit": about["commit"],
+            "command": command_line(config, f"bench/{bench}.py"),
+            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+    def add(
+        self,
+        metric: str,
+        provider: str,
+        values: Sequence[float],
+        unit: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        detail: Mapping[str, Any] | None = None,
+        spread: Mapping[str, float] | None = None,
+        versions: Mapping[str, str] | None = None,
+        **shape: int,
+    ) -> dict[str, Any]:
+        """Append, print and return a row of repeated measurements.
+
+        spread    instead of p10 and p90 of the values; {} for a derived value
+        versions  of another process, if that was measured
+        """
+        low, median, high = (float(f"{v:.5g}") for v in np.percentile(values, (10, 50, 90)))
+        row = self.common | {
+            "metric": metric,
+            "provider": provider,
+            "labels": self.labels | dict(labels or {}),
+            "shape": self.shape | shape,
+            "value": median,
+            "unit": unit,
+            "spread": {"p10": low, "p90": high} if spread is None else dict(spread),
+            "repeats": len(values),
+            "detail": dict(detail or {}),
+            "versions": self.versions if versions is None else dict(versions),
+        }
+        validate_row(row)
+        self.rows.append({name: row[name] for name in FIELDS})
+        if self.path:
+            checkpoint.append_row(self.path, self.rows[-1])
+        text = [metric, *(labels or {}).values()]
+        text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
+        text += [f"{name} {n}" for name, n in shape.items()]
+        ends = " .. ".join(fmt(v) for v in row["spread"].values())
+        line = f"{fmt(median):>8} {unit:<11} {provider:<20} {', '.join(text)}"
+        print(f"{line} ({ends})" if ends else line)
+        return self.rows[-1]
+
+    def add_ratio(
+        self, metric: str, provider: str, slower: Sequence[float], faster: Sequence[float],
+        relative_to: str, **extra: Any,
+    ) -> None:  # fmt: skip
+        """Append the ratio of values from the same rounds, pair by pair."""
+        ratios = [a / b for a, b in zip(slower, faster, strict=True)]
+        extra["labels"] = extra.get("labels", {}) | {"relative_to": relative_to}
+        self.add(metric, provider, ratios, "x", **extra)
+
+    def summary(self, **extra: Any) -> str:
+        """Return all rows as one JSON line; what they share is written once."""
+        rows = [{k: v for k, v in row.items() if k not in self.common} for row in self.rows]
+        return json.dumps(self.common | extra | {"rows": rows})
+
+
+# ---- reading
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; a missing file has none. UserError names a bad line."""
+    if not path.is_file():
+        return []
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            raise UserError(
+                f"{path}, line {i}: not JSON.\nGive another file, or repair this one."
+            ) from None
+    return rows
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read a file of results, old rows included. Raise UserError if a row is not valid."""
+    rows = []
+    for row in read_jsonl(path):
+        new = [row] if "metric" in row else from_old(row)
+        for one in new:
+            validate_row(one)
+        rows += new
+    return rows
+
+
+# ---- rows from before this schema
+
+PROVIDERS = {
+    "ours": "nanococonut",
+    "floor": "roofline",
+    "transformers, dynamic cache": "transformers",
+}
+PATHS = {"6 thoughts": "thoughts", "written chain": "chain", "direct": "direct"}
+ANSWER = re.compile(r"(\w+) (answers?)( after prefill)?(?:, (.+?))?( by 6 thoughts)?")
+
+
+def from_old(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return an old row in the new schema, with no value changed or rounded. Of a training row only
+    the times of a step, which tables and pictures show."""
+    common = {k: row[k] for k in row.keys() & FIELDS.keys()} | {"detail": {}, "labels": {}}
+    if "what" in row:
+        return [common | _timing(row)]
+    common |= {"command": UNKNOWN, "date": UNKNOWN}
+    if row.get("bench") == "accuracy":
+        return [common | _accuracy(row)]
+    if row.get("bench") == "training":
+        return [common | new for new in _training(row)]
+    raise UserError(f"not a valid result: {str(row)[:80]}\nbench/common/results.py has the schema.")
+
+
+def _timing(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of latency.py or throughput.py: "prosqa answer, written chain by 6 thoughts"."""
+    name, provider, labels = old["what"], PROVIDERS.get(old["variant"], old["variant"]), {}
+    if name.endswith(", by ours"):
+        name, labels["relative_to"] = name.removesuffix(", by ours"), "nanococonut"
+    elif name == "token step by latent step":
+        name, labels["relative_to"] = "token step", "latent_step"
+    elif name == "memory bandwidth":
+        provider, labels["variant"] = "torch", provider
+    if match := ANSWER.fullmatch(name):
+        task, noun, after_prefill, path, relative = match.groups()
+        name, labels["task"] = "answer" + (after_prefill or ""), task
+        if noun == "answers":  # throughput.py: the variant is the path
+            name, path, provider = "throughput", old["variant"], "nanococonut"
+        labels["path"] = PATHS[path]
+        labels |= {"relative_to": "thoughts"} if relative else {}
+    return {
+        "bench": re.search(r"bench/(\w+)\.py", old["command"])[1],
+        "metric": name.replace(" ", "_"),
+        "provider": provider,
+        "labels": labels,
+        "shape": old["shapes"],
+        "unit": "x" if old["unit"] == "times" else old["unit"],
+    }
+
+
+def _accuracy(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of accuracy.py or table1.py."""
+    names = "generated_tokens by_steps categories trained max_new_tokens generated_seed".split()
+    return {
+        "metric": "accuracy",
+        "provider": "nanococonut",
+        "labels": {k: old[k] for k in ("method", "data", "checkpoint")} | old.get("table1", {}),
+        "shape": {"examples": old["rows"], "thoughts": old["thoughts"]},
+        "value": old["accuracy"],
+        "unit": "fraction",
+        "spread": {"ci_low": old["low"], "ci_high": old["high"]},
+        "repeats": 1,
+        "detail": {k: old[k] for k in names if k in old} | {"shortcuts": old["heuristics"]},
+        "dtype": "float32",
+    }
+
+
+def _training(old: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row of training.py: the step of each provider, and how much longer than ours it takes."""
+    shape = {k: old[k] for k in ("n_layer", "n_embd", "vocab_size", "parameters")}
+    shape |= {"batch": old["batch_size"], "thoughts": old["latent"]}
+    shape |= {"context": old["context"]} if old.get("context") else {}
+    device = f"CPU {old['hardware']}, {old['threads']} threads"  # all of them are of CPUs
+    rows = []
+    for provider, times in (("nanococonut", old), ("released", old["released"] or {})):
+        for unit, key in (("ms", "step_ms"), ("x", "ours_times_faster")):
+            if key in times:
+                spread, labels = dict(times[key]), {"config": old["config"]}
+                labels |= {"relative_to": "nanococonut"} if unit == "x" else {}
+                row = {"metric": "step", "provider": provider, "labels": labels, "unit": unit}
+                row |= {"value": spread.pop("median"), "spread": spread}
+                rows.append(row | {"shape": shape, "device": device})
+    return rows

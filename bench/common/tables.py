@@ -1,0 +1,239 @@
+"""Markdown tables of committed rows. Used by plot.py and table1.py; nothing is measured here."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.common.results import fmt
+from nanococonut.curriculum import METHODS
+
+Rows = Sequence[dict[str, Any]]
+
+
+# Table 1 of the paper (arXiv 2412.06769): task -> method -> accuracy in %, its standard deviation
+# or null, generated tokens
+PAPER = json.loads((Path(__file__).parent.parent / "results/paper_table1.json").read_text())
+_SHOWN = ("coconut", "cot", "no_cot", "pause_as_thought")  # in the README
+
+
+def _table(*rows: Sequence[str]) -> str:
+    """Format cells as Markdown; the first row is the header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+# ---- accuracy
+
+
+def _cell(mean: float, deviation: float | None, tokens: float | None = None) -> str:
+    text = f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+    return text if tokens is None else f"{text} / {tokens:.1f}"
+
+
+def _over_seeds(rows: Rows, with_tokens: bool = True) -> str:
+    """Return accuracy in % (mean ± standard deviation) and generated tokens."""
+    if not rows:
+        return "not run"
+    accuracies = [100 * row["value"] for row in rows]
+    deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    tokens = statistics.mean(row["detail"]["generated_tokens"] for row in rows)
+    return _cell(statistics.mean(accuracies), deviation, tokens if with_tokens else None)
+
+
+def select(rows: Rows, **labels: str) -> list[dict[str, Any]]:
+    """Return the rows that have all of these labels."""
+    return [row for row in rows if labels.items() <= row["labels"].items()]
+
+
+def _seeds(rows: Rows) -> str:
+    return ", ".join(map(str, sorted({r["detail"]["trained"]["seed"] for r in rows})))
+
+
+def _shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
+    """Return rule -> split -> accuracy of that rule, from 0 to 1."""
+    rules: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for rule, accuracy in row["detail"]["shortcuts"].items():
+            rules.setdefault(rule, {})[row["labels"]["data"]] = accuracy
+    return rules
+
+
+def table1(rows: Rows, task: str, preset: str) -> str:
+    """Return accuracy % / generated tokens of every method on every split, with the paper's.
+
+    rows: results of bench/table1.py. Runs of a sweep have their own lines.
+    """
+    rows = select(rows, task=task, preset=preset)
+    splits = list(dict.fromkeys(r["labels"]["data"] for r in rows))
+    lines = [("method", "paper (GPT-2 124M)", *splits, "seeds")]
+    runs = [(m, "") for m in METHODS]
+    runs += sorted({(r["labels"]["method"], r["labels"]["setting"]) for r in rows} - set(runs))
+    for method, setting in runs:
+        own = select(rows, method=method, setting=setting)
+        known = None if setting else PAPER[task].get(METHODS[method].paper)
+        cells = [f"{method} {setting}".strip(), _cell(*known) if known else ""]
+        cells += [_over_seeds(select(own, data=split)) for split in splits]
+        lines.append((*cells, _seeds(own) or "not run"))
+    for rule, by_split in _shortcuts(rows).items():
+        cells = [f"{100 * by_split[split]:.1f}" if split in by_split else "" for split in splits]
+        lines.append((f"no model: {rule}", "", *cells, ""))
+    return _table(*lines)
+
+
+def main_results(rows: Rows) -> str:
+    """Return the README's table: small ProsQA models, accuracy and tokens in their own columns."""
+    rows = select(rows, task="prosqa", preset="small", setting="")
+    splits = ("prosqa", "prosqa_matched", "prosqa_balanced")
+    lines = [("method", "ProsQA", "depth-matched", "balanced", "generated tokens", "seeds")]
+    for method in _SHOWN:
+        own = select(rows, method=method)
+        cells = [_over_seeds(select(own, data=split), with_tokens=False) for split in splits]
+        tokens = [r["detail"]["generated_tokens"] for r in select(own, data="prosqa")]
+        count = f"{statistics.mean(tokens):.1f}" if tokens else "-"
+        lines.append((method, *cells, count, _seeds(own) or "-"))
+    rules = _shortcuts(rows)
+    best = [max((rule.get(split, 0) for rule in rules.values()), default=0) for split in splits]
+    lines.append(("best shortcut rule, no model", *(f"{100 * b:.1f}" for b in best), "0", "-"))
+    return _table(*lines)
+
+
+# ---- speed
+
+
+@dataclass(frozen=True)
+class Run:
+    """The rows that one command wrote."""
+
+    rows: list[dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        """Size of the model, machine and day."""
+        row = self.rows[0]
+        size = row["shape"].get("parameters")
+        model = f"{size / 1e6:,.0f} M parameters, " if size else ""
+        return f"{model}{row['device']}, {row['dtype']}, {row['date'][:10]}"
+
+    def value(self, metric: str, provider: str = "nanococonut", **where: Any) -> float | None:
+        """Return the median of the row with these labels and sizes, None if not measured. A ratio
+        is found only if relative_to is given."""
+        where = {"relative_to": None} | where
+        for row in self.rows:
+            if (row["metric"], row["provider"]) == (metric, provider):
+                if where.items() <= ({"relative_to": None} | row["labels"] | row["shape"]).items():
+                    return row["value"]
+        return None
+
+    def points(self) -> list[tuple[int, int]]:
+        """Return (batch, context) of the measured steps, except those of whole answers, sorted."""
+
+        def shapes(metric: str) -> set[tuple[int, int]]:
+            rows = [r["shape"] for r in self.rows if r["metric"] == metric]
+            return {(shape["batch"], shape["context"]) for shape in rows}
+
+        return sorted(shapes("latent_step") - shapes("answer"))
+
+    def ratios(self) -> dict[str, dict[str, float]]:
+        """Return provider -> metric -> its time relative to ours, measured in turns on the answers
+        of the first task. answer: with thoughts."""
+        rows = [r for r in self.rows if r["labels"].get("relative_to") == "nanococonut"]
+        contexts = {r["shape"]["context"] for r in rows if r["metric"] == "answer"}
+        ratios: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if row["shape"]["context"] in contexts:
+                ratios.setdefault(row["provider"], {})[row["metric"]] = row["value"]
+        return ratios
+
+    def tasks(self) -> list[str]:
+        """Return the tasks whose whole answers were measured."""
+        rows = [r for r in self.rows if r["metric"] == "answer"]
+        return list(dict.fromkeys(r["labels"]["task"] for r in rows))
+
+
+def newest_runs(rows: Rows, bench: str) -> list[Run]:
+    """Return the newest run of a script for each device, dtype and size of model."""
+    newest: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["bench"] != bench:
+            continue
+        run = newest.setdefault((row["device"], row["dtype"], row["shape"].get("parameters")), [])
+        if run and row["date"] > run[0]["date"]:
+            run.clear()
+        if not run or row["date"] == run[0]["date"]:
+            run.append(row)
+    return [Run(run) for run in newest.values()]
+
+
+def _ms(value: float | None) -> str:
+    return "not run" if value is None else fmt(value)
+
+
+def latency(rows: Rows) -> str:
+    """Return three tables for each machine: whole answers, single steps, other providers."""
+    texts = []
+    for run in newest_runs(rows, "latency"):
+        texts.append(f"{run.title}, commit {run.rows[0]['commit']}; ms, batch 1:")
+        texts += [_answers(run), _steps(run)]
+        texts += [_others(run)] if run.ratios() else []
+    return "\n\n".join(texts) or "Not run."
+
+
+def _answers(run: Run) -> str:
+    lines = [
+        ("answer", "6 thoughts", "written chain", "direct", "chain / thoughts", "after prefill")
+    ]
+    for task in run.tasks():
+        times = [run.value("answer", task=task, path=p) for p in ("thoughts", "chain", "direct")]
+        chain = {"task": task, "path": "chain", "relative_to": "thoughts"}
+        ratios = [run.value(metric, **chain) for metric in ("answer", "answer_after_prefill")]
+        lines.append((task, *map(fmt, times), *(f"{x:.1f}x" for x in ratios)))
+    return _table(*lines)
+
+
+def _steps(run: Run) -> str:
+    header = "batch|context|thought|roofline|token|roofline|token / thought|of their bytes"
+    lines = [header.split("|")]
+    for batch, context in run.points():
+        where = {"batch": batch, "context": context}
+        times = [
+            run.value(metric, provider, **where)
+            for metric in ("latent_step", "token_step")
+            for provider in ("nanococonut", "roofline")
+        ]
+        ratio = run.value("token_step", relative_to="latent_step", **where)
+        ratios = f"{ratio:.2f}x", f"{times[3] / times[1]:.2f}x"
+        lines.append((str(batch), str(context), *map(fmt, times), *ratios))
+    return _table(*lines)
+
+
+def _others(run: Run) -> str:
+    metrics = {"latent_step": "thought", "token_step": "token", "answer": "ProsQA answer"}
+    lines = [("time relative to ours (transformers version)", *metrics.values())]
+    for provider, ratios in run.ratios().items():
+        cells = [f"{ratios[m]:.2g}x" if m in ratios else "not run" for m in metrics]
+        versions = next(r["versions"] for r in run.rows if r["provider"] == provider)
+        version = f" ({versions['transformers']})" if "transformers" in versions else ""
+        lines.append((provider + version, *cells))
+    return _table(*lines)
+
+
+def speed(rows: Rows) -> str:
+    """Return the README's tables: a ProsQA answer (others relative to six thoughts of ours), and a
+    training step of the released code relative to ours. rows: of latency.py and training.py."""
+    lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", "transformers", "released")]
+    for run in newest_runs(rows, "latency"):
+        paths = ("thoughts", "chain", "direct")
+        times = [run.value("answer", task="prosqa", path=path) for path in paths]
+        ratios = [run.ratios().get(name, {}).get("answer") for name in ("transformers", "released")]
+        if None not in times:
+            cells = [f"{t:,.0f} ms" for t in times] + [f"{x:.2g}x" if x else "-" for x in ratios]
+            lines.append((f"{run.rows[0]['device']}, {run.rows[0]['dtype']}", *cells))
+    steps = [("training step", "batch", "device", "released")]
+    ratios_only = [r for r in rows if r["metric"] == "step" and r["provider"] == "released"]
+    newest = {row["labels"]["config"]: row for row in ratios_only if row["unit"] == "x"}
+    for config, row in newest.items():
+        steps.append((config, str(row["shape"]["batch"]), row["device"], f"{row['value']:.2g}x"))
+    return "\n\n".join((_table(*lines), _table(*steps)))

@@ -1,0 +1,147 @@
+"""What latency.py and throughput.py measure: a model, prompts, and the lengths of real answers."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
+
+THOUGHTS = 6  # the paper's, on all three tasks
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class AnswerLengths:
+    """Tokens of a task's question with <bot>, of its written chain with the answer, and of the
+    answer alone. None includes eos."""
+
+    question: int
+    chain: int
+    answer: int
+
+
+# Questions: mean lengths in GPT-2's tokens (362.0 and 56.3 on the released ProsQA and GSM8k
+# validation sets, 204.9 on ProntoQA examples of the public generator), plus <bot>. Generated
+# tokens: the paper's Table 1, CoT and No-CoT: 49.4 / 8.2, 92.5 / 3.0, 25.0 / 2.2.
+TASK_LENGTHS = {
+    "prosqa": AnswerLengths(363, 49, 8),
+    "prontoqa": AnswerLengths(206, 92, 3),
+    "gsm8k": AnswerLengths(57, 25, 2),
+}
+
+
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """Options of every script that measures inference."""
+
+    checkpoint: str = option("random", "a run or checkpoint, or random: a GPT-2 124M")
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
+    )
+    n_layer: int | None = option(None, "random weights: layers", ge=1)
+    n_head: int | None = option(None, "random weights: heads", ge=1)
+    n_embd: int | None = option(None, "random weights: width", ge=1)
+    block_size: int | None = option(None, "random weights: longest sequence", ge=32)
+    vocab_size: int | None = option(None, "random weights: vocabulary", ge=16)
+    out: str | None = option(None, "append the results to this file")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass
+class Workload:
+    """A model and the ids of its special tokens. name: where the weights come from."""
+
+    model: GPT
+    name: str
+    eos: int
+    bot: int
+    eot: int
+    latent: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.wte.weight.device
+
+    def shape(self) -> dict[str, int]:
+        """Return the model's sizes, as results hold them."""
+        shape = {k: getattr(self.model.config, k) for k in ("n_layer", "n_embd", "vocab_size")}
+        return shape | {"parameters": self.model.n_params()}
+
+    def prompts(self, batch: int, length: int, seed: int) -> list[list[int]]:
+        """Return prompts of random tokens, none of them special."""
+        rng, special = random.Random(seed), {self.eos, self.bot, self.eot, self.latent}
+        tokens = [t for t in range(self.model.config.vocab_size) if t not in special]
+        return [rng.choices(tokens, k=length) for _ in range(batch)]
+
+    def step_bytes(self, batch: int, context: int, with_head: bool) -> int:
+        """Return what a step has to read at least: weights of the layers, of the head if a token is
+        predicted, and the keys and values that it attends to."""
+        w = self.model.wte.weight
+        numbers = sum(p.numel() for p in self.model.h.parameters())
+        numbers += w.numel() if with_head else 0
+        return numbers * w.element_size() + self.cache_bytes(batch, context)
+
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """Return the size of the keys and values of so many tokens."""
+        c, w = self.model.config, self.model.wte.weight
+        return batch * length * 2 * c.n_layer * c.n_embd * w.element_size()
+
+
+def load_model(options: WorkloadOptions, device: torch.device) -> Workload:
+    """Load options.checkpoint, or make random weights, which are as fast as trained ones."""
+    shape = {k: v for k in MODEL_SHAPE if (v := getattr(options, k)) is not None}
+    if options.checkpoint == "random":
+        return random_weights(shape, device)
+    if shape:
+        raise UserError(f"--{next(iter(shape))} is for random weights.\nGive no --checkpoint.")
+    model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
+    name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
+    special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
+    return Workload(model, name, *special)
+
+
+def random_weights(shape: dict[str, int], device: torch.device) -> Workload:
+    """Make a GPT of this shape; what it leaves out is GPT-2 124M's."""
+    torch.manual_seed(0)
+    try:
+        model = GPT(GPTConfig(**shape))
+    except ValueError as e:
+        raise UserError(f"{e}.\nGive another --n_embd or --n_head.") from None
+    with torch.no_grad():  # with initial weights, thoughts and positions hardly change the tokens
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3 * model.config.n_embd**-0.5)
+    eos = model.config.vocab_size - 4
+    name = "random weights" if shape else "random weights, GPT-2 124M"
+    return Workload(model.to(device).eval(), name, eos, eos + 1, eos + 2, eos + 3)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return --dtype; auto is float32 on a CPU, else bfloat16."""
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, auto if name == "auto" else name)
+
+
+@contextmanager
+def catch_oom(device: torch.device) -> Iterator[list[bool]]:
+    """Catch running out of memory: `with catch_oom(device) as failed:` leaves `failed` non-empty,
+    and the memory is free again."""
+    failed: list[bool] = []
+    try:
+        yield failed
+    except (MemoryError, RuntimeError) as e:  # the CPU's allocator raises no type of its own
+        known = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(e):
+            raise
+        failed.append(True)
+    if failed and device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,196 @@
+"""Another implementation, which answers requests of bench/latency.py or bench/training.py.
+
+    released         the released code's own generate, as its run.py calls it: batch 1 only
+    transformers     thoughts by `inputs_embeds` into a dynamic cache, tokens by its generate
+    released_train   optimizer steps of the released code
+
+Runs under its own Python and shares only JSON lines and a file of weights with nanococonut. The
+first line on stdin says what to build; each further one holds the arguments of a request.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
+    sys.path.insert(0, setup["clone"])
+    from coconut import Coconut
+
+    device, special = setup["device"], setup["special"]
+    model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], -1)  # -1: no eos
+    model.eval()
+    starts: list[float] = []  # of each call of GPT-2
+    ends: list[float] = []
+    gpt2.register_forward_pre_hook(lambda *_: starts.append(now(device)))
+    gpt2.register_forward_hook(lambda *_: ends.append(now(device)))
+
+    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+        starts.clear()
+        ends.clear()
+        start = now(device)
+        ids = prompts[0] + [special["latent"]] * n_thoughts + forced_tokens
+        ids = torch.tensor([ids], device=device)
+        tokens = model.generate(ids, None, max_new_tokens=n_tokens)[0, ids.shape[1] :].tolist()
+        end = now(device)
+        # one call for the prompt, one for each thought (the last with the forced tokens), then one
+        # for each further token; a call's input is made between the calls
+        first = n_thoughts + 1
+        return {
+            "tokens": [tokens],
+            "prefill": ends[0] - start,
+            "latent_step": (starts[n_thoughts] - starts[1]) / (n_thoughts - 1),
+            "first_token": starts[first] - start,
+            "token_step": (end - starts[first]) / (n_tokens - 1),
+            "total": end - start,
+        }
+
+    return generate
+
+
+def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
+    from transformers import DynamicCache
+
+    device = setup["device"]
+    first: list[float] = []  # when the first token's scores were there
+
+    def note_time(ids: Tensor, scores: Tensor) -> Tensor:
+        first.append(now(device))
+        return scores
+
+    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+        first.clear()
+        start = now(device)
+        ids, cache = torch.tensor(prompts, device=device), DynamicCache()
+        out = gpt2.transformer(input_ids=ids, past_key_values=cache, use_cache=True)
+        hidden = out.last_hidden_state[:, -1:]
+        prefilled = now(device)
+        for _ in range(n_thoughts):
+            out = gpt2.transformer(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+            hidden = out.last_hidden_state
+        thought = now(device)
+        # ids in the thoughts' places: the cache already holds them, so they are not read
+        ids = torch.cat([ids, ids.new_tensor([[0] * n_thoughts + forced_tokens] * len(ids))], 1)
+        out = gpt2.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=n_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=[note_time],
+        )
+        tokens = out[:, ids.shape[1] :].tolist()
+        end = now(device)
+        return {
+            "tokens": tokens,
+            "prefill": prefilled - start,
+            "latent_step": (thought - prefilled) / n_thoughts,
+            "first_token": first[0] - start,
+            "token_step": (end - first[0]) / (n_tokens - 1),
+            "total": end - start,
+        }
+
+    return generate
+
+
+def padded(batch: dict[str, list], pad: int, device: str) -> dict[str, torch.Tensor]:
+    """Pad as the released collator does: on the left, so that thoughts share their columns."""
+    start = max(batch["first_thought"])
+    lefts = [start - first for first in batch["first_thought"]]
+    width = max(left + len(ids) for left, ids in zip(lefts, batch["ids"], strict=True))
+    columns = {"input_ids": [], "labels": [], "attention_mask": [], "position_ids": []}
+    for left, ids, labels in zip(lefts, batch["ids"], batch["labels"], strict=True):
+        n = len(ids)
+        right = width - left - n
+        columns["input_ids"].append([pad] * left + ids + [pad] * right)
+        columns["labels"].append([-100] * left + labels + [-100] * right)
+        columns["attention_mask"].append([0] * left + [1] * n + [0] * right)
+        columns["position_ids"].append([0] * left + list(range(n)) + [0] * right)
+    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
+
+
+def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
+    sys.path.insert(0, setup["clone"])
+    from coconut import Coconut
+
+    device, special = setup["device"], setup["special"]
+    model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], special["eos"])
+    optimizer = torch.optim.AdamW(model.parameters(), **setup["adamw"])
+    batches = [padded(batch, special["eos"], device) for batch in setup["batches"]]
+
+    def check() -> dict[str, float]:
+        """Return loss and norm of the gradient on the first batch, without dropout."""
+        model.eval()
+        loss = model(**batches[0]).loss
+        loss.backward()
+        norms = torch.stack([p.grad.norm() for p in model.parameters()])
+        optimizer.zero_grad()
+        return {"loss": loss.item(), "gradient": norms.norm().item()}
+
+    def step(i: int) -> dict[str, float]:
+        model.train()
+        start = now(device)
+        loss = model(**batches[i]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()
+        seconds = now(device) - start
+        memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+        return {"seconds": seconds, "loss": value, "memory_mib": memory}
+
+    return lambda i=None: check() if i is None else step(i)
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.readline())
+    torch.set_num_threads(setup["threads"])
+    torch.set_grad_enabled(setup["kind"] == "released_train")
+    import transformers  # before the clone's path, which holds modules of common names
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.GPT2Config(**setup["gpt2"], bos_token_id=None, eos_token_id=None)
+    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied to it
+    gpt2.to(setup["device"])
+    kinds = {
+        "released": released,
+        "transformers": transformers_dynamic,
+        "released_train": released_train,
+    }
+    answer = kinds[setup["kind"]](gpt2, setup)
+    versions = {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(json.dumps({"versions": versions}), flush=True)
+    for line in sys.stdin:
+        request, reply = json.loads(line), {}
+        try:
+            if "dtype" in request:
+                gpt2.to(getattr(torch, request["dtype"]))
+            else:
+                reply = answer(**request)
+        except torch.OutOfMemoryError:
+            reply = {"out_of_memory": True}
+        if "out_of_memory" in reply:  # after the error, which holds on to tensors
+            torch.cuda.empty_cache()
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()
