@@ -135,7 +135,7 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
         (["--checkpoint=nowhere"], "Give no --checkpoint"),
-        (["--n_head=3"], "does not divide"),
+        (["--n_head=3"], "is not a multiple"),
         (["--out=nowhere/rows.jsonl"], "folder does not exist"),
         (["--contexts=9000", "--tasks=", "--peers=False"], "nothing fits"),
     ],

@@ -89,7 +89,7 @@ def test_hidden_states_of_random_and_trained(bench, tmp_path, argv):
 
 def test_mistakes_take_two_lines(bench):
     for argv, message in (
-        ([*SHAPE, "--n_head=3"], "does not divide"),
+        ([*SHAPE, "--n_head=3"], "is not a multiple"),
         (["--thoughts=0"], "thoughts=0"),
         (["--checkpoint=nowhere"], "is not there"),
         ([f"--checkpoint={checkpoint.BUNDLED}", "--thoughts=500"], "block_size=160"),

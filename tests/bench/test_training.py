@@ -161,7 +161,7 @@ def test_released_code_gets_the_same_sequences(latent):
     [
         (["--repeats=0"], "repeats=0"),
         (["--config=nowhere.py"], "nowhere.py is not there"),
-        (["--n_head=3"], "does not divide"),
+        (["--n_head=3"], "is not a multiple"),
         (["--latent=500"], "500 thoughts"),
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
