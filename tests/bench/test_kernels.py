@@ -42,7 +42,7 @@ def test_wrong_kernel_is_named():
 
 
 @pytest.mark.parametrize(
-    "argv, message", [(["--batches=x"], "no list of numbers"), (["--n_head=7"], "multiple")]
+    "argv, message", [(["--batches=x"], "no list of numbers"), (["--n_head=7"], "does not divide")]
 )
 def test_mistakes_take_two_lines(kernels, argv, message):
     code, _, err = kernels(*argv)
