@@ -32,5 +32,6 @@ setup(
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.46", "matplotlib>=3.8"],
         "plot": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.14"],  # train.py --tensorboard
     },
 )

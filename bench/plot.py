@@ -87,7 +87,7 @@ def add_curve(run: str) -> None:
         part = steps[start : start + STEPS_A_POINT]
         loss = sum(r["loss"] for r in part) / len(part)
         last = part[-1]
-        points.append([last["step"], last["stage"], round(loss, 4), round(last["right"], 4)])
+        points.append([last["step"], last["stage"], round(loss, 4), round(last["accuracy"], 4)])
     keys = ("step", "stage", "minutes", "valid_accuracy", "matched_accuracy")
     validations = [{k: r.get(k) for k in keys} for r in logged if "valid_accuracy" in r]
     row = {

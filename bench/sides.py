@@ -14,10 +14,16 @@ from nanococonut import coconut, ops
 from nanococonut.batch import IGNORE, TokenizedExample, build_sequence, collate, count_labels
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import Data
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.loader import TrainLoader
-from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer
+from nanococonut.training.setup import (
+    WEIGHT_DECAY,
+    init_model,
+    init_optimizers,
+    init_tokenizer,
+)
 from nanococonut.training.step import MicroBatch, TrainStep
 
 PARTS = ("collate", "prefix", "thoughts", "suffix", "backward", "optimizer")
@@ -36,12 +42,11 @@ class Rows:
         self.stage, self.thoughts = recipe.max_latent_stage + 1, recipe.final_thoughts
         self.micro = recipe.micro_batch_size
         epochs, size = (
-            TrainLoader(recipe, self.curriculum, self.tokenizer, None, []),
+            TrainLoader(recipe, self.curriculum, self.tokenizer, Data(None, {})),
             recipe.batch_size,
         )
-        rows = epochs(0)
-        epochs.close()
-        epochs.worker.shutdown()  # waits: the next epoch is not made while a step is measured
+        rows = epochs.epoch(0)
+        epochs.close(wait=True)  # the next epoch is not made while a step is measured
         if context:
             rows = [_of_length(row, context - 1) for row in rows]  # <bot> is the last
         self.batches = [
@@ -99,7 +104,7 @@ def _of_length(row: TokenizedExample, n: int) -> TokenizedExample:
 
 
 def adamw_settings(recipe: TrainConfig) -> dict[str, float]:
-    return {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    return {"lr": recipe.learning_rate, "weight_decay": WEIGHT_DECAY}
 
 
 class Side:

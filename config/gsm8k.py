@@ -22,7 +22,6 @@ pad_latent_to_max = True
 batch_size = 128
 micro_batch_size = 32
 learning_rate = 1e-4
-weight_decay = 0.01
 reset_optimizer = "stage"
 eval_interval = 3013  # every epoch of the last stage
 max_new_tokens = 64

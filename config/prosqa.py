@@ -16,6 +16,5 @@ pad_latent_to_max = True
 batch_size = 128  # the released code's authors: runs with less failed
 micro_batch_size = 32
 learning_rate = 1e-4
-weight_decay = 0.01
 reset_optimizer = "stage"  # the paper; the released code does it at every epoch
 eval_interval = 140  # the paper chooses its checkpoint by validation: every epoch of the last stage

@@ -107,7 +107,6 @@ class TrainConfig:
     muon_learning_rate: float = option(
         0.0, "Muon's rate for the layers' matrices (0: AdamW trains all)", "optimizer", ge=0
     )
-    weight_decay: float = option(0.01, "AdamW's decay", "optimizer", ge=0)
     beta2: float = option(0.999, "AdamW's second beta", "optimizer", ge=0, lt=1)
     grad_clip: float = option(0.0, "clip the gradient's norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
@@ -129,6 +128,7 @@ class TrainConfig:
         0, "steps between validations in the final stage (0: at stage ends only)", ge=0
     )
     max_new_tokens: int = option(128, "longest generated answer", ge=1)
+    tensorboard: bool = option(False, "also write TensorBoard event files to out_dir")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
         "auto", "forward pass: bfloat16 autocast, or float32, or that with tf32 products on a GPU "
