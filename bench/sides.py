@@ -214,7 +214,7 @@ class Plain(Side):
         self.stepper.zero_grad()
         sums = self.stepper.totals
         for micro in batches:
-            batch, counts = micro.batch.to(self.device), micro.counts.to(self.device)
+            batch, counts = micro.batch.to(self.device), micro.count_mask.to(self.device)
             self._lap("collate")
             self.passes = 0
             half = self.stepper.use_bf16

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import time
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -73,7 +74,8 @@ class RunLog:
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._metrics.close()
+        with suppress(OSError):  # a full disk was reported by the write
+            self._metrics.close()
         if self._writer:
             self._writer.close()
 
