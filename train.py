@@ -23,7 +23,7 @@ from nanococonut.curriculum import METHODS, Curriculum, ignored_options
 from nanococonut.data.tasks import TASKS, load_data
 from nanococonut.evaluation.splits import evaluate_splits
 from nanococonut.inference.engine import Engine
-from nanococonut.runtime.cli import format_config, make_config, parse_cli, read_config_file
+from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.runtime.device import Interrupt, keep_freed_memory, select_precision
 from nanococonut.runtime.distributed import Distributed, run_distributed
 from nanococonut.runtime.errors import UserError
@@ -111,14 +111,8 @@ def main() -> None:
     if config.resume:
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
+    log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)
     interrupt, stopping = Interrupt(dist.world), False
-    console.print(
-        f"{format_config(config)}\n"
-        f"  {model.n_params():,} parameters on {device}, {loader.n_examples:,} examples per epoch, "
-        f"{schedule.total_steps:,} steps, run saved in {run.path}\n"
-        f"  kernels: {kernels} ({kernels_reason}), CUDA graphs {'on' if use_graphs else 'off'}",
-        markup=False,
-    )
 
     def save() -> None:
         manifest = {
@@ -170,18 +164,16 @@ def main() -> None:
             log.step(state, loss, step_batch.n_examples)
 
             # validate at the end of a stage, and every eval_interval steps of the last one
+            is_last = schedule.is_last_stage(state)
             stage_done = schedule.stage_done(state)  # out of epochs, or accurate enough
             if schedule.eval_due(state, stage_done):
                 n_thoughts = curriculum.n_thoughts(stage)
                 with train_step.autocast():
                     engine = Engine(model, tokenizer, curriculum, kernels="torch", graph="off")
                     scores = evaluate_splits(engine, loader.val_splits, n_thoughts, config, dist)
-                state.measure_time()
-                validation = {"stage": stage, "thoughts": n_thoughts, **scores}
-                validation["minutes"] = state.seconds / 60
-                state.record(validation, schedule.is_last_stage(state), stage_done)
+                validation = state.record(scores, n_thoughts, is_last, stage_done)
                 log.validation(state, validation)
-            if stage_done and not schedule.is_last_stage(state):
+            if stage_done and not is_last:
                 state.next_stage()  # before saving: a resumed run starts in the next stage
             if state.step % config.save_interval == 0 or state.is_best:
                 save()

@@ -86,12 +86,13 @@ class TrainLoader:
     def _step_batch(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         config, curriculum, tokenizer = self.config, self.curriculum, self.tokenizer
         epoch, i = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
+        if self._epoch[0] != epoch:  # steps come in order: one epoch in memory is enough
             self._epoch = epoch, self.epoch(epoch)
         examples = self._epoch[1][i * config.batch_size :][: config.batch_size]
         # every process samples the same stages, then takes its share
         rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
         stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
+        # of all processes: the loss is a mean over the labels of the whole step
         n_labels = count_labels(curriculum, stages, examples, tokenizer)
         # like lengths share a micro-batch, so that little is padding
         pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
@@ -118,8 +119,10 @@ class TrainLoader:
 
     def _make_epoch(self, epoch: int) -> list[TokenizedExample]:
         examples = self._fixed or self._generate(epoch)
+        # a stream per epoch: no random state has to be saved
         rng = np.random.default_rng((self.config.seed, ORDER, epoch))
         examples = [examples[i] for i in rng.permutation(len(examples))]
+        # fixed files keep the released code's plain shuffle
         return self._bucketed(examples, rng) if self.config.regenerate_each_epoch else examples
 
     def _bucketed(
@@ -150,6 +153,7 @@ class TrainLoader:
         c = self.config
         plain, matched, *_ = self.task.splits.values()
         n_matched = round(c.matched_fraction * c.train_examples)
+        # chains shorter than the task's own give the search a start
         easier = self.task.easier_configs(c)
         n_short = round(c.short_fraction * c.train_examples) if easier else 0
         n_each = [len(part) for part in np.array_split(range(n_short), max(1, len(easier)))]
@@ -161,7 +165,7 @@ class TrainLoader:
         examples: list[Example] = []
         for i, (n, generator_config) in enumerate(parts):
             if n:
-                seed = (c.seed, TRAIN, epoch, i)
+                seed = (c.seed, TRAIN, epoch, i)  # no two parts share a stream
                 examples += self.task.module.generate(n, seed, generator_config, self.exclude)
         return [tokenized for _, tokenized in self._fitting(examples)]
 

@@ -8,7 +8,6 @@ import json
 import time
 from collections import deque
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,8 @@ from rich.table import Table
 
 from nanococonut.config import TrainConfig
 from nanococonut.data.files import skipped_summary
+from nanococonut.model import GPT
+from nanococonut.runtime.cli import format_config
 from nanococonut.runtime.errors import UserError
 from nanococonut.training.loader import TrainLoader
 from nanococonut.training.state import Schedule, TrainState
@@ -70,14 +71,23 @@ class RunLog:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
         with suppress(OSError):  # a full disk was reported by the write
             self._metrics.close()
         if self._writer:
             self._writer.close()
+
+    def header(self, model: GPT, n_examples: int, backend: str, use_graphs: bool) -> None:
+        """Print the settings that differ from their defaults, and what they come to."""
+        console.print(
+            f"{format_config(self.config)}\n"
+            f"  {model.n_params():,} parameters on {model.wte.weight.device}, "
+            f"{n_examples:,} examples per epoch, {self.schedule.total_steps:,} steps, "
+            f"run saved in {self.run.path}\n"
+            f"  kernels: {backend}, CUDA graphs {'on' if use_graphs else 'off'}",
+            markup=False,
+        )
 
     def step(self, state: TrainState, loss: float, n_examples: int) -> None:
         """Log the step that was just taken."""

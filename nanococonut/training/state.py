@@ -66,12 +66,19 @@ class TrainState:
         now = time.monotonic()
         self.seconds, self._measured_at = self.seconds + now - self._measured_at, now
 
-    def record(self, validation: dict[str, Any], is_last_stage: bool, stage_done: bool) -> None:
-        """Keep a validation: as the best of the last stage, and in the table of stages."""
-        if is_last_stage and validation["valid_accuracy"] > self.best_accuracy:
-            self.best_accuracy, self.best_step = validation["valid_accuracy"], self.step
+    def record(
+        self, scores: dict[str, float], n_thoughts: int, is_last_stage: bool, stage_done: bool
+    ) -> dict[str, Any]:
+        """Return a validation's log line; keep it in the table of stages if the stage is done."""
+        self.measure_time()
+        validation = {"stage": self.stage, "thoughts": n_thoughts, **scores}
+        validation["minutes"] = self.seconds / 60
+        # earlier stages answer with fewer thoughts, so they do not compete for the best
+        if is_last_stage and scores["valid_accuracy"] > self.best_accuracy:
+            self.best_accuracy, self.best_step = scores["valid_accuracy"], self.step
         if stage_done:
             self.validations.append(validation)
+        return validation
 
     def next_stage(self) -> None:
         self.stage_index, self.stage_start = self.stage_index + 1, self.step
@@ -113,9 +120,10 @@ class Schedule:
         """Return whether the stage is out of epochs, or learned well enough to move on."""
         if self.is_last_stage(state):
             return state.step == self.total_steps
-        epochs = self.stages[state.stage_index].epochs
-        out_of_epochs = state.step - state.stage_start >= epochs * self.steps_per_epoch
-        threshold, full = self.config.advance_at, state.n_counted >= ACCURACY_WINDOW
+        n_steps = self.stages[state.stage_index].epochs * self.steps_per_epoch
+        out_of_epochs = state.step - state.stage_start >= n_steps
+        # a few lucky examples at a stage's start are not enough: the window must be full
+        full, threshold = state.n_counted >= ACCURACY_WINDOW, self.config.advance_at
         learned = threshold > 0 and full and state.accuracy >= threshold
         return out_of_epochs or learned or state.step == self.total_steps
 

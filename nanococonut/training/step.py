@@ -64,10 +64,10 @@ class TrainStep:
 
     def zero_grad(self) -> None:
         """Clear gradients and totals, before the first micro-batch of a step."""
-        self.totals.zero_()
+        self.totals.zero_()  # in place: graphs have captured this address too
         for p in self.model.parameters():
             if self.graphs is None:
-                p.grad = None
+                p.grad = None  # optimizers skip a module that the step does not use
             elif p.grad is None:
                 p.grad = torch.zeros_like(p)
             else:
@@ -108,6 +108,7 @@ class TrainStep:
             mask, scale = (t.to(self.device, non_blocking=on_gpu) for t in (count_mask, scale))
             self._forward_backward(batch.to(self.device), mask, scale)
             return
+        # graphs differ in their shapes only; inputs are copied to where the capture read them
         key = (*batch.prefix.shape, batch.suffix.shape[1], batch.max_thoughts, batch.n_labels)
         if key not in self._inputs:
             moved = (x.to(self.device) for x in (batch, count_mask, scale))
@@ -123,10 +124,11 @@ class TrainStep:
         n_labels, fraction = scale
         # autocast is entered within the graph, so no rounded weight is kept from another step
         with self.autocast():
+            # three blocks: the prefix, the thoughts, the suffix that carries the labels
             trace = self.think(self.model, batch)  # prefill, then the thoughts one by one
             loss_sum, correct = coconut.loss(self.model, batch, trace)  # (), (B,): the suffix
             loss = objective = loss_sum / n_labels
-            if self.model.stop is not None:
+            if self.model.stop is not None:  # it reads detached states, so it only watches
                 objective = loss + coconut.stop_loss(self.model, batch, trace) * fraction
         objective.backward()
         self.totals += torch.stack([loss.detach(), (correct & count_mask).sum(), count_mask.sum()])
