@@ -106,7 +106,7 @@ def curve_of(run: str) -> dict[str, Any]:
         chunk = steps[start : start + STEPS_PER_POINT]
         loss = sum(r["loss"] for r in chunk) / len(chunk)
         last = chunk[-1]
-        points.append([last["step"], last["stage"], round(loss, 4), round(last["right"], 4)])
+        points.append([last["step"], last["stage"], round(loss, 4), round(last["accuracy"], 4)])
     keys = ("step", "stage", "minutes", "valid_accuracy", "matched_accuracy")
     return {
         "bench": "curve",

@@ -23,7 +23,6 @@ pad_latent_to_max = True  # as many thoughts in training as at inference
 batch_size = 128
 micro_batch_size = 32  # changes memory only, not the result
 learning_rate = 1e-4
-weight_decay = 0.01
 reset_optimizer = "stage"  # as in the paper
 eval_interval = 3013  # one epoch: the paper selects its checkpoint by validation
 max_new_tokens = 64

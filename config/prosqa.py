@@ -16,6 +16,5 @@ pad_latent_to_max = True  # as many thoughts in training as at inference
 batch_size = 128  # the released code's authors report that smaller batches failed
 micro_batch_size = 32  # changes memory only, not the result
 learning_rate = 1e-4
-weight_decay = 0.01
 reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch
 eval_interval = 140  # one epoch: the paper selects its checkpoint by validation

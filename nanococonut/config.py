@@ -101,7 +101,6 @@ class TrainConfig:
     muon_learning_rate: float = option(
         0.0, "Muon's learning rate for the layers' matrices (0: AdamW for all)", "optimizer", ge=0
     )
-    weight_decay: float = option(0.01, "AdamW's weight decay", "optimizer", ge=0)
     beta2: float = option(0.999, "AdamW's beta2", "optimizer", ge=0, lt=1)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
@@ -121,6 +120,7 @@ class TrainConfig:
         0, "steps between validations in the final stage (0: at the end of stages only)", ge=0
     )
     max_new_tokens: int = option(128, "maximum length of a generated answer", ge=1)
+    tensorboard: bool = option(False, "also write TensorBoard event files to out_dir")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
         "auto", "forward pass: float32, tf32 matrix products, or bfloat16 autocast (auto: bfloat16 "

@@ -71,7 +71,7 @@ def train(out: str, steps: int, *more: str) -> dict[str, Any]:
     command = [sys.executable, *map(str, command), f"--out_dir={out}", *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    timed = ("rows_per_s", "minutes")
+    timed = ("examples_per_s", "minutes")
     rows = [{k: v for k, v in row.items() if k not in timed} for row in rows]
     assert sum("loss" in row for row in rows) == steps
     weights = load_file(Path(out) / f"step_{steps:08}" / "model.safetensors")

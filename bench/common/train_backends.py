@@ -74,7 +74,7 @@ def _of_length(example: TokenizedExample, n: int) -> TokenizedExample:
 
 
 def adamw_settings(recipe: TrainConfig) -> dict[str, float]:
-    return {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    return {"lr": recipe.learning_rate, "weight_decay": WEIGHT_DECAY}
 
 
 class TrainBackend:

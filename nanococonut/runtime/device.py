@@ -1,7 +1,9 @@
-"""Where it runs: the choice of a device, and what the machine's memory allocator is told."""
+"""The device a script runs on, the precision it computes in, and the signals that end it."""
 
 import ctypes
+import signal
 import sys
+from types import FrameType
 
 import torch
 
@@ -9,7 +11,10 @@ from nanococonut.runtime.errors import UserError
 
 
 def select_device(name: str) -> torch.device:
-    """auto is a CUDA GPU where there is one, else the CPU. UserError where it cannot be used."""
+    """Return the device; "auto" is a CUDA GPU if there is one, else the CPU.
+
+    Raise UserError if the device cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -20,17 +25,59 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"device={name!r} cannot be used: {first}\nTry --device=cpu.") from None
     if device.type == "cuda":
         if device.index is not None:
-            torch.cuda.set_device(device)  # streams, graphs and Triton use the current one
-        # cuDNN plans attention anew for every length (tens of ms each); flash does not
+            torch.cuda.set_device(device)  # streams, graphs and Triton use the current device
+        # cuDNN plans attention again for every length (tens of ms each); flash attention does not
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
+def select_precision(dtype: str, device: torch.device) -> bool:
+    """Set the precision of float32 products. Return whether to autocast to bfloat16."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return dtype == "bfloat16" or (dtype == "auto" and on_gpu)
+
+
 def keep_freed_memory() -> None:
-    """glibc hands large freed blocks back to the system and faults them in again at every step,
-    which a small model on a CPU feels. Tell it to keep them."""
+    """Tell glibc to keep large freed blocks.
+
+    By default it returns them to the system and faults them in again at every step, which costs
+    a small model on a CPU much of its time.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):
                 libc.mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM as a request: the loop finishes its step, saves and exits.
+
+    In a single process a second signal exits at once. Under torchrun it does not: torchrun adds
+    its own signal to the terminal's.
+    """
+
+    def __init__(self, n_processes: int = 1) -> None:
+        self.n_processes = n_processes
+        self.signal = 0  # the first one received
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    @property
+    def received(self) -> bool:
+        return self.signal != 0
+
+    @property
+    def exit_code(self) -> int:
+        """Return the shell's code for a process that ended by this signal."""
+        return 128 + (self.signal or signal.SIGTERM)  # another process received it
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        alone = self.n_processes == 1
+        if self.received and alone:
+            sys.exit(128 + number)
+        if not self.received:
+            self.signal = number
+            hint = "; interrupt again to exit at once" if alone else ""
+            print(f"stopping after this step{hint}", flush=True)

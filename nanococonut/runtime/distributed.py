@@ -1,12 +1,13 @@
-"""Several processes, one training run: torchrun starts them, their gradients are summed.
+"""One training run in several processes: torchrun starts them, an all-reduce sums their gradients.
 
-Every process draws the same rows and stages from the seed, computes every world-th row of the batch
-and adds its gradient to the others' in a single all-reduce; weights and moments stay the same
-everywhere without being sent. Why not DistributedDataParallel: it averages where the loss wants a
-sum over the whole batch's labels, it wants one forward() where a step here is embed, backbone (once
-for each thought) and head, and it fails where a parameter is unused in some stage or on some rank,
-unless it searches for it every time. What it would give, overlap with the backward pass, is worth
-the time of one all-reduce (docs/SCALING.md).
+Every process samples the same examples and stages from the seed and computes every n-th example of
+the batch. Its gradient is added to the others' in a single all-reduce, so weights and moments stay
+equal everywhere without being sent.
+
+Why not DistributedDataParallel: it averages, but the loss needs a sum over the labels of the whole
+batch. It needs one forward(), but a step here is embed, backbone (once per thought) and head. It
+fails if a parameter is unused in some stage or on some rank, unless it searches for it every step.
+What it would gain, overlap with the backward pass, is the time of one all-reduce (docs/SCALING.md).
 """
 
 import os
@@ -24,89 +25,96 @@ from torch import Tensor
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 
-SEED_STRIDE = (
-    0x9E3779B1  # between two processes' seeds; odd, and torch's CPU generator reads 32 bits
-)
+# between the seeds of two processes; odd, because torch's CPU generator reads 32 bits
+SEED_STRIDE = 0x9E3779B1
 
 
 def _launched() -> bool:
-    """By torchrun, or anything that sets the same variables, and not alone. Cluster nodes may have
-    the others set without it."""
+    """Return whether torchrun, or a launcher that sets its variables, started several processes."""
+    # cluster nodes may set the other variables without LOCAL_RANK
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among those of the run. rank 0 alone prints, logs and saves."""
+    """This process among those of the run. Only rank 0 prints, logs and saves."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def from_env(cls) -> "Distributed":
+        """Return this process's rank in the group that run_distributed joined."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
     def device(self, name: str) -> torch.device:
-        """--device for this process: of several on a machine, each has a GPU of its own, by
-        LOCAL_RANK. UserError where the device cannot be used or is a single one."""
+        """Return the device of this process: its own GPU, by LOCAL_RANK, if there are several.
+
+        Raise UserError if the device cannot be used, or if several processes would share it.
+        """
         if self.world == 1 or name == "cpu":
             return select_device(name)
         if name not in ("auto", "cuda"):
             raise UserError(
-                f"--device={name} is one device, and {self.world} processes were started.\n"
-                "Give auto, cuda or cpu: each process takes a GPU of its own."
+                f"--device={name} is one device, but {self.world} processes were started.\n"
+                "Use auto, cuda or cpu: each process takes a GPU of its own."
             )
         if name == "auto" and not torch.cuda.is_available():
             return select_device("cpu")
-        where = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(where)
-        return where
+        device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+        return device
 
     def seed(self, seed: int) -> int:
-        """The seed of this process's dropout."""
+        """Return the dropout seed of this process."""
         return seed + self.rank * SEED_STRIDE
 
     def shard(self, items: Sequence) -> Sequence:
-        """Every world-th of them. Of sorted ones, all processes have equally long ones."""
+        """Return every n-th item. If they are sorted by length, all processes get like lengths."""
         return items[self.rank :: self.world]
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Their sums over all processes, in float64 on the CPU."""
+        """Return the sums over all processes, in float64 on the CPU."""
         if self.world == 1:
             return list(values)
-        together = torch.tensor(values, dtype=torch.float64)
-        self._sum(together)
-        return together.tolist()
+        sums = torch.tensor(values, dtype=torch.float64)
+        self._sum(sums)
+        return sums.tolist()
 
     def all_reduce_gradients(
-        self, parameters: Iterable[Tensor], values: Sequence[float]
-    ) -> Sequence[float]:
-        """Add up every gradient over all processes, in place; returns the sums of values, which
-        travel along (float32). What has a gradient nowhere is left without one: optimizers pass it
-        over as in one process."""
+        self, parameters: Iterable[Tensor], totals: Tensor, flag: bool
+    ) -> tuple[Tensor, bool]:
+        """Sum every gradient over all processes, in place.
+
+        Return (the sum of totals, whether any process set its flag): both travel with the
+        gradients in float32. A parameter without a gradient in any process stays without one, so
+        that optimizers skip it as in a single process.
+        """
         if self.world == 1:
-            return values
+            return totals, flag
         parameters = list(parameters)
-        if not parameters:
-            return self.all_reduce_sum(values)
         sizes = [p.numel() for p in parameters]
-        riders = [float(p.grad is not None) for p in parameters] + list(values)
+        extras = [*(float(p.grad is not None) for p in parameters), *totals.tolist(), float(flag)]
         flat = torch.cat(
             [
                 p.new_zeros(n) if p.grad is None else p.grad.flatten()
                 for p, n in zip(parameters, sizes, strict=True)
             ]
-            + [torch.tensor(riders, device=parameters[0].device)]
+            + [torch.tensor(extras, device=parameters[0].device)]
         )
         self._sum(flat)
-        *gradients, riders = flat.split([*sizes, len(riders)])
-        riders = riders.tolist()
-        for p, summed, users in zip(parameters, gradients, riders, strict=False):
+        *gradients, extras = flat.split([*sizes, len(extras)])
+        users = extras[: len(parameters)].tolist()  # processes with a gradient, per parameter
+        for p, gradient, n_users in zip(parameters, gradients, users, strict=True):
             if p.grad is not None:
-                p.grad.copy_(summed.view_as(p))
-            elif users:
-                p.grad = summed.view_as(p).clone()
-        return riders[len(parameters) :]
+                p.grad.copy_(gradient.view_as(p))
+            elif n_users:
+                p.grad = gradient.view_as(p).clone()
+        return extras[len(parameters) : -1], bool(extras[-1])
 
     def _sum(self, tensor: Tensor) -> None:
         try:
@@ -114,13 +122,16 @@ class Distributed:
         except RuntimeError as e:
             raise UserError(
                 f"process {self.rank} of {self.world} lost the others: {str(e).splitlines()[0]}\n"
-                "Go on from the last checkpoint with --resume."
+                "Continue from the last checkpoint with --resume."
             ) from None
 
 
 def run_distributed(main: Callable[[], None]) -> None:
-    """errors.run_main for a script that may run as several processes: joined before main(), and
-    the first to fail says why, once; the others follow it silently instead of waiting for it."""
+    """Run main() as errors.run_main does, in a script that may run as several processes.
+
+    The processes join before main(). The first to fail prints the reason; the others then exit
+    silently instead of waiting for it.
+    """
     if not _launched():
         return run_main(main)
     store, rank, world = next(iter(dist.rendezvous("env://")))
@@ -129,13 +140,14 @@ def run_distributed(main: Callable[[], None]) -> None:
     if rank:
         sys.stdout = open(os.devnull, "w")
 
-    def once() -> None:
+    def report_once() -> None:
         try:
             main()
         except Exception as e:
-            if store.add("failed", 1) > 1:  # torchrun ends all once one is gone: let it be heard
+            if store.add("failed", 1) > 1:  # not the first one
+                # torchrun kills all once one exits, so the first one has to print before that
                 with suppress(RuntimeError):
-                    store.wait(["told"], timedelta(seconds=10))
+                    store.wait(["reported"], timedelta(seconds=10))
                 sys.exit(2 if isinstance(e, UserError) else 1)
             if isinstance(e, UserError):
                 raise
@@ -143,11 +155,11 @@ def run_distributed(main: Callable[[], None]) -> None:
             sys.exit(1)
 
     try:
-        run_main(once)
+        run_main(report_once)
         dist.destroy_process_group()
     except SystemExit as e:
         with suppress(RuntimeError):
-            store.set("told", "")
+            store.set("reported", "")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(e.code)  # a communicator that has lost the others may never come to its end
+        os._exit(e.code)  # a communicator that lost the other processes may never shut down

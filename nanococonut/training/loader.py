@@ -1,33 +1,46 @@
-"""Rows for training: made or read, tokenised, an epoch ahead of the loop.
+"""Examples for training: generated or read, tokenized, and cut into the batches of each step.
 
-What an epoch holds depends on the seed and its number only, never on timing or on what came before
-it, so a run resumed in any epoch sees the same rows in the same order.
+What an epoch and a step hold depends on the seed and their numbers only, never on timing or on what
+came before, so a run resumed anywhere sees the same examples in the same order.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
-from nanococonut.batch import TokenizedExample, max_length, tokenize
+from nanococonut.batch import TokenizedExample, collate, count_labels, max_length, tokenize
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import Example
-from nanococonut.data.seeds import ORDER, TRAIN
-from nanococonut.data.tasks import TASKS, test_hashes
+from nanococonut.data.seeds import ORDER, STAGE_STREAM, TRAIN
+from nanococonut.data.tasks import TASKS, Data, test_hashes
+from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
+from nanococonut.training.step import MicroBatch
 
-POOL = 16  # batches among which rows of like length are put together
+BUCKET_SIZE = 16  # batches whose examples are sorted by length together
+Prepare = Callable[..., MicroBatch]  # TrainStep.prepare
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step. The counts are of all processes, the micro-batches of this one."""
+
+    micro_batches: list[MicroBatch]
+    n_labels: int
+    n_examples: int
 
 
 class TrainLoader:
-    """The training rows of every epoch, tokenised; the next one is made in a worker thread.
+    """The batches of every step; a worker thread makes the next epoch in advance.
 
-    rows: those to train on; None: generated ones. held_out: rows that generated ones must never
-    repeat (by graph, whatever the names in it).
-    Raises UserError where a row would not fit into block_size at some stage; with a list `skipped`
-    such rows are left out and it is told.
+    data       train=None: examples are generated, and never repeat a graph of data.val
+    skipped    a list: examples of files that do not fit into block_size are dropped, and the
+               reasons appended; None: they are a UserError
     """
 
     def __init__(
@@ -35,112 +48,156 @@ class TrainLoader:
         config: TrainConfig,
         curriculum: Curriculum,
         tokenizer: Tokenizer,
-        rows: list[Example] | None,
-        held_out: list[Example],
+        data: Data,
         skipped: list[str] | None = None,
+        dist: Distributed | None = None,
     ) -> None:
         self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
-        # generated rows that do not fit are the settings' fault, not the rows'
-        self.task, self.skipped = TASKS[config.task], skipped if rows is not None else None
-        self.exclude = frozenset()
-        if rows is None:
-            self.exclude = self._signatures(held_out) | test_hashes(config)
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="rows")
-        self.ahead: tuple[int, Future[list[TokenizedExample]]] | None = None
-        self.fixed: list[TokenizedExample] | None = None
-        if rows is not None:
-            self.fixed = self.encode(rows)
+        self.task, self.dist = TASKS[config.task], dist or Distributed()
+        generates = data.train is None
+        # a generated example that does not fit is the fault of the settings: always an error
+        self.skipped = None if generates else skipped
+        held_out = [example for split in data.val.values() for example in split]
+        self.exclude = frozenset()  # graphs that generated examples must not repeat
+        if generates:
+            self.exclude = self._graph_hashes(held_out) | test_hashes(config)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
+        self._next_epoch: tuple[int, Future[list[TokenizedExample]]] | None = None
+        self._epoch: tuple[int, list[TokenizedExample]] = (-1, [])
+        self._prefetched: tuple[tuple[int, int], StepBatch] | None = None
+        self._fixed: list[TokenizedExample] | None = None  # the same examples every epoch
+        if data.train is not None:
+            self._fixed = [tokenized for _, tokenized in self._fitting(data.train)]
         elif not config.regenerate_each_epoch:
-            self.fixed = self.encode(self._generate(0))
-        self.n_rows = len(self.fixed) if self.fixed else config.train_examples
+            self._fixed = self._generate(0)
+        # an example that does not fit is refused now, not at the first validation
+        self.val_splits = {name: self.drop_too_long(split) for name, split in data.val.items()}
+        self.n_examples = len(self._fixed) if self._fixed else config.train_examples
+        self.steps_per_epoch = -(-self.n_examples // config.batch_size)  # the last may be short
 
-    def __call__(self, epoch: int) -> list[TokenizedExample]:
-        """The epoch's rows in their order."""
-        if self.ahead and self.ahead[0] == epoch:
-            rows = self.ahead[1].result()
+    def get(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
+        """Return the batch of a step, prefetched or made now."""
+        if self._prefetched is None or self._prefetched[0] != (step, stage):
+            self.prefetch(step, stage, prepare)
+        assert self._prefetched is not None
+        return self._prefetched[1]
+
+    def prefetch(self, step: int, stage: int, prepare: Prepare) -> None:
+        self._prefetched = (step, stage), self._step_batch(step, stage, prepare)
+
+    def _step_batch(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
+        config, curriculum, tokenizer = self.config, self.curriculum, self.tokenizer
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:  # steps come in order: one epoch in memory is enough
+            self._epoch = epoch, self.epoch(epoch)
+        examples = self._epoch[1][i * config.batch_size :][: config.batch_size]
+        # every process samples the same stages, then takes its share
+        rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
+        stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
+        # of all processes: the loss is a mean over the labels of the whole step
+        n_labels = count_labels(curriculum, stages, examples, tokenizer)
+        # like lengths share a micro-batch, so that little is padding
+        pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
+        pairs, size, micro_batches = self.dist.shard(pairs), config.micro_batch_size, []
+        for start in range(0, len(pairs), size):
+            own_stages, own_examples = zip(*pairs[start : start + size], strict=True)
+            batch = collate(curriculum, own_stages, own_examples, tokenizer)
+            # examples sampled at another stage say nothing about this one's accuracy
+            counted = [own_stage == stage for own_stage in own_stages]
+            micro_batches.append(prepare(batch, counted, curriculum.n_thoughts(stage)))
+        return StepBatch(micro_batches, n_labels, len(examples))
+
+    def epoch(self, epoch: int) -> list[TokenizedExample]:
+        """Return the epoch's examples in order, and start to make the next epoch's."""
+        if self._next_epoch and self._next_epoch[0] == epoch:
+            examples = self._next_epoch[1].result()
         else:
-            rows = self._make(epoch)
-        self.ahead = (epoch + 1, self.worker.submit(self._make, epoch + 1))
-        return rows
+            examples = self._make_epoch(epoch)
+        self._next_epoch = epoch + 1, self._worker.submit(self._make_epoch, epoch + 1)
+        return examples
 
-    def close(self) -> None:
-        self.worker.shutdown(wait=False, cancel_futures=True)
+    def close(self, wait: bool = False) -> None:
+        self._worker.shutdown(wait=wait, cancel_futures=not wait)
 
-    def _make(self, epoch: int) -> list[TokenizedExample]:
-        rows = self.fixed or self.encode(self._generate(epoch))
+    def _make_epoch(self, epoch: int) -> list[TokenizedExample]:
+        examples = self._fixed or self._generate(epoch)
+        # a stream per epoch: no random state has to be saved
         rng = np.random.default_rng((self.config.seed, ORDER, epoch))
-        rows = [rows[i] for i in rng.permutation(len(rows))]
-        return self._pooled(rows, rng) if self.config.regenerate_each_epoch else rows
+        examples = [examples[i] for i in rng.permutation(len(examples))]
+        # fixed files keep the released code's plain shuffle
+        return self._bucketed(examples, rng) if self.config.regenerate_each_epoch else examples
 
-    def _pooled(
-        self, rows: list[TokenizedExample], rng: np.random.Generator
+    def _bucketed(
+        self, examples: list[TokenizedExample], rng: np.random.Generator
     ) -> list[TokenizedExample]:
-        """The same rows with those of like length in one batch, so that less is padding: sorted
-        within pools of POOL batches, and the pool's batches shuffled."""
-        size, pool = self.config.batch_size, self.config.batch_size * POOL
-        batches = []
-        for start in range(0, len(rows), pool):
-            part = sorted(rows[start : start + pool], key=lambda row: len(row.question))
-            parts = [part[i : i + size] for i in range(0, len(part), size)]
-            full = [p for p in parts if len(p) == size]  # a short one stays last
-            batches += [full[i] for i in rng.permutation(len(full))] + parts[len(full) :]
-        return [row for batch in batches for row in batch]
+        """Return the examples with like lengths in one batch, so that less is padding.
 
-    def _signatures(self, rows: list[Example]) -> frozenset[bytes]:
-        """Of those rows that are the task's: a file to validate on may hold any."""
-        found = set()
-        for row in rows:
-            with suppress(UserError):
-                found.add(self.task.module.graph_hash(row))
-        return frozenset(found)
+        Buckets of BUCKET_SIZE batches are sorted by length, and each bucket's batches shuffled.
+        """
+        size, ordered = self.config.batch_size, []
+        for start in range(0, len(examples), size * BUCKET_SIZE):
+            bucket = examples[start : start + size * BUCKET_SIZE]
+            bucket.sort(key=lambda example: len(example.question))
+            n_full = len(bucket) // size  # a short batch stays last
+            for i in [*rng.permutation(n_full), n_full]:
+                ordered += bucket[i * size :][:size]
+        return ordered
 
-    def _generate(self, epoch: int) -> list[Example]:
-        """train_examples rows: plain ones, without the shortcut, and with fewer steps."""
+    def _graph_hashes(self, examples: list[Example]) -> frozenset[bytes]:
+        hashes = set()
+        for example in examples:
+            with suppress(UserError):  # a validation file may hold another task's examples
+                hashes.add(self.task.module.graph_hash(example))
+        return frozenset(hashes)
+
+    def _generate(self, epoch: int) -> list[TokenizedExample]:
+        """Return an epoch's examples: plain ones, without the shortcut, and with fewer steps."""
         c = self.config
         plain, matched, *_ = self.task.splits.values()
         n_matched = round(c.matched_fraction * c.train_examples)
-        shorter = self.task.easier_configs(c)
-        n_short = round(c.short_fraction * c.train_examples) if shorter else 0
-        n_each = [len(part) for part in np.array_split(range(n_short), max(1, len(shorter)))]
-        kinds = [
+        # chains shorter than the task's own give the search a start
+        easier = self.task.easier_configs(c)
+        n_short = round(c.short_fraction * c.train_examples) if easier else 0
+        n_each = [len(part) for part in np.array_split(range(n_short), max(1, len(easier)))]
+        parts = [
             (c.train_examples - n_matched - n_short, plain(c)),
             (n_matched, matched(c)),
-            *zip(n_each, shorter, strict=False),
+            *zip(n_each, easier, strict=False),
         ]
-        rows: list[Example] = []
-        for i, (n, kind) in enumerate(kinds):
+        examples: list[Example] = []
+        for i, (n, generator_config) in enumerate(parts):
             if n:
-                seed = (c.seed, TRAIN, epoch, i)
-                rows += self.task.module.generate(n, seed, kind, self.exclude)
-        return rows
+                seed = (c.seed, TRAIN, epoch, i)  # no two parts share a stream
+                examples += self.task.module.generate(n, seed, generator_config, self.exclude)
+        return [tokenized for _, tokenized in self._fitting(examples)]
 
-    def encode(self, rows: list[Example]) -> list[TokenizedExample]:
-        """Rows in tokens. UserError names the first that does not fit into block_size."""
-        return [row for _, row in self._fitting(rows)]
+    def drop_too_long(self, examples: list[Example]) -> list[Example]:
+        """Return the examples that fit into block_size at every stage.
 
-    def drop_too_long(self, rows: list[Example]) -> list[Example]:
-        """Those rows that fit into block_size; see encode."""
-        return [row for row, _ in self._fitting(rows)]
+        Raise UserError if one does not fit and `skipped` is None, or if none fits.
+        """
+        return [example for example, _ in self._fitting(examples)]
 
-    def _fitting(self, rows: list[Example]) -> list[tuple[Example, TokenizedExample]]:
-        fit, wrong = [], ""
-        for i, row in enumerate(self.task.render(rows, self.config.render)):
+    def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
+        fitting, error, block_size = [], "", self.config.block_size
+        for i, rendered in enumerate(self.task.render(examples, self.config.render)):
+            start = repr(examples[i]["question"][:30])
             try:
-                encoded = tokenize(self.tokenizer, row)
-                need = max_length(self.curriculum, encoded, self.tokenizer)
-                if need <= self.config.block_size:
-                    fit.append((rows[i], encoded))
+                tokenized = tokenize(self.tokenizer, rendered)
+                length = max_length(self.curriculum, tokenized, self.tokenizer)
+                if length <= block_size:
+                    fitting.append((examples[i], tokenized))
                     continue
-                wrong = (
-                    f"row {i} needs {need} positions with its thoughts, "
-                    f"block_size={self.config.block_size}: {rows[i]['question'][:30]!r}...\n"
-                    "Use a longer --block_size or shorter rows."
+                error = (
+                    f"example {i} needs {length} positions with its thoughts, but "
+                    f"block_size={block_size}: {start}...\n"
+                    "Use a longer --block_size or shorter examples."
                 )
-            except UserError as e:  # a special token written out
-                wrong = f"row {i}, {rows[i]['question'][:30]!r}...: {e}"
+            except UserError as e:  # a special token in the text
+                error = f"example {i}, {start}...: {e}"
             if self.skipped is None:
-                raise UserError(wrong)
-            self.skipped.append(wrong.split("\n")[0])
-        if not fit:
-            raise UserError(f"no row can be used, the last: {wrong}")
-        return fit
+                raise UserError(error)
+            self.skipped.append(error.split("\n")[0])
+        if not fitting:
+            raise UserError(f"no example can be used, the last: {error}")
+        return fitting

@@ -1,10 +1,10 @@
-"""Muon: momentum, made orthogonal, for the matrices inside a transformer's layers.
+"""Muon: momentum, orthogonalized, for the matrices inside a transformer's layers.
 
 After Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon): the update of a matrix is
 its momentum with all singular values pulled towards 1 by five Newton-Schulz steps. torch.optim.Muon
-does the same one matrix at a time in bfloat16, which on a CPU without bfloat16 arithmetic takes
-longer than the whole rest of a small model's training step (docs/LOG.md). Here equal shapes are
-done together, in the matrices' own precision.
+does the same one matrix at a time in bfloat16. On a CPU without bfloat16 arithmetic that takes
+longer than the rest of a small model's training step (docs/LOG.md). Here matrices of equal shape
+are batched, in their own precision.
 """
 
 from collections.abc import Iterable
@@ -18,9 +18,11 @@ A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steepest at 0 while it ke
 
 
 def orthogonal(m: Tensor) -> Tensor:
-    """(n, rows, cols) with rows <= cols -> the nearest matrices with orthonormal rows, roughly:
-    singular values end between 0.7 and 1.2."""
-    x = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    """Return roughly the nearest matrices with orthonormal rows: singular values of 0.7 to 1.2.
+
+    m: (n, rows, cols) with rows <= cols.
+    """
+    x = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values within (0, 1]
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
@@ -41,25 +43,26 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             momentum, lr = group["momentum"], group["lr"]
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
             for p in group["params"]:
-                if p.grad is None:  # a part that this step did not use
+                if p.grad is None:  # this step did not use the module
                     continue
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(state["momentum"], momentum)
+                update = p.grad.lerp(state["momentum"], momentum)  # Nesterov
                 p.mul_(1 - lr * group["weight_decay"])
-                parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
-                for w, u in zip(p.chunk(parts), update.chunk(parts), strict=True):
+                n = 3 if p.shape[0] == 3 * p.shape[1] else 1
+                for w, u in zip(p.chunk(n), update.chunk(n), strict=True):
                     rows, cols = u.shape
-                    scale = max(1.0, rows / cols) ** 0.5  # Jordan's: a tall matrix moves more
+                    scale = max(1.0, rows / cols) ** 0.5  # Jordan's: a tall matrix moves further
                     w, u = (w.mT, u.mT) if rows > cols else (w, u)
                     by_shape.setdefault(u.shape, []).append((w, u, scale))
-            for same in by_shape.values():
-                updates = orthogonal(torch.stack([u for _, u, _ in same]))
-                for (w, _, scale), u in zip(same, updates, strict=True):
+            for entries in by_shape.values():
+                updates = orthogonal(torch.stack([u for _, u, _ in entries]))
+                for (w, _, scale), u in zip(entries, updates, strict=True):
                     w.add_(u, alpha=-lr * scale)

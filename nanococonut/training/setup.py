@@ -1,6 +1,7 @@
-"""From settings to a model and its optimizers, the same for training and for measuring it."""
+"""From a config to a tokenizer, a model and its optimizers, for training and for measuring it."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,94 +16,93 @@ from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.muon import Muon
 from nanococonut.weights.pretrained import load_gpt2, resolve_weights
 
-BETA1 = 0.9  # AdamW's first beta; every recipe has this one
+BETA1 = 0.9  # AdamW's first beta; every recipe uses this one
+WEIGHT_DECAY = 0.01  # the released code's, and torch's default
+
+
+def init_tokenizer(config: TrainConfig, examples: list[Example] | None) -> Tokenizer:
+    """Return GPT-2's tokenizer, or a word-level one for the task and the training examples."""
+    if config.tokenizer == "gpt2":
+        return Tokenizer.gpt2()
+    texts = (" ".join([x["question"], *x["steps"], x["answer"]]) for x in examples or ())
+    words = re.findall(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]", " ".join(texts))
+    return Tokenizer.words([*TASKS[config.task].words(), *words])
 
 
 def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
-    """A model from random weights (torch's seed is the caller's), or init_from's with their sizes;
-    with config.recompute_mlp its MLPs are made anew in backward.
+    """Return a model with random weights (the caller seeds torch), or with those of init_from.
 
-    Raises UserError where block_size, which rows are checked against, is more than the weights have
-    positions for, and where a setting of the thoughts fits neither method nor vocabulary.
+    Raise UserError if block_size exceeds the positions of the weights, or if a setting of the
+    thoughts does not fit the method or the vocabulary.
     """
-    slot = METHODS[config.method].thought_type
-    if config.stop == "classifier" and slot not in ("hidden", "soft", "projected"):
+    thought_type = METHODS[config.method].thought_type
+    if config.stop == "classifier" and thought_type not in ("hidden", "soft", "projected"):
         raise UserError(
-            f"--stop=classifier ends thoughts, and method {config.method} feeds none back.\n"
+            f"--stop=classifier ends thoughts, but method {config.method} feeds none back.\n"
             "Leave it out, or choose a method with thoughts, such as coconut."
         )
     if config.soft_top_k > tokenizer.vocab_size:
         raise UserError(
-            f"soft_top_k={config.soft_top_k} is more than the vocabulary has: "
-            f"{tokenizer.vocab_size}.\nUse less, or 0 for all."
+            f"soft_top_k={config.soft_top_k} is more than the vocabulary of "
+            f"{tokenizer.vocab_size} tokens.\nUse a smaller one, or 0 for all."
         )
-    switches = dict(
+    extra = dict(  # GPTConfig fields that GPT-2 lacks
         smear=config.smear,
-        thought=slot if slot in ("soft", "projected") else "hidden",
+        thought=thought_type if thought_type in ("soft", "projected") else "hidden",
         soft_temperature=config.soft_temperature,
         soft_top_k=config.soft_top_k,
         stop=config.stop == "classifier",
     )
-    model = _sized(config, tokenizer, switches)
+    scratch = config.init_from == "scratch"
+    model = (_random if scratch else _pretrained)(config, tokenizer, extra)
     for block in model.h:
         block.recompute_mlp = config.recompute_mlp
     return model
 
 
-def _sized(config: TrainConfig, tokenizer: Tokenizer, switches: dict[str, Any]) -> GPT:
-    if config.init_from == "scratch":
-        return GPT(
-            GPTConfig(
-                vocab_size=tokenizer.vocab_size,
-                block_size=config.block_size,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                n_embd=config.n_embd,
-                dropout=config.dropout,
-                wte_init_std=config.wte_init_std,
-                # a smear knows the order already
-                wpe_init_std=0.0 if config.smear else 0.02,
-                **switches,
-            )
-        )
+def _random(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:
+    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "wte_init_std")
+    sizes = {name: getattr(config, name) for name in names}
+    # smear tells the order of tokens already
+    sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
+    return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes, **extra))
+
+
+def _pretrained(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:
     path = resolve_weights(config.init_from)
-    model = load_gpt2(path, tokenizer.vocab_size, config.dropout, tokenizer.spec, switches)
-    if config.block_size > model.config.block_size:
+    model = load_gpt2(path, tokenizer.vocab_size, config.dropout, tokenizer.spec, extra)
+    n_positions = model.config.block_size
+    if config.block_size > n_positions:
         raise UserError(
-            f"block_size={config.block_size}, and {config.init_from} has positions for "
-            f"{model.config.block_size}.\nGive --block_size={model.config.block_size}."
+            f"block_size={config.block_size}, but {config.init_from} has {n_positions} positions."
+            f"\nUse --block_size={n_positions}."
         )
     return model
 
 
 def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
-    """AdamW for all; or Muon for the matrices within the layers and those that map one stream of
-    embeddings to another, AdamW for the rest, if config.muon_learning_rate > 0."""
-    inner = [part for part in (model.h, model.smear, model.project) if part is not None]
-    matrices = [
-        p
-        for part in inner
-        for p in part.parameters()
-        if p.dim() == 2 and config.muon_learning_rate > 0
-    ]
-    chosen = {id(p) for p in matrices}
+    """Return [AdamW], or [AdamW, Muon] if muon_learning_rate > 0.
+
+    Muon trains the matrices inside the layers and those that map one stream of embeddings to
+    another (smear, projected thoughts); AdamW trains the rest.
+    """
+    modules = [m for m in (model.h, model.smear, model.project) if m is not None]
+    matrices = [p for m in modules for p in m.parameters() if p.dim() == 2]
+    matrices = matrices if config.muon_learning_rate > 0 else []
+    muon_ids = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
-        [p for p in model.parameters() if id(p) not in chosen],
-        fused=model.wte.weight.is_cuda or None,  # None: as torch chooses
+        [p for p in model.parameters() if id(p) not in muon_ids],
+        fused=model.wte.weight.is_cuda or None,  # None: torch chooses
         lr=config.learning_rate,
         betas=(BETA1, config.beta2),
-        weight_decay=config.weight_decay,
+        weight_decay=WEIGHT_DECAY,
     )
-    if not matrices:
-        return [adamw]
-    return [adamw, Muon(matrices, config.muon_learning_rate, config.weight_decay)]
+    return [adamw, Muon(matrices, config.muon_learning_rate, WEIGHT_DECAY)] if matrices else [adamw]
 
 
-def init_tokenizer(config: TrainConfig, rows: list[Example] | None) -> Tokenizer:
-    """GPT-2's, or words: the task's own, and those of the rows that are trained on."""
-    if config.tokenizer == "gpt2":
-        return Tokenizer.gpt2()
-    text = " ".join(" ".join([r["question"], *r["steps"], r["answer"]]) for r in rows or ())
-    return Tokenizer.words(
-        [*TASKS[config.task].words(), *re.findall(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]", text)]
-    )
+def set_lr(optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig, scale: float) -> None:
+    """Set the learning rate of every optimizer to its config value times scale."""
+    rates = (config.learning_rate, config.muon_learning_rate)
+    for optimizer, rate in zip(optimizers, rates, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * scale

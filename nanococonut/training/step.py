@@ -1,12 +1,12 @@
-"""A micro-batch's part of a training step: forward, backward, and what the loop counts of it.
+"""One micro-batch of a training step: forward, backward, and the totals the loop reports.
 
-On a GPU all of that is one CUDA graph for each shape. So that there are few, batches are padded up
-to multiples of PREFIX and SUFFIX tokens and LABELS supervised ones, and a short batch is filled up
-with rows that do nothing. Nothing here asks the device: what was counted is read once a step.
+On a GPU all of it is one CUDA graph per shape. To keep the shapes few, batches are padded up to
+multiples of PREFIX and SUFFIX tokens and LABELS supervised ones, and a short batch is filled up
+with empty sequences. Nothing here waits for the device: the loop reads the totals once a step.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,22 +23,25 @@ PREFIX, SUFFIX, LABELS = 64, 16, 256
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A batch as TrainStep takes it, on the CPU. counts (B,) bool: rows that are counted; rows: how
-    many there are, without those that fill it up."""
+    """A batch as TrainStep takes it, on the CPU.
+
+    batch        possibly padded to a graph's shape
+    count_mask   (B,) bool: sequences whose correctness counts towards the training accuracy
+    n_examples   without those that only fill up the batch
+    """
 
     batch: Batch
-    counts: Tensor
-    rows: int
+    count_mask: Tensor
+    n_examples: int
 
 
 class TrainStep:
-    """Adds a micro-batch's gradient to the parameters', and what is counted to `sums`:
+    """Adds the gradient of micro-batches to the parameters' and their counts to `totals`.
 
-    sums  (3,) on the device, in float64: the loss, rows all right, rows counted
-
-    think: coconut.think or what stands for it. use_bf16: forward in bfloat16 (autocast).
-    graphs: None, or where the passes are captured; then gradients are kept
-    from step to step and zeroed in place, never None.
+    think      coconut.think, with its kernels chosen
+    use_bf16   autocast the forward pass to bfloat16
+    graphs     None, or the cache of CUDA graphs; gradients are then zeroed in place, never None
+    totals     (3,) on the device: loss, examples all correct, examples counted
     """
 
     def __init__(
@@ -48,75 +51,84 @@ class TrainStep:
         use_bf16: bool = False,
         graphs: GraphCache | None = None,
     ) -> None:
-        self.model, self.think, self.use_bf16 = model, think, use_bf16
-        self.graphs = graphs
+        self.model, self.think, self.use_bf16, self.graphs = model, think, use_bf16, graphs
         self.device = model.wte.weight.device
-        # wide, since it is a sum of many; MPS has no float64
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self.totals = torch.zeros(3, dtype=wide, device=self.device)
-        self._inputs: dict[tuple, tuple[Batch, Tensor, Tensor]] = {}
+        # a sum of many numbers, so float64, which MPS does not have
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.totals = torch.zeros(3, dtype=dtype, device=self.device)
+        self._inputs: dict[tuple, tuple[Batch, Tensor, Tensor]] = {}  # static, one per graph
+
+    def autocast(self) -> AbstractContextManager:
+        on = self.use_bf16
+        return torch.autocast(self.device.type, torch.bfloat16) if on else nullcontext()
 
     def zero_grad(self) -> None:
-        """Before a step's first micro-batch: no gradient, nothing counted."""
-        self.totals.zero_()
+        """Clear gradients and totals, before the first micro-batch of a step."""
+        self.totals.zero_()  # in place: graphs have captured this address too
         for p in self.model.parameters():
             if self.graphs is None:
-                p.grad = None
+                p.grad = None  # optimizers skip a module that the step does not use
             elif p.grad is None:
                 p.grad = torch.zeros_like(p)
             else:
-                p.grad.zero_()
+                p.grad.zero_()  # a graph has captured this address
 
-    def prepare(self, batch: Batch, counts: Sequence[bool], thoughts: int = 0) -> MicroBatch:
-        """What can be done for a batch while the device is busy with others. counts: of each row,
-        whether it is counted. thoughts: the most that any batch of the stage has, if more."""
-        rows, counted = len(batch.length), torch.tensor(counts)
+    def prepare(self, batch: Batch, counted: Sequence[bool], n_thoughts: int = 0) -> MicroBatch:
+        """Return the micro-batch, padded for a graph: host work, while the device is busy.
+
+        counted      per example, whether its correctness counts
+        n_thoughts   pad to at least as many, the most that a batch of this stage has
+        """
+        B, count_mask = len(batch.length), torch.tensor(counted)
         if self.graphs is not None:
-            block = self.model.config.block_size
-            prefix = min(round_up(batch.prefix.shape[1], PREFIX), block)
-            suffix = min(round_up(batch.suffix.shape[1], SUFFIX), block)
-            more = 1 << (rows - 1).bit_length()
-            labels = min(round_up(batch.n_labels, LABELS), more * suffix)
-            batch = batch.padded(more, prefix, suffix, max(thoughts, batch.max_thoughts), labels)
-            counted = F.pad(counted, (0, more - rows))
-        if self.device.type == "cuda":  # from there it is copied without anybody waiting
-            batch, counted = batch.pinned(), counted.pin_memory()
-        return MicroBatch(batch, counted, rows)
+            block_size = self.model.config.block_size
+            prefix = min(round_up(batch.prefix.shape[1], PREFIX), block_size)
+            suffix = min(round_up(batch.suffix.shape[1], SUFFIX), block_size)
+            padded_B = 1 << (B - 1).bit_length()  # the next power of two
+            n_labels = min(round_up(batch.n_labels, LABELS), padded_B * suffix)
+            n_thoughts = max(n_thoughts, batch.max_thoughts)
+            batch = batch.padded(padded_B, prefix, suffix, n_thoughts, n_labels)
+            count_mask = F.pad(count_mask, (0, padded_B - B))
+        if self.device.type == "cuda":  # copies from pinned memory do not block the host
+            batch, count_mask = batch.pinned(), count_mask.pin_memory()
+        return MicroBatch(batch, count_mask, B)
 
-    def __call__(self, micro: MicroBatch, labels: int, rows: int) -> None:
-        """Forward and backward. labels, rows: of the whole step, over which the loss is a mean."""
-        shares = torch.tensor([labels, micro.rows / rows], dtype=self.model.wte.weight.dtype)
-        if self.device.type == "cuda":
-            shares = shares.pin_memory()
+    def __call__(self, micro_batch: MicroBatch, n_labels: int, n_examples: int) -> None:
+        """Run forward and backward, eagerly or as a graph.
+
+        n_labels, n_examples: of the whole step in all processes, over which the loss is a mean.
+        """
+        batch, count_mask = micro_batch.batch, micro_batch.count_mask
+        # tensors, because a graph would keep the numbers of its capture
+        dtype = self.model.wte.weight.dtype
+        scale = torch.tensor([n_labels, micro_batch.n_examples / n_examples], dtype=dtype)
+        on_gpu = self.device.type == "cuda"
+        scale = scale.pin_memory() if on_gpu else scale
         if self.graphs is None:
-            device, later = self.device, self.device.type == "cuda"
-            counts, shares = (t.to(device, non_blocking=later) for t in (micro.counts, shares))
-            self._pass(micro.batch.to(device), counts, shares)
+            mask, scale = (t.to(self.device, non_blocking=on_gpu) for t in (count_mask, scale))
+            self._forward_backward(batch.to(self.device), mask, scale)
             return
-        batch = micro.batch
+        # graphs differ in their shapes only; inputs are copied to where the capture read them
         key = (*batch.prefix.shape, batch.suffix.shape[1], batch.max_thoughts, batch.n_labels)
         if key not in self._inputs:
-            new = (batch.to(self.device), micro.counts.to(self.device), shares.to(self.device))
-            self._inputs[key] = new
-        static, counts, static_shares = self._inputs[key]
-        static.copy_(batch)
-        counts.copy_(micro.counts, non_blocking=True)
-        static_shares.copy_(shares, non_blocking=True)
+            moved = (x.to(self.device) for x in (batch, count_mask, scale))
+            self._inputs[key] = tuple(moved)
+        inputs = self._inputs[key]
+        inputs[0].copy_(batch)
+        inputs[1].copy_(count_mask, non_blocking=True)
+        inputs[2].copy_(scale, non_blocking=True)
         mutated = [self.totals, *(p.grad for p in self.model.parameters())]
-        self.graphs.run(key, lambda: self._pass(static, counts, static_shares), mutated)
+        self.graphs.run(key, lambda: self._forward_backward(*inputs), mutated)
 
-    def _pass(self, batch: Batch, counts: Tensor, shares: Tensor) -> None:
-        labels, share = shares
-        # entered here, within the graph: no rounded weight is kept from another step
-        precision = (
-            torch.autocast(self.device.type, torch.bfloat16) if self.use_bf16 else nullcontext()
-        )
-        with precision:
-            trace = self.think(self.model, batch)
-            summed, right = coconut.loss(self.model, batch, trace)
-            loss = whole = summed / labels
-            if self.model.stop is not None:
-                watcher = coconut.stop_loss(self.model, batch, trace)
-                whole = loss + watcher * share
-        whole.backward()
-        self.totals += torch.stack([loss.detach(), (right & counts).sum(), counts.sum()])
+    def _forward_backward(self, batch: Batch, count_mask: Tensor, scale: Tensor) -> None:
+        n_labels, fraction = scale
+        # autocast is entered within the graph, so no rounded weight is kept from another step
+        with self.autocast():
+            # three blocks: the prefix, the thoughts, the suffix that carries the labels
+            trace = self.think(self.model, batch)  # prefill, then the thoughts one by one
+            loss_sum, correct = coconut.loss(self.model, batch, trace)  # (), (B,): the suffix
+            loss = objective = loss_sum / n_labels
+            if self.model.stop is not None:  # it reads detached states, so it only watches
+                objective = loss + coconut.stop_loss(self.model, batch, trace) * fraction
+        objective.backward()
+        self.totals += torch.stack([loss.detach(), (correct & count_mask).sum(), count_mask.sum()])

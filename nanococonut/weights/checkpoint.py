@@ -1,8 +1,8 @@
-"""Checkpoints: safetensors weights, training state, and a manifest that says what they are.
+"""Checkpoints: safetensors weights, training state, and a manifest that describes them.
 
-A run's folder holds step_<n>/ folders, each complete: model.safetensors, optimizer.safetensors
-and manifest.json with the digests of both. A folder is written under another name and then
-renamed, so a run killed at any moment leaves only whole ones. Nothing is ever unpickled.
+A run's folder holds metrics.jsonl and step_<n>/ folders, each complete: model.safetensors,
+optimizer.safetensors and manifest.json with the digests of both. A folder is written under another
+name and then renamed, so a run killed at any moment leaves only whole ones. Nothing is unpickled.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nanococonut.config import TrainConfig
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.provenance import provenance
 from nanococonut.tokenizer import Tokenizer
@@ -31,6 +33,9 @@ WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "ma
 REQUIRED_KEYS = set(
     "config model tokenizer method stage n_thoughts step minutes device threads files".split()
 )
+# settings that may change when a run is resumed: its bits stay the same ...
+RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard"}
+RESUMABLE |= {"kernels", "graph"}  # ... but for rounding, as with another number of processes
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
@@ -48,7 +53,7 @@ def _sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """A file's new content, all of it or nothing. UserError where it cannot be written."""
+    """Replace a file's content atomically. Raise UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -61,7 +66,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """One more line in a JSONL file of results. UserError where it cannot be written."""
+    """Append a line to a JSONL file of results. Raise UserError if it cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -70,7 +75,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def logged_step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite where it is not one of ours."""
+    """Return the step of a line of metrics.jsonl; infinite if the line is not one of ours."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
@@ -80,22 +85,23 @@ def logged_step(line: str) -> float:
 def gather_tensors(
     model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return file -> name -> tensor on the CPU: all that a checkpoint holds."""
-    found: dict[str, dict[str, Tensor]] = {WEIGHTS: {}} | ({OPTIMIZER: {}} if optimizers else {})
-    entries = [(WEIGHTS, name, tensor) for name, tensor in model.state_dict().items()]
-    entries += [
-        (OPTIMIZER, f"{o}.{i}.{name}", tensor)
-        for o, optimizer in enumerate(optimizers)
-        for i, entry in optimizer.state_dict()["state"].items()
-        for name, tensor in entry.items()
-    ]
-    for file, name, tensor in entries:
-        found[file][name] = tensor.detach().contiguous().cpu()
-    return found
+    """Return file -> name -> tensor on the CPU: everything that a checkpoint holds."""
+    files: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(model.state_dict())}
+    if optimizers:
+        files[OPTIMIZER] = {
+            f"{o}.{i}.{name}": tensor
+            for o, optimizer in enumerate(optimizers)
+            for i, moments in optimizer.state_dict()["state"].items()
+            for name, tensor in moments.items()
+        }
+    return {
+        file: {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
 
 
 def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
-    """Put the moments saved in a checkpoint folder into optimizers of the same parameters."""
+    """Load the moments of a checkpoint folder into optimizers of the same parameters."""
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for key, tensor in load_file(folder / OPTIMIZER).items():
         o, i, name = key.split(".", 2)
@@ -106,21 +112,23 @@ def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
 
 
 def write_atomic(
-    folder: Path, found: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
+    folder: Path, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
 ) -> None:
-    """One complete checkpoint of `tensors` at `folder`, which must not exist. UserError if it
-    cannot be kept."""
+    """Write a complete checkpoint at `folder`, which must not exist, or leave nothing.
+
+    Raise UserError if it cannot be written.
+    """
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, part in found.items():
-            save_file(part, temporary / name)
-        files = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, **manifest, **provenance(), "files": files}
+        for name, tensors in files.items():
+            save_file(tensors, temporary / name)
+        digests = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            _sync(path)  # before the rename: a power cut must not leave an empty file of that name
         os.rename(temporary, folder)
         _sync(folder.parent)
     except (OSError, SafetensorError) as e:
@@ -132,10 +140,10 @@ def write_atomic(
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    ours = re.compile(r"step_\d{8}")  # a user's step_00000008_backup is the user's
+    """Return the complete checkpoints of a run, oldest first."""
+    pattern = re.compile(r"step_\d{8}")  # step_00000008_backup is a user's own folder
     return sorted(
-        p for p in run.glob("step_*") if ours.fullmatch(p.name) and (p / MANIFEST).is_file()
+        p for p in run.glob("step_*") if pattern.fullmatch(p.name) and (p / MANIFEST).is_file()
     )
 
 
@@ -146,49 +154,50 @@ def save(
     optimizers: Sequence[Optimizer],
     manifest: dict[str, Any],
 ) -> Path:
-    """Write run/step_<step>, then drop the older ones but for the one before, in case this one
-    turns out to be where a run went wrong, and the manifest's best_step."""
+    """Write run/step_<step>. Keep the last two checkpoints and the best; delete the rest."""
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
         write_atomic(folder, gather_tensors(model, optimizers), manifest | {"step": step})
-    for old in list_checkpoints(run)[:-2]:
+    for old in list_checkpoints(run)[:-2]:  # two, in case the run went wrong at the last one
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def resolve(path: str | Path, best: bool = False) -> Path:
-    """A checkpoint folder from a path to one or to a run's folder (best: by validation)."""
+    """Return the checkpoint folder at a path, or the newest (or best) one of a run's folder."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
-    steps = list_checkpoints(path)
-    if not steps:
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
         what = "holds no checkpoint" if path.is_dir() else "is not there"
         raise UserError(
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
-    if best:
-        chosen = path / f"step_{read_manifest(steps[-1]).get('best_step', -1):08d}"
-        return chosen if chosen in steps else steps[-1]
-    return steps[-1]
+    newest = checkpoints[-1]
+    if best:  # by validation accuracy in the final stage, if there was one
+        chosen = path / f"step_{read_manifest(newest).get('best_step', -1):08d}"
+        return chosen if chosen in checkpoints else newest
+    return newest
 
 
-def _damaged(folder: Path, why: str) -> UserError:
+def _damaged(folder: Path, reason: str) -> UserError:
     return UserError(
-        f"the checkpoint {folder} is damaged or not one of ours: {why}.\n"
+        f"the checkpoint {folder} is damaged or not one of ours: {reason}.\n"
         "Use an older step_ folder of the run, or train again."
     )
 
 
-def read_manifest(folder: Path, resume: bool = False) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest. Raise UserError if it is damaged or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     if isinstance(manifest, dict) and manifest.get("format") == 1:
         raise UserError(
-            f"{folder} was written by nanococonut 0.1, whose settings had other names.\n"
+            f"{folder} was written by nanococonut 0.1, whose settings have other names.\n"
             "Use it with commit a32b7b1, or train again."
         )
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -196,17 +205,19 @@ def read_manifest(folder: Path, resume: bool = False) -> dict[str, Any]:
     missing = REQUIRED_KEYS - manifest.keys()
     if missing:
         raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
-    kinds = {"config": dict, "model": dict, "tokenizer": dict, "files": dict, "n_thoughts": int}
-    for key, kind in kinds.items():
-        if not isinstance(manifest[key], kind):
-            raise _damaged(folder, f"{MANIFEST} has no proper {key!r}")
+    types = {"config": dict, "model": dict, "tokenizer": dict, "files": dict, "n_thoughts": int}
+    for key, expected in types.items():
+        if not isinstance(manifest[key], expected):
+            raise _damaged(folder, f"{MANIFEST} has a {key!r} of the wrong type")
     return manifest
 
 
 def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
-    """The manifest, after every file's digest has been checked against it. resume: it also has to
-    hold what training needs to go on."""
-    manifest = read_manifest(folder, resume)
+    """Return the manifest after checking the digest of every file.
+
+    Raise UserError if one differs, or if `resume` and there is no training state.
+    """
+    manifest = read_manifest(folder)
     if resume and not (OPTIMIZER in manifest["files"] and "progress" in manifest):
         raise UserError(
             f"{folder} holds a model without its training state, so it cannot be resumed.\n"
@@ -220,43 +231,27 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
     return manifest
 
 
-# what a resumed run may be told anew: it does not change the run's bits
-RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device"}
-RESUMABLE |= {"kernels", "graph"}  # but for rounding: as the number of processes
-
-
-def check_resumable(manifest: dict[str, Any], config: dict[str, Any], run: Path) -> None:
-    """UserError where a run would be resumed with other settings than it was begun with."""
-    for key, value in config.items():
-        begun = manifest["config"].get(key)
-        if key not in RESUMABLE and begun != value:
-            raise UserError(
-                f"{run} was trained with {key}={begun!r}, now {key}={value!r} is asked for.\n"
-                "Resume with the settings it began with, or start anew in another --out_dir."
-            )
-
-
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Weights of a checkpoint folder into a model of the same shape; any float dtype is cast."""
+    """Load a checkpoint's weights into a model of the same shapes; float dtypes are cast."""
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as e:
         raise _damaged(folder, f"{WEIGHTS} cannot be read ({e})") from None
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in weights.items()}
-    wrong = sorted(k for k in own.keys() | found.keys() if own.get(k) != found.get(k))
-    if wrong:
-        k = wrong[0]
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    saved = {k: tuple(v.shape) for k, v in weights.items()}
+    differ = sorted(k for k in expected | saved if expected.get(k) != saved.get(k))
+    if differ:
+        k = differ[0]
         raise UserError(
-            f"{folder} holds a model of another shape: {k} is {found.get(k, 'missing')}, wanted "
-            f"{own.get(k, 'none')} ({len(wrong)} tensors differ).\n"
-            "Use the settings it was trained with; they stand in its manifest.json."
+            f"{folder} holds a model of another shape: {k} is {saved.get(k, 'missing')}, expected "
+            f"{expected.get(k, 'none')} ({len(differ)} tensors differ).\n"
+            "Use the settings it was trained with, see its manifest.json."
         )
     model.load_state_dict(weights)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Model (eval mode), tokenizer and manifest of a checkpoint or of a run's best one."""
+    """Return (model in eval mode, tokenizer, manifest) of a checkpoint, or of a run's best one."""
     folder = resolve(path, best=True)
     manifest = verify(folder)
     try:
@@ -269,4 +264,106 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 
 
 def describe_model(model: GPT) -> dict[str, Any]:
+    """Return what load() needs to build the model."""
     return asdict(model.config)
+
+
+class RunDir:
+    """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
+
+    Opening writes nothing, so a run that is refused later leaves no folder. With config.resume,
+    `manifest` is the newest checkpoint's, else {}.
+    """
+
+    def __init__(self, path: str | Path, config: TrainConfig, dist: Distributed) -> None:
+        """Raise UserError if the folder holds another run, or none that config can resume."""
+        self.path, self.config, self.dist = Path(path), config, dist
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.manifest: dict[str, Any] = {}
+        if (self.path / MANIFEST).is_file():
+            raise UserError(
+                f"--out_dir {path} is a checkpoint, not a run.\nGive the folder that contains it."
+            )
+        if config.resume:
+            self.folder = resolve(self.path)
+            self.manifest = verify(self.folder, resume=True)
+            self._check_resumable(self.manifest["config"])
+        elif checkpoints := list_checkpoints(self.path):
+            raise UserError(
+                f"{path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
+                "Continue it with --resume, or choose another --out_dir."
+            )
+
+    def _check_resumable(self, saved_config: dict[str, Any]) -> None:
+        """Raise UserError if a setting differs from those the run started with."""
+        config = asdict(self.config)
+        defaults = {f.name: f.default for f in fields(TrainConfig)}  # of options added since
+        saved_config = defaults | saved_config
+        for key, saved in saved_config.items():
+            if key not in RESUMABLE and saved != config.get(key):
+                raise UserError(
+                    f"{self.path} was trained with {key}={saved!r}, not {config.get(key)!r}.\n"
+                    "Resume with the settings it started with, or use another --out_dir."
+                )
+
+    def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+        """Load weights and moments. Return the saved TrainState's fields; {} for a new run."""
+        if not self.manifest:
+            return {}
+        load_weights(model, self.folder)
+        load_optimizers(optimizers, self.folder)
+        return self.manifest["progress"]
+
+    def open_metrics(self, step: int) -> IO[str]:
+        """Create the folder and return metrics.jsonl, open after its lines up to `step`.
+
+        Raise UserError if the folder cannot be written.
+        """
+        path = self.metrics_path
+        if not self.dist.is_master:
+            return open(os.devnull, "w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines(True) if path.exists() else []
+            if lines and not self.manifest:  # of a run killed before its first save: moved aside
+                path.replace(self.path / "metrics.before.jsonl")
+            # steps that a killed run logged after its last save will be logged again
+            kept = [x for x in lines if x.endswith("\n") and logged_step(x) <= step]
+            replace_text(path, "".join(kept) if self.manifest else "")
+            return path.open("a")
+        except OSError as e:
+            raise UserError(
+                f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
+            ) from None
+
+    def save(
+        self, model: GPT, optimizers: Sequence[Optimizer], step: int, manifest: dict[str, Any]
+    ) -> None:
+        """Save the model unless a weight is NaN or infinite. Collective: every rank calls it."""
+        is_bad = not all(torch.isfinite(p).all() for p in model.parameters())
+        if any(self.dist.all_reduce_sum([is_bad])):
+            raise self.diverged("weights", step)
+        if not self.dist.is_master:
+            return
+        manifest |= {
+            "config": asdict(self.config),
+            "model": describe_model(model),
+            "method": self.config.method,
+            "device": str(next(model.parameters()).device),
+            "threads": torch.get_num_threads(),
+            "processes": self.dist.world,
+        }
+        save(self.path, step, model, optimizers, manifest)
+
+    def diverged(self, what: str, step: int) -> UserError:
+        """Return the error for a loss or weights that are no longer finite."""
+        checkpoints = list_checkpoints(self.path)
+        kept = f"the last checkpoint is step {_step(checkpoints[-1])}" if checkpoints else "no save"
+        return UserError(
+            f"the {what} became infinite or NaN at step {step}; {kept}.\n"
+            "Try a lower --learning_rate, --grad_clip=1 or more --warmup_steps, in a new --out_dir."
+        )
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

@@ -46,7 +46,7 @@ def test_ten_lines_make_a_task_that_trains(script):
     assert len(rows) == 7**3 and all(len(row["steps"]) == 2 for row in rows)
     Path("small.py").write_text(SMALL)
     code, out, err = script("small.py", "--data=sums.json")
-    assert (code, err) == (0, "") and "333 rows an epoch" in out
+    assert (code, err) == (0, "") and "333 examples per epoch" in out
     run = Path("out/small")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

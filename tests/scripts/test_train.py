@@ -1,5 +1,6 @@
-"""train.py as its users run it: it learns, it resumes to the same bits, it refuses in two lines."""
+"""train.py as users run it: it learns, resumes to the same bits, and refuses in two lines."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
 
 ROOT = Path(__file__).parents[2]
-# small in every way, but with all that has a state: dropout, own stages, early advance, clipping
+# small, but with everything that has state: dropout, sampled stages, early advance, clipping
 TINY = """
 tokenizer = "words"
 render = "compact"
@@ -58,7 +59,7 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def train(script):
-    """train(*argv) -> (exit code, stdout, stderr)."""
+    """Return train(*argv) -> (exit code, stdout, stderr)."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     yield script
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
@@ -66,17 +67,19 @@ def train(script):
 
 
 def digests(run):
-    """Of the weights and the moments of a run's newest checkpoint."""
+    """Return the digests of the weights and moments in a run's newest checkpoint."""
     return checkpoint.read_manifest(checkpoint.resolve(run))["files"]
 
 
 def logged(run):
-    """The metrics without what is measured in time."""
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
-    return [{k: v for k, v in r.items() if k not in ("rows_per_s", "minutes")} for r in rows]
+    """Return the lines of metrics.jsonl without the fields that are times."""
+    timed = ("examples_per_s", "minutes")
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-def test_a_run_goes_through_its_stages_and_says_how_it_went(train, tiny):
+def test_run_goes_through_its_stages(train, tiny):
+    """A stage could be skipped, or end at the wrong step, and the loss still fall."""
     code, out, err = train(tiny, "--out_dir=run")
     assert (code, err) == (0, "")
     rows = logged("run")
@@ -100,7 +103,8 @@ def test_a_run_goes_through_its_stages_and_says_how_it_went(train, tiny):
     assert manifest["config"]["n_embd"] == 16 and manifest["tokenizer"]["kind"] == "words"
 
 
-def test_a_checkpoint_at_a_stages_end_is_of_the_stage_it_was_trained_in(train, tiny):
+def test_checkpoint_at_a_stage_end_names_that_stage(train, tiny):
+    """It is saved after the state moved on: it was sampled with a thought too many."""
     train(tiny, "--out_dir=run", "--max_steps=8")
     manifest = checkpoint.read_manifest(checkpoint.resolve("run"))
     assert (manifest["stage"], manifest["n_thoughts"]) == (0, 0)
@@ -109,20 +113,22 @@ def test_a_checkpoint_at_a_stages_end_is_of_the_stage_it_was_trained_in(train, t
     assert (manifest["stage"], manifest["n_thoughts"]) == (1, 1)
 
 
-def test_a_run_that_has_ended_no_stage_has_a_line_in_place_of_a_table(train, tiny):
+def test_run_without_a_finished_stage_prints_no_table(train, tiny):
+    """An empty table looked like a failure."""
     code, out, _ = train(tiny, "--out_dir=run", "--max_steps=7")
-    assert code == 0 and "no stage has ended in 7 of 40 steps" in out and "generated" not in out
+    assert code == 0 and "no stage ended in 7 of 40 steps" in out and "generated" not in out
     code, out, _ = train(tiny, "--out_dir=run", "--max_steps=8", "--resume")
-    assert code == 0 and "no stage has ended" not in out and "generated tokens" in out
+    assert code == 0 and "no stage ended" not in out and "generated tokens" in out
 
 
-def test_killed_twice_before_the_first_step_the_log_is_still_there(train, tiny):
+def test_kill_before_the_first_step_keeps_the_log(train, tiny):
+    """Cutting the log back was not atomic: killed while resuming, it lost every line."""
     train(tiny, "--out_dir=run", "--max_steps=9")
     before = logged("run")
     for _ in range(2):
         process = start(tiny, "--out_dir=run", "--resume")
         for line in process.stdout:
-            if "going on" in line:
+            if "resuming" in line:
                 break
         process.kill()
         process.communicate()
@@ -131,25 +137,28 @@ def test_killed_twice_before_the_first_step_the_log_is_still_there(train, tiny):
 
 @pytest.mark.parametrize("reset", ["stage", "epoch", "never"])
 def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
-    """At a stage's end, in the middle of an epoch and at an epoch's end: the same bits."""
+    """Resumed at a stage end, inside an epoch or at its end, a run could take other batches,
+    another dropout mask, or keep moments that the whole run resets."""
     setting = f"--reset_optimizer={reset}"
     assert train(tiny, setting, "--out_dir=whole", "--max_steps=30")[0] == 0
     train(tiny, setting, "--out_dir=parts", "--max_steps=8")
     for until in (11, 20, 30):
         code, out, _ = train(tiny, setting, "--out_dir=parts", f"--max_steps={until}", "--resume")
-        assert code == 0 and "going on with parts" in out
+        assert code == 0 and "resuming parts" in out
     assert digests("parts") == digests("whole")
     assert logged("parts") == logged("whole")
 
 
-def test_the_seed_is_the_run(train, tiny):
+def test_seed_decides_the_run(train, tiny):
+    """A random stream without the seed makes two seeds equal, or two equal seeds differ."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny, f"--out_dir={name}", f"--seed={seed}", "--max_steps=3")
     assert digests("a") == digests("b") != digests("c")
 
 
-def test_a_stage_ends_when_it_is_learnt(train, tiny):
-    """One row again and again is soon learnt: advance_at moves on long before the stage's limit."""
+def test_stage_ends_when_it_is_learned(train, tiny):
+    """advance_at could move on before it saw enough examples, or only at the stage's limit."""
+    # one example repeated is soon learned
     write_examples("one.json", prosqa.generate(1, 0, prosqa.GraphConfig(10, 2, 3)) * 1500)
     code, _, _ = train(
         tiny, "--data=one.json", "--out_dir=run", "--advance_at=0.9", "--batch_size=320",
@@ -160,13 +169,13 @@ def test_a_stage_ends_when_it_is_learnt(train, tiny):
     assert code == 0
     ends = [r for r in logged("run") if "valid_accuracy" in r]
     assert [r["stage"] for r in ends] == [0, 1, 2]
-    assert ends[0]["step"] >= 4  # not before it has looked at ADVANCE_ROWS
+    assert ends[0]["step"] >= 4  # not before ACCURACY_WINDOW examples were counted
     assert (
         max(b["step"] - a["step"] for a, b in zip([{"step": 0}, *ends], ends, strict=False)) < 100
     )
     by_step = {r["step"]: r for r in logged("run") if "loss" in r}
     for end in ends:
-        assert by_step[end["step"]]["right"] >= 0.9 > by_step[end["step"] - 1]["right"]
+        assert by_step[end["step"]]["accuracy"] >= 0.9 > by_step[end["step"] - 1]["accuracy"]
     assert by_step[150]["stage"] == 3
 
 
@@ -189,6 +198,7 @@ def wait_for_lines(path, n, process):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
+    """A signal in the middle of a step could save a step half taken, or lose the log's lines."""
     train(tiny, "--out_dir=whole", "--save_interval=3")
     process = start(tiny, "--out_dir=killed", "--save_interval=3")
     wait_for_lines(Path("killed/metrics.jsonl"), 10, process)
@@ -198,7 +208,7 @@ def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + number and err == ""
-        assert "go on with --resume" in out
+        assert "continue with --resume" in out
     assert checkpoint.resolve("killed").name != checkpoint.resolve("whole").name
     code, out, _ = train(tiny, "--out_dir=killed", "--save_interval=3", "--resume")
     assert code == 0
@@ -206,11 +216,12 @@ def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
     assert logged("killed") == logged("whole")
 
 
-def test_a_full_disk_ends_in_two_lines_and_the_last_checkpoint_lives(train, tiny):
+def test_full_disk_keeps_the_last_checkpoint(train, tiny):
+    """A checkpoint that was half written must not replace a good one."""
     train(tiny, "--out_dir=run", "--max_steps=4")
     before = digests("run")
 
-    def no_room():  # files of more than 20 kB cannot be written any more
+    def no_room():  # no file can grow beyond 20 kB
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
@@ -223,8 +234,8 @@ def test_a_full_disk_ends_in_two_lines_and_the_last_checkpoint_lives(train, tiny
     assert train(tiny, "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
 
 
-def test_a_disk_that_fills_between_checkpoints(train, tiny):
-    """The log of steps is what meets the full disk first."""
+def test_full_disk_between_checkpoints_is_an_error(train, tiny):
+    """metrics.jsonl meets the full disk first: it was a traceback."""
     train(tiny, "--out_dir=run", "--max_steps=4")
     room = Path("run/metrics.jsonl").stat().st_size + 150
 
@@ -240,7 +251,8 @@ def test_a_disk_that_fills_between_checkpoints(train, tiny):
     assert [r["step"] for r in logged("run") if "loss" in r] == list(range(1, 10))
 
 
-def test_divergence_names_the_step_and_keeps_the_last_good_one(train, tiny):
+def test_divergence_keeps_the_last_good_checkpoint(train, tiny):
+    """A checkpoint of NaN replaced the good one."""
     argv = ["--lr=1e30", "--grad_clip=0", "--save_interval=1", "--warmup_steps=0"]
     code, _, err = train(tiny, "--out_dir=run", *argv)
     assert code == 2
@@ -252,37 +264,40 @@ def test_divergence_names_the_step_and_keeps_the_last_good_one(train, tiny):
         assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_trains_on_a_file_of_rows(train, tiny):
+def test_trains_on_a_file_of_examples(train, tiny):
+    """The last batch of an epoch is short: its examples could be lost."""
     rows = prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3))
     write_examples("rows.json", rows[:30])
     write_examples("valid.json", rows[30:])
     code, out, _ = train(tiny, "--data=rows.json", "--valid_data=valid.json", "--epochs=3")
-    assert code == 0 and "30 rows an epoch" in out
+    assert code == 0 and "30 examples per epoch" in out
     manifest = checkpoint.read_manifest(checkpoint.resolve("out/tiny"))
     assert manifest["step"] == 6  # two steps of 16 and 14 rows, three epochs
 
 
-def test_trains_on_a_task_of_ones_own(train, tiny):
-    """Sums: no ProsQA in it. Its words are learnt as words, a tenth of it is held out."""
+def test_trains_on_a_task_of_your_own(train, tiny):
+    """Sums: words outside the vocabulary, no graphs, no shortcut rules, no validation file."""
     sums = [(a, b) for a in range(6) for b in range(5)]
     rows = [{"question": f"{a} plus {b}?", "steps": [], "answer": f"{a + b}"} for a, b in sums]
     write_examples("sums.json", rows)
     code, out, err = train(tiny, "--data=sums.json", "--render=sentences", "--epochs=2")
-    assert (code, err) == (0, "") and "27 rows an epoch" in out and "no model" not in out
+    assert (code, err) == (0, "") and "27 examples per epoch" in out and "no model" not in out
     _, tokenizer, manifest = checkpoint.load("out/tiny")
     assert "plus" in manifest["tokenizer"]["words"] and not tokenizer.unknown_words("3 plus 4?")
     code, out, _ = train("--out_dir=out/tiny", "--seed=1", script="sample.py")
     assert code == 0 and "plus" in out
 
 
-def test_trains_on_released_rows(train, tiny, released):
+def test_trains_on_released_examples(train, tiny, released):
+    """The released files have other keys in addition to ours."""
     code, out, _ = train(
         tiny, f"--data={released}/prosqa_valid.json", "--max_steps=2", "--block_size=300"
     )
-    assert code == 0 and "288 rows an epoch" in out  # 12, val_examples, are held out
+    assert code == 0 and "288 examples per epoch" in out  # 12, val_examples, are held out
 
 
-def test_other_methods_run_the_same_loop(train, tiny):
+def test_methods_without_stages_validate_at_the_end(train, tiny):
+    """They never end a stage, so they were never validated."""
     for method in ("cot", "no_cot"):
         code, _, err = train(tiny, f"--method={method}", f"--out_dir={method}", "--epochs=2")
         assert (code, err) == (0, "")
@@ -290,8 +305,8 @@ def test_other_methods_run_the_same_loop(train, tiny):
         assert [(r["stage"], r["thoughts"]) for r in ends] == [(3, 0)]
 
 
-def test_settings_that_a_method_does_not_look_at_are_named_where_they_were_typed(train, tiny):
-    """tiny.py has stages too, as a config file for several methods may."""
+def test_ignored_options_are_named_if_typed(train, tiny):
+    """An option without effect looked like a negative result. In a file it may be for others."""
     flags = [tiny, "--max_steps=1"]
     code, out, _ = train(*flags, "--method=cot", "--out_dir=a")
     assert code == 0 and "NOT USED" not in out
@@ -302,7 +317,8 @@ def test_settings_that_a_method_does_not_look_at_are_named_where_they_were_typed
     assert code == 0 and "NOT USED" not in out
 
 
-def test_the_fallback_is_said_and_recorded(train, tiny, monkeypatch, tmp_path):
+def test_fallback_is_printed_and_recorded(train, tiny, monkeypatch, tmp_path):
+    """A small model could be taken for GPT-2's result."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
     code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run", "--init_from=gpt2")
@@ -347,6 +363,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, case):
+    """A traceback, a silent default, or an overwritten run."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "bad.py").write_text("n_layer = int('2')\n")
     (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9"}]')
@@ -375,26 +392,27 @@ def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, c
         assert digests("run") == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_out_dir(train, tiny, tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_unwritable_out_dir_is_an_error(train, tiny, tmp_path):
+    """It was a traceback."""
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, err = train(tiny, "--out_dir=locked/run")
     assert code == 2 and "cannot be written" in err
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_resumes_and_is_asked(train, tiny, method):
-    """By one flag each: a run, its end resumed to the same bits, and an answer."""
+def test_every_method_trains_resumes_and_samples(train, tiny, method):
+    """A method could train but not resume to the same bits, or not answer in sample.py."""
     flags = [tiny, f"--method={method}", "--epochs=8", "--reset_optimizer=never"]
-    # as the small presets: a part may be unused in some stages
+    # as in the small configs: a module may be unused in some stages
     flags += ["--muon_learning_rate=5e-3"]
     assert train(*flags, "--out_dir=whole")[0] == 0
     assert train(*flags, "--out_dir=part", "--max_steps=13")[0] == 0
     assert train(*flags, "--out_dir=part", "--resume")[0] == 0
     assert digests("whole") == digests("part") and logged("whole") == logged("part")
     manifest = checkpoint.read_manifest(checkpoint.resolve("whole"))
-    slots = METHODS[method].n_thoughts_rule != "none"
-    assert (manifest["method"], manifest["n_thoughts"]) == (method, 2 if slots else 0)
+    has_thoughts = METHODS[method].n_thoughts_rule != "none"
+    assert (manifest["method"], manifest["n_thoughts"]) == (method, 2 if has_thoughts else 0)
     code, out, err = train("--out_dir=whole", "--seed=1", script="sample.py")
     assert (code, err) == (0, "") and "answer" in out
     assert ("ms per thought" in out) == (
@@ -402,16 +420,16 @@ def test_every_method_trains_resumes_and_is_asked(train, tiny, method):
     )
 
 
-def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
-    """With it or without, the model is the same to the bit; asked, it says how much is enough."""
+def test_stop_classifier_does_not_change_the_model(train, tiny):
+    """Its loss, or its share of the clipped norm, could reach the model's weights."""
     shape = ["--epochs=8", "--pad_latent_to_max=False"]
     assert train(tiny, *shape, "--out_dir=without")[0] == 0
     assert train(tiny, *shape, "--stop=classifier", "--out_dir=with")[0] == 0
     plain = checkpoint.load("without")[0].state_dict()
-    watched = checkpoint.load("with")[0].state_dict()
-    assert watched.keys() - plain.keys() == {"stop.weight", "stop.bias"}
-    assert all(torch.equal(watched[name], tensor) for name, tensor in plain.items())
-    assert watched["stop.weight"].abs().max() > 0
+    with_stop = checkpoint.load("with")[0].state_dict()
+    assert with_stop.keys() - plain.keys() == {"stop.weight", "stop.bias"}
+    assert all(torch.equal(with_stop[name], tensor) for name, tensor in plain.items())
+    assert with_stop["stop.weight"].abs().max() > 0
     code, out, err = train("--out_dir=with", "--seed=1", script="sample.py")
     assert (code, err) == (0, "") and "answer" in out
 
@@ -432,14 +450,15 @@ def test_the_stop_classifier_watches_and_changes_nothing(train, tiny):
         (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(train, tiny, flags, words):
+def test_contradicting_settings_are_refused(train, tiny, flags, words):
+    """One of two was silently ignored."""
     code, _, err = train(tiny, *flags, "--out_dir=new")
     assert code == 2 and words in err and err.count("\n") <= 2 and "Traceback" not in err
     assert not checkpoint.list_checkpoints(Path("new"))
 
 
 def test_half_precision_trains_everything(train, tiny):
-    """bfloat16 autocast, the default on a GPU, on the parts that see hidden states outside it."""
+    """Under autocast, the default on a GPU, hidden states and parameters differ in dtype."""
     flags = [tiny, "--dtype=bfloat16", "--max_steps=3", "--stop=classifier"]
     flags += ["--first_stage_epochs=0", "--max_latent_stage=0", "--final_thoughts=2"]
     for method in ("coconut", "soft_thought", "projected"):
@@ -447,7 +466,8 @@ def test_half_precision_trains_everything(train, tiny):
         assert (code, err) == (0, "")
 
 
-def test_a_step_by_kernels_is_the_step_without(train, tiny):
+def test_kernels_train_as_torch_does(train, tiny):
+    """--kernels could pick another path than the one it prints."""
     pytest.importorskip("triton")
     losses = []
     for kernels in ("torch", "triton"):
@@ -459,19 +479,20 @@ def test_a_step_by_kernels_is_the_step_without(train, tiny):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][1]
 
 
-def test_generated_rows_that_do_not_fit_are_an_error_even_where_bad_rows_are_skipped(train, tiny):
+def test_generated_examples_are_never_skipped(train, tiny):
+    """A block_size too small for the settings silently trained on the short examples."""
     code, _, err = train(tiny, "--skip_bad_rows", "--block_size=40", "--out_dir=new")
     assert code == 2 and "block_size=40" in err
 
 
-def test_rows_of_the_hub_stay_those_of_the_commit_that_the_run_began_with(train, tiny, monkeypatch):
-    """Here only the hub is not the real one: its branch moves between two calls."""
+def test_hub_commit_stays_the_first_ones(train, tiny, monkeypatch):
+    """A branch that moved between two calls changed the examples of a resumed run."""
     tips, asked = {"main": "c0ffee", "v1": "beef"}, []
 
     def from_hub(split, name="", revision="main", skipped=None):
         asked.append((split, revision))
         commit = tips.get(revision, revision)
-        b = len(commit)  # other rows at another commit
+        b = len(commit)  # other examples at another commit
         sums = [(f"{a} + {b}?", f"{a + b}") for a in range(20)]
         return [{"question": q, "steps": [], "answer": a} for q, a in sums], commit
 
@@ -495,7 +516,37 @@ def test_rows_of_the_hub_stay_those_of_the_commit_that_the_run_began_with(train,
     assert code == 2 and "hub_revision='main'" in err
 
 
-def test_what_is_refused_leaves_no_folder(train, tiny):
+def test_refused_run_leaves_no_folder(train, tiny):
+    """An empty folder was then in the way of the corrected command."""
     for wrong in ("--kernels=triton", "--graph=on", "--data=nowhere.json"):
         code, _, err = train(tiny, wrong, "--out_dir=refused")
         assert code == 2 and err.count("\n") == 2 and not Path("refused").exists()
+
+
+def test_tensorboard_gets_every_step(train, tiny):
+    """Events of steps that a resumed run takes again would be shown twice."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    code, _, err = train(tiny, "--tensorboard", "--out_dir=run", "--max_steps=8")
+    assert (code, err) == (0, "")
+    assert train(tiny, "--tensorboard", "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
+    events = accumulator.EventAccumulator("run/tensorboard").Reload()
+    lines = [line for line in logged("run") if "loss" in line]
+    for name in ("loss", "accuracy", "stage"):
+        scalars = events.Scalars(f"train/{name}")
+        assert [x.step for x in scalars] == list(range(1, 10))
+        assert [x.value for x in scalars] == pytest.approx([line[name] for line in lines])
+    assert events.Scalars("train/lr")[0].value == pytest.approx(
+        1e-3
+    )  # the first of 3 warm-up steps
+    assert [x.step for x in events.Scalars("validation/valid_accuracy")] == [8]
+
+
+def test_tensorboard_missing_is_an_error(train, tiny, monkeypatch):
+    """It was found out after the data had been generated, by a traceback."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *a: name != "tensorboard" and find_spec(name, *a) or None,
+    )
+    code, _, err = train(tiny, "--tensorboard", "--out_dir=run")
+    assert code == 2 and "pip install" in err and err.count("\n") == 2 and not Path("run").exists()

@@ -1,6 +1,6 @@
-"""Several processes train what one trains, end together, and go on in any number.
+"""Several processes train what one trains, stop together, and resume in any number.
 
-Most runs here are forked from this process, which has torch imported already; one is torchrun's.
+Most runs are forked from this process, which has imported torch already; one uses torchrun.
 """
 
 import json
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-# 4 steps an epoch of 16, 16, 16 and 1 rows: one of two processes has none of the last
+# 4 steps per epoch of 16, 16, 16 and 1 examples: one of two processes gets none of the last
 TINY = """
 tokenizer = "words"
 render = "compact"
@@ -61,15 +61,15 @@ def folder(monkeypatch, tmp_path):
     Path("tiny.py").write_text(TINY)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():  # train.py's own, where it ran in this process
+    for number, handler in handlers.items():  # train.py replaced them if it ran in this process
         signal.signal(number, handler)
 
 
 class Run:
-    """train.py in `world` forked processes; before(rank) is called in each."""
+    """train.py in `world` forked processes; each calls before(rank) first."""
 
     def __init__(self, world, *argv, before=None):
-        # like torchrun's: it outlives the processes
+        # outlives the processes, as torchrun's does
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         fork = multiprocessing.get_context("fork")
         self.world, self.before, self.argv = world, before, ["train.py", "tiny.py", *argv]
@@ -89,7 +89,7 @@ class Run:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
     def end(self):
-        """(exit codes, all of stdout, all of stderr); an error if one hangs."""
+        """Return (exit codes, all of stdout, all of stderr). Fail if a process hangs."""
         for process in self.processes:
             process.join(30)
         hung = [process for process in self.processes if process.is_alive()]
@@ -102,41 +102,45 @@ class Run:
 
 
 def logged(run):
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
-    return [{k: v for k, v in r.items() if k not in ("rows_per_s", "minutes")} for r in rows]
+    timed = ("examples_per_s", "minutes")
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def assert_same(run, expected):
     assert len(logged(run)) == len(logged(expected)) >= 20
-    for row, other in zip(logged(run), logged(expected), strict=True):
-        assert row.keys() == other.keys()
-        for key in row:
-            assert row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), (key, row, other)
+    for line, other in zip(logged(run), logged(expected), strict=True):
+        assert line.keys() == other.keys()
+        for key in line:
+            assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), (key, line, other)
 
 
 def test_two_processes_train_what_one_trains(script):
-    """With a part that is unused in some stages and in some rows, and one that is not clipped."""
+    """A gradient that only some ranks have, or none, could be lost or averaged."""
+    # projected: unused in stage 0 and for some examples; the stop classifier is not clipped
     flags = ["--method=projected", "--muon_learning_rate=5e-3", "--stop=classifier"]
     flags += ["--advance_at=0.01", "--max_steps=22"]
     assert script("tiny.py", "--out_dir=one", *flags)[0] == 0
     codes, out, err = Run(2, "--out_dir=two", *flags).end()
-    assert (codes, err) == ([0, 0], "") and out.count("ask it: python sample.py") == 1
+    assert (codes, err) == ([0, 0], "") and out.count("try it: python sample.py") == 1
     assert_same("two", "one")
     assert checkpoint.read_manifest(checkpoint.resolve("two"))["processes"] == 2
 
 
-def test_torchrun(script):
+def test_torchrun_trains_the_same(script):
+    """The real launcher sets variables, and owns the store, that a fork does not."""
     flags = ["--max_steps=20", "--eval_interval=4"]
     assert script("tiny.py", "--out_dir=one", *flags)[0] == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += [str(ROOT / "train.py"), "tiny.py", "--out_dir=two", *flags]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("ask it: python sample.py") == 1
+    assert run.stdout.count("try it: python sample.py") == 1
     assert_same("two", "one")
 
 
-def test_a_run_goes_on_in_another_number_of_processes(script):
+def test_resumes_in_another_number_of_processes(script):
+    """Examples or dropout could depend on the number of processes."""
     assert script("tiny.py", "--out_dir=whole", "--max_steps=20")[0] == 0
     assert Run(2, "--out_dir=parts", "--max_steps=7").end()[0] == [0, 0]
     assert script("tiny.py", "--out_dir=parts", "--max_steps=14", "--resume")[0] == 0
@@ -146,17 +150,19 @@ def test_a_run_goes_on_in_another_number_of_processes(script):
 
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("how", ["UserError", "SIGKILL"])
-def test_one_that_fails_ends_all_with_one_error(failing, how):
+def test_failure_of_one_ends_all_with_one_error(failing, how):
+    """The others waited for it for ever, or each printed an error of its own."""
+
     def before(rank):
         think, calls = coconut.think, []
 
-        def fails(model, batch, **given):
+        def fails(model, batch, **kwargs):
             calls.append(1)
             if len(calls) == 9:
                 if how == "SIGKILL":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise UserError("the dog ate it.\nTry a cat.")
-            return think(model, batch, **given)
+            return think(model, batch, **kwargs)
 
         if rank == failing:
             coconut.think = fails
@@ -170,13 +176,16 @@ def test_one_that_fails_ends_all_with_one_error(failing, how):
     assert checkpoint.list_checkpoints(Path("run"))
 
 
-def test_a_mistake_of_all_is_told_once():
+def test_error_of_all_is_printed_once():
+    """Eight processes printed it eight times."""
     codes, out, err = Run(2, "--n_layr=2").end()
     assert (codes, out) == ([2, 2], "")
     assert err.count("error: ") == 1 and "--n_layer" in err and err.count("\n") == 2
 
 
-def test_a_bug_shows_its_traceback_once():
+def test_bug_shows_its_traceback_once():
+    """Eight tracebacks, interleaved, cannot be read."""
+
     def before(rank):
         coconut.loss_sum = None
 
@@ -184,7 +193,8 @@ def test_a_bug_shows_its_traceback_once():
     assert codes == [1, 1] and err.count("Traceback") == err.count("TypeError") == 1
 
 
-def test_a_signal_to_one_ends_all_after_the_same_step(script):
+def test_signal_to_one_stops_all_at_the_same_step(script):
+    """A rank that stops a step early leaves the others waiting in the all-reduce."""
     assert script("tiny.py", "--out_dir=whole")[0] == 0
     run = Run(2, "--out_dir=run")
     log = Path("run/metrics.jsonl")
@@ -193,9 +203,9 @@ def test_a_signal_to_one_ends_all_after_the_same_step(script):
             break
         time.sleep(0.01)
     os.kill(run.processes[1].pid, signal.SIGTERM)
-    os.kill(run.processes[1].pid, signal.SIGINT)  # torchrun's may follow the terminal's
+    os.kill(run.processes[1].pid, signal.SIGINT)  # torchrun adds its own to the terminal's
     codes, out, err = run.end()
-    assert codes[0] == 143 and codes[1] in (143, 130)  # of two at once, either comes first
+    assert codes[0] == 143 and codes[1] in (143, 130)  # of two signals, either may come first
     assert err == "" and out.count("stopped at step") == 1
     assert checkpoint.read_manifest(checkpoint.resolve("run"))["step"] < 40
     assert script("tiny.py", "--out_dir=run", "--resume")[0] == 0
@@ -203,6 +213,7 @@ def test_a_signal_to_one_ends_all_after_the_same_step(script):
 
 
 def test_dropout_differs_between_processes():
+    """The CPU generator reads 32 bits of the seed: seeds far apart can be equal."""
     drawn = set()
     for rank in range(64):
         torch.manual_seed(Distributed(rank, 64).seed(12_345))
@@ -210,12 +221,14 @@ def test_dropout_differs_between_processes():
     assert len(drawn) == 64 and Distributed().seed(12_345) == 12_345
 
 
-def test_shares_are_whole():
+def test_shards_cover_everything_once():
+    """An example could be lost, or trained twice."""
     shares = [list(Distributed(rank, 3).shard(range(10))) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(10)) and max(map(len, shares)) == 4
 
 
-def test_one_device_is_not_for_several_processes():
+def test_one_device_is_refused_for_several_processes():
+    """Eight processes on one GPU run out of memory, and why is hard to see."""
     with pytest.raises(UserError, match="a GPU of its own"):
         Distributed(1, 2).device("cuda:1")
     assert (

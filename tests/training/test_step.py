@@ -1,4 +1,4 @@
-"""Micro-batches add up to the gradient of the plain loss, as they are and replayed as graphs."""
+"""Micro-batches add up to the gradient of the plain loss, eager and replayed as graphs."""
 
 import copy
 
@@ -8,7 +8,7 @@ from fake_graphs import FakeGraphCache
 from helpers import exact_match, random_batch, random_gpt
 
 from nanococonut import coconut
-from nanococonut.training import step as stepper
+from nanococonut.training import step as step_module
 from nanococonut.training.step import TrainStep
 
 BATCHES = [(1, [3, 0, 2]), (2, [2, 1, 3]), (3, [0, 0]), (4, [1]), (1, [3, 0, 2])]
@@ -16,14 +16,14 @@ BATCHES = [(1, [3, 0, 2]), (2, [2, 1, 3]), (3, [0, 0]), (4, [1]), (1, [3, 0, 2])
 
 @pytest.fixture(autouse=True)
 def small_multiples(monkeypatch):
-    """Of a size at which tiny batches differ in their padded shapes, and some share one."""
-    monkeypatch.setattr(stepper, "PREFIX", 8)
-    monkeypatch.setattr(stepper, "SUFFIX", 6)
-    monkeypatch.setattr(stepper, "LABELS", 16)
+    """Pad so that tiny batches have several padded shapes, and some share one."""
+    monkeypatch.setattr(step_module, "PREFIX", 8)
+    monkeypatch.setattr(step_module, "SUFFIX", 6)
+    monkeypatch.setattr(step_module, "LABELS", 16)
 
 
 def plain(model, batches, labels):
-    """The loss and its gradient without any of it."""
+    """Return the loss and its gradients without TrainStep."""
     model.zero_grad()
     loss = 0
     for batch in batches:
@@ -38,7 +38,8 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("seed, n_thoughts", BATCHES)
-def test_padding_and_rows_that_fill_up_change_nothing(gpt, seed, n_thoughts):
+def test_padding_changes_nothing(gpt, seed, n_thoughts):
+    """Padded positions, thoughts or sequences could reach the loss or a gradient."""
     batch, _ = random_batch(seed, n_thoughts)
     wide = batch.padded(5, 30, 12, 4, 60)
     loss, grads = plain(gpt, [batch], batch.n_labels)
@@ -57,25 +58,26 @@ def test_padding_and_rows_that_fill_up_change_nothing(gpt, seed, n_thoughts):
 
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("smear", [False, True])
-def test_graphs_train_as_no_graphs_do(stop, smear):
-    """Three steps over micro-batches of several shapes: every count, gradient and weight."""
+def test_graphs_train_as_eager_does(stop, smear):
+    """A graph could keep an input, a count or a gradient of the step it was captured in."""
     models = [random_gpt(seed=3, smear=smear, stop=stop).train()]
     models.append(copy.deepcopy(models[0]))
     FakeGraphCache.captured = FakeGraphCache.replayed = 0
-    steppers = [TrainStep(models[0]), TrainStep(models[1], graphs=FakeGraphCache(8))]
+    train_steps = [TrainStep(models[0]), TrainStep(models[1], graphs=FakeGraphCache(8))]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
     for step in range(3):
         batches = [random_batch(10 * step + seed, n)[0] for seed, n in BATCHES]
-        labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
-        for one in steppers:
-            one.zero_grad()
+        n_labels = sum(b.n_labels for b in batches)
+        n_examples = sum(len(b.length) for b in batches)
+        for train_step in train_steps:
+            train_step.zero_grad()
             for batch in batches:
                 even = [b % 2 == 0 for b in range(len(batch.length))]
-                one(one.prepare(batch, even, 3), labels, rows)
-        loss, _ = plain(copy.deepcopy(models[0]), batches, labels)
-        close(steppers[0].totals[0], loss.detach())
-        close(steppers[1].totals, steppers[0].totals)
-        assert steppers[0].totals[2] == sum((len(b.length) + 1) // 2 for b in batches)
+                train_step(train_step.prepare(batch, even, 3), n_labels, n_examples)
+        loss, _ = plain(copy.deepcopy(models[0]), batches, n_labels)
+        close(train_steps[0].totals[0], loss.detach())
+        close(train_steps[1].totals, train_steps[0].totals)
+        assert train_steps[0].totals[2] == sum((len(b.length) + 1) // 2 for b in batches)
         for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
             close(q.grad, torch.zeros_like(p) if p.grad is None else p.grad)
         for optimizer in optimizers:
@@ -85,14 +87,14 @@ def test_graphs_train_as_no_graphs_do(stop, smear):
     assert 0 < FakeGraphCache.captured < FakeGraphCache.replayed
 
 
-def test_the_loss_is_the_whole_steps_mean(gpt):
-    """Two micro-batches of different sizes: the gradient of the mean over all labels."""
+def test_loss_is_the_mean_of_the_whole_step(gpt):
+    """The mean of two micro-batches' means weighs labels of the smaller one more."""
     batches = [random_batch(5, [2, 1, 0])[0], random_batch(6, [3])[0]]
-    labels = sum(b.n_labels for b in batches)
-    loss, grads = plain(gpt, batches, labels)
-    one = TrainStep(gpt)
-    one.zero_grad()
+    n_labels = sum(b.n_labels for b in batches)
+    loss, grads = plain(gpt, batches, n_labels)
+    train_step = TrainStep(gpt)
+    train_step.zero_grad()
     for batch in batches:
-        one(one.prepare(batch, [True] * len(batch.length)), labels, 4)
-    close(one.totals[0], loss.detach())
+        train_step(train_step.prepare(batch, [True] * len(batch.length)), n_labels, 4)
+    close(train_step.totals[0], loss.detach())
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, is what was saved, and says so when it is not."""
+"""A checkpoint is complete or absent, equals what was saved, and damage is an error."""
 
 import json
 import runpy
@@ -15,7 +15,7 @@ from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
 
 
-def manifest_of(model, tokenizer, **more):
+def manifest_of(model, tokenizer, **extra):
     return {
         "config": {},
         "model": checkpoint.describe_model(model),
@@ -26,7 +26,7 @@ def manifest_of(model, tokenizer, **more):
         "minutes": 0.5,
         "device": "cpu",
         "threads": 1,
-        **more,
+        **extra,
     }
 
 
@@ -44,7 +44,8 @@ def saved(tmp_path, model, tokenizer):
     return folder, model, optimizer
 
 
-def test_load_gives_back_the_model_tokenizer_and_manifest(saved, tokenizer):
+def test_load_returns_what_was_saved(saved, tokenizer):
+    """A tensor, the vocabulary or a manifest key could be lost on the way."""
     folder, model, _ = saved
     for path in (folder, folder.parent):
         again, words, manifest = checkpoint.load(path)
@@ -58,7 +59,8 @@ def test_load_gives_back_the_model_tokenizer_and_manifest(saved, tokenizer):
         assert not again.training
 
 
-def test_the_optimizer_goes_on_as_if_nothing_had_happened(saved):
+def test_optimizer_state_is_restored(saved):
+    """Adam's step count is a tensor in torch's state: without it the bias correction restarts."""
     folder, model, optimizer = saved
     fresh = torch.optim.AdamW(model.parameters())
     checkpoint.load_optimizers([fresh], folder)
@@ -69,7 +71,8 @@ def test_the_optimizer_goes_on_as_if_nothing_had_happened(saved):
             assert torch.equal(a[i][key], b[i][key])
 
 
-def test_older_ones_go_but_not_the_best(tmp_path, model, tokenizer):
+def test_old_checkpoints_go_but_not_the_best(tmp_path, model, tokenizer):
+    """The best one could be deleted, or a disk fill up."""
     run = tmp_path / "run"
     for step, best in [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4)]:
         m = manifest_of(model, tokenizer, best_step=best)
@@ -80,7 +83,7 @@ def test_older_ones_go_but_not_the_best(tmp_path, model, tokenizer):
     assert checkpoint.resolve(run, best=True).name == "step_00000004"
 
 
-def test_a_half_written_checkpoint_is_not_one(saved):
+def test_half_written_checkpoint_is_not_one(saved):
     """kill -9 in the middle of a save leaves a folder under another name."""
     folder, _, _ = saved
     shutil.copytree(folder, folder.with_name(".step_00000009.partial"))
@@ -89,7 +92,8 @@ def test_a_half_written_checkpoint_is_not_one(saved):
     assert checkpoint.resolve(folder.parent) == folder
 
 
-def test_a_users_copy_is_the_users(saved, model, tokenizer):
+def test_copy_made_by_a_user_is_kept(saved, model, tokenizer):
+    """step_00000007_backup was deleted as an old checkpoint."""
     folder, _, _ = saved
     copy = folder.with_name(f"{folder.name}_backup")
     shutil.copytree(folder, copy)
@@ -98,36 +102,11 @@ def test_a_users_copy_is_the_users(saved, model, tokenizer):
     assert checkpoint.resolve(folder.parent).name == "step_00000010" and copy.is_dir()
 
 
-def test_a_model_without_training_state_cannot_be_resumed(saved, tmp_path):
+def test_model_without_training_state_cannot_resume(saved, tmp_path):
+    """It would restart at step 0 with trained weights."""
     target = bundle(saved[0].parent, tmp_path / "bundled")
     with pytest.raises(UserError, match="cannot be resumed"):
         checkpoint.verify(target, resume=True)
-
-
-# an older run's config -> what it is now
-OLDER = {
-    "gone": ({"beta1": 0.9, "shard": True, "time_to": 0.9, "eval_batch_size": 7}, {}),
-    "adamw": (
-        {"optimizer": "adamw", "muon_learning_rate": 5e-3}, {"muon_learning_rate": 0.0},
-    ),
-    "muon": (
-        {"optimizer": "muon", "muon_learning_rate": 7e-3}, {"muon_learning_rate": 7e-3},
-    ),
-    "hops": ({"task": "prontoqa", "hops": 3, "max_hops": 6}, {"task": "prontoqa", "max_hops": 3}),
-    "no hops": ({"task": "prosqa", "hops": 5, "max_hops": 3}, {"task": "prosqa", "max_hops": 3}),
-    "all stages": ({"start_stage": 0, "first_stage_epochs": 0}, {"first_stage_epochs": None}),
-    "a long stage 0": ({"start_stage": 0, "first_stage_epochs": 6}, {"first_stage_epochs": 6}),
-    "no stage 0": ({"start_stage": 1, "first_stage_epochs": 0}, {"first_stage_epochs": 0}),
-    "as many passes": ({"thoughts": "jacobi", "jacobi_iterations": 6}, {}),
-    "today's": ({"first_stage_epochs": 0, "max_hops": 4}, {"first_stage_epochs": 0, "max_hops": 4}),
-}  # fmt: skip
-
-
-def written(folder, model, tokenizer, config):
-    """A model's checkpoint of this config, with training state."""
-    manifest = manifest_of(model, tokenizer, progress={}) | {"config": config, "step": 1}
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.write_atomic(folder, checkpoint.gather_tensors(model, [optimizer]), manifest)
 
 
 def truncate(path):
@@ -153,6 +132,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_one_clear_error(saved, damage):
+    """Weights with a flipped bit load and answer, only worse."""
     folder, _, _ = saved
     DAMAGE[damage](folder)
     with pytest.raises(UserError, match="damaged or not one of ours") as e:
@@ -160,7 +140,8 @@ def test_damage_is_one_clear_error(saved, damage):
     assert str(e.value).count("\n") == 1
 
 
-def test_another_shape_is_named(saved):
+def test_other_shape_is_named(saved):
+    """torch's own error is a page long."""
     folder, model, _ = saved
     weights = load_file(folder / "model.safetensors")
     weights["wpe.weight"] = weights["wpe.weight"][:5].clone()
@@ -172,15 +153,28 @@ def test_another_shape_is_named(saved):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("where", ["nowhere", "empty"])
-def test_no_checkpoint_is_said_in_two_lines(tmp_path, where):
+def test_format_1_is_refused_in_two_lines(saved):
+    """Its settings have other names: a traceback about an unknown keyword."""
+    folder, _, _ = saved
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    for resume in (False, True):
+        with pytest.raises(UserError, match="nanococonut 0.1") as e:
+            checkpoint.verify(folder, resume)
+        assert str(e.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_missing_checkpoint_is_a_two_line_error(tmp_path, folder):
+    """It was a traceback from json."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no checkpoint|is not there") as e:
-        checkpoint.load(tmp_path / where)
+        checkpoint.load(tmp_path / folder)
     assert str(e.value).count("\n") == 1
 
 
-def test_a_save_that_fails_leaves_the_last_one(saved, tokenizer, monkeypatch):
+def test_failed_save_leaves_the_last_one(saved, tokenizer, monkeypatch):
+    """A full disk left half a checkpoint under the final name."""
     folder, model, _ = saved
 
     def full(*_):
@@ -194,7 +188,8 @@ def test_a_save_that_fails_leaves_the_last_one(saved, tokenizer, monkeypatch):
     checkpoint.load(folder.parent)
 
 
-def test_bundle_is_small_and_answers_the_same(saved, tmp_path):
+def test_bundle_holds_the_weights_in_bfloat16(saved, tmp_path):
+    """Another checkpoint than the best one, or its optimizer, could be bundled."""
     folder, model, _ = saved
     target = bundle(folder.parent, tmp_path / "bundled")
     small, _, manifest = checkpoint.load(target)
@@ -203,7 +198,8 @@ def test_bundle_is_small_and_answers_the_same(saved, tmp_path):
         assert torch.equal(a.to(torch.bfloat16).float(), b)
 
 
-def test_the_bundled_model_is_not_replaced_by_an_unfinished_run(saved, monkeypatch, capsys):
+def test_unfinished_run_is_not_bundled(saved, monkeypatch, capsys):
+    """It would replace the model that sample.py uses by a worse one."""
     before = checkpoint.verify(checkpoint.BUNDLED)
     monkeypatch.setattr(sys, "argv", ["checkpoint", str(saved[0].parent)])
     with pytest.raises(SystemExit) as end:

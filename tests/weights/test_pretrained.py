@@ -302,12 +302,12 @@ def test_only_the_two_files_are_downloaded(cache, monkeypatch, tmp_path):
 
 @pytest.fixture
 def settings(monkeypatch, tmp_path, capsys):
-    """Return train.py's settings(*argv) for a big.py whose fallback is small.py."""
+    """Return train.py's load_config(*argv) for a big.py whose fallback is small.py."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "small.py"\n')
     (tmp_path / "small.py").write_text("n_layer = 1\n")
     train = runpy.run_path(str(checkpoint.BUNDLED.parents[2] / "train.py"))
-    return lambda *argv: train["settings"](["big.py", *argv])
+    return lambda *argv: train["load_config"](["big.py", *argv])
 
 
 def test_without_gpu_nothing_is_downloaded(settings, monkeypatch):

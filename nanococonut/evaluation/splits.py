@@ -1,0 +1,31 @@
+"""Validation during training: every split, shared between the processes of the run."""
+
+from nanococonut.config import TrainConfig
+from nanococonut.data.examples import Example
+from nanococonut.evaluation.accuracy import score
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.distributed import Distributed
+
+
+def evaluate_splits(
+    engine: Engine,
+    splits: dict[str, list[Example]],
+    n_thoughts: int,
+    config: TrainConfig,
+    dist: Distributed,
+) -> dict[str, float]:
+    """Return accuracy and generated tokens per example of every split, by greedy decoding.
+
+    Collective: every rank calls it and scores its own share of the examples.
+    """
+    metrics: dict[str, float] = {}
+    for name, examples in splits.items():
+        n_correct = n_tokens = 0
+        if local := dist.shard(examples):  # a small split may not reach every rank
+            result = score(engine, local, n_thoughts, max_new_tokens=config.max_new_tokens)
+            n_correct = sum(result.correct)
+            n_tokens = round(result.generated_tokens * result.n)  # an integer, so order is free
+        n_correct, n_tokens = dist.all_reduce_sum([n_correct, n_tokens])
+        metrics[f"{name}_accuracy"] = n_correct / len(examples)
+        metrics[f"{name}_tokens"] = n_tokens / len(examples)
+    return metrics

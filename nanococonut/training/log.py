@@ -1,0 +1,170 @@
+"""What a run reports: metrics.jsonl, the console, TensorBoard.
+
+Every rank may call these; only rank 0 has a file to write to and a console.
+"""
+
+import importlib.util
+import json
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nanococonut.config import TrainConfig
+from nanococonut.data.files import skipped_summary
+from nanococonut.model import GPT
+from nanococonut.runtime.cli import format_config
+from nanococonut.runtime.errors import UserError
+from nanococonut.training.loader import TrainLoader
+from nanococonut.training.state import Schedule, TrainState
+from nanococonut.weights.checkpoint import RunDir
+
+PRINT_INTERVAL = 100  # steps between lines, if the console is a file and shows no bar
+console = Console(highlight=False, soft_wrap=True)
+
+
+def require_tensorboard() -> None:
+    """Raise UserError if --tensorboard cannot work, before anything is generated or loaded."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "--tensorboard needs the package tensorboard, which is not installed.\n"
+            'Run pip install "nanococonut[tensorboard]", or leave the option out.'
+        )
+
+
+class RunLog:
+    """Logs every step and validation. As a context it shows a progress bar on a terminal."""
+
+    def __init__(
+        self, run: RunDir, config: TrainConfig, schedule: Schedule, state: TrainState
+    ) -> None:
+        self.run, self.config, self.schedule = run, config, schedule
+        self._metrics = run.open_metrics(state.step)
+        self._writer = None
+        if config.tensorboard and run.dist.is_master:
+            from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+
+            # events of steps after the checkpoint are hidden: those steps are logged again
+            self._writer = SummaryWriter(run.path / "tensorboard", purge_step=state.step + 1)
+        # when each recent step ended, and with how many examples
+        self._recent = deque([(time.monotonic(), 0)], maxlen=PRINT_INTERVAL)
+        self._bar = Progress(
+            TextColumn("stage {task.fields[stage]}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("loss {task.fields[loss]:.3f} accuracy {task.fields[accuracy]:.2f}"),
+            TextColumn("{task.fields[speed]:.0f} examples/s,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        shown = dict(stage=schedule.stage(state), loss=0.0, accuracy=0.0, speed=0.0)
+        n_steps = schedule.max_steps
+        self._task = self._bar.add_task("", total=n_steps, completed=state.step, **shown)
+
+    def __enter__(self) -> "RunLog":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        with suppress(OSError):  # a full disk was reported by the write
+            self._metrics.close()
+        if self._writer:
+            self._writer.close()
+
+    def header(self, model: GPT, n_examples: int, backend: str, use_graphs: bool) -> None:
+        """Print the settings that differ from their defaults, and what they come to."""
+        console.print(
+            f"{format_config(self.config)}\n"
+            f"  {model.n_params():,} parameters on {model.wte.weight.device}, "
+            f"{n_examples:,} examples per epoch, {self.schedule.total_steps:,} steps, "
+            f"run saved in {self.run.path}\n"
+            f"  kernels: {backend}, CUDA graphs {'on' if use_graphs else 'off'}",
+            markup=False,
+        )
+
+    def step(self, state: TrainState, loss: float, n_examples: int) -> None:
+        """Log the step that was just taken."""
+        self._recent.append((time.monotonic(), n_examples))
+        seconds = self._recent[-1][0] - self._recent[0][0]
+        speed = sum(n for _, n in list(self._recent)[1:]) / max(seconds, 1e-9)
+        scalars = {"stage": state.stage, "loss": loss, "accuracy": state.accuracy}
+        self._write(state.step, scalars | {"examples_per_s": round(speed, 1)})
+        self._bar.update(self._task, completed=state.step, speed=speed, **scalars)
+        lr = self.config.learning_rate * self.schedule.lr_scale(state.step - 1)
+        self._write_events("train", state.step, scalars | {"lr": lr})
+        if not console.is_terminal and state.step % PRINT_INTERVAL == 0:
+            n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
+            console.print(
+                f"step {state.step}/{self.schedule.max_steps} stage {state.stage} loss {loss:.3f} "
+                f"accuracy {state.accuracy:.2f} {speed:.0f} examples/s, "
+                f"{n_left / speed / 60:.1f} min left"
+            )
+
+    def validation(self, state: TrainState, validation: dict[str, Any]) -> None:
+        """Log the accuracy of every split."""
+        self._write(state.step, validation)
+        scores = {k: v for k, v in validation.items() if k.endswith("_accuracy")}
+        self._write_events("validation", state.step, scores)
+        scores = [f"{name.removesuffix('_accuracy')} {score:.3f}" for name, score in scores.items()]
+        console.print(f"step {state.step} stage {state.stage} validation: {' '.join(scores)}")
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        try:
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()  # a killed run loses no line
+        except OSError as e:
+            raise UserError(
+                f"{self.run.metrics_path} cannot be written at step {step}: {e.strerror}.\n"
+                "Free some space, then continue from the last checkpoint with --resume."
+            ) from None
+
+    def _write_events(self, group: str, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items() if self._writer else ():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def print_data(
+    config: TrainConfig, loader: TrainLoader, commit: str | None, skipped: list[str] | None
+) -> None:
+    """Print what is not obvious from the config: skipped, downloaded and held-out examples."""
+    n_val = sum(map(len, loader.val_splits.values()))
+    if skipped:
+        summary = skipped_summary(loader.n_examples + n_val, skipped)
+        console.print(f"  {summary}", markup=False)
+    if commit:
+        console.print(f"  examples of the hub's commit {commit}", markup=False)
+    if config.data and not config.valid_data:
+        console.print(f"  {n_val} examples of {config.data} held out to validate", markup=False)
+
+
+def print_summary(
+    name: str, schedule: Schedule, state: TrainState, baselines: dict[str, dict[str, float]]
+) -> None:
+    """Print a table of the stages that ended, and the accuracy of rules without a model.
+
+    baselines: split -> rule -> accuracy; {} if the task has no such rules.
+    """
+    table = Table(title=f"{name}, {state.step} of {schedule.total_steps} steps")
+    splits = [key.removesuffix("_accuracy") for key in (state.validations or [{}])[0]
+              if key.endswith("_accuracy")]  # fmt: skip
+    for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
+        table.add_column(heading, justify="right")
+    for v in state.validations:
+        accuracies = [f"{v[f'{split}_accuracy']:.1%}" for split in splits]
+        rest = [f"{v['valid_tokens']:.1f}", f"{v['minutes']:.1f}"]
+        table.add_row(str(v["stage"]), str(v["thoughts"]), *accuracies, *rest)
+    if state.validations:
+        console.print(table)
+    else:
+        console.print(f"no stage ended in {state.step} of {schedule.total_steps} steps, "
+                      "so there is no validation yet")  # fmt: skip
+    for rule in next(iter(baselines.values()), {}):
+        accuracies = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
+        console.print(f"  no model, {rule}: {', '.join(accuracies)}")
