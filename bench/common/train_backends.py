@@ -13,7 +13,7 @@ from nanococonut.curriculum import Curriculum
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.loader import TrainLoader
-from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer
+from nanococonut.training.setup import WEIGHT_DECAY, init_model, init_optimizers, init_tokenizer
 from nanococonut.training.step import MicroBatch, TrainStep
 
 
