@@ -12,7 +12,7 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -135,12 +135,12 @@ def generate(
     if graphs as configured are too rare.
     """
     config = config or GraphConfig()
-    rng = rng_from_seed(seed)
     examples: list[Example] = []
     n_drawn = 0
     colors = {key[: isomorphism.COLOR_BYTES] for key in exclude}
+    batches = sample_batches(seed, config)
     while len(examples) < n:
-        batch = _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
+        batch = next(batches)
         if exclude:
             excluded = _excluded(batch, exclude, colors)
             batch = [example for example, out in zip(batch, excluded, strict=True) if not out]
@@ -154,6 +154,13 @@ def generate(
                 "Ask for fewer hops or another number of nodes."
             )
     return examples[:n]
+
+
+def sample_batches(seed: int | Sequence[int], config: GraphConfig) -> Iterator[list[Example]]:
+    """Yield the examples of BATCH graphs, again and again; there may be none."""
+    rng = rng_from_seed(seed)
+    while True:
+        yield _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
 
 
 class Graphs(NamedTuple):
