@@ -29,7 +29,7 @@ class Task:
 
     description      a line for --help
     module           generate, solve, graph_hash, compact_example, ... of a generated task
-    statistics       examples -> means and fractions
+    statistics       examples of a generated task -> means and fractions
     released         these statistics of the released examples
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
                      examples are not of this task
@@ -42,8 +42,8 @@ class Task:
 
     description: str
     module: ModuleType
-    statistics: Statistics
-    released: Mapping[str, float]
+    statistics: Statistics = lambda examples: {}
+    released: Mapping[str, float] = field(default_factory=dict)
     shortcuts: Statistics = lambda examples: {}
     config_class: type[GeneratorConfig] | None = None
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
@@ -145,8 +145,6 @@ TASKS: dict[str, Task] = {
     "gsm8k": Task(
         "what number answers a question of grade-school mathematics?",
         gsm8k,
-        statistics.gsm8k_statistics,
-        statistics.GSM8K_RELEASED,
         load_split=lambda split, revision, skipped: gsm8k.from_hub(
             split, revision=revision, skipped=skipped
         ),
