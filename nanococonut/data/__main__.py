@@ -91,7 +91,7 @@ def task_command(name: str, argv: list[str]) -> None:
 
 
 def gsm8k_examples(args: argparse.Namespace) -> tuple[list[Example], str]:
-    """Return (examples of the hub, all or a sample of n, and where they are from)."""
+    """Return (examples of the hub, all or a sample of n; their source)."""
     skipped: list[str] | None = [] if args.skip_bad_rows else None
     examples, commit = gsm8k.from_hub(args.split, args.hub, args.revision, skipped)
     _print_skipped(examples, skipped)

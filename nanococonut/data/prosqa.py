@@ -2,7 +2,7 @@
 
 The paper's Algorithm 1, read literally, does not reproduce the released statistics. This generator
 was fitted to the 800 released validation and test examples instead (GraphConfig has the fitted
-values; a search around them found nothing better beyond noise). It draws a thousand graphs at a
+values; a search near them gave nothing better beyond noise). It draws a thousand graphs at a
 time and loops over the nodes, parents first.
 
 The released examples can be answered by shortcuts: ignore the entity, choose the option farther
@@ -227,7 +227,7 @@ def pick_question(rng: np.random.Generator, graphs: Graphs, c: GraphConfig) -> G
     root = np.where(deepest[:, 0] == deepest[:, 1], coin, deepest[:, 1] > deepest[:, 0]).astype(int)
     n_hops = deepest.max(1)
     orphan = graphs.parent[:, :, 0] < 0
-    # a root that is a leaf has no exclusive leaf of its own
+    # a root that is a leaf has no exclusive leaf
     ok = (deepest.min(1) >= 1) & (c.min_hops <= n_hops) & (n_hops <= c.max_hops)
     ok &= (orphan & ~graphs.leaf).sum(1) <= len(NAMES)
     ok &= (~orphan).sum(1) <= len(CONCEPTS)

@@ -1,4 +1,4 @@
-"""The tasks, one entry each: where examples come from and how they are written.
+"""The tasks, one entry each: how examples are made or read, and written.
 
 Another task is another entry. A file of your own needs none: --data=FILE trains on any.
 """
