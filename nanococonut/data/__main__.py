@@ -3,8 +3,7 @@
 python -m nanococonut.data prosqa --n 1000 --seed 0 --out rows.json
 python -m nanococonut.data prosqa --stats rows.json
 python -m nanococonut.data gsm8k --split test --out rows.json
-python -m nanococonut.data gsm8k --from lines.txt --n 1000 --out rows.json
-python -m nanococonut.data convert raw.json --out rows.json
+python -m nanococonut.data convert lines.txt --out rows.json
 """
 
 import argparse
@@ -43,23 +42,22 @@ def task_parser(name: str, task: Task) -> _Parser:
     epilog = task.config_class.__doc__ if task.config_class else None
     parser = _Parser(name, description=task.description, epilog=epilog)
     parser.add_argument("--out", metavar="FILE", help="write examples here (a new file)")
-    parser.add_argument("--stats", metavar="FILE", help="print this file's statistics instead")
     parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
     parser.add_skip_option()
-    if task.config_class:
-        parser.add_argument("--n", type=int, default=1000, help="examples [%(default)s]")
-        for f in fields(task.config_class):
-            if isinstance(f.default, bool):
-                parser.add_argument(f"--{f.name}", action="store_true", help=f"[{f.default}]")
-            else:
-                options = {"type": type(f.default), "default": f.default}
-                parser.add_argument(f"--{f.name}", help="[%(default)s]", **options)
-    else:
+    if not task.config_class:
         parser.add_argument("--n", type=int, default=0, help="examples, drawn by seed [all]")
-        parser.add_argument("--from", dest="file", metavar="FILE", help="such as text lines")
-        parser.add_argument("--split", choices=gsm8k.SPLITS, help="of the copy on the hub [train]")
+        parser.add_argument("--split", choices=gsm8k.SPLITS, default="train", help="[%(default)s]")
         parser.add_argument("--hub", default=gsm8k.HUB[0], help="which copy [%(default)s]")
         parser.add_argument("--revision", default="main", help="the copy's commit [%(default)s]")
+        return parser
+    parser.add_argument("--n", type=int, default=1000, help="examples [%(default)s]")
+    parser.add_argument("--stats", metavar="FILE", help="print this file's statistics instead")
+    for f in fields(task.config_class):
+        if isinstance(f.default, bool):
+            parser.add_argument(f"--{f.name}", action="store_true", help=f"[{f.default}]")
+        else:
+            options = {"type": type(f.default), "default": f.default}
+            parser.add_argument(f"--{f.name}", help="[%(default)s]", **options)
     return parser
 
 
@@ -67,13 +65,14 @@ def task_command(name: str, argv: list[str]) -> None:
     """Write or describe examples of a task."""
     task = TASKS[name]
     args = task_parser(name, task).parse_args(argv)
-    if (args.stats is None) == (args.out is None):
+    stats_file = getattr(args, "stats", None)
+    if (stats_file is None) == (args.out is None):
         raise UserError(
-            "give --out FILE to write examples, or --stats FILE to describe some.\n"
-            "One of the two, see --help."
+            "expected --out FILE (write examples) or --stats FILE (describe examples).\n"
+            "Give one of the two; see --help."
         )
-    if args.stats:
-        print_statistics(task, args.stats, _read(args.stats, args.skip_bad_rows))
+    if stats_file:
+        print_statistics(task, stats_file, _read(stats_file, args.skip_bad_rows))
         return
     if args.n < bool(task.config_class) or args.seed < 0:
         raise UserError(
@@ -92,17 +91,11 @@ def task_command(name: str, argv: list[str]) -> None:
 
 
 def gsm8k_examples(args: argparse.Namespace) -> tuple[list[Example], str]:
-    """Return (examples of a file or the hub, all or a sample of n, and where they are from)."""
-    if args.file and args.split:
-        raise UserError("--split is for the copy on the hub, --from for a file.\nGive one of them.")
-    if args.file:
-        examples, source = _read(args.file, args.skip_bad_rows), args.file
-    else:
-        skipped: list[str] | None = [] if args.skip_bad_rows else None
-        split = args.split or "train"
-        examples, commit = gsm8k.from_hub(split, args.hub, args.revision, skipped)
-        _print_skipped(examples, skipped)
-        source = f"{args.hub} {split}, --revision={commit}"
+    """Return (examples of the hub, all or a sample of n; their source)."""
+    skipped: list[str] | None = [] if args.skip_bad_rows else None
+    examples, commit = gsm8k.from_hub(args.split, args.hub, args.revision, skipped)
+    _print_skipped(examples, skipped)
+    source = f"{args.hub} {args.split}, --revision={commit}"
     if args.n > len(examples):
         raise UserError(
             f"--n {args.n}: {source} has {len(examples)} examples.\nAsk for fewer; 0: all."

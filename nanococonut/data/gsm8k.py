@@ -26,7 +26,7 @@ def from_hub(
     revision   branch, tag or commit; the returned commit gives the same examples again
     skipped    as in read_examples
 
-    Raise UserError if the data set cannot be had or has other columns.
+    Raise UserError if the data set cannot be downloaded or has other columns.
     """
     from huggingface_hub import snapshot_download  # imported here: they take a second
     from rich.console import Console
@@ -37,10 +37,9 @@ def from_hub(
     except Exception as e:  # from the hub, the HTTP library (whose types vary) or the disk
         raise UserError(
             f"{name} ({revision}) is neither in the Hugging Face cache nor can it be downloaded: "
-            f"{_first_line(e)}\nGo online (unset HF_HUB_OFFLINE), copy the cache of a machine that "
-            "has it, or give text lines (--from FILE; train.py: --data, --valid_data): the "
-            "released code's preprocessing/gsm_icot.bash has their addresses "
-            "(github.com/facebookresearch/coconut)."
+            f"{_first_line(e)}\nGo online (unset HF_HUB_OFFLINE), copy another machine's cache, or "
+            "train on text lines (train.py: --data, --valid_data). Their addresses are in "
+            "preprocessing/gsm_icot.bash of github.com/facebookresearch/coconut."
         ) from None
     try:
         from datasets import load_dataset

@@ -6,6 +6,7 @@ one into the other, marks included.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
@@ -63,65 +64,81 @@ def graph_hashes(graphs: Sequence[Graph]) -> list[bytes]:
     return hashes
 
 
-def canonical_form(graph: Graph, colors: list[int]) -> Graph:
+def canonical_form(graph: Graph, colors: Sequence[int]) -> Graph:
     """Return the graph under a numbering that does not depend on the original one.
 
     colors   of the nodes, equal in isomorphic graphs
 
-    Nodes are numbered by color. A tie is broken both ways (individualization and refinement), and
-    the smallest form counts.
+    Nodes are numbered by color. Tied nodes are singled out in turn (individualization and
+    refinement); the smallest form counts.
     """
-    edges, marks = graph
-    parents: list[list[int]] = [[] for _ in marks]
-    children: list[list[int]] = [[] for _ in marks]
-    for parent, child in sorted(edges):
-        parents[child].append(parent)
-        children[parent].append(child)
+    search = _FormSearch(graph)
+    color = search.split_twins(colors)
+    return search.smallest_form(search.refine(color) if tied_nodes(color) else color)
 
-    def refine(color: list[int]) -> list[int]:
-        """Renumber the colors 0, 1, ... until equal ones have equal parents and children."""
+
+def tied_nodes(color: Sequence[int]) -> list[int]:
+    """Return the nodes of the lowest color that several nodes have."""
+    ordered = sorted(color)
+    repeated = next((a for a, b in zip(ordered, ordered[1:], strict=False) if a == b), None)
+    return [node for node, c in enumerate(color) if c == repeated]
+
+
+class _FormSearch:
+    """The search tree of canonical_form. A `color` is a list: the rank of each node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.edges, self.marks = graph
+        self.parents: list[list[int]] = [[] for _ in self.marks]
+        self.children: list[list[int]] = [[] for _ in self.marks]
+        for parent, child in sorted(self.edges):
+            self.parents[child].append(parent)
+            self.children[parent].append(child)
+
+    def split_twins(self, colors: Sequence[int]) -> list[int]:
+        """Return ranks of the colors that tell apart twins: same mark, parents and children.
+
+        Swapping twins changes nothing, so any order of them gives the same form.
+        """
+        n_twins: Counter[str] = Counter()
+        keys = []
+        for color, *twin in zip(colors, self.marks, self.parents, self.children, strict=True):
+            n_twins[repr(twin)] += 1
+            keys.append((color, n_twins[repr(twin)]))
+        rank = {key: i for i, key in enumerate(sorted(set(keys)))}
+        return [rank[key] for key in keys]
+
+    def refine(self, color: list[int]) -> list[int]:
+        """Split colors until nodes of one color have parents, and children, of the same colors."""
         n_colors = 0
         while n_colors < len(set(color)):
             n_colors = len(set(color))
             keys = [
-                (c, sorted([color[p] for p in above]), sorted([color[b] for b in below]))
-                for c, above, below in zip(color, parents, children, strict=True)
+                (c, sorted([color[p] for p in parents]), sorted([color[b] for b in children]))
+                for c, parents, children in zip(color, self.parents, self.children, strict=True)
             ]
             rank = {repr(key): i for i, key in enumerate(sorted(keys))}
             color = [rank[repr(key)] for key in keys]
         return color
 
-    def tied(color: list[int]) -> list[int]:
-        """Return the nodes of the lowest color that several nodes have."""
-        ordered = sorted(color)
-        repeated = [a for a, b in zip(ordered, ordered[1:], strict=False) if a == b]
-        return [v for v, c in enumerate(color) if c == repeated[0]] if repeated else []
+    def single_out(self, color: list[int], node: int) -> list[int]:
+        """Return the colors after `node` comes before the others of its color."""
+        return self.refine([2 * c + (other != node) for other, c in enumerate(color)])
 
-    def single_out(color: list[int], node: int) -> list[int]:
-        return refine([2 * c + (v != node) for v, c in enumerate(color)])
-
-    def leaf(color: list[int]) -> Graph:
+    def first_form(self, color: list[int]) -> Graph:
         """Return the form after ties are broken by whichever node is first."""
-        while nodes := tied(color):
-            color = single_out(color, nodes[0])
+        while nodes := tied_nodes(color):
+            color = self.single_out(color, nodes[0])
         order = sorted(range(len(color)), key=color.__getitem__)
-        number = {v: i for i, v in enumerate(order)}
-        return sorted((number[a], number[b]) for a, b in edges), [marks[v] for v in order]
+        number = {node: i for i, node in enumerate(order)}
+        edges = sorted((number[parent], number[child]) for parent, child in self.edges)
+        return edges, [self.marks[node] for node in order]
 
-    def smallest(color: list[int]) -> Graph:
-        nodes = tied(color)
-        if not nodes:
-            return leaf(color)
-        # two branches with a form in common are images of each other: one is enough
-        branches = {repr(leaf(c)): c for c in (single_out(color, v) for v in nodes)}
-        return min(smallest(c) for c in branches.values())
-
-    # twins, with the same mark, parents and children, can be told apart in any order
-    n_twins: dict[str, int] = {}
-    keys = []
-    for color, *twin in zip(colors, marks, parents, children, strict=True):
-        n_twins[repr(twin)] = n_twins.get(repr(twin), 0) + 1
-        keys.append((color, n_twins[repr(twin)]))
-    rank = {key: i for i, key in enumerate(sorted(set(keys)))}
-    color = [rank[key] for key in keys]
-    return leaf(color) if not tied(color) else smallest(refine(color))
+    def smallest_form(self, color: list[int]) -> Graph:
+        """Return the smallest form over all ways to break ties."""
+        if not (nodes := tied_nodes(color)):
+            return self.first_form(color)
+        branches = [self.single_out(color, node) for node in nodes]
+        # branches with a form in common are images of each other: one of them is enough
+        distinct = {repr(self.first_form(branch)): branch for branch in branches}
+        return min(self.smallest_form(branch) for branch in distinct.values())

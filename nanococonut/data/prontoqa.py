@@ -13,7 +13,7 @@ entity's fact tells the two apart, so all such rules give 50 %.
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,10 +128,10 @@ def generate(
     if `exclude` leaves hardly any.
     """
     config = config or OntologyConfig()
-    rng = rng_from_seed(seed)
     examples: list[Example] = []
+    batches = sample_batches(seed, config)
     while len(examples) < n:
-        batch = _sample_examples(rng, config)
+        batch = next(batches)
         if exclude:
             batch = [example for example in batch if graph_hash(example) not in exclude]
         if not batch:
@@ -141,6 +141,13 @@ def generate(
             )
         examples += batch
     return examples[:n]
+
+
+def sample_batches(seed: int | Sequence[int], config: OntologyConfig) -> Iterator[list[Example]]:
+    """Yield BATCH examples, again and again."""
+    rng = rng_from_seed(seed)
+    while True:
+        yield _sample_examples(rng, config)
 
 
 def _negated_probability(c: OntologyConfig) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The paper's Algorithm 1, read literally, does not reproduce the released statistics. This generator
 was fitted to the 800 released validation and test examples instead (GraphConfig has the fitted
-values; a search around them found nothing better beyond noise). It draws a thousand graphs at a
+values; a search near them gave nothing better beyond noise). It draws a thousand graphs at a
 time and loops over the nodes, parents first.
 
 The released examples can be answered by shortcuts: ignore the entity, choose the option farther
@@ -12,7 +12,7 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -135,12 +135,12 @@ def generate(
     if graphs as configured are too rare.
     """
     config = config or GraphConfig()
-    rng = rng_from_seed(seed)
     examples: list[Example] = []
     n_drawn = 0
     colors = {key[: isomorphism.COLOR_BYTES] for key in exclude}
+    batches = sample_batches(seed, config)
     while len(examples) < n:
-        batch = _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
+        batch = next(batches)
         if exclude:
             excluded = _excluded(batch, exclude, colors)
             batch = [example for example, out in zip(batch, excluded, strict=True) if not out]
@@ -154,6 +154,13 @@ def generate(
                 "Ask for fewer hops or another number of nodes."
             )
     return examples[:n]
+
+
+def sample_batches(seed: int | Sequence[int], config: GraphConfig) -> Iterator[list[Example]]:
+    """Yield the examples of BATCH graphs, again and again; there may be none."""
+    rng = rng_from_seed(seed)
+    while True:
+        yield _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
 
 
 class Graphs(NamedTuple):
@@ -220,7 +227,7 @@ def pick_question(rng: np.random.Generator, graphs: Graphs, c: GraphConfig) -> G
     root = np.where(deepest[:, 0] == deepest[:, 1], coin, deepest[:, 1] > deepest[:, 0]).astype(int)
     n_hops = deepest.max(1)
     orphan = graphs.parent[:, :, 0] < 0
-    # a root that is a leaf has no exclusive leaf of its own
+    # a root that is a leaf has no exclusive leaf
     ok = (deepest.min(1) >= 1) & (c.min_hops <= n_hops) & (n_hops <= c.max_hops)
     ok &= (orphan & ~graphs.leaf).sum(1) <= len(NAMES)
     ok &= (~orphan).sum(1) <= len(CONCEPTS)

@@ -1,9 +1,8 @@
 """Statistics of examples, and those of the released ones, which the generators were fitted to."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean, pstdev
+from statistics import fmean
 
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
@@ -25,21 +24,12 @@ PROSQA_RELEASED: dict[str, float] = {
 # of 300 examples of the public generator (5 hops, random order)
 PRONTOQA_RELEASED: dict[str, float] = {
     "sentences": 25, "words": 104.72, "facts": 2, "facts last": 1, "start is first fact": 0.5067,
-    "properties": 12, "property families": 11,
+    "properties": 12,
     "concepts": 14, "concepts with two parents": 5, "concepts reached": 13,
     "Each": 0.2604, "Every": 0.2462, "plural": 0.4933,
     "negated on the way": 0.2758, "negated aside": 0.3294, "conclusion negated": 0.4733,
-    "contradicted by": 1, "contradiction first": 0.5367,
-    "query negated": 0.4667, "true": 0.4867, "true and negated": 0.2133,
-    "hops": 5, "steps": 6, "words sd": 4.2522,
-}
-
-# of the 500 released validation examples
-GSM8K_RELEASED: dict[str, float] = {
-    "answer decimal": 0, "answer has comma": 0.008, "answer negative": 0, "answer no number": 0,
-    "last is answer": 0.932,
-    "steps": 3.146, "steps 0": 0.012, "steps 1": 0.052, "steps 2": 0.31, "steps 3": 0.28,
-    "steps >3": 0.346, "words of question": 45.036,
+    "contradiction first": 0.5367, "query negated": 0.4667, "true": 0.4867,
+    "hops": 5, "steps": 6,
 }
 # fmt: on
 
@@ -92,8 +82,7 @@ def prontoqa_statistics(examples: Sequence[Example]) -> dict[str, float]:
             )
         for key, new_values in _prontoqa_values(example).items():
             values.setdefault(key, []).extend(new_values)
-    means = {key: fmean(numbers) for key, numbers in values.items() if numbers}
-    return {**means, "words sd": pstdev(values["words"])}
+    return {key: fmean(numbers) for key, numbers in values.items() if numbers}
 
 
 def _prontoqa_values(example: Example) -> dict[str, list[float]]:
@@ -112,7 +101,6 @@ def _prontoqa_values(example: Example) -> dict[str, list[float]]:
     claims = [prontoqa.parse_sentence(sentence) for sentence in sentences]
     openings = [s.split()[0] for s, c in zip(sentences, claims, strict=True) if c in rules]
     n_parents = Counter(rule.subject for rule in edges)
-    families = [f for f in prontoqa.FAMILIES if any(rule.predicate in f for rule in properties)]
     return {
         "sentences": [len(sentences)],
         "words": [len(example["question"].split())],
@@ -120,7 +108,6 @@ def _prontoqa_values(example: Example) -> dict[str, list[float]]:
         "facts last": [all(claim in facts for claim in claims[-len(facts) :])],
         "start is first fact": [facts[0].predicate in path],
         "properties": [len(properties)],
-        "property families": [len(families)],
         "concepts": [len({rule.subject for rule in rules} | {rule.predicate for rule in edges})],
         "concepts with two parents": [sum(n == 2 for n in n_parents.values())],
         "concepts reached": [len(reached) - 1],
@@ -130,39 +117,9 @@ def _prontoqa_values(example: Example) -> dict[str, list[float]]:
         "negated on the way": [rule.negated for rule in others if rule.subject in path],
         "negated aside": [rule.negated for rule in others if rule.subject not in path],
         "conclusion negated": [conclusion.negated],
-        "contradicted by": [supports.count(False)],
         "contradiction first": [not supports[0]],
         "query negated": [query.negated],
         "true": [example["answer"] == "True"],
-        "true and negated": [query.negated and example["answer"] == "True"],
         "hops": [reached[conclusion.subject]],
         "steps": [len(example["steps"])],
     }
-
-
-def gsm8k_statistics(examples: Sequence[Example]) -> dict[str, float]:
-    """Return means and fractions, by number of steps and kind of answer. UserError if empty.
-
-    last is answer   the result of the last equation is the answer
-    """
-    if not examples:
-        raise UserError("there are no examples.\nGive at least one.")
-    total: Counter[str] = Counter()
-    for example in examples:
-        steps, answer = example["steps"], example["answer"].strip()
-        result = steps[-1].rpartition("=")[2].removesuffix(">>") if steps else ""
-        number = _number(answer)
-        total["steps"] += len(steps)
-        total[f"steps {len(steps)}" if len(steps) < 4 else "steps >3"] += 1
-        total["words of question"] += len(example["question"].split())
-        total["answer has comma"] += "," in answer
-        total["answer negative"] += answer.startswith("-")
-        total["answer decimal"] += number is not None and "." in answer
-        total["answer no number"] += number is None
-        total["last is answer"] += number is not None and number == _number(result)
-    return {key: n / len(examples) for key, n in sorted(total.items())}
-
-
-def _number(text: str) -> float | None:
-    plain = text.replace(",", "").strip()
-    return float(plain) if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", plain) else None

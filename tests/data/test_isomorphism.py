@@ -184,3 +184,11 @@ def test_training_never_repeats_a_held_out_graph(task, nodes, hops):
     assert not any(
         is_isomorphic(a, b) for a in trained[:100] for b in held_out["valid"] if task == "prosqa"
     )
+
+
+def test_rare_test_graphs_do_not_delay_a_start(monkeypatch):
+    """Two thousand balanced examples of exactly six hops take eight minutes."""
+    monkeypatch.setattr(tasks, "MAX_TEST_BATCHES", 2)
+    rare = TrainConfig(min_hops=6, max_hops=6, val_examples=1)
+    n_examples = [len(examples) for examples in tasks.held_out(rare).values()]
+    assert n_examples[:2] == [1, 1] and 10 < n_examples[2] < 200 and n_examples[-1] < 10

@@ -39,31 +39,31 @@ def examples() -> list:
 
 def distances(edges: list, start: int) -> dict[int, int]:
     """Steps from start to all that it leads to, the slow and plain way."""
-    found, steps = {start: 0}, 0
+    reached, steps = {start: 0}, 0
     while True:
         steps += 1
-        new = {b for a, b in edges if a in found and b not in found}
+        new = {b for a, b in edges if a in reached and b not in reached}
         if not new:
-            return found
-        found |= dict.fromkeys(new, steps)
+            return reached
+        reached |= dict.fromkeys(new, steps)
 
 
 def check(example: dict, config: GraphConfig) -> None:
-    """Everything that a example promises, from its edges alone."""
+    """Check all that an example promises by its edges alone."""
     edges, symbol = example["edges"], example["idx_to_symbol"]
     root, target, neg_target = example["root"], example["target"], example["neg_target"]
     assert root in (0, 1)
-    mine, theirs = distances(edges, root), distances(edges, 1 - root)
+    own, theirs = distances(edges, root), distances(edges, 1 - root)
     parents, inner = {b for _, b in edges}, {a for a, _ in edges}
     nodes = parents | inner
     assert nodes == set(range(len(symbol))) and all(a < b for a, b in edges)
     assert len(set(map(tuple, edges))) == len(edges)
 
-    # target: a deepest leaf of the entity's own; neg_target: a leaf of the other root's own
-    my_leaves = set(mine) - set(theirs) - inner
-    their_leaves = set(theirs) - set(mine) - inner
-    hops = mine[target]
-    assert target in my_leaves and hops == max(mine[leaf] for leaf in my_leaves)
+    # target: a deepest leaf that only the entity leads to; neg_target: one of the other root
+    own_leaves = set(own) - set(theirs) - inner
+    their_leaves = set(theirs) - set(own) - inner
+    hops = own[target]
+    assert target in own_leaves and hops == max(own[leaf] for leaf in own_leaves)
     assert neg_target in their_leaves and hops >= max(theirs[leaf] for leaf in their_leaves)
     assert config.min_hops <= hops <= config.max_hops
     if config.matched:
@@ -103,7 +103,7 @@ def check(example: dict, config: GraphConfig) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_answers_agree_with_an_independent_search(name):
-    """The generator's own search could be wrong in all places alike."""
+    """The generator's own search could be wrong in the same way everywhere."""
     for example in prosqa.generate(20 if "long" in name else 100, 1, CONFIGS[name]):
         check(example, CONFIGS[name])
 
@@ -139,39 +139,45 @@ RELEASED = {
 
 def test_statistics_match_the_released_examples(examples):
     """A changed generator could drift away from the paper's data."""
-    found = prosqa_statistics(examples) | prosqa_shortcuts(examples)
+    stats = prosqa_statistics(examples) | prosqa_shortcuts(examples)
     for key, (value, tolerance) in RELEASED.items():
-        assert found[key] == pytest.approx(value, abs=tolerance), key
+        assert stats[key] == pytest.approx(value, abs=tolerance), key
 
 
 def test_statistics_of_the_released_examples(released):
     """The expected values could be those of our generator."""
     examples = read_examples(released / "prosqa_valid.json")
-    found = prosqa_statistics(examples) | prosqa_shortcuts(examples)
+    stats = prosqa_statistics(examples) | prosqa_shortcuts(examples)
     for key, (value, tolerance) in RELEASED.items():
-        assert found[key] == pytest.approx(value, abs=tolerance), key
-    assert found["deeper"] == pytest.approx(0.925, abs=1e-3)
+        assert stats[key] == pytest.approx(value, abs=tolerance), key
+    assert stats["deeper"] == pytest.approx(0.925, abs=1e-3)
 
 
 def test_statistics_by_hand():
     """0 -> 2 -> 4, 0 -> 3 -> 4, 1 -> 5, 1 -> 3, 6 -> 5: two ways to 4; 3 and 4 are of both."""
     edges = [[0, 2], [0, 3], [1, 3], [2, 4], [3, 4], [1, 5], [6, 5]]
     example = {"question": "", "edges": edges, "root": 0, "target": 4, "neg_target": 5}
-    found = prosqa_statistics([example])
-    shares = {"label 0": 0.2, "label 1": 0.2, "label 2": 0.2, "label 3": 0.4}
-    shares |= {"in-degree 0": 0.2, "in-degree 1": 0.2, "in-degree 2": 0.6}
+    stats = prosqa_statistics([example])
+    fractions = {"label 0": 0.2, "label 1": 0.2, "label 2": 0.2, "label 3": 0.4}
+    fractions |= {"in-degree 0": 0.2, "in-degree 1": 0.2, "in-degree 2": 0.6}
     counts = {"nodes": 7, "edges": 7, "persons": 3, "hops": 2, "hops 2": 1, "shortest paths": 2}
-    assert found == pytest.approx(counts | shares | {"entity is node 1": 0})
+    assert stats == pytest.approx(counts | fractions | {"entity is node 1": 0})
 
 
 def test_shortcuts_by_hand():
     """c: 2 from Tom, 1 parent, 2 above it; d: 1 from Sam, 2 from Tom, 3 parents, 4 above it."""
     facts = "Tom is a b. Every b is a c. Sam is a d. Every e is a d. Every b is a d. Sam is a e."
     example = {"question": f"{facts} Is Tom a d or c?", "steps": [], "answer": "Tom is a c."}
-    right = {"deeper": 1, "farthest": 0.5, "more ancestors": 0, "fewer parents": 1, "random": 0.5}
-    assert prosqa_shortcuts([example]) == right
+    expected = {
+        "deeper": 1,
+        "farthest": 0.5,
+        "more ancestors": 0,
+        "fewer parents": 1,
+        "random": 0.5,
+    }
+    assert prosqa_shortcuts([example]) == expected
     both = prosqa_shortcuts([example, {**example, "answer": "Tom is a d."}])
-    assert both == dict.fromkeys(right, 0.5)
+    assert both == dict.fromkeys(expected, 0.5)
     with pytest.raises(UserError, match="none of the options"):
         prosqa_shortcuts([{**example, "answer": "Tom is a b."}])
 
@@ -180,8 +186,8 @@ def test_shortcuts_by_hand():
 def test_matched_defeats_the_depth_shortcut(config):
     """The split is useless if "deeper" still works."""
     examples = prosqa.generate(400, 2, replace(config, matched=True))
-    found = prosqa_shortcuts(examples)
-    assert found["deeper"] == 0.5 and all(0.4 < share < 0.65 for share in found.values())
+    stats = prosqa_shortcuts(examples)
+    assert stats["deeper"] == 0.5 and all(0.4 < fraction < 0.65 for fraction in stats.values())
     assert prosqa_shortcuts(prosqa.generate(400, 2, config))["deeper"] > 0.75
 
 
@@ -212,9 +218,9 @@ def test_balanced_defeats_every_shortcut(name):
     """Every rule is correct in half of the examples, also those made up for this test. 0.15 is more
     than four standard deviations."""
     examples = prosqa.generate(200, 3, CONFIGS[name])
-    found = prosqa_shortcuts(examples)
+    stats = prosqa_shortcuts(examples)
     for rule in ("said last", "said more often", "of the first root"):
-        found[rule] = 0.0
+        stats[rule] = 0.0
         for example in examples:
             asked = prosqa.parse_question(example["question"])
             words = [word for edge in asked.edges for word in edge]
@@ -224,10 +230,10 @@ def test_balanced_defeats_every_shortcut(name):
                 "said more often": [words.count(w) for w in (good, bad)],
                 "of the first root": [example["root"] == 0, example["root"] == 1],
             }[rule]
-            found[rule] += ((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])) / len(
+            stats[rule] += ((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])) / len(
                 examples
             )
-    assert all(share == pytest.approx(0.5, abs=0.15) for share in found.values()), found
+    assert all(fraction == pytest.approx(0.5, abs=0.15) for fraction in stats.values()), stats
 
 
 def test_options_names_and_sentences_are_shuffled(examples):
@@ -235,9 +241,9 @@ def test_options_names_and_sentences_are_shuffled(examples):
     first = [r["question"].split()[-3] == r["idx_to_symbol"][r["target"]] for r in examples]
     assert sum(first) / len(examples) == pytest.approx(0.5, abs=0.03)
     for name in prosqa.NAMES:  # the entity's: 17 as likely ones
-        share = sum(r["idx_to_symbol"][r["root"]] == name for r in examples) / len(examples)
-        assert share == pytest.approx(1 / 17, abs=0.02)
-    # the edge listed first stands anywhere in the text
+        fraction = sum(r["idx_to_symbol"][r["root"]] == name for r in examples) / len(examples)
+        assert fraction == pytest.approx(1 / 17, abs=0.02)
+    # the edge listed first is anywhere in the text
     places = []
     for example in examples:
         edges, _, _ = prosqa.parse_question(example["question"])
@@ -247,8 +253,8 @@ def test_options_names_and_sentences_are_shuffled(examples):
 
 
 def test_steps_are_a_uniform_shortest_path(examples):
-    """Of two paths each is taken as often. Where more of a graph's paths enter the target by one
-    parent than by another, that parent is taken by their share (a plain walk upward would not)."""
+    """A plain walk upward takes every parent of the target equally often, however many paths lead
+    to it. Of two paths each is taken equally often."""
     first, pairs, surplus, uneven = 0, 0, 0.0, 0
     for example in examples[:2500]:
         number = {word: node for node, word in enumerate(example["idx_to_symbol"])}
@@ -262,15 +268,15 @@ def test_steps_are_a_uniform_shortest_path(examples):
         pairs += len(paths) == 2
         enters = Counter(path[-2] for path in paths)
         if len(set(enters.values())) > 1:
-            share = {parent: n / len(paths) for parent, n in enters.items()}
-            surplus += share[taken[-2]] - sum(s * s for s in share.values())
+            fraction = {parent: n / len(paths) for parent, n in enters.items()}
+            surplus += fraction[taken[-2]] - sum(s * s for s in fraction.values())
             uneven += 1
     assert pairs > 500 and uneven > 100
     assert first / pairs == pytest.approx(0.5, abs=0.06)
     assert surplus / uneven == pytest.approx(0, abs=0.03)
 
 
-def test_a_seed_means_the_same_examples_for_ever():
+def test_a_seed_always_gives_the_same_examples():
     """The digest is a fixed one: a seed means the same examples on every machine, now and later."""
     examples = prosqa.generate(50, (1, 2, 3))
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
@@ -402,7 +408,7 @@ def test_other_sentences_are_refused():
 
 
 def test_solve(examples):
-    """Cycles must not loop for ever; two correct options have no answer."""
+    """Cycles must end; two correct options have no answer."""
     for example in examples[:100]:
         assert prosqa.solve(example["question"]) == example["answer"]
     assert prosqa.solve(QUESTION) == "Tom is a c."
@@ -437,7 +443,7 @@ def test_impossible_settings_are_refused(values, field):
 
 
 def test_graphs_that_never_occur_are_an_error(monkeypatch):
-    """generate() would loop for ever."""
+    """generate() would never end."""
     monkeypatch.setattr(prosqa, "PATIENCE", 5000)
     with pytest.raises(UserError, match="0 examples with n_nodes=12, min_hops=9"):
         prosqa.generate(1, 0, GraphConfig(n_nodes=12, min_hops=9, max_hops=9))
