@@ -15,24 +15,21 @@ def validation_error(value: Any) -> str | None:
     """Return what keeps a JSON value from being an Example, or None."""
     if not isinstance(value, dict):
         return f"expected an object, got a JSON {json_type_name(value)}"
-    for key in ("question", "steps", "answer"):
+    for key in Example.__annotations__:
         if key not in value:
             return f"{key!r} is missing"
-    for key in ("question", "answer"):
-        if not isinstance(value[key], str):
-            return f"{key!r}: expected a text, got a {json_type_name(value[key])}"
-        if not value[key].strip():
-            return f"{key!r} is blank"
     steps = value["steps"]
     if not isinstance(steps, list):
         return f"'steps': expected a list of texts, got a {json_type_name(steps)}"
-    for i, step in enumerate(steps):
-        if not isinstance(step, str):
-            return f"'steps'[{i}]: expected a text, got a {json_type_name(step)}"
-    for text in (value["question"], *steps, value["answer"]):
+    named = {"'question'": value["question"], "'answer'": value["answer"]}
+    for name, text in (named | {f"'steps'[{i}]": s for i, s in enumerate(steps)}).items():
+        if not isinstance(text, str):
+            return f"{name}: expected a text, got a {json_type_name(text)}"
+        if name in named and not text.strip():
+            return f"{name} is blank"
         # json.loads accepts a lone surrogate, UTF-8 and the tokenizer do not
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            return f"{text[:20]!a} contains half of a surrogate pair"
+            return f"{name}: not UTF-8 text (half of a surrogate pair), {text[:20]!a}"
     return None
 
 

@@ -3,7 +3,7 @@
 Examples like those that the public generator (Saparov and He, arXiv 2210.01240) makes for the
 Coconut paper: a chain of concepts above the entity, each with a property and a second parent that
 leads nowhere; the property in the query is `hops` steps away. All examples have one shape, so a
-thousand are drawn at a time as arrays. statistics.py has figures of 300 that it made.
+thousand are drawn at a time as arrays. docs/DATA.md has figures of 300 that it made.
 
 Those examples need no search: the property is stated of two concepts, once with "not", and the
 wrong one occurs nowhere else in the text (shortcuts.py: 100 % correct). With
@@ -22,6 +22,7 @@ import numpy as np
 from nanococonut.data.examples import Example
 from nanococonut.data.search import children_of, distances
 from nanococonut.data.seeds import rng_from_seed
+from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 
 NAMES = "Alex Fae Max Polly Rex Sally Sam Stella Wren".split()
@@ -62,6 +63,11 @@ class Claim(NamedTuple):
     predicate: str  # a concept (ends in -pus) or a property
 
     @property
+    def compact(self) -> str:
+        """The claim in compact style, without its subject: " red" or " not red"."""
+        return f" {'not ' * self.negated}{self.predicate}"
+
+    @property
     def is_fact(self) -> bool:
         return self.subject[0].isupper()
 
@@ -97,23 +103,15 @@ SENTENCES = np.array(
 
 @dataclass(frozen=True)
 class OntologyConfig:
-    """Settings of the ontologies.
+    """Settings of the ontologies."""
 
-    hops      steps from the entity's concept to the property in the query (released: 5)
-    matched   the wrong property is at the end of a twin of the chain
-    """
-
-    hops: int = 5
-    matched: bool = False
+    hops: int = option(5, "steps from the entity's concept to the queried property", ge=1, le=6)
+    matched: bool = option(False, "the wrong property is at the end of a twin of the chain")
 
     def __post_init__(self) -> None:
-        limit = 5 if self.matched else 6
-        if type(self.hops) is not int or not 1 <= self.hops <= limit:
-            raise UserError(
-                f"hops={self.hops!r}: expected a whole number from 1 to {limit} (there are "
-                f"{len(CONCEPTS)} concepts; matched takes more of them).\n"
-                "Change hops (train.py: --max_hops)."
-            )
+        validate(self)
+        if self.matched and self.hops > 5:  # a twin needs more concepts
+            raise UserError(f"hops={self.hops}: matched has at most 5.\nLower hops (--max_hops).")
 
 
 def generate(
@@ -326,7 +324,7 @@ def graph_hash(example: Example) -> bytes:
             above[claim.subject].append(claim.predicate)
             above.setdefault(claim.predicate, [])
         else:
-            above[claim.subject].append(f"{'not ' * claim.negated}{claim.predicate}")
+            above[claim.subject].append(claim.compact[1:])
     shape: dict[str, str] = {}
 
     def describe(node: str) -> str:
@@ -353,19 +351,11 @@ def graph_hashes(examples: Sequence[Example]) -> list[bytes]:
 # answer is unchanged. Spaces and signs are as in prosqa.py. Only the wording is lost.
 
 
-def _compact(claim: Claim) -> str:
-    return f" {claim.subject}{_compact_predicate(claim)}"
-
-
-def _compact_predicate(claim: Claim) -> str:
-    return f" {'not ' * claim.negated}{claim.predicate}"
-
-
 def compact_question(question: str) -> str:
     """Return the rules, the facts, then "? Max? not red". UserError as in parse_question."""
     facts, rules, query = parse_question(question)
-    claims = "".join([f"{_compact(claim)}." for claim in rules + facts])
-    return f"{claims}? {query.subject}?{_compact_predicate(query)}"
+    claims = "".join([f" {claim.subject}{claim.compact}." for claim in rules + facts])
+    return f"{claims}? {query.subject}?{query.compact}"
 
 
 def compact_step(step: str) -> str:
@@ -375,9 +365,9 @@ def compact_step(step: str) -> str:
     """
     fact, *rule = [parse_sentence(sentence) for sentence in split_sentences(step)]
     if fact.is_fact and not rule:
-        return _compact_predicate(fact)
+        return fact.compact
     if fact.is_fact and [claim.subject for claim in rule] == [fact.predicate]:
-        return _compact(rule[0])
+        return f" {rule[0].subject}{rule[0].compact}"
     raise UserError(
         f"not a ProntoQA step: {step[:60]!r}.\n"
         'Write a fact, or a fact and a rule about it: "Max is a wumpus. Each wumpus is red."'

@@ -22,6 +22,7 @@ from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
 from nanococonut.data.search import distances, parents_of
 from nanococonut.data.seeds import rng_from_seed
+from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 
 NAMES = (
@@ -50,49 +51,30 @@ FAR = 10_000  # distance of an unreachable node
 class GraphConfig:
     """Settings of the graphs. The defaults fit the released examples.
 
-    n_nodes              nodes before those without edges are removed
-    min_hops, max_hops   steps from the entity to the answer
-    parent_rate          mean of the Poisson number of parents per node
-    first_share          fraction of nodes whose parents all descend from root 0 only (label 1)
-    second_share         the same for root 1 (label 2); all other nodes take parents anywhere
-    depth_weight         parents are drawn with weight (depth_weight * depth + 1) ** depth_power
-    depth_power          1 fits the released examples; higher values give longer chains
-    matched              both options are equally far from their nearest parentless node
-    balanced             both options are the deepest of their own root, and equally deep: the same
-                         graph with the other answer is equally likely
+    A share is the fraction of nodes whose parents all descend from one root; all other nodes take
+    parents anywhere. Parents are drawn with weight (depth_weight * depth + 1) ** depth_power.
     """
 
-    n_nodes: int = 28
-    min_hops: int = 3
-    max_hops: int = 6
-    parent_rate: float = 1.5
-    first_share: float = 0.35
-    second_share: float = 0.455
-    depth_weight: float = 1.5
-    depth_power: float = 1.0
-    matched: bool = False
-    balanced: bool = False
+    n_nodes: int = option(28, "nodes before those without edges go", ge=4, le=len(WORDS))
+    min_hops: int = option(3, "fewest steps from the entity to the answer", ge=1)
+    max_hops: int = option(6, "most steps from the entity to the answer")
+    parent_rate: float = option(1.5, "mean of the Poisson number of parents", ge=0.01, le=20)
+    first_share: float = option(0.35, "share of root 0 (label 1)", ge=0, le=1)
+    second_share: float = option(0.455, "share of root 1 (label 2)", ge=0)
+    depth_weight: float = option(1.5, "0 draws parents regardless of depth", ge=0, le=1000)
+    depth_power: float = option(1.0, "higher values give longer chains", ge=0, le=20)
+    matched: bool = option(False, "options equally far from their nearest parentless node")
+    # the same graph with the other answer is equally likely
+    balanced: bool = option(False, "options the deepest of their own root, and equally deep")
 
     def __post_init__(self) -> None:
-        self._check("n_nodes", 4, len(WORDS), f"there are words for {len(WORDS)} nodes")
-        self._check("min_hops", 1, self.n_nodes - 3, "the other root and its leaf need nodes, too")
-        self._check("max_hops", self.min_hops, self.n_nodes, "at least min_hops")
-        self._check("parent_rate", 0.01, 20, "mean number of parents")
-        self._check("first_share", 0, 1, "fraction of the nodes")
-        self._check("second_share", 0, 1 - self.first_share + 1e-9, "what first_share leaves")
-        self._check("depth_weight", 0, 1000, "0 draws parents regardless of depth")
-        self._check("depth_power", 0, 20, "higher values give longer chains")
+        validate(self)
+        if self.max_hops < self.min_hops:
+            raise UserError(f"max_hops={self.max_hops} is less than min_hops.\nChange one of them.")
+        if self.first_share + self.second_share > 1 + 1e-9:
+            raise UserError(f"second_share={self.second_share}: the shares exceed 1.\nLower one.")
         if self.matched and self.balanced:  # the coin would not be fair any more
             raise UserError("matched=True and balanced=True are two splits.\nChoose one.")
-
-    def _check(self, name: str, low: float, high: float, why: str) -> None:
-        value = getattr(self, name)
-        numeric = int if type(getattr(GraphConfig, name)) is int else int | float
-        if isinstance(value, bool) or not isinstance(value, numeric) or not low <= value <= high:
-            raise UserError(
-                f"{name}={value!r}: expected a number from {low:g} to {high:g} ({why}).\n"
-                f"Change {name}."
-            )
 
 
 SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_dense")
@@ -102,8 +84,6 @@ def split_config(name: str, base: GraphConfig) -> GraphConfig:
     """Return the settings of a split for a model trained on the graphs of `base`."""
     base = replace(base, matched=False, balanced=False)
     match name:
-        case "prosqa":  # as in training, with all shortcuts
-            return base
         case "prosqa_matched":
             return replace(base, matched=True)
         case "prosqa_balanced":
@@ -120,7 +100,7 @@ def split_config(name: str, base: GraphConfig) -> GraphConfig:
             )
         case "prosqa_dense":  # one more parent per node
             return replace(base, balanced=True, parent_rate=base.parent_rate + 1)
-    raise UserError(f"{name!r} is not a split.\nChoose one of {', '.join(SPLITS)}.")
+    return base  # as in training, with all shortcuts
 
 
 def generate(
@@ -141,10 +121,7 @@ def generate(
     batches = sample_batches(seed, config)
     while len(examples) < n:
         batch = next(batches)
-        if exclude:
-            excluded = _excluded(batch, exclude, colors)
-            batch = [example for example, out in zip(batch, excluded, strict=True) if not out]
-        examples += batch
+        examples += _without(batch, exclude, colors) if exclude else batch
         n_drawn += BATCH
         if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
             raise UserError(
@@ -364,16 +341,16 @@ def _marked_graph(example: Example) -> isomorphism.Graph:
     return [(number[a], number[b]) for a, b in edges], marks
 
 
-def _excluded(
+def _without(
     examples: list[Example], exclude: Collection[bytes], colors: set[bytes]
-) -> list[bool]:
-    """Return whether each graph_hash is in `exclude`, whose hashes start with `colors`."""
-    found = isomorphism.graph_colors([_marked_graph(example) for example in examples])
+) -> list[Example]:
+    """Return those whose graph_hash is not in `exclude`; hashes in it start with `colors`."""
     # a color takes a tenth of an example's time, a hash more than an example
-    candidates = [i for i, color in enumerate(found) if color in colors]
+    own_colors = isomorphism.graph_colors([_marked_graph(example) for example in examples])
+    candidates = [i for i, color in enumerate(own_colors) if color in colors]
     hashes = graph_hashes([examples[i] for i in candidates])
     excluded = {i for i, key in zip(candidates, hashes, strict=True) if key in exclude}
-    return [i in excluded for i in range(len(examples))]
+    return [example for i, example in enumerate(examples) if i not in excluded]
 
 
 def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:

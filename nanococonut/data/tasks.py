@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from nanococonut.config import TrainConfig
-from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts, statistics
+from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
@@ -20,7 +20,6 @@ from nanococonut.runtime.errors import UserError
 
 GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig
 MAX_TEST_BATCHES = 100  # with rarer examples, a run would start minutes later
-Statistics = Callable[[Sequence[Example]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,22 @@ class Task:
     """What the loop, the sampler and the benches know of a task.
 
     description      a line for --help
-    module           generate, solve, graph_hash, compact_example, ... of a generated task
-    statistics       examples of a generated task -> means and fractions
-    released         these statistics of the released examples
+    module           generate, solve, graph_hash, compact_example, ... of a generated task;
+                     from_hub(split, revision, skipped) -> (examples, commit) of any other
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
                      examples are not of this task
     config_class     the generator's settings; None: examples are read, never generated
     splits           name -> settings for a model's TrainConfig. The first is the training split,
                      the second its variant without shortcuts
     easier_configs   settings with fewer steps than the task's own, to start the search from
-    load_split       (split, revision, skipped) -> (examples, commit); None for generated tasks
     """
 
     description: str
     module: ModuleType
-    statistics: Statistics = lambda examples: {}
-    released: Mapping[str, float] = field(default_factory=dict)
-    shortcuts: Statistics = lambda examples: {}
+    shortcuts: Callable[[Sequence[Example]], dict[str, float]] = lambda examples: {}
     config_class: type[GeneratorConfig] | None = None
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
     easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
-    load_split: Callable[[str, str, list[str] | None], tuple[list[Example], str]] | None = None
 
     def words(self) -> list[str]:
         """Return the words that a word-level vocabulary needs in addition to those of a file."""
@@ -68,34 +62,29 @@ class Task:
         sentences   a newline after the question and after each step, as in the released code
         compact     the task's own short form; UserError if an example is not of this task
         """
-        if style == "sentences":
-            return [
-                example
-                | {
-                    "question": self.render_question(example["question"], style),
-                    "steps": [step + "\n" for step in example["steps"]],
-                }
-                for example in examples
-            ]
-        compact = []
+        rendered = []
         for i, example in enumerate(examples):
+            if style == "sentences":
+                texts = {"question": self.render_question(example["question"], style)}
+                texts["steps"] = [step + "\n" for step in example["steps"]]
+                rendered.append(example | texts)
+                continue
             try:
-                compact.append(self.module.compact_example(example))
+                rendered.append(self.module.compact_example(example))
             except UserError as e:
                 raise UserError(
                     f"example {i} has no compact form: {str(e).splitlines()[0]}\n"
                     "Use --render=sentences for examples of your own."
                 ) from None
-        return compact
+        return rendered
 
     def expand(self, text: str, question: str) -> str:
         """Return a compact completion as sentences: " Tom a a b### b" -> a line for each step, and
         "### Tom is a b."; text that is not compact is kept as it is."""
-        steps, mark, answer = text.rpartition("###")
-        if not mark:
-            return "\n".join(self.module.expand_steps(text, question))
+        steps, *answer = text.rsplit("###", 1)
         lines = self.module.expand_steps(steps, question)
-        return "\n".join([*lines, f"### {self.module.expand_answer(answer, question)}"])
+        lines += [f"### {self.module.expand_answer(text, question)}" for text in answer]
+        return "\n".join(lines)
 
 
 def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
@@ -122,8 +111,6 @@ TASKS: dict[str, Task] = {
     "prosqa": Task(
         "which of two concepts does a chain of facts lead to?",
         prosqa,
-        statistics.prosqa_statistics,
-        statistics.PROSQA_RELEASED,
         shortcuts.prosqa_shortcuts,
         prosqa.GraphConfig,
         splits={
@@ -135,8 +122,6 @@ TASKS: dict[str, Task] = {
     "prontoqa": Task(
         "does a statement follow from a chain of rules?",
         prontoqa,
-        statistics.prontoqa_statistics,
-        statistics.PRONTOQA_RELEASED,
         shortcuts.prontoqa_shortcuts,
         prontoqa.OntologyConfig,
         splits={"prontoqa": _ontology, "prontoqa_matched": partial(_ontology, matched=True)},
@@ -145,9 +130,6 @@ TASKS: dict[str, Task] = {
     "gsm8k": Task(
         "what number answers a question of grade-school mathematics?",
         gsm8k,
-        load_split=lambda split, revision, skipped: gsm8k.from_hub(
-            split, revision=revision, skipped=skipped
-        ),
     ),
 }
 
@@ -214,12 +196,13 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
     train = commit = None
     if config.data:
         train = read_examples(config.data, skipped)
-    elif task.load_split:
-        train, commit = task.load_split("train", config.hub_revision, skipped)
+    elif not task.splits:
+        load_split = partial(task.module.from_hub, skipped=skipped)
+        train, commit = load_split("train", revision=config.hub_revision)
     if config.valid_data:
         return Data(train, {"valid": read_examples(config.valid_data, skipped)}, commit)
-    if commit and task.load_split:
-        return Data(train, {"valid": task.load_split("validation", commit, skipped)[0]}, commit)
+    if commit:
+        return Data(train, {"valid": load_split("validation", revision=commit)[0]}, commit)
     if train is not None:
         return _hold_out(train, config)
     plain, matched, *_ = task.splits.values()
