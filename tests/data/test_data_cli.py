@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from nanococonut.data.statistics import PRONTOQA_RELEASED
 
 from nanococonut.data import gsm8k, prontoqa, prosqa
 from nanococonut.data.files import parse_gsm8k_line, parse_raw_prontoqa, read_examples
-from nanococonut.data.statistics import PRONTOQA_RELEASED
 
 GOOD = {"question": "Is it so?", "steps": [], "answer": "Yes."}
 LINES = [f"What is {i} and {i}?||<<{i}+{i}={2 * i}>> #### {2 * i}" for i in range(30)]

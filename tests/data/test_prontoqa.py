@@ -8,12 +8,12 @@ from collections import Counter
 from math import sqrt
 
 import pytest
+from data.statistics import PRONTOQA_RELEASED, prontoqa_statistics
 
 from nanococonut.data import prontoqa
 from nanococonut.data.files import parse_raw_prontoqa, read_examples
 from nanococonut.data.prontoqa import Claim, OntologyConfig
 from nanococonut.data.shortcuts import prontoqa_shortcuts
-from nanococonut.data.statistics import PRONTOQA_RELEASED, prontoqa_statistics
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 

@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from data.statistics import prosqa_statistics
 
 from nanococonut.data import prosqa
 from nanococonut.data.files import read_examples
 from nanococonut.data.prosqa import GraphConfig
 from nanococonut.data.shortcuts import prosqa_shortcuts
-from nanococonut.data.statistics import prosqa_statistics
 from nanococonut.data.tasks import TASKS
 from nanococonut.runtime.errors import UserError
 
