@@ -9,7 +9,6 @@ GSM8k-Aug text   question||<<16-3-4=9>> <<9*2=18>> #### 18
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from nanococonut.data.examples import Example, json_type_name, validation_error
 from nanococonut.runtime.errors import UserError
 
 Parse = Callable[[Any], Example]  # raises ValueError for a bad entry
-Entries = list[tuple[str, Any]]  # (place in the file, entry) pairs
 
 OBJECT = "An example is an object: question (text), steps (list of texts), answer (text)."
 
@@ -33,7 +31,8 @@ def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None
         # a byte that is not UTF-8 becomes half of a surrogate pair, which parse_object() refuses
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
-        raise UserError(f"{path} cannot be read: {_reason(e)}.\nGive a file of examples.") from None
+        reason = getattr(e, "strerror", None) or str(e)
+        raise UserError(f"{path} cannot be read: {reason}.\nGive a file of examples.") from None
     return collect(path, *_detect_format(path, text), skipped)
 
 
@@ -72,26 +71,13 @@ def skipped_summary(n_examples: int, skipped: Sequence[str]) -> str:
 
 
 def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
-    """Write a new file atomically: a JSON list, one example per line.
-
-    Raise UserError if the file exists or cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write a new file: a JSON list, one example per line. UserError if it exists already."""
     text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"
     try:
-        if path.exists():
-            raise UserError(f"{path} exists already.\nChoose another name or remove it first.")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with open(path, "x", encoding="utf-8") as f:
+            f.write(text)
     except OSError as e:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} cannot be written: {_reason(e)}.\nChoose another file.") from None
-
-
-def _reason(e: Exception) -> str:
-    return getattr(e, "strerror", None) or str(e)
+        raise UserError(f"{path} cannot be written: {e.strerror}.\nChoose another file.") from None
 
 
 # ---- one entry of each format -> an example, or ValueError
@@ -102,11 +88,6 @@ def parse_object(value: Any) -> Example:
     if error := validation_error(value):
         raise ValueError(error)
     return value
-
-
-def parse_json_line(line: str) -> Example:
-    """Return the example on a line of JSON."""
-    return parse_object(_load_json(line))
 
 
 def parse_gsm8k_line(line: str) -> Example:
@@ -145,8 +126,8 @@ def parse_raw_prontoqa(raw: Any) -> Example:
         raise ValueError("not an example of the public generator") from None
 
 
-def _detect_format(path: Path, text: str) -> tuple[Entries, Parse, str]:
-    """Return a text's entries, how to parse one and what one looks like. UserError if unknown."""
+def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse, str]:
+    """Return the first arguments of collect() for a text. UserError if it has no known format."""
     try:
         value = _load_json(text)
     except ValueError as e:
@@ -155,7 +136,7 @@ def _detect_format(path: Path, text: str) -> tuple[Entries, Parse, str]:
         # "[" or a lone "{" starts a broken JSON value over several lines, not JSON lines
         if not start.startswith("[") and start != "{":
             if any(line.lstrip().startswith("{") for _, line in lines):
-                return lines, parse_json_line, OBJECT
+                return lines, lambda line: parse_object(_load_json(line)), OBJECT
             if "||" in text:
                 line = "A line is: question||<<16-3-4=9>> <<9*2=18>> #### 18"
                 return lines, parse_gsm8k_line, line

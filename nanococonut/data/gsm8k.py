@@ -30,30 +30,21 @@ def from_hub(
     from rich.console import Console
     from rich.progress import track
 
+    source = f"{HUB} {split}"
     try:
         folder = snapshot_download(HUB, repo_type="dataset", revision=revision)
-    except Exception as e:  # from the hub, the HTTP library (whose types vary) or the disk
-        raise UserError(
-            f"{HUB} ({revision}) is neither in the Hugging Face cache nor can it be downloaded: "
-            f"{_first_line(e)}\nGo online (unset HF_HUB_OFFLINE), copy another machine's cache, or "
-            "train on text lines (train.py: --data, --valid_data). Their addresses are in "
-            "preprocessing/gsm_icot.bash of github.com/facebookresearch/coconut."
-        ) from None
-    try:
         from datasets import load_dataset
 
         # streaming avoids a second copy of the data in another cache
         table = load_dataset(folder, split=split, streaming=True)
-        progress = track(table, f"{HUB} {split}", console=Console(stderr=True), transient=True)
+        progress = track(table, source, console=Console(stderr=True), transient=True)
         entries = [(f"example {i}", columns) for i, columns in enumerate(progress)]
-    except Exception as e:  # from pyarrow, datasets or the disk
+    except Exception as e:  # from the hub, the HTTP library (whose types vary), pyarrow or the disk
+        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise UserError(
-            f"{HUB}, split {split}: cannot be read: {_first_line(e)}\n"
-            f"Its splits should be {', '.join(SPLITS)}; remove its cache and download it again."
+            f"{source} ({revision}): neither in the Hugging Face cache nor on the hub: {reason}\n"
+            "Go online (unset HF_HUB_OFFLINE), copy another machine's cache, or "
+            "train on text lines (train.py: --data, --valid_data). Their addresses are in "
+            "preprocessing/gsm_icot.bash of github.com/facebookresearch/coconut."
         ) from None
-    examples = collect(f"{HUB} {split}", entries, parse_gsm8k_columns, OBJECT, skipped)
-    return examples, Path(folder).name
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).split("\n")[0]
+    return collect(source, entries, parse_gsm8k_columns, OBJECT, skipped), Path(folder).name

@@ -129,9 +129,7 @@ def generate(
     examples: list[Example] = []
     batches = sample_batches(seed, config)
     while len(examples) < n:
-        batch = next(batches)
-        if exclude:
-            batch = [example for example in batch if graph_hash(example) not in exclude]
+        batch = [x for x in next(batches) if not exclude or graph_hash(x) not in exclude]
         if not batch:
             raise UserError(
                 f"all of {BATCH} ontologies with hops={config.hops} are excluded.\n"

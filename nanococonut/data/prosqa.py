@@ -84,6 +84,8 @@ def split_config(name: str, base: GraphConfig) -> GraphConfig:
     """Return the settings of a split for a model trained on the graphs of `base`."""
     base = replace(base, matched=False, balanced=False)
     match name:
+        case "prosqa":  # as in training, with all shortcuts
+            return base
         case "prosqa_matched":
             return replace(base, matched=True)
         case "prosqa_balanced":
@@ -100,7 +102,7 @@ def split_config(name: str, base: GraphConfig) -> GraphConfig:
             )
         case "prosqa_dense":  # one more parent per node
             return replace(base, balanced=True, parent_rate=base.parent_rate + 1)
-    return base  # as in training, with all shortcuts
+    raise ValueError(f"{name!r} is not a split")
 
 
 def generate(
@@ -125,9 +127,7 @@ def generate(
         n_drawn += BATCH
         if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
             raise UserError(
-                f"{n_drawn:,} graphs gave {len(examples)} examples with n_nodes={config.n_nodes}, "
-                f"min_hops={config.min_hops}, max_hops={config.max_hops}, "
-                f"matched={config.matched}, balanced={config.balanced}.\n"
+                f"{n_drawn:,} graphs gave {len(examples)} examples with {config}.\n"
                 "Ask for fewer hops or another number of nodes."
             )
     return examples[:n]
@@ -302,17 +302,18 @@ def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
         symbols = all_symbols[symbol : symbol_ends[i]]
         text = " ".join([SENTENCES[s] for s in facts[edge : edge_ends[i]]])
         first, second = (target, neg_target) if target_first[i] else (neg_target, target)
-        example = {
-            "question": f"{text} Is {symbols[root]} a {symbols[first]} or {symbols[second]}?",
-            "answer": f"{symbols[root]} is a {symbols[target]}.",
-            "steps": [SENTENCES[s] for s in steps[i][hops[i] - 1 :: -1]],
-            "idx_to_symbol": symbols,
-            "edges": edges[edge : edge_ends[i]],
-            "root": root,
-            "target": target,
-            "neg_target": neg_target,
-        }
-        examples.append(example)  # type: ignore[arg-type]  # an Example with the graph's keys
+        examples.append(
+            {  # type: ignore[typeddict-unknown-key]
+                "question": f"{text} Is {symbols[root]} a {symbols[first]} or {symbols[second]}?",
+                "answer": f"{symbols[root]} is a {symbols[target]}.",
+                "steps": [SENTENCES[s] for s in steps[i][hops[i] - 1 :: -1]],
+                "idx_to_symbol": symbols,
+                "edges": edges[edge : edge_ends[i]],
+                "root": root,
+                "target": target,
+                "neg_target": neg_target,
+            }
+        )
         edge, symbol = edge_ends[i], symbol_ends[i]
     return examples
 
@@ -424,12 +425,6 @@ def solve(question: str) -> str | None:
 # word, would take them for edges (measured: docs/LOG.md).
 
 
-def compact_sentence(sentence: str) -> str:
-    """Return a fact or step in compact style: "Every p is a c." -> " p c". UserError if neither."""
-    parent, child = parse_sentence(sentence)
-    return f" {parent} {child}"
-
-
 def compact_question(question: str) -> str:
     """Return the edges, then "? Tom? A? B". UserError as in parse_question."""
     edges, entity, (first, second) = parse_question(question)
@@ -442,7 +437,7 @@ def compact_example(example: Example) -> Example:
     return {
         **example,
         "question": compact_question(example["question"]),
-        "steps": [compact_sentence(step) for step in example["steps"]],
+        "steps": [" {} {}".format(*parse_sentence(step)) for step in example["steps"]],
         "answer": parse_sentence(example["answer"])[1],
     }
 

@@ -93,20 +93,6 @@ def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
     )
 
 
-def _shorter_graphs(config: TrainConfig) -> list[prosqa.GraphConfig]:
-    if config.min_hops == 1:
-        return []
-    return [replace(_graphs(config), min_hops=1, max_hops=config.min_hops - 1)]
-
-
-def _ontology(config: TrainConfig, matched: bool = False) -> prontoqa.OntologyConfig:
-    return prontoqa.OntologyConfig(config.max_hops, matched)
-
-
-def _shorter_ontologies(config: TrainConfig) -> list[prontoqa.OntologyConfig]:
-    return [prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, config.max_hops)]
-
-
 TASKS: dict[str, Task] = {
     "prosqa": Task(
         "which of two concepts does a chain of facts lead to?",
@@ -117,15 +103,22 @@ TASKS: dict[str, Task] = {
             name: partial(lambda name, config: prosqa.split_config(name, _graphs(config)), name)
             for name in prosqa.SPLITS
         },
-        easier_configs=_shorter_graphs,
+        easier_configs=lambda c: (
+            [replace(_graphs(c), min_hops=1, max_hops=c.min_hops - 1)] if c.min_hops > 1 else []
+        ),
     ),
     "prontoqa": Task(
         "does a statement follow from a chain of rules?",
         prontoqa,
         shortcuts.prontoqa_shortcuts,
         prontoqa.OntologyConfig,
-        splits={"prontoqa": _ontology, "prontoqa_matched": partial(_ontology, matched=True)},
-        easier_configs=_shorter_ontologies,
+        splits={
+            "prontoqa": lambda c: prontoqa.OntologyConfig(c.max_hops),
+            "prontoqa_matched": lambda c: prontoqa.OntologyConfig(c.max_hops, matched=True),
+        },
+        easier_configs=lambda c: [
+            prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, c.max_hops)
+        ],
     ),
     "gsm8k": Task(
         "what number answers a question of grade-school mathematics?",
@@ -141,12 +134,6 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
     if name not in task.splits:
         return None
     return task.module.generate(n, seed, task.splits[name](config))
-
-
-def held_out(config: TrainConfig) -> dict[str, list[Example]]:
-    """Return the examples whose graphs a run never generates: validation and test splits."""
-    tests = {name: _test_examples(config.task, c) for name, c in _test_configs(config).items()}
-    return load_data(config).val | tests
 
 
 def test_hashes(config: TrainConfig) -> frozenset[bytes]:
