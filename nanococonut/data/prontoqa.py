@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -122,21 +123,10 @@ def generate(
 ) -> list[Example]:
     """Return n examples, none whose graph_hash is in `exclude`.
 
-    The same seed gives the same examples, and the first ones do not depend on n. Raise UserError
-    if `exclude` leaves hardly any.
+    The same seed gives the same examples, and the first ones do not depend on n.
     """
-    config = config or OntologyConfig()
-    examples: list[Example] = []
-    batches = sample_batches(seed, config)
-    while len(examples) < n:
-        batch = [x for x in next(batches) if not exclude or graph_hash(x) not in exclude]
-        if not batch:
-            raise UserError(
-                f"all of {BATCH} ontologies with hops={config.hops} are excluded.\n"
-                "Exclude fewer examples or ask for more hops."
-            )
-        examples += batch
-    return examples[:n]
+    examples = chain.from_iterable(sample_batches(seed, config or OntologyConfig()))
+    return list(islice((x for x in examples if not exclude or graph_hash(x) not in exclude), n))
 
 
 def sample_batches(seed: int | Sequence[int], config: OntologyConfig) -> Iterator[list[Example]]:
@@ -210,13 +200,13 @@ def _sample_examples(rng: np.random.Generator, c: OntologyConfig) -> list[Exampl
     examples: list[Example] = []
     for i, (first_name, second_name) in enumerate(name):
         entity, other = NAMES[first_name], NAMES[second_name if c.matched else first_name]
-        chain = [CONCEPTS[k] for k in concept[i, c.hops : 0 : -1]]
-        facts = [f"{entity} is {_a(chain[0])}.", f"{other} is {_a(CONCEPTS[concept[i, second]])}."]
+        above = [CONCEPTS[k] for k in concept[i, c.hops : 0 : -1]]
+        facts = [f"{entity} is {_a(above[0])}.", f"{other} is {_a(CONCEPTS[concept[i, second]])}."]
         if second_first[i]:
             facts.reverse()
         prop, no = WORDS[word[i, len(CONCEPTS)]], bool(negated[i, len(CONCEPTS)])
         query = _sentence(Claim(entity, no == is_true[i], prop))
-        steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(chain, proof[i], strict=True)]
+        steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(above, proof[i], strict=True)]
         examples.append(
             {
                 "question": " ".join([*shuffled[i], *facts, "True or false:", query]),

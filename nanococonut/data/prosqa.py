@@ -357,16 +357,13 @@ def _without(
 def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
     """Return (edges, root, target, neg_target). UserError if the example does not store them."""
     try:
-        edges = [(parent, child) for parent, child in example["edges"]]  # type: ignore
-        query = [example["root"], example["target"], example["neg_target"]]  # type: ignore
-        if edges and all(type(node) is int for edge in (*edges, query) for node in edge):
-            return edges, *query
+        edges = [(int(parent), int(child)) for parent, child in example["edges"]]  # type: ignore
+        return edges, *(int(example[key]) for key in ("root", "target", "neg_target"))  # type: ignore
     except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError(
-        f"an example does not store its graph: {example['question'][:40]!r}...\n"
-        "Give examples with edges (pairs of node numbers), root, target and neg_target."
-    )
+        raise UserError(
+            f"an example does not store its graph: {example['question'][:40]!r}...\n"
+            "Give examples with edges (pairs of node numbers), root, target and neg_target."
+        ) from None
 
 
 # ---- sentences
