@@ -1,32 +1,29 @@
-"""Write a file of examples: python -m nanococonut.data TASK --key=value ..."""
+"""Write a file of examples: a generated split, or one of GSM8k-Aug's."""
 
 import sys
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 
+from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k
-from nanococonut.data.files import skipped_summary, write_examples
-from nanococonut.data.tasks import TASKS
+from nanococonut.data.files import write_examples
+from nanococonut.data.tasks import TASKS, generated
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
-from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.errors import run_main
+
+TASK_OF = {split: name for name, task in TASKS.items() for split in task.splits or [name]}
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Options of a task that is generated, in addition to the generator's settings."""
-
+class Options:
+    data: str = option("prosqa", "what to write", choices=list(TASK_OF))
     out: str = option("examples.json", "a new file")
-    n: int = option(1000, "number of examples", ge=1)
+    n: int = option(1000, "number of generated examples", ge=1)
     seed: int = option(0, "random seed", ge=0)
-
-
-@dataclass(frozen=True)
-class Downloaded:
-    """Options of a task that is read from the Hugging Face hub."""
-
-    out: str = option("examples.json", "a new file")
-    split: str = option("train", "of the data set", choices=gsm8k.SPLITS)
-    revision: str = option("main", "branch, tag or commit of the data set")
-    skip_bad_rows: bool = option(False, "drop bad examples and report it")
+    n_nodes: int = option(28, "ProsQA: nodes per graph")
+    min_hops: int = option(3, "ProsQA: fewest steps")
+    max_hops: int = option(6, "ProsQA: most steps; ProntoQA: all have so many")
+    split: str = option("test", "GSM8k-Aug: split of the data set", choices=gsm8k.SPLITS)
+    revision: str = option("main", "GSM8k-Aug: branch, tag or commit")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -34,27 +31,15 @@ class Downloaded:
 
 def main() -> None:
     """Write the file that sys.argv asks for."""
-    name, *argv = sys.argv[1:] or [""]
-    if name not in TASKS:
-        raise UserError(f"{name!r} is not a task.\nChoose one of {', '.join(TASKS)}, then --help.")
-    task = TASKS[name]
-    cls = Downloaded
-    if task.config_class:
-        cls = make_dataclass("Options", [], bases=(Generated, task.config_class), frozen=True)
-    config = make_config(cls, parse_cli(cls, argv, task.description)[0])
-    if task.config_class:
-        examples, source = (
-            task.module.generate(config.n, config.seed, config),
-            f"seed {config.seed}",
-        )
-    else:
-        skipped: list[str] | None = [] if config.skip_bad_rows else None
-        examples, commit = task.module.from_hub(config.split, config.revision, skipped)
-        source = f"{config.split}, --revision={commit}"
-        if skipped:
-            print(skipped_summary(len(examples), skipped))
-    write_examples(config.out, examples)
-    print(f"{len(examples)} examples in {config.out} ({source})")
+    c = make_config(Options, parse_cli(Options, sys.argv[1:], str(__doc__))[0])
+    sizes = {"n_nodes": c.n_nodes, "min_hops": c.min_hops, "max_hops": c.max_hops}
+    config = TrainConfig(task=TASK_OF[c.data], **sizes)
+    examples, source = generated(c.data, c.n, c.seed, config), f"seed {c.seed}"
+    if examples is None:
+        examples, commit = gsm8k.from_hub(c.split, c.revision)
+        source = f"{c.split}, --revision={commit}"
+    write_examples(c.out, examples)
+    print(f"{len(examples)} examples in {c.out} ({source})")
 
 
 if __name__ == "__main__":

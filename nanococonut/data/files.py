@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanococonut.data.examples import Example, json_type_name, validation_error
+from nanococonut.data.examples import Example, parse_object
 from nanococonut.runtime.errors import UserError
 
 Parse = Callable[[Any], Example]  # raises ValueError for a bad entry
@@ -83,13 +83,6 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
 # ---- one entry of each format -> an example, or ValueError
 
 
-def parse_object(value: Any) -> Example:
-    """Return a JSON object itself."""
-    if error := validation_error(value):
-        raise ValueError(error)
-    return value
-
-
 def parse_gsm8k_line(line: str) -> Example:
     """Return the example on a line of GSM8k-Aug text.
 
@@ -151,7 +144,7 @@ def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse,
             return list(value.items()), parse_raw_prontoqa, f"Expected test_example: {{{keys}}}."
         return [("example 0", value)], parse_object, OBJECT  # JSON lines with one line
     raise UserError(
-        f"{path}: expected a list of examples, got a JSON {json_type_name(value)}.\n"
+        f"{path}: expected a list of examples, got {type(value).__name__}.\n"
         'Write [{"question": ..., "steps": [...], "answer": ...}, ...].'
     )
 

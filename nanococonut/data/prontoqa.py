@@ -261,18 +261,16 @@ def split_question(question: str) -> tuple[list[str], str]:
 def parse_question(question: str) -> Question:
     """Parse a question. UserError if it is not ProntoQA."""
     sentences, query_text = split_question(question)
-    try:
-        query = parse_sentence(query_text.removesuffix("."))
-    except UserError:
-        query = None
-    if not sentences or not query or not query.is_fact or query.names_concept:
+    m = SINGULAR_RE.fullmatch(query_text.removesuffix("."))
+    if not sentences or not m or not m[2] or not m[5]:  # a name and a property
         raise UserError(
             f"not a ProntoQA question: {question[-60:]!r}.\nWrite rules, facts and a query: "
             '"Each wumpus is red. Max is a wumpus. True or false: Max is not red."'
         )
     claims = [parse_sentence(sentence) for sentence in sentences]
     facts = [claim for claim in claims if claim.is_fact]
-    return Question(facts, [claim for claim in claims if not claim.is_fact], query)
+    rules = [claim for claim in claims if not claim.is_fact]
+    return Question(facts, rules, Claim(m[2], bool(m[4]), m[5]))
 
 
 def concepts_of(q: Question) -> dict[str, int]:
@@ -388,8 +386,3 @@ def expand_steps(text: str, question: str) -> list[str]:
         else:
             steps.append(_sentence(Claim(entity, bool(m[4]), m[5])) if m[5] else m[0])
     return steps
-
-
-def expand_answer(text: str, question: str) -> str:
-    """Return the answer, which is the same word in both styles."""
-    return text.strip()

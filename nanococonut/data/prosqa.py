@@ -14,7 +14,7 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,26 +83,23 @@ SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_
 def split_config(name: str, base: GraphConfig) -> GraphConfig:
     """Return the settings of a split for a model trained on the graphs of `base`."""
     base = replace(base, matched=False, balanced=False)
-    match name:
-        case "prosqa":  # as in training, with all shortcuts
-            return base
-        case "prosqa_matched":
-            return replace(base, matched=True)
-        case "prosqa_balanced":
-            return replace(base, balanced=True)
-        case "prosqa_long":  # one or two hops more than any in training
-            return replace(
-                base,
-                balanced=True,
-                min_hops=base.max_hops + 1,
-                max_hops=base.max_hops + 2,
-                # such chains are very rare otherwise, and "farthest" solves them all
-                n_nodes=min(round(base.n_nodes * 8 / 7), len(WORDS)),
-                depth_power=6,
-            )
-        case "prosqa_dense":  # one more parent per node
-            return replace(base, balanced=True, parent_rate=base.parent_rate + 1)
-    raise ValueError(f"{name!r} is not a split")
+    changes: dict[str, dict[str, Any]] = {
+        "prosqa": {},  # as in training, with all shortcuts
+        "prosqa_matched": {"matched": True},
+        "prosqa_balanced": {"balanced": True},
+        # one or two hops more than any in training
+        "prosqa_long": {
+            "balanced": True,
+            "min_hops": base.max_hops + 1,
+            "max_hops": base.max_hops + 2,
+            # such chains are very rare otherwise, and "farthest" solves them all
+            "n_nodes": min(round(base.n_nodes * 8 / 7), len(WORDS)),
+            "depth_power": 6,
+        },
+        # one more parent per node
+        "prosqa_dense": {"balanced": True, "parent_rate": base.parent_rate + 1},
+    }
+    return replace(base, **changes[name])
 
 
 def generate(

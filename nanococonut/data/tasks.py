@@ -31,16 +31,14 @@ class Task:
                      from_hub(split, revision, skipped) -> (examples, commit) of any other
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
                      examples are not of this task
-    config_class     the generator's settings; None: examples are read, never generated
     splits           name -> settings for a model's TrainConfig. The first is the training split,
-                     the second its variant without shortcuts
+                     the second its variant without shortcuts. Empty: never generated
     easier_configs   settings with fewer steps than the task's own, to start the search from
     """
 
     description: str
     module: ModuleType
     shortcuts: Callable[[Sequence[Example]], dict[str, float]] = lambda examples: {}
-    config_class: type[GeneratorConfig] | None = None
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
     easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
 
@@ -83,8 +81,9 @@ class Task:
         "### Tom is a b."; text that is not compact is kept as it is."""
         steps, *answer = text.rsplit("###", 1)
         lines = self.module.expand_steps(steps, question)
-        lines += [f"### {self.module.expand_answer(text, question)}" for text in answer]
-        return "\n".join(lines)
+        # an answer without a compact form is the same word in both styles
+        expand = getattr(self.module, "expand_answer", lambda text, question: text.strip())
+        return "\n".join([*lines, *(f"### {expand(text, question)}" for text in answer)])
 
 
 def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
@@ -98,7 +97,6 @@ TASKS: dict[str, Task] = {
         "which of two concepts does a chain of facts lead to?",
         prosqa,
         shortcuts.prosqa_shortcuts,
-        prosqa.GraphConfig,
         splits={
             name: partial(lambda name, config: prosqa.split_config(name, _graphs(config)), name)
             for name in prosqa.SPLITS
@@ -111,7 +109,6 @@ TASKS: dict[str, Task] = {
         "does a statement follow from a chain of rules?",
         prontoqa,
         shortcuts.prontoqa_shortcuts,
-        prontoqa.OntologyConfig,
         splits={
             "prontoqa": lambda c: prontoqa.OntologyConfig(c.max_hops),
             "prontoqa_matched": lambda c: prontoqa.OntologyConfig(c.max_hops, matched=True),
@@ -131,9 +128,8 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
     """Return n examples of a split of config.task, scaled to the config; None if it has no such
     split."""
     task = TASKS[config.task]
-    if name not in task.splits:
-        return None
-    return task.module.generate(n, seed, task.splits[name](config))
+    split = task.splits.get(name)
+    return task.module.generate(n, seed, split(config)) if split else None
 
 
 def test_hashes(config: TrainConfig) -> frozenset[bytes]:
@@ -191,7 +187,14 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
     if commit:
         return Data(train, {"valid": load_split("validation", revision=commit)[0]}, commit)
     if train is not None:
-        return _hold_out(train, config)
+        if len(train) < 2:
+            raise UserError(
+                f"{config.data} holds one example, so none can be held out for validation.\n"
+                "Give more examples, or a --valid_data file."
+            )
+        n = min(config.val_examples, max(1, len(train) // 10))
+        order = np.random.default_rng((config.seed, VALID)).permutation(len(train))
+        return Data([train[i] for i in order[n:]], {"valid": [train[i] for i in order[:n]]})
     plain, matched, *_ = task.splits.values()
     n, generate = config.val_examples, task.module.generate
     val = {
@@ -199,15 +202,3 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
         "matched": generate(n, (config.seed, MATCHED), matched(config)),
     }
     return Data(None, val)
-
-
-def _hold_out(examples: list[Example], config: TrainConfig) -> Data:
-    """Split a file at random: a tenth, at most val_examples, is for validation."""
-    if len(examples) < 2:
-        raise UserError(
-            f"{config.data} holds one example, so none can be held out for validation.\n"
-            "Give more examples, or a --valid_data file."
-        )
-    n = min(config.val_examples, max(1, len(examples) // 10))
-    order = np.random.default_rng((config.seed, VALID)).permutation(len(examples))
-    return Data([examples[i] for i in order[n:]], {"valid": [examples[i] for i in order[:n]]})

@@ -68,7 +68,7 @@ WRONG = {
     "broken object": ('{\n"example1": {\n{}', "line 3: not JSON"),
     "plain text": ("Is it so?\nYes.", "line 1: not JSON"),
     "long number": ("[" + "7" * 5000 + "]", "line 1"),
-    "a number": ("3", "expected a list of examples, got a JSON number"),
+    "a number": ("3", "expected a list of examples, got int"),
     "another object": (
         json.dumps({"examples": [GOOD]}, indent=1),
         "example 0: 'question' is missing",
@@ -76,29 +76,29 @@ WRONG = {
     "no examples": ("[]", "holds no valid examples"),
     "example is a list": (
         json.dumps([GOOD, [GOOD]]),
-        "example 1: expected an object, got a JSON list",
+        "example 1: expected an object, got list",
     ),
-    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: expected an object, got a JSON text"),
+    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: expected an object, got str"),
     "no question": (json.dumps([without("question")]), "example 0: 'question' is missing"),
     "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "example 2: 'steps' is missing"),
     "no answer": (json.dumps([without("answer")]), "example 0: 'answer' is missing"),
     "number asked": (
         json.dumps([GOOD | {"question": 3}]),
-        "'question': expected a text, got a number",
+        "'question': expected a text, got int",
     ),
     "true answer": (
         json.dumps([GOOD | {"answer": True}]),
-        "'answer': expected a text, got a truth value",
+        "'answer': expected a text, got bool",
     ),
     "blank question": (json.dumps([GOOD | {"question": " \n"}]), "example 0: 'question' is blank"),
     "empty answer": (json.dumps([GOOD | {"answer": ""}]), "example 0: 'answer' is blank"),
     "steps in one": (
         json.dumps([GOOD | {"steps": "a. b."}]),
-        "'steps': expected a list of texts, got a text",
+        "'steps': expected a list of texts, got str",
     ),
     "no text in steps": (
         json.dumps([GOOD | {"steps": ["a", None]}]),
-        r"'steps'\[1\]: expected a text, got a null",
+        r"'steps'\[1\]: expected a text, got NoneType",
     ),
 }
 

@@ -112,9 +112,9 @@ def test_the_copy_gives_the_examples(hub, columns, kind):
     "columns, complaint",
     [
         ({"question": ["a?"], "answer": ["1"]}, "example 0: 'steps' is missing"),
-        ({**ONE, "answer": ["4", None, "9"]}, "example 1: 'answer': expected a text, got a null"),
+        ({**ONE, "answer": ["4", None, "9"]}, "example 1: 'answer': expected a text, got NoneType"),
         ({**ONE, "question": ["a?", "b?", " "]}, "example 2: 'question' is blank"),
-        ({**ONE, "answer": [4, 5, 6]}, "example 0: 'answer': expected a text, got a number"),
+        ({**ONE, "answer": [4, 5, 6]}, "example 0: 'answer': expected a text, got int"),
     ],
 )
 def test_other_columns_and_bad_examples_are_refused(hub, columns, complaint):
@@ -131,7 +131,9 @@ def test_bad_examples_of_a_copy_are_skipped(hub):
     skipped: list[str] = []
     examples, _ = gsm8k.from_hub("validation", skipped=skipped)
     assert [example["answer"] for example in examples] == ["4", "9"]
-    assert skipped == [f"{gsm8k.HUB} validation, example 1: 'answer': expected a text, got a null"]
+    assert skipped == [
+        f"{gsm8k.HUB} validation, example 1: 'answer': expected a text, got NoneType"
+    ]
 
 
 def test_a_missing_split_is_an_error(hub):
