@@ -97,7 +97,7 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
     the total probability of all concepts, the last column.
     """
     edges, entity, _ = prosqa.parse_question(question)
-    steps = reachable(edges, entity)  # node -> (fewest steps, ...)
+    steps = reachable(edges, entity)  # node -> fewest steps
     columns = ["#", *[f"concept {i + 1}" for i in range(3)], "total"]
     table = new_table(f"Concepts after # thoughts (steps from {entity})", columns)
     for k in range(n_thoughts + 1):
@@ -105,8 +105,7 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
         total = sum(values.values())
         best = sorted(values.items(), key=lambda item: -item[1])[:3]
         cells = [
-            f"{node} ({steps[node][0] if node in steps else '-'}) {p / total:.0%}"
-            for node, p in best
+            f"{node} ({steps[node] if node in steps else '-'}) {p / total:.0%}" for node, p in best
         ]
         table.add_row(str(k), *map(escape, cells), f"{total:.1%}")
     return table

@@ -11,35 +11,26 @@ class Example(TypedDict):
     answer: str
 
 
-def validation_error(value: Any) -> str | None:
-    """Return what keeps a JSON value from being an Example, or None."""
+def parse_object(value: Any) -> Example:
+    """Return a JSON object itself. Raise ValueError if it is not an Example."""
     if not isinstance(value, dict):
-        return f"expected an object, got a JSON {json_type_name(value)}"
-    for key in ("question", "steps", "answer"):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    for key in Example.__annotations__:
         if key not in value:
-            return f"{key!r} is missing"
-    for key in ("question", "answer"):
-        if not isinstance(value[key], str):
-            return f"{key!r}: expected a text, got a {json_type_name(value[key])}"
-        if not value[key].strip():
-            return f"{key!r} is blank"
+            raise ValueError(f"{key!r} is missing")
     steps = value["steps"]
     if not isinstance(steps, list):
-        return f"'steps': expected a list of texts, got a {json_type_name(steps)}"
-    for i, step in enumerate(steps):
-        if not isinstance(step, str):
-            return f"'steps'[{i}]: expected a text, got a {json_type_name(step)}"
-    for text in (value["question"], *steps, value["answer"]):
+        raise ValueError(f"'steps': expected a list of texts, got {type(steps).__name__}")
+    named = {"'question'": value["question"], "'answer'": value["answer"]}
+    for name, text in (named | {f"'steps'[{i}]": s for i, s in enumerate(steps)}).items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected a text, got {type(text).__name__}")
+        if name in named and not text.strip():
+            raise ValueError(f"{name} is blank")
         # json.loads accepts a lone surrogate, UTF-8 and the tokenizer do not
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            return f"{text[:20]!a} contains half of a surrogate pair"
-    return None
-
-
-def json_type_name(value: Any) -> str:
-    """Return the type of a JSON value in words."""
-    names = {dict: "object", list: "list", str: "text", bool: "truth value", type(None): "null"}
-    return names.get(type(value), "number")
+            raise ValueError(f"{name}: not UTF-8 text (half of a surrogate pair), {text[:20]!a}")
+    return value
 
 
 def extract_answer(text: str) -> str:

@@ -8,21 +8,16 @@ GSM8k-Aug text   question||<<16-3-4=9>> <<9*2=18>> #### 18
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nanococonut.data.examples import Example, json_type_name, validation_error
+from nanococonut.data.examples import Example, parse_object
 from nanococonut.runtime.errors import UserError
 
-BAD_BYTE_RE = re.compile("[\udc80-\udcff]")  # how surrogateescape decodes a byte that is not UTF-8
+Parse = Callable[[Any], Example]  # raises ValueError for a bad entry
 
-
-class _Format(NamedTuple):
-    parse: Callable[[Any], Example]  # raises ValueError for a bad entry
-    expected: str  # what an entry should look like, the second line of an error
+OBJECT = "An example is an object: question (text), steps (list of texts), answer (text)."
 
 
 def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None) -> list[Example]:
@@ -33,24 +28,23 @@ def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None
     """
     path = Path(path)
     try:
+        # a byte that is not UTF-8 becomes half of a surrogate pair, which parse_object() refuses
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
         reason = getattr(e, "strerror", None) or str(e)
         raise UserError(f"{path} cannot be read: {reason}.\nGive a file of examples.") from None
-    (parse, expected), entries = _detect_format(path, text)
-    return collect(path, entries, parse, expected, skipped)
+    return collect(path, *_detect_format(path, text), skipped)
 
 
 def collect(
     source: str | os.PathLike[str],
     entries: Iterable[tuple[str, Any]],
-    parse: Callable[[Any], Example],
+    parse: Parse,
     expected: str,
     skipped: list[str] | None,
 ) -> list[Example]:
     """Return the examples that parse() makes of (place, entry) pairs; see read_examples.
 
-    parse      raises ValueError for a bad entry
     expected   what an entry should look like, the second line of an error
     """
     examples: list[Example] = []
@@ -62,10 +56,9 @@ def collect(
             errors.append(f"{source}, {place}: {e}")
             if skipped is None:
                 raise UserError(f"{errors[0]}.\n{expected}") from None
-    if not examples and errors:
-        raise UserError(f"all {len(errors)} examples are bad, the first: {errors[0]}.\n{expected}")
     if not examples:
-        raise UserError(f"{source} holds no examples.\nGive one that has at least one.")
+        first = f", the first: {errors[0]}" if errors else ""
+        raise UserError(f"{source} holds no valid examples{first}.\n{expected}")
     if skipped is not None:
         skipped += errors
     return examples
@@ -78,63 +71,35 @@ def skipped_summary(n_examples: int, skipped: Sequence[str]) -> str:
 
 
 def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
-    """Write a new file atomically: a JSON list, one example per line.
-
-    Raise UserError if the file exists or cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write a new file: a JSON list, one example per line. UserError if it exists already."""
     text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"
     try:
-        if path.exists():
-            raise UserError(f"{path} exists already.\nChoose another name or remove it first.")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except (OSError, ValueError) as e:
-        with suppress(OSError):
-            temporary.unlink()
-        reason = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"{path} cannot be written: {reason}.\nChoose another file.") from None
+        with open(path, "x", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}.\nChoose another file.") from None
 
 
-# ---- one entry of each format -> an example
-
-
-def parse_object(value: Any) -> Example:
-    """Return a JSON object itself. Raise ValueError if it is not an example."""
-    if error := validation_error(value):
-        raise ValueError(error)
-    return value
-
-
-def parse_json_line(line: str) -> Example:
-    """Return the example on a line of JSON. Raise ValueError if it holds none."""
-    return parse_object(_load_json(line))
+# ---- one entry of each format -> an example, or ValueError
 
 
 def parse_gsm8k_line(line: str) -> Example:
-    """Return the example on a line of GSM8k-Aug text. Raise ValueError if it holds none.
+    """Return the example on a line of GSM8k-Aug text.
 
     The answer keeps its commas; extract_answer drops them when answers are compared.
     """
-    question, bars, solution = _require_utf8(line).partition("||")
+    question, bars, solution = line.partition("||")
     steps, mark, answer = solution.rpartition("####")
     if not bars:
         raise ValueError("no || after the question")
     if not mark:
         raise ValueError("no #### before the answer")
-    return parse_gsm8k_columns({"question": question, "cot": steps, "answer": answer})
+    return parse_gsm8k_columns({"question": question, "steps": steps.split(" "), "answer": answer})
 
 
 def parse_gsm8k_columns(columns: dict[str, Any]) -> Example:
-    """Return the example in the columns question, steps or cot, answer. ValueError as above."""
-    values = dict(columns)
-    if isinstance(values.get("cot"), str):  # all steps in one text
-        values["steps"] = values.pop("cot").split(" ")
-    if values.keys() != {"question", "steps", "answer"}:
-        names = ", ".join(columns)
-        raise ValueError(f"expected the columns question, steps or cot, answer, got {names}")
-    question, steps, answer = (parse_object(values)[k] for k in ("question", "steps", "answer"))
+    """Return the example in the columns question, steps, answer, without blanks around texts."""
+    question, steps, answer = (parse_object(columns)[k] for k in ("question", "steps", "answer"))
     steps = [step.strip() for step in steps if step.strip()]  # "" is no step
     return {"question": question.strip(), "steps": steps, "answer": answer.strip()}
 
@@ -143,34 +108,19 @@ def parse_raw_prontoqa(raw: Any) -> Example:
     """Return an example of the public ProntoQA generator, as the released preprocessing does.
 
     raw   {"test_example": {question, query, chain_of_thought, answer}}; other keys are ignored
-
-    Raise ValueError if it is not one.
     """
     try:
         test = raw["test_example"]
-        question, query, chain = test["question"], test["query"], test["chain_of_thought"]
-        texts = [question, query, test["answer"], *chain]
-        valid = isinstance(chain, list) and all(isinstance(t, str) and t.strip() for t in texts)
-    except (KeyError, TypeError):
-        valid = False
-    if not valid:
-        raise ValueError("not an example of the public generator")
-    steps = [" ".join(chain[i : i + 2]) for i in range(0, len(chain), 2)]
-    return {"question": f"{question} {query}", "steps": steps, "answer": test["answer"]}
+        chain = parse_object({**test, "steps": test["chain_of_thought"]})["steps"]
+        steps = [" ".join(chain[i : i + 2]) for i in range(0, len(chain), 2)]
+        question = f"{test['question']} {test['query']}"
+        return parse_object({"question": question, "steps": steps, "answer": test["answer"]})
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("not an example of the public generator") from None
 
 
-_OBJECT = "An example is an object: question (text), steps (list of texts), answer (text)."
-JSON = _Format(parse_object, _OBJECT)
-JSON_LINES = _Format(parse_json_line, _OBJECT)
-GSM8K = _Format(parse_gsm8k_line, "A line is: question||<<16-3-4=9>> <<9*2=18>> #### 18")
-RAW_PRONTOQA = _Format(
-    parse_raw_prontoqa,
-    "An example is {test_example: {question, query, answer (texts), chain_of_thought (texts)}}.",
-)
-
-
-def _detect_format(path: Path, text: str) -> tuple[_Format, list[tuple[str, Any]]]:
-    """Return the format of a text and its (place, entry) pairs. UserError if there is none."""
+def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse, str]:
+    """Return the first arguments of collect() for a text. UserError if it has no known format."""
     try:
         value = _load_json(text)
     except ValueError as e:
@@ -179,38 +129,30 @@ def _detect_format(path: Path, text: str) -> tuple[_Format, list[tuple[str, Any]
         # "[" or a lone "{" starts a broken JSON value over several lines, not JSON lines
         if not start.startswith("[") and start != "{":
             if any(line.lstrip().startswith("{") for _, line in lines):
-                return JSON_LINES, lines
+                return lines, lambda line: parse_object(_load_json(line)), OBJECT
             if "||" in text:
-                return GSM8K, lines
-        line_number = getattr(e.__cause__, "lineno", 1)
-        if bad_byte := BAD_BYTE_RE.search(text):
-            line_number = text.count("\n", 0, bad_byte.start()) + 1
+                line = "A line is: question||<<16-3-4=9>> <<9*2=18>> #### 18"
+                return lines, parse_gsm8k_line, line
         raise UserError(
-            f"{path}, line {line_number}: {e}.\nGive a JSON list of examples."
+            f"{path}, line {getattr(e.__cause__, 'lineno', 1)}: {e}.\nGive a JSON list of examples."
         ) from None
     if isinstance(value, list):
-        return JSON, [(f"example {i}", entry) for i, entry in enumerate(value)]
+        return [(f"example {i}", entry) for i, entry in enumerate(value)], parse_object, OBJECT
     if isinstance(value, dict):
         if any(isinstance(v, dict) and "test_example" in v for v in value.values()):
-            return RAW_PRONTOQA, list(value.items())
-        return JSON, [("example 0", value)]  # JSON lines with one line
+            keys = "question, query, answer (texts), chain_of_thought (texts)"
+            return list(value.items()), parse_raw_prontoqa, f"Expected test_example: {{{keys}}}."
+        return [("example 0", value)], parse_object, OBJECT  # JSON lines with one line
     raise UserError(
-        f"{path}: expected a list of examples, got a JSON {json_type_name(value)}.\n"
+        f"{path}: expected a list of examples, got {type(value).__name__}.\n"
         'Write [{"question": ..., "steps": [...], "answer": ...}, ...].'
     )
-
-
-def _require_utf8(text: str) -> str:
-    """Return the text. Raise ValueError if a byte of it is not UTF-8."""
-    if BAD_BYTE_RE.search(text):
-        raise ValueError("not UTF-8 text")
-    return text
 
 
 def _load_json(text: str) -> Any:
     """Return the JSON value. Raise ValueError with the reason; its cause knows the line."""
     try:
-        return json.loads(_require_utf8(text))
+        return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg})") from e
     except RecursionError:

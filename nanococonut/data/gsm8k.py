@@ -1,6 +1,6 @@
 """GSM8k-Aug: grade-school questions whose steps are equations (Deng et al. 2023; the paper's 4.1).
 
-385,620 / 500 / 1,319 examples to train, validate and test on, from copies on the Hugging Face hub
+385,620 / 500 / 1,319 examples to train, validate and test on, from a copy on the Hugging Face hub
 or from text lines (files.py), whose addresses are in the released code
 (facebookresearch/coconut, preprocessing/gsm_icot.bash). A few examples have no step; the released
 preprocessing gives them an empty one instead.
@@ -9,20 +9,18 @@ preprocessing gives them an empty one instead.
 from pathlib import Path
 
 from nanococonut.data.examples import Example
-from nanococonut.data.files import collect, parse_gsm8k_columns
+from nanococonut.data.files import OBJECT, collect, parse_gsm8k_columns
 from nanococonut.runtime.errors import UserError
 
-# columns: question, steps (a list), answer; the second copy has cot (all steps in one text)
-HUB = ("whynlp/gsm8k-aug", "zen-E/GSM8k-Aug")
+HUB = "whynlp/gsm8k-aug"  # columns: question, steps (a list), answer
 SPLITS = ("train", "validation", "test")
 
 
 def from_hub(
-    split: str, name: str = HUB[0], revision: str = "main", skipped: list[str] | None = None
+    split: str, revision: str = "main", skipped: list[str] | None = None
 ) -> tuple[list[Example], str]:
     """Return (examples of a split, their commit), downloaded once into the Hugging Face cache.
 
-    name       one of HUB, or any data set with the same columns
     revision   branch, tag or commit; the returned commit gives the same examples again
     skipped    as in read_examples
 
@@ -32,31 +30,21 @@ def from_hub(
     from rich.console import Console
     from rich.progress import track
 
+    source = f"{HUB} {split}"
     try:
-        folder = snapshot_download(name, repo_type="dataset", revision=revision)
-    except Exception as e:  # from the hub, the HTTP library (whose types vary) or the disk
-        raise UserError(
-            f"{name} ({revision}) is neither in the Hugging Face cache nor can it be downloaded: "
-            f"{_first_line(e)}\nGo online (unset HF_HUB_OFFLINE), copy another machine's cache, or "
-            "train on text lines (train.py: --data, --valid_data). Their addresses are in "
-            "preprocessing/gsm_icot.bash of github.com/facebookresearch/coconut."
-        ) from None
-    try:
+        folder = snapshot_download(HUB, repo_type="dataset", revision=revision)
         from datasets import load_dataset
 
         # streaming avoids a second copy of the data in another cache
         table = load_dataset(folder, split=split, streaming=True)
-        progress = track(table, f"{name} {split}", console=Console(stderr=True), transient=True)
+        progress = track(table, source, console=Console(stderr=True), transient=True)
         entries = [(f"example {i}", columns) for i, columns in enumerate(progress)]
-    except Exception as e:  # from pyarrow, datasets or the disk
+    except Exception as e:  # from the hub, the HTTP library (whose types vary), pyarrow or the disk
+        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise UserError(
-            f"{name}, split {split}: cannot be read: {_first_line(e)}\n"
-            f"Its splits should be {', '.join(SPLITS)}; try another copy, such as {HUB[0]}."
+            f"{source} ({revision}): neither in the Hugging Face cache nor on the hub: {reason}\n"
+            "Go online (unset HF_HUB_OFFLINE), copy another machine's cache, or "
+            "train on text lines (train.py: --data, --valid_data). Their addresses are in "
+            "preprocessing/gsm_icot.bash of github.com/facebookresearch/coconut."
         ) from None
-    expected = "Columns: question, steps (a list) or cot (a text), answer; see --skip_bad_rows."
-    examples = collect(f"{name} {split}", entries, parse_gsm8k_columns, expected, skipped)
-    return examples, Path(folder).name
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).split("\n")[0]
+    return collect(source, entries, parse_gsm8k_columns, OBJECT, skipped), Path(folder).name

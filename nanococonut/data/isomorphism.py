@@ -65,12 +65,9 @@ def graph_hashes(graphs: Sequence[Graph]) -> list[bytes]:
 
 
 def canonical_form(graph: Graph, colors: Sequence[int]) -> Graph:
-    """Return the graph under a numbering that does not depend on the original one.
+    """Return the graph with its nodes numbered by `colors`, which isomorphic graphs share.
 
-    colors   of the nodes, equal in isomorphic graphs
-
-    Nodes are numbered by color. Tied nodes are singled out in turn (individualization and
-    refinement); the smallest form counts.
+    Tied nodes are singled out in turn (individualization and refinement); the smallest form counts.
     """
     search = _FormSearch(graph)
     color = search.split_twins(colors)

@@ -3,7 +3,7 @@
 Examples like those that the public generator (Saparov and He, arXiv 2210.01240) makes for the
 Coconut paper: a chain of concepts above the entity, each with a property and a second parent that
 leads nowhere; the property in the query is `hops` steps away. All examples have one shape, so a
-thousand are drawn at a time as arrays. statistics.py has figures of 300 that it made.
+thousand are drawn at a time as arrays. docs/DATA.md has figures of 300 that it made.
 
 Those examples need no search: the property is stated of two concepts, once with "not", and the
 wrong one occurs nowhere else in the text (shortcuts.py: 100 % correct). With
@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 from nanococonut.data.examples import Example
 from nanococonut.data.search import children_of, distances
 from nanococonut.data.seeds import rng_from_seed
+from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 
 NAMES = "Alex Fae Max Polly Rex Sally Sam Stella Wren".split()
@@ -62,6 +64,11 @@ class Claim(NamedTuple):
     predicate: str  # a concept (ends in -pus) or a property
 
     @property
+    def compact(self) -> str:
+        """The claim in compact style, without its subject: " red" or " not red"."""
+        return f" {'not ' * self.negated}{self.predicate}"
+
+    @property
     def is_fact(self) -> bool:
         return self.subject[0].isupper()
 
@@ -97,23 +104,15 @@ SENTENCES = np.array(
 
 @dataclass(frozen=True)
 class OntologyConfig:
-    """Settings of the ontologies.
+    """Settings of the ontologies."""
 
-    hops      steps from the entity's concept to the property in the query (released: 5)
-    matched   the wrong property is at the end of a twin of the chain
-    """
-
-    hops: int = 5
-    matched: bool = False
+    hops: int = option(5, "steps from the entity's concept to the queried property", ge=1, le=6)
+    matched: bool = option(False, "the wrong property is at the end of a twin of the chain")
 
     def __post_init__(self) -> None:
-        limit = 5 if self.matched else 6
-        if type(self.hops) is not int or not 1 <= self.hops <= limit:
-            raise UserError(
-                f"hops={self.hops!r}: expected a whole number from 1 to {limit} (there are "
-                f"{len(CONCEPTS)} concepts; matched takes more of them).\n"
-                "Change hops (train.py: --max_hops)."
-            )
+        validate(self)
+        if self.matched and self.hops > 5:  # a twin needs more concepts
+            raise UserError(f"hops={self.hops}: matched has at most 5.\nLower hops (--max_hops).")
 
 
 def generate(
@@ -124,23 +123,10 @@ def generate(
 ) -> list[Example]:
     """Return n examples, none whose graph_hash is in `exclude`.
 
-    The same seed gives the same examples, and the first ones do not depend on n. Raise UserError
-    if `exclude` leaves hardly any.
+    The same seed gives the same examples, and the first ones do not depend on n.
     """
-    config = config or OntologyConfig()
-    examples: list[Example] = []
-    batches = sample_batches(seed, config)
-    while len(examples) < n:
-        batch = next(batches)
-        if exclude:
-            batch = [example for example in batch if graph_hash(example) not in exclude]
-        if not batch:
-            raise UserError(
-                f"all of {BATCH} ontologies with hops={config.hops} are excluded.\n"
-                "Exclude fewer examples or ask for more hops."
-            )
-        examples += batch
-    return examples[:n]
+    examples = chain.from_iterable(sample_batches(seed, config or OntologyConfig()))
+    return list(islice((x for x in examples if not exclude or graph_hash(x) not in exclude), n))
 
 
 def sample_batches(seed: int | Sequence[int], config: OntologyConfig) -> Iterator[list[Example]]:
@@ -214,13 +200,13 @@ def _sample_examples(rng: np.random.Generator, c: OntologyConfig) -> list[Exampl
     examples: list[Example] = []
     for i, (first_name, second_name) in enumerate(name):
         entity, other = NAMES[first_name], NAMES[second_name if c.matched else first_name]
-        chain = [CONCEPTS[k] for k in concept[i, c.hops : 0 : -1]]
-        facts = [f"{entity} is {_a(chain[0])}.", f"{other} is {_a(CONCEPTS[concept[i, second]])}."]
+        above = [CONCEPTS[k] for k in concept[i, c.hops : 0 : -1]]
+        facts = [f"{entity} is {_a(above[0])}.", f"{other} is {_a(CONCEPTS[concept[i, second]])}."]
         if second_first[i]:
             facts.reverse()
         prop, no = WORDS[word[i, len(CONCEPTS)]], bool(negated[i, len(CONCEPTS)])
         query = _sentence(Claim(entity, no == is_true[i], prop))
-        steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(chain, proof[i], strict=True)]
+        steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(above, proof[i], strict=True)]
         examples.append(
             {
                 "question": " ".join([*shuffled[i], *facts, "True or false:", query]),
@@ -275,18 +261,16 @@ def split_question(question: str) -> tuple[list[str], str]:
 def parse_question(question: str) -> Question:
     """Parse a question. UserError if it is not ProntoQA."""
     sentences, query_text = split_question(question)
-    try:
-        query = parse_sentence(query_text.removesuffix("."))
-    except UserError:
-        query = None
-    if not sentences or not query or not query.is_fact or query.names_concept:
+    m = SINGULAR_RE.fullmatch(query_text.removesuffix("."))
+    if not sentences or not m or not m[2] or not m[5]:  # a name and a property
         raise UserError(
             f"not a ProntoQA question: {question[-60:]!r}.\nWrite rules, facts and a query: "
             '"Each wumpus is red. Max is a wumpus. True or false: Max is not red."'
         )
     claims = [parse_sentence(sentence) for sentence in sentences]
     facts = [claim for claim in claims if claim.is_fact]
-    return Question(facts, [claim for claim in claims if not claim.is_fact], query)
+    rules = [claim for claim in claims if not claim.is_fact]
+    return Question(facts, rules, Claim(m[2], bool(m[4]), m[5]))
 
 
 def concepts_of(q: Question) -> dict[str, int]:
@@ -326,7 +310,7 @@ def graph_hash(example: Example) -> bytes:
             above[claim.subject].append(claim.predicate)
             above.setdefault(claim.predicate, [])
         else:
-            above[claim.subject].append(f"{'not ' * claim.negated}{claim.predicate}")
+            above[claim.subject].append(claim.compact[1:])
     shape: dict[str, str] = {}
 
     def describe(node: str) -> str:
@@ -353,19 +337,11 @@ def graph_hashes(examples: Sequence[Example]) -> list[bytes]:
 # answer is unchanged. Spaces and signs are as in prosqa.py. Only the wording is lost.
 
 
-def _compact(claim: Claim) -> str:
-    return f" {claim.subject}{_compact_predicate(claim)}"
-
-
-def _compact_predicate(claim: Claim) -> str:
-    return f" {'not ' * claim.negated}{claim.predicate}"
-
-
 def compact_question(question: str) -> str:
     """Return the rules, the facts, then "? Max? not red". UserError as in parse_question."""
     facts, rules, query = parse_question(question)
-    claims = "".join([f"{_compact(claim)}." for claim in rules + facts])
-    return f"{claims}? {query.subject}?{_compact_predicate(query)}"
+    claims = "".join([f" {claim.subject}{claim.compact}." for claim in rules + facts])
+    return f"{claims}? {query.subject}?{query.compact}"
 
 
 def compact_step(step: str) -> str:
@@ -375,9 +351,9 @@ def compact_step(step: str) -> str:
     """
     fact, *rule = [parse_sentence(sentence) for sentence in split_sentences(step)]
     if fact.is_fact and not rule:
-        return _compact_predicate(fact)
+        return fact.compact
     if fact.is_fact and [claim.subject for claim in rule] == [fact.predicate]:
-        return _compact(rule[0])
+        return f" {rule[0].subject}{rule[0].compact}"
     raise UserError(
         f"not a ProntoQA step: {step[:60]!r}.\n"
         'Write a fact, or a fact and a rule about it: "Max is a wumpus. Each wumpus is red."'
@@ -410,8 +386,3 @@ def expand_steps(text: str, question: str) -> list[str]:
         else:
             steps.append(_sentence(Claim(entity, bool(m[4]), m[5])) if m[5] else m[0])
     return steps
-
-
-def expand_answer(text: str, question: str) -> str:
-    """Return the answer, which is the same word in both styles."""
-    return text.strip()

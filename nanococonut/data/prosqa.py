@@ -14,7 +14,7 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
 from nanococonut.data.search import distances, parents_of
 from nanococonut.data.seeds import rng_from_seed
+from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 
 NAMES = (
@@ -50,49 +51,30 @@ FAR = 10_000  # distance of an unreachable node
 class GraphConfig:
     """Settings of the graphs. The defaults fit the released examples.
 
-    n_nodes              nodes before those without edges are removed
-    min_hops, max_hops   steps from the entity to the answer
-    parent_rate          mean of the Poisson number of parents per node
-    first_share          fraction of nodes whose parents all descend from root 0 only (label 1)
-    second_share         the same for root 1 (label 2); all other nodes take parents anywhere
-    depth_weight         parents are drawn with weight (depth_weight * depth + 1) ** depth_power
-    depth_power          1 fits the released examples; higher values give longer chains
-    matched              both options are equally far from their nearest parentless node
-    balanced             both options are the deepest of their own root, and equally deep: the same
-                         graph with the other answer is equally likely
+    A share is the fraction of nodes whose parents all descend from one root; all other nodes take
+    parents anywhere. Parents are drawn with weight (depth_weight * depth + 1) ** depth_power.
     """
 
-    n_nodes: int = 28
-    min_hops: int = 3
-    max_hops: int = 6
-    parent_rate: float = 1.5
-    first_share: float = 0.35
-    second_share: float = 0.455
-    depth_weight: float = 1.5
-    depth_power: float = 1.0
-    matched: bool = False
-    balanced: bool = False
+    n_nodes: int = option(28, "nodes before those without edges go", ge=4, le=len(WORDS))
+    min_hops: int = option(3, "fewest steps from the entity to the answer", ge=1)
+    max_hops: int = option(6, "most steps from the entity to the answer")
+    parent_rate: float = option(1.5, "mean of the Poisson number of parents", ge=0.01, le=20)
+    first_share: float = option(0.35, "share of root 0 (label 1)", ge=0, le=1)
+    second_share: float = option(0.455, "share of root 1 (label 2)", ge=0)
+    depth_weight: float = option(1.5, "0 draws parents regardless of depth", ge=0, le=1000)
+    depth_power: float = option(1.0, "higher values give longer chains", ge=0, le=20)
+    matched: bool = option(False, "options equally far from their nearest parentless node")
+    # the same graph with the other answer is equally likely
+    balanced: bool = option(False, "options the deepest of their own root, and equally deep")
 
     def __post_init__(self) -> None:
-        self._check("n_nodes", 4, len(WORDS), f"there are words for {len(WORDS)} nodes")
-        self._check("min_hops", 1, self.n_nodes - 3, "the other root and its leaf need nodes, too")
-        self._check("max_hops", self.min_hops, self.n_nodes, "at least min_hops")
-        self._check("parent_rate", 0.01, 20, "mean number of parents")
-        self._check("first_share", 0, 1, "fraction of the nodes")
-        self._check("second_share", 0, 1 - self.first_share + 1e-9, "what first_share leaves")
-        self._check("depth_weight", 0, 1000, "0 draws parents regardless of depth")
-        self._check("depth_power", 0, 20, "higher values give longer chains")
+        validate(self)
+        if self.max_hops < self.min_hops:
+            raise UserError(f"max_hops={self.max_hops} is less than min_hops.\nChange one of them.")
+        if self.first_share + self.second_share > 1 + 1e-9:
+            raise UserError(f"second_share={self.second_share}: the shares exceed 1.\nLower one.")
         if self.matched and self.balanced:  # the coin would not be fair any more
             raise UserError("matched=True and balanced=True are two splits.\nChoose one.")
-
-    def _check(self, name: str, low: float, high: float, why: str) -> None:
-        value = getattr(self, name)
-        numeric = int if type(getattr(GraphConfig, name)) is int else int | float
-        if isinstance(value, bool) or not isinstance(value, numeric) or not low <= value <= high:
-            raise UserError(
-                f"{name}={value!r}: expected a number from {low:g} to {high:g} ({why}).\n"
-                f"Change {name}."
-            )
 
 
 SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_dense")
@@ -101,26 +83,23 @@ SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_
 def split_config(name: str, base: GraphConfig) -> GraphConfig:
     """Return the settings of a split for a model trained on the graphs of `base`."""
     base = replace(base, matched=False, balanced=False)
-    match name:
-        case "prosqa":  # as in training, with all shortcuts
-            return base
-        case "prosqa_matched":
-            return replace(base, matched=True)
-        case "prosqa_balanced":
-            return replace(base, balanced=True)
-        case "prosqa_long":  # one or two hops more than any in training
-            return replace(
-                base,
-                balanced=True,
-                min_hops=base.max_hops + 1,
-                max_hops=base.max_hops + 2,
-                # such chains are very rare otherwise, and "farthest" solves them all
-                n_nodes=min(round(base.n_nodes * 8 / 7), len(WORDS)),
-                depth_power=6,
-            )
-        case "prosqa_dense":  # one more parent per node
-            return replace(base, balanced=True, parent_rate=base.parent_rate + 1)
-    raise UserError(f"{name!r} is not a split.\nChoose one of {', '.join(SPLITS)}.")
+    changes: dict[str, dict[str, Any]] = {
+        "prosqa": {},  # as in training, with all shortcuts
+        "prosqa_matched": {"matched": True},
+        "prosqa_balanced": {"balanced": True},
+        # one or two hops more than any in training
+        "prosqa_long": {
+            "balanced": True,
+            "min_hops": base.max_hops + 1,
+            "max_hops": base.max_hops + 2,
+            # such chains are very rare otherwise, and "farthest" solves them all
+            "n_nodes": min(round(base.n_nodes * 8 / 7), len(WORDS)),
+            "depth_power": 6,
+        },
+        # one more parent per node
+        "prosqa_dense": {"balanced": True, "parent_rate": base.parent_rate + 1},
+    }
+    return replace(base, **changes[name])
 
 
 def generate(
@@ -141,16 +120,11 @@ def generate(
     batches = sample_batches(seed, config)
     while len(examples) < n:
         batch = next(batches)
-        if exclude:
-            excluded = _excluded(batch, exclude, colors)
-            batch = [example for example, out in zip(batch, excluded, strict=True) if not out]
-        examples += batch
+        examples += _without(batch, exclude, colors) if exclude else batch
         n_drawn += BATCH
         if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
             raise UserError(
-                f"{n_drawn:,} graphs gave {len(examples)} examples with n_nodes={config.n_nodes}, "
-                f"min_hops={config.min_hops}, max_hops={config.max_hops}, "
-                f"matched={config.matched}, balanced={config.balanced}.\n"
+                f"{n_drawn:,} graphs gave {len(examples)} examples with {config}.\n"
                 "Ask for fewer hops or another number of nodes."
             )
     return examples[:n]
@@ -325,17 +299,18 @@ def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
         symbols = all_symbols[symbol : symbol_ends[i]]
         text = " ".join([SENTENCES[s] for s in facts[edge : edge_ends[i]]])
         first, second = (target, neg_target) if target_first[i] else (neg_target, target)
-        example = {
-            "question": f"{text} Is {symbols[root]} a {symbols[first]} or {symbols[second]}?",
-            "answer": f"{symbols[root]} is a {symbols[target]}.",
-            "steps": [SENTENCES[s] for s in steps[i][hops[i] - 1 :: -1]],
-            "idx_to_symbol": symbols,
-            "edges": edges[edge : edge_ends[i]],
-            "root": root,
-            "target": target,
-            "neg_target": neg_target,
-        }
-        examples.append(example)  # type: ignore[arg-type]  # an Example with the graph's keys
+        examples.append(
+            {  # type: ignore[typeddict-unknown-key]
+                "question": f"{text} Is {symbols[root]} a {symbols[first]} or {symbols[second]}?",
+                "answer": f"{symbols[root]} is a {symbols[target]}.",
+                "steps": [SENTENCES[s] for s in steps[i][hops[i] - 1 :: -1]],
+                "idx_to_symbol": symbols,
+                "edges": edges[edge : edge_ends[i]],
+                "root": root,
+                "target": target,
+                "neg_target": neg_target,
+            }
+        )
         edge, symbol = edge_ends[i], symbol_ends[i]
     return examples
 
@@ -364,31 +339,28 @@ def _marked_graph(example: Example) -> isomorphism.Graph:
     return [(number[a], number[b]) for a, b in edges], marks
 
 
-def _excluded(
+def _without(
     examples: list[Example], exclude: Collection[bytes], colors: set[bytes]
-) -> list[bool]:
-    """Return whether each graph_hash is in `exclude`, whose hashes start with `colors`."""
-    found = isomorphism.graph_colors([_marked_graph(example) for example in examples])
+) -> list[Example]:
+    """Return those whose graph_hash is not in `exclude`; hashes in it start with `colors`."""
     # a color takes a tenth of an example's time, a hash more than an example
-    candidates = [i for i, color in enumerate(found) if color in colors]
+    own_colors = isomorphism.graph_colors([_marked_graph(example) for example in examples])
+    candidates = [i for i, color in enumerate(own_colors) if color in colors]
     hashes = graph_hashes([examples[i] for i in candidates])
     excluded = {i for i, key in zip(candidates, hashes, strict=True) if key in exclude}
-    return [i in excluded for i in range(len(examples))]
+    return [example for i, example in enumerate(examples) if i not in excluded]
 
 
 def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
     """Return (edges, root, target, neg_target). UserError if the example does not store them."""
     try:
-        edges = [(parent, child) for parent, child in example["edges"]]  # type: ignore
-        query = [example["root"], example["target"], example["neg_target"]]  # type: ignore
-        if edges and all(type(node) is int for edge in (*edges, query) for node in edge):
-            return edges, *query
+        edges = [(int(parent), int(child)) for parent, child in example["edges"]]  # type: ignore
+        return edges, *(int(example[key]) for key in ("root", "target", "neg_target"))  # type: ignore
     except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError(
-        f"an example does not store its graph: {example['question'][:40]!r}...\n"
-        "Give examples with edges (pairs of node numbers), root, target and neg_target."
-    )
+        raise UserError(
+            f"an example does not store its graph: {example['question'][:40]!r}...\n"
+            "Give examples with edges (pairs of node numbers), root, target and neg_target."
+        ) from None
 
 
 # ---- sentences
@@ -447,12 +419,6 @@ def solve(question: str) -> str | None:
 # word, would take them for edges (measured: docs/LOG.md).
 
 
-def compact_sentence(sentence: str) -> str:
-    """Return a fact or step in compact style: "Every p is a c." -> " p c". UserError if neither."""
-    parent, child = parse_sentence(sentence)
-    return f" {parent} {child}"
-
-
 def compact_question(question: str) -> str:
     """Return the edges, then "? Tom? A? B". UserError as in parse_question."""
     edges, entity, (first, second) = parse_question(question)
@@ -465,7 +431,7 @@ def compact_example(example: Example) -> Example:
     return {
         **example,
         "question": compact_question(example["question"]),
-        "steps": [compact_sentence(step) for step in example["steps"]],
+        "steps": [" {} {}".format(*parse_sentence(step)) for step in example["steps"]],
         "answer": parse_sentence(example["answer"])[1],
     }
 

@@ -1,6 +1,5 @@
 """Breadth-first search in graphs that are given as edges (parent, child)."""
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -32,17 +31,6 @@ def distances(neighbors: Mapping[Node, Sequence[Node]], start: Node) -> dict[Nod
     return steps
 
 
-def reachable(edges: Iterable[Sequence[Node]], root: Node) -> dict[Node, tuple[int, int]]:
-    """Map `root` and its descendants to (fewest steps, number of shortest paths)."""
-    children = children_of(edges)
-    result: dict[Node, tuple[int, int]] = {}
-    level, depth = Counter({root: 1}), 0
-    while level:
-        result |= {node: (depth, n_paths) for node, n_paths in level.items()}
-        next_level: Counter[Node] = Counter()
-        for node, n_paths in level.items():
-            for child in children.get(node, ()):
-                if child not in result:
-                    next_level[child] += n_paths
-        level, depth = next_level, depth + 1
-    return result
+def reachable(edges: Iterable[Sequence[Node]], root: Node) -> dict[Node, int]:
+    """Map `root` and all its descendants to the fewest steps from it."""
+    return distances(children_of(edges), root)

@@ -61,34 +61,29 @@ def prontoqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
                 "Give examples as generated or released."
             )
         is_true = example["answer"] == "True"
-        question = prontoqa.parse_question(example["question"])
+        facts, claims, query = prontoqa.parse_question(example["question"])
+        edges = [claim for claim in claims if claim.names_concept]
+        subjects, predicates = {c.subject for c in edges}, {c.predicate for c in edges}
+        claims += facts
+        words = [word for claim in claims for word in (claim.subject, claim.predicate)]
         n_correct["always true"] += is_true
-        n_correct['no "not"'] += is_true != question.query.negated
-        for rule, votes in _votes(question).items():
-            best_score = max(votes)[0]
+        n_correct['no "not"'] += is_true != query.negated
+        votes: dict[str, list[tuple[float, bool]]] = {}  # rule -> (score, answer) of each claim
+        for position, (subject, negated, predicate) in enumerate(claims):
+            if predicate == query.predicate:
+                scores = {
+                    "first": -position,
+                    "last": position,
+                    "leads on": subject in subjects,
+                    "led to": subject in predicates,
+                    "most often": words.count(subject),
+                    "random": 0,
+                }
+                for rule, score in scores.items():
+                    votes.setdefault(rule, []).append((score, negated == query.negated))
+        for rule, scored in votes.items():
+            best_score = max(scored)[0]
             n_correct[rule] += fmean(
-                answer == is_true for score, answer in votes if score == best_score
+                answer == is_true for score, answer in scored if score == best_score
             )
     return {rule: n / len(examples) for rule, n in n_correct.items()}
-
-
-def _votes(question: prontoqa.Question) -> dict[str, list[tuple[float, bool]]]:
-    """Map each rule to a (score, answer) pair for every claim about the property in the query."""
-    facts, rules, query = question
-    edges = [claim for claim in rules if claim.names_concept]
-    subjects, predicates = {c.subject for c in edges}, {c.predicate for c in edges}
-    words = [word for claim in rules + facts for word in (claim.subject, claim.predicate)]
-    votes: dict[str, list[tuple[float, bool]]] = {}
-    for position, (subject, negated, predicate) in enumerate(rules + facts):
-        if predicate == query.predicate:
-            scores = {
-                "first": -position,
-                "last": position,
-                "leads on": subject in subjects,
-                "led to": subject in predicates,
-                "most often": words.count(subject),
-                "random": 0,
-            }
-            for rule, score in scores.items():
-                votes.setdefault(rule, []).append((score, negated == query.negated))
-    return votes

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from nanococonut.config import TrainConfig
-from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts, statistics
+from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
@@ -20,7 +20,6 @@ from nanococonut.runtime.errors import UserError
 
 GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig
 MAX_TEST_BATCHES = 100  # with rarer examples, a run would start minutes later
-Statistics = Callable[[Sequence[Example]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,20 @@ class Task:
     """What the loop, the sampler and the benches know of a task.
 
     description      a line for --help
-    module           generate, solve, graph_hash, compact_example, ... of a generated task
-    statistics       examples of a generated task -> means and fractions
-    released         these statistics of the released examples
+    module           generate, solve, graph_hash, compact_example, ... of a generated task;
+                     from_hub(split, revision, skipped) -> (examples, commit) of any other
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
                      examples are not of this task
-    config_class     the generator's settings; None: examples are read, never generated
     splits           name -> settings for a model's TrainConfig. The first is the training split,
-                     the second its variant without shortcuts
+                     the second its variant without shortcuts. Empty: never generated
     easier_configs   settings with fewer steps than the task's own, to start the search from
-    load_split       (split, revision, skipped) -> (examples, commit); None for generated tasks
     """
 
     description: str
     module: ModuleType
-    statistics: Statistics = lambda examples: {}
-    released: Mapping[str, float] = field(default_factory=dict)
-    shortcuts: Statistics = lambda examples: {}
-    config_class: type[GeneratorConfig] | None = None
+    shortcuts: Callable[[Sequence[Example]], dict[str, float]] = lambda examples: {}
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
     easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
-    load_split: Callable[[str, str, list[str] | None], tuple[list[Example], str]] | None = None
 
     def words(self) -> list[str]:
         """Return the words that a word-level vocabulary needs in addition to those of a file."""
@@ -68,34 +60,30 @@ class Task:
         sentences   a newline after the question and after each step, as in the released code
         compact     the task's own short form; UserError if an example is not of this task
         """
-        if style == "sentences":
-            return [
-                example
-                | {
-                    "question": self.render_question(example["question"], style),
-                    "steps": [step + "\n" for step in example["steps"]],
-                }
-                for example in examples
-            ]
-        compact = []
+        rendered = []
         for i, example in enumerate(examples):
+            if style == "sentences":
+                texts = {"question": self.render_question(example["question"], style)}
+                texts["steps"] = [step + "\n" for step in example["steps"]]
+                rendered.append(example | texts)
+                continue
             try:
-                compact.append(self.module.compact_example(example))
+                rendered.append(self.module.compact_example(example))
             except UserError as e:
                 raise UserError(
                     f"example {i} has no compact form: {str(e).splitlines()[0]}\n"
                     "Use --render=sentences for examples of your own."
                 ) from None
-        return compact
+        return rendered
 
     def expand(self, text: str, question: str) -> str:
         """Return a compact completion as sentences: " Tom a a b### b" -> a line for each step, and
         "### Tom is a b."; text that is not compact is kept as it is."""
-        steps, mark, answer = text.rpartition("###")
-        if not mark:
-            return "\n".join(self.module.expand_steps(text, question))
+        steps, *answer = text.rsplit("###", 1)
         lines = self.module.expand_steps(steps, question)
-        return "\n".join([*lines, f"### {self.module.expand_answer(answer, question)}"])
+        # an answer without a compact form is the same word in both styles
+        expand = getattr(self.module, "expand_answer", lambda text, question: text.strip())
+        return "\n".join([*lines, *(f"### {expand(text, question)}" for text in answer)])
 
 
 def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
@@ -104,50 +92,34 @@ def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
     )
 
 
-def _shorter_graphs(config: TrainConfig) -> list[prosqa.GraphConfig]:
-    if config.min_hops == 1:
-        return []
-    return [replace(_graphs(config), min_hops=1, max_hops=config.min_hops - 1)]
-
-
-def _ontology(config: TrainConfig, matched: bool = False) -> prontoqa.OntologyConfig:
-    return prontoqa.OntologyConfig(config.max_hops, matched)
-
-
-def _shorter_ontologies(config: TrainConfig) -> list[prontoqa.OntologyConfig]:
-    return [prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, config.max_hops)]
-
-
 TASKS: dict[str, Task] = {
     "prosqa": Task(
         "which of two concepts does a chain of facts lead to?",
         prosqa,
-        statistics.prosqa_statistics,
-        statistics.PROSQA_RELEASED,
         shortcuts.prosqa_shortcuts,
-        prosqa.GraphConfig,
         splits={
             name: partial(lambda name, config: prosqa.split_config(name, _graphs(config)), name)
             for name in prosqa.SPLITS
         },
-        easier_configs=_shorter_graphs,
+        easier_configs=lambda c: (
+            [replace(_graphs(c), min_hops=1, max_hops=c.min_hops - 1)] if c.min_hops > 1 else []
+        ),
     ),
     "prontoqa": Task(
         "does a statement follow from a chain of rules?",
         prontoqa,
-        statistics.prontoqa_statistics,
-        statistics.PRONTOQA_RELEASED,
         shortcuts.prontoqa_shortcuts,
-        prontoqa.OntologyConfig,
-        splits={"prontoqa": _ontology, "prontoqa_matched": partial(_ontology, matched=True)},
-        easier_configs=_shorter_ontologies,
+        splits={
+            "prontoqa": lambda c: prontoqa.OntologyConfig(c.max_hops),
+            "prontoqa_matched": lambda c: prontoqa.OntologyConfig(c.max_hops, matched=True),
+        },
+        easier_configs=lambda c: [
+            prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, c.max_hops)
+        ],
     ),
     "gsm8k": Task(
         "what number answers a question of grade-school mathematics?",
         gsm8k,
-        load_split=lambda split, revision, skipped: gsm8k.from_hub(
-            split, revision=revision, skipped=skipped
-        ),
     ),
 }
 
@@ -156,15 +128,8 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
     """Return n examples of a split of config.task, scaled to the config; None if it has no such
     split."""
     task = TASKS[config.task]
-    if name not in task.splits:
-        return None
-    return task.module.generate(n, seed, task.splits[name](config))
-
-
-def held_out(config: TrainConfig) -> dict[str, list[Example]]:
-    """Return the examples whose graphs a run never generates: validation and test splits."""
-    tests = {name: _test_examples(config.task, c) for name, c in _test_configs(config).items()}
-    return load_data(config).val | tests
+    split = task.splits.get(name)
+    return task.module.generate(n, seed, split(config)) if split else None
 
 
 def test_hashes(config: TrainConfig) -> frozenset[bytes]:
@@ -214,14 +179,22 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
     train = commit = None
     if config.data:
         train = read_examples(config.data, skipped)
-    elif task.load_split:
-        train, commit = task.load_split("train", config.hub_revision, skipped)
+    elif not task.splits:
+        load_split = partial(task.module.from_hub, skipped=skipped)
+        train, commit = load_split("train", revision=config.hub_revision)
     if config.valid_data:
         return Data(train, {"valid": read_examples(config.valid_data, skipped)}, commit)
-    if commit and task.load_split:
-        return Data(train, {"valid": task.load_split("validation", commit, skipped)[0]}, commit)
+    if commit:
+        return Data(train, {"valid": load_split("validation", revision=commit)[0]}, commit)
     if train is not None:
-        return _hold_out(train, config)
+        if len(train) < 2:
+            raise UserError(
+                f"{config.data} holds one example, so none can be held out for validation.\n"
+                "Give more examples, or a --valid_data file."
+            )
+        n = min(config.val_examples, max(1, len(train) // 10))
+        order = np.random.default_rng((config.seed, VALID)).permutation(len(train))
+        return Data([train[i] for i in order[n:]], {"valid": [train[i] for i in order[:n]]})
     plain, matched, *_ = task.splits.values()
     n, generate = config.val_examples, task.module.generate
     val = {
@@ -229,15 +202,3 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
         "matched": generate(n, (config.seed, MATCHED), matched(config)),
     }
     return Data(None, val)
-
-
-def _hold_out(examples: list[Example], config: TrainConfig) -> Data:
-    """Split a file at random: a tenth, at most val_examples, is for validation."""
-    if len(examples) < 2:
-        raise UserError(
-            f"{config.data} holds one example, so none can be held out for validation.\n"
-            "Give more examples, or a --valid_data file."
-        )
-    n = min(config.val_examples, max(1, len(examples) // 10))
-    order = np.random.default_rng((config.seed, VALID)).permutation(len(examples))
-    return Data([examples[i] for i in order[n:]], {"valid": [examples[i] for i in order[:n]]})

@@ -54,14 +54,14 @@ def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
         is_correct = "#" in text and text.rpartition("#")[2].strip() == answer.strip()
         return "Correct Label" if is_correct else "Incorrect Label"
     start, end = chain[0][0], chain[-1][1]
-    steps = reachable(edges, entity)  # node -> (fewest steps from the entity, ...)
+    steps = reachable(edges, entity)  # node -> fewest steps
     is_broken = any(step[1] != next_step[0] for step, next_step in pairwise(chain))
     starts_well = start in steps if n_thoughts else start == entity
     if is_broken or not set(chain) <= set(edges) or not starts_well:
         return "Hallucination"
     if end != target:
         return "Wrong Target"
-    is_shortest = steps[start][0] + len(chain) == steps[target][0]
+    is_shortest = steps[start] + len(chain) == steps[target]
     return "Correct Path" if is_shortest else "Longer Path"
 
 

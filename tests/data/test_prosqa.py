@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from data.statistics import prosqa_statistics
 
 from nanococonut.data import prosqa
 from nanococonut.data.files import read_examples
 from nanococonut.data.prosqa import GraphConfig
 from nanococonut.data.shortcuts import prosqa_shortcuts
-from nanococonut.data.statistics import prosqa_statistics
 from nanococonut.data.tasks import TASKS
 from nanococonut.runtime.errors import UserError
 
@@ -204,8 +204,6 @@ def test_splits_change_the_documented_settings(base):
     long = by_name["prosqa_long"]
     assert long.balanced and long.min_hops == base.max_hops + 1
     assert base.n_nodes < long.n_nodes <= base.n_nodes + 4
-    with pytest.raises(UserError, match="'prosqa_wide' is not a split.\nChoose one of prosqa, "):
-        prosqa.split_config("prosqa_wide", base)
 
 
 def test_the_long_split_has_words_for_all_nodes():
@@ -401,7 +399,7 @@ def test_other_text_is_refused(text, complaint):
 def test_other_sentences_are_refused():
     """A sentence that is not ProsQA must not become an edge."""
     with pytest.raises(UserError, match="not a ProsQA sentence"):
-        prosqa.compact_sentence("Tom likes c.")
+        prosqa.parse_sentence("Tom likes c.")
     assert prosqa.parse_sentence(" Every p is a c.\n") == ("p", "c")
     with pytest.raises(UserError, match="not a ProsQA sentence"):
         prosqa.parse_sentence("")
@@ -425,7 +423,6 @@ def test_solve(examples):
         ({"n_nodes": 56}, "n_nodes"),
         ({"n_nodes": 13.0}, "n_nodes"),
         ({"min_hops": 0}, "min_hops"),
-        ({"n_nodes": 8, "min_hops": 6}, "min_hops"),
         ({"max_hops": 2}, "max_hops"),
         ({"parent_rate": 0}, "parent_rate"),
         ({"parent_rate": float("nan")}, "parent_rate"),
@@ -445,9 +442,9 @@ def test_impossible_settings_are_refused(values, field):
 def test_graphs_that_never_occur_are_an_error(monkeypatch):
     """generate() would never end."""
     monkeypatch.setattr(prosqa, "PATIENCE", 5000)
-    with pytest.raises(UserError, match="0 examples with n_nodes=12, min_hops=9"):
+    with pytest.raises(UserError, match="0 examples with .*n_nodes=12, min_hops=9"):
         prosqa.generate(1, 0, GraphConfig(n_nodes=12, min_hops=9, max_hops=9))
     tiny = GraphConfig(n_nodes=4, min_hops=1, max_hops=1)
     every = {prosqa.graph_hash(example) for example in prosqa.generate(300, 0, tiny)}
-    with pytest.raises(UserError, match="0 examples with n_nodes=4"):
+    with pytest.raises(UserError, match="0 examples with .*n_nodes=4"):
         prosqa.generate(1, 0, tiny, every)

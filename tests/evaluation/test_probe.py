@@ -69,7 +69,7 @@ def test_bundled_thoughts_encode_the_nodes_one_step_away(seed):
         values = concept_probabilities(engine, example["question"], 1)
         assert 0 < sum(values.values()) <= 1.0001
         for node, value in values.items():
-            total[node in steps and steps[node][0] == 1] += value / len(examples)
+            total[node in steps and steps[node] == 1] += value / len(examples)
     assert total[True] > 0.5 and total[True] > 3 * total[False]
 
 

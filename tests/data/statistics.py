@@ -1,12 +1,12 @@
 """Statistics of examples, and those of the released ones, which the generators were fitted to."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
-from nanococonut.data.search import parents_of, reachable
+from nanococonut.data.search import children_of, parents_of
 from nanococonut.runtime.errors import UserError
 
 # fmt: off
@@ -32,6 +32,22 @@ PRONTOQA_RELEASED: dict[str, float] = {
     "hops": 5, "steps": 6,
 }
 # fmt: on
+
+
+def reachable(edges: Iterable[Sequence[int]], root: int) -> dict[int, tuple[int, int]]:
+    """Map `root` and its descendants to (fewest steps, number of shortest paths)."""
+    children = children_of(edges)
+    result: dict[int, tuple[int, int]] = {}
+    level, depth = Counter({root: 1}), 0
+    while level:
+        result |= {node: (depth, n_paths) for node, n_paths in level.items()}
+        next_level: Counter[int] = Counter()
+        for node, n_paths in level.items():
+            for child in children.get(node, ()):
+                if child not in result:
+                    next_level[child] += n_paths
+        level, depth = next_level, depth + 1
+    return result
 
 
 def prosqa_statistics(examples: Sequence[Example]) -> dict[str, float]:
