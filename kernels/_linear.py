@@ -172,14 +172,6 @@ def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int, norm: bool) -
     return blocks | dict(CHUNKS=chunks, num_warps=4, num_stages=4)
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> None:
-    """Raise ValueError unless x (B, K), weight (N, K), bias (N,) and norm's (K,) match."""
-    N, K = len(bias), x.shape[-1]
-    check_tensors(x, x=(x, (len(x), K)), weight=(weight, (N, K)), bias=(bias, (N,)))
-    for p in norm:
-        check_tensors(x, LayerNorm=(p, (K,)))
-
-
 def check_tensors(like: Tensor | None, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
     """Raise ValueError unless each tensor is contiguous, of its shape, and of like's dtype."""
     for name, (t, shape) in expected.items():

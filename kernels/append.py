@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_linear, check_tensors, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
 
 
 @triton.jit
@@ -123,10 +123,12 @@ def append(
     the cache's. Raise ValueError if not. Only q is allocated ("library": two tensors more), and the
     GPU is never synchronized.
     """
-    check_linear(x, weight, bias, ln_weight, ln_bias)
     B, nh, T, hs = cache_k.shape
     C = nh * hs
-    check_tensors(x, x=(x, (B, C)), weight=(weight, (3 * C, C)))
+    check_tensors(
+        x, x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
+        weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)),
+    )  # fmt: skip
     check_tensors(None, lengths=(lengths, (B,)), active=(active, (B,)))
     layouts = [(tuple(t.shape), t.stride(), t.dtype) for t in (cache_k, cache_v)]
     if layouts[0] != layouts[1] or cache_k.stride(3) != 1:

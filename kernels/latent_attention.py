@@ -267,6 +267,6 @@ def latent_attention(
             f"workspace: expected {expected} for q {tuple(q.shape)}, "
             f"got {tuple(workspace.partial_acc.shape)}"
         )
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_empty(q.shape)
     launch_attention(q, k, v, lengths, n_new, workspace, out, None)
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._linear import auto_impl, check_linear, check_tensors, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
 from kernels.reference import linear_residual_ref
 
 
@@ -53,9 +53,8 @@ def linear_residual(
     (fp32, bf16, fp16); raise ValueError if not. The result is rounded once, when stored ("library":
     twice). Nothing is allocated except by "library", and the GPU is never synchronized.
     """
-    check_linear(y, weight, bias)
     B, (N, K) = len(y), weight.shape
-    check_tensors(y, x=(x, (B, N)))
+    check_tensors(y, y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)), x=(x, (B, N)))
     impl = auto_impl(B, y.element_size()) if impl == "auto" else impl
     if impl == "library":
         return linear_residual_ref(y, weight, bias, x)
