@@ -106,22 +106,16 @@ def gemm_tile(
     return tl.sum(acc, 0)
 
 
-def auto_impl(
-    batch: int,
-    itemsize: int,
-    norm_width: int = 0,
-    gemv_max_rows: int = GEMV_MAX_ROWS,
-    library_min_rows: int = LIBRARY_MIN_ROWS,
-) -> str:
+def auto_impl(batch: int, itemsize: int, norm_width: int = 0) -> str:
     """Return the implementation for a batch: "gemv", "gemm_tile" or "library".
 
     gemm_tile needs a two-byte dtype, because tensor cores have no true fp32, and, with a LayerNorm
     over norm_width numbers, a row that fits into registers.
     """
-    if batch >= library_min_rows:
+    if batch >= LIBRARY_MIN_ROWS:
         return "library"
     can_tile = itemsize == 2 and norm_width * itemsize <= MAX_NORM_ROW_BYTES
-    return "gemm_tile" if can_tile and batch > gemv_max_rows else "gemv"
+    return "gemm_tile" if can_tile and batch > GEMV_MAX_ROWS else "gemv"
 
 
 @cache
@@ -130,46 +124,32 @@ def launch_config(
 ) -> tuple[tuple[int, int], dict]:
     """Return (grid, block sizes and launch options) of gemv or gemm_tile for (B, K) x (N, K)^T."""
     if impl == "gemv":
-        block_m, block_n, block_k, warps = _gemv_blocks(batch, n_in)
-        chunks, stages = 1, 1
+        config = _gemv_blocks(batch, n_in)
     elif impl == "gemm_tile":
         if norm and n_in * itemsize > MAX_NORM_ROW_BYTES:
             raise ValueError(
                 f"impl='gemm_tile': expected rows of at most {MAX_NORM_ROW_BYTES} bytes, "
                 f"got {n_in} x {itemsize}; use 'gemv'"
             )
-        block_m, block_n, block_k, warps, chunks, stages = _gemm_blocks(
-            batch, n_out, n_in, itemsize, norm
-        )
+        config = _gemm_blocks(batch, n_out, n_in, itemsize, norm)
     else:
         raise ValueError(f"impl: expected auto, gemv, gemm_tile or library, got {impl!r}")
-    grid = (triton.cdiv(n_out, block_n), triton.cdiv(batch, block_m))
-    return grid, dict(
-        DOT=impl == "gemm_tile",
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        CHUNKS=chunks,
-        num_warps=warps,
-        num_stages=stages,
-        enable_fp_fusion=True,
-    )
+    grid = (triton.cdiv(n_out, config["BLOCK_N"]), triton.cdiv(batch, config["BLOCK_M"]))
+    return grid, config | dict(DOT=impl == "gemm_tile", enable_fp_fusion=True)
 
 
-def _gemv_blocks(batch: int, n_in: int) -> tuple[int, int, int, int]:
-    """Return BLOCK_M, BLOCK_N, BLOCK_K, num_warps."""
+def _gemv_blocks(batch: int, n_in: int) -> dict:
     block_k = triton.next_power_of_2(n_in)
     block_m = min(4, triton.next_power_of_2(batch))
     # columns per warp that fit into registers with the rows: at most 128 weights per thread
     block_n = 4 if block_m < 4 else 2
     # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
-    return block_m, block_n, block_k, min(8, max(1, block_k // 1024))
+    warps = min(8, max(1, block_k // 1024))
+    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
+    return blocks | dict(CHUNKS=1, num_warps=warps, num_stages=1)
 
 
-def _gemm_blocks(
-    batch: int, n_out: int, n_in: int, itemsize: int, norm: bool
-) -> tuple[int, int, int, int, int, int]:
-    """Return BLOCK_M, BLOCK_N, BLOCK_K, num_warps, CHUNKS, num_stages."""
+def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int, norm: bool) -> dict:
     padded_k = max(16, triton.next_power_of_2(n_in))
     shapes = [(m, n) for m in (16, 32, 64) for n in (16, 32, 64)]
     if norm:  # rows and weights pass through registers and 64 KiB of shared memory
@@ -182,29 +162,24 @@ def _gemm_blocks(
 
     block_m, block_n = min(shapes, key=cost)
     block_k = min(padded_k, 128)
+    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
     if norm:
-        return block_m, block_n, block_k, 8, padded_k // block_k, 1
+        return blocks | dict(CHUNKS=padded_k // block_k, num_warps=8, num_stages=1)
     # Three buffers of 32 KiB: 48 programs keep 3 MB in flight, and the 99 KiB of consumer GPUs
     # suffice.
     elements = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
-    return block_m, block_n, block_k, 4, max(1, min(padded_k, elements) // block_k), 4
+    chunks = max(1, min(padded_k, elements) // block_k)
+    return blocks | dict(CHUNKS=chunks, num_warps=4, num_stages=4)
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> None:
-    """Raise ValueError unless x (B, K), weight (N, K), bias (N,) and norm's (K,) match."""
-    K = x.shape[-1]
-    tensors = [
-        ("x", x, (len(x), K)),
-        ("weight", weight, (len(bias), K)),
-        ("bias", bias, (len(bias),)),
-        *(("LayerNorm parameter", p, (K,)) for p in norm),
-    ]
-    for name, t, shape in tensors:
-        if t.shape != shape or not t.is_contiguous():
+def check_tensors(like: Tensor | None, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError unless each tensor is contiguous, of its shape, and of like's dtype."""
+    for name, (t, shape) in expected.items():
+        if t is None:
+            continue
+        dtype, device = (t.dtype, t.device) if like is None else (like.dtype, like.device)
+        if t.shape != shape or not t.is_contiguous() or (t.dtype, t.device) != (dtype, device):
             raise ValueError(
-                f"{name}: expected contiguous {shape}, got {tuple(t.shape)} strides {t.stride()}"
-            )
-        if t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(
-                f"{name}: expected {x.dtype} on {x.device} like x, got {t.dtype} on {t.device}"
+                f"{name}: expected contiguous {shape} {dtype} on {device}, "
+                f"got {tuple(t.shape)} {t.dtype} on {t.device}, strides {t.stride()}"
             )

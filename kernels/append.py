@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_linear, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
 
 
 @triton.jit
@@ -123,27 +123,19 @@ def append(
     the cache's. Raise ValueError if not. Only q is allocated ("library": two tensors more), and the
     GPU is never synchronized.
     """
-    check_linear(x, weight, bias, ln_weight, ln_bias)
     B, nh, T, hs = cache_k.shape
     C = nh * hs
-    if x.shape != (B, C) or weight.shape != (3 * C, C):
+    check_tensors(
+        x, x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
+        weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)),
+    )  # fmt: skip
+    check_tensors(None, lengths=(lengths, (B,)), active=(active, (B,)))
+    layouts = [(tuple(t.shape), t.stride(), t.dtype) for t in (cache_k, cache_v)]
+    if layouts[0] != layouts[1] or cache_k.stride(3) != 1:
         raise ValueError(
-            f"x, weight: expected {(B, C)}, {(3 * C, C)} for a cache of {nh} heads of {hs}, "
-            f"got {tuple(x.shape)}, {tuple(weight.shape)}"
+            "cache_k, cache_v: expected one shape, dtype and strides, the last of them 1, "
+            f"got {layouts}"
         )
-    if cache_v.shape != cache_k.shape or cache_v.stride() != cache_k.stride():
-        raise ValueError(
-            f"cache_v: expected {tuple(cache_k.shape)} strides {cache_k.stride()} like cache_k, "
-            f"got {tuple(cache_v.shape)} strides {cache_v.stride()}"
-        )
-    if cache_k.stride(3) != 1 or cache_v.dtype != cache_k.dtype:
-        raise ValueError(
-            "cache_k, cache_v: expected a contiguous last dimension and one dtype, "
-            f"got stride {cache_k.stride(3)}, {cache_k.dtype}, {cache_v.dtype}"
-        )
-    for name, t in (("lengths", lengths), ("active", active)):
-        if t is not None and (t.shape != (B,) or not t.is_contiguous()):
-            raise ValueError(f"{name}: expected contiguous {(B,)}, got {tuple(t.shape)}")
     q = x.new_empty(B, nh, hs)
     impl = auto_impl(B, x.element_size(), C) if impl == "auto" else impl
     # without a mask any valid pointer will do for active

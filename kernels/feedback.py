@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._linear import check_tensors
+
 
 @triton.jit
 def _feedback_kernel(
@@ -86,8 +88,11 @@ def feedback(
     not. Nothing is allocated, and the GPU is never synchronized.
     """
     B, C = x.shape
-    _check(x, dict(lengths=lengths, active=active), ln_weight=(ln_weight, (C,)),
-           ln_bias=(ln_bias, (C,)), wpe=(wpe, (len(wpe), C)), hidden=(hidden, (B, C)))  # fmt: skip
+    check_tensors(None, lengths=(lengths, (B,)), active=(active, (B,)))
+    check_tensors(
+        x, x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
+        wpe=(wpe, (len(wpe), C)), hidden=(hidden, (B, C)),
+    )  # fmt: skip
     # without a mask any valid pointer will do for active
     _feedback_kernel[(B,)](
         x, ln_weight, ln_bias, wpe, lengths, hidden, lengths if active is None else active, eps,
@@ -103,26 +108,9 @@ def embed(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -
     Checks and the clamped position are those of `feedback`.
     """
     B, C = x.shape
-    _check(
-        x, dict(lengths=lengths, token=token), wte=(wte, (len(wte), C)), wpe=(wpe, (len(wpe), C))
-    )
+    check_tensors(None, lengths=(lengths, (B,)), token=(token, (B,)))
+    check_tensors(x, x=(x, (B, C)), wte=(wte, (len(wte), C)), wpe=(wpe, (len(wpe), C)))
     _embed_kernel[(B,)](
         wte, token, wpe, lengths, x, len(wpe), C, triton.next_power_of_2(C),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _check(
-    x: Tensor, vectors: dict[str, Tensor | None], **others: tuple[Tensor, tuple[int, ...]]
-) -> None:
-    """Raise ValueError unless vectors are (B,) and the others have their shape and x's dtype."""
-    B, C = x.shape
-    for name, t in vectors.items():
-        if t is not None and (t.shape != (B,) or not t.is_contiguous()):
-            raise ValueError(f"{name}: expected contiguous {(B,)}, got {tuple(t.shape)}")
-    for name, (t, shape) in {"x": (x, (B, C)), **others}.items():
-        if t.shape != shape or not t.is_contiguous() or t.dtype != x.dtype:
-            raise ValueError(
-                f"{name}: expected contiguous {shape} {x.dtype}, "
-                f"got {tuple(t.shape)} {t.dtype} strides {t.stride()}"
-            )

@@ -250,7 +250,6 @@ def latent_attention(
     lengths: Tensor,
     workspace: SplitWorkspace,
     n_new: int = 0,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new). Inference only.
 
@@ -258,20 +257,16 @@ def latent_attention(
     k, v        (B, nh, T, hs), any strides but the last, such as KVCache.data[layer, 0]
     lengths     (B,) int64, read on the device
     workspace   SplitWorkspace.allocate(B, nh, T, hs, device)
-    out         (B, nh, hs) contiguous, written; None: a new tensor
 
     Safe to capture in a CUDA graph. Raise ValueError if shapes, dtypes or strides do not match.
     """
     check_attention(q, k, v, lengths)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    elif out.shape != q.shape or not out.is_contiguous():
-        raise ValueError(f"out: expected contiguous {tuple(q.shape)}, got {tuple(out.shape)}")
     expected = (len(q) * q.shape[1], workspace.n_splits, q.shape[2])
     if workspace.partial_acc is not None and workspace.partial_acc.shape != expected:
         raise ValueError(
             f"workspace: expected {expected} for q {tuple(q.shape)}, "
             f"got {tuple(workspace.partial_acc.shape)}"
         )
+    out = q.new_empty(q.shape)
     launch_attention(q, k, v, lengths, n_new, workspace, out, None)
     return out

@@ -6,9 +6,9 @@ Used for both projections of a block: attention's (C, C) and the MLP's (C, 4C).
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_linear, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
+from kernels.reference import linear_residual_ref
 
 
 @triton.jit
@@ -53,16 +53,11 @@ def linear_residual(
     (fp32, bf16, fp16); raise ValueError if not. The result is rounded once, when stored ("library":
     twice). Nothing is allocated except by "library", and the GPU is never synchronized.
     """
-    check_linear(y, weight, bias)
     B, (N, K) = len(y), weight.shape
-    if x.shape != (B, N) or not x.is_contiguous() or x.dtype != y.dtype:
-        raise ValueError(
-            f"x: expected contiguous {(B, N)} {y.dtype}, "
-            f"got {tuple(x.shape)} {x.dtype} strides {x.stride()}"
-        )
+    check_tensors(y, y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)), x=(x, (B, N)))
     impl = auto_impl(B, y.element_size()) if impl == "auto" else impl
     if impl == "library":
-        return x.add_(F.linear(y, weight, bias))
+        return linear_residual_ref(y, weight, bias, x)
     grid, config = launch_config(impl, B, N, K, y.element_size(), norm=False)
     _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **config)
     return x

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_linear, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
+from kernels.reference import ln_linear_gelu_ref
 
 
 @triton.jit
@@ -57,12 +57,14 @@ def ln_linear_gelu(
     (fp32, bf16, fp16); raise ValueError if not. Only the output is allocated ("library": three
     tensors), and the GPU is never synchronized.
     """
-    check_linear(x, weight, bias, ln_weight, ln_bias)
     B, (N, K) = len(x), weight.shape
+    check_tensors(
+        x, x=(x, (B, K)), ln_weight=(ln_weight, (K,)), ln_bias=(ln_bias, (K,)),
+        weight=(weight, (N, K)), bias=(bias, (N,)),
+    )  # fmt: skip
     impl = auto_impl(B, x.element_size(), K) if impl == "auto" else impl
     if impl == "library":
-        h = F.linear(F.layer_norm(x, (K,), ln_weight, ln_bias, eps), weight, bias)
-        return F.gelu(h, approximate="tanh")
+        return ln_linear_gelu_ref(x, ln_weight, ln_bias, weight, bias, eps)
     grid, config = launch_config(impl, B, N, K, x.element_size(), norm=True)
     out = x.new_empty(B, N)
     _ln_linear_gelu_kernel[grid](x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, **config)

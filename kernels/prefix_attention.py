@@ -134,7 +134,7 @@ def prefix_attention_backward(
     check_attention(q, dk, dv, lengths)
     (B, nh, hs), T = q.shape, k.shape[2]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = q.new_empty(q.shape)
     block_n, block_d = block_sizes(hs)
     _prefix_attention_bwd_kernel[(B * nh, workspace.n_splits)](
         grad, grad_lse.contiguous(), q, k, v, lengths, out, lse, dq, dk, dv,
@@ -165,7 +165,7 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths, buffers):
         check_attention(q, k, v, lengths)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = q.new_empty(q.shape)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         launch_attention(q, k, v, lengths, 0, buffers.workspace, out, lse)
         ctx.buffers = buffers

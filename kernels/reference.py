@@ -1,32 +1,8 @@
-"""References for the kernels in plain torch: slow, and correct in any dtype."""
+"""What some kernels compute, in plain torch; the other references are those of the tests."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-def append_ref(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
-    lengths: Tensor,
-    active: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Return q (B, nh, hs) of x (B, C); store k and v at each sequence's length (append.py)."""
-    B, nh, T, hs = cache_k.shape
-    qkv = F.linear(F.layer_norm(x, (nh * hs,), ln_weight, ln_bias, eps), weight, bias)
-    q, k, v = qkv.view(B, 3, nh, hs).unbind(1)  # (B, nh, hs) each
-    # one sequence at a time, because each has its own length
-    for b, length in enumerate(lengths.tolist()):
-        if length < T and (active is None or active[b]):
-            cache_k[b, :, length] = k[b]
-            cache_v[b, :, length] = v[b]
-    return q
 
 
 def linear_residual_ref(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -63,43 +39,3 @@ def feedback_ref(
 def embed_ref(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
     """Write x (B, C) = wte[token] + wpe[lengths] in place."""
     x.copy_(wte[token] + wpe[lengths.clamp(max=len(wpe) - 1)])
-
-
-def latent_attention_lse_ref(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (out (B, nh, hs), lse (B, nh)) of q (B, nh, hs) over keys [0, lengths[b]).
-
-    k and v are (B, nh, T, hs); lse is the log-sum-exp of the scaled scores. Without keys out is
-    zero and lse is -inf.
-    """
-    valid = torch.arange(k.shape[2], device=k.device) < lengths[:, None]  # (B, T)
-    unused = ~valid[:, None, :, None]
-    # unused slots may hold NaN, which a zero weight would not remove
-    k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
-    scores = (k @ q[..., None])[..., 0] * q.shape[-1] ** -0.5  # (B, nh, T)
-    scores = scores.masked_fill(~valid[:, None], float("-inf"))
-    # softmax over -inf only would be NaN
-    empty = (lengths <= 0)[:, None, None]
-    p = scores.masked_fill(empty, 0).softmax(dim=-1).masked_fill(empty, 0)
-    # (B, nh, 1, T) @ (B, nh, T, hs) -> (B, nh, hs)
-    return (p[:, :, None] @ v)[:, :, 0], scores.logsumexp(dim=-1)
-
-
-def latent_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_new: int = 0
-) -> Tensor:
-    """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new)."""
-    return latent_attention_lse_ref(q, k, v, lengths + n_new)[0]
-
-
-def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (summed cross-entropy (), correct (N,) bool) of h (N, C), w (V, C), targets (N,).
-
-    correct: the label is the argmax, or there is none (-100).
-    """
-    logits = F.linear(h, w)  # (N, V)
-    # softmax in at least fp32, as autocast does
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    return loss, (logits.argmax(-1) == targets) | (targets == -100)

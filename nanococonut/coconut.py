@@ -158,11 +158,6 @@ def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     return torch.cat([h, out], dim=1)
 
 
-def forward(model: GPT, batch: Batch) -> Tensor:
-    """Return the logits (B, Ts, V) that predict batch.suffix."""
-    return model.head(suffix_hidden(model, batch, think(model, batch)))
-
-
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of logits (..., V), summed over the supervised targets (...)."""
     logits = logits.flatten(0, -2)

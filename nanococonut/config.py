@@ -16,15 +16,11 @@ class TrainConfig:
     """All options of train.py. The defaults are the paper's ProsQA recipe."""
 
     # data
-    task: str = option(
-        "prosqa", "data set and its format", "data", choices=("prosqa", "prontoqa", "gsm8k")
-    )
+    task: str = option("prosqa", "data set", "data", choices=("prosqa", "prontoqa", "gsm8k"))
     data: str | None = option(None, "train on this file instead of the task's own data", "data")
     valid_data: str | None = option(None, "validate on this file of examples", "data")
     hub_revision: str = option("main", "GSM8k: commit, tag or branch of the hub's copy", "data")
-    skip_bad_rows: bool = option(
-        False, "drop examples of files that are invalid or too long, and report them", "data"
-    )
+    skip_bad_rows: bool = option(False, "drop and report invalid or too long examples", "data")
     train_examples: int = option(17_886, "generated examples per epoch", "data", ge=1)
     regenerate_each_epoch: bool = option(
         False, "generate new examples every epoch, and batch examples of similar length", "data"
@@ -33,9 +29,8 @@ class TrainConfig:
     n_nodes: int = option(28, "ProsQA: nodes before pruning", "data", ge=4, le=55)
     min_hops: int = option(3, "ProsQA: minimum steps to the answer", "data", ge=1)
     max_hops: int = option(
-        6, "ProsQA: maximum steps to the answer; ProntoQA: steps to the concept with the property",
-        "data", ge=1,
-    )  # fmt: skip
+        6, "ProsQA: maximum steps to the answer; ProntoQA: steps to the property", "data", ge=1
+    )
     matched_fraction: float = option(
         0.0, "fraction of training examples without the depth shortcut", "data", ge=0, le=1
     )
@@ -47,11 +42,9 @@ class TrainConfig:
     )
     # model
     init_from: str = option(
-        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a path to a run or weights", "model"
+        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a path", "model"
     )
-    fallback: str | None = option(
-        None, "config to train instead if the weights, or a GPU for them, are missing", "model"
-    )
+    fallback: str | None = option(None, "config to train if weights or GPU are missing", "model")
     tokenizer: str = option("gpt2", "vocabulary", "model", choices=("gpt2", "words"))
     n_layer: int = option(12, "layers", "model", ge=1)
     n_head: int = option(12, "attention heads", "model", ge=1)
@@ -71,36 +64,28 @@ class TrainConfig:
         None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum", ge=0
     )
     uniform_prob: float = option(
-        0.0, "probability that an example samples its own stage: up to its number of steps, or, "
-        "with advance_at, up to the current stage", "curriculum", ge=0, le=1,
-    )  # fmt: skip
+        0.0, "probability that an example samples its own stage", "curriculum", ge=0, le=1
+    )
     epochs: int = option(50, "total epochs", "curriculum", ge=1)
     epochs_per_stage: int = option(5, "epochs per stage", "curriculum", ge=1)
     first_stage_epochs: int | None = option(
         None, "epochs of stage 0 (None: epochs_per_stage; 0: skip it)", "curriculum", ge=0
     )
     advance_at: float = option(
-        0.0, "next stage at this fraction of exact matches in recent batches (0: off)",
-        "curriculum", ge=0, le=1,
-    )  # fmt: skip
-    icot_tokens: float = option(
-        8.0, "icot: tokens of the chain dropped per epoch (may be a fraction)", "curriculum", gt=0
+        0.0, "next stage at this fraction of exact matches (0: off)", "curriculum", ge=0, le=1
     )
-    soft_temperature: float = option(
-        1.0, "soft_thought: temperature of the average over tokens", "curriculum", gt=0
-    )
+    icot_tokens: float = option(8.0, "icot: tokens dropped per epoch", "curriculum", gt=0)
+    soft_temperature: float = option(1.0, "soft_thought: temperature", "curriculum", gt=0)
     soft_top_k: int = option(0, "soft_thought: tokens to average (0: all)", "curriculum", ge=0)
     stop: str = option(
-        "constant", "number of thoughts at inference: that of the stage, or decided by a "
-        "classifier on the hidden states", "curriculum", choices=("constant", "classifier"),
+        "constant", "what ends the thoughts at inference", "curriculum",
+        choices=("constant", "classifier"),
     )  # fmt: skip
     # optimizer
     batch_size: int = option(128, "examples per optimizer step", "optimizer", ge=1)
     micro_batch_size: int = option(32, "examples per forward pass", "optimizer", ge=1)
     learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0, alias="lr")
-    muon_learning_rate: float = option(
-        0.0, "Muon's learning rate for the layers' matrices (0: AdamW for all)", "optimizer", ge=0
-    )
+    muon_learning_rate: float = option(0.0, "Muon's, for matrices (0: AdamW)", "optimizer", ge=0)
     beta2: float = option(0.999, "AdamW's beta2", "optimizer", ge=0, lt=1)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
@@ -116,24 +101,21 @@ class TrainConfig:
     resume: bool = option(False, "continue the run in out_dir")
     max_steps: int = option(0, "stop after this many steps (0: at the end of the schedule)", ge=0)
     save_interval: int = option(200, "steps between checkpoints", ge=1)
-    eval_interval: int = option(
-        0, "steps between validations in the final stage (0: at the end of stages only)", ge=0
-    )
+    eval_interval: int = option(0, "final stage: steps between validations (0: at its end)", ge=0)
     max_new_tokens: int = option(128, "maximum length of a generated answer", ge=1)
     tensorboard: bool = option(False, "also write TensorBoard event files to out_dir")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
-        "auto", "forward pass: float32, tf32 matrix products, or bfloat16 autocast (auto: bfloat16 "
-        "on a GPU)", choices=("auto", "float32", "tf32", "bfloat16"),
+        "auto", "of the forward pass (auto: bfloat16 autocast on a GPU)",
+        choices=("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
     recompute_mlp: bool = option(False, "recompute MLPs in backward: less memory, more time")
     kernels: str = option(
-        "auto", "backend of the thoughts' attention and the loss (auto: triton on a GPU without "
-        "dropout)", choices=("auto", "triton", "torch"),
-    )  # fmt: skip
-    graph: str = option(
-        "auto", "run forward and backward as CUDA graphs", choices=("auto", "on", "off")
+        "auto",
+        "backend (auto: triton on a GPU without dropout)",
+        choices=("auto", "triton", "torch"),
     )
+    graph: str = option("auto", "run steps as CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
         validate(self)

@@ -39,28 +39,20 @@ def choose_training_backend(kernels: str, model: GPT) -> tuple[str, str]:
 def _choose(kernels: str, model: GPT, unsupported: str, supported: str) -> tuple[str, str]:
     if kernels == "torch":
         return "torch", "as requested"
+    w, head_dim = model.wte.weight, model.config.n_embd // model.config.n_head
     # the interpreter is for tests: slow, so "auto" never chooses it
     interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    reason = _unsupported_reason(model, interpreted)
-    if not reason and unsupported:
-        reason = f"there is no kernel for {unsupported}"
+    reasons = {  # why Triton cannot run this model: whether it applies
+        "triton is not installed": importlib.util.find_spec("triton") is None,
+        f"the model is on {w.device}, not on a GPU": w.device.type != "cuda" and not interpreted,
+        "there is no kernel for float64": w.dtype == torch.float64,
+        f"there is no kernel for heads of {head_dim}: at most 128 dimensions": head_dim > 128,
+        f"there is no kernel for {unsupported}": unsupported != "",
+    }
+    reason = next((r for r, applies in reasons.items() if applies), "")
     if kernels == "triton" and reason:
         raise UserError(f"--kernels=triton cannot run here: {reason}.\nUse --kernels=torch.")
     return ("torch", reason) if reason else ("triton", supported)
-
-
-def _unsupported_reason(model: GPT, interpreted: bool) -> str:
-    """Return why Triton cannot run a model of this size, dtype and device, or ""."""
-    w, head_dim = model.wte.weight, model.config.n_embd // model.config.n_head
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if w.device.type != "cuda" and not interpreted:
-        return f"the model is on {w.device}, not on a GPU"
-    if w.dtype == torch.float64:
-        return "there is no kernel for float64"
-    if head_dim > 128:
-        return f"there is no kernel for heads of {head_dim}: at most 128 dimensions"
-    return ""
 
 
 def choose_graph(graph: str, model: GPT) -> bool:

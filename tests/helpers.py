@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanococonut import coconut
 from nanococonut.batch import IGNORE, Batch, pad_lists
 from nanococonut.config import TrainConfig
 from nanococonut.inference.engine import Engine, Generation
@@ -117,6 +118,12 @@ def save_random_run(
     }
     checkpoint.save(path, 7, model, [], manifest)
     return model
+
+
+def forward(model: GPT, batch: Batch) -> torch.Tensor:
+    """Return the logits (B, Ts, V) that predict batch.suffix."""
+    trace = coconut.think(model, batch)
+    return model.head(coconut.suffix_hidden(model, batch, trace))
 
 
 def random_batch(seed, n_thoughts, markers=True, vocab=41):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_three_way, exact_match, random_batch, random_gpt
+from helpers import assert_three_way, exact_match, forward, random_batch, random_gpt
 from torch.nn import functional as F
 
 from nanococonut import coconut
@@ -105,7 +105,7 @@ def test_loss_equals_that_of_all_logits(case, seed):
     """coconut.loss computes logits at supervised positions only: guards against wrong indices."""
     model = random_gpt(seed % 1000, vocab_size=5)
     batch, _ = random_batch(seed, *CASES[case], vocab=5)
-    logits = coconut.forward(model, batch)
+    logits = forward(model, batch)
     supervised = batch.targets[0] != IGNORE
     batch.targets[0, supervised] = logits[0].argmax(-1)[supervised]  # one correct sequence
     loss, correct = coconut.loss(model, batch, coconut.think(model, batch))
@@ -120,7 +120,7 @@ def test_projection_starts_as_the_hidden_state():
     torch.manual_seed(0)
     projected = GPT(GPTConfig(41, 48, 2, 3, 24, thought="projected", stop=True))
     batch, _ = random_batch(1, [3, 2])
-    assert torch.equal(coconut.forward(plain, batch), coconut.forward(projected, batch))
+    assert torch.equal(forward(plain, batch), forward(projected, batch))
 
 
 def naive_stop_loss(model, sequences, needed):
@@ -178,7 +178,7 @@ def test_gradient_reaches_the_first_thought():
 def test_padding_does_not_change_logits(gpt):
     """Guards against attention to padding: a sequence alone and in a batch of longer ones."""
     batch, _ = random_batch(7, [2, 5, 0, 3])
-    together = coconut.forward(gpt, batch)
+    together = forward(gpt, batch)
     for b in range(4):
         n, s = int(batch.length[b]), int((batch.targets[b] != IGNORE).sum()) + 1
         alone = Batch(
@@ -191,26 +191,24 @@ def test_padding_does_not_change_logits(gpt):
             max_thoughts=int(batch.n_thoughts[b]),
             n_labels=s - 1,
         )
-        torch.testing.assert_close(
-            coconut.forward(gpt, alone)[0], together[b, :s], rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(forward(gpt, alone)[0], together[b, :s], rtol=1e-10, atol=1e-10)
 
 
 def test_padding_values_do_not_change_the_loss(gpt):
     """Guards against a mask that only works because padding is 0."""
     batch, _ = random_batch(8, [2, 5, 0, 3])
-    expected = coconut.loss_sum(coconut.forward(gpt, batch), batch.targets)
+    expected = coconut.loss_sum(forward(gpt, batch), batch.targets)
     columns = torch.arange(batch.prefix.shape[1])
     batch.prefix[columns >= batch.length[:, None]] = 40
     batch.suffix[(batch.targets == IGNORE) & (torch.arange(batch.suffix.shape[1]) > 0)] = 40
-    got = coconut.loss_sum(coconut.forward(gpt, batch), batch.targets)
+    got = coconut.loss_sum(forward(gpt, batch), batch.targets)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_no_thoughts_equals_plain_gpt(gpt):
     """Guards against an offset between the blocks that the naive loop shares."""
     batch, sequences = random_batch(9, [0, 0, 0])
-    logits = coconut.forward(gpt, batch)
+    logits = forward(gpt, batch)
     for b, (prefix, _, suffix, _) in enumerate(sequences):
         plain = gpt(torch.tensor([prefix + suffix]))[0, len(prefix) - 1 : -1]
         torch.testing.assert_close(logits[b, : len(suffix)], plain, rtol=1e-10, atol=1e-10)
@@ -221,10 +219,10 @@ def test_dropout_reaches_attention():
     model = random_gpt(dropout=0.5).train()
     batch, _ = random_batch(3, [3, 1])
     torch.manual_seed(1)
-    a = coconut.forward(model, batch)
+    a = forward(model, batch)
     torch.manual_seed(1)
-    b = coconut.forward(model, batch)
-    c = coconut.forward(model, batch)
+    b = forward(model, batch)
+    c = forward(model, batch)
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 

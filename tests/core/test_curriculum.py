@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import random_gpt
+from helpers import forward, random_gpt
 from torch.nn import functional as F
 
 from nanococonut import coconut
@@ -239,7 +239,7 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
     )
     c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
     batch = collate(c, [stage], [EXAMPLE], tokenizer)
-    loss = coconut.loss_sum(coconut.forward(model, batch), batch.targets)
+    loss = coconut.loss_sum(forward(model, batch), batch.targets)
 
     sequence, first_label = expected_layout(method, stage, tokenizer)
     emb = torch.empty(1, 0, model.config.n_embd, dtype=torch.float64)

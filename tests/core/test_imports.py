@@ -56,15 +56,6 @@ def test_only_kernels_imports_triton():
         assert "triton" not in {name.split(".")[0] for name in imports(path)}, path
 
 
-def test_kernels_names_its_owner():
-    """Guards users of Hugging Face's package of the same name against a bare AttributeError."""
-    import kernels
-
-    with pytest.raises(ImportError, match="nanococonut's own package"):
-        kernels.get_kernel  # noqa: B018
-    assert not hasattr(kernels, "__wrapped__")
-
-
 def test_transformers_import_from_the_repo_root():
     """Hugging Face's `kernels` is an optional import of transformers; ours must not break it."""
     pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import generate, random_batch, random_gpt
+from helpers import forward, generate, random_batch, random_gpt
 
 from nanococonut import coconut
 from nanococonut.inference.engine import Engine
@@ -31,7 +31,7 @@ def test_loss_and_gradients_equal_the_cpus(smear):
     for name in ("cpu", "cuda"):
         model = random_gpt(smear=smear).to(name)
         moved = batch.to(torch.device(name))
-        coconut.loss_sum(coconut.forward(model, moved), moved.targets).backward()
+        coconut.loss_sum(forward(model, moved), moved.targets).backward()
         grads.append([p.grad.cpu() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)

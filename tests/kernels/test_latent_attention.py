@@ -7,19 +7,18 @@ import torch
 pytest.importorskip("triton")
 from attention_inputs import random_inputs, slow
 from helpers import assert_three_way
+from references import latent_attention_ref
 
 from kernels.latent_attention import SplitWorkspace, block_sizes, latent_attention
-from kernels.reference import latent_attention_ref
 from nanococonut.cache import KVCache
 from nanococonut.model import cached_attention
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-NAN = float("nan")
 
 
-def attend(q, k, v, lengths, n_new=0, out=None, n_splits=None):
+def attend(q, k, v, lengths, n_new=0, n_splits=None):
     workspace = SplitWorkspace.allocate(*k.shape, k.device, n_splits)
-    return latent_attention(q, k, v, lengths, workspace, n_new, out)
+    return latent_attention(q, k, v, lengths, workspace, n_new)
 
 
 def exact(q, k, v, lengths):
@@ -29,13 +28,12 @@ def exact(q, k, v, lengths):
 @pytest.mark.parametrize("n_splits", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hs", [16, 64, 80, 128, *slow(24, 48, 96)])
-def test_output_matches_reference(hs, dtype, n_splits, device, seed):
+def test_output_matches_reference(hs, dtype, n_splits, device, seed, nan_memory):
     T = 3 * block_sizes(hs)[0] + 5
     q, k, v, lengths = random_inputs([T, 0, 1, T // 2 + 3], 2, T, hs, dtype, device)
     workspace = SplitWorkspace.allocate(*k.shape, k.device, n_splits)
-    buffer = torch.full(q.shape, NAN, dtype=dtype, device=device)
-    out = latent_attention(q, k, v, lengths, workspace, out=buffer)
-    assert out is buffer and (out[1] == 0).all()
+    out = latent_attention(q, k, v, lengths, workspace)
+    assert (out[1] == 0).all()
     assert_three_way(out, latent_attention_ref(q, k, v, lengths), exact(q, k, v, lengths))
     again = latent_attention(q, k, v, lengths, workspace)  # the counters are zero again
     assert torch.equal(out, again)
@@ -74,8 +72,6 @@ def test_bad_input_is_named(device):
     with pytest.raises(ValueError, match="workspace: expected"):
         workspace = SplitWorkspace.allocate(3, 2, 8, 16, q.device, n_splits=2)
         latent_attention(q, k, v, lengths, workspace)
-    with pytest.raises(ValueError, match="out: expected contiguous"):
-        attend(q, k, v, lengths, out=q)
 
 
 @pytest.mark.parametrize("B, T, n_splits", [(1, 448, 16), (8, 448, 4), (64, 448, 1), (1, 64, 2)])
@@ -111,11 +107,10 @@ def test_captured_graph_follows_the_lengths(seed):
     k, v = k.nan_to_num(), v.nan_to_num()
     workspace = SplitWorkspace.allocate(*k.shape, k.device)
     assert workspace.n_splits > 1
-    out = torch.empty(q.shape, dtype=q.dtype, device="cuda")
-    latent_attention(q, k, v, lengths, workspace, 1, out)  # compile before the capture
+    latent_attention(q, k, v, lengths, workspace, 1)  # compile before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        latent_attention(q, k, v, lengths, workspace, 1, out)
+        out = latent_attention(q, k, v, lengths, workspace, 1)
     for n in ([0, 1], [899, 30], [1000, 500], [63, 64]):
         lengths.copy_(torch.tensor(n))
         graph.replay()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import exact_match, random_batch, random_gpt
+from helpers import exact_match, forward, random_batch, random_gpt
 
 from nanococonut import coconut
 from nanococonut.training import step as step_module
@@ -27,7 +27,7 @@ def plain(model, batches, labels):
     model.zero_grad()
     loss = 0
     for batch in batches:
-        logits = coconut.forward(model, batch)
+        logits = forward(model, batch)
         loss = loss + coconut.loss_sum(logits, batch.targets) / labels
     loss.backward()
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -52,7 +52,7 @@ def test_padding_changes_nothing(gpt, seed, n_thoughts):
     (summed / batch.n_labels).backward()
     close(summed / batch.n_labels, loss)
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
-    want = exact_match(coconut.forward(gpt, batch), batch.targets)
+    want = exact_match(forward(gpt, batch), batch.targets)
     assert torch.equal(right[: len(want)], want)
 
 
