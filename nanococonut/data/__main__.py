@@ -1,4 +1,7 @@
-"""Write a file of examples: a generated split, or one of GSM8k-Aug's."""
+"""Write a file of examples: a generated split, or one of GSM8k-Aug's.
+
+python -m nanococonut.data prosqa --n 1000 --out examples.json
+"""
 
 import sys
 from dataclasses import dataclass
@@ -31,7 +34,10 @@ class Options:
 
 def main() -> None:
     """Write the file that sys.argv asks for."""
-    c = make_config(Options, parse_cli(Options, sys.argv[1:], str(__doc__))[0])
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv[0] = f"--data={argv[0]}"
+    c = make_config(Options, parse_cli(Options, argv, str(__doc__))[0])
     sizes = {"n_nodes": c.n_nodes, "min_hops": c.min_hops, "max_hops": c.max_hops}
     config = TrainConfig(task=TASK_OF[c.data], **sizes)
     examples, source = generated(c.data, c.n, c.seed, config), f"seed {c.seed}"
