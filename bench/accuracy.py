@@ -22,6 +22,7 @@ from bench.common.results import ResultWriter
 from nanococonut.config import TrainConfig
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
+from nanococonut.data.seeds import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.categories import category_fractions
@@ -41,7 +42,7 @@ class AccuracyConfig:
         + ", ".join(name for task in TASKS.values() for name in task.splits),
     )
     n: int = option(1000, "generated examples", ge=1)
-    seed: int = option(1_000_003, "of generated examples (training never uses it)", ge=0)
+    seed: int = option(TEST_SEED, "of generated examples (training never uses it)", ge=0)
     latent: int | None = option(None, "thoughts (None: as trained)", ge=0)
     sweep: bool = option(False, "evaluate with 0, 1, ... up to that many thoughts")
     batch_size: int = option(100, "examples in a batch", ge=1)

@@ -10,6 +10,7 @@ from nanococonut import coconut, ops
 from nanococonut.batch import IGNORE, TokenizedExample, build_sequence, collate, count_labels
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import Data
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.loader import TrainLoader
@@ -29,10 +30,9 @@ class FinalStageBatches:
         self.curriculum, size = Curriculum.from_config(recipe), recipe.batch_size
         self.stage, self.thoughts = recipe.max_latent_stage + 1, recipe.final_thoughts
         self.micro_batch_size = recipe.micro_batch_size
-        loader = TrainLoader(recipe, self.curriculum, self.tokenizer, None, [])
-        examples = loader(0)
-        loader.close()
-        loader.worker.shutdown()  # waits: the next epoch is not made while a step is measured
+        loader = TrainLoader(recipe, self.curriculum, self.tokenizer, Data(None, {}))
+        examples = loader.epoch(0)
+        loader.close(wait=True)  # so that the next epoch is not made while a step is measured
         if context:
             examples = [_of_length(example, context - 1) for example in examples]  # and <bot>
         self.batches = [
