@@ -23,8 +23,6 @@ def from_hub(
 
     revision   branch, tag or commit; the returned commit gives the same examples again
     skipped    as in read_examples
-
-    Raise UserError if the data set cannot be downloaded or has other columns.
     """
     from huggingface_hub import snapshot_download  # imported here: they take a second
     from rich.console import Console
