@@ -227,10 +227,12 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
 
 def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_new: int, workspace: SplitWorkspace,
-    out: Tensor, lse: Tensor | None,
-) -> None:  # fmt: skip
-    """Launch the forward kernel; write out and, if given, lse. Arguments are not checked."""
+    lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Check the arguments and launch the forward kernel. Return out; write lse if it is passed."""
+    check_attention(q, k, v, lengths)
     (B, nh, hs), T = q.shape, k.shape[2]
+    out = q.new_empty(q.shape)
     block_n, block_d = block_sizes(hs)
     _latent_attention_fwd_kernel[(B * nh, workspace.n_splits)](
         q, k, v, lengths, out, lse,
@@ -241,15 +243,11 @@ def launch_attention(
         BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
     )  # fmt: skip
+    return out
 
 
 def latent_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    workspace: SplitWorkspace,
-    n_new: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, workspace: SplitWorkspace, n_new: int = 0
 ) -> Tensor:
     """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new). Inference only.
 
@@ -260,13 +258,10 @@ def latent_attention(
 
     Safe to capture in a CUDA graph. Raise ValueError if shapes, dtypes or strides do not match.
     """
-    check_attention(q, k, v, lengths)
     expected = (len(q) * q.shape[1], workspace.n_splits, q.shape[2])
     if workspace.partial_acc is not None and workspace.partial_acc.shape != expected:
         raise ValueError(
             f"workspace: expected {expected} for q {tuple(q.shape)}, "
             f"got {tuple(workspace.partial_acc.shape)}"
         )
-    out = q.new_empty(q.shape)
-    launch_attention(q, k, v, lengths, n_new, workspace, out, None)
-    return out
+    return launch_attention(q, k, v, lengths, n_new, workspace)

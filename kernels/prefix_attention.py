@@ -164,10 +164,8 @@ class PrefixBuffers:
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths, buffers):
-        check_attention(q, k, v, lengths)
-        out = q.new_empty(q.shape)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        launch_attention(q, k, v, lengths, 0, buffers.workspace, out, lse)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        out = launch_attention(q, k, v, lengths, 0, buffers.workspace, lse)
         ctx.buffers = buffers
         ctx.save_for_backward(q, k, v, lengths, out, lse)
         ctx.set_materialize_grads(False)  # None instead of zeros the size of the prefix

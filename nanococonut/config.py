@@ -41,9 +41,7 @@ class TrainConfig:
         "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
     # model
-    init_from: str = option(
-        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a path", "model"
-    )
+    init_from: str = option("scratch", "scratch, gpt2, gpt2-medium, -large, -xl or a path", "model")
     fallback: str | None = option(None, "config to train if weights or GPU are missing", "model")
     tokenizer: str = option("gpt2", "vocabulary", "model", choices=("gpt2", "words"))
     n_layer: int = option(12, "layers", "model", ge=1)
