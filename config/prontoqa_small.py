@@ -21,7 +21,6 @@ regenerate_each_epoch = True
 matched_fraction = 0.5
 short_fraction = 0.3  # chains of one or two hops are learned first
 val_examples = 500
-c_thought = 1
 max_latent_stage = 4  # three hops and the property
 final_thoughts = 6  # more than the longest chain
 first_stage_epochs = 20  # at most: with 6 the model never learns the matched examples

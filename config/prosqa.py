@@ -1,7 +1,4 @@
-"""The paper's ProsQA recipe: GPT-2 124M, 17,886 examples, 50 epochs, one thought per step.
-
-All other options are TrainConfig's defaults, which are the same recipe.
-"""
+"""The paper's ProsQA recipe: GPT-2 124M, 17,886 examples, 50 epochs, one thought per step."""
 
 init_from = "gpt2"
 fallback = "prosqa_small.py"  # without GPT-2's weights or a GPU: a model for any machine

@@ -20,7 +20,6 @@ regenerate_each_epoch = True
 matched_fraction = 0.4  # examples without the depth shortcut
 short_fraction = 0.3  # examples of one or two hops: search starts with near nodes
 val_examples = 500
-c_thought = 1
 max_latent_stage = 6  # the longest chain
 first_stage_epochs = 2
 epochs_per_stage = 3

@@ -20,7 +20,6 @@ regenerate_each_epoch = True
 matched_fraction = 0.4
 short_fraction = 0.3  # examples of one hop: search starts with near nodes
 val_examples = 500
-c_thought = 1
 max_latent_stage = 3  # the longest chain
 final_thoughts = 6  # more than the longest chain
 first_stage_epochs = 2

@@ -62,10 +62,7 @@ def gemv(
 
 @triton.jit
 def gemm_tile(
-    x_ptr,  # input (B, K), read
-    w_ptr,  # weight (N, K), read
-    ln_w_ptr,  # LayerNorm weight (K,), read if NORM
-    ln_b_ptr,  # LayerNorm bias (K,), read if NORM
+    x_ptr, w_ptr, ln_w_ptr, ln_b_ptr,  # as in gemv
     eps, B, row0, col0,
     N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
@@ -124,7 +121,12 @@ def launch_config(
 ) -> tuple[tuple[int, int], dict]:
     """Return (grid, block sizes and launch options) of gemv or gemm_tile for (B, K) x (N, K)^T."""
     if impl == "gemv":
-        config = _gemv_blocks(batch, n_in)
+        block_k = triton.next_power_of_2(n_in)
+        block_m = min(4, triton.next_power_of_2(batch))
+        # columns per warp that fit into registers with the rows: at most 128 weights per thread
+        config = dict(BLOCK_M=block_m, BLOCK_N=4 if block_m < 4 else 2, BLOCK_K=block_k, CHUNKS=1)
+        # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
+        config |= dict(num_warps=min(8, max(1, block_k // 1024)), num_stages=1)
     elif impl == "gemm_tile":
         if norm and n_in * itemsize > MAX_NORM_ROW_BYTES:
             raise ValueError(
@@ -136,17 +138,6 @@ def launch_config(
         raise ValueError(f"impl: expected auto, gemv, gemm_tile or library, got {impl!r}")
     grid = (triton.cdiv(n_out, config["BLOCK_N"]), triton.cdiv(batch, config["BLOCK_M"]))
     return grid, config | dict(DOT=impl == "gemm_tile", enable_fp_fusion=True)
-
-
-def _gemv_blocks(batch: int, n_in: int) -> dict:
-    block_k = triton.next_power_of_2(n_in)
-    block_m = min(4, triton.next_power_of_2(batch))
-    # columns per warp that fit into registers with the rows: at most 128 weights per thread
-    block_n = 4 if block_m < 4 else 2
-    # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
-    warps = min(8, max(1, block_k // 1024))
-    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
-    return blocks | dict(CHUNKS=1, num_warps=warps, num_stages=1)
 
 
 def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int, norm: bool) -> dict:

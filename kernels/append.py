@@ -43,9 +43,9 @@ def _append_kernel(
     k_ptr,  # key cache (B, nh, T, D), written at slot length
     v_ptr,  # value cache, same strides, written at slot length
     lengths_ptr,  # valid keys (B,) int64, read
-    active_ptr,  # (B,) bool, read if MASKED
+    active_ptr,  # (B,) bool, read; None: all
     eps, B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -56,7 +56,7 @@ def _append_kernel(
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < 3 * C, other=0.0).to(tl.float32)
     length = tl.load(lengths_ptr + offs_m, mask=offs_m < B, other=0)  # int64
     is_stored = (offs_m < B) & (length < T)  # a full sequence stores nothing
-    if MASKED:
+    if active_ptr is not None:
         active = tl.load(active_ptr + offs_m, mask=offs_m < B, other=0)
         is_stored = is_stored & active.to(tl.int1)
     if DOT:
@@ -81,13 +81,13 @@ def _append_store_kernel(
     q_ptr,  # the rest as in _append_kernel
     k_ptr, v_ptr, lengths_ptr, active_ptr,
     B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     length = tl.load(lengths_ptr + offs_m)
     is_stored = length < T
-    if MASKED:
+    if active_ptr is not None:
         is_stored = is_stored & tl.load(active_ptr + offs_m).to(tl.int1)
     qkv = tl.load(qkv_ptr + offs_m * (3 * C) + offs_n, mask=offs_n < 3 * C, other=0.0)
     _store_qkv(
@@ -138,9 +138,8 @@ def append(
         )
     q = x.new_empty(B, nh, hs)
     impl = auto_impl(B, x.element_size(), C) if impl == "auto" else impl
-    # without a mask any valid pointer will do for active
-    cache = (q, cache_k, cache_v, lengths, lengths if active is None else active)
-    sizes = (B, T, *cache_k.stride()[:3], C, hs, active is not None)
+    cache = (q, cache_k, cache_v, lengths, active)
+    sizes = (B, T, *cache_k.stride()[:3], C, hs)
     if impl == "library":
         qkv = F.linear(F.layer_norm(x, (C,), ln_weight, ln_bias, eps), weight, bias)
         block = min(1024, triton.next_power_of_2(3 * C))

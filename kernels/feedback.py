@@ -19,8 +19,8 @@ def _feedback_kernel(
     wpe_ptr,  # position embeddings (P, C), read
     lengths_ptr,  # (B,) int64, read and written
     hidden_ptr,  # (B, C), written if active, read if not
-    active_ptr,  # (B,) bool, read if MASKED
-    eps, P, C: tl.constexpr, MASKED: tl.constexpr, BLOCK_C: tl.constexpr,
+    active_ptr,  # (B,) bool, read; None: all
+    eps, P, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
@@ -32,7 +32,7 @@ def _feedback_kernel(
     x = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
     h = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * ln_w + ln_b
     h = h.to(hidden_ptr.dtype.element_ty)  # the next input uses the rounded hidden state
-    if MASKED:
+    if active_ptr is not None:
         active = tl.load(active_ptr + b).to(tl.int1)
         length += active.to(tl.int64)
         h = tl.where(active, h, tl.load(hidden_ptr + b * C + offs_c, mask=mask, other=0.0))
@@ -93,11 +93,9 @@ def feedback(
         x, x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
         wpe=(wpe, (len(wpe), C)), hidden=(hidden, (B, C)),
     )  # fmt: skip
-    # without a mask any valid pointer will do for active
     _feedback_kernel[(B,)](
-        x, ln_weight, ln_bias, wpe, lengths, hidden, lengths if active is None else active, eps,
-        len(wpe), C, active is not None, triton.next_power_of_2(C),
-        num_warps=4, enable_fp_fusion=True,
+        x, ln_weight, ln_bias, wpe, lengths, hidden, active, eps,
+        len(wpe), C, triton.next_power_of_2(C), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -116,37 +116,27 @@ def _latent_attention_fwd_kernel(
     l_i = tl.sum(l_i * alpha, axis=0)
     acc = tl.sum(acc * alpha[:, None], axis=0)  # (BLOCK_D,)
 
-    if SPLITS == 1:
-        _store_out(out_ptr, lse_ptr, bh, offs_d, mask_d, acc, m, l_i, D)
-    else:
+    if SPLITS > 1:
         partial_acc_ptr += bh * SPLITS * D
         partial_ml_ptr += bh * SPLITS * 2
         tl.store(partial_acc_ptr + split * D + offs_d, acc, mask=mask_d)
         tl.store(partial_ml_ptr + split * 2, m)
         tl.store(partial_ml_ptr + split * 2 + 1, l_i)
-        if is_last_split(counter_ptr + bh, n_used):
-            offs_s = tl.arange(0, SPLITS)
-            mask_s = offs_s < n_used
-            # .cg bypasses L1, which does not see stores from other multiprocessors
-            m_s = tl.load(
-                partial_ml_ptr + offs_s * 2, mask=mask_s, other=-1e30, cache_modifier=".cg"
-            )
-            l_s = tl.load(
-                partial_ml_ptr + offs_s * 2 + 1, mask=mask_s, other=0.0, cache_modifier=".cg"
-            )
-            acc_s = tl.load(
-                partial_acc_ptr + offs_s[:, None] * D + offs_d[None, :],
-                mask=mask_s[:, None] & mask_d[None, :], other=0.0, cache_modifier=".cg",
-            )  # (SPLITS, BLOCK_D)  # fmt: skip
-            m = tl.max(m_s, axis=0)
-            alpha_s = tl.exp(m_s - m)
-            l_i = tl.sum(l_s * alpha_s, axis=0)
-            acc = tl.sum(acc_s * alpha_s[:, None], axis=0)
-            _store_out(out_ptr, lse_ptr, bh, offs_d, mask_d, acc, m, l_i, D)
-
-
-@triton.jit
-def _store_out(out_ptr, lse_ptr, bh, offs_d, mask_d, acc, m, l_i, D: tl.constexpr):
+        if not is_last_split(counter_ptr + bh, n_used):
+            return
+        offs_s = tl.arange(0, SPLITS)
+        mask_s = offs_s < n_used
+        # .cg bypasses L1, which does not see stores from other multiprocessors
+        m_s = tl.load(partial_ml_ptr + offs_s * 2, mask=mask_s, other=-1e30, cache_modifier=".cg")
+        l_s = tl.load(partial_ml_ptr + offs_s * 2 + 1, mask=mask_s, other=0.0, cache_modifier=".cg")
+        acc_s = tl.load(
+            partial_acc_ptr + offs_s[:, None] * D + offs_d[None, :],
+            mask=mask_s[:, None] & mask_d[None, :], other=0.0, cache_modifier=".cg",
+        )  # (SPLITS, BLOCK_D)  # fmt: skip
+        m = tl.max(m_s, axis=0)
+        alpha_s = tl.exp(m_s - m)
+        l_i = tl.sum(l_s * alpha_s, axis=0)
+        acc = tl.sum(acc_s * alpha_s[:, None], axis=0)
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)  # no key: return zeros instead of 0 / 0
     out = acc / l_safe
     tl.store(out_ptr + bh * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
@@ -225,24 +215,6 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
         )
 
 
-def launch_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_new: int, workspace: SplitWorkspace,
-    out: Tensor, lse: Tensor | None,
-) -> None:  # fmt: skip
-    """Launch the forward kernel; write out and, if given, lse. Arguments are not checked."""
-    (B, nh, hs), T = q.shape, k.shape[2]
-    block_n, block_d = block_sizes(hs)
-    _latent_attention_fwd_kernel[(B * nh, workspace.n_splits)](
-        q, k, v, lengths, out, lse,
-        workspace.partial_acc, workspace.partial_ml, workspace.counter,
-        nh, T, hs**-0.5,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        N_NEW=n_new, D=hs, SPLITS=workspace.n_splits,
-        BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
 def latent_attention(
     q: Tensor,
     k: Tensor,
@@ -250,13 +222,15 @@ def latent_attention(
     lengths: Tensor,
     workspace: SplitWorkspace,
     n_new: int = 0,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new). Inference only.
+    """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new). Not differentiable.
 
     q           (B, nh, hs)
     k, v        (B, nh, T, hs), any strides but the last, such as KVCache.data[layer, 0]
     lengths     (B,) int64, read on the device
     workspace   SplitWorkspace.allocate(B, nh, T, hs, device)
+    lse         (B, nh) fp32, written: log-sum-exp of the scores; None: not needed
 
     Safe to capture in a CUDA graph. Raise ValueError if shapes, dtypes or strides do not match.
     """
@@ -267,6 +241,16 @@ def latent_attention(
             f"workspace: expected {expected} for q {tuple(q.shape)}, "
             f"got {tuple(workspace.partial_acc.shape)}"
         )
+    (B, nh, hs), T = q.shape, k.shape[2]
     out = q.new_empty(q.shape)
-    launch_attention(q, k, v, lengths, n_new, workspace, out, None)
+    block_n, block_d = block_sizes(hs)
+    _latent_attention_fwd_kernel[(B * nh, workspace.n_splits)](
+        q, k, v, lengths, out, lse,
+        workspace.partial_acc, workspace.partial_ml, workspace.counter,
+        nh, T, hs**-0.5,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+        N_NEW=n_new, D=hs, SPLITS=workspace.n_splits,
+        BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
+    )  # fmt: skip
     return out

@@ -74,22 +74,6 @@ def _load_logits(x_ptr, offs_v, V, stride_x):
     return tl.where(offs_v < V, x, float("-inf"))
 
 
-def _softmax_cross_entropy(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
-    """Return (loss, correct) of each row of logits (rows, V), a view of a wider buffer.
-
-    grad: replace the logits by d loss / d logits. The kernel writes the padding too.
-    """
-    rows, V = logits.shape
-    loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    _softmax_cross_entropy_kernel[(rows,)](
-        logits, labels, loss, correct, V, logits.stride(0),
-        GRAD=grad, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)), STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
-    )  # fmt: skip
-    return loss, correct
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, n_labels, chunk, grad_h, grad_w):
@@ -99,7 +83,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         index = (targets == IGNORE).int().argsort(stable=True)[:n_labels]
         rows, labels = h[index], targets[index]
         correct = torch.ones(len(h), dtype=torch.bool, device=h.device)
-        losses = torch.zeros(len(index), dtype=torch.float32, device=h.device)
+        # of the supervised positions; the kernel writes both
+        losses = h.new_empty(len(index), dtype=torch.float32)
+        hits = h.new_empty(len(index), dtype=torch.bool)
         dh = torch.zeros_like(h) if grad_h else None
         # fp32 also for a bf16 head: it accumulates over chunks
         dw = torch.zeros_like(w, dtype=torch.float32) if grad_w else None
@@ -110,15 +96,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x = rows[part]
             logits = buffer[: len(x), :V]
             torch.mm(x, w_h.t(), out=logits)
-            losses[part], correct[index[part]] = _softmax_cross_entropy(
-                logits, labels[part], grad_h or grad_w
-            )
+            _softmax_cross_entropy_kernel[(len(x),)](
+                logits, labels[part], losses[part], hits[part], V, logits.stride(0),
+                GRAD=grad_h or grad_w, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)),
+                STAGES=NUM_STAGES, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+                enable_fp_fusion=True,
+            )  # fmt: skip
             if grad_h:
                 dh[index[part]] = logits @ w_h
             if grad_w and dw.dtype == x.dtype:
                 dw.addmm_(logits.t(), x)
             elif grad_w:
                 dw += logits.t() @ x
+        correct[index] = hits
         ctx.save_for_backward(dh, dw.to(w.dtype) if grad_w else None)
         ctx.mark_non_differentiable(correct)
         return losses.sum(), correct

@@ -21,7 +21,7 @@ from kernels.latent_attention import (
     block_sizes,
     check_attention,
     is_last_split,
-    launch_attention,
+    latent_attention,
     split_range,
 )
 
@@ -95,21 +95,19 @@ def _prefix_attention_bwd_kernel(
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
     acc = tl.sum(dq, axis=0)  # (BLOCK_D,)
-    dq_ptrs = dq_ptr + bh * D + offs_d
-    if SPLITS == 1:
-        tl.store(dq_ptrs, acc.to(dq_ptr.dtype.element_ty), mask=mask_d)
-    else:
+    if SPLITS > 1:
         partial_acc_ptr += bh * SPLITS * D
         tl.store(partial_acc_ptr + split * D + offs_d, acc, mask=mask_d)
-        if is_last_split(counter_ptr + bh, n_used):
-            offs_s = tl.arange(0, SPLITS)
-            # .cg bypasses L1, which does not see stores from other multiprocessors
-            acc_s = tl.load(
-                partial_acc_ptr + offs_s[:, None] * D + offs_d[None, :],
-                mask=(offs_s < n_used)[:, None] & mask_d[None, :], other=0.0, cache_modifier=".cg",
-            )  # (SPLITS, BLOCK_D)  # fmt: skip
-            acc = tl.sum(acc_s, axis=0)
-            tl.store(dq_ptrs, acc.to(dq_ptr.dtype.element_ty), mask=mask_d)
+        if not is_last_split(counter_ptr + bh, n_used):
+            return
+        offs_s = tl.arange(0, SPLITS)
+        # .cg bypasses L1, which does not see stores from other multiprocessors
+        acc_s = tl.load(
+            partial_acc_ptr + offs_s[:, None] * D + offs_d[None, :],
+            mask=(offs_s < n_used)[:, None] & mask_d[None, :], other=0.0, cache_modifier=".cg",
+        )  # (SPLITS, BLOCK_D)  # fmt: skip
+        acc = tl.sum(acc_s, axis=0)
+    tl.store(dq_ptr + bh * D + offs_d, acc.to(dq_ptr.dtype.element_ty), mask=mask_d)
 
 
 def prefix_attention_backward(
@@ -130,8 +128,7 @@ def prefix_attention_backward(
     Only slots [0, lengths[b]) of dk and dv are touched; they may have any float dtype. Sums are
     fp32 in a fixed order.
     """
-    check_attention(q, k, v, lengths)
-    check_attention(q, dk, dv, lengths)
+    check_attention(q, dk, dv, lengths)  # forward has checked k and v
     (B, nh, hs), T = q.shape, k.shape[2]
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq = q.new_empty(q.shape)
@@ -164,10 +161,8 @@ class PrefixBuffers:
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths, buffers):
-        check_attention(q, k, v, lengths)
-        out = q.new_empty(q.shape)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        launch_attention(q, k, v, lengths, 0, buffers.workspace, out, lse)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        out = latent_attention(q, k, v, lengths, buffers.workspace, lse=lse)
         ctx.buffers = buffers
         ctx.save_for_backward(q, k, v, lengths, out, lse)
         ctx.set_materialize_grads(False)  # None instead of zeros the size of the prefix

@@ -1,4 +1,4 @@
-"""What some kernels compute, in plain torch; the other references are those of the tests."""
+"""Some kernels in plain torch; the other references are in tests/kernels/references.py."""
 
 import torch
 from torch import Tensor

@@ -63,10 +63,10 @@ class BlockKV:
     def attend_thought(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.thoughts[layer].append((k, v))
         prefix = self._attend_prefix_fused(layer, q) if self.triton else None
-        return self._attend(bias, layer, q, prefix=prefix)
+        return self._attend(bias, layer, q, prefix, suffix=None)
 
     def attend_suffix(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(bias, layer, q, suffix=(k, v))
+        return self._attend(bias, layer, q, prefix=None, suffix=(k, v))
 
     def _attend_prefix_fused(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prefix as a single key: its score (B, nh, 1, 1), its value (B, nh, 1, hs)."""
@@ -76,12 +76,7 @@ class BlockKV:
         return lse[..., None, None], out[:, :, None]
 
     def _attend(
-        self,
-        bias: Tensor,
-        layer: int,
-        q: Tensor,
-        prefix: KV | None = None,
-        suffix: KV | None = None,
+        self, bias: Tensor, layer: int, q: Tensor, prefix: KV | None, suffix: KV | None
     ) -> Tensor:
         """Return softmax(q k^T / sqrt(hs) + bias) v, (B, nh, T, hs), over all blocks.
 

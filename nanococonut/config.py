@@ -31,19 +31,13 @@ class TrainConfig:
     max_hops: int = option(
         6, "ProsQA: maximum steps to the answer; ProntoQA: steps to the property", "data", ge=1
     )
-    matched_fraction: float = option(
-        0.0, "fraction of training examples without the depth shortcut", "data", ge=0, le=1
-    )
-    short_fraction: float = option(
-        0.0, "fraction of training examples with 1 .. min_hops - 1 steps", "data", ge=0, le=1
-    )
+    matched_fraction: float = option(0.0, "without depth shortcut", "data", ge=0, le=1)
+    short_fraction: float = option(0.0, "with 1 .. min_hops - 1 steps", "data", ge=0, le=1)
     render: str = option(
         "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
     # model
-    init_from: str = option(
-        "scratch", "scratch, gpt2, gpt2-medium, -large, -xl, or a path", "model"
-    )
+    init_from: str = option("scratch", "scratch, gpt2, gpt2-medium, -large, -xl or a path", "model")
     fallback: str | None = option(None, "config to train if weights or GPU are missing", "model")
     tokenizer: str = option("gpt2", "vocabulary", "model", choices=("gpt2", "words"))
     n_layer: int = option(12, "layers", "model", ge=1)
@@ -57,9 +51,7 @@ class TrainConfig:
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
     c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0)
     max_latent_stage: int = option(6, "last numbered stage", "curriculum", ge=0, le=100)
-    pad_latent_to_max: bool = option(
-        True, "final stage: as many thoughts for examples with fewer steps", "curriculum"
-    )
+    pad_latent_to_max: bool = option(True, "final stage: equal thoughts for all", "curriculum")
     final_thoughts: int | None = option(
         None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum", ge=0
     )
@@ -89,9 +81,7 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW's beta2", "optimizer", ge=0, lt=1)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
-    decay_fraction: float = option(
-        0.0, "last fraction of all steps: the learning rate decays to 0", "optimizer", ge=0, le=1
-    )
+    decay_fraction: float = option(0.0, "last steps: rate decays to 0", "optimizer", ge=0, le=1)
     reset_optimizer: str = option(
         "stage", "when to reset the optimizer", "optimizer", choices=("stage", "epoch", "never")
     )

@@ -136,17 +136,12 @@ def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse,
         raise UserError(
             f"{path}, line {getattr(e.__cause__, 'lineno', 1)}: {e}.\nGive a JSON list of examples."
         ) from None
-    if isinstance(value, list):
-        return [(f"example {i}", entry) for i, entry in enumerate(value)], parse_object, OBJECT
     if isinstance(value, dict):
         if any(isinstance(v, dict) and "test_example" in v for v in value.values()):
             keys = "question, query, answer (texts), chain_of_thought (texts)"
             return list(value.items()), parse_raw_prontoqa, f"Expected test_example: {{{keys}}}."
-        return [("example 0", value)], parse_object, OBJECT  # JSON lines with one line
-    raise UserError(
-        f"{path}: expected a list of examples, got {type(value).__name__}.\n"
-        'Write [{"question": ..., "steps": [...], "answer": ...}, ...].'
-    )
+    values = value if isinstance(value, list) else [value]  # JSON lines with one line
+    return [(f"example {i}", entry) for i, entry in enumerate(values)], parse_object, OBJECT
 
 
 def _load_json(text: str) -> Any:
@@ -155,5 +150,3 @@ def _load_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg})") from e
-    except RecursionError:
-        raise ValueError("not JSON (nested too deeply)") from None

@@ -23,8 +23,6 @@ def from_hub(
 
     revision   branch, tag or commit; the returned commit gives the same examples again
     skipped    as in read_examples
-
-    Raise UserError if the data set cannot be downloaded or has other columns.
     """
     from huggingface_hub import snapshot_download  # imported here: they take a second
     from rich.console import Console
@@ -42,8 +40,8 @@ def from_hub(
     except Exception as e:  # from the hub, the HTTP library (whose types vary), pyarrow or the disk
         reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise UserError(
-            f"{source} ({revision}): neither in the Hugging Face cache nor on the hub: {reason}\n"
-            "Go online (unset HF_HUB_OFFLINE), copy another machine's cache, or "
+            f"{source} ({revision}) is neither in the Hugging Face cache nor can it be downloaded: "
+            f"{reason}\nGo online (unset HF_HUB_OFFLINE), copy another machine's cache, or "
             "train on text lines (train.py: --data, --valid_data). Their addresses are in "
             "preprocessing/gsm_icot.bash of github.com/facebookresearch/coconut."
         ) from None

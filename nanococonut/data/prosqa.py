@@ -69,12 +69,6 @@ class GraphConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.max_hops < self.min_hops:
-            raise UserError(f"max_hops={self.max_hops} is less than min_hops.\nChange one of them.")
-        if self.first_share + self.second_share > 1 + 1e-9:
-            raise UserError(f"second_share={self.second_share}: the shares exceed 1.\nLower one.")
-        if self.matched and self.balanced:  # the coin would not be fair any more
-            raise UserError("matched=True and balanced=True are two splits.\nChoose one.")
 
 
 SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_dense")

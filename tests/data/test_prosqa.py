@@ -423,14 +423,11 @@ def test_solve(examples):
         ({"n_nodes": 56}, "n_nodes"),
         ({"n_nodes": 13.0}, "n_nodes"),
         ({"min_hops": 0}, "min_hops"),
-        ({"max_hops": 2}, "max_hops"),
         ({"parent_rate": 0}, "parent_rate"),
         ({"parent_rate": float("nan")}, "parent_rate"),
         ({"first_share": 1.1}, "first_share"),
-        ({"second_share": 0.7}, "second_share"),
         ({"depth_weight": -1}, "depth_weight"),
         ({"depth_power": 21}, "depth_power"),
-        ({"matched": True, "balanced": True}, "matched"),
     ],
 )
 def test_impossible_settings_are_refused(values, field):

@@ -182,7 +182,7 @@ def _linear_case(
 def _append_cases() -> Iterable[Case]:
     values = dict(lengths_ptr="*i64", active_ptr="*i1", B="i32", T="i32")
     values |= dict.fromkeys(("stride_kb", "stride_kh", "stride_kt"), "i32")
-    values |= dict(C=768, D=64, MASKED=True)
+    values |= dict(C=768, D=64)
     for impl, B in [("gemv", 1), ("gemv", 4), ("gemm_tile", 8)]:
         yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | dict(eps="fp32"))
     values |= dict(BLOCK_N=1024)
@@ -192,7 +192,7 @@ def _append_cases() -> Iterable[Case]:
 def _feedback_cases() -> Iterable[Case]:
     # no wide_loads: a row is too short for 128 bits per thread
     values = dict(lengths_ptr="*i64", P="i32", C=768, BLOCK_C=1024)
-    active = dict(active_ptr="*i1", eps="fp32", MASKED=True)
+    active = dict(active_ptr="*i1", eps="fp32")
     yield _case(feedback._feedback_kernel, "active", values | active)
     yield _case(feedback._embed_kernel, "bf16", values | dict(token_ptr="*i64"))
 

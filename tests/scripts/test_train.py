@@ -337,7 +337,7 @@ REFUSED = {
     "data not JSON": (["tiny.py", "--data=bad.py"], "not JSON"),
     "data not UTF-8": (["tiny.py", "--data=latin.json"], "UTF-8"),
     "data without keys": (["tiny.py", "--data=keys.json"], "example 0"),
-    "data empty": (["tiny.py", "--data=empty.json"], "no examples"),
+    "data empty": (["tiny.py", "--data=empty.json"], "no valid examples"),
     "data no ProsQA": (["tiny.py", "--data=other.json", "--valid_data=other.json"], "ProsQA"),
     "data of one row": (["tiny.py", "--data=one.json"], "held out"),
     "validation too long": (["tiny.py", "--valid_data=long.json"], "block_size=128"),
@@ -366,7 +366,7 @@ def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, c
     """A traceback, a silent default, or an overwritten run."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "bad.py").write_text("n_layer = int('2')\n")
-    (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9"}]')
+    (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9", "steps": [], "answer": "1"}]')
     (tmp_path / "keys.json").write_text('[{"question": "Is it?"}]')
     (tmp_path / "empty.json").write_text("[]")
     write_examples("long.json", prosqa.generate(2, 0))  # of the released size
