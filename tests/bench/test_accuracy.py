@@ -25,10 +25,10 @@ def rows_of(out: str) -> list[dict]:
 @pytest.mark.parametrize("split", prosqa.SPLITS)
 def test_every_split_is_evaluated_as_trained(accuracy, split):
     """With the number of thoughts in the manifest."""
-    code, out, err = accuracy(f"--data={split}", "--n=40")
+    code, out, err = accuracy(f"--data={split}", "--n=200")
     assert (code, err) == (0, "")
     [row] = rows_of(out)
-    assert row["labels"]["data"] == split and row["shape"] == {"examples": 40, "thoughts": 6}
+    assert row["labels"]["data"] == split and row["shape"] == {"examples": 200, "thoughts": 6}
     low, high = row["spread"].values()
     assert row["value"] > 0.7 and low < row["value"] <= high
     fractions = row["detail"]["categories"]
