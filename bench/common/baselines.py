@@ -18,14 +18,14 @@ Prompts = list[list[int]]
 
 
 class Timing(TypedDict):
-    """Generated tokens, and seconds. first_token, total: from the start of the request."""
+    """Generated tokens, and seconds. first_token, answer: from the start of the request."""
 
     tokens: list[list[int]]
     prefill: float
     latent_step: float
     first_token: float
     token_step: float
-    total: float
+    answer: float
 
 
 class EngineProvider:
@@ -49,7 +49,7 @@ class EngineProvider:
             "latent_step": out.seconds_thoughts / n_thoughts if n_thoughts else 0.0,
             "first_token": out.seconds_first,
             "token_step": out.seconds_decode / (n_tokens - 1) if n_tokens > 1 else 0.0,
-            "total": out.seconds,
+            "answer": out.seconds,
         }
 
     def cast(self, dtype: torch.dtype) -> None:
