@@ -112,9 +112,8 @@ def plan_runs(config: Table1Config) -> list[Run]:
     key, _, values = (config.sweep or "").partition("=")
     swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
     runs = []
-    for seed, method, one in itertools.product(
-        range(config.seeds), config.methods.split(","), swept
-    ):
+    methods = config.methods.split(",")
+    for seed, method, one in itertools.product(range(config.seeds), methods, swept):
         setting = ",".join(filter(None, (config.set, one)))
         name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
         run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name

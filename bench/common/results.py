@@ -40,7 +40,7 @@ class Result(TypedDict):
 
 
 FIELDS = {name: get_origin(hint) or hint for name, hint in get_type_hints(Result).items()}
-UNITS = "ms us GB/s questions/s examples/s GFLOP GFLOP/s MiB launches fraction x".split()
+UNITS = "ms us GB/s questions/s examples/s fraction x".split()
 SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))  # the last in old rows only
 UNKNOWN = "unknown"  # command and date of old rows
 

@@ -148,9 +148,7 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
         optimizer.step()
         optimizer.zero_grad()
         value = loss.item()
-        seconds = now(device) - start
-        memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
-        return {"seconds": seconds, "loss": value, "memory_mib": memory}
+        return {"seconds": now(device) - start, "loss": value}
 
     return lambda i=None: check() if i is None else step(i)
 
