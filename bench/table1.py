@@ -11,7 +11,6 @@ command continues. --out holds a result for each run and split; a Markdown table
 
 import itertools
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -45,7 +44,6 @@ class Table1Config:
     set: str | None = option(None, "settings of all runs: epochs=10,learning_rate=1e-3")
     data: str | None = option(None, "files of examples to evaluate on too, with commas")
     n: int = option(2000, "generated examples of a split", ge=1)
-    jobs: int = option(1, "runs at a time", ge=1)
     minutes: float = option(0.0, "stop after this time, to continue later (0: when done)", ge=0)
     runs: str = option("out/table1", "folder of the runs")
     out: str = option("out/table1/rows.jsonl", "append the results to this file")
@@ -73,7 +71,6 @@ class Run:
     seed: int
     run_dir: Path
     command: list[str]
-    process: subprocess.Popen | None = None
 
     @property
     def done(self) -> Path:
@@ -126,15 +123,6 @@ def plan_runs(config: Table1Config) -> list[Run]:
     return runs
 
 
-def start(run: Run) -> None:
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
-    with (run.run_dir / "train.log").open("a") as log:
-        command = [*run.command, f"--out_dir={run.run_dir}", *resume]
-        # its own session: Ctrl-C reaches only us, and we ask it to save and end
-        run.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-
 def evaluate_run(run: Run, config: Table1Config) -> None:
     """Append one result for each split that has none yet."""
     own = {"task": config.task, "preset": config.preset, "method": run.method}
@@ -159,49 +147,48 @@ def evaluate_run(run: Run, config: Table1Config) -> None:
         checkpoint.append_row(Path(config.out), row)
 
 
-def finish(run: Run, config: Table1Config) -> None:
-    """Evaluate a run whose process has ended. Raise UserError if it failed."""
-    if code := run.process.returncode:
-        log = (run.run_dir / "train.log").read_text().strip().splitlines()
+def train(run: Run, config: Table1Config, seconds: float | None) -> bool:
+    """Train and evaluate a run. Return False if it takes longer, UserError if train.py fails."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
+    with (run.run_dir / "train.log").open("a") as log:
+        command = [*run.command, f"--out_dir={run.run_dir}", *resume]
+        # its own session: Ctrl-C reaches only us, and we ask it to save and end
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        process.terminate()  # it saves, then ends
+        process.wait()
+    if code:
+        lines = (run.run_dir / "train.log").read_text().strip().splitlines()
         raise UserError(
-            f"{run.run_dir.name} ended with code {code}: {' '.join(log[-2:])}\n"
+            f"{run.run_dir.name} ended with code {code}: {' '.join(lines[-2:])}\n"
             f"The other runs are kept; see {run.run_dir}/train.log, then give the same command."
         )
     run.done.touch()
     evaluate_run(run, config)
+    return True
 
 
 def train_all(waiting: list[Run], config: Table1Config) -> list[str]:
-    """Train and evaluate these runs, --jobs at a time. Return the errors."""
-    until = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    running: list[Run] = []
-    errors: list[str] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < config.jobs:
-                run = waiting.pop(0)
-                start(run)
-                running.append(run)
-                print(f"training {run.run_dir.name}, {len(waiting)} more wait", flush=True)
-            time.sleep(0.5)
-            for run in [run for run in running if run.process.poll() is not None]:
-                running.remove(run)
-                try:
-                    finish(run, config)
-                except UserError as e:  # the others continue, unless they would fail alike
-                    print(f"error: {e}")
-                    reason = str(e).split(": ", 1)[-1].splitlines()[0]
-                    if run.process.returncode == 2 and any(reason in error for error in errors):
-                        print("the others are not tried: they would fail alike")
-                        waiting.clear()
-                    errors.append(str(e))
-            if time.monotonic() > until:
+    """Train and evaluate these runs, for at most --minutes. Return the errors."""
+    until, errors = time.monotonic() + 60 * config.minutes, []
+    for run in waiting:
+        print(f"training {run.run_dir.name}", flush=True)
+        try:
+            left = max(0.0, until - time.monotonic()) if config.minutes else None
+            if not train(run, config, left):
                 break
-    finally:
-        for run in running:
-            run.process.terminate()  # it saves, then ends
-        for run in running:
-            run.process.wait()
+        except UserError as e:  # the others continue, unless they would fail alike
+            print(f"error: {e}")
+            reason = str(e).split(": ", 1)[-1].splitlines()[0]
+            errors.append(str(e))
+            if reason and any(reason in error for error in errors[:-1]):
+                print("the others are not tried: they would fail alike")
+                break
     return errors
 
 

@@ -67,11 +67,10 @@ class WorkerProvider:
     ) -> None:
         self.name, self.worker, self.versions, self.max_batch = name, worker, versions, max_batch
 
-    def generate(
-        self, prompts: Prompts, n_thoughts: int, forced_tokens: list[int], n_tokens: int
-    ) -> Timing:
-        request = {"prompts": prompts, "n_thoughts": n_thoughts}
-        return self.worker.request(request | {"forced_tokens": forced_tokens, "n_tokens": n_tokens})
+    def generate(self, *request: Any) -> Timing:
+        """Generate as EngineProvider does, from the same arguments."""
+        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
+        return self.worker.request(dict(zip(names, request, strict=True)))
 
     def cast(self, dtype: torch.dtype) -> None:
         self.worker.request({"dtype": str(dtype).removeprefix("torch.")})

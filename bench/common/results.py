@@ -107,8 +107,7 @@ def device_name(device: torch.device) -> str:
 class ResultWriter:
     """The rows of one run. Each is printed, and appended to the file config.out, at once.
 
-    bench, config   the script and its options, which make the command line
-    labels, shape   labels and sizes that all rows share
+    bench, config: the script and its options. labels, shape: what all rows share.
     """
 
     def __init__(
@@ -150,8 +149,7 @@ class ResultWriter:
     ) -> dict[str, Any]:
         """Append, print and return a row of repeated measurements.
 
-        spread    instead of p10 and p90 of the values; {} for a derived value
-        versions  of another process, if that was measured
+        spread: instead of p10 and p90; {} for a derived value. versions: of another process.
         """
         low, median, high = (float(f"{v:.5g}") for v in np.percentile(values, (10, 50, 90)))
         row = self.common | {
