@@ -23,7 +23,7 @@ run() {
 # all results once more at the end: of a long output only the end may be kept
 finish() {
   [ -z "${OUT:-}" ] || tar czf "$OUT/gpu.tgz" -C "$dir" --exclude='*.safetensors' .
-  grep -hE '^ *[0-9.,e+-]+ (us|ms|x|GB/s|MiB|questions/s|examples/s|fraction) ' "$dir"/*.log
+  grep -hE '^ *[0-9.,e+-]+ (us|ms|x|GB/s|questions/s|examples/s|fraction) ' "$dir"/*.log
   exit $failed
 }
 

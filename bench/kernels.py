@@ -131,10 +131,9 @@ def cases(
     yield KernelCase("append", append, append_ref, args, n_numbers, shape)
 
     n_numbers = 4 * C * C + C + 6 * B * C
-    args = [randn(B, 4 * C), randn(C, 4 * C), randn(C), randn(B, C)]
-    yield KernelCase(
-        "linear_residual", linear_residual, linear_residual_ref, args, n_numbers, shape
-    )
+    args, name = [randn(B, 4 * C), randn(C, 4 * C), randn(C), randn(B, C)], "linear_residual"
+    yield KernelCase(name, linear_residual, linear_residual_ref, args, n_numbers, shape)
+
     n_numbers = 4 * C * C + 6 * C + 5 * B * C
     args = [randn(B, C), randn(C), randn(C), randn(4 * C, C), randn(4 * C)]
     yield KernelCase("ln_linear_gelu", ln_linear_gelu, ln_linear_gelu_ref, args, n_numbers, shape)
@@ -156,7 +155,7 @@ def cases(
 def training_cases(
     config: KernelsConfig, batch: int, device: str, dtype: torch.dtype
 ) -> Iterator[KernelCase]:
-    """Return the kernels of training, with their backward."""
+    """Yield the kernels of training, with their backward."""
     from kernels.latent_attention import SplitWorkspace
     from kernels.linear_cross_entropy import linear_cross_entropy
     from kernels.prefix_attention import PrefixBuffers, prefix_attention
@@ -164,30 +163,24 @@ def training_cases(
     B, C, T, V, nh = batch, config.n_embd, config.context, config.vocab_size, config.n_head
     P, hs, randn = config.positions, C // nh, partial(scaled_randn, device=device, dtype=dtype)
     workspace = SplitWorkspace.allocate(B, nh, T, hs, torch.device(device))
-    q, k, v = randn(B, nh, hs), randn(B, nh, T, hs), randn(B, nh, T, hs)
-    yield KernelCase(
-        "prefix_attention",
-        lambda *args: prefix_attention(*args, PrefixBuffers(workspace))[0],
-        attention_ref,
-        [
-            q.requires_grad_(),
-            k.requires_grad_(),
-            v.requires_grad_(),
-            torch.full((B,), T, device=device),
-        ],
-        6 * B * C * T + 5 * B * C,
-        dict(batch=B, context=T, n_embd=C),
-    )
+
+    def attention(*args: Tensor) -> Tensor:
+        return prefix_attention(*args, PrefixBuffers(workspace))[0]
+
+    qkv = [randn(B, nh, hs), randn(B, nh, T, hs), randn(B, nh, T, hs)]
+    args = [*(t.requires_grad_() for t in qkv), torch.full((B,), T, device=device)]
+    n_numbers, shape = 6 * B * C * T + 5 * B * C, dict(batch=B, context=T, n_embd=C)
+    yield KernelCase("prefix_attention", attention, attention_ref, args, n_numbers, shape)
+
+    def cross_entropy(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, targets, P)[0]
+
     if batch == min(map(int, config.batches.split(","))):  # its size is not the batch
-        targets = torch.randint(V, (P,), device=device)
-        yield KernelCase(
-            "linear_cross_entropy",
-            lambda h, w, targets: linear_cross_entropy(h, w, targets, P)[0],
-            cross_entropy_ref,
-            [randn(P, C).requires_grad_(), randn(V, C).requires_grad_(), targets],
-            2 * C * (P + V),
-            dict(positions=P, n_embd=C, vocab_size=V),
-        )
+        args = [randn(P, C).requires_grad_(), randn(V, C).requires_grad_()]
+        args.append(torch.randint(V, (P,), device=device))
+        n_numbers, shape = 2 * C * (P + V), dict(positions=P, n_embd=C, vocab_size=V)
+        name = "linear_cross_entropy"
+        yield KernelCase(name, cross_entropy, cross_entropy_ref, args, n_numbers, shape)
 
 
 def requested(config: KernelsConfig, *where: Any) -> list[KernelCase]:
@@ -242,20 +235,21 @@ def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:
     return times[1:]
 
 
-def time_cases(config: KernelsConfig, results: ResultWriter) -> None:
+def time_cases(config: KernelsConfig) -> ResultWriter:
     """Time every case and append its results."""
+    results = ResultWriter("kernels", config, torch.device("cuda"), config.dtype)
     dtype, bandwidth = getattr(torch, config.dtype), Bandwidth(torch.device("cuda"))
     way, rates = best([bandwidth.measure() for _ in range(10)])
     results.add("memory_bandwidth", "torch", rates, "GB/s", labels={"variant": way})
     for batch in map(int, config.batches.split(",")):
         for case in requested(config, batch, "cuda", dtype):
-            providers = {"triton": case.impl, "torch": case.reference}
             labels = {"kernel": case.name}
-            for provider, fn in providers.items():
+            for provider, fn in (("triton", case.impl), ("torch", case.reference)):
                 times = time_in_graph(case, fn)
                 results.add("kernel", provider, times, "us", labels=labels, **case.shape)
             us = case.n_numbers * dtype.itemsize / statistics.median(rates) / 1e3
             results.add("kernel", "roofline", [us], "us", labels=labels, spread={}, **case.shape)
+    return results
 
 
 def main() -> None:
@@ -274,11 +268,8 @@ def main() -> None:
     for batch in map(int, config.batches.split(",")):
         check_cases(config, batch, "cuda" if on_gpu else "cpu")
     print(f"every kernel computes what plain torch does, in float32, at batch {config.batches}")
-    if config.check:
-        return
-    results = ResultWriter("kernels", config, torch.device("cuda"), config.dtype)
-    time_cases(config, results)
-    print(results.summary())
+    if not config.check:
+        print(time_cases(config).summary())
 
 
 if __name__ == "__main__":

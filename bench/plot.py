@@ -4,7 +4,6 @@ python bench/plot.py                      draw docs/*.png from bench/results/*.j
 python bench/plot.py --readme             rewrite the marked tables of README.md and docs/RESULTS.md
 python bench/plot.py --readme --check     report whether they agree with the rows, change nothing
 python bench/plot.py --curve out/RUN --out curve.png      draw that run's learning curve only
-python bench/plot.py --curve out/RUN --out curves.jsonl   append the curve's row to a file
 """
 
 import json
@@ -20,7 +19,6 @@ from bench.common import tables
 from bench.common.results import read_jsonl, read_results
 from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.errors import UserError, run_main
-from nanococonut.runtime.provenance import provenance
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -35,15 +33,15 @@ class PlotConfig:
     readme: bool = option(False, "rewrite the marked tables instead of drawing")
     check: bool = option(False, "with --readme: only compare; exit code 1 if they differ")
     curve: str | None = option(None, "draw this run's learning curve, not the results")
-    out: str | None = option(None, "with --curve: a .png to draw, or a .jsonl to append to")
+    out: str | None = option(None, "with --curve: the .png to draw")
 
     def __post_init__(self) -> None:
         if self.check and not self.readme:
             raise UserError("--check compares the marked tables.\nGive it with --readme.")
         if (self.curve is None) != (self.out is None):
             raise UserError("--curve and --out go together: --curve out/RUN --out curve.png")
-        if self.out and Path(self.out).suffix not in (".png", ".jsonl"):
-            raise UserError(f"--out {self.out}: expected a .png or .jsonl file.")
+        if self.out and Path(self.out).suffix != ".png":
+            raise UserError(f"--out {self.out}: expected a .png file.")
 
 
 # ---- tables
@@ -104,20 +102,14 @@ def curve_of(run: str) -> dict[str, Any]:
     points = []
     for start in range(0, len(steps), STEPS_PER_POINT):
         chunk = steps[start : start + STEPS_PER_POINT]
-        loss = sum(r["loss"] for r in chunk) / len(chunk)
-        last = chunk[-1]
-        points.append([last["step"], last["stage"], round(loss, 4), round(last["accuracy"], 4)])
-    keys = ("step", "stage", "minutes", "valid_accuracy", "matched_accuracy")
+        loss, last = sum(r["loss"] for r in chunk) / len(chunk), chunk[-1]
+        points.append([last["step"], last["stage"], loss, last["accuracy"]])
     return {
-        "bench": "curve",
         "name": Path(run).resolve().name,
-        **{k: manifest["config"][k] for k in ("method", "seed", "task", "batch_size")},
-        "minutes": round(manifest["minutes"], 1),
-        **{k: manifest[k] for k in ("device", "threads")},
-        "points": {"columns": ["step", "stage", "loss", "right"], "rows": points},
-        "validations": [{k: r.get(k) for k in keys} for r in logged if "valid_accuracy" in r],
-        "trained_commit": manifest["commit"],
-        **provenance(),
+        **{k: manifest["config"][k] for k in ("method", "seed", "batch_size")},
+        **{k: manifest[k] for k in ("device", "threads", "minutes")},
+        "points": points,
+        "validations": [r for r in logged if "valid_accuracy" in r],
     }
 
 
@@ -126,8 +118,6 @@ def draw(docs: Path) -> list[Path]:
     from bench.common import figures  # matplotlib, which nothing else needs
 
     pictures: dict[str, tuple] = {}  # name -> function, what it draws
-    for row in read_jsonl(RESULTS / "curves.jsonl"):
-        pictures[f"curve_{row['name']}"] = figures.curve, row
     if accuracy := read_results(RESULTS / "table1.jsonl"):
         pictures["methods"] = figures.methods, accuracy
     runs = tables.newest_runs(read_results(RESULTS / "latency.jsonl"), "latency")
@@ -147,14 +137,11 @@ def main() -> None:
     if config.readme:
         update_docs(config.check)
     elif config.curve:
-        row, out = curve_of(config.curve), Path(config.out)
-        if out.suffix == ".jsonl":
-            checkpoint.append_row(out, row)
-        else:
-            from bench.common import figures
+        row = curve_of(config.curve)  # errors first: matplotlib takes seconds
+        from bench.common import figures
 
-            figures.curve(row, out)
-        print(f"{config.curve} -> {out}")
+        figures.curve(row, Path(config.out))
+        print(f"{config.curve} -> {config.out}")
     else:
         for path in draw(ROOT / "docs"):
             print(f"drew {path.relative_to(ROOT)}")

@@ -82,11 +82,10 @@ def load_prompts(config: PrecisionConfig, workload: Workload) -> list[list[int]]
         split = next(iter(TASKS[trained.task].splits), None)
         if split and not trained.data:
             examples = generated(split, config.prompts, config.seed, trained)
+            rendered = TASKS[trained.task].render(examples, trained.render)
+            questions = [tokenizer.encode(example["question"]) for example in rendered]
             prompts = [
-                build_prompt(
-                    curriculum, tokenizer.encode(e["question"]), config.thoughts, tokenizer
-                )[0]
-                for e in TASKS[trained.task].render(examples, trained.render)
+                build_prompt(curriculum, ids, config.thoughts, tokenizer)[0] for ids in questions
             ]
     longest, block_size = max(map(len, prompts)), workload.model.config.block_size
     if longest + config.thoughts + 3 > block_size:
@@ -139,14 +138,11 @@ def measure_hidden(config: PrecisionConfig) -> None:
     for provider in ("torch",) if kernels == "torch" else ("torch", "triton"):
         for dtype in DTYPES[provider == "torch" :]:  # torch's float32 is the reference
             states = think(model, prompts, config.thoughts, getattr(torch, dtype), provider)
-            results = ResultWriter(
-                "precision", config, workload.device, dtype, labels, workload.shape()
-            )
+            shape = workload.shape() | {"examples": len(prompts)}
+            results = ResultWriter("precision", config, workload.device, dtype, labels, shape)
             for n, stats in enumerate(compare_hidden(*states, *reference), 1):
-                error, shape = [stats.pop("error")], {"examples": len(prompts), "thoughts": n}
-                results.add(
-                    "hidden_error", provider, error, "fraction", spread={}, detail=stats, **shape
-                )
+                extra = {"spread": {}, "detail": stats, "thoughts": n}
+                results.add("hidden_error", provider, [stats.pop("error")], "fraction", **extra)
             print(results.summary())
 
 
@@ -183,13 +179,10 @@ def measure_loss(config: PrecisionConfig) -> None:
             detail = {"first": apart[0], "greatest": max(apart), "plain": [plain[0], plain[-1]]}
             detail["last_tenth"] = abs(mean - plain_mean) / plain_mean
             dtype = settings.get("dtype", "float32")
-            results = ResultWriter("precision", config, device, dtype)
             labels = {"config": Path(config.config).name, "variant": name}
             shape = {"steps": len(plain), "seed": config.seed}
-            results.add(
-                "loss_difference", "nanococonut", apart, "fraction",
-                labels=labels, detail=detail, **shape,
-            )  # fmt: skip
+            results = ResultWriter("precision", config, device, dtype, labels, shape)
+            results.add("loss_difference", "nanococonut", apart, "fraction", detail=detail)
             print(results.summary())
 
 

@@ -11,7 +11,6 @@ command continues. --out holds a result for each run and split; a Markdown table
 
 import itertools
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -45,7 +44,6 @@ class Table1Config:
     set: str | None = option(None, "settings of all runs: epochs=10,learning_rate=1e-3")
     data: str | None = option(None, "files of examples to evaluate on too, with commas")
     n: int = option(2000, "generated examples of a split", ge=1)
-    jobs: int = option(1, "runs at a time", ge=1)
     minutes: float = option(0.0, "stop after this time, to continue later (0: when done)", ge=0)
     runs: str = option("out/table1", "folder of the runs")
     out: str = option("out/table1/rows.jsonl", "append the results to this file")
@@ -53,10 +51,6 @@ class Table1Config:
 
     def __post_init__(self) -> None:
         validate(self)
-
-    @property
-    def method_list(self) -> list[str]:
-        return [m for m in self.methods.split(",") if m]
 
     @property
     def files(self) -> list[str]:
@@ -70,14 +64,13 @@ class Table1Config:
 
 @dataclass
 class Run:
-    """One run of one method, by a train.py of its own."""
+    """One train.py of one method."""
 
     method: str
     setting: str  # what differs from the preset: "c_thought=2", or ""
     seed: int
     run_dir: Path
     command: list[str]
-    process: subprocess.Popen | None = None
 
     @property
     def done(self) -> Path:
@@ -94,8 +87,6 @@ def pairs(text: str | None) -> dict[str, str]:
 
 def check_config(config: Table1Config) -> None:
     """Raise UserError for what can be known to fail before any run."""
-    if not config.method_list:
-        raise UserError("--methods names none.\nGive some, with commas, or leave it out.")
     names = [Path(f).name for f in config.files]
     if len(set(names)) < len(names) or not all(Path(f).is_file() for f in config.files):
         raise UserError(f"--data {config.data}: expected files that exist, with different names.")
@@ -118,7 +109,8 @@ def plan_runs(config: Table1Config) -> list[Run]:
     key, _, values = (config.sweep or "").partition("=")
     swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
     runs = []
-    for seed, method, one in itertools.product(range(config.seeds), config.method_list, swept):
+    methods = config.methods.split(",")
+    for seed, method, one in itertools.product(range(config.seeds), methods, swept):
         setting = ",".join(filter(None, (config.set, one)))
         name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
         run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name
@@ -129,15 +121,6 @@ def plan_runs(config: Table1Config) -> list[Run]:
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
         runs.append(Run(method, setting, seed, run_dir, command))
     return runs
-
-
-def start(run: Run) -> None:
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
-    with (run.run_dir / "train.log").open("a") as log:
-        command = [*run.command, f"--out_dir={run.run_dir}", *resume]
-        # its own session: Ctrl-C reaches only us, and we ask it to save and end
-        run.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
 def evaluate_run(run: Run, config: Table1Config) -> None:
@@ -158,76 +141,65 @@ def evaluate_run(run: Run, config: Table1Config) -> None:
         print(f"evaluating {run.run_dir.name} on {split}", flush=True)
         # one limit for all cells, whatever a run's own: some written chains never end
         options = dict(n=config.n, device=config.device, max_new_tokens=128)
-        try:
-            accuracy = AccuracyConfig(checkpoint=str(run.run_dir), data=split, **options)
-            [row] = evaluate(accuracy).rows
-        except UserError as e:
-            raise UserError(f"{run.run_dir.name} on {split}: {e}") from None
+        [row] = evaluate(AccuracyConfig(str(run.run_dir), split, **options)).rows
         row["labels"] |= own
         row["command"] = command_line(config, "bench/table1.py")
         checkpoint.append_row(Path(config.out), row)
 
 
-def finish(run: Run, config: Table1Config) -> None:
-    """Evaluate a run whose process has ended. Raise UserError if it failed."""
-    if code := run.process.returncode:
-        log = (run.run_dir / "train.log").read_text().strip().splitlines()
+def train(run: Run, config: Table1Config, seconds: float | None) -> bool:
+    """Train and evaluate a run. Return False if it takes longer, UserError if train.py fails."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
+    with (run.run_dir / "train.log").open("a") as log:
+        command = [*run.command, f"--out_dir={run.run_dir}", *resume]
+        # its own session: Ctrl-C reaches only us, and we ask it to save and end
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        process.terminate()  # it saves, then ends
+        process.wait()
+    if code:
+        lines = (run.run_dir / "train.log").read_text().strip().splitlines()
         raise UserError(
-            f"{run.run_dir.name} ended with code {code}: {' '.join(log[-2:])}\n"
+            f"{run.run_dir.name} ended with code {code}: {' '.join(lines[-2:])}\n"
             f"The other runs are kept; see {run.run_dir}/train.log, then give the same command."
         )
     run.done.touch()
     evaluate_run(run, config)
+    return True
 
 
 def train_all(waiting: list[Run], config: Table1Config) -> list[str]:
-    """Train and evaluate these runs, --jobs at a time. Return the errors."""
-    until = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    running: list[Run] = []
-    errors: list[str] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < config.jobs:
-                run = waiting.pop(0)
-                start(run)
-                running.append(run)
-                print(f"training {run.run_dir.name}, {len(waiting)} more wait", flush=True)
-            time.sleep(0.5)
-            for run in [run for run in running if run.process.poll() is not None]:
-                running.remove(run)
-                try:
-                    finish(run, config)
-                except UserError as e:  # the others continue, unless they would fail alike
-                    print(f"error: {e}")
-                    reason = str(e).split(": ", 1)[-1].splitlines()[0]
-                    if run.process.returncode == 2 and any(reason in error for error in errors):
-                        print("the others are not tried: they would fail alike")
-                        waiting.clear()
-                    errors.append(str(e))
-            if time.monotonic() > until:
+    """Train and evaluate these runs, for at most --minutes. Return the errors."""
+    until, errors = time.monotonic() + 60 * config.minutes, []
+    for run in waiting:
+        print(f"training {run.run_dir.name}", flush=True)
+        try:
+            left = max(0.0, until - time.monotonic()) if config.minutes else None
+            if not train(run, config, left):
                 break
-    finally:
-        for run in running:
-            run.process.terminate()  # it saves, then ends
-        for run in running:
-            run.process.wait()
+        except UserError as e:  # the others continue, unless they would fail alike
+            print(f"error: {e}")
+            reason = str(e).split(": ", 1)[-1].splitlines()[0]
+            errors.append(str(e))
+            if reason and any(reason in error for error in errors[:-1]):
+                print("the others are not tried: they would fail alike")
+                break
     return errors
 
 
-def exit_on_signal(number: int, _: object) -> None:
-    sys.exit(128 + number)  # through the finally that ends the runs
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, exit_on_signal)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
     given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
     config = make_config(Table1Config, given)
     runs, out = plan_runs(config), Path(config.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a").close()
-    except OSError as e:
-        raise UserError(f"--out {out} cannot be written: {e.strerror}.\nGive another.") from None
+    if out.is_dir():
+        raise UserError(f"--out {out} cannot be a folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
     read_results(out)  # errors in it are reported before the work
 
     # ---- evaluate what is trained, train the rest
@@ -243,8 +215,7 @@ def main() -> None:
     left = sum(not run.done.exists() for run in runs)
     if left:
         print(f"{left} of {len(runs)} runs are not done: give the same command to continue")
-    summary = {"bench": "table1", "task": config.task, "preset": config.preset}
-    print(json.dumps(summary | {"runs": len(runs), "left": left, "out": str(out)}))
+    print(json.dumps({"bench": "table1", "runs": len(runs), "left": left}))
     if errors:
         raise UserError(f"{len(errors)} runs failed, the first: {errors[0]}")
 

@@ -18,14 +18,14 @@ Prompts = list[list[int]]
 
 
 class Timing(TypedDict):
-    """Generated tokens, and seconds. first_token, total: from the start of the request."""
+    """Generated tokens, and seconds. first_token, answer: from the start of the request."""
 
     tokens: list[list[int]]
     prefill: float
     latent_step: float
     first_token: float
     token_step: float
-    total: float
+    answer: float
 
 
 class EngineProvider:
@@ -49,7 +49,7 @@ class EngineProvider:
             "latent_step": out.seconds_thoughts / n_thoughts if n_thoughts else 0.0,
             "first_token": out.seconds_first,
             "token_step": out.seconds_decode / (n_tokens - 1) if n_tokens > 1 else 0.0,
-            "total": out.seconds,
+            "answer": out.seconds,
         }
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -67,11 +67,10 @@ class WorkerProvider:
     ) -> None:
         self.name, self.worker, self.versions, self.max_batch = name, worker, versions, max_batch
 
-    def generate(
-        self, prompts: Prompts, n_thoughts: int, forced_tokens: list[int], n_tokens: int
-    ) -> Timing:
-        request = {"prompts": prompts, "n_thoughts": n_thoughts}
-        return self.worker.request(request | {"forced_tokens": forced_tokens, "n_tokens": n_tokens})
+    def generate(self, *request: Any) -> Timing:
+        """Generate as EngineProvider does, from the same arguments."""
+        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
+        return self.worker.request(dict(zip(names, request, strict=True)))
 
     def cast(self, dtype: torch.dtype) -> None:
         self.worker.request({"dtype": str(dtype).removeprefix("torch.")})

@@ -60,18 +60,17 @@ def answers(run: Run, path: Path) -> None:
 
 def curve(row: dict[str, Any], path: Path) -> None:
     """Draw a run's loss and accuracies, with a band for each stage."""
-    step, stage, loss, exact = zip(*row["points"]["rows"], strict=True)
+    step, stage, loss, exact = zip(*row["points"], strict=True)
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
     above.plot(step, loss, color=BLUE)
     above.set_yscale("log")
     above.set_ylabel("loss, nats per label")
     below.plot(step, exact, color=BLUE, label="training examples with every token correct")
-    validations = row["validations"]
     for key, colour, marker, name in (
         ("valid_accuracy", RED, "o", "validation accuracy"),
         ("matched_accuracy", GREEN, "s", "validation accuracy without the depth shortcut"),
     ):
-        points = [(v["step"], v[key]) for v in validations if v[key] is not None]
+        points = [(v["step"], v[key]) for v in row["validations"] if v.get(key) is not None]
         if points:
             below.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name)
     below.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")

@@ -40,7 +40,7 @@ class Result(TypedDict):
 
 
 FIELDS = {name: get_origin(hint) or hint for name, hint in get_type_hints(Result).items()}
-UNITS = "ms us GB/s questions/s examples/s GFLOP GFLOP/s MiB launches fraction x".split()
+UNITS = "ms us GB/s questions/s examples/s fraction x".split()
 SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))  # the last in old rows only
 UNKNOWN = "unknown"  # command and date of old rows
 
@@ -107,8 +107,7 @@ def device_name(device: torch.device) -> str:
 class ResultWriter:
     """The rows of one run. Each is printed, and appended to the file config.out, at once.
 
-    bench, config   the script and its options, which make the command line
-    labels, shape   labels and sizes that all rows share
+    bench, config: the script and its options. labels, shape: what all rows share.
     """
 
     def __init__(
@@ -150,8 +149,7 @@ class ResultWriter:
     ) -> dict[str, Any]:
         """Append, print and return a row of repeated measurements.
 
-        spread    instead of p10 and p90 of the values; {} for a derived value
-        versions  of another process, if that was measured
+        spread: instead of p10 and p90; {} for a derived value. versions: of another process.
         """
         low, median, high = (float(f"{v:.5g}") for v in np.percentile(values, (10, 50, 90)))
         row = self.common | {
@@ -230,43 +228,38 @@ PROVIDERS = {
     "transformers, dynamic cache": "transformers",
 }
 PATHS = {"6 thoughts": "thoughts", "written chain": "chain", "direct": "direct"}
-ANSWER = re.compile(r"(\w+) (answers?)( after prefill)?(?:, (.+?))?( by 6 thoughts)?")
+ANSWER = re.compile(r"(\w+) (answer)( after prefill)?, (.+?)( by 6 thoughts)?")
 
 
 def from_old(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return an old row in the new schema, with no value changed or rounded. Of a training row only
-    the times of a step, which tables and pictures show."""
+    """Return what tables and pictures read of an old row, in the new schema, no value rounded."""
     common = {k: row[k] for k in row.keys() & FIELDS.keys()} | {"detail": {}, "labels": {}}
     if "what" in row:
-        return [common | _timing(row)]
+        return [common | _latency(row)]
     common |= {"command": UNKNOWN, "date": UNKNOWN}
     if row.get("bench") == "accuracy":
         return [common | _accuracy(row)]
     if row.get("bench") == "training":
-        return [common | new for new in _training(row)]
+        return [common | _training(row)] if row["released"] else []
     raise UserError(f"not a valid result: {str(row)[:80]}\nbench/common/results.py has the schema.")
 
 
-def _timing(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of latency.py or throughput.py: "prosqa answer, written chain by 6 thoughts"."""
-    name, provider, labels = old["what"], PROVIDERS.get(old["variant"], old["variant"]), {}
+def _latency(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of latency.py: "prosqa answer, written chain by 6 thoughts"."""
+    name, labels = old["what"], {}
     if name.endswith(", by ours"):
         name, labels["relative_to"] = name.removesuffix(", by ours"), "nanococonut"
     elif name == "token step by latent step":
         name, labels["relative_to"] = "token step", "latent_step"
-    elif name == "memory bandwidth":
-        provider, labels["variant"] = "torch", provider
     if match := ANSWER.fullmatch(name):
-        task, noun, after_prefill, path, relative = match.groups()
-        name, labels["task"] = "answer" + (after_prefill or ""), task
-        if noun == "answers":  # throughput.py: the variant is the path
-            name, path, provider = "throughput", old["variant"], "nanococonut"
-        labels["path"] = PATHS[path]
+        task, name, after_prefill, path, relative = match.groups()
+        name += after_prefill or ""
+        labels |= {"task": task, "path": PATHS[path]}
         labels |= {"relative_to": "thoughts"} if relative else {}
     return {
-        "bench": re.search(r"bench/(\w+)\.py", old["command"])[1],
+        "bench": "latency",
         "metric": name.replace(" ", "_"),
-        "provider": provider,
+        "provider": PROVIDERS.get(old["variant"], old["variant"]),
         "labels": labels,
         "shape": old["shapes"],
         "unit": "x" if old["unit"] == "times" else old["unit"],
@@ -275,7 +268,6 @@ def _timing(old: Mapping[str, Any]) -> dict[str, Any]:
 
 def _accuracy(old: Mapping[str, Any]) -> dict[str, Any]:
     """A row of accuracy.py or table1.py."""
-    names = "generated_tokens by_steps categories trained max_new_tokens generated_seed".split()
     return {
         "metric": "accuracy",
         "provider": "nanococonut",
@@ -285,24 +277,22 @@ def _accuracy(old: Mapping[str, Any]) -> dict[str, Any]:
         "unit": "fraction",
         "spread": {"ci_low": old["low"], "ci_high": old["high"]},
         "repeats": 1,
-        "detail": {k: old[k] for k in names if k in old} | {"shortcuts": old["heuristics"]},
+        "detail": {k: old[k] for k in ("generated_tokens", "trained")}
+        | {"shortcuts": old["heuristics"]},
         "dtype": "float32",
     }
 
 
-def _training(old: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row of training.py: the step of each provider, and how much longer than ours it takes."""
-    shape = {k: old[k] for k in ("n_layer", "n_embd", "vocab_size", "parameters")}
-    shape |= {"batch": old["batch_size"], "thoughts": old["latent"]}
-    shape |= {"context": old["context"]} if old.get("context") else {}
-    device = f"CPU {old['hardware']}, {old['threads']} threads"  # all of them are of CPUs
-    rows = []
-    for provider, times in (("nanococonut", old), ("released", old["released"] or {})):
-        for unit, key in (("ms", "step_ms"), ("x", "ours_times_faster")):
-            if key in times:
-                spread, labels = dict(times[key]), {"config": old["config"]}
-                labels |= {"relative_to": "nanococonut"} if unit == "x" else {}
-                row = {"metric": "step", "provider": provider, "labels": labels, "unit": unit}
-                row |= {"value": spread.pop("median"), "spread": spread}
-                rows.append(row | {"shape": shape, "device": device})
-    return rows
+def _training(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of training.py: how much longer than ours the released code's step takes."""
+    spread = dict(old["released"]["ours_times_faster"])
+    return {
+        "metric": "step",
+        "provider": "released",
+        "labels": {"config": old["config"], "relative_to": "nanococonut"},
+        "shape": {"batch": old["batch_size"], "parameters": old["parameters"]},
+        "value": spread.pop("median"),
+        "unit": "x",
+        "spread": spread,
+        "device": f"CPU {old['hardware']}, {old['threads']} threads",  # all of them are of CPUs
+    }

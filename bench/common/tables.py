@@ -62,10 +62,8 @@ def _shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def table1(rows: Rows, task: str, preset: str) -> str:
-    """Return accuracy % / generated tokens of every method on every split, with the paper's.
-
-    rows: results of bench/table1.py. Runs of a sweep have their own lines.
-    """
+    """Return accuracy % / generated tokens of every method on every split, with the paper's. Runs
+    of a sweep have their own lines."""
     rows = select(rows, task=task, preset=preset)
     splits = list(dict.fromkeys(r["labels"]["data"] for r in rows))
     lines = [("method", "paper (GPT-2 124M)", *splits, "seeds")]
@@ -165,10 +163,6 @@ def newest_runs(rows: Rows, bench: str) -> list[Run]:
         if not run or row["date"] == run[0]["date"]:
             run.append(row)
     return [Run(run) for run in newest.values()]
-
-
-def _ms(value: float | None) -> str:
-    return "not run" if value is None else fmt(value)
 
 
 def latency(rows: Rows) -> str:

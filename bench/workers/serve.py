@@ -54,7 +54,7 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
             "latent_step": (starts[n_thoughts] - starts[1]) / (n_thoughts - 1),
             "first_token": starts[first] - start,
             "token_step": (end - starts[first]) / (n_tokens - 1),
-            "total": end - start,
+            "answer": end - start,
         }
 
     return generate
@@ -100,7 +100,7 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
             "latent_step": (thought - prefilled) / n_thoughts,
             "first_token": first[0] - start,
             "token_step": (end - first[0]) / (n_tokens - 1),
-            "total": end - start,
+            "answer": end - start,
         }
 
     return generate
@@ -148,9 +148,7 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
         optimizer.step()
         optimizer.zero_grad()
         value = loss.item()
-        seconds = now(device) - start
-        memory = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
-        return {"seconds": seconds, "loss": value, "memory_mib": memory}
+        return {"seconds": now(device) - start, "loss": value}
 
     return lambda i=None: check() if i is None else step(i)
 

@@ -1,6 +1,5 @@
 """bench/plot.py: pictures and Markdown tables from rows, and nothing else."""
 
-import json
 import statistics
 
 import pytest
@@ -162,12 +161,10 @@ def test_every_picture_is_drawn(results):
     pytest.importorskip("matplotlib")
     assert plot.draw(results) == []
     write(results / "latency.jsonl", rows_of("latency", "2026-01-02T00:00:00Z"))
-    for name in ("table1", "curves"):
-        text = (ROOT / f"bench/results/{name}.jsonl").read_text()
-        (results / f"{name}.jsonl").write_text(text)
+    text = (ROOT / "bench/results/table1.jsonl").read_text()
+    (results / "table1.jsonl").write_text(text)
     drawn = plot.draw(results)
-    names = "curve_prosqa_scratch methods answers_cpu"
-    assert [path.stem for path in drawn] == names.split()
+    assert [path.stem for path in drawn] == ["methods", "answers_cpu"]
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
@@ -201,20 +198,19 @@ def test_sections_are_put_between_their_marks(results):
 
 
 def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
-    """--curve RUN --out FILE draws a run's own curve, or appends its row."""
+    """--curve RUN --out FILE draws a run's own curve."""
     pytest.importorskip("matplotlib")
     model, tokenizer, manifest = checkpoint.load(checkpoint.BUNDLED)
     checkpoint.save(tmp_path / "run", manifest["step"], model, [], manifest)
     logged = [{"step": i, "stage": i // 60, "loss": 2.0, "accuracy": 0.5} for i in range(1, 120)]
     logged.append({"step": 119, "stage": 1, "minutes": 1.0, "valid_accuracy": 0.9})
     write(tmp_path / "run" / "metrics.jsonl", logged)
-    for out in ("curve.png", "curves.jsonl"):
-        code, text, err = script("--curve=run", f"--out={out}", script="bench/plot.py")
-        assert (code, err, text) == (0, "", f"run -> {out}\n")
+    code, text, err = script("--curve=run", "--out=curve.png", script="bench/plot.py")
+    assert (code, err, text) == (0, "", "run -> curve.png\n")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    row = json.loads((tmp_path / "curves.jsonl").read_text())
+    row = plot.curve_of("run")
     assert row["name"] == "run" and row["validations"][0]["valid_accuracy"] == 0.9
-    assert [point[0] for point in row["points"]["rows"]] == [50, 100, 119]
+    assert [point[0] for point in row["points"]] == [50, 100, 119]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +218,7 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
     [
         (["--check"], "Give it with --readme"),
         (["--curve=run"], "go together"),
-        (["--curve=run", "--out=curve.txt"], "expected a .png or .jsonl"),
+        (["--curve=run", "--out=curve.txt"], "expected a .png"),
         (["--curve=run", "--out=x.png"], "run"),
     ],
 )

@@ -59,7 +59,7 @@ def test_failed_run_does_not_stop_the_table(script):
         (["--sweep=c_thout=0,1"], "Did you mean --c_thought"),
         (["--set=epochs=0"], "at least 1"),
         (["--seeds=0"], "at least 1"),
-        (["--methods="], "names none"),
+        (["--methods="], "method='' is unknown"),
         (["--sweep=method=cot,coconut"], "'method'"),
         (["--set=out_dir=x"], "'out_dir'"),
         (["--data=nope.json"], "files that exist"),
