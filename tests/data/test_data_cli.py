@@ -57,7 +57,7 @@ def test_help_lists_every_split(command):
 @pytest.mark.parametrize(
     "args, complaint",
     [
-        (("prosqa",), "unknown argument 'prosqa'"),
+        (("prosca",), "data='prosca' is unknown. Did you mean prosqa?"),
         (("--data=gsm9k",), "data='gsm9k' is unknown. Did you mean gsm8k?"),
         (("--out", "there.json"), "there.json cannot be written: File exists"),
         (("--out", "x", "--n", "many"), "n='many'"),
