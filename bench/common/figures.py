@@ -35,7 +35,7 @@ def _save(figure: Figure, title: str, path: Path) -> None:
 
 
 def answers(run: Run, path: Path) -> None:
-    """Draw the time of whole answers, split into the question (prefill) and the rest."""
+    """Draw the time of Time to a whole answer: split into the question (prefill) and the rest."""
     tasks = run.tasks()
     figure, axes = plt.subplots(figsize=(8, 1 + 0.9 * len(tasks)))
     times = [run.value("answer", task=t, path=p) for t in tasks for p in PATHS]
@@ -55,7 +55,7 @@ def answers(run: Run, path: Path) -> None:
     axes.set_xlim(0, 1.12 * scale * longest)
     axes.set_xlabel(f"{unit} an answer, batch 1")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4)  # hides nothing
-    _save(figure, f"whole answers, {run.title}", path)
+    _save(figure, f"Time to a whole answer: {run.title}", path)
 
 
 def curve(row: dict[str, Any], path: Path) -> None:
@@ -123,5 +123,5 @@ def methods(rows: Rows, path: Path) -> None:
     legend.set_in_layout(False)
     seeds = {row["detail"]["trained"]["seed"] for row in rows}
     commits = ", ".join(dict.fromkeys(row["detail"]["trained"]["commit"] for row in rows))
-    title = f"small models, at most {len(seeds)} seeds, {rows[0]['device'].upper()}, "
+    title = f"Small models, at most {len(seeds)} seeds, {rows[0]['device'].upper()}, "
     _save(figure, f"{title}trained at {commits}\n", path)  # the legend takes the second line
