@@ -6,7 +6,7 @@
 Measured are a latent step, a token step, the first token after 6 thoughts, and whole answers with
 the paper's lengths; no sequence ends early. The model is a random GPT-2 124M, which is as fast as a
 trained one, or --checkpoint. Providers take turns, and are timed only if they generate the same
-greedy tokens in float32. The roofline of a step is the bytes that it has to read, at the bandwidth
+greedy tokens in float32. The roofline of a step is the bytes it must read, at the bandwidth
 measured in the same rounds. --out appends results after every case; the last line is JSON.
 """
 

@@ -138,7 +138,7 @@ def catch_oom(device: torch.device) -> Iterator[list[bool]]:
     failed: list[bool] = []
     try:
         yield failed
-    except (MemoryError, RuntimeError) as e:  # the CPU's allocator raises no type of its own
+    except (MemoryError, RuntimeError) as e:  # the CPU's allocator raises a plain RuntimeError
         known = isinstance(e, MemoryError | torch.OutOfMemoryError)
         if not known and "can't allocate memory" not in str(e):
             raise

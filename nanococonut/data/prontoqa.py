@@ -140,7 +140,7 @@ def _negated_probability(c: OntologyConfig) -> np.ndarray:
     """Return (P) how likely each property is negated: of concepts 1 to hops, then of all others.
 
     A third of all properties is. The public generator walks up the chain; at each concept it stops
-    to ask for its property with weight .3 (negated: .7), or goes on with weight 1, and keeps the
+    to ask for its property with weight .3 (negated: .7), or continues with weight 1, and keeps the
     walks of the right length. So a concept on the way is more often one without "not".
     """
     probability = np.full(2 * c.hops + (not c.matched), 1 / 3)

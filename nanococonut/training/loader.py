@@ -91,7 +91,7 @@ class TrainLoader:
         if self._epoch[0] != epoch:  # steps come in order: one epoch in memory is enough
             self._epoch = epoch, self.epoch(epoch)
         examples = self._epoch[1][i * config.batch_size :][: config.batch_size]
-        # every process samples the same stages, then takes its share
+        # every process samples the same stages, then takes its shard
         rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
         stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
         # of all processes: the loss is a mean over the labels of the whole step
@@ -124,7 +124,7 @@ class TrainLoader:
         # a stream per epoch: no random state has to be saved
         rng = np.random.default_rng((self.config.seed, ORDER, epoch))
         examples = [examples[i] for i in rng.permutation(len(examples))]
-        # fixed files keep the released code's plain shuffle
+        # the same examples every epoch get a plain shuffle
         return self._bucketed(examples, rng) if self.config.regenerate_each_epoch else examples
 
     def _bucketed(

@@ -79,7 +79,7 @@ class RunLog:
             self._writer.close()
 
     def header(self, model: GPT, n_examples: int, backend: str, use_graphs: bool) -> None:
-        """Print the settings that differ from their defaults, and what they come to."""
+        """Print the settings that differ from their defaults, the model and the backend."""
         console.print(
             f"{format_config(self.config)}\n"
             f"  {model.n_params():,} parameters on {model.wte.weight.device}, "
