@@ -10,7 +10,7 @@ from typing import Any
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum, schedule
 
-ACCURACY_WINDOW = 1280  # recent examples in the training accuracy, which advance_at is compared with
+ACCURACY_WINDOW = 1280  # examples in the training accuracy that advance_at is compared with
 
 
 @dataclass
