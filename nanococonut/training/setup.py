@@ -36,7 +36,8 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     thoughts does not fit the method or the vocabulary.
     """
     thought_type = METHODS[config.method].thought_type
-    if config.stop == "classifier" and thought_type not in ("hidden", "soft", "projected"):
+    feeds_back = thought_type not in ("", "pause")
+    if config.stop == "classifier" and not feeds_back:
         raise UserError(
             f"--stop=classifier ends thoughts, but method {config.method} feeds none back.\n"
             "Leave it out, or choose a method with thoughts, such as coconut."
@@ -48,7 +49,7 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         )
     extra = dict(  # GPTConfig fields that GPT-2 lacks
         smear=config.smear,
-        thought=thought_type if thought_type in ("soft", "projected") else "hidden",
+        thought=thought_type if feeds_back else "hidden",
         soft_temperature=config.soft_temperature,
         soft_top_k=config.soft_top_k,
         stop=config.stop == "classifier",
