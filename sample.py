@@ -120,7 +120,9 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     console.print(f"\n[bold]question[/]  {escape(question)}")
     if unknown := engine.tokenizer.unknown_words(engine.render(question)):
         names = escape(", ".join(unknown[:8]))
-        console.print(f"[yellow]warning[/]   not in the vocabulary: {names}. Expect no sense.")
+        console.print(
+            f"[yellow]warning[/]   not in the vocabulary: {names}. Expect a meaningless answer."
+        )
 
     # ---- generate, twice: the first run includes one-time costs
     for _ in range(2):

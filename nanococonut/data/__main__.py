@@ -24,7 +24,7 @@ class Options:
     seed: int = option(0, "random seed", ge=0)
     n_nodes: int = option(28, "ProsQA: nodes per graph")
     min_hops: int = option(3, "ProsQA: fewest steps")
-    max_hops: int = option(6, "ProsQA: most steps; ProntoQA: all have so many")
+    max_hops: int = option(6, "ProsQA: most steps; ProntoQA: exactly this many")
     split: str = option("test", "GSM8k-Aug: split of the data set", choices=gsm8k.SPLITS)
     revision: str = option("main", "GSM8k-Aug: branch, tag or commit")
 

@@ -141,7 +141,7 @@ def print_data(
     if commit:
         console.print(f"  examples of the hub's commit {commit}", markup=False)
     if config.data and not config.valid_data:
-        console.print(f"  {n_val} examples of {config.data} held out to validate", markup=False)
+        console.print(f"  {n_val} examples of {config.data} held out for validation", markup=False)
 
 
 def print_summary(
