@@ -73,10 +73,14 @@ def skipped_summary(n_examples: int, skipped: Sequence[str]) -> str:
 def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
     """Write a new file: a JSON list, one example per line. UserError if it exists already."""
     text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"
+    created = False
     try:
         with open(path, "x", encoding="utf-8") as f:
+            created = True
             f.write(text)
     except OSError as e:
+        if created:  # half a file would be read as a broken one
+            os.unlink(path)
         raise UserError(f"{path} cannot be written: {e.strerror}.\nChoose another file.") from None
 
 

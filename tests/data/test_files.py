@@ -56,6 +56,20 @@ def test_an_unwritable_path_is_an_error(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    """Half a data set would be read as a broken one, and block the next try."""
+
+    def full(*args, **kwargs):
+        file = open(*args, **kwargs)
+        file.write = lambda text: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        return file
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        write_examples(tmp_path / "examples.json", [GOOD])
+    assert os.listdir(tmp_path) == []
+
+
 def without(key: str) -> dict:
     return {k: v for k, v in GOOD.items() if k != key}
 
