@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
         file.write = lambda text: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         return file
 
-    monkeypatch.setattr("builtins.open", full)
+    monkeypatch.setattr("nanococonut.data.files.open", full, raising=False)
     with pytest.raises(UserError, match="cannot be written: No space left"):
         write_examples(tmp_path / "examples.json", [GOOD])
     assert os.listdir(tmp_path) == []
