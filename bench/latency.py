@@ -137,7 +137,7 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
         return Case(task, 1, lengths.question, requests)
 
     def steps(batch: int, context: int) -> Case:
-        others = [p for p in providers[1:] if on_gpu and batch <= (p.max_batch or batch)]
+        others = [p for p in providers[1:] if batch <= (p.max_batch or batch)]
         requests = [Request(p, "thoughts", STEP_TOKENS) for p in (providers[0], *others)]
         return Case("", batch, context, requests)
 

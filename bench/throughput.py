@@ -25,6 +25,7 @@ from bench.common.workload import (
     resolve_dtype,
 )
 from nanococonut.inference.engine import Engine
+from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
@@ -37,7 +38,7 @@ class ThroughputConfig(WorkloadOptions):
     task: str = option("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
     rounds: int = option(3, "repeats of every batch", ge=1)
     max_batch: int = option(65536, "largest batch", ge=1)
-    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    kernels: str = option("auto", "what runs a step", choices=BACKENDS)
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
 

@@ -23,6 +23,7 @@ from nanococonut.data.tasks import TASKS
 from nanococonut.inference.buffers import BatchView, StaticBuffers
 from nanococonut.model import GPT
 from nanococonut.ops import choose_backend, choose_graph
+from nanococonut.packed import PackedGPT
 from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
@@ -82,7 +83,7 @@ class Engine:
     Several threads may call it: a lock makes them take turns.
 
     curriculum  decides the token layout of a prompt (None: Coconut's)
-    kernels     "auto", "triton" or "torch", see ops.choose_backend
+    kernels     "auto", "triton", "packed" or "torch", see ops.choose_backend
     graph       "auto", "on" or "off", see ops.choose_graph
     max_graphs  CUDA graphs to keep, over all batch sizes and lengths
     render      question -> prompt text as in training (None: questions are prompts already)
@@ -103,6 +104,7 @@ class Engine:
         self.config: TrainConfig | None = None  # of the run that trained the model
         self.manifest: dict[str, Any] = {}  # of its checkpoint
         self.kernels, self.reason = choose_backend(kernels, model)
+        self._packed: PackedGPT | None = None
         self.graphs = GraphCache(max_graphs) if choose_graph(graph, model) else None
         self._lock = threading.Lock()
         self._reset()
@@ -124,13 +126,14 @@ class Engine:
         return self.graphs is not None
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of the KV cache, of other buffers and of graphs, and how many graphs."""
+        """Return the number of graphs, and the bytes of them, of all buffers and packed weights."""
         buffers, graphs = self._buffers, self.graphs
         return {
             "cache": buffers.cache.nbytes if buffers else 0,
             "buffers": buffers.bytes - buffers.cache.nbytes if buffers else 0,
             "graphs": len(graphs.graphs) if graphs else 0,
             "graph_bytes": graphs.bytes if graphs else 0,
+            "packed": self._packed.nbytes if self._packed else 0,
         }
 
     def generate(
@@ -210,7 +213,8 @@ class Engine:
             )
         with self._lock:  # calls share the buffers and the mode of the model
             if self._weights_key() != self._captured_weights:
-                self._reset()  # weights moved: captured graphs would read the old ones
+                self._reset()  # weights changed: graphs and packed copies hold the old ones
+                self._packed = None
             training = model.training
             model.eval()
             try:
@@ -355,7 +359,10 @@ class Engine:
         shape = (batch, capacity)
         if shape in self._views:
             return self._views[shape]
-        view = BatchView(self.model, self._buffers, shape, self.kernels, static=self.graph)
+        if self.kernels == "packed" and self._packed is None:
+            self._packed = PackedGPT(self.model)
+        model = self._packed or self.model
+        view = BatchView(model, self._buffers, shape, self.kernels, static=self.graph)
         if self.graph:
             self._views[shape] = view
         return view
@@ -368,7 +375,9 @@ class Engine:
             self.graphs.run(key, fn, self._buffers.mutable())
 
     def _weights_key(self) -> tuple:
-        return tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
+        is_packed = self.kernels == "packed"  # only copies care for changes in place
+        weights = self.model.parameters()
+        return tuple((p.data_ptr(), p.dtype, p._version if is_packed else 0) for p in weights)
 
     def _reset(self) -> None:
         """Drop buffers, views and graphs."""

@@ -73,10 +73,7 @@ def test_run_measures_everything(latency, tmp_path):
             whole, rest = (run.value(m, **where) for m in ("answer", "answer_after_prefill"))
             assert 0 < rest < whole
         assert run.value("answer", task=task, path="chain", relative_to="thoughts") > 0
-    rates = [
-        run.value("memory_bandwidth", "torch", variant=v) for v in ("copy", "matrix times vector")
-    ]
-    assert any(rates) and not all(rates)  # the faster of the two
+    assert run.value("memory_bandwidth", "torch", variant="read") > 0
     assert {row["repeats"] for row in rows if row["unit"] == "x"} == {2}  # rounds are whole
     assert line["left_out"] == [] and {"released", "nanococonut, eager"} <= line["missing"].keys()
     assert line["missing"]["released"] == "not requested"

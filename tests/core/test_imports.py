@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = """
 runtime cache curriculum
 tokenizer config model
-data ops
+data packed
+ops
 batch weights
 coconut inference
 evaluation training
