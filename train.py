@@ -45,6 +45,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
     )
     fallback_info = {}
     if reason := _fallback_reason(config):
+        if "init_from" in overrides and "fallback" not in overrides:  # what is typed is meant
+            raise UserError(
+                f"--init_from={config.init_from}: {reason}.\n"
+                f"Leave it out to train {config.fallback}, or insist on it with --fallback=None."
+            )
         fallback = str(Path(path or ".").parent / config.fallback)
         console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
         console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To insist: --fallback=None")
