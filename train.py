@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 from rich.markup import escape
 
