@@ -5,9 +5,11 @@ Every rank may call these; only rank 0 has a file to write to and a console.
 
 import importlib.util
 import json
+import statistics
 import time
 from collections import deque
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +26,8 @@ from nanococonut.training.state import Schedule, TrainState
 from nanococonut.weights.checkpoint import RunDir
 
 PRINT_INTERVAL = 100  # steps between lines, if the console is a file and shows no bar
+FIRST_LINE, LATER_LINES = 5, 30  # or seconds, if the steps are slow
+SLOW_STEPS, SLOW_FACTOR = 20, 4  # so many steps so much slower than the stage's fastest: warn
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -52,6 +56,9 @@ class RunLog:
             self._writer = SummaryWriter(run.path / "tensorboard", purge_step=state.step + 1)
         # when each recent step ended, and with how many examples
         self._recent = deque([(time.monotonic(), 0)], maxlen=PRINT_INTERVAL)
+        self._next_line = time.monotonic() + FIRST_LINE
+        self._fastest: dict[int, float] = {}  # stage -> examples/s, for the warning
+        self._is_warned = False
         self._bar = Progress(
             TextColumn("stage {task.fields[stage]}"),
             BarColumn(),
@@ -99,12 +106,32 @@ class RunLog:
         self._bar.update(self._task, completed=state.step, speed=speed, **scalars)
         lr = self.config.learning_rate * self.schedule.lr_scale(state.step - 1)
         self._write_events("train", state.step, scalars | {"lr": lr})
-        if not console.is_terminal and state.step % PRINT_INTERVAL == 0:
+        self._warn_if_slow(state)
+        now, is_due = self._recent[-1][0], state.step % PRINT_INTERVAL == 0
+        if not console.is_terminal and (is_due or now >= self._next_line):
+            self._next_line = now + LATER_LINES
             n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
             console.print(
                 f"step {state.step}/{self.schedule.max_steps} stage {state.stage} loss {loss:.3f} "
                 f"accuracy {state.accuracy:.2f} {speed:.0f} examples/s, "
                 f"{n_left / speed / 60:.1f} min left"
+            )
+
+    def _warn_if_slow(self, state: TrainState) -> None:
+        """Print once that the steps of a stage became SLOW_FACTOR times slower."""
+        n_steps = state.step - state.stage_start
+        if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) <= SLOW_STEPS:
+            return
+        recent = list(self._recent)[-SLOW_STEPS - 1 :]
+        # a median: a validation or a save in between is no slow step
+        seconds = statistics.median((end - start) / n for (start, _), (end, n) in pairwise(recent))
+        speed = 1 / max(1e-9, seconds)
+        fastest = self._fastest[state.stage] = max(speed, self._fastest.get(state.stage, 0.0))
+        if speed * SLOW_FACTOR < fastest and not self._is_warned:
+            self._is_warned = True
+            console.print(
+                f"[bold red]SLOW[/] at step {state.step}: {speed:.0f} examples/s, {fastest:.0f} "
+                "earlier. If something else computes here, OMP_NUM_THREADS=1 may be faster."
             )
 
     def validation(self, state: TrainState, validation: dict[str, Any]) -> None:

@@ -1,0 +1,57 @@
+"""The console of a run: when a line is due, and when steps became slow."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.training.log import RunLog
+from nanococonut.training.state import Schedule, TrainState
+
+
+@pytest.fixture
+def log_steps(monkeypatch, capsys):
+    """Return log_steps(seconds of each step) -> lines on the console, which is no terminal."""
+
+    def run(seconds):
+        now = [0.0]
+        monkeypatch.setattr(
+            "nanococonut.training.log.time", SimpleNamespace(monotonic=lambda: now[0])
+        )
+        config = TrainConfig(batch_size=10)
+        schedule = Schedule(config, Curriculum.from_config(config), steps_per_epoch=1000)
+        folder = SimpleNamespace(
+            open_metrics=lambda _: io.StringIO(), dist=SimpleNamespace(is_master=True)
+        )
+        state = TrainState()
+        with RunLog(folder, config, schedule, state) as log:
+            for s in seconds:
+                now[0] += s
+                state.advance(0, 1, 1)
+                log.step(state, 1.0, 10)
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_slow_steps_are_logged_by_time(log_steps):
+    """A run of slow steps printed nothing in its first 100: an hour of silence."""
+    lines = log_steps([4.0] * 20)
+    assert [line.split("/")[0] for line in lines] == ["step 2", "step 10", "step 18"]  # 8, 40, 72 s
+    assert "2 examples/s" in lines[0]  # 10 each 4 s
+    lines = log_steps([0.01] * 250)
+    assert [line.split("/")[0] for line in lines] == ["step 100", "step 200"]
+
+
+def test_collapse_of_the_speed_is_warned_of_once(log_steps):
+    """A neighbour that takes the processors looked like a slow model."""
+    warnings = [x for x in log_steps([0.1] * 60 + [1.0] * 60 + [0.1] * 60 + [1.0] * 60)
+                if "SLOW" in x]  # fmt: skip
+    assert len(warnings) == 1 and "10 examples/s, 100 earlier" in warnings[0]
+
+
+def test_validation_is_no_collapse_of_the_speed(log_steps):
+    """A long pause between steps is a validation, a save or a suspended laptop."""
+    assert not any("SLOW" in x for x in log_steps(([0.1] * 19 + [100.0]) * 5 + [0.3] * 50))
