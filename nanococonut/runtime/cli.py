@@ -93,7 +93,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
     """Return the assignments of a config file. Only literals: nothing in it is executed."""
     path, spellings = Path(path), _spellings(cls)
     try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
+        body = ast.parse(path.read_text(encoding="utf-8-sig")).body
     except (OSError, UnicodeDecodeError) as e:
         reason = "not there" if isinstance(e, FileNotFoundError) else "not readable as UTF-8 text"
         near = sorted(p.name for p in path.parent.glob("*.py"))

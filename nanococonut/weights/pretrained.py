@@ -254,7 +254,7 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
 
 def _read_config(file: Path) -> tuple[dict[str, int], Spec | None]:
     """Return (sizes by GPTConfig's names, tokenizer spec if the folder is an export of ours)."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG_NAME} is not a JSON object")
     for key, value in FIXED_SETTINGS.items():

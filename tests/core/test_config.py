@@ -49,6 +49,12 @@ def test_command_line_overrides_config_file(tmp_path):
     assert (config.n_layer, config.learning_rate) == (4, 0.5)
 
 
+def test_config_file_saved_by_notepad_is_read(tmp_path):
+    """A byte order mark, and lines that end in CRLF, were "not a config file"."""
+    (tmp_path / "mine.py").write_bytes(b"\xef\xbb\xbfn_layer = 3\r\nn_head = 3\r\n")
+    assert read_config_file(tmp_path / "mine.py", TrainConfig) == {"n_layer": 3, "n_head": 3}
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -220,6 +220,13 @@ def test_config_of_another_model_is_refused(tmp_path, theirs, change, words):
         load_gpt2(file.parent)
 
 
+def test_config_json_with_byte_order_mark_is_read(tmp_path, theirs):
+    """An editor on Windows adds one: the folder held "no GPT-2"."""
+    file = tmp_path / "theirs" / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_gpt2(file.parent).config.n_layer == 3
+
+
 def test_file_without_config_is_refused(tmp_path, theirs):
     """Tensors do not show the number of heads; a guess would give wrong logits."""
     alone = shutil.copy(tmp_path / "theirs/model.safetensors", tmp_path / "alone.safetensors")
