@@ -112,6 +112,8 @@ class TrainConfig:
         n_thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
         is_compact = self.render == "compact"
         problems = {  # message: whether it applies
+            "init_from='resume' names no weights.\n"
+            "Continue a run with --resume and its --out_dir.": self.init_from == "resume",
             f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.\n"
             "Choose n_embd as a multiple of n_head.": self.n_embd % self.n_head,
             f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\n"

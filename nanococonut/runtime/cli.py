@@ -24,6 +24,14 @@ BOUNDS = {  # argument of option() -> (words for the error, test)
     "gt": ("more than", operator.gt),
     "lt": ("less than", operator.lt),
 }
+NANOGPT_OPTIONS = {  # nanoGPT's name -> what exists here, where the spelling does not tell
+    "compile": "kernels",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "lr_decay_iters": "decay_fraction",
+    "min_lr": "decay_fraction",
+    "start": "question",
+    "wandb_log": "tensorboard",
+}
 LITERAL_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 
 
@@ -78,6 +86,8 @@ def _types(hint: Any) -> tuple[type, ...]:
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
+    name = word.removeprefix("--")
+    word = word.removesuffix(name) + NANOGPT_OPTIONS.get(name, name)
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 

@@ -23,7 +23,7 @@ from nanococonut.runtime.cli import format_config
 from nanococonut.runtime.errors import UserError
 from nanococonut.training.loader import TrainLoader
 from nanococonut.training.state import Schedule, TrainState
-from nanococonut.weights.checkpoint import RunDir
+from nanococonut.weights.checkpoint import RunDir, list_checkpoints
 
 PRINT_INTERVAL = 100  # steps between lines, if the console is a file and shows no bar
 FIRST_LINE, LATER_LINES = 5, 30  # or seconds, if the steps are slow
@@ -147,9 +147,11 @@ class RunLog:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()  # a killed run loses no line
         except OSError as e:
+            saved = list_checkpoints(self.run.path)
+            advice = "continue from the last checkpoint with --resume" if saved else "train again"
             raise UserError(
                 f"{self.run.metrics_path} cannot be written at step {step}: {e.strerror}.\n"
-                "Free some space, then continue from the last checkpoint with --resume."
+                f"Free some space, then {advice}."
             ) from None
 
     def _write_events(self, group: str, step: int, values: dict[str, float]) -> None:

@@ -72,7 +72,11 @@ def resolve_weights(init_from: str) -> Path:
     if not path.exists():
         raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
     if path.is_dir() and not _is_checkpoint(path) and not (path / WEIGHTS_NAME).is_file():
-        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{ACCEPTED}")
+        suffixes = (".bin", ".pt", ".pth", ".safetensors")
+        files = sorted(p for p in path.iterdir() if p.suffix in suffixes)
+        files = [p for p in files if p.name != "training_args.bin"]  # no weights, and pickled
+        advice = f"Give its file: {files[0]}" if len(files) == 1 else ACCEPTED
+        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{advice}")
     return path
 
 

@@ -78,6 +78,8 @@ def test_config_file_saved_by_notepad_is_read(tmp_path):
         (["--n_layer=None"], ["n_layer", "whole number"]),
         (["--n-layer=3"], ["--n-layer", "Did you mean --n_layer?"]),
         (["a.py", "b.py"], ["b.py"]),
+        (["--compile=False"], ["--compile", "Did you mean --kernels?"]),  # as in nanoGPT
+        (["--init_from=resume"], ["init_from", "--resume"]),
     ],
 )
 def test_bad_setting_is_refused(argv, words):

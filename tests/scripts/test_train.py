@@ -363,7 +363,7 @@ REFUSED = {
     "brackets": (["tiny.py", "--data=[/x].json"], "[/x].json"),
     "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
     "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be written"),
-    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "is not there"),
+    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "Leave --resume out"),
     "run exists": (["tiny.py", "--out_dir=run"], "already holds a run"),
     "model changed": (["tiny.py", "--out_dir=run", "--resume", "--n_embd=32"], "n_embd=16"),
     "data changed": (["tiny.py", "--out_dir=run", "--resume", "--n_nodes=12"], "n_nodes=10"),

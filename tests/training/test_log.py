@@ -1,14 +1,27 @@
 """The console of a run: when a line is due, and when steps became slow."""
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
+from nanococonut.runtime.errors import UserError
 from nanococonut.training.log import RunLog
 from nanococonut.training.state import Schedule, TrainState
+
+
+def new_log(path, metrics):
+    """Return the log of a run that writes metrics to this file, and its state."""
+    config = TrainConfig(batch_size=10)
+    schedule = Schedule(config, Curriculum.from_config(config), steps_per_epoch=1000)
+    run = SimpleNamespace(
+        path=path, metrics_path=path / "metrics.jsonl", open_metrics=lambda _: metrics
+    )
+    state = TrainState()
+    return RunLog(run, config, schedule, state), state
 
 
 @pytest.fixture
@@ -20,13 +33,8 @@ def log_steps(monkeypatch, capsys):
         monkeypatch.setattr(
             "nanococonut.training.log.time", SimpleNamespace(monotonic=lambda: now[0])
         )
-        config = TrainConfig(batch_size=10)
-        schedule = Schedule(config, Curriculum.from_config(config), steps_per_epoch=1000)
-        folder = SimpleNamespace(
-            open_metrics=lambda _: io.StringIO(), dist=SimpleNamespace(is_master=True)
-        )
-        state = TrainState()
-        with RunLog(folder, config, schedule, state) as log:
+        log, state = new_log(Path(), io.StringIO())
+        with log:
             for s in seconds:
                 now[0] += s
                 state.advance(0, 1, 1)
@@ -55,3 +63,14 @@ def test_collapse_of_the_speed_is_warned_of_once(log_steps):
 def test_validation_is_no_collapse_of_the_speed(log_steps):
     """A long pause between steps is a validation, a save or a suspended laptop."""
     assert not any("SLOW" in x for x in log_steps(([0.1] * 19 + [100.0]) * 5 + [0.3] * 50))
+
+
+def test_full_disk_before_a_checkpoint_names_no_resume(tmp_path):
+    """--resume was advised where nothing had been saved."""
+    log, state = new_log(tmp_path, Path("/dev/full").open("w"))
+    for expected in (False, True):
+        with pytest.raises(UserError, match="Free some space") as e:
+            log.validation(state, {"valid_accuracy": 1.0})
+        assert ("--resume" in str(e.value)) == expected
+        (tmp_path / "step_00000001").mkdir(exist_ok=True)
+        (tmp_path / "step_00000001/manifest.json").touch()

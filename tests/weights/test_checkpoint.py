@@ -183,9 +183,12 @@ def test_failed_save_leaves_the_last_one(saved, tokenizer, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="No space left") as e:
         checkpoint.save(folder.parent, 8, model, [], manifest_of(model, tokenizer))
-    assert "untouched" in str(e.value)
+    assert "untouched" in str(e.value) and "--resume" in str(e.value)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     checkpoint.load(folder.parent)
+    with pytest.raises(UserError, match="No space left") as e:  # nothing to resume
+        checkpoint.save(folder.parent / "new", 8, model, [], manifest_of(model, tokenizer))
+    assert "untouched" not in str(e.value) and "--resume" not in str(e.value)
 
 
 def test_bundle_holds_the_weights_in_bfloat16(saved, tmp_path):
