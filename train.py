@@ -98,7 +98,7 @@ def main() -> None:
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
-    print_data(config, loader, data.commit, skipped)
+    print_data(config, loader, data, skipped)
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from nanococonut.config import TrainConfig
 from nanococonut.data.files import skipped_summary
+from nanococonut.data.tasks import Data
 from nanococonut.model import GPT
 from nanococonut.runtime.cli import format_config
 from nanococonut.runtime.errors import UserError
@@ -160,17 +161,26 @@ class RunLog:
 
 
 def print_data(
-    config: TrainConfig, loader: TrainLoader, commit: str | None, skipped: list[str] | None
+    config: TrainConfig, loader: TrainLoader, data: Data, skipped: list[str] | None
 ) -> None:
-    """Print what is not obvious from the config: skipped, downloaded and held-out examples."""
+    """Print what the config does not tell: skipped, downloaded, held-out and repeated examples."""
     n_val = sum(map(len, loader.val_splits.values()))
     if skipped:
         summary = skipped_summary(loader.n_examples + n_val, skipped)
         console.print(f"  {summary}", markup=False)
-    if commit:
-        console.print(f"  examples of the hub's commit {commit}", markup=False)
+    if data.commit:
+        console.print(f"  examples of the hub's commit {data.commit}", markup=False)
     if config.data and not config.valid_data:
         console.print(f"  {n_val} examples of {config.data} held out for validation", markup=False)
+    train = Counter(" ".join(example["question"].split()) for example in data.train or ())
+    n_repeated = train.total() - len(train)
+    held_out = [example["question"] for split in data.val.values() for example in split]
+    n_overlap = sum(" ".join(question.split()) in train for question in held_out)
+    if n_repeated or n_overlap:
+        console.print(
+            f"  [bold]REPEATED QUESTIONS[/]: {n_repeated:,} of {train.total():,} in training, "
+            f"and {n_overlap:,} of {len(held_out):,} for validation are also in training"
+        )
 
 
 def print_summary(

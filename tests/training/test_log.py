@@ -8,8 +8,9 @@ import pytest
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import Data
 from nanococonut.runtime.errors import UserError
-from nanococonut.training.log import RunLog
+from nanococonut.training.log import RunLog, print_data
 from nanococonut.training.state import Schedule, TrainState
 
 
@@ -74,3 +75,23 @@ def test_full_disk_before_a_checkpoint_names_no_resume(tmp_path):
         assert ("--resume" in str(e.value)) == expected
         (tmp_path / "step_00000001").mkdir(exist_ok=True)
         (tmp_path / "step_00000001/manifest.json").touch()
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "line"),
+    [
+        ("abcb", "xy", "1 of 4 in training, and 0 of 2 for validation"),
+        ("abc", "axa", "0 of 3 in training, and 2 of 3 for validation"),
+        ("abc", "xyx", None),
+        (None, "xyx", None),  # generated: never repeats a validation graph
+    ],
+)
+def test_repeated_questions_are_counted(capsys, train, valid, line):
+    """Validation questions that are also trained on gave a high accuracy without a word."""
+    train, valid = ([{"question": f"Is  it {c}?"} for c in text] if text else None
+                    for text in (train, valid))  # fmt: skip
+    valid = [{"question": example["question"].replace("  ", " ") + "\n"} for example in valid]
+    loader = SimpleNamespace(val_splits={"valid": valid}, n_examples=3)
+    print_data(TrainConfig(), loader, Data(train, {"valid": valid}), None)
+    out = capsys.readouterr().out
+    assert line in out if line else out == ""
