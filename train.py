@@ -59,8 +59,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
         config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
         path = fallback
     # a config file may serve several methods, but an option on the command line should matter
-    if ignored := [f"--{k}" for k in overrides if k in ignored_options(METHODS[config.method])]:
-        console.print(f"[bold red]NOT USED[/] by method {config.method}: {', '.join(ignored)}")
+    unused = {f"by method {config.method}": ignored_options(METHODS[config.method])}
+    unused |= {"with this data": config.unused}
+    for reason, names in unused.items():
+        if ignored := [f"--{k}" for k in overrides if k in names]:
+            console.print(f"[bold red]NOT USED[/] {reason}: {', '.join(ignored)}")
     if config.tensorboard:
         require_tensorboard()
     return config, Path(path).stem if path else "run", fallback_info

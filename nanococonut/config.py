@@ -135,6 +135,15 @@ class TrainConfig:
                 raise UserError(message)
 
     @property
+    def unused(self) -> set[str]:
+        """Return the data options that do not matter, because examples are read or generated."""
+        if not self.data and self.task != "gsm8k":  # generated
+            return {"hub_revision"} | ({"val_examples"} if self.valid_data else set())
+        names = {"train_examples", "n_nodes", "min_hops", "max_hops"}
+        names |= {"matched_fraction", "short_fraction"} | ({"hub_revision"} if self.data else set())
+        return names | (set() if self.data and not self.valid_data else {"val_examples"})
+
+    @property
     def ungraphed(self) -> bool:
         """Return whether CUDA graphs are impossible: a graph cannot restore the RNG for dropout."""
         return self.recompute_mlp and self.dropout > 0

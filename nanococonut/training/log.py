@@ -89,7 +89,7 @@ class RunLog:
     def header(self, model: GPT, n_examples: int, backend: str, use_graphs: bool) -> None:
         """Print the settings that differ from their defaults, the model and the backend."""
         console.print(
-            f"{format_config(self.config)}\n"
+            f"{format_config(self.config, self.config.unused)}\n"
             f"  {model.n_params():,} parameters on {model.wte.weight.device}, "
             f"{n_examples:,} examples per epoch, {self.schedule.total_steps:,} steps, "
             f"run saved in {self.run.path}\n"

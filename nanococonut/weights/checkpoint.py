@@ -173,7 +173,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        what = "holds no checkpoint" if path.is_dir() else "is not there"
+        what = "holds no checkpoint" if path.is_dir() else "does not exist"
         raise UserError(
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )

@@ -315,6 +315,11 @@ def test_ignored_options_are_named_if_typed(train, tiny):
     assert code == 0 and "NOT USED by method cot: --first_stage_epochs\n" in out
     code, out, _ = train(*flags, "--out_dir=c")
     assert code == 0 and "NOT USED" not in out
+    write_examples("rows.json", prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3)))
+    flags = [tiny, "--max_steps=1", "--data=rows.json", "--train_examples=9", "--out_dir=d"]
+    code, out, _ = train(*flags)
+    assert code == 0 and "NOT USED with this data: --train_examples\n" in out
+    assert "n_nodes" not in out and "val_examples=12" in out  # four are held out
 
 
 def test_fallback_is_printed_and_recorded(train, tiny, monkeypatch, tmp_path):
