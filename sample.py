@@ -11,12 +11,12 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-import nanococonut
 from nanococonut import Engine
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa

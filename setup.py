@@ -17,6 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     # bench/, config/ and tests/ stay in the checkout
+    package_dir={"": "."},  # editable: a path, so that the checkout's folder is not taken for it
     packages=find_packages(include=["nanococonut*", "kernels"]),
     package_data={"nanococonut": ["py.typed", "bundled/*/*"]},
     install_requires=[  # lower bounds only

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 from rich.markup import escape
 
@@ -45,6 +46,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
     )
     fallback_info = {}
     if reason := _fallback_reason(config):
+        if "init_from" in overrides and "fallback" not in overrides:  # what is typed is meant
+            raise UserError(
+                f"--init_from={config.init_from}: {reason}.\n"
+                f"Leave it out to train {config.fallback}, or insist on it with --fallback=None."
+            )
         fallback = str(Path(path or ".").parent / config.fallback)
         console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
         console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To insist: --fallback=None")
@@ -53,8 +59,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
         config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
         path = fallback
     # a config file may serve several methods, but an option on the command line should matter
-    if ignored := [f"--{k}" for k in overrides if k in ignored_options(METHODS[config.method])]:
-        console.print(f"[bold red]NOT USED[/] by method {config.method}: {', '.join(ignored)}")
+    unused = {f"by method {config.method}": ignored_options(METHODS[config.method])}
+    unused |= {"with this data": config.unused}
+    for reason, names in unused.items():
+        if ignored := [f"--{k}" for k in overrides if k in names]:
+            console.print(f"[bold red]NOT USED[/] {reason}: {', '.join(ignored)}")
     if config.tensorboard:
         require_tensorboard()
     return config, Path(path).stem if path else "run", fallback_info
@@ -92,7 +101,7 @@ def main() -> None:
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
-    print_data(config, loader, data.commit, skipped)
+    print_data(config, loader, data, skipped)
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)

@@ -112,6 +112,8 @@ class TrainConfig:
         n_thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
         is_compact = self.render == "compact"
         problems = {  # message: whether it applies
+            "init_from='resume' names no weights.\n"
+            "Continue a run with --resume and its --out_dir.": self.init_from == "resume",
             f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.\n"
             "Choose n_embd as a multiple of n_head.": self.n_embd % self.n_head,
             f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\n"
@@ -131,6 +133,15 @@ class TrainConfig:
         for message, applies in problems.items():
             if applies:
                 raise UserError(message)
+
+    @property
+    def unused(self) -> set[str]:
+        """Return the data options that do not matter, because examples are read or generated."""
+        if not self.data and self.task != "gsm8k":  # generated
+            return {"hub_revision"} | ({"val_examples"} if self.valid_data else set())
+        names = {"train_examples", "n_nodes", "min_hops", "max_hops"}
+        names |= {"matched_fraction", "short_fraction"} | ({"hub_revision"} if self.data else set())
+        return names | (set() if self.data and not self.valid_data else {"val_examples"})
 
     @property
     def ungraphed(self) -> bool:

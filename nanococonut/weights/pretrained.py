@@ -72,7 +72,11 @@ def resolve_weights(init_from: str) -> Path:
     if not path.exists():
         raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
     if path.is_dir() and not _is_checkpoint(path) and not (path / WEIGHTS_NAME).is_file():
-        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{ACCEPTED}")
+        suffixes = (".bin", ".pt", ".pth", ".safetensors")
+        files = sorted(p for p in path.iterdir() if p.suffix in suffixes)
+        files = [p for p in files if p.name != "training_args.bin"]  # no weights, and pickled
+        advice = f"Give its file: {files[0]}" if len(files) == 1 else ACCEPTED
+        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{advice}")
     return path
 
 
@@ -193,9 +197,9 @@ def _from_hub(name: str) -> Path:
         except Exception as e:  # the hub raises whatever its HTTP client raises
             raise WeightsUnavailable(
                 f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
-                f"({type(e).__name__}).\nGive a folder as --init_from, made elsewhere by `hf "
-                f"download {repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from "
-                "scratch (config/prosqa_small.py)."
+                f"({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
+                f"{repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from scratch "
+                "(config/prosqa_small.py)."
             ) from None
     return Path(files[1]).parent
 
@@ -254,7 +258,7 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
 
 def _read_config(file: Path) -> tuple[dict[str, int], Spec | None]:
     """Return (sizes by GPTConfig's names, tokenizer spec if the folder is an export of ours)."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG_NAME} is not a JSON object")
     for key, value in FIXED_SETTINGS.items():

@@ -91,7 +91,7 @@ def test_mistakes_take_two_lines(bench):
     for argv, message in (
         ([*SHAPE, "--n_head=3"], "is not a multiple"),
         (["--thoughts=0"], "thoughts=0"),
-        (["--checkpoint=nowhere"], "is not there"),
+        (["--checkpoint=nowhere"], "does not exist"),
         ([f"--checkpoint={checkpoint.BUNDLED}", "--thoughts=500"], "block_size=160"),
         ([*SHAPE, "--kernels=triton", "--n_embd=258"], "triton cannot run here"),
         (["--of=loss", "--config=nowhere.py"], "nowhere.py"),

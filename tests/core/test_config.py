@@ -49,20 +49,26 @@ def test_command_line_overrides_config_file(tmp_path):
     assert (config.n_layer, config.learning_rate) == (4, 0.5)
 
 
+def test_config_file_saved_by_notepad_is_read(tmp_path):
+    """A byte order mark, and lines that end in CRLF, were "not a config file"."""
+    (tmp_path / "mine.py").write_bytes(b"\xef\xbb\xbfn_layer = 3\r\nn_head = 3\r\n")
+    assert read_config_file(tmp_path / "mine.py", TrainConfig) == {"n_layer": 3, "n_head": 3}
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--n_layr=3"], ["--n_layr", "Did you mean --n_layer?"]),
-        (["--n_layer=three"], ["n_layer", "'three'", "whole number"]),
+        (["--n_layer=three"], ["--n_layer='three'", "'three'", "whole number"]),
         (["--n_layer=3.5"], ["n_layer", "3.5", "whole number"]),
         (["--n_layer"], ["--n_layer", "expected one argument"]),
-        (["--n_layer=0"], ["n_layer=0", "at least 1"]),
+        (["--n_layer=0"], ["--n_layer=0", "at least 1"]),
         (["--dropout=1"], ["dropout=1", "less than 1"]),
         (["--lr=0"], ["learning_rate=0", "more than 0"]),
         (["--lr=nan"], ["learning_rate", "number"]),
         (["--max_steps=-1"], ["max_steps=-1", "at least 0"]),
         (["--resume=perhaps"], ["resume", "True or False"]),
-        (["--method=coconot"], ["coconot", "Did you mean coconut?", "no_cot"]),
+        (["--method=coconot"], ["--method='coconot'", "Did you mean coconut?", "no_cot"]),
         (["--n_embd=10", "--n_head=3"], ["n_embd=10", "n_head=3", "multiple"]),
         (["--min_hops=7"], ["min_hops=7", "max_hops=6"]),
         (["--c_thought=3", "--block_size=20"], ["18 thoughts", "block_size=20"]),
@@ -72,6 +78,8 @@ def test_command_line_overrides_config_file(tmp_path):
         (["--n_layer=None"], ["n_layer", "whole number"]),
         (["--n-layer=3"], ["--n-layer", "Did you mean --n_layer?"]),
         (["a.py", "b.py"], ["b.py"]),
+        (["--compile=False"], ["--compile", "Did you mean --kernels?"]),  # as in nanoGPT
+        (["--init_from=resume"], ["init_from", "--resume"]),
     ],
 )
 def test_bad_setting_is_refused(argv, words):
@@ -101,9 +109,11 @@ def test_unreadable_config_file_is_refused(tmp_path):
     """A missing file, a file in Latin-1 and a folder end in two lines, not in a traceback."""
     write_config(tmp_path, "")
     refused(
-        lambda: read_config_file(tmp_path / "mien.py", TrainConfig), "not there", "mean mine.py"
+        lambda: read_config_file(tmp_path / "mien.py", TrainConfig),
+        "does not exist",
+        "mean mine.py",
     )
-    refused(lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "not there")
+    refused(lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "does not exist")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
     refused(lambda: read_config_file(tmp_path / "latin.py", TrainConfig), "UTF-8")
     refused(lambda: read_config_file(tmp_path, TrainConfig), "not readable")

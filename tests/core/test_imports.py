@@ -57,6 +57,20 @@ def test_only_kernels_imports_triton():
         assert "triton" not in {name.split(".")[0] for name in imports(path)}, path
 
 
+def test_wait_policy_is_set_before_torch_loads():
+    """A busy neighbour made training 20 times slower: torch's waiting threads spun. Its OpenMP
+    reads the policy when it is loaded, so a script that imports torch first sets it in vain."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+        names = [name.split(".")[0] for name in imports(path)]
+        others = [name for name in names if name not in sys.stdlib_module_names]
+        assert path.stem in ("setup", "__init__") or others[0] == "nanococonut", path
+    body = ast.parse((ROOT / "nanococonut/__init__.py").read_text()).body
+    assert [ast.unparse(node) for node in body[1:3]] == [
+        "import os",
+        "os.environ.setdefault('OMP_WAIT_POLICY', 'passive')",
+    ]
+
+
 def test_transformers_import_from_the_repo_root():
     """Hugging Face's `kernels` is an optional import of transformers; ours must not break it."""
     pytest.importorskip("transformers")

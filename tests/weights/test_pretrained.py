@@ -220,6 +220,28 @@ def test_config_of_another_model_is_refused(tmp_path, theirs, change, words):
         load_gpt2(file.parent)
 
 
+def test_folder_with_another_file_names_that_file(tmp_path, theirs):
+    """A folder with pytorch_model.bin alone was refused without a word of how to give it."""
+    folder = tmp_path / "theirs"
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save({}, folder / "training_args.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="Give its file: ") as e:
+        resolve_weights(str(folder))
+    file = str(e.value).rpartition(": ")[2]
+    assert load_gpt2(resolve_weights(file)).config.n_layer == 3
+    (folder / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(UserError, match="one such file"):  # which one?
+        resolve_weights(str(folder))
+
+
+def test_config_json_with_byte_order_mark_is_read(tmp_path, theirs):
+    """An editor on Windows adds one: the folder held "no GPT-2"."""
+    file = tmp_path / "theirs" / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_gpt2(file.parent).config.n_layer == 3
+
+
 def test_file_without_config_is_refused(tmp_path, theirs):
     """Tensors do not show the number of heads; a guess would give wrong logits."""
     alone = shutil.copy(tmp_path / "theirs/model.safetensors", tmp_path / "alone.safetensors")
