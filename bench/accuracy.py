@@ -89,6 +89,7 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
         "device": manifest["device"],
         "threads": manifest["threads"],
         "commit": manifest.get("trained_with", manifest)["commit"],
+        "thought_loss": manifest["config"].get("thought_loss", 0.0),
     }
 
 

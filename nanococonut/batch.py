@@ -69,6 +69,17 @@ def count_labels(
     return sum(len(suffix) - n_forced for _, _, suffix, n_forced in sequences)
 
 
+def thought_targets(curriculum: Curriculum, stage: int, example: TokenizedExample) -> list[int]:
+    """Return a label for each latent step: the last token of the step that its thought replaces.
+
+    In compact style it is the node that the step leads to. IGNORE after the last step.
+    """
+    n_dropped, n = curriculum.plan(stage, len(example.steps))
+    n = 0 if curriculum.rules.thought_type == "pause" else n  # tokens of the prompt
+    labels = [t for step in example.steps[:n_dropped] for t in step[-1:] * curriculum.c_thought][:n]
+    return labels + [IGNORE] * (n - len(labels))
+
+
 def max_length(curriculum: Curriculum, example: TokenizedExample, tokenizer: Tokenizer) -> int:
     """Return the most positions that the example takes at any stage: the least block_size."""
     stages = range(curriculum.max_latent_stage + 2)  # the last one is the final stage
@@ -86,13 +97,15 @@ class Batch:
     n_needed: Tensor  # (B,), number of thoughts that replace all steps of the example
     suffix: Tensor  # (B, Ts), right-padded with 0
     targets: Tensor  # (B, Ts), the suffix; IGNORE for <eot> and padding
+    thought_targets: Tensor  # (B, max_thoughts), labels of the states that are fed back, or IGNORE
     # on the host, so that the training loop does not wait for the GPU
     max_thoughts: int  # at least the maximum of n_thoughts
     n_labels: int  # at least the number of supervised targets
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.prefix, self.length, self.n_thoughts, self.n_needed, self.suffix, self.targets
+        blocks = self.prefix, self.length, self.n_thoughts, self.n_needed, self.suffix
+        return *blocks, self.targets, self.thought_targets
 
     def to(self, device: torch.device) -> "Batch":
         # CUDA keeps pinned memory until the copy is done; MPS may read freed memory
@@ -124,6 +137,7 @@ class Batch:
             n_needed=F.pad(self.n_needed, (0, n_new)),
             suffix=pad(self.suffix, Ts),
             targets=pad(self.targets, Ts, IGNORE),
+            thought_targets=pad(self.thought_targets, max_thoughts, IGNORE),
             max_thoughts=max_thoughts,
             n_labels=n_labels,
         )
@@ -132,14 +146,15 @@ class Batch:
 def pad_lists(lists: Sequence[list[int]], fill: int = 0) -> Tensor:
     """Return lists of token ids as one right-padded tensor."""
     width = max(map(len, lists))
-    return torch.tensor([ids + [fill] * (width - len(ids)) for ids in lists])
+    padded = [ids + [fill] * (width - len(ids)) for ids in lists]
+    return torch.tensor(padded, dtype=torch.int64)  # also if the width is 0
 
 
 def collate(
     curriculum: Curriculum, stages: Sequence[int], examples: Examples, tokenizer: Tokenizer
 ) -> Batch:
     """Return the batch of examples, each at its own stage, on the CPU."""
-    pairs = zip(stages, examples, strict=True)
+    pairs = list(zip(stages, examples, strict=True))
     sequences = [build_sequence(curriculum, stage, x, tokenizer) for stage, x in pairs]
     prefixes, n_thoughts, suffixes, n_forced = zip(*sequences, strict=True)  # tuples of length B
     # the model does not learn to generate forced tokens
@@ -151,6 +166,7 @@ def collate(
         n_needed=torch.tensor([len(x.steps) * curriculum.c_thought for x in examples]),
         suffix=pad_lists(suffixes),
         targets=pad_lists(targets, IGNORE),
+        thought_targets=pad_lists([thought_targets(curriculum, *pair) for pair in pairs], IGNORE),
         max_thoughts=max(n_thoughts),
         n_labels=sum(map(len, suffixes)) - sum(n_forced),
     )

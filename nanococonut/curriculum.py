@@ -158,6 +158,8 @@ def ignored_options(method: Method) -> set[str]:
         names |= {"uniform_prob", "advance_at"}
     if method.n_thoughts_rule == "none":
         names |= {"c_thought", "final_thoughts", "pad_latent_to_max"}
+    if method.thought_type in ("", "pause"):
+        names |= {"thought_loss"}
     if method.drop_rule != "tokens":
         names |= {"icot_tokens"}
     if method.thought_type != "soft":

@@ -100,6 +100,30 @@ def test_other_thoughts_equal_the_naive_loop(options):
     assert_gradients_equal(model, loss, expected)
 
 
+def naive_thought_loss(model, sequences, thought_targets):
+    """Return the cross-entropy of the state fed as thought i with label i, one at a time."""
+    total = 0.0
+    for (prefix, n, _, _), labels in zip(sequences, thought_targets.tolist(), strict=True):
+        emb = model.embed(torch.tensor([prefix]))
+        for label in labels[:n]:
+            h = model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]  # fed back below
+            emb = torch.cat([emb, naive_thought(model, h)], dim=1)
+            if label != IGNORE:
+                total = total - model.head(h)[0, 0].log_softmax(0)[label]
+    return total
+
+
+@pytest.mark.parametrize("thought", ["hidden", "soft"])
+def test_thought_loss_equals_the_naive_loop(thought, seed):
+    """Guards against a label for the state after its thought instead of the one fed back."""
+    model = random_gpt(seed % 1000, thought=thought)
+    batch, sequences = random_batch(seed, [3, 0, 1, 5])
+    loss = coconut.thought_loss(model, batch, coconut.think(model, batch))
+    expected = naive_thought_loss(model, sequences, batch.thought_targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    assert_gradients_equal(model, loss, expected)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_loss_equals_that_of_all_logits(case, seed):
     """coconut.loss computes logits at supervised positions only: guards against wrong indices."""
@@ -188,6 +212,7 @@ def test_padding_does_not_change_logits(gpt):
             n_needed=batch.n_needed[b : b + 1],
             suffix=batch.suffix[b : b + 1, :s],
             targets=batch.targets[b : b + 1, :s],
+            thought_targets=batch.thought_targets[b : b + 1],
             max_thoughts=int(batch.n_thoughts[b]),
             n_labels=s - 1,
         )

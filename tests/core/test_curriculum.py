@@ -15,12 +15,14 @@ from nanococonut.batch import (
     build_sequence,
     collate,
     max_length,
+    thought_targets,
     tokenize,
 )
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, schedule
 from nanococonut.data.examples import extract_answer
 from nanococonut.data.tasks import TASKS
+from nanococonut.tokenizer import Tokenizer
 
 EXAMPLE = TokenizedExample(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
 SHORT = TokenizedExample(question=[9], steps=[[3]], answer=[7])
@@ -79,6 +81,33 @@ def test_collate_pads_right_and_supervises_text(tokenizer, ids):
     ]
     assert batch.n_labels == 8
     assert batch.prefix.dtype == batch.targets.dtype == torch.int64
+
+
+def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
+    """Guards against a label of another step, and against labels of steps still written."""
+    c = Curriculum("coconut", max_latent_stage=3, final_thoughts=4)
+    expected = {0: [], 1: [3], 2: [3, 5], 3: [3, 5, 6], 4: [3, 5, 6, IGNORE]}
+    for stage, labels in expected.items():
+        assert thought_targets(c, stage, EXAMPLE) == labels
+    assert thought_targets(c, 2, SHORT) == [3, IGNORE]
+    assert thought_targets(replace(c, c_thought=2), 2, EXAMPLE) == [3, 3, 5, 5]
+    assert thought_targets(Curriculum("pause_as_thought"), 2, EXAMPLE) == []  # no latent steps
+    assert thought_targets(Curriculum("cot"), 2, EXAMPLE) == []
+    batch = collate(c, [2, 1], [EXAMPLE, SHORT], tokenizer)
+    assert batch.thought_targets.tolist() == [[3, 5], [3, IGNORE]]
+
+
+def test_thought_targets_name_nodes_of_prosqa():
+    """Guards the layout that thought_loss relies on: a compact step ends in the node it reaches."""
+    task = TASKS["prosqa"]
+    words = Tokenizer.words(task.words())
+    examples = task.module.generate(3, 1)
+    for example in task.render(examples, "compact"):
+        labels = thought_targets(Curriculum("coconut"), 7, tokenize(words, example))
+        n = len(example["steps"])
+        reached = [f" {step.split()[1]}" for step in example["steps"]]
+        assert [words.decode([t]) for t in labels[:n]] == reached
+        assert labels[n:] == [IGNORE] * (6 - n) and reached[-1].strip() == example["answer"]
 
 
 def test_first_token_is_supervised_without_markers(tokenizer, ids):
@@ -308,4 +337,7 @@ def test_ignored_options_change_nothing(tokenizer, method):
         assert changed == (name not in ignored), name
     assert ("soft_top_k" in ignored) == (method != "soft_thought")
     assert ("advance_at" in ignored) == (METHODS[method].advance_by == "never")
-    assert ignored - set(SETTINGS) <= {"soft_top_k", "soft_temperature", "advance_at"}
+    labels = thought_targets(Curriculum(method), 1, EXAMPLE)
+    assert ("thought_loss" in ignored) == (labels == [])
+    others = {"soft_top_k", "soft_temperature", "advance_at", "thought_loss"}
+    assert ignored - set(SETTINGS) <= others
