@@ -17,6 +17,8 @@ def naive_thought(model, h):
     c = model.config
     if c.thought == "projected":
         return h + h @ model.project.weight.T + model.project.bias
+    if c.thought == "fixed":
+        return model.pause.weight[None]
     if c.thought == "soft":
         logits = (h @ model.wte.weight.T / c.soft_temperature)[0, 0]
         if c.soft_top_k:
@@ -84,10 +86,11 @@ def test_loss_and_gradients_equal_the_naive_loop(gpt, case, seed):
     "options",
     [
         {"thought": "projected"},
+        {"thought": "fixed", "smear": True},
         {"thought": "soft", "soft_temperature": 0.7},
         {"thought": "soft", "soft_top_k": 3, "smear": True},
     ],
-    ids=["projected", "soft", "soft_top_k"],
+    ids=["projected", "fixed", "soft", "soft_top_k"],
 )
 def test_other_thoughts_equal_the_naive_loop(options):
     """Guards against a wrong soft average or projection. Every parameter has a gradient."""
@@ -135,6 +138,18 @@ def test_loss_equals_that_of_all_logits(case, seed):
     loss, correct = coconut.loss(model, batch, coconut.think(model, batch))
     torch.testing.assert_close(loss, coconut.loss_sum(logits, batch.targets))
     assert torch.equal(correct, exact_match(logits, batch.targets)) and correct[0]
+
+
+@pytest.mark.parametrize("smear", [False, True])
+def test_fixed_thoughts_equal_pauses_in_one_pass(smear, seed):
+    """Guards a claim of docs/RESULTS.md: passes that feed nothing back compute what one does."""
+    model = random_gpt(seed % 1000, thought="fixed", smear=smear)
+    model.pause.weight.data = model.wte.weight.data[:1].clone()  # token 0 is never in a batch
+    batch, sequences = random_batch(seed, [3, 1, 4])
+    logits = forward(model, batch)
+    for b, (prefix, n, suffix, _) in enumerate(sequences):
+        one_pass = model(torch.tensor([prefix + [0] * n + suffix]))[0, len(prefix) + n - 1 : -1]
+        torch.testing.assert_close(logits[b, : len(suffix)], one_pass, rtol=1e-10, atol=1e-10)
 
 
 def test_projection_starts_as_the_hidden_state():

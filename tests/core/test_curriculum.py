@@ -187,7 +187,7 @@ def test_methods_have_valid_rules():
         assert method.drop_rule in ("none", "stage", "all", "tokens")
         assert method.n_thoughts_rule in ("none", "stage", "all")
         assert method.advance_by in ("stages", "epochs", "never")
-        assert method.thought_type in ("hidden", "soft", "projected", "pause", "")
+        assert method.thought_type in ("hidden", "soft", "projected", "fixed", "pause", "")
         assert (method.thought_type == "") == (method.n_thoughts_rule == "none")
 
 
@@ -225,7 +225,8 @@ LAYOUTS = {
         4: "1 2 B P P P E | 7 8 $",
     },
 }
-LAYOUTS["soft_thought"] = LAYOUTS["projected"] = LAYOUTS["coconut"]
+for name in ("soft_thought", "projected", "pause_multipass"):
+    LAYOUTS[name] = LAYOUTS["coconut"]
 CASES = [(method, stage) for method, stages in LAYOUTS.items() for stage in stages]
 
 
@@ -262,7 +263,7 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
     thought = METHODS[method].thought_type
     model = random_gpt(
         vocab_size=tokenizer.vocab_size,
-        thought=thought if thought in ("soft", "projected") else "hidden",
+        thought=thought if thought in ("soft", "projected", "fixed") else "hidden",
         soft_temperature=0.5,
         smear=True,
     )
@@ -280,6 +281,8 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
             new = h
         elif thought == "soft":
             new = (h @ model.wte.weight.T / 0.5).softmax(-1) @ model.wte.weight
+        elif thought == "fixed":
+            new = model.pause.weight[None]
         else:
             new = h + h @ model.project.weight.T + model.project.bias
         emb = torch.cat([emb, new], dim=1)

@@ -416,7 +416,7 @@ def test_every_method_trains_resumes_and_samples(train, tiny, method):
     code, out, err = train("--out_dir=whole", "--seed=1", script="sample.py")
     assert (code, err) == (0, "") and "answer" in out
     assert ("ms per thought" in out) == (
-        METHODS[method].thought_type in ("hidden", "soft", "projected")
+        METHODS[method].thought_type in ("hidden", "soft", "projected", "fixed")
     )
 
 
@@ -461,7 +461,7 @@ def test_half_precision_trains_everything(train, tiny):
     """Under autocast, the default on a GPU, hidden states and parameters differ in dtype."""
     flags = [tiny, "--dtype=bfloat16", "--max_steps=3", "--stop=classifier"]
     flags += ["--first_stage_epochs=0", "--max_latent_stage=0", "--final_thoughts=2"]
-    for method in ("coconut", "soft_thought", "projected"):
+    for method in ("coconut", "soft_thought", "projected", "pause_multipass"):
         code, _, err = train(*flags, f"--method={method}", f"--out_dir={method}")
         assert (code, err) == (0, "")
 
