@@ -16,6 +16,7 @@ import torch
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
 from nanococonut.data.files import write_examples
+from nanococonut.training import log
 from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
 
@@ -418,6 +419,18 @@ def test_every_method_trains_resumes_and_samples(train, tiny, method):
     assert ("ms per thought" in out) == (
         METHODS[method].thought_type in ("hidden", "soft", "projected", "fixed")
     )
+
+
+def test_collapsed_thoughts_are_reported(train, tiny, monkeypatch):
+    """A run whose thoughts ignore the question looked like any other until its accuracy."""
+    flags = [tiny, "--epochs=3", "--first_stage_epochs=0"]
+    code, out, _ = train(*flags, "--out_dir=a")
+    assert code == 0 and "COLLAPSED" not in out
+    validation = [line for line in logged("a") if "valid_accuracy" in line][0]
+    assert len(validation["thought_norm"]) == validation["thoughts"] == 1
+    monkeypatch.setattr(log, "COLLAPSED", -1.1)
+    code, out, _ = train(*flags, "--out_dir=b")
+    assert code == 0 and out.count("COLLAPSED") == out.count("validation:") > 0
 
 
 def test_stop_classifier_does_not_change_the_model(train, tiny):
