@@ -165,39 +165,34 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
 
     correct (B,) bool: every label of the sequence is the argmax, given the tokens before it.
     """
-    h = suffix_hidden(model, batch, trace)  # (B, Ts, C)
-    total, correct = _head_loss(model, h, batch.targets, batch.n_labels, trace.kv.triton)
-    return total, correct.all(dim=1)
-
-
-def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
-    """Return the summed cross-entropy of what the head reads in the states that are fed back."""
-    h = torch.stack(trace.hidden[:-1], dim=1)  # (B, n, C): thought i + 1 is the state after i
-    targets = batch.thought_targets  # (B, n)
-    return _head_loss(model, h, targets, targets.numel(), trace.kv.triton)[0]
-
-
-def _head_loss(
-    model: GPT, h: Tensor, targets: Tensor, n_labels: int, triton: bool
-) -> tuple[Tensor, Tensor]:
-    """Return (summed cross-entropy over supervised labels, whether each label is the argmax).
-
-    h         (B, T, C)  hidden states that predict targets (B, T)
-    n_labels             at least the number of supervised targets
-    """
-    shape, h, targets = targets.shape, h.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
-    if triton:
+    h = suffix_hidden(model, batch, trace).flatten(0, 1)  # (B * Ts, C)
+    targets = batch.targets.flatten()  # (B * Ts,)
+    if trace.kv.triton:
         # logits in chunks; their gradients are computed here, in the forward pass
-        total, correct = ops.linear_cross_entropy(h, model.wte.weight, targets, n_labels)
+        total, correct = ops.linear_cross_entropy(h, model.wte.weight, targets, batch.n_labels)
     else:
         # logits at supervised positions only, in order; n_labels is known without a GPU sync
-        index = (targets == IGNORE).int().argsort(stable=True)[:n_labels]  # (n_labels,)
+        index = (targets == IGNORE).int().argsort(stable=True)[: batch.n_labels]  # (n_labels,)
         logits, labels = model.head(h[index]), targets[index]
         total = loss_sum(logits, labels)
         correct = torch.ones_like(targets, dtype=torch.bool)
         # a padded batch has n_labels above the true number: the rest is not supervised
         correct[index] = (logits.argmax(-1) == labels) | (labels == IGNORE)
-    return total, correct.view(shape)
+    return total, correct.view(batch.targets.shape).all(dim=1)
+
+
+def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
+    """Return the summed cross-entropy of the head on the states that are fed back.
+
+    The label of a state is the uniform distribution over its thought_targets.
+    """
+    h = torch.stack(trace.hidden[:-1], dim=1)  # (B, n, C): thought i + 1 is the state after i
+    logits = model.head(h)  # (B, n, V)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    labels = batch.thought_targets  # (B, n, K)
+    mask = labels != IGNORE
+    nll = -logits.log_softmax(-1).gather(-1, labels.masked_fill(~mask, 0)) * mask  # (B, n, K)
+    return (nll.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
 
 
 def stop_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:

@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 
 from nanococonut.batch import (
-    IGNORE,
     TokenizedExample,
     collate,
     count_labels,
@@ -23,6 +22,7 @@ from nanococonut.batch import (
 )
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
+from nanococonut.data import prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.seeds import ORDER, STAGE_STREAM, TRAIN
 from nanococonut.data.tasks import TASKS, Data, test_hashes
@@ -107,7 +107,7 @@ class TrainLoader:
         # of all processes: the loss is a mean over the labels of the whole step
         n_labels = count_labels(curriculum, stages, examples, tokenizer)
         thought_labels = map(partial(thought_targets, curriculum), stages, examples)
-        n_thought_labels = sum(label != IGNORE for labels in thought_labels for label in labels)
+        n_thought_labels = sum(bool(ids) for labels in thought_labels for ids in labels)
         # like lengths share a micro-batch, so that little is padding
         pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
         pairs, size, micro_batches = self.dist.shard(pairs), config.micro_batch_size, []
@@ -192,10 +192,12 @@ class TrainLoader:
 
     def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
         fitting, error, block_size = [], "", self.config.block_size
+        is_frontier = self.config.thought_loss > 0 and self.config.thought_labels == "frontier"
         for i, rendered in enumerate(self.task.render(examples, self.config.render)):
             start = repr(examples[i]["question"][:30])
             try:
-                tokenized = tokenize(self.tokenizer, rendered)
+                labels = prosqa.frontiers(examples[i]["question"]) if is_frontier else None
+                tokenized = tokenize(self.tokenizer, rendered, labels)
                 length = max_length(self.curriculum, tokenized, self.tokenizer)
                 if length <= block_size:
                     fitting.append((examples[i], tokenized))

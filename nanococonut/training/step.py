@@ -116,7 +116,8 @@ class TrainStep:
             self._forward_backward(batch.to(self.device), mask, scale)
             return
         # graphs differ in their shapes only; inputs are copied to where the capture read them
-        key = (*batch.prefix.shape, batch.suffix.shape[1], batch.max_thoughts, batch.n_labels)
+        shapes = *batch.prefix.shape, batch.suffix.shape[1], *batch.thought_targets.shape[1:]
+        key = (*shapes, batch.n_labels)
         if key not in self._inputs:
             moved = (x.to(self.device) for x in (batch, count_mask, scale))
             self._inputs[key] = tuple(moved)

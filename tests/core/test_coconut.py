@@ -104,15 +104,16 @@ def test_other_thoughts_equal_the_naive_loop(options):
 
 
 def naive_thought_loss(model, sequences, thought_targets):
-    """Return the cross-entropy of the state fed as thought i with label i, one at a time."""
+    """Return the cross-entropy of the state fed as thought i with its labels, one at a time."""
     total = 0.0
     for (prefix, n, _, _), labels in zip(sequences, thought_targets.tolist(), strict=True):
         emb = model.embed(torch.tensor([prefix]))
-        for label in labels[:n]:
+        for row in labels[:n]:
             h = model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]  # fed back below
             emb = torch.cat([emb, naive_thought(model, h)], dim=1)
-            if label != IGNORE:
-                total = total - model.head(h)[0, 0].log_softmax(0)[label]
+            row = [label for label in row if label != IGNORE]
+            for label in row:  # a uniform distribution over them
+                total = total - model.head(h)[0, 0].log_softmax(0)[label] / len(row)
     return total
 
 

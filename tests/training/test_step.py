@@ -23,17 +23,20 @@ def small_multiples(monkeypatch):
     monkeypatch.setattr(step_module, "LABELS", 16)
 
 
+def count_thought_labels(batch):
+    return int((batch.thought_targets != IGNORE).any(-1).sum())
+
+
 def plain(model, batches, labels, thought_loss=0.0):
     """Return the loss and its gradients without TrainStep."""
     model.zero_grad()
     loss = objective = 0
-    n_thought_labels = sum((b.thought_targets != IGNORE).sum() for b in batches)
+    n_thought_labels = sum(map(count_thought_labels, batches))
     for batch in batches:
         logits = forward(model, batch)
         loss = loss + coconut.loss_sum(logits, batch.targets) / labels
         if thought_loss and batch.max_thoughts:
-            hidden = torch.stack(coconut.think(model, batch).hidden[:-1], dim=1)
-            summed = coconut.loss_sum(model.head(hidden), batch.thought_targets)
+            summed = coconut.thought_loss(model, batch, coconut.think(model, batch))
             objective = objective + thought_loss * summed / n_thought_labels
     (loss + objective).backward()
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -78,7 +81,7 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
         batches = [random_batch(10 * step + seed, n)[0] for seed, n in BATCHES]
         n_labels = sum(b.n_labels for b in batches)
         n_examples = sum(len(b.length) for b in batches)
-        n_thought_labels = sum(int((b.thought_targets != IGNORE).sum()) for b in batches)
+        n_thought_labels = sum(map(count_thought_labels, batches))
         for train_step in train_steps:
             train_step.zero_grad()
             for batch in batches:
@@ -103,7 +106,7 @@ def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
     """The mean of two micro-batches' means weighs labels of the smaller one more."""
     batches = [random_batch(5, [2, 1, 0])[0], random_batch(6, [3])[0]]
     n_labels = sum(b.n_labels for b in batches)
-    n_thought_labels = sum(int((b.thought_targets != IGNORE).sum()) for b in batches)
+    n_thought_labels = sum(map(count_thought_labels, batches))
     loss, grads = plain(gpt, batches, n_labels, thought_loss)
     train_step = TrainStep(gpt, thought_loss=thought_loss)
     train_step.zero_grad()
