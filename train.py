@@ -110,7 +110,8 @@ def main() -> None:
     kernels, kernels_reason = ops.choose_training_backend(config.kernels, model)
     use_graphs = ops.choose_graph("off" if config.ungraphed else config.graph, model)
     think = partial(coconut.think, kernels=kernels)
-    train_step = TrainStep(model, think, use_bf16, GraphCache(64) if use_graphs else None)
+    graphs = GraphCache(64) if use_graphs else None
+    train_step = TrainStep(model, think, use_bf16, graphs, config.thought_loss)
     # the stop classifier only watches, so its gradient must not change how the others are clipped
     clipped = [p for name, p in model.named_parameters() if not name.startswith("stop.")]
 
@@ -153,7 +154,8 @@ def main() -> None:
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:
-                train_step(micro_batch, step_batch.n_labels, step_batch.n_examples)
+                counts = step_batch.n_labels, step_batch.n_examples, step_batch.n_thought_labels
+                train_step(micro_batch, *counts)
             # an interrupt travels along, so that all processes stop after the same step
             totals, stopping = dist.all_reduce_gradients(
                 model.parameters(), train_step.totals, interrupt.received

@@ -69,6 +69,11 @@ class TrainConfig:
     icot_tokens: float = option(8.0, "icot: tokens dropped per epoch", "curriculum", gt=0)
     soft_temperature: float = option(1.0, "soft_thought: temperature", "curriculum", gt=0)
     soft_top_k: int = option(0, "soft_thought: tokens to average (0: all)", "curriculum", ge=0)
+    thought_loss: float = option(0.0, "weight of labels for the thoughts", "curriculum", ge=0)
+    thought_labels: str = option(
+        "path", "a thought names its step's node, or all nodes that many steps away", "curriculum",
+        choices=("path", "frontier"),
+    )  # fmt: skip
     stop: str = option(
         "constant", "what ends the thoughts at inference", "curriculum",
         choices=("constant", "classifier"),
@@ -127,6 +132,14 @@ class TrainConfig:
             "Use --graph=auto, which then turns graphs off.": self.graph == "on" and self.ungraphed,
             "render='compact' is not for gsm8k, whose examples are free text.\n"
             "Use --render=sentences.": is_compact and self.task == "gsm8k",
+            "thought_loss needs steps that end in one token, their node, as only compact ones do.\n"
+            "Use --render=compact (with --tokenizer=words), or --thought_loss=0.": (
+                self.thought_loss and not is_compact
+            ),
+            f"thought_labels='frontier' is not for {self.task}, whose questions are no graph.\n"
+            "Use --thought_labels=path.": (
+                self.thought_labels == "frontier" and self.task != "prosqa"
+            ),
             "render='compact' needs the word-level vocabulary, but tokenizer='gpt2'.\n"
             "Use --render=sentences or --tokenizer=words.": is_compact and self.tokenizer == "gpt2",
         }

@@ -20,7 +20,7 @@ import numpy as np
 
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
-from nanococonut.data.search import distances, parents_of
+from nanococonut.data.search import children_of, distances, parents_of
 from nanococonut.data.seeds import rng_from_seed
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
@@ -418,6 +418,17 @@ def compact_question(question: str) -> str:
     edges, entity, (first, second) = parse_question(question)
     facts = "".join([f" {parent} {child}." for parent, child in edges])
     return f"{facts}? {entity}? {first}? {second}"
+
+
+def frontiers(question: str) -> list[str]:
+    """Return the words at 1, 2, ... steps from the entity, in compact style: " a b", " c", ..."""
+    edges, entity, _ = parse_question(question)
+    steps = distances(children_of(edges), entity)
+    words = [""] * max(steps.values())
+    for word, n in steps.items():
+        if n:
+            words[n - 1] += f" {word}"
+    return words
 
 
 def compact_example(example: Example) -> Example:

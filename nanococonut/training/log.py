@@ -29,6 +29,7 @@ from nanococonut.weights.checkpoint import RunDir, list_checkpoints
 PRINT_INTERVAL = 100  # steps between lines, if the console is a file and shows no bar
 FIRST_LINE, LATER_LINES = 5, 30  # or seconds, if the steps are slow
 SLOW_STEPS, SLOW_FACTOR = 20, 4  # so many steps so much slower than the stage's fastest: warn
+COLLAPSED = 0.999  # cosine of the thoughts of two questions
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -142,6 +143,11 @@ class RunLog:
         self._write_events("validation", state.step, scores)
         scores = [f"{name.removesuffix('_accuracy')} {score:.3f}" for name, score in scores.items()]
         console.print(f"step {state.step} stage {state.stage} validation: {' '.join(scores)}")
+        if min(validation.get("thought_similarity", [0])) > COLLAPSED:
+            console.print(
+                "[bold red]THE THOUGHTS COLLAPSED[/]: they are the same for every question. "
+                "Try a lower learning rate, --grad_clip=1, or more epochs of the early stages."
+            )
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         try:

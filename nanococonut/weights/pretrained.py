@@ -146,11 +146,13 @@ def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if the model lacks the checkpoint's projection; drop an unused classifier."""
-    if source.thought == "projected" and model.project is None:
+    """Raise UserError if the model lacks the checkpoint's own thoughts; drop its classifier."""
+    own = {"projected": ("projected", "project."), "fixed": ("pause_multipass", "pause.")}
+    if source.thought in own and model.config.thought != source.thought:
+        method, module = own[source.thought]
         raise UserError(
-            f"{path} was trained by --method=projected: no other method uses its map of the hidden "
-            "state.\nContinue with --method=projected, or give a run of another method."
+            f"{path} was trained by --method={method}: no other method uses its {module}weight."
+            f"\nContinue with --method={method}, or give a run of another method."
         )
     if source.stop and model.stop is None:  # it never changed the model's output
         print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
@@ -168,7 +170,7 @@ def _tensor_problems(tensors: dict[str, Tensor], params: dict[str, Tensor]) -> l
             dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
             expected = tuple(params[name].shape)
             problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
-    optional = ("smear.", "project.", "stop.")  # start at zero
+    optional = ("smear.", "project.", "pause.", "stop.")  # start at zero
     missing = [name for name in params if name not in tensors and not name.startswith(optional)]
     return problems + [f"{name} is missing" for name in missing]
 

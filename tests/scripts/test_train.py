@@ -16,6 +16,7 @@ import torch
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
 from nanococonut.data.files import write_examples
+from nanococonut.training import log
 from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
 
@@ -435,8 +436,20 @@ def test_every_method_trains_resumes_and_samples(train, tiny, method):
     code, out, err = train("--out_dir=whole", "--seed=1", script="sample.py")
     assert (code, err) == (0, "") and "answer" in out
     assert ("ms per thought" in out) == (
-        METHODS[method].thought_type in ("hidden", "soft", "projected")
+        METHODS[method].thought_type in ("hidden", "soft", "projected", "fixed")
     )
+
+
+def test_collapsed_thoughts_are_reported(train, tiny, monkeypatch):
+    """A run whose thoughts ignore the question looked like any other until its accuracy."""
+    flags = [tiny, "--epochs=3", "--first_stage_epochs=0"]
+    code, out, _ = train(*flags, "--out_dir=a")
+    assert code == 0 and "COLLAPSED" not in out
+    validation = [line for line in logged("a") if "valid_accuracy" in line][0]
+    assert len(validation["thought_norm"]) == validation["thoughts"] == 1
+    monkeypatch.setattr(log, "COLLAPSED", -1.1)
+    code, out, _ = train(*flags, "--out_dir=b")
+    assert code == 0 and out.count("COLLAPSED") == out.count("validation:") > 0
 
 
 def test_stop_classifier_does_not_change_the_model(train, tiny):
@@ -480,7 +493,7 @@ def test_half_precision_trains_everything(train, tiny):
     """Under autocast, the default on a GPU, hidden states and parameters differ in dtype."""
     flags = [tiny, "--dtype=bfloat16", "--max_steps=3", "--stop=classifier"]
     flags += ["--first_stage_epochs=0", "--max_latent_stage=0", "--final_thoughts=2"]
-    for method in ("coconut", "soft_thought", "projected"):
+    for method in ("coconut", "soft_thought", "projected", "pause_multipass"):
         code, _, err = train(*flags, f"--method={method}", f"--out_dir={method}")
         assert (code, err) == (0, "")
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nanococonut
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.setup import init_model
@@ -402,22 +403,24 @@ def test_training_continues_from_a_run(tmp_path, tokenizer, smear):
     assert torch.equal(model.eval()(idx), saved(idx))
 
 
-def test_extra_modules_are_dropped_or_refused(tmp_path, tokenizer, capsys):
+@pytest.mark.parametrize("own", ["projected", "pause_multipass"])
+def test_extra_modules_are_dropped_or_refused(tmp_path, tokenizer, capsys, own):
     """A stop classifier never changed the output, so it is dropped; a projection did."""
     saved = save_random_run(tmp_path / "stop", tokenizer, stop=True)
-    save_random_run(tmp_path / "map", tokenizer, "projected", thought="projected")
+    save_random_run(tmp_path / "map", tokenizer, own, thought=METHODS[own].thought_type)
     idx = torch.randint(tokenizer.vocab_size, (2, 30))
-    for method in ("cot", "pause", "soft_thought", "projected"):
+    for method in ("cot", "pause", "soft_thought", own):
         base = TrainConfig(tokenizer="words", block_size=96, method=method)
         config = replace(base, init_from=str(tmp_path / "stop"))
         assert torch.equal(init_model(config, tokenizer).eval()(idx), saved(idx))
         assert "stop classifier is left out" in capsys.readouterr().out
         config = replace(base, init_from=str(tmp_path / "map"))
-        if method == "projected":
-            assert init_model(config, tokenizer).project.weight.abs().max() > 0
+        if method == own:
+            loaded = init_model(config, tokenizer)
+            assert (loaded.project or loaded.pause).weight.abs().max() > 0
             continue
         with pytest.raises(
-            UserError, match=r"trained by --method=projected.*\nContinue with"
+            UserError, match=rf"trained by --method={own}.*\nContinue with"
         ) as error:
             init_model(config, tokenizer)
         assert str(error.value).count("\n") == 1
