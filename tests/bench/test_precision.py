@@ -15,7 +15,7 @@ THOUGHTS = 12
 
 
 def think(model, prompts, dtype, kernels):
-    """Hidden states (B, THOUGHTS, C) after 1, 2, ... thoughts, with the weights rounded to dtype."""
+    """Hidden states (B, THOUGHTS, C) after 1, 2, ... thoughts; the weights are rounded to dtype."""
     engine = Engine(copy.deepcopy(model).to(dtype), kernels=kernels)
     # thought n is the hidden state after n - 1 of them, so generate one more
     return engine.run(prompts, THOUGHTS + 1, [0], -1, 1).thoughts[:, 1:].double()
