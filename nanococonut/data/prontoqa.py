@@ -13,7 +13,7 @@ entity's fact tells the two apart, so all such rules give 50 %.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
@@ -119,7 +119,7 @@ def generate(
     n: int,
     seed: int | Sequence[int],
     config: OntologyConfig | None = None,
-    exclude: Collection[bytes] = frozenset(),
+    exclude: Collection[Hashable] = frozenset(),
 ) -> list[Example]:
     """Return n examples, none whose graph_hash is in `exclude`.
 

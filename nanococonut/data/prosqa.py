@@ -12,7 +12,7 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ def generate(
     n: int,
     seed: int | Sequence[int],
     config: GraphConfig | None = None,
-    exclude: Collection[bytes] = frozenset(),
+    exclude: Collection[Hashable] = frozenset(),
 ) -> list[Example]:
     """Return n examples with the released keys, none whose graph_hash is in `exclude`.
 
@@ -110,11 +110,13 @@ def generate(
     config = config or GraphConfig()
     examples: list[Example] = []
     n_drawn = 0
-    colors = {key[: isomorphism.COLOR_BYTES] for key in exclude}
     batches = sample_batches(seed, config)
     while len(examples) < n:
         batch = next(batches)
-        examples += _without(batch, exclude, colors) if exclude else batch
+        if exclude:
+            keys = zip(batch, graph_hashes(batch), strict=True)
+            batch = [example for example, key in keys if key not in exclude]
+        examples += batch
         n_drawn += BATCH
         if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
             raise UserError(
@@ -309,8 +311,8 @@ def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
     return examples
 
 
-def graph_hash(example: Example) -> bytes:
-    """Return a hash of graph and question, equal if and only if the graphs are isomorphic.
+def graph_hash(example: Example) -> Hashable:
+    """Return a key of graph and question, equal if and only if the graphs are isomorphic.
 
     Words, node numbers, sentence order and option order do not count; entity, target and distractor
     do. Raise UserError if the example does not store its graph.
@@ -318,31 +320,18 @@ def graph_hash(example: Example) -> bytes:
     return graph_hashes([example])[0]
 
 
-def graph_hashes(examples: Sequence[Example]) -> list[bytes]:
+def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
     """Return the graph_hash of each example, several times as fast."""
-    return isomorphism.graph_hashes([_marked_graph(example) for example in examples])
-
-
-def _marked_graph(example: Example) -> isomorphism.Graph:
-    """Return the example's edges and marks, nodes renumbered. UserError as graph_of."""
-    edges, *query = graph_of(example)
-    number = {v: i for i, v in enumerate(dict.fromkeys([v for e in (*edges, query) for v in e]))}
-    marks = [0] * len(number)
-    for bit, node in enumerate(query):
-        marks[number[node]] += 1 << bit
-    return [(number[a], number[b]) for a, b in edges], marks
-
-
-def _without(
-    examples: list[Example], exclude: Collection[bytes], colors: set[bytes]
-) -> list[Example]:
-    """Return those whose graph_hash is not in `exclude`; hashes in it start with `colors`."""
-    # a color takes a tenth of an example's time, a hash more than an example
-    own_colors = isomorphism.graph_colors([_marked_graph(example) for example in examples])
-    candidates = [i for i, color in enumerate(own_colors) if color in colors]
-    hashes = graph_hashes([examples[i] for i in candidates])
-    excluded = {i for i, key in zip(candidates, hashes, strict=True) if key in exclude}
-    return [example for i, example in enumerate(examples) if i not in excluded]
+    graphs = []
+    for example in examples:
+        edges, *query = graph_of(example)
+        nodes = dict.fromkeys([v for e in (*edges, query) for v in e])  # may be any numbers
+        number = {v: i for i, v in enumerate(nodes)}
+        marks = [0] * len(number)
+        for bit, node in enumerate(query):
+            marks[number[node]] += 1 << bit
+        graphs.append(([(number[a], number[b]) for a, b in edges], marks))
+    return isomorphism.graph_keys(graphs)
 
 
 def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:

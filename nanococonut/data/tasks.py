@@ -3,7 +3,7 @@
 Another task is another entry. A file of your own needs none: --data=FILE trains on any.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, islice
@@ -132,7 +132,7 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
     return task.module.generate(n, seed, split(config)) if split else None
 
 
-def test_hashes(config: TrainConfig) -> frozenset[bytes]:
+def test_hashes(config: TrainConfig) -> frozenset[Hashable]:
     """Return the graph_hash of every test example that a run could generate."""
     hashes = [_test_hashes(config.task, c) for c in _test_configs(config).values()]
     return frozenset().union(*hashes)
@@ -151,7 +151,7 @@ def _test_examples(task: str, config: GeneratorConfig) -> list[Example]:
 
 
 @cache  # a second, which further runs in the same process save
-def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[bytes]:
+def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[Hashable]:
     return frozenset(TASKS[task].module.graph_hashes(_test_examples(task, config)))
 
 
