@@ -21,7 +21,7 @@ epochs = 50  # 6 + 3 * 3, the other 35 in the final stage
 pad_latent_to_max = True  # as many thoughts in training as at inference
 
 batch_size = 128
-micro_batch_size = 32  # changes memory only, not the result
+micro_batch_size = 32  # changes memory, roundings and dropout's draws only
 learning_rate = 1e-4
 reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch
 eval_interval = 3013  # one epoch: the paper selects its checkpoint by validation
