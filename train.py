@@ -117,7 +117,7 @@ def main() -> None:
 
     # ---- state: everything a resumed run needs in addition to weights and moments
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
-    state = TrainState(**run.restore(model, optimizers))
+    state = make_config(TrainState, run.restore(model, optimizers))
     if config.resume:
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step

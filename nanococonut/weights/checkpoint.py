@@ -173,7 +173,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        what = "holds no checkpoint" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
@@ -195,7 +195,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raise UserError if it is damaged or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     if isinstance(manifest, dict) and manifest.get("format") == 1:
         raise UserError(

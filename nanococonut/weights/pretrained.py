@@ -236,7 +236,7 @@ def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Spec | None, bool]:
             raise ValueError("wte.weight is missing")
         if wte.dim() != 2:
             raise ValueError(f"wte.weight is {tuple(wte.shape)}, expected (tokens, n_embd)")
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
     return GPTConfig(vocab_size=len(wte), **sizes), tensors, spec, True
 
