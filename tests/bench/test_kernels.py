@@ -17,15 +17,7 @@ def kernels(script):
 def test_without_a_gpu_nothing_is_timed(kernels):
     code, out, err = kernels()
     assert (code, err) == (0, "") and len(out.splitlines()) == 2
-    assert "no machine to time kernels on" in out and "--check" in out
-
-
-def test_numbers_are_compared(kernels):
-    code, out, err = kernels("--check", "--only=residual")
-    assert code == 0, err
-    assert out.splitlines() == [
-        "every kernel computes what plain torch does, in float32, at batch 1,3"
-    ]
+    assert "no machine to time kernels on" in out and "tests/kernels" in out
 
 
 def test_wrong_kernel_is_named():
