@@ -9,7 +9,7 @@ from helpers import ROOT
 from bench import plot
 from bench.common import tables
 from bench.common.results import ResultWriter, read_results
-from bench.latency import LatencyConfig
+from bench.common.workload import WorkloadOptions
 from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
@@ -18,15 +18,21 @@ OURS = "nanococonut"
 
 
 def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
-    """Return rows as bench/latency.py writes them."""
+    """Return rows as bench/latency.py and bench/throughput.py write them."""
     cpu, size = torch.device("cpu"), {"parameters": 124_000_000}
-    made = ResultWriter(bench, LatencyConfig(), cpu, torch.float32, shape=size)
+    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, shape=size)
     made.common["date"] = date
 
     def add(metric, provider, value, unit="ms", labels=None, **shape):
         value *= scale if unit == "ms" else 1
         made.add(metric, provider, [value], unit, labels=labels, **shape)
 
+    if bench == "throughput":
+        for batch in (1, 2, 4):
+            for i, path in enumerate(("thoughts", "chain", "direct")):
+                labels = {"task": "prosqa", "path": path}
+                add("throughput", OURS, batch * (3 - i), "questions/s", labels, batch=batch)
+        return made.rows
     for batch, context in ((1, 400), (1, 100), (8, 400), (1, 363)):
         at = dict(batch=batch, context=context)
         for metric, value in (("latent_step", 20), ("token_step", 30)):
@@ -64,7 +70,7 @@ def test_newest_run_of_a_machine_counts():
     other = [row | {"device": "NVIDIA H200"} for row in old]
     runs = tables.newest_runs(old + other, "latency")
     assert [run.rows[0]["device"] for run in runs][1:] == ["NVIDIA H200"]
-    assert tables.newest_runs(rows_of("training", "2026-01-01T00:00:00Z"), "latency") == []
+    assert tables.newest_runs(rows_of("throughput", "2026-01-01T00:00:00Z"), "latency") == []
 
 
 def test_latency_table_agrees_with_the_rows():
