@@ -150,7 +150,7 @@ def main() -> None:
 
             # forward and backward: the gradients of the micro-batches add up
             step_batch = loader.get(state.step, stage, train_step.prepare)
-            # dropout depends on the step alone, so no random state has to be saved
+            # dropout draws by step, process and micro-batch, so no random state has to be saved
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:

@@ -26,6 +26,7 @@ from bench.common.workload import (
     load_model,
     resolve_dtype,
 )
+from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
@@ -38,7 +39,7 @@ class ThroughputConfig(WorkloadOptions):
     task: str = option("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
     rounds: int = option(3, "repeats of every batch", ge=1)
     max_batch: int = option(65536, "largest batch", ge=1)
-    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    kernels: str = option("auto", "what runs a step", choices=BACKENDS)
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
 

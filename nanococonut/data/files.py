@@ -95,8 +95,8 @@ def parse_gsm8k_line(line: str) -> Example:
 
     The answer keeps its commas; extract_answer drops them when answers are compared.
     """
-    question, bars, solution = line.partition("||")
-    steps, mark, answer = solution.rpartition("####")
+    solved, mark, answer = line.rpartition("####")
+    question, bars, steps = (solved or answer).rpartition("||")  # a question may hold others
     if not bars:
         raise ValueError("no || after the question")
     if not mark:

@@ -200,6 +200,12 @@ class Engine:
             raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
         if not temperature >= 0:  # NaN too
             raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+        # special tokens end a prefix or are forced; on a GPU, a missing row would kill the process
+        if max(p[-1] for p in [*prefixes, forced_tokens or [0]]) >= model.config.vocab_size:
+            raise UserError(
+                "the model has no tokens for thoughts, as its method uses none.\n"
+                "Ask it by the method it was trained by, or give a run trained with thoughts."
+            )
         generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
         request = Request(
             prefixes, n_thoughts, forced_tokens, eos, max_new_tokens, stop=stop,

@@ -35,7 +35,7 @@ REQUIRED_KEYS = set(
 )
 # settings that may change when a run is resumed: its bits stay the same ...
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard"}
-RESUMABLE |= {"kernels", "graph"}  # ... but for rounding, as with another number of processes
+RESUMABLE |= {"kernels", "graph"}  # ... but for rounding and dropout, as with more processes
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
