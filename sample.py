@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from nanococonut import Engine
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
-from nanococonut.data.examples import Example, extract_answer
+from nanococonut.data.examples import Example, is_correct, split_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated, load_data
 from nanococonut.evaluation.probe import concept_probabilities
@@ -142,14 +142,16 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     text, task = out.text[0], TASKS[engine.config.task]
     if engine.config.render == "compact":
         text = task.expand(text, question)
-    chain, mark, _ = text.rpartition("###")
-    for step in chain.splitlines():
+    steps, generated_answer = split_answer(text, answer or "")
+    if generated_answer is None:  # all of the text, since it has no mark
+        steps, generated_answer = "", text.strip()
+    for step in steps.splitlines():
         console.print(f"[bold]step[/]      {escape(step)}")
-    parsed, verdict = extract_answer(text) if mark else text.strip(), ""
+    verdict = ""
     if answer is not None:
-        is_correct = parsed == extract_answer(answer)
-        verdict = "[green](correct)[/]" if is_correct else f"[red](wrong: {escape(answer)})[/]"
-    console.print(f"[bold]answer[/]    {escape(parsed)}  {verdict}")
+        correct = is_correct(text, answer)
+        verdict = "[green](correct)[/]" if correct else f"[red](wrong: {escape(answer)})[/]"
+    console.print(f"[bold]answer[/]    {escape(generated_answer)}  {verdict}")
 
     # ---- times
     thought_ms = 1e3 * out.seconds_thoughts / max(1, n_thoughts)

@@ -125,6 +125,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         own = {"generated_tokens": round(s.generated_tokens, 2)}
         own["thoughts_taken"] = round(s.thoughts, 2)  # fewer than n if a classifier stops them
         own["by_steps"] = by_steps(examples, s.correct)
+        own["released_accuracy"] = round(s.released_accuracy, 5)
         if shortcuts and trained.task == "prosqa":
             texts = s.texts
             if trained.render == "compact":
@@ -138,6 +139,9 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
             examples=len(examples), thoughts=n,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
+        if s.released_accuracy != s.accuracy:
+            rule = 'by the released code\'s rule (after the last "#", without commas)'
+            print(f"  {s.released_accuracy:6.1%} {rule}")
         for category, fraction in own.get("categories", {}).items():
             print(f"  {fraction:6.1%} {category}")
     for rule, fraction in shortcuts.items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.data.examples import Example, extract_answer
+from nanococonut.data.examples import Example, is_correct, is_correct_as_released
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
 
@@ -19,7 +19,8 @@ from nanococonut.inference.engine import Engine
 class Score:
     """correct and texts: one per example, in order. generated_tokens and thoughts: means.
 
-    geometry: of the thoughts of the last batch, see thought_geometry.
+    geometry           of the thoughts of the last batch, see thought_geometry
+    released_accuracy  by the released code's rule, see is_correct_as_released
     """
 
     correct: list[bool]
@@ -27,6 +28,7 @@ class Score:
     thoughts: float
     texts: list[str]
     geometry: dict[str, list[float]] = field(default_factory=dict, compare=False)
+    released_accuracy: float = 0.0
 
     @property
     def n(self) -> int:
@@ -91,10 +93,12 @@ def score(
             texts[i] = text
         n_tokens += sum(map(len, out.tokens))
         n_taken += sum(out.n_thoughts)
-    correct = [
-        "#" in text and extract_answer(text) == extract_answer(example["answer"])
-        for text, example in zip(texts, rendered, strict=True)
-    ]
-    n = len(examples)
-    geometry = thought_geometry(out.thoughts)
-    return Score(correct, (n_tokens + n_taken) / n, n_taken / n, texts, geometry)
+    n, answers = len(examples), [example["answer"] for example in rendered]
+    return Score(
+        correct=list(map(is_correct, texts, answers)),
+        generated_tokens=(n_tokens + n_taken) / n,
+        thoughts=n_taken / n,
+        texts=texts,
+        geometry=thought_geometry(out.thoughts),
+        released_accuracy=sum(map(is_correct_as_released, texts, answers)) / n,
+    )

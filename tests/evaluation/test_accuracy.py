@@ -70,6 +70,14 @@ def test_what_counts_as_correct_and_as_generated(model, tokenizer, monkeypatch):
     assert s.generated_tokens == 6 + n_tokens / 4 and s.thoughts == 6
 
 
+def test_a_sharp_is_part_of_the_answer(model, tokenizer, monkeypatch):
+    """Both answers were cut at "#", so F# counted as C#; the released rule counts neither."""
+    examples = [{"question": f"note {i}?", "steps": [], "answer": "C#"} for i in range(2)]
+    scripted(monkeypatch, tokenizer, ["key\n### C#", "### F#"])
+    s = evaluate.score(Engine(model, tokenizer), examples, 0)
+    assert s.correct == [True, False] and s.released_accuracy == 0
+
+
 def test_answers_are_rendered_as_questions_are(model, tokenizer, monkeypatch):
     """A compact answer never equals a sentence, so every one would count as wrong."""
     question = "Tom is a lempus. Is Tom a lempus or wumpus?"
