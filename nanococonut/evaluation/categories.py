@@ -26,7 +26,7 @@ CATEGORIES = (
 def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
     """Return the category of a text that was generated after n_thoughts thoughts.
 
-    The chain is the part before the first "#"; if it is empty, the part after the last mark decides:
+    The chain is the part before the first "#"; if it is empty, the part after the mark decides:
 
     Correct Label     it is the known answer
     Incorrect Label   it is something else, or missing

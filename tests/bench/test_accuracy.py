@@ -37,6 +37,16 @@ def test_every_split_is_evaluated_as_trained(accuracy, split):
     assert fractions["Correct Label"] == row["value"]
 
 
+def test_all_fractions_are_shown_as_percentages(accuracy):
+    """The accuracy was shown as .97, the categories and rules next to it as 97.0%."""
+    code, out, _ = accuracy("--n=20", "--max_new_tokens=1")
+    assert code == 0
+    assert (
+        "\n      0%             nanococonut          accuracy, examples 20, thoughts 6 (0% .. "
+        in out
+    )
+
+
 def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
     code, out, err = accuracy("--data=prosqa_balanced", "--n=40", "--sweep", "--latent=3")
     assert (code, err) == (0, "")
