@@ -23,6 +23,7 @@ from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, is_correct, split_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated, load_data
+from nanococonut.evaluation.accuracy import thoughts_as_trained
 from nanococonut.evaluation.probe import concept_probabilities
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
@@ -185,15 +186,19 @@ def main() -> None:
     has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
     n_trained = manifest["n_thoughts"]
     latent = n_trained * has_thoughts if config.latent is None else config.latent
+    is_capped = has_thoughts and not engine.curriculum.pad_latent_to_max  # by an example's steps
+    as_trained = config.latent is None
+    up_to = "up to " * (is_capped and as_trained)
     console.print(
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
-        f"parameters, {latent} thoughts; kernels: {engine.kernels} ({engine.reason}), "
+        f"parameters, {up_to}{latent} thoughts; kernels: {engine.kernels} ({engine.reason}), "
         f"CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
-    if latent != n_trained:
-        console.print(f"[yellow]note[/]      trained with {n_trained} thoughts")
+    if latent != n_trained or (is_capped and not as_trained):
+        fewer = ", fewer for an example with fewer steps" * is_capped
+        console.print(f"[yellow]note[/]      trained with {n_trained} thoughts{fewer}")
     if latent and not has_thoughts:
         console.print(f"[yellow]note[/]      {engine.curriculum.method} trains without thoughts")
 
@@ -207,13 +212,19 @@ def main() -> None:
     examples = [] if question else held_out_examples(engine)
     is_interactive = question is None and sys.stdin.isatty() and sys.stdout.isatty()
     for i in itertools.count(seed):
+        n_thoughts = config.latent
         if question is None:
             drawn = examples or generated(trained.task, 1, i, trained)
-            question, answer = (drawn[i % len(drawn)][key] for key in ("question", "answer"))
+            example = drawn[i % len(drawn)]
+            question, answer = example["question"], example["answer"]
+            if is_capped and as_trained:
+                [n_thoughts] = thoughts_as_trained(engine.curriculum, manifest["stage"], [example])
         else:
             answer = task.solve(question)
+            if is_capped and as_trained:
+                console.print("[yellow]note[/]      its number of steps is unknown")
         try:
-            ask(engine, config, question, answer)
+            ask(engine, replace(config, latent=n_thoughts), question, answer)
         except UserError as e:
             if not is_interactive:
                 raise

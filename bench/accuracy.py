@@ -24,7 +24,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
-from nanococonut.evaluation.accuracy import score
+from nanococonut.evaluation.accuracy import score, thoughts_as_trained
 from nanococonut.evaluation.categories import category_fractions
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
@@ -120,8 +120,12 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
     detail |= {"kernels": engine.kernels, "graph": engine.graph}
     detail |= {"generated_seed": None if drawn is None else config.seed}
+    counts = [n_thoughts] * len(examples)
+    if config.latent is None and not engine.curriculum.pad_latent_to_max:
+        counts = thoughts_as_trained(engine.curriculum, manifest["stage"], examples)
+        print("note: as in training, examples with fewer steps have fewer thoughts")
     for n in range(n_thoughts + 1) if config.sweep else [n_thoughts]:
-        s = score(engine, examples, n, config.batch_size, longest)
+        s = score(engine, examples, [min(n, count) for count in counts], config.batch_size, longest)
         own = {"generated_tokens": round(s.generated_tokens, 2)}
         own["thoughts_taken"] = round(s.thoughts, 2)  # fewer than n if a classifier stops them
         own["by_steps"] = by_steps(examples, s.correct)
