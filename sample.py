@@ -42,7 +42,7 @@ class SampleConfig:
         None, "token layout of the question (None: as trained)", choices=tuple(METHODS)
     )
     max_new_tokens: int | None = option(None, "longest answer (None: as in training)", ge=1)
-    temperature: float = option(0.0, "0: greedy; above: sample tokens", ge=0)
+    temperature: float = option(0.0, "0, or below 1e-6: greedy; above: sample tokens", ge=0)
     nodes: bool = option(False, "ProsQA: also show the concepts that each thought encodes")
     seed: int | None = option(
         None, "of questions and sampled tokens (None: random)", ge=0, le=2**32 - 1
