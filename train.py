@@ -183,7 +183,7 @@ def main() -> None:
                     engine = Engine.from_config(
                         model, tokenizer, config, kernels="torch", graph="off"
                     )
-                    scores = evaluate_splits(engine, loader.val_splits, n_thoughts, config, dist)
+                    scores = evaluate_splits(engine, loader.val_splits, stage, config, dist)
                 validation = state.record(scores, n_thoughts, is_last, stage_done)
                 log.validation(state, validation)
             if stage_done and not is_last:
@@ -202,8 +202,9 @@ def main() -> None:
         shortcuts = TASKS[config.task].shortcuts
         baselines = {name: shortcuts(examples) for name, examples in loader.val_splits.items()}
     print_summary(f"{run_name}: {config.method}", schedule, state, baselines)
-    n_thoughts = curriculum.n_thoughts(state.stage)
-    print(f"try it: python sample.py --out_dir {run.path} --latent {n_thoughts}")
+    # without padding, each example has a number of its own
+    latent = f" --latent {curriculum.n_thoughts(state.stage)}" if config.pad_latent_to_max else ""
+    print(f"try it: python sample.py --out_dir {run.path}{latent}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
 def parse_gsm8k_line(line: str) -> Example:
     """Return the example on a line of GSM8k-Aug text.
 
-    The answer keeps its commas; extract_answer drops them when answers are compared.
+    The answer keeps its commas; examples.is_correct ignores those of numbers.
     """
     solved, mark, answer = line.rpartition("####")
     question, bars, steps = (solved or answer).rpartition("||")  # a question may hold others

@@ -6,11 +6,13 @@ steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.data.examples import Example, extract_answer
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.examples import Example, is_correct, is_correct_as_released
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
 
@@ -19,7 +21,8 @@ from nanococonut.inference.engine import Engine
 class Score:
     """correct and texts: one per example, in order. generated_tokens and thoughts: means.
 
-    geometry: of the thoughts of the last batch, see thought_geometry.
+    geometry           of the thoughts of the last batch, see thought_geometry
+    released_accuracy  by the released code's rule, see is_correct_as_released
     """
 
     correct: list[bool]
@@ -27,6 +30,7 @@ class Score:
     thoughts: float
     texts: list[str]
     geometry: dict[str, list[float]] = field(default_factory=dict, compare=False)
+    released_accuracy: float = 0.0
 
     @property
     def n(self) -> int:
@@ -67,34 +71,48 @@ def thought_geometry(thoughts: Tensor) -> dict[str, list[float]]:
     return {name: [round(x, 4) for x in mean.tolist()] for name, mean in means.items()}
 
 
+def thoughts_as_trained(
+    curriculum: Curriculum, stage: int, examples: Sequence[Example]
+) -> list[int]:
+    """Return the thoughts of each example in training: by its steps, if they are not padded."""
+    return [curriculum.plan(stage, len(example["steps"]))[1] for example in examples]
+
+
 def score(
     engine: Engine,
     examples: Sequence[Example],
-    n_thoughts: int,
+    n_thoughts: int | Sequence[int],
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
-    """Return the score of an engine on examples as in their file; the engine renders them."""
+    """Return the score of an engine on examples as in their file; the engine renders them.
+
+    n_thoughts: of all examples, or of each
+    """
     if engine.render and not engine.config:
         raise ValueError("score needs Engine.from_config: an answer is rendered as its question is")
     config, rendered = engine.config, examples
     if config:
         rendered = TASKS[config.task].render(examples, config.render)
-    # similar lengths together: little padding
-    order = sorted(range(len(examples)), key=lambda i: len(rendered[i]["question"]))
+    counts = [n_thoughts] * len(examples) if isinstance(n_thoughts, int) else n_thoughts
+    # a batch has one number of thoughts, and similar lengths: little padding
+    order = sorted(range(len(examples)), key=lambda i: (counts[i], len(rendered[i]["question"])))
+    groups = [list(group) for _, group in groupby(order, key=lambda i: counts[i])]
+    batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
     texts, n_tokens, n_taken = [""] * len(examples), 0, 0
-    for start in range(0, len(examples), batch_size):
-        indices = order[start : start + batch_size]
+    for indices in batches:
         questions = [examples[i]["question"] for i in indices]
-        out = engine.generate(questions, n_thoughts, max_new_tokens)
+        out = engine.generate(questions, counts[indices[0]], max_new_tokens)
         for i, text in zip(indices, out.text, strict=True):
             texts[i] = text
         n_tokens += sum(map(len, out.tokens))
         n_taken += sum(out.n_thoughts)
-    correct = [
-        "#" in text and extract_answer(text) == extract_answer(example["answer"])
-        for text, example in zip(texts, rendered, strict=True)
-    ]
-    n = len(examples)
-    geometry = thought_geometry(out.thoughts)
-    return Score(correct, (n_tokens + n_taken) / n, n_taken / n, texts, geometry)
+    n, answers = len(examples), [example["answer"] for example in rendered]
+    return Score(
+        correct=list(map(is_correct, texts, answers)),
+        generated_tokens=(n_tokens + n_taken) / n,
+        thoughts=n_taken / n,
+        texts=texts,
+        geometry=thought_geometry(out.thoughts),
+        released_accuracy=sum(map(is_correct_as_released, texts, answers)) / n,
+    )

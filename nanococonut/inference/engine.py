@@ -31,6 +31,8 @@ from nanococonut.runtime.graphs import GraphCache, round_up
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
 
+MIN_TEMPERATURE = 1e-6  # greedy below
+
 
 @dataclass
 class Generation:
@@ -193,7 +195,7 @@ class Engine:
         forced_tokens  appended after the thoughts, before the first generated token
         eos            ends a sequence (-1: nothing does)
         stop           a sequence takes no further thought once the stop classifier says so
-        temperature    0: greedy; otherwise tokens are sampled, by a generator of this call's seed
+        temperature    below MIN_TEMPERATURE: greedy; else a generator of this call's seed samples
         """
         model, block_size = self.model, self.model.config.block_size
         if not prefixes or not all(prefixes) or n_thoughts < 0 or max_new_tokens < 1:
@@ -206,6 +208,8 @@ class Engine:
                 "the model has no tokens for thoughts, as its method uses none.\n"
                 "Ask it by the method it was trained by, or give a run trained with thoughts."
             )
+        if temperature < MIN_TEMPERATURE:  # logits over it overflow
+            temperature = 0.0
         generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
         request = Request(
             prefixes, n_thoughts, forced_tokens, eos, max_new_tokens, stop=stop,
