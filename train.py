@@ -10,7 +10,7 @@ One loop, in view below: examples -> three blocks -> loss -> optimizer -> valida
 import math
 import sys
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from rich.markup import escape
 from nanococonut import coconut, ops
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, ignored_options
-from nanococonut.data.tasks import TASKS, load_data
+from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.splits import evaluate_splits
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
@@ -95,9 +95,7 @@ def main() -> None:
 
     # ---- data: examples -> tokens, the next epoch made in a worker thread
     skipped: list[str] | None = [] if config.skip_bad_rows else None
-    # a branch on the hub may move, so a resumed run reads the commit it started with
-    revision = run.manifest.get("hub_commit") or config.hub_revision
-    data = load_data(replace(config, hub_revision=revision), skipped)
+    data = run.load_data(skipped)  # refuses to resume with other examples
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
