@@ -437,12 +437,10 @@ def reworded(example: Example) -> str | None:
     """
     edges, entity, options = parse_question(example["question"])
     steps = {name: reachable(edges, name) for name, _ in edges if name[0].isupper()}
-    roots = {
-        node: {name for name in steps if node in steps[name]} for edge in edges for node in edge
-    }
+    roots = {node: {name for name in steps if node in steps[name]} for _, node in edges}
     new = []
-    for option in options:
-        same = [n for n in roots if n.islower() and n not in options and roots[n] == roots[option]]
+    for old in options:
+        same = [n for n in roots if n not in options and roots[n] == roots.get(old)]
         if not same:
             return None
         new.append(max(same, key=lambda n: (min(steps[name][n] for name in roots[n]), n)))

@@ -5,6 +5,8 @@ import torch
 from helpers import random_gpt
 
 from nanococonut.curriculum import Curriculum
+from nanococonut.data import prontoqa, prosqa
+from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -124,3 +126,49 @@ def test_only_question_and_slots_decide(tokenizer):
     assert not torch.equal(rows[0].answer(), rows[1].answer())
     rows[1].put(slots)
     assert torch.equal(rows[0].answer(), rows[1].answer())
+
+
+# ---- twins
+
+
+@pytest.mark.parametrize("split", ["prosqa", "prosqa_balanced"])
+def test_a_prosqa_twin_asks_about_the_other_root(split, seed):
+    """A twin could share the answer, or lose the graph that a hash needs."""
+    task, base = TASKS["prosqa"], prosqa.GraphConfig(13, 1, 3)
+    for example in prosqa.generate(40, seed, prosqa.split_config(split, base)):
+        twin = task.twin(example)
+        words = [x["question"].replace("?", " ?").split() for x in (example, twin)]
+        assert sum(a != b for a, b in zip(*words, strict=True)) == 1
+        assert task.solve(twin["question"]) == twin["answer"] != example["answer"]
+        prosqa.compact_example(twin)
+        back = task.twin(twin)
+        for key in ("question", "answer", "root", "target", "neg_target"):
+            assert back[key] == example[key]
+        assert len(back["steps"]) == len(example["steps"])
+        if new := task.reworded(example):
+            parsed = [prosqa.parse_question(q) for q in (new, task.reworded(twin))]
+            assert parsed[0].options == parsed[1].options and parsed[0].entity != parsed[1].entity
+            assert not set(parsed[0].options) & set(prosqa.parse_question(example["question"])[2])
+            assert task.solve(new).startswith(parsed[0].entity)
+
+
+def test_a_prontoqa_twin_has_the_other_answer(seed):
+    """The proof of a twin is searched again: it could take a wrong turn."""
+    task = TASKS["prontoqa"]
+    for example in prontoqa.generate(20, seed, prontoqa.OntologyConfig(3, matched=True)):
+        twin = task.twin(example)
+        assert task.solve(twin["question"]) == twin["answer"] != example["answer"]
+        assert task.twin(twin) == example  # so its steps are the generator's
+        assert task.solve(task.reworded(example)) == twin["answer"]
+    example = prontoqa.generate(1, seed, prontoqa.OntologyConfig(3))[0]
+    assert task.twin(example) is None  # both facts are about one name
+
+
+def test_twins_of_other_examples():
+    """A user's own twin comes first; a text of no task has none."""
+    example = {"question": "2 + 2?", "steps": [], "answer": "4"}
+    for task in TASKS.values():
+        assert task.twin(example) is None
+        assert task.twin(example | {"twin": example}) == example
+        with pytest.raises(ValueError, match="answer"):
+            task.twin(example | {"twin": {"question": "3 + 3?", "steps": []}})
