@@ -60,8 +60,10 @@ def validate(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, meta, types = getattr(config, f.name), f.metadata, _types(hints[f.name])
-        if type(value) is int and abs(value) >= 2**63:  # neither torch nor a message can take it
-            raise UserError(f"--{f.name} is out of range.\nUse a smaller number.")
+        if type(value) is int and value >= 2**63:  # neither torch nor a message can hold it
+            raise UserError(
+                f"--{f.name} is out of range.\nUse at most {meta.get('le') or 2**63 - 1}."
+            )
         shown = f"--{f.name}={reprlib.repr(value)}"
         # type(), not isinstance(): True is no whole number
         if type(value) not in types and not (float in types and type(value) is int):
