@@ -76,8 +76,9 @@ def held_out_examples(engine: Engine) -> list[Example]:
 
 
 def new_table(title: str, columns: list[str]) -> Table:
-    headers = [Column(name, no_wrap=True) for name in columns]
-    return Table(*headers, title=title, title_justify="left")
+    # in a narrow terminal texts are wrapped, and no number is cut
+    headers = [Column(name, no_wrap=name in ("#", "total")) for name in columns]
+    return Table(*headers, title=title, title_justify="left", caption_justify="left")
 
 
 def thoughts_table(engine: Engine, thoughts: torch.Tensor) -> Table:
@@ -95,8 +96,8 @@ def thoughts_table(engine: Engine, thoughts: torch.Tensor) -> Table:
 def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
     """Return the three concepts that the model would most probably name after 0, 1, ... thoughts.
 
-    Each has its distance from the entity in steps ("-": unreachable). Percentages are fractions of
-    the total probability of all concepts, the last column.
+    Each has its distance from the entity in steps ("-": unreachable) and its probability. The last
+    column is that of all concepts: the rest is for other words, such as "###" before the answer.
     """
     edges, entity, _ = prosqa.parse_question(question)
     steps = reachable(edges, entity)  # node -> fewest steps
@@ -106,9 +107,10 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
         values = concept_probabilities(engine, question, k)
         total = sum(values.values())
         best = sorted(values.items(), key=lambda item: -item[1])[:3]
-        cells = [
-            f"{node} ({steps[node] if node in steps else '-'}) {p / total:.0%}" for node, p in best
-        ]
+        cells = [f"{node} ({steps.get(node, '-')}) {p:.1%}" for node, p in best]
+        if f"{total:.1%}" == "0.0%":
+            cells = ["no concept", "", ""]
+            table.caption = "no concept: the model would write another word, such as ###"
         table.add_row(str(k), *map(escape, cells), f"{total:.1%}")
     return table
 

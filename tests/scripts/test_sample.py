@@ -153,13 +153,25 @@ def test_nodes_have_names_and_distances(sample):
     for k, line in enumerate(lines):
         values = concept_probabilities(engine, GRAPH, k)
         best = sorted(values, key=values.get, reverse=True)[:3]
-        cells = re.findall(r"(\w+) \(([-\d]+)\) (\d+%)", line)
-        total = sum(values.values())
+        cells = re.findall(r"(\w+) \(([-\d]+)\) ([.\d]+%)", line)
+        total = f"{sum(values.values()):.1%}"
+        assert f" {total} " in line
+        if total == "0.0%":  # fractions of nothing once looked like answers
+            assert not cells and " no concept " in line
+            continue
         assert [node for node, _, _ in cells] == best
-        assert [p for _, _, p in cells] == [f"{values[n] / total:.0%}" for n in best]
-        assert f" {total:.1%} " in line
+        assert [p for _, _, p in cells] == [f"{values[n]:.1%}" for n in best]
         shown |= {node: steps for node, steps, _ in cells}
-    assert len(lines) == 7 and shown == STEPS
+    assert len(lines) == 7 and lines[-1].count("no concept") == 1
+    assert {node: STEPS[node] for node in shown} == shown and "-" in shown.values()
+    assert "no concept: the model would write another word" in out
+
+
+def test_numbers_stay_whole_in_a_narrow_terminal(sample, monkeypatch):
+    """The numbers of 100 thoughts were cut to "1…"."""
+    monkeypatch.setenv("COLUMNS", "50")
+    code, out, _ = sample("--latent=100", "--question", QUESTION)
+    assert code == 0 and "┃ #   ┃" in out and "│ 100 │" in out and "│ 9   │" in out
 
 
 def test_tokens_are_sampled_at_a_temperature(sample):
