@@ -10,7 +10,7 @@ One loop, in view below: examples -> three blocks -> loss -> optimizer -> valida
 import math
 import sys
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from rich.markup import escape
 from nanococonut import coconut, ops
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, ignored_options
-from nanococonut.data.tasks import TASKS, load_data
+from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.splits import evaluate_splits
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
@@ -95,9 +95,7 @@ def main() -> None:
 
     # ---- data: examples -> tokens, the next epoch made in a worker thread
     skipped: list[str] | None = [] if config.skip_bad_rows else None
-    # a branch on the hub may move, so a resumed run reads the commit it started with
-    revision = run.manifest.get("hub_commit") or config.hub_revision
-    data = load_data(replace(config, hub_revision=revision), skipped)
+    data = run.load_data(skipped)  # refuses to resume with other examples
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
@@ -117,7 +115,7 @@ def main() -> None:
 
     # ---- state: everything a resumed run needs in addition to weights and moments
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
-    state = TrainState(**run.restore(model, optimizers))
+    state = make_config(TrainState, run.restore(model, optimizers))
     if config.resume:
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
@@ -150,7 +148,7 @@ def main() -> None:
 
             # forward and backward: the gradients of the micro-batches add up
             step_batch = loader.get(state.step, stage, train_step.prepare)
-            # dropout depends on the step alone, so no random state has to be saved
+            # dropout draws by step, process and micro-batch, so no random state has to be saved
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:

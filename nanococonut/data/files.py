@@ -95,8 +95,8 @@ def parse_gsm8k_line(line: str) -> Example:
 
     The answer keeps its commas; examples.is_correct ignores those of numbers.
     """
-    question, bars, solution = line.partition("||")
-    steps, mark, answer = solution.rpartition("####")
+    solved, mark, answer = line.rpartition("####")
+    question, bars, steps = (solved or answer).rpartition("||")  # a question may hold others
     if not bars:
         raise ValueError("no || after the question")
     if not mark:
@@ -157,3 +157,5 @@ def _load_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg})") from e
+    except RecursionError:
+        raise ValueError("not JSON (nested too deeply)") from None

@@ -43,11 +43,16 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the accuracy (Wilson)."""
-        z, n, p = 1.959964, self.n, self.accuracy
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        return max(0.0, centre - half), min(1.0, centre + half)
+        """The 95 % confidence interval of the accuracy."""
+        return wilson(self.accuracy, self.n)
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a fraction p of n (Wilson)."""
+    z = 1.959964
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def thought_geometry(thoughts: Tensor) -> dict[str, list[float]]:

@@ -90,7 +90,8 @@ def load_gpt2(
     """Return a GPT in fp32 with the weights at `path` and their sizes.
 
     path        as returned by resolve_weights
-    vocab_size  None keeps the checkpoint's; otherwise it may be N_SPECIAL_TOKENS larger
+    vocab_size  None keeps the checkpoint's; otherwise it may be N_SPECIAL_TOKENS larger (the new
+                tokens copy "<<") or smaller (its special tokens are dropped)
     spec        tokenizer to check the checkpoint against
     extra       GPTConfig fields GPT-2 lacks (smear, ...); modules missing from the checkpoint
                 start at zero
@@ -98,8 +99,8 @@ def load_gpt2(
     """
     path = Path(path)
     source, tensors, source_spec, is_conv1d = _read(path)
-    is_extended = vocab_size == source.vocab_size + N_SPECIAL_TOKENS
-    fits = is_extended or vocab_size in (None, source.vocab_size)
+    n_new = (vocab_size or source.vocab_size) - source.vocab_size
+    fits = abs(n_new) in (0, N_SPECIAL_TOKENS)
     if not fits or (spec and source_spec and spec != source_spec):
         raise UserError(
             f"{path} was trained with another vocabulary: {source.vocab_size} tokens, this run has "
@@ -107,10 +108,9 @@ def load_gpt2(
             "--init_from=scratch."
         )
     problems = _remove_tied_copies(tensors)
-    if is_extended:
-        wte = tensors["wte.weight"]  # (V, C)
-        init = wte[min(INIT_TOKEN, len(wte) - 1)]  # (C,)
-        tensors["wte.weight"] = torch.cat([wte, init.expand(N_SPECIAL_TOKENS, -1)])
+    wte = tensors["wte.weight"]  # (V, C)
+    init = wte[min(INIT_TOKEN, len(wte) - 1)]  # (C,)
+    tensors["wte.weight"] = torch.cat([wte, init.expand(max(n_new, 0), -1)])[:vocab_size]
     extra = dict(extra or {})
     extra["smear"] = extra.get("smear") or source.smear  # weights trained with smear need it
     config = replace(source, vocab_size=vocab_size or source.vocab_size, dropout=dropout, **extra)
@@ -199,7 +199,7 @@ def _from_hub(name: str) -> Path:
         except Exception as e:  # the hub raises whatever its HTTP client raises
             raise WeightsUnavailable(
                 f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
-                f"({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
+                f"({type(e).__name__}).\nUse --init_from=FOLDER, made elsewhere by `hf download "
                 f"{repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from scratch "
                 "(config/prosqa_small.py)."
             ) from None
@@ -236,7 +236,7 @@ def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Spec | None, bool]:
             raise ValueError("wte.weight is missing")
         if wte.dim() != 2:
             raise ValueError(f"wte.weight is {tuple(wte.shape)}, expected (tokens, n_embd)")
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
     return GPTConfig(vocab_size=len(wte), **sizes), tensors, spec, True
 

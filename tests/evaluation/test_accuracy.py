@@ -40,7 +40,8 @@ def scripted(monkeypatch, tokenizer, texts=()):
     def fake(self, prefixes, n_thoughts, forced_tokens, *_, **__):
         requests.append((prefixes, n_thoughts, forced_tokens))
         tokens = [tokenizer.encode(texts.pop(0) if texts else "") for _ in prefixes]
-        return Generation(tokens, torch.zeros(1, 0, 1), [n_thoughts] * len(tokens), 0, 0, 0, 0)
+        nothing = torch.zeros(1, 0, 1)
+        return Generation(tokens, nothing, nothing, [n_thoughts] * len(tokens), 0, 0, 0, 0)
 
     monkeypatch.setattr(Engine, "run", fake)
     return requests

@@ -9,7 +9,9 @@ from fake_graphs import FakeGraphCache
 from helpers import generate, random_gpt, save_random_run
 
 import nanococonut
+from nanococonut.curriculum import Curriculum
 from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
 
 EOS, EOT = 40, 39
 
@@ -254,3 +256,13 @@ def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
     out = engine.generate([question], 3, 9)
     assert (out.text, out.tokens) == (expected.text, expected.tokens)
     assert torch.equal(out.thoughts, expected.thoughts)
+
+
+def test_thoughts_without_special_tokens_refused(tokenizer):
+    """A CoT model has no row for <bot>: IndexError here, a dead process on a GPU."""
+    model = random_gpt(vocab_size=tokenizer.bot)
+    with pytest.raises(UserError, match="no tokens for thoughts") as e:
+        Engine(model, tokenizer, Curriculum("coconut")).generate(["Tom is"], 2)
+    assert str(e.value).count("\n") == 1
+    out = Engine(model, tokenizer, Curriculum("cot")).generate(["Tom is"], 0, 3)
+    assert out.n_thoughts == [0]

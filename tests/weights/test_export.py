@@ -61,6 +61,15 @@ def test_export_loads_back_unchanged(exported):
         assert torch.equal(p, back.state_dict()[name]), name
 
 
+def test_export_of_cot_has_no_special_tokens(tmp_path, gpt2):
+    """config.json said 50,260 tokens whatever the model had: transformers refused the weights."""
+    model = save_random_run(tmp_path / "run", gpt2, "cot", 0)
+    folder = export(tmp_path / "run", tmp_path / "hf")
+    theirs = auto("AutoModelForCausalLM", folder)
+    assert theirs.config.vocab_size == 50257 == len(auto("AutoTokenizer", folder))
+    assert logit_error(theirs.eval(), model) < 1e-5
+
+
 STRANGE = [
     "", " ", "\n\n", "  two  spaces ", "Zoë ate 3.5 ☃.", "tab\there", "x\u00a0y\u2003z\u3000",
     "xlempusx", "don't I'LL 'S",

@@ -110,6 +110,38 @@ def test_special_tokens_start_as_released_code(tmp_path):
     assert len(load_gpt2(tmp_path).wte.weight) == 50257
 
 
+TINY = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, c_thought=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_special_rows_exist_only_if_used(method):
+    """They took part in the softmax of CoT, No-CoT and others; the released code has 50,257."""
+    config = TrainConfig(method=method, **TINY)
+    without = ("cot", "no_cot", "icot", "coconut_no_thought")
+    n = 50257 if method in without else 50260
+    assert init_model(config, gpt2_tokenizer()).config.vocab_size == n
+
+
+def test_coconut_after_cot_copies_the_special_rows(tmp_path):
+    """They were made when CoT started, so they had drifted from "<<" when Coconut did."""
+    gpt2 = gpt2_tokenizer()
+    cot = save_random_run(tmp_path / "cot", gpt2, "cot", n_thoughts=0)
+    config = TrainConfig(init_from=str(tmp_path / "cot"), block_size=96)
+    for path in (tmp_path / "cot", export(tmp_path / "cot", tmp_path / "hf")):
+        wte = init_model(replace(config, init_from=str(path)), gpt2).wte.weight
+        assert wte[:50257].equal(cot.wte.weight) and wte[50257:].equal(wte[16791].expand(3, -1))
+    coconut = save_random_run(tmp_path / "coconut", gpt2)
+    config = replace(config, init_from=str(tmp_path / "coconut"), method="no_cot")
+    assert init_model(config, gpt2).wte.weight.equal(coconut.wte.weight[:50257])
+
+
+def test_word_level_model_has_all_special_rows(tokenizer):
+    """The results of small models were made with them: without, they could not be repeated."""
+    for method in METHODS:
+        model = init_model(TrainConfig(method=method, tokenizer="words", **TINY), tokenizer)
+        assert model.config.vocab_size == tokenizer.vocab_size
+
+
 def released(theirs):
     """Return the state dict of the released code's Coconut around this GPT-2."""
     state = {f"base_causallm.{key}": value for key, value in theirs.state_dict().items()}
@@ -299,11 +331,12 @@ def test_offline_error_names_three_ways_on(cache, monkeypatch):
         "no weights of 'gpt2-xl'",
         str(cache),
         "ConnectionError",
-        "--init_from",
+        "Give a folder",
         "hf download openai-community/gpt2-xl config.json model.safetensors",
         "prosqa_small",
     ):
         assert words in text
+    assert "--init_from" not in text  # load_pretrained() may have been called
 
 
 def test_only_the_two_files_are_downloaded(cache, monkeypatch, tmp_path):
@@ -490,4 +523,7 @@ def test_train_py_continues_from_run_and_export(script, tmp_path):
         code, _, err = script("tiny.py", "--n_embd=64", *argv)  # the checkpoint's size counts
         assert (code, err) == (0, "")
         for key, p in checkpoint.load(f"from_{name}")[0].state_dict().items():
+            if key == "wte.weight":
+                assert (len(p), len(first[key])) == (50260, 50257)
+                p = p[:50257]
             torch.testing.assert_close(p, first[key], rtol=0, atol=1e-6)
