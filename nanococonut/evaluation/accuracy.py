@@ -5,7 +5,7 @@ steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import Example, is_correct, is_correct_as_released
-from nanococonut.data.tasks import TASKS
+from nanococonut.data.tasks import TASKS, load_data
 from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,23 @@ def thought_geometry(thoughts: Tensor) -> dict[str, list[float]]:
         "thought_similarity": pairs,
     }
     return {name: [round(x, 4) for x in mean.tolist()] for name, mean in means.items()}
+
+
+def held_out_examples(engine: Engine, advice: str) -> list[Example]:
+    """Return the validation examples of a run that trained on a file; [] if they are generated.
+
+    Raise UserError, with this advice, if the file or data set cannot be read any more.
+    """
+    config = engine.config
+    if TASKS[config.task].splits and not config.data and not config.valid_data:
+        return []
+    revision = engine.manifest.get("hub_commit") or config.hub_revision
+    skipped: list[str] | None = [] if config.skip_bad_rows else None
+    try:
+        return load_data(replace(config, hub_revision=revision), skipped).val["valid"]
+    except UserError as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"no example of this run's data: {reason}\n{advice}") from None
 
 
 def thoughts_as_trained(
