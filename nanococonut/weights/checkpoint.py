@@ -26,6 +26,7 @@ from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.lock import lock_folder
 from nanococonut.runtime.provenance import provenance
 from nanococonut.tokenizer import Tokenizer
 
@@ -284,8 +285,9 @@ def describe_model(model: GPT) -> dict[str, Any]:
 class RunDir:
     """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
 
-    Opening writes nothing, so a run that is refused later leaves no folder. With config.resume,
-    `manifest` is the newest checkpoint's, else {}.
+    Opening makes no folder, so a run that is refused later leaves none. One that exists is locked,
+    until close() or the end of the process. With config.resume, `manifest` is the newest
+    checkpoint's, else {}.
     """
 
     def __init__(self, path: str | Path, config: TrainConfig, dist: Distributed) -> None:
@@ -293,10 +295,13 @@ class RunDir:
         self.path, self.config, self.dist = Path(path), config, dist
         self.metrics_path = self.path / "metrics.jsonl"
         self.manifest: dict[str, Any] = {}
+        self._lock: IO[str] | None = None
         if (self.path / MANIFEST).is_file():
             raise UserError(
                 f"--out_dir {path} is a checkpoint, not a run.\nGive the folder that contains it."
             )
+        if self.path.is_dir():
+            self._claim()
         if config.resume:
             if not list_checkpoints(self.path):
                 raise UserError(
@@ -306,11 +311,30 @@ class RunDir:
             self.folder = resolve(self.path)
             self.manifest = verify(self.folder, resume=True)
             self._check_resumable(self.manifest["config"])
-        elif checkpoints := list_checkpoints(self.path):
+
+    def _claim(self) -> None:
+        """Lock the folder. Raise UserError if another process has, or if it holds another run."""
+        if self.dist.is_master and self._lock is None:
+            try:
+                self._lock = lock_folder(self.path)
+            except OSError as e:
+                raise self._unwritable(e) from None
+        checkpoints = list_checkpoints(self.path)
+        if checkpoints and not self.config.resume:
             raise UserError(
-                f"{path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
+                f"{self.path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
                 "Continue it with --resume, or choose another --out_dir."
             )
+
+    def close(self) -> None:
+        """End the lock."""
+        if self._lock:
+            self._lock.close()
+
+    def _unwritable(self, e: OSError) -> UserError:
+        return UserError(
+            f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
+        )
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if a setting differs from those the run started with."""
@@ -363,6 +387,7 @@ class RunDir:
             return open(os.devnull, "w")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()  # if the folder is new; another process may have made it meanwhile
             lines = path.read_text().splitlines(True) if path.exists() else []
             if lines and not self.manifest:  # of a run killed before its first save: moved aside
                 path.replace(self.path / "metrics.before.jsonl")
@@ -371,9 +396,7 @@ class RunDir:
             replace_text(path, "".join(kept) if self.manifest else "")
             return path.open("a")
         except OSError as e:
-            raise UserError(
-                f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
-            ) from None
+            raise self._unwritable(e) from None
 
     def save(
         self, model: GPT, optimizers: Sequence[Optimizer], step: int, manifest: dict[str, Any]

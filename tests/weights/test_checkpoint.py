@@ -1,18 +1,29 @@
 """A checkpoint is complete or absent, equals what was saved, and damage is an error."""
 
+import errno
+import fcntl
 import json
+import multiprocessing
+import os
 import runpy
 import shutil
+import socket
 import sys
+import time
+import types
 
 import pytest
 import torch
 from helpers import random_gpt
 from safetensors.torch import load_file, save_file
 
+from nanococonut.config import TrainConfig
+from nanococonut.runtime import lock
+from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
+from nanococonut.weights.checkpoint import RunDir
 
 
 def manifest_of(model, tokenizer, **extra):
@@ -209,3 +220,82 @@ def test_unfinished_run_is_not_bundled(saved, monkeypatch, capsys):
         runpy.run_module("nanococonut.weights.bundle", run_name="__main__")
     assert end.value.code == 2 and "final stage" in capsys.readouterr().err
     assert checkpoint.verify(checkpoint.BUNDLED) == before
+
+
+def test_second_run_in_a_folder_names_the_first(tmp_path):
+    """Two runs mixed their checkpoints and logs in one --out_dir."""
+    path, dist = tmp_path / "run", Distributed()
+    first, late = (RunDir(path, TrainConfig(), dist) for _ in range(2))
+    assert not path.exists()
+    first.open_metrics(0)
+    held = f"is in use by process {os.getpid()} on {socket.gethostname()}, started 2"
+    for resume in (False, True):
+        with pytest.raises(UserError, match=held) as e:
+            RunDir(path, TrainConfig(resume=resume), dist)
+        assert str(e.value).count("\n") == 1
+    with pytest.raises(UserError, match=held):  # it opened before the folder existed
+        late.open_metrics(0)
+    assert RunDir(path, TrainConfig(), Distributed(1, 2))  # of a run only rank 0 locks
+    first.close()
+    RunDir(path, TrainConfig(), dist)
+
+
+def test_run_that_came_first_is_not_overwritten(tmp_path, model, tokenizer):
+    """Another run could make the folder, train and end while this one prepared its examples."""
+    late = RunDir(tmp_path / "run", TrainConfig(), Distributed())
+    checkpoint.save(tmp_path / "run", 7, model, [], manifest_of(model, tokenizer))
+    with pytest.raises(UserError, match="already holds a run"):
+        late.open_metrics(0)
+
+
+def test_lock_ends_with_a_killed_process(tmp_path):
+    """A lock that outlives its process stops every resume."""
+    fork = multiprocessing.get_context("fork")
+    reading, writing = fork.Pipe()
+
+    def hold():
+        file = lock.lock_folder(tmp_path)
+        writing.send(f"{file.name} is locked")
+        time.sleep(60)
+
+    child = fork.Process(target=hold)
+    child.start()
+    try:
+        assert reading.poll(30)
+        with pytest.raises(UserError, match=f"process {child.pid} on"):
+            lock.lock_folder(tmp_path)
+    finally:
+        child.kill()
+        child.join()
+    lock.lock_folder(tmp_path).close()
+
+
+def test_windows_locks_a_byte_after_the_text(tmp_path, monkeypatch):
+    """Nobody else can read a locked byte there: the holder would stay unknown."""
+
+    def locking(fd, mode, n):
+        assert os.lseek(fd, 0, os.SEEK_CUR) > 1000 and n == 1
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    monkeypatch.setattr(lock, "fcntl", None)
+    windows = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setattr(lock, "msvcrt", windows, raising=False)
+    held = lock.lock_folder(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        lock.lock_folder(tmp_path)
+    held.close()
+    lock.lock_folder(tmp_path).close()
+
+
+def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    """Some network file systems have none: a run must start there all the same."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock.lock_folder(tmp_path).close()
+    assert "No locks available" in capsys.readouterr().out
