@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -57,7 +58,13 @@ def _digest_examples(data: Data) -> str:
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    is_dir = path.is_dir()
+    try:
+        fd = os.open(path, os.O_RDONLY if is_dir else os.O_RDWR)  # Windows syncs no read-only file
+    except PermissionError:
+        if is_dir:  # Windows opens no folder
+            return
+        raise
     try:
         os.fsync(fd)
     finally:
@@ -174,7 +181,10 @@ def save(
         write_atomic(folder, gather_tensors(model, optimizers), manifest | {"step": step})
     for old in list_checkpoints(run)[:-2]:  # two, in case the run went wrong at the last one
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # Windows renames no folder that is being read
+                old.rename(old.with_name(f".{old.name}.partial"))  # never half a checkpoint
+    for partial in run.glob(".step_*.partial"):  # also of runs that were killed
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -388,13 +398,14 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()  # if the folder is new; another process may have made it meanwhile
-            lines = path.read_text().splitlines(True) if path.exists() else []
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            lines = text.splitlines(True)
             if lines and not self.manifest:  # of a run killed before its first save: moved aside
                 path.replace(self.path / "metrics.before.jsonl")
             # steps that a killed run logged after its last save will be logged again
             kept = [x for x in lines if x.endswith("\n") and logged_step(x) <= step]
             replace_text(path, "".join(kept) if self.manifest else "")
-            return path.open("a")
+            return path.open("a", encoding="utf-8")
         except OSError as e:
             raise self._unwritable(e) from None
 

@@ -103,6 +103,30 @@ def test_half_written_checkpoint_is_not_one(saved):
     assert checkpoint.resolve(folder.parent) == folder
 
 
+def test_leftovers_of_kills_are_deleted(tmp_path, model, tokenizer, monkeypatch):
+    """Half a deleted checkpoint was in the way of saving that step again; half a saved one, a
+    gigabyte, stayed for good if that step was never saved again."""
+    run = tmp_path / "run"
+    (run / ".step_00000009.partial").mkdir(parents=True)
+    rmtree = shutil.rmtree
+
+    def killed(path, **_):
+        if (path / "manifest.json").exists():
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, **_)
+
+    for step in (1, 2):
+        checkpoint.save(run, step, model, [], manifest_of(model, tokenizer))
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(run, 3, model, [], manifest_of(model, tokenizer))
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    shutil.rmtree(run / "step_00000003")
+    checkpoint.save(run, 1, model, [], manifest_of(model, tokenizer))
+    assert sorted(p.name for p in run.iterdir()) == ["step_00000001", "step_00000002"]
+
+
 def test_copy_made_by_a_user_is_kept(saved, model, tokenizer):
     """step_00000007_backup was deleted as an old checkpoint."""
     folder, _, _ = saved
@@ -200,6 +224,30 @@ def test_failed_save_leaves_the_last_one(saved, tokenizer, monkeypatch):
     with pytest.raises(UserError, match="No space left") as e:  # nothing to resume
         checkpoint.save(folder.parent / "new", 8, model, [], manifest_of(model, tokenizer))
     assert "untouched" not in str(e.value) and "--resume" not in str(e.value)
+
+
+def test_windows_can_save(tmp_path, model, tokenizer, monkeypatch):
+    """Windows opens no folder and syncs no read-only file: no checkpoint could be saved there."""
+    os_open, fsync, synced = os.open, os.fsync, []
+
+    def windows_open(path, flags, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os_open(path, flags, *args, **kwargs)
+
+    def windows_fsync(fd):
+        if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synced.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    monkeypatch.setattr(checkpoint.shutil, "_use_fd_functions", False)  # rmtree, as there
+    monkeypatch.setattr(os, "open", windows_open)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / "run", step, model, [], manifest_of(model, tokenizer))
+    assert len(synced) == 6  # weights and manifest, three times
+    assert len(checkpoint.list_checkpoints(tmp_path / "run")) == 2
 
 
 def test_bundle_holds_the_weights_in_bfloat16(saved, tmp_path):
