@@ -181,14 +181,13 @@ def _findings(row: Row, against: Row) -> str:
         if f["id"] in controls:
             control = escape(f"{against['name']}: {controls[f['id']]}")
             text += f'<br /><span class="dim">{control}</span>'
-        mark = (
-            f'<span class="m {f["mark"]}">{"in part" if f["mark"] == "part" else f["mark"]}</span>'
-        )
-        items += f"<li>{mark}<div><b>{escape(f['title'])}</b> {text}</div></li>"
+        mark = f["mark"].replace("part", "in part")  # of class part
+        text = f"<b>{escape(f['title'])}</b> {text}"
+        items += f'<li><span class="m {mark}">{mark}</span><div>{text}</div></li>'
     return f"<ol>{items}</ol>\n"
 
 
-def _scale(row: Row, against: Row, title: str, text: str) -> str:
+def _scale(row: Row, against: Row, words: Row) -> str:
     controls = {point["id"]: point for point in against.get("scale") or ()}
     points = []
     for point in row["scale"]:
@@ -197,7 +196,8 @@ def _scale(row: Row, against: Row, title: str, text: str) -> str:
             label = f"… of {against['name']}"
             points.append(controls[point["id"]] | {"id": "control", "label": label})
     drawing = _points(points, ("0 %: ignored", "50 %: destroyed", "100 %: carried"))
-    return _figure(title, text, drawing, [[point["label"], _cell(point)] for point in points])
+    lines = [[point["label"], _cell(point)] for point in points]
+    return _figure(f"Whose {words['noun']}?", _fill("scale", words), drawing, lines)
 
 
 def _write(write: Row, words: Row) -> str:
@@ -237,9 +237,7 @@ def render(row: Row, against: Row | None = None) -> str:
     body += [f'<p class="dim">{escape(line)}</p>' for line in row.get("warnings") or ()]
 
     body.append('<div class="pair">')
-    if row.get("scale"):
-        question = f"Whose {noun} decide{'s' * is_chain}?"
-        body.append(_scale(row, against, question, _fill("scale", words)))
+    body += [_scale(row, against, words)] if row.get("scale") else []
     for key, question in (
         ("accuracy", "How much of it?" if is_chain else f"How many {noun}?"),
         ("slots", "Which one carries it?"),
@@ -256,7 +254,7 @@ def render(row: Row, against: Row | None = None) -> str:
     body += [_names(row["names"], words)] if row.get("names") else []
     body += [_view(row)] if row.get("view") else []
     if paper := row.get("paper"):
-        body.append(f'<h2>The paper’s figures</h2><p>{TEXT["paper"]}</p><div class="pair">')
+        body.append(TEXT["paper"] + '<div class="pair">')
         for key, grid in paper.items():
             text = f"{TEXT[key]} {escape(grid.get('note') or '')}"
             body.append(_heats(f"Figure {key[-1]}", text, [("", grid, ())]))

@@ -237,9 +237,11 @@ class Browser:
         return answer["result"]
 
     def open(self, url: str) -> None:
+        self.events.clear()
         self.call("Page.navigate", url=url)
-        while not any(e["method"] == "Page.loadEventFired" for e in self.events):
-            self.events.append(self.message())
+        page = "document.readyState + location.href.split('#')[0]"
+        while self.js(page) != "complete" + url.partition("#")[0]:
+            pass
 
     def js(self, code: str) -> Any:
         answer = self.call("Runtime.evaluate", expression=code, returnByValue=True)
@@ -284,7 +286,6 @@ def test_page_works_in_a_browser(browser: Browser, tmp_path: Any) -> None:
     """The slider, arrow keys and swap box change drawing and text; nothing is fetched."""
     path = tmp_path / "insight.html"
     path.write_text(render(ROW), encoding="utf-8")
-    browser.events.clear()
     browser.open(path.as_uri())
     seen = []
 
@@ -336,7 +337,6 @@ def test_view_page_draws_all_thoughts(browser: Browser, tmp_path: Any) -> None:
     path.write_text(view_page({key: ROW[key] for key in ("name", "noun", "view")}), "utf-8")
     ElementTree.fromstring(path.read_text("utf-8"))
     browser.call("Emulation.setEmulatedMedia", media="")
-    browser.events.clear()
     browser.open(path.as_uri() + "#0,2,1,all")
     shown = "x => getComputedStyle(document.getElementById(x)).display"
     assert browser.js(f"['one', 'bar', 'all'].map({shown}).join()") == "none,none,grid"
