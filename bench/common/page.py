@@ -1,7 +1,8 @@
 """Write a row of insight.py as one HTML page: inline SVG, and every figure's numbers in a table.
 
 Nothing is measured or fetched here. page.html has the style, all captions, and the script of the
-interactive view. Colours are Okabe and Ito's; marks also differ in shape.
+interactive view. Colours are Okabe and Ito's; marks also differ in shape. Drawings are 400 wide,
+so that their text stays readable on a phone.
 """
 
 import json
@@ -19,7 +20,7 @@ SINGULAR = {"thoughts": "thought", "pauses": "pause", "written chain": "word"}
 DIAMOND, SQUARE = ("t", "M0-7L7 0 0 7-7 0Z"), ("s", "M-5-5H5V5H-5Z")  # colour and outline
 DISC = "M-5 0A5 5 0 0 1 5 0A5 5 0 0 1-5 0Z"
 SHAPES = {"twin": DIAMOND, "other_other": DIAMOND, "other": DIAMOND, "same_other": SQUARE}
-SHAPES |= {"control": ("h", DISC)}  # of points by id; all others are grey discs
+SHAPES["control"] = ("h", DISC)  # a point's, by its id; all others are grey discs
 STYLES = {"accuracy": ("s", 0.5, False), "slots": ("t", 0.0, True)}  # colour, zero, whether framed
 
 
@@ -32,20 +33,20 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}\xa0%"
 
 
-def _cell(fig: Row | None) -> str:
-    """Return "91.1 % (89.5 to 92.5, n = 1,400)", as far as measured."""
+def _cell(fig: Row | None, keys: Sequence[str] = ("lo", "n", "mass")) -> str:
+    """Return "91.1 % (89.5 to 92.5, n = 1,400, mass 98.0 %)", as far as measured."""
     if fig is None:
         return ""
-    extra = [f"{100 * fig['lo']:.1f} to {100 * fig['hi']:.1f}"] if "lo" in fig else []
-    extra += [f"n\xa0=\xa0{fig['n']:,}"] if fig.get("n") else []
-    extra += [f"mass {_percent(fig['mass'])}"] if "mass" in fig else []
-    return _percent(fig["value"]) + (f" ({', '.join(extra)})" if extra else "")
+    text = {"lo": "{lo:.1f} to {hi:.1f}", "n": "n\xa0=\xa0{n:,}", "mass": "mass {mass:.1f}\xa0%"}
+    values = {k: v if k == "n" else 100 * v for k, v in fig.items() if isinstance(v, int | float)}
+    extra = ", ".join(text[key].format(**values) for key in keys if key in values)
+    return _percent(fig["value"]) + (f" ({extra})" if extra else "")
 
 
 def sentence(finding: Row) -> str:
     """Return a finding's text, its figures filled in with their intervals."""
-    figures = finding["figures"]
-    return re.sub(r"\{(\d)\}", lambda match: _cell(figures[int(match[1])]), finding["text"])
+    cells = [_cell(fig, ("lo", "n")) for fig in finding["figures"]]
+    return re.sub(r"\{(\d)\}", lambda match: cells[int(match[1])], finding["text"])
 
 
 def _table(lines: Sequence[Sequence[Any]], kind: str = "") -> str:
@@ -63,9 +64,6 @@ def _figure(title: str, text: str, drawing: str, lines: Sequence[Sequence[Any]])
 """
 
 
-# ---- drawings: 400 units wide, so that text stays readable on a phone
-
-
 def _text(x: float, y: float, text: object, kind: str = "") -> str:
     return f'<text x="{x:.0f}" y="{y}" class="{kind}">{escape(str(text))}</text>'
 
@@ -81,11 +79,12 @@ def _points(points: Sequence[Row], ends: Sequence[str]) -> str:
     for x, side, end in zip((10, 200, 390), ("", "c", "e"), ends, strict=True):
         parts += [_text(x, 12, end, f"d {side}"), f'<path d="M{x} 18V{height}" class="g"/>']
     for y, point in zip(range(38, height, 40), points, strict=True):
-        kind, outline = SHAPES.get(point["id"], ("x", DISC))
+        hollow = point.get("mass", 1) < 0.5
+        kind, outline = SHAPES.get("control" if hollow else point["id"], ("x", DISC))
         x, lo, hi = (10 + 380 * point.get(key, point["value"]) for key in ("value", "lo", "hi"))
         parts += [
             _text(16, y, point["label"], "halo"),
-            _text(384, y, _cell(point | {"n": None}), f"halo e {kind}"),
+            _text(384, y, _cell(point, ("lo",)), f"halo e {kind}"),
             f'<path d="M{lo:.1f} {y + 12}H{hi:.1f}" class="ci {kind}"/>',
             f'<path transform="translate({x:.1f} {y + 12})" d="{outline}" class="{kind}"/>',
         ]
@@ -102,24 +101,23 @@ def _heat(grid: Row, kind: str = "s", zero: float = 0.0, frame: bool = False) ->
     for y, row in zip(range(20, 9999, 26), grid["rows"], strict=False):
         best = max((fig["value"] for fig in row["cells"] if fig), default=0)
         parts.append(_text(left - 8, y + 17, row["label"], "e"))
-        aria.append(row["label"])
+        aria += [row["label"], *(f"{100 * fig['value']:.0f}" for fig in row["cells"] if fig)]
         for j, fig in enumerate(row["cells"]):
             if fig is None:
                 continue
             value, hollow = fig["value"], fig.get("mass", 1) < 0.5
-            shade = max(0, (value - zero) / (1 - zero))
-            x, grey = left + width * j + 1, j >= len(grid["columns"]) - grid.get("grey", 0)
-            rect = f'<rect x="{x:.1f}" y="{y + 1}" width="{width - 2:.1f}" height="24" class='
+            grey = j >= len(grid["columns"]) - grid.get("grey", 0)
+            shade = 0 if hollow else max(0, (value - zero) / (1 - zero))
+            tint = "o" if hollow else "x" if grey else kind
             tone = "d" if hollow else "on" if shade > 0.6 else ""
+            x = left + width * j + 1
+            rect = f'<rect x="{x:.1f}" y="{y + 1}" width="{width - 2:.1f}" height="24" class='
             parts += [
                 f"<g><title>{_cell(fig)}</title>",
-                f'{rect}"o"/>'
-                if hollow
-                else f'{rect}"{"x" if grey else kind}" fill-opacity="{shade:.2f}"/>',
+                f'{rect}"{tint}" fill-opacity="{shade:.2f}"/>',
                 f'{rect}"f"/>' if frame and 0.1 < best == value else "",
                 _text(x + width / 2 - 1, y + 17, f"{100 * value:.0f}", f"c {tone}") + "</g>",
             ]
-            aria.append(f"{100 * value:.0f}")
     return _svg(22 + 26 * len(grid["rows"]), " ".join(aria), parts)
 
 
@@ -196,15 +194,17 @@ def _scale(row: Row, against: Row, words: Row) -> str:
             label = f"… of {against['name']}"
             points.append(controls[point["id"]] | {"id": "control", "label": label})
     drawing = _points(points, ("0 %: ignored", "50 %: destroyed", "100 %: carried"))
-    lines = [[point["label"], _cell(point)] for point in points]
-    return _figure(f"Whose {words['noun']}?", _fill("scale", words), drawing, lines)
+    lines = [(point["label"], _cell(point)) for point in points]
+    return _figure(
+        f"Whose {words['noun']} does the answer follow?", _fill("scale", words), drawing, lines
+    )
 
 
 def _write(write: Row, words: Row) -> str:
     drawing = _points(write["points"], ("0 %: no change", "50 %", "100 %: rewritten"))
     if erase := write.get("erase") or []:
-        drawing += f"<p>{_fill('erase', words | write)}</p>"
-        drawing += _points(erase, ("0 %", "50 %: chance", "100 %: unharmed"))
+        ends = ("0 %", "50 %: chance", "100 %: unharmed")
+        drawing += f"<p>{_fill('erase', words | write)}</p>{_points(erase, ends)}"
     lines = [[point["label"], _cell(point)] for point in (*write["points"], *erase)]
     return _figure("Can they be written by hand?", _fill("write", words | write), drawing, lines)
 
@@ -218,8 +218,7 @@ def _names(names: Row, words: Row) -> str:
             row["cells"].append({"value": mass})
         grid = {"columns": [*names["distances"], "mass"], "rows": rows, "grey": 2}
         grids.append((f"steps from {who}", grid, ()))
-    text = _fill("names", words | {"n": f"{names['n']:,}"})
-    return _heats("What do they name?", text, grids)
+    return _heats("What do they name?", _fill("names", words | {"n": names["n"]}), grids)
 
 
 def render(row: Row, against: Row | None = None) -> str:
@@ -235,7 +234,6 @@ def render(row: Row, against: Row | None = None) -> str:
     body += [f"<p><b>{escape(line)}</b></p>" for line in row.get("refused") or ()]
     body.append(_findings(row, against))
     body += [f'<p class="dim">{escape(line)}</p>' for line in row.get("warnings") or ()]
-
     body.append('<div class="pair">')
     body += [_scale(row, against, words)] if row.get("scale") else []
     for key, question in (
@@ -243,7 +241,7 @@ def render(row: Row, against: Row | None = None) -> str:
         ("slots", "Which one carries it?"),
     ):
         if grid := row.get(key):
-            figures = {name: _cell(grid.get(name)) for name in ("free", "wrote_chain")}
+            figures = {name: _cell(grid.get(name), ("lo", "n")) for name in ("free", "wrote_chain")}
             text = _fill(key, words) + (_fill("free", figures) if figures["free"] else "")
             grids = [(row["name"] if against else "", grid, STYLES[key])]
             if against.get(key):
