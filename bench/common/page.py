@@ -1,8 +1,7 @@
 """Write a row of insight.py as one HTML page: inline SVG, and every figure's numbers in a table.
 
 Nothing is measured or fetched here. page.html has the style, all captions, and the script of the
-interactive view. Colours are Okabe and Ito's; marks also differ in shape. Drawings are 400 wide,
-so that their text stays readable on a phone.
+interactive view. Colours are Okabe and Ito's, marks differ in shape; 400 units suit a phone.
 """
 
 import json
