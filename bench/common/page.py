@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -98,12 +99,11 @@ def _heat(grid: Row, kind: str = "s", zero: float = 0.0, frame: bool = False) ->
         bold = "b" if column == grid.get("trained") else "d"
         parts.append(_text(left + width * (j + 0.5), 12, column, f"c {bold}"))
     for y, row in zip(range(20, 9999, 26), grid["rows"], strict=False):
-        best = max((fig["value"] for fig in row["cells"] if fig), default=0)
+        cells = [(j, fig) for j, fig in enumerate(row["cells"]) if fig]
+        best = max((fig["value"] for _, fig in cells), default=0)
         parts.append(_text(left - 8, y + 17, row["label"], "e"))
-        aria += [row["label"], *(f"{100 * fig['value']:.0f}" for fig in row["cells"] if fig)]
-        for j, fig in enumerate(row["cells"]):
-            if fig is None:
-                continue
+        aria += [row["label"], *(f"{100 * fig['value']:.0f}" for _, fig in cells)]
+        for j, fig in cells:
             value, hollow = fig["value"], fig.get("mass", 1) < 0.5
             grey = j >= len(grid["columns"]) - grid.get("grey", 0)
             shade = 0 if hollow else max(0, (value - zero) / (1 - zero))
@@ -124,8 +124,7 @@ def _heats(title: str, text: str, grids: Sequence[tuple[str, Row, Sequence[Any]]
     """Return a figure of heat maps side by side: (heading, grid, style) each."""
     drawing, lines = "", []
     for heading, grid, style in grids:
-        head = f"<h3>{escape(heading)}</h3>" if heading else ""
-        drawing += f"<div>{head}{_heat(grid, *style)}</div>"
+        drawing += f"<div><h3>{escape(heading)}</h3>{_heat(grid, *style)}</div>"
         lines.append([heading, *grid["columns"]])
         lines += [[row["label"], *map(_cell, row["cells"])] for row in grid["rows"]]
         lines += [[key, _cell(grid[key])] for key in ("free", "wrote_chain") if grid.get(key)]
@@ -138,12 +137,16 @@ def _layout(question: Row) -> Row:
     x, rank = [0.0] * n, [0] * n
     for level in sorted(set(levels)):
         members = [i for i in range(n) if levels[i] == level]
-        for i in members:  # below its parents
+        for j, i in enumerate(members):  # below its parents
             above = [x[a] for a, b in question["edges"] if b == i and levels[a] < level]
-            x[i] = mean(above or [i / n])
+            x[i] = mean(above or [j / len(members)])
         members.sort(key=x.__getitem__)
+        center = mean([x[i] for i in members])
+        for a, b in pairwise(members):
+            x[b] = max(x[b], x[a] + 0.9 / max(4, len(members)))
+        shift = mean([x[i] for i in members]) - center
         for j, i in enumerate(members):
-            x[i], rank[i] = 0.75 * (j + 0.5) / len(members) + 0.25 * x[i], j
+            x[i], rank[i] = x[i] - shift, j
     low, wide = min(x), max(x) - min(x) or 1
     return question | {"x": [round((v - low) / wide, 3) for v in x], "rank": rank}
 
@@ -156,14 +159,13 @@ def _view(row: Row) -> str:
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     titles = (escape(question["title"]) for question in questions)
     menu = "".join(f'<option value="{i}">{title}</option>' for i, title in enumerate(titles))
-    caption = _fill("caption", words)
-    return _fill("view", words | {"caption": caption, "menu": menu, "data": data})
+    return _fill("view", words | {"caption": _fill("caption", words), "menu": menu, "data": data})
 
 
 def view_page(row: Row) -> str:
     """Return a page with the interactive view alone. row: its name, noun and view.
 
-    As a PNG: chromium --headless --screenshot=view.png --window-size=960,900 FILE#0,1,0,all
+    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,900 FILE#0,1,0,all
     """
     title = f"The {row['noun']} of {escape(row['name'])}"
     return _fill("head", {"title": title}) + _view(row) + TEXT["tail"]
@@ -177,7 +179,7 @@ def _findings(row: Row, against: Row) -> str:
         text = re.sub(r"(\([^()]*n\xa0=[^()]*\))", r"<small>\1</small>", escape(sentence(f)))
         if f["id"] in controls:
             control = escape(f"{against['name']}: {controls[f['id']]}")
-            text += f'<br /><span class="dim">{control}</span>'
+            text += f"<br /><small>{control}</small>"
         mark = f["mark"].replace("part", "in part")  # of class part
         text = f"<b>{escape(f['title'])}</b> {text}"
         items += f'<li><span class="m {mark}">{mark}</span><div>{text}</div></li>'
@@ -194,9 +196,8 @@ def _scale(row: Row, against: Row, words: Row) -> str:
             points.append(controls[point["id"]] | {"id": "control", "label": label})
     drawing = _points(points, ("0 %: ignored", "50 %: destroyed", "100 %: carried"))
     lines = [(point["label"], _cell(point)) for point in points]
-    return _figure(
-        f"Whose {words['noun']} does the answer follow?", _fill("scale", words), drawing, lines
-    )
+    title = f"Whose {words['noun']} does the answer follow?"
+    return _figure(title, _fill("scale", words), drawing, lines)
 
 
 def _write(write: Row, words: Row) -> str:
