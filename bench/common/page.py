@@ -236,10 +236,8 @@ def render(row: Row, against: Row | None = None) -> str:
     body += [f'<p class="dim">{escape(line)}</p>' for line in row.get("warnings") or ()]
     body.append('<div class="pair">')
     body += [_scale(row, against, words)] if row.get("scale") else []
-    for key, question in (
-        ("accuracy", "How much of it?" if is_chain else f"How many {noun}?"),
-        ("slots", "Which one carries it?"),
-    ):
+    count = "How much of it?" if is_chain else f"How many {noun}?"
+    for key, question in (("accuracy", count), ("slots", "Which one carries it?")):
         if grid := row.get(key):
             figures = {name: _cell(grid.get(name), ("lo", "n")) for name in ("free", "wrote_chain")}
             text = _fill(key, words) + (_fill("free", figures) if figures["free"] else "")
