@@ -154,7 +154,7 @@ def _layout(question: Row) -> Row:
 def _view(row: Row) -> str:
     words = {"noun": row["noun"], "one": SINGULAR[row["noun"]]}
     questions = [_layout(question) for question in row["view"]]
-    data = json.dumps(words | {"view": questions}, separators=(",", ":"))
+    data = json.dumps({"one": words["one"], "view": questions}, separators=(",", ":"))
     for sign in "<>&":  # so that no name ends the script
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     titles = (escape(question["title"]) for question in questions)
