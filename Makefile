@@ -9,6 +9,7 @@ lint:
 
 bench:  ## GPT-2 124M with random weights: speed does not depend on their values
 	python bench/latency.py --checkpoint=random
+	python bench/throughput.py --checkpoint=random
 	python bench/training.py
 
 plots:  ## pictures, and the tables of README.md and docs/, from bench/results/

@@ -11,19 +11,21 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-import nanococonut
 from nanococonut import Engine
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
-from nanococonut.data.examples import Example, extract_answer
+from nanococonut.data.examples import Example, is_correct, split_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated, load_data
+from nanococonut.evaluation.accuracy import thoughts_as_trained
 from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
@@ -40,13 +42,13 @@ class SampleConfig:
         None, "token layout of the question (None: as trained)", choices=tuple(METHODS)
     )
     max_new_tokens: int | None = option(None, "longest answer (None: as in training)", ge=1)
-    temperature: float = option(0.0, "0: greedy; above: sample tokens", ge=0)
+    temperature: float = option(0.0, "0, or below 1e-6: greedy; above: sample tokens", ge=0)
     nodes: bool = option(False, "ProsQA: also show the concepts that each thought encodes")
     seed: int | None = option(
         None, "of questions and sampled tokens (None: random)", ge=0, le=2**32 - 1
     )
     device: str = option("auto", "auto, cpu, cuda, mps")
-    kernels: str = option("auto", "backend of each step", choices=("auto", "triton", "torch"))
+    kernels: str = option("auto", "backend of each step", choices=BACKENDS)
     graph: str = option("auto", "run steps as CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -141,14 +143,16 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     text, task = out.text[0], TASKS[engine.config.task]
     if engine.config.render == "compact":
         text = task.expand(text, question)
-    chain, mark, _ = text.rpartition("###")
-    for step in chain.splitlines():
+    steps, generated_answer = split_answer(text, answer or "")
+    if generated_answer is None:  # all of the text, since it has no mark
+        steps, generated_answer = "", text.strip()
+    for step in steps.splitlines():
         console.print(f"[bold]step[/]      {escape(step)}")
-    parsed, verdict = extract_answer(text) if mark else text.strip(), ""
+    verdict = ""
     if answer is not None:
-        is_correct = parsed == extract_answer(answer)
-        verdict = "[green](correct)[/]" if is_correct else f"[red](wrong: {escape(answer)})[/]"
-    console.print(f"[bold]answer[/]    {escape(parsed)}  {verdict}")
+        correct = is_correct(text, answer)
+        verdict = "[green](correct)[/]" if correct else f"[red](wrong: {escape(answer)})[/]"
+    console.print(f"[bold]answer[/]    {escape(generated_answer)}  {verdict}")
 
     # ---- times
     thought_ms = 1e3 * out.seconds_thoughts / max(1, n_thoughts)
@@ -182,15 +186,19 @@ def main() -> None:
     has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
     n_trained = manifest["n_thoughts"]
     latent = n_trained * has_thoughts if config.latent is None else config.latent
+    is_capped = has_thoughts and not engine.curriculum.pad_latent_to_max  # by an example's steps
+    as_trained = config.latent is None
+    up_to = "up to " * (is_capped and as_trained)
     console.print(
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
-        f"parameters, {latent} thoughts; kernels: {engine.kernels} ({engine.reason}), "
+        f"parameters, {up_to}{latent} thoughts; kernels: {engine.kernels} ({engine.reason}), "
         f"CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
-    if latent != n_trained:
-        console.print(f"[yellow]note[/]      trained with {n_trained} thoughts")
+    if latent != n_trained or (is_capped and not as_trained):
+        fewer = ", fewer for an example with fewer steps" * is_capped
+        console.print(f"[yellow]note[/]      trained with {n_trained} thoughts{fewer}")
     if latent and not has_thoughts:
         console.print(f"[yellow]note[/]      {engine.curriculum.method} trains without thoughts")
 
@@ -204,13 +212,19 @@ def main() -> None:
     examples = [] if question else held_out_examples(engine)
     is_interactive = question is None and sys.stdin.isatty() and sys.stdout.isatty()
     for i in itertools.count(seed):
+        n_thoughts = config.latent
         if question is None:
             drawn = examples or generated(trained.task, 1, i, trained)
-            question, answer = (drawn[i % len(drawn)][key] for key in ("question", "answer"))
+            example = drawn[i % len(drawn)]
+            question, answer = example["question"], example["answer"]
+            if is_capped and as_trained:
+                [n_thoughts] = thoughts_as_trained(engine.curriculum, manifest["stage"], [example])
         else:
             answer = task.solve(question)
+            if is_capped and as_trained:
+                console.print("[yellow]note[/]      its number of steps is unknown")
         try:
-            ask(engine, config, question, answer)
+            ask(engine, replace(config, latent=n_thoughts), question, answer)
         except UserError as e:
             if not is_interactive:
                 raise

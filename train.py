@@ -10,17 +10,18 @@ One loop, in view below: examples -> three blocks -> loss -> optimizer -> valida
 import math
 import sys
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 from rich.markup import escape
 
 from nanococonut import coconut, ops
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, ignored_options
-from nanococonut.data.tasks import TASKS, load_data
+from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.splits import evaluate_splits
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
@@ -45,6 +46,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
     )
     fallback_info = {}
     if reason := _fallback_reason(config):
+        if "init_from" in overrides and "fallback" not in overrides:  # what is typed is meant
+            raise UserError(
+                f"--init_from={config.init_from}: {reason}.\n"
+                f"Leave it out to train {config.fallback}, or insist on it with --fallback=None."
+            )
         fallback = str(Path(path or ".").parent / config.fallback)
         console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
         console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To insist: --fallback=None")
@@ -53,8 +59,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
         config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
         path = fallback
     # a config file may serve several methods, but an option on the command line should matter
-    if ignored := [f"--{k}" for k in overrides if k in ignored_options(METHODS[config.method])]:
-        console.print(f"[bold red]NOT USED[/] by method {config.method}: {', '.join(ignored)}")
+    unused = {f"by method {config.method}": ignored_options(METHODS[config.method])}
+    unused |= {"with this data": config.unused}
+    for reason, names in unused.items():
+        if ignored := [f"--{k}" for k in overrides if k in names]:
+            console.print(f"[bold red]NOT USED[/] {reason}: {', '.join(ignored)}")
     if config.tensorboard:
         require_tensorboard()
     return config, Path(path).stem if path else "run", fallback_info
@@ -86,13 +95,11 @@ def main() -> None:
 
     # ---- data: examples -> tokens, the next epoch made in a worker thread
     skipped: list[str] | None = [] if config.skip_bad_rows else None
-    # a branch on the hub may move, so a resumed run reads the commit it started with
-    revision = run.manifest.get("hub_commit") or config.hub_revision
-    data = load_data(replace(config, hub_revision=revision), skipped)
+    data = run.load_data(skipped)  # refuses to resume with other examples
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
-    print_data(config, loader, data.commit, skipped)
+    print_data(config, loader, data, skipped)
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
@@ -101,13 +108,14 @@ def main() -> None:
     kernels, kernels_reason = ops.choose_training_backend(config.kernels, model)
     use_graphs = ops.choose_graph("off" if config.ungraphed else config.graph, model)
     think = partial(coconut.think, kernels=kernels)
-    train_step = TrainStep(model, think, use_bf16, GraphCache(64) if use_graphs else None)
+    graphs = GraphCache(64) if use_graphs else None
+    train_step = TrainStep(model, think, use_bf16, graphs, config.thought_loss)
     # the stop classifier only watches, so its gradient must not change how the others are clipped
     clipped = [p for name, p in model.named_parameters() if not name.startswith("stop.")]
 
     # ---- state: everything a resumed run needs in addition to weights and moments
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
-    state = TrainState(**run.restore(model, optimizers))
+    state = make_config(TrainState, run.restore(model, optimizers))
     if config.resume:
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
@@ -140,11 +148,12 @@ def main() -> None:
 
             # forward and backward: the gradients of the micro-batches add up
             step_batch = loader.get(state.step, stage, train_step.prepare)
-            # dropout depends on the step alone, so no random state has to be saved
+            # dropout draws by step, process and micro-batch, so no random state has to be saved
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:
-                train_step(micro_batch, step_batch.n_labels, step_batch.n_examples)
+                counts = step_batch.n_labels, step_batch.n_examples, step_batch.n_thought_labels
+                train_step(micro_batch, *counts)
             # an interrupt travels along, so that all processes stop after the same step
             totals, stopping = dist.all_reduce_gradients(
                 model.parameters(), train_step.totals, interrupt.received
@@ -172,7 +181,7 @@ def main() -> None:
                     engine = Engine.from_config(
                         model, tokenizer, config, kernels="torch", graph="off"
                     )
-                    scores = evaluate_splits(engine, loader.val_splits, n_thoughts, config, dist)
+                    scores = evaluate_splits(engine, loader.val_splits, stage, config, dist)
                 validation = state.record(scores, n_thoughts, is_last, stage_done)
                 log.validation(state, validation)
             if stage_done and not is_last:
@@ -191,8 +200,9 @@ def main() -> None:
         shortcuts = TASKS[config.task].shortcuts
         baselines = {name: shortcuts(examples) for name, examples in loader.val_splits.items()}
     print_summary(f"{run_name}: {config.method}", schedule, state, baselines)
-    n_thoughts = curriculum.n_thoughts(state.stage)
-    print(f"try it: python sample.py --out_dir {run.path} --latent {n_thoughts}")
+    # without padding, each example has a number of its own
+    latent = f" --latent {curriculum.n_thoughts(state.stage)}" if config.pad_latent_to_max else ""
+    print(f"try it: python sample.py --out_dir {run.path}{latent}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
-from nanococonut.evaluation.accuracy import score
+from nanococonut.evaluation.accuracy import score, thoughts_as_trained
 from nanococonut.evaluation.categories import category_fractions
+from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
@@ -49,7 +50,7 @@ class AccuracyConfig:
     max_new_tokens: int | None = option(None, "longest answer (None: the run's own)", ge=1)
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    kernels: str = option("auto", "what runs a step", choices=BACKENDS)
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -89,6 +90,8 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
         "device": manifest["device"],
         "threads": manifest["threads"],
         "commit": manifest.get("trained_with", manifest)["commit"],
+        "thought_loss": (loss := manifest["config"].get("thought_loss", 0.0)),
+        "thought_labels": manifest["config"]["thought_labels"] if loss else None,
     }
 
 
@@ -117,11 +120,16 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
     detail |= {"kernels": engine.kernels, "graph": engine.graph}
     detail |= {"generated_seed": None if drawn is None else config.seed}
+    counts = [n_thoughts] * len(examples)
+    if config.latent is None and not engine.curriculum.pad_latent_to_max:
+        counts = thoughts_as_trained(engine.curriculum, manifest["stage"], examples)
+        print("note: as in training, examples with fewer steps have fewer thoughts")
     for n in range(n_thoughts + 1) if config.sweep else [n_thoughts]:
-        s = score(engine, examples, n, config.batch_size, longest)
+        s = score(engine, examples, [min(n, count) for count in counts], config.batch_size, longest)
         own = {"generated_tokens": round(s.generated_tokens, 2)}
         own["thoughts_taken"] = round(s.thoughts, 2)  # fewer than n if a classifier stops them
         own["by_steps"] = by_steps(examples, s.correct)
+        own["released_accuracy"] = round(s.released_accuracy, 5)
         if shortcuts and trained.task == "prosqa":
             texts = s.texts
             if trained.render == "compact":
@@ -135,6 +143,9 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
             examples=len(examples), thoughts=n,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
+        if s.released_accuracy != s.accuracy:
+            rule = 'by the released code\'s rule (after the last "#", without commas)'
+            print(f"  {s.released_accuracy:6.1%} {rule}")
         for category, fraction in own.get("categories", {}).items():
             print(f"  {fraction:6.1%} {category}")
     for rule, fraction in shortcuts.items():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 
 from bench.common import baselines, tables
@@ -31,10 +32,13 @@ from bench.common.workload import (
     TASK_LENGTHS,
     THOUGHTS,
     Workload,
+    WorkloadOptions,
+    catch_oom,
     load_model,
     parse_ints,
+    resolve_dtype,
 )
-from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 
@@ -44,12 +48,7 @@ METRICS = ("latent_step", "token_step", "first_token")
 
 
 @dataclass(frozen=True)
-class LatencyConfig:
-    checkpoint: str = option("random", "a run or checkpoint, or random: a GPT-2 124M")
-    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = option(
-        "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
-    )
+class LatencyConfig(WorkloadOptions):
     rounds: int = option(5, "repeats of each comparison", ge=1)
     batches: str | None = option(None, "batch sizes, with commas (None: 1,8,64,256; on a CPU 1,8)")
     contexts: str = option("100,400,1000", "tokens before the thoughts, with commas")
@@ -60,10 +59,9 @@ class LatencyConfig:
     transformers_python: str | None = option(
         None, "a Python that has transformers 5 (None: this one, if it has)"
     )
-    out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         check_released(self.released, self.released_python)
         parse_ints("--batches", self.batches or BATCHES["cpu"])
         parse_ints("--contexts", self.contexts)
@@ -119,7 +117,7 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
         return Case(task, 1, lengths.question, requests)
 
     def steps(batch: int, context: int) -> Case:
-        others = [p for p in providers[1:] if on_gpu and batch <= (p.max_batch or batch)]
+        others = [p for p in providers[1:] if batch <= (p.max_batch or batch)]
         requests = [(p, "thoughts", STEP_TOKENS) for p in (providers[0], *others)]
         return Case("", batch, context, requests)
 
@@ -201,13 +199,9 @@ def measure(
         if why := unfit(case, workload):
             left_out.append(why)
             continue
-        is_out_of_memory = False
-        try:
+        with catch_oom(workload.device) as failed:
             time_case(case, rounds, workload, bandwidth)
-        except torch.OutOfMemoryError:
-            is_out_of_memory = True
-        if is_out_of_memory:  # after the error, which holds on to tensors
-            torch.cuda.empty_cache()
+        if failed:
             left_out.append(f"{case.name}: out of memory")
             continue
         if case.task:
@@ -225,9 +219,8 @@ def main() -> None:
     given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = make_config(LatencyConfig, given)
     device = select_device(config.device)
-    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
-    load, workload = os.getloadavg()[0], load_model(config.checkpoint, device)
+    load, dtype = os.getloadavg()[0], resolve_dtype(config.dtype, device)
+    workload = load_model(config, device)
     results = ResultWriter("latency", config, device, dtype, shape=workload.shape())
     print(f"{workload.name}, {workload.model.n_params():,} parameters")
 

@@ -8,8 +8,7 @@ The released code (a clone of facebookresearch/coconut, in its own process) take
 same weights, examples, dropout, AdamW and threads, float32, whole batches; an error if it does not
 compute the same. Only our time includes making the batch: their DataLoader has its own process.
 
---out appends the results; the last line is JSON. If others compute on the same cores, set
-OMP_WAIT_POLICY=passive: threads that spin take each other's time.
+--out appends the results; the last line is JSON.
 """
 
 import os
@@ -24,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 
 from bench.common.results import ResultWriter

@@ -18,8 +18,8 @@ from nanococonut.weights import checkpoint
 
 
 class Result(TypedDict):
-    bench: str  # script: latency, training, kernels, accuracy
-    metric: str  # latent_step, answer, step, accuracy, ...
+    bench: str  # script: latency, throughput, training, kernels, accuracy
+    metric: str  # latent_step, answer, throughput, step, accuracy, ...
     provider: str  # who was measured: nanococonut, released, transformers, torch, roofline, ...
     labels: dict[str, str]  # what identifies the row: task, path, config, method, relative_to, ...
     shape: dict[str, int]  # sizes that identify it: batch, context, thoughts, n_layer, ...
@@ -147,8 +147,13 @@ class ResultWriter:
         text = [metric, *(labels or {}).values()]
         text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
         text += [f"{name} {n}" for name, n in shape.items()]
-        ends = " .. ".join(fmt(v) for v in row["spread"].values())
-        line = f"{fmt(median):>8} {unit:<11} {provider:<20} {', '.join(text)}"
+        values = [median, *row["spread"].values()]
+        if unit == "fraction":  # shown as percentages, like all others
+            shown, unit = [f"{fmt(100 * v)}%" for v in values], ""
+        else:
+            shown = [fmt(v) for v in values]
+        ends = " .. ".join(shown[1:])
+        line = f"{shown[0]:>8} {unit:<11} {provider:<20} {', '.join(text)}"
         print(f"{line} ({ends})" if ends else line)
         return self.rows[-1]
 

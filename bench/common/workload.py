@@ -1,12 +1,15 @@
-"""What latency.py measures: a model, prompts, and the lengths of real answers."""
+"""What latency.py and throughput.py measure: a model, prompts, and the lengths of real answers."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
@@ -39,6 +42,21 @@ TASK_LENGTHS = {
     "prontoqa": AnswerLengths(206, 92, 3),
     "gsm8k": AnswerLengths(57, 25, 2),
 }
+
+
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """Options of every script that measures inference."""
+
+    checkpoint: str = option("random", "a run or checkpoint, or random: a GPT-2 124M")
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
+    )
+    out: str | None = option(None, "append the results to this file")
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclass
@@ -85,11 +103,11 @@ class Workload:
         return batch * length * 2 * c.n_layer * c.n_embd * w.element_size()
 
 
-def load_model(path: str, device: torch.device) -> Workload:
-    """Load a checkpoint, or make "random" weights, which are as fast as trained ones."""
-    if path != "random":
-        model, tokenizer, manifest = checkpoint.load(path, device)
-        name = f"{Path(path).resolve().name} (step {manifest['step']})"
+def load_model(options: WorkloadOptions, device: torch.device) -> Workload:
+    """Load options.checkpoint, or make random weights, which are as fast as trained ones."""
+    if options.checkpoint != "random":
+        model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
+        name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
         special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
         return Workload(model, name, *special)
     torch.manual_seed(0)
@@ -107,3 +125,25 @@ def parse_ints(flag: str, text: str) -> list[int]:
     if not all(p.strip().isdigit() and int(p) for p in pieces):
         raise UserError(f"{flag}={text} is no list of numbers, as in 1,8,64.")
     return sorted({int(p) for p in pieces})
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return --dtype; auto is float32 on a CPU, else bfloat16."""
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, auto if name == "auto" else name)
+
+
+@contextmanager
+def catch_oom(device: torch.device) -> Iterator[list[bool]]:
+    """Catch running out of memory: `with catch_oom(device) as failed:` leaves `failed` non-empty,
+    and the memory is free again."""
+    failed: list[bool] = []
+    try:
+        yield failed
+    except (MemoryError, RuntimeError) as e:  # the CPU's allocator raises a plain RuntimeError
+        known = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(e):
+            raise
+        failed.append(True)
+    if failed and device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -31,8 +31,9 @@ def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None
         # a byte that is not UTF-8 becomes half of a surrogate pair, which parse_object() refuses
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
-        reason = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"{path} cannot be read: {reason}.\nGive a file of examples.") from None
+        reason = f"cannot be read: {getattr(e, 'strerror', None) or e}"
+        reason = "does not exist" if isinstance(e, FileNotFoundError) else reason
+        raise UserError(f"{path} {reason}.\nGive a file of examples.") from None
     return collect(path, *_detect_format(path, text), skipped)
 
 
@@ -81,7 +82,9 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
     except OSError as e:
         if created:  # half a file would be read as a broken one
             os.unlink(path)
-        raise UserError(f"{path} cannot be written: {e.strerror}.\nChoose another file.") from None
+        missing = isinstance(e, FileNotFoundError)
+        reason = "its folder does not exist" if missing else e.strerror
+        raise UserError(f"{path} cannot be written: {reason}.\nChoose another file.") from None
 
 
 # ---- one entry of each format -> an example, or ValueError
@@ -90,10 +93,10 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
 def parse_gsm8k_line(line: str) -> Example:
     """Return the example on a line of GSM8k-Aug text.
 
-    The answer keeps its commas; extract_answer drops them when answers are compared.
+    The answer keeps its commas; examples.is_correct ignores those of numbers.
     """
-    question, bars, solution = line.partition("||")
-    steps, mark, answer = solution.rpartition("####")
+    solved, mark, answer = line.rpartition("####")
+    question, bars, steps = (solved or answer).rpartition("||")  # a question may hold others
     if not bars:
         raise ValueError("no || after the question")
     if not mark:
@@ -154,3 +157,5 @@ def _load_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg})") from e
+    except RecursionError:
+        raise ValueError("not JSON (nested too deeply)") from None

@@ -4,7 +4,10 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import math
 import operator
+import reprlib
+import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +26,14 @@ BOUNDS = {  # argument of option() -> (words for the error, test)
     "le": ("at most", operator.le),
     "gt": ("more than", operator.gt),
     "lt": ("less than", operator.lt),
+}
+NANOGPT_OPTIONS = {  # nanoGPT's name -> what exists here, where the spelling does not tell
+    "compile": "kernels",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "lr_decay_iters": "decay_fraction",
+    "min_lr": "decay_fraction",
+    "start": "question",
+    "wandb_log": "tensorboard",
 }
 LITERAL_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 
@@ -49,27 +60,41 @@ def validate(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, meta, types = getattr(config, f.name), f.metadata, _types(hints[f.name])
+        if type(value) is int and abs(value) >= 2**63:  # neither torch nor a message can take it
+            raise UserError(f"--{f.name} is out of range.\nUse a smaller number.")
+        shown = f"--{f.name}={reprlib.repr(value)}"
         # type(), not isinstance(): True is no whole number
         if type(value) not in types and not (float in types and type(value) is int):
             expected = " or ".join(TYPE_NAMES[t] for t in types)
             raise UserError(
-                f"{f.name}={value!r} has the wrong type: {type(value).__name__}.\n"
-                f"Use {expected} ({meta['help']})."
+                f"{shown} has the wrong type: {type(value).__name__}.\nUse {expected}, see --help."
+            )
+        if type(value) is float and not math.isfinite(value):
+            raise UserError(f"{shown} is out of range.\nUse a finite number.")
+        if type(value) is str and not _is_text(value):
+            raise UserError(
+                f"{shown} has a zero byte or is not UTF-8 text.\nUse another text or path."
             )
         if value is None:
             continue
         for key, (words, holds) in BOUNDS.items():
             limit = meta.get(key)
             if limit is not None and not holds(value, limit):  # NaN holds for nothing
-                raise UserError(
-                    f"{f.name}={value!r} is out of range ({meta['help']}).\nUse {words} {limit}."
-                )
+                raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
         choices = meta.get("choices")
         if choices and value not in choices:
             raise UserError(
-                f"{f.name}={value!r} is unknown.{_suggestion(value, choices)}\n"
+                f"{shown} is unknown.{_suggestion(value, choices)}\n"
                 f"Choose one of: {', '.join(choices)}."
             )
+
+
+def _is_text(value: str) -> bool:
+    """Return whether files can be named so and UTF-8 can hold it."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _types(hint: Any) -> tuple[type, ...]:
@@ -78,6 +103,8 @@ def _types(hint: Any) -> tuple[type, ...]:
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
+    name = word.removeprefix("--")
+    word = word.removesuffix(name) + NANOGPT_OPTIONS.get(name, name)
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -93,13 +120,14 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
     """Return the assignments of a config file. Only literals: nothing in it is executed."""
     path, spellings = Path(path), _spellings(cls)
     try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
+        body = ast.parse(path.read_text(encoding="utf-8-sig")).body
     except (OSError, UnicodeDecodeError) as e:
-        reason = "not there" if isinstance(e, FileNotFoundError) else "not readable as UTF-8 text"
-        near = sorted(p.name for p in path.parent.glob("*.py"))
+        missing = isinstance(e, FileNotFoundError)
+        reason = "does not exist" if missing else "is not readable as UTF-8 text"
+        near = sorted(p.name for p in path.parent.glob("*.py") if p != path)
         advice = f"{path.parent}/ has: {', '.join(near)}" if near else "Give a file of assignments"
         raise UserError(
-            f"config file {path} is {reason}.{_suggestion(path.name, near)}\n{advice}."
+            f"config file {path} {reason}.{_suggestion(path.name, near)}\n{advice}."
         ) from None
     except (SyntaxError, ValueError) as e:
         line = getattr(e, "lineno", None) or 1
@@ -148,7 +176,9 @@ def parse_cli(
     Return (field name -> value of the keys in argv, path of the config file or None). Nothing is
     merged or validated yet.
     """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`
     parser = _Parser(
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only keys in argv are returned
@@ -193,16 +223,25 @@ def _parse_value(text: str, types: tuple[type, ...]) -> Any:
 
 
 def make_config(cls: type[T], *layers: Mapping[str, Any]) -> T:
-    """Return the dataclass with these settings. Later layers override earlier ones."""
-    return cls(**{name: value for layer in layers for name, value in layer.items()})
+    """Return the dataclass with these settings. Later layers override earlier ones.
+
+    Raise UserError if it has no such field: the layer is a manifest's.
+    """
+    values = {name: value for layer in layers for name, value in layer.items()}
+    if unknown := values.keys() - {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        raise UserError(
+            f"unknown in this version of nanococonut: {', '.join(sorted(unknown))}.\n"
+            "Use the version that wrote the checkpoint, or train again."
+        )
+    return cls(**values)
 
 
-def format_config(config: Any) -> str:
-    """Return the settings that differ from their defaults, wrapped at 80 columns."""
+def format_config(config: Any, unused: Iterable[str] = ()) -> str:
+    """Return the settings that are used and differ from their defaults, wrapped at 80 columns."""
     changed = [
         f"{f.name}={value!r}"
         for f in dataclasses.fields(config)
-        if (value := getattr(config, f.name)) != f.default
+        if (value := getattr(config, f.name)) != f.default and f.name not in unused
     ]
     text = " ".join(changed) or "all settings are the defaults"
     # a path stays in one piece

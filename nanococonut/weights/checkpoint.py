@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanococonut.config import TrainConfig
+from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
@@ -35,13 +36,23 @@ REQUIRED_KEYS = set(
 )
 # settings that may change when a run is resumed: its bits stay the same ...
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard"}
-RESUMABLE |= {"kernels", "graph"}  # ... but for rounding, as with another number of processes
+RESUMABLE |= {"kernels", "graph"}  # ... but for rounding and dropout, as with more processes
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _digest_examples(data: Data) -> str:
+    """Return the digest of what the examples say, in order, whatever the format of their file."""
+    sha = hashlib.sha256()
+    for split, examples in ({"train": data.train or []} | data.val).items():
+        for x in examples:
+            line = json.dumps([split, x["question"], x["steps"], x["answer"]])
+            sha.update(line.encode() + b"\n")
+    return sha.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -133,9 +144,11 @@ def write_atomic(
         _sync(folder.parent)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        saved = list_checkpoints(folder.parent)
+        advice = "Earlier ones are untouched: make room, then continue with --resume."
         raise UserError(
             f"the checkpoint {folder} could not be written: {e}.\n"
-            "Earlier ones are untouched: make room or choose another --out_dir, then --resume."
+            f"{advice if saved else 'Make room or choose another folder.'}"
         ) from None
 
 
@@ -171,7 +184,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        what = "holds no checkpoint" if path.is_dir() else "is not there"
+        what = "holds no checkpoint" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
@@ -193,7 +206,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raise UserError if it is damaged or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     if isinstance(manifest, dict) and manifest.get("format") == 1:
         raise UserError(
@@ -285,6 +298,11 @@ class RunDir:
                 f"--out_dir {path} is a checkpoint, not a run.\nGive the folder that contains it."
             )
         if config.resume:
+            if not list_checkpoints(self.path):
+                raise UserError(
+                    f"{path} holds no checkpoint to resume.\n"
+                    "Leave --resume out to start there, or give the --out_dir of a run."
+                )
             self.folder = resolve(self.path)
             self.manifest = verify(self.folder, resume=True)
             self._check_resumable(self.manifest["config"])
@@ -299,12 +317,33 @@ class RunDir:
         config = asdict(self.config)
         defaults = {f.name: f.default for f in fields(TrainConfig)}  # of options added since
         saved_config = defaults | saved_config
+        # the examples have a digest, except in old checkpoints: there the path has to do
+        free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
-            if key not in RESUMABLE and saved != config.get(key):
+            if key not in free and saved != config.get(key):
                 raise UserError(
                     f"{self.path} was trained with {key}={saved!r}, not {config.get(key)!r}.\n"
                     "Resume with the settings it started with, or use another --out_dir."
                 )
+
+    def load_data(self, skipped: list[str] | None = None) -> Data:
+        """Return the examples of this run; skipped: as in read_examples.
+
+        Raise UserError if a resumed run was trained on others.
+        """
+        # a branch on the hub may move, so a resumed run reads the commit it started with
+        revision = self.manifest.get("hub_commit") or self.config.hub_revision
+        data = load_data(replace(self.config, hub_revision=revision), skipped)
+        self.examples = _digest_examples(data)
+        if self.manifest.get("examples", self.examples) != self.examples:
+            paths = [p for p in (self.config.data, self.config.valid_data) if p]
+            raise UserError(
+                f"{self.path} was trained on other examples than those "
+                f"{'of ' + ' and '.join(paths) if paths else 'that are generated now'}.\n"
+                "Resume with the --data and --valid_data it started with (the path is free), "
+                "or use another --out_dir."
+            )
+        return data
 
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         """Load weights and moments. Return the saved TrainState's fields; {} for a new run."""
@@ -349,6 +388,7 @@ class RunDir:
             "config": asdict(self.config),
             "model": describe_model(model),
             "method": self.config.method,
+            "examples": self.examples,
             "device": str(next(model.parameters()).device),
             "threads": torch.get_num_threads(),
             "processes": self.dist.world,

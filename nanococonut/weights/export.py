@@ -101,7 +101,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
         CONFIG_NAME: _json(_config(model, tokenizer, manifest) | eos),
         "generation_config.json": _json(eos | {"pad_token_id": tokenizer.eos, "do_sample": False}),
         "README.md": _card(model, manifest),
-        **_tokenizer_files(tokenizer, model.config.block_size),
+        **_tokenizer_files(tokenizer, model.config),
     }
     weights = {
         f"transformer.{name}": (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
@@ -154,7 +154,7 @@ def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[
     return {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED_SETTINGS,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": model.config.vocab_size,
         **{key: getattr(model.config, field) for field, key in CONFIG_KEYS.items()},
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model.config.dropout),
         "tie_word_embeddings": True,
@@ -204,7 +204,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return pieces
 
 
-def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
+def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
     """Return file name -> text, such that AutoTokenizer gives the same ids as `tokenizer`."""
     ranks, letters = tokenizer.encoding._mergeable_ranks, _byte_letters()
     by_rank = sorted(ranks, key=ranks.__getitem__)
@@ -215,6 +215,7 @@ def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
     merges = [" ".join(map(spell, _last_merge(t, ranks))) for t in by_rank if len(t) > 1]
     vocab = {spell(token): ranks[token] for token in by_rank} | {EOS: tokenizer.eos}
     special = {EOS: tokenizer.eos, BOT: tokenizer.bot, EOT: tokenizer.eot, LATENT: tokenizer.latent}
+    special = {name: i for name, i in special.items() if i < config.vocab_size}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level["use_regex"] = True  # GPT-2's own pattern
@@ -231,10 +232,10 @@ def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
-            "model_max_length": max_length,
+            "model_max_length": config.block_size,
             "clean_up_tokenization_spaces": False,
             **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
-            "additional_special_tokens": [BOT, EOT, LATENT],
+            "additional_special_tokens": [name for name in special if name != EOS],
         },
     }
     return {name: _json(data) for name, data in files.items()}

@@ -37,6 +37,16 @@ def test_every_split_is_evaluated_as_trained(accuracy, split):
     assert fractions["Correct Label"] == row["value"]
 
 
+def test_all_fractions_are_shown_as_percentages(accuracy):
+    """The accuracy was shown as .97, the categories and rules next to it as 97.0%."""
+    code, out, _ = accuracy("--n=20", "--max_new_tokens=1")
+    assert code == 0
+    assert (
+        "\n      0%             nanococonut          accuracy, examples 20, thoughts 6 (0% .. "
+        in out
+    )
+
+
 def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
     code, out, err = accuracy("--data=prosqa_balanced", "--n=40", "--sweep", "--latent=3")
     assert (code, err) == (0, "")
@@ -65,7 +75,7 @@ def test_examples_of_a_file(accuracy, tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--data=prosqa_wide"], "prosqa_wide cannot be read"),
+        (["--data=prosqa_wide"], "prosqa_wide does not exist"),
         (["--sweep=maybe"], "sweep='maybe' has the wrong type"),
         (["--latent=-1"], "latent=-1"),
         (["--n=5", "--latent=150"], "does not fit"),
@@ -115,6 +125,25 @@ def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
         assert detail["generated_tokens"] == 6 + longest
         code, out, _ = script("--out_dir=run", "--seed=1", *more, script="sample.py")
         assert code == 0 and f", {longest} tokens" in out
+
+
+def test_unpadded_runs_are_asked_as_trained(accuracy, script, tmp_path):
+    """Both scripts asked with the most thoughts, also examples that had fewer in training."""
+    like_the_bundled(tmp_path / "run", config={"pad_latent_to_max": False, "max_new_tokens": 1})
+    code, out, _ = accuracy("--checkpoint=run", "--n=20")
+    detail = rows_of(out)[0]["detail"]
+    steps = {int(n): count for n, (_, count) in detail["by_steps"].items()}
+    assert code == 0 and detail["thoughts_taken"] == sum(n * c for n, c in steps.items()) / 20
+    _, out, _ = accuracy("--checkpoint=run", "--n=20", "--sweep")
+    taken = [row["detail"]["thoughts_taken"] for row in rows_of(out)]
+    assert taken == [0, 1, 2, *[detail["thoughts_taken"]] * 4]  # 2 or 3 steps
+    _, out, _ = accuracy("--checkpoint=run", "--n=20", "--latent=6")
+    assert rows_of(out)[0]["detail"]["thoughts_taken"] == 6
+    code, out, _ = script("--out_dir=run", "--seed=1", script="sample.py")
+    [example] = prosqa.generate(1, 1, prosqa.GraphConfig(13, 2, 3))
+    assert code == 0 and "up to 6 thoughts" in out and example["question"] in out
+    table = out[out.index("token 5") :].split("first token")[0]
+    assert len([line for line in table.splitlines() if "%" in line]) == len(example["steps"])
 
 
 def test_thoughts_that_a_method_never_had_are_noted(accuracy, tmp_path):

@@ -1,9 +1,10 @@
-"""bench/latency.py at a tiny size: results, providers wrong or missing."""
+"""bench/latency.py and throughput.py at a tiny size: results, providers wrong or missing."""
 
 import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def tiny():
 
     def make(**options):
         config = bench.LatencyConfig(checkpoint="random", device="cpu", **options)
-        return workload.load_model("random", CPU), config
+        return workload.load_model(config, CPU), config
 
     return make
 
@@ -189,22 +190,33 @@ def test_bug_of_ours_is_an_error(tiny, monkeypatch):
         baselines.drop_wrong(providers, found, missing, 8)
 
 
-def test_out_of_memory_leaves_a_case_out(latency, tiny, monkeypatch, tmp_path):
-    """Later cases are still measured."""
-    found, config = tiny(batches="1,2", contexts="16", tasks="", rounds=1, peers=False)
-    providers, _ = baselines.start(found, config)
-    time_case = bench.time_case
+def test_out_of_memory_is_no_crash():
+    for error in (
+        torch.OutOfMemoryError("x"),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+    ):
+        with workload.catch_oom(CPU) as failed:
+            raise error
+        assert failed
+    with pytest.raises(RuntimeError, match="other"), workload.catch_oom(CPU):
+        raise RuntimeError("another thing")
+    with workload.catch_oom(CPU) as failed:
+        pass
+    assert not failed
 
-    def fails_at_batch_1(case, *rest):
-        if case.batch == 1:
-            raise torch.OutOfMemoryError("x")
-        time_case(case, *rest)
 
-    monkeypatch.setattr(bench, "time_case", fails_at_batch_1)
-    results = bench.ResultWriter("latency", config, CPU, torch.float32)
-    left_out = bench.measure(bench.cases(config, providers, False), 1, found, results)
-    assert left_out == ["steps, batch 1, context 16: out of memory"]
-    assert {row["shape"].get("batch") for row in results.rows} == {2, None}
+def test_throughput_ends_when_no_longer_faster(script, tmp_path, monkeypatch):
+    argv = ["--task=gsm8k", "--rounds=2", "--max_batch=8", "--device=cpu"]
+    code, out, err = script(*argv, "--out=rows.jsonl", script="bench/throughput.py")
+    assert code == 0, err
+    rows, line = read_results(tmp_path / "rows.jsonl"), json.loads(out.splitlines()[-1])
+    batches = [row["shape"]["batch"] for row in tables.select(rows, path="thoughts")]
+    assert batches == [1, 2, 4, 8][: len(batches)] and len(rows) == 3 * len(batches)
+    assert {row["unit"] for row in rows} == {"questions/s"} and line["ended"]
+    monkeypatch.setattr(workload, "GPT2", replace(TINY, block_size=64))
+    code, _, err = script("--device=cpu", script="bench/throughput.py")
+    assert code == 2 and "the model has 64" in err
 
 
 @pytest.mark.slow

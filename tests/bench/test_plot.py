@@ -9,7 +9,7 @@ from helpers import ROOT
 from bench import plot
 from bench.common import tables
 from bench.common.results import ResultWriter, read_results
-from bench.latency import LatencyConfig
+from bench.common.workload import WorkloadOptions
 from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
@@ -18,15 +18,21 @@ OURS = "nanococonut"
 
 
 def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
-    """Return rows as bench/latency.py writes them."""
+    """Return rows as bench/latency.py and bench/throughput.py write them."""
     cpu, size = torch.device("cpu"), {"parameters": 124_000_000}
-    made = ResultWriter(bench, LatencyConfig(), cpu, torch.float32, shape=size)
+    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, shape=size)
     made.common["date"] = date
 
     def add(metric, provider, value, unit="ms", labels=None, **shape):
         value *= scale if unit == "ms" else 1
         made.add(metric, provider, [value], unit, labels=labels, **shape)
 
+    if bench == "throughput":
+        for batch in (1, 2, 4):
+            for i, path in enumerate(("thoughts", "chain", "direct")):
+                labels = {"task": "prosqa", "path": path}
+                add("throughput", OURS, batch * (3 - i), "questions/s", labels, batch=batch)
+        return made.rows
     for batch, context in ((1, 400), (1, 100), (8, 400), (1, 363)):
         at = dict(batch=batch, context=context)
         for metric, value in (("latent_step", 20), ("token_step", 30)):
@@ -64,7 +70,7 @@ def test_newest_run_of_a_machine_counts():
     other = [row | {"device": "NVIDIA H200"} for row in old]
     runs = tables.newest_runs(old + other, "latency")
     assert [run.rows[0]["device"] for run in runs][1:] == ["NVIDIA H200"]
-    assert tables.newest_runs(rows_of("training", "2026-01-01T00:00:00Z"), "latency") == []
+    assert tables.newest_runs(rows_of("throughput", "2026-01-01T00:00:00Z"), "latency") == []
 
 
 def test_latency_table_agrees_with_the_rows():
@@ -204,7 +210,16 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     row = plot.curve_of("run")
     assert row["name"] == "run" and row["validations"][0]["valid_accuracy"] == 0.9
-    assert [point[0] for point in row["points"]] == [50, 100, 119]
+    assert [point[0] for point in row["points"]][-3:] == [108, 114, 119]
+    for n in (1, 7):  # one point drew an empty picture
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        write(tmp_path / "run" / "metrics.jsonl", logged[:n])
+        assert [point[0] for point in plot.curve_of("run")["points"]] == list(range(1, n + 1))
+        code, _, err = script("--curve=run", f"--out=short{n}.png", script="bench/plot.py")
+        assert (code, err) == (0, "")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    code, _, err = script("--curve=run", "--out=none.png", script="bench/plot.py")
+    assert code == 2 and "no steps to draw" in err and not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(

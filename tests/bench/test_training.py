@@ -144,7 +144,7 @@ def test_released_code_gets_the_same_sequences(latent):
     "argv, message",
     [
         (["--repeats=0"], "repeats=0"),
-        (["--config=nowhere.py"], "nowhere.py is not there"),
+        (["--config=nowhere.py"], "nowhere.py does not exist"),
         (["--n_head=3"], "is not a multiple"),
         (["--latent=500"], "500 thoughts"),
         (["--released=."], "go together"),

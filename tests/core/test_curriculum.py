@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import forward, random_gpt
+from helpers import ROOT, forward, random_gpt
 from torch.nn import functional as F
 
 from nanococonut import coconut
@@ -15,15 +15,17 @@ from nanococonut.batch import (
     build_sequence,
     collate,
     max_length,
+    thought_targets,
     tokenize,
 )
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, schedule
-from nanococonut.data.examples import extract_answer
 from nanococonut.data.tasks import TASKS
+from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
+from nanococonut.tokenizer import Tokenizer
 
-EXAMPLE = TokenizedExample(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
-SHORT = TokenizedExample(question=[9], steps=[[3]], answer=[7])
+EXAMPLE = TokenizedExample([1, 2], [[3], [4, 5], [6]], [7, 8], thought_labels=[[3], [5], [6]])
+SHORT = TokenizedExample([9], [[3]], [7], thought_labels=[[3]])
 
 
 @pytest.fixture
@@ -81,6 +83,45 @@ def test_collate_pads_right_and_supervises_text(tokenizer, ids):
     assert batch.prefix.dtype == batch.targets.dtype == torch.int64
 
 
+def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
+    """Guards against a label of another step, and against labels of steps still written."""
+    c = Curriculum("coconut", max_latent_stage=3, final_thoughts=4)
+    expected = {0: [], 1: [[3]], 2: [[3], [5]], 3: [[3], [5], [6]], 4: [[3], [5], [6], []]}
+    for stage, labels in expected.items():
+        assert thought_targets(c, stage, EXAMPLE) == labels
+    assert thought_targets(c, 2, SHORT) == [[3], []]
+    assert thought_targets(replace(c, c_thought=2), 2, EXAMPLE) == [[3], [3], [5], [5]]
+    assert thought_targets(Curriculum("pause_as_thought"), 2, EXAMPLE) == []  # no latent steps
+    assert thought_targets(Curriculum("cot"), 2, EXAMPLE) == []
+    several = replace(EXAMPLE, thought_labels=[[3, 9], [5]])
+    batch = collate(c, [2, 1], [several, SHORT], tokenizer)
+    x = IGNORE
+    assert batch.thought_targets.tolist() == [[[3, 9], [5, x]], [[3, x], [x, x]]]
+    assert collate(c, [0], [EXAMPLE], tokenizer).thought_targets.shape == (1, 0, 0)
+
+
+def test_thought_targets_name_nodes_of_prosqa():
+    """Guards the layout that thought_loss relies on: a compact step ends in the node it reaches."""
+    task = TASKS["prosqa"]
+    words = Tokenizer.words(task.words())
+    raw = task.module.generate(3, 1)
+    for example, plain in zip(task.render(raw, "compact"), raw, strict=True):
+        labels = thought_targets(Curriculum("coconut"), 7, tokenize(words, example))
+        n = len(example["steps"])
+        reached = [f" {step.split()[1]}" for step in example["steps"]]
+        assert [words.decode(ids) for ids in labels[:n]] == reached
+        assert labels[n:] == [[]] * (6 - n) and reached[-1].strip() == example["answer"]
+        # all nodes that many steps away; a loop of its own, by node numbers
+        frontiers = task.module.frontiers(plain["question"])
+        frontier, seen = {plain["root"]}, {plain["root"]}
+        for ids in tokenize(words, example, frontiers).thought_labels:
+            frontier = {b for a, b in plain["edges"] if a in frontier} - seen
+            seen |= frontier
+            names = {" " + plain["idx_to_symbol"][node] for node in frontier}
+            assert {words.decode([t]) for t in ids} == names and len(ids) == len(names) > 0
+        assert reached[-1] in {" " + word for word in frontiers[n - 1].split()}
+
+
 def test_first_token_is_supervised_without_markers(tokenizer, ids):
     """Guards against a loss that never trains the first generated token."""
     batch = collate(Curriculum("no_cot"), [7, 7], [EXAMPLE, SHORT], tokenizer)
@@ -94,11 +135,40 @@ def test_schedules_equal_the_papers():
     gsm = Curriculum("coconut", c_thought=2, max_latent_stage=3)
     paper = schedule(gsm, epochs=50, epochs_per_stage=3, first_stage_epochs=6)
     assert paper == [Stage(0, 6), Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 35)]
-    released = schedule(gsm, epochs=25, epochs_per_stage=3, first_stage_epochs=0)
-    assert released == [Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 16)]
     assert schedule(gsm, epochs=4, epochs_per_stage=3) == [Stage(0, 3), Stage(1, 1)]
     for method in ("cot", "no_cot"):
         assert schedule(Curriculum(method), 50, 5) == [Stage(7, 50)]
+
+
+# args/*_coconut.yaml: c_thought, epochs_per_stage, max_latent_stage, resume, num_epochs
+RELEASED = {"prosqa": (1, 5, 6, 0, 50), "prontoqa": (1, 5, 6, 0, 50), "gsm8k": (2, 3, 3, 3, 25)}
+
+
+@pytest.mark.parametrize("task", RELEASED)
+def test_configs_follow_the_released_schedule(task):
+    """GSM8k's command trained 25 epochs; the release resumes at epoch 3 of 25."""
+    c_thought, epochs_per_stage, max_stage, resume, num_epochs = RELEASED[task]
+    file = ROOT / f"config/{task}.py"
+    # the last command in the docstring, if there is one, gives the released schedule
+    _, *commands = file.read_text().split('"""')[1].replace("\\\n", "").split("python train.py")
+    argv = (commands or [f"config/{task}.py"])[-1].split()
+    overrides, path = parse_cli(TrainConfig, argv, "", config_file=True)
+    config = make_config(TrainConfig, read_config_file(ROOT / path, TrainConfig), overrides)
+    curriculum = Curriculum.from_config(config)
+    stages = schedule(curriculum, config.epochs, config.epochs_per_stage, config.first_stage_epochs)
+    epochs = [stage.index for stage in stages for _ in range(stage.epochs)]
+    released = [epoch // epochs_per_stage for epoch in range(resume, num_epochs)]
+    assert epochs == [min(stage, max_stage + 1) for stage in released]
+    for epoch, stage in zip(epochs, released, strict=True):
+        n_thoughts = min(stage, max_stage) * c_thought
+        for n_steps in (
+            1,
+            3,
+            9,
+        ):  # dataset.py: skip the first `stage` steps, all in the final stage
+            n_skipped = min(n_steps, 10_000 if stage > max_stage else stage)
+            assert curriculum.plan(epoch, n_steps) == (n_skipped, n_thoughts)
+    assert (config.batch_size, config.learning_rate) == (4 * 32, 1e-4)
 
 
 def test_thoughts_at_inference_follow_the_stage():
@@ -143,22 +213,13 @@ def test_texts_are_tokenized_separately(tokenizer):
     assert tokenizer.decode(example.answer) == "### Tom is a lempus."
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("a\n### 2,125", "2125"), ("###  Tom is a lempus. ", "Tom is a lempus."), ("x # y # z", "z")],
-)
-def test_extract_answer_reads_after_the_last_hash(text, answer):
-    """Guards against a "#" in the chain, and against commas in numbers."""
-    assert extract_answer(text) == answer
-
-
 def test_methods_have_valid_rules():
     """Guards against a typo in METHODS, which would fall through to another rule."""
     for method in METHODS.values():
         assert method.drop_rule in ("none", "stage", "all", "tokens")
         assert method.n_thoughts_rule in ("none", "stage", "all")
         assert method.advance_by in ("stages", "epochs", "never")
-        assert method.thought_type in ("hidden", "soft", "projected", "pause", "")
+        assert method.thought_type in ("hidden", "soft", "projected", "fixed", "pause", "")
         assert (method.thought_type == "") == (method.n_thoughts_rule == "none")
 
 
@@ -196,7 +257,8 @@ LAYOUTS = {
         4: "1 2 B P P P E | 7 8 $",
     },
 }
-LAYOUTS["soft_thought"] = LAYOUTS["projected"] = LAYOUTS["coconut"]
+for name in ("soft_thought", "projected", "pause_multipass"):
+    LAYOUTS[name] = LAYOUTS["coconut"]
 CASES = [(method, stage) for method, stages in LAYOUTS.items() for stage in stages]
 
 
@@ -233,7 +295,7 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
     thought = METHODS[method].thought_type
     model = random_gpt(
         vocab_size=tokenizer.vocab_size,
-        thought=thought if thought in ("soft", "projected") else "hidden",
+        thought=thought if thought in ("soft", "projected", "fixed") else "hidden",
         soft_temperature=0.5,
         smear=True,
     )
@@ -251,6 +313,8 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
             new = h
         elif thought == "soft":
             new = (h @ model.wte.weight.T / 0.5).softmax(-1) @ model.wte.weight
+        elif thought == "fixed":
+            new = model.pause.weight[None]
         else:
             new = h + h @ model.project.weight.T + model.project.bias
         emb = torch.cat([emb, new], dim=1)
@@ -308,4 +372,7 @@ def test_ignored_options_change_nothing(tokenizer, method):
         assert changed == (name not in ignored), name
     assert ("soft_top_k" in ignored) == (method != "soft_thought")
     assert ("advance_at" in ignored) == (METHODS[method].advance_by == "never")
-    assert ignored - set(SETTINGS) <= {"soft_top_k", "soft_temperature", "advance_at"}
+    labels = thought_targets(Curriculum(method), 1, EXAMPLE)
+    assert ("thought_loss" in ignored) == ("thought_labels" in ignored) == (labels == [])
+    others = {"soft_top_k", "soft_temperature", "advance_at", "thought_loss", "thought_labels"}
+    assert ignored - set(SETTINGS) <= others

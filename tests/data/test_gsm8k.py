@@ -28,6 +28,14 @@ def test_parse_gsm8k_line():
     assert [example["answer"] for example in examples] == ["18", "2,125", "-0.5"]
 
 
+@pytest.mark.parametrize("bars", ["A || B: which? ||", "||x||| is? ||", "|| #### ||? || "])
+def test_question_may_hold_bars(bars):
+    """The question was cut at its first || and the rest became steps, without a word."""
+    example = parse_gsm8k_line(f"{bars}<<1+1=2>> #### 2")
+    question = bars.strip().removesuffix("||").strip()
+    assert example == {"question": question, "steps": ["<<1+1=2>>"], "answer": "2"}
+
+
 def test_any_example_survives_as_a_line():
     """Digits and dots must not be taken for marks."""
     for _ in range(50):

@@ -61,6 +61,15 @@ def test_export_loads_back_unchanged(exported):
         assert torch.equal(p, back.state_dict()[name]), name
 
 
+def test_export_of_cot_has_no_special_tokens(tmp_path, gpt2):
+    """config.json said 50,260 tokens whatever the model had: transformers refused the weights."""
+    model = save_random_run(tmp_path / "run", gpt2, "cot", 0)
+    folder = export(tmp_path / "run", tmp_path / "hf")
+    theirs = auto("AutoModelForCausalLM", folder)
+    assert theirs.config.vocab_size == 50257 == len(auto("AutoTokenizer", folder))
+    assert logit_error(theirs.eval(), model) < 1e-5
+
+
 STRANGE = [
     "", " ", "\n\n", "  two  spaces ", "Zoë ate 3.5 ☃.", "tab\there", "x\u00a0y\u2003z\u3000",
     "xlempusx", "don't I'LL 'S",
@@ -179,7 +188,7 @@ def test_word_level_vocabulary_is_refused(tmp_path, tokenizer):
     assert str(error.value).count("\n") == 1 and not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("method", ["soft_thought", "projected"])
+@pytest.mark.parametrize("method", ["soft_thought", "projected", "pause_multipass"])
 def test_soft_and_projected_thoughts_are_refused(tmp_path, tokenizer, method):
     """The card's loop would feed back hidden states instead."""
     save_random_run(tmp_path / "run", tokenizer, method, thought=METHODS[method].thought_type)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nanococonut
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.setup import init_model
@@ -107,6 +108,38 @@ def test_special_tokens_start_as_released_code(tmp_path):
     wte = load_gpt2(tmp_path, vocab_size=50260).wte.weight
     assert wte[50257:].equal(wte[16791].expand(3, -1)) and not wte[16790].equal(wte[16791])
     assert len(load_gpt2(tmp_path).wte.weight) == 50257
+
+
+TINY = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, c_thought=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_special_rows_exist_only_if_used(method):
+    """They took part in the softmax of CoT, No-CoT and others; the released code has 50,257."""
+    config = TrainConfig(method=method, **TINY)
+    without = ("cot", "no_cot", "icot", "coconut_no_thought")
+    n = 50257 if method in without else 50260
+    assert init_model(config, gpt2_tokenizer()).config.vocab_size == n
+
+
+def test_coconut_after_cot_copies_the_special_rows(tmp_path):
+    """They were made when CoT started, so they had drifted from "<<" when Coconut did."""
+    gpt2 = gpt2_tokenizer()
+    cot = save_random_run(tmp_path / "cot", gpt2, "cot", n_thoughts=0)
+    config = TrainConfig(init_from=str(tmp_path / "cot"), block_size=96)
+    for path in (tmp_path / "cot", export(tmp_path / "cot", tmp_path / "hf")):
+        wte = init_model(replace(config, init_from=str(path)), gpt2).wte.weight
+        assert wte[:50257].equal(cot.wte.weight) and wte[50257:].equal(wte[16791].expand(3, -1))
+    coconut = save_random_run(tmp_path / "coconut", gpt2)
+    config = replace(config, init_from=str(tmp_path / "coconut"), method="no_cot")
+    assert init_model(config, gpt2).wte.weight.equal(coconut.wte.weight[:50257])
+
+
+def test_word_level_model_has_all_special_rows(tokenizer):
+    """The results of small models were made with them: without, they could not be repeated."""
+    for method in METHODS:
+        model = init_model(TrainConfig(method=method, tokenizer="words", **TINY), tokenizer)
+        assert model.config.vocab_size == tokenizer.vocab_size
 
 
 def released(theirs):
@@ -220,6 +253,28 @@ def test_config_of_another_model_is_refused(tmp_path, theirs, change, words):
         load_gpt2(file.parent)
 
 
+def test_folder_with_another_file_names_that_file(tmp_path, theirs):
+    """A folder with pytorch_model.bin alone was refused without a word of how to give it."""
+    folder = tmp_path / "theirs"
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save({}, folder / "training_args.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="Give its file: ") as e:
+        resolve_weights(str(folder))
+    file = str(e.value).rpartition(": ")[2]
+    assert load_gpt2(resolve_weights(file)).config.n_layer == 3
+    (folder / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(UserError, match="one such file"):  # which one?
+        resolve_weights(str(folder))
+
+
+def test_config_json_with_byte_order_mark_is_read(tmp_path, theirs):
+    """An editor on Windows adds one: the folder held "no GPT-2"."""
+    file = tmp_path / "theirs" / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_gpt2(file.parent).config.n_layer == 3
+
+
 def test_file_without_config_is_refused(tmp_path, theirs):
     """Tensors do not show the number of heads; a guess would give wrong logits."""
     alone = shutil.copy(tmp_path / "theirs/model.safetensors", tmp_path / "alone.safetensors")
@@ -276,11 +331,12 @@ def test_offline_error_names_three_ways_on(cache, monkeypatch):
         "no weights of 'gpt2-xl'",
         str(cache),
         "ConnectionError",
-        "--init_from",
+        "Give a folder",
         "hf download openai-community/gpt2-xl config.json model.safetensors",
         "prosqa_small",
     ):
         assert words in text
+    assert "--init_from" not in text  # load_pretrained() may have been called
 
 
 def test_only_the_two_files_are_downloaded(cache, monkeypatch, tmp_path):
@@ -380,22 +436,24 @@ def test_training_continues_from_a_run(tmp_path, tokenizer, smear):
     assert torch.equal(model.eval()(idx), saved(idx))
 
 
-def test_extra_modules_are_dropped_or_refused(tmp_path, tokenizer, capsys):
+@pytest.mark.parametrize("own", ["projected", "pause_multipass"])
+def test_extra_modules_are_dropped_or_refused(tmp_path, tokenizer, capsys, own):
     """A stop classifier never changed the output, so it is dropped; a projection did."""
     saved = save_random_run(tmp_path / "stop", tokenizer, stop=True)
-    save_random_run(tmp_path / "map", tokenizer, "projected", thought="projected")
+    save_random_run(tmp_path / "map", tokenizer, own, thought=METHODS[own].thought_type)
     idx = torch.randint(tokenizer.vocab_size, (2, 30))
-    for method in ("cot", "pause", "soft_thought", "projected"):
+    for method in ("cot", "pause", "soft_thought", own):
         base = TrainConfig(tokenizer="words", block_size=96, method=method)
         config = replace(base, init_from=str(tmp_path / "stop"))
         assert torch.equal(init_model(config, tokenizer).eval()(idx), saved(idx))
         assert "stop classifier is left out" in capsys.readouterr().out
         config = replace(base, init_from=str(tmp_path / "map"))
-        if method == "projected":
-            assert init_model(config, tokenizer).project.weight.abs().max() > 0
+        if method == own:
+            loaded = init_model(config, tokenizer)
+            assert (loaded.project or loaded.pause).weight.abs().max() > 0
             continue
         with pytest.raises(
-            UserError, match=r"trained by --method=projected.*\nContinue with"
+            UserError, match=rf"trained by --method={own}.*\nContinue with"
         ) as error:
             init_model(config, tokenizer)
         assert str(error.value).count("\n") == 1
@@ -465,4 +523,7 @@ def test_train_py_continues_from_run_and_export(script, tmp_path):
         code, _, err = script("tiny.py", "--n_embd=64", *argv)  # the checkpoint's size counts
         assert (code, err) == (0, "")
         for key, p in checkpoint.load(f"from_{name}")[0].state_dict().items():
+            if key == "wte.weight":
+                assert (len(p), len(first[key])) == (50260, 50257)
+                p = p[:50257]
             torch.testing.assert_close(p, first[key], rtol=0, atol=1e-6)
