@@ -216,7 +216,7 @@ def _from_hub(name: str) -> Path:
         except Exception as e:  # the hub raises whatever its HTTP client raises
             raise WeightsUnavailable(
                 f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
-                f"({type(e).__name__}).\nUse --init_from=FOLDER, made elsewhere by `hf download "
+                f"({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
                 f"{repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from scratch "
                 "(config/prosqa_small.py)."
             ) from None
