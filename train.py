@@ -192,6 +192,7 @@ def main() -> None:
     # ---- save, and report
     save()
     loader.close()
+    run.close()
     if stopping:
         print(f"stopped at step {state.step}, saved in {run.path}; continue with --resume")
         sys.exit(interrupt.exit_code)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.lock import lock_folder
 from nanococonut.runtime.provenance import provenance
 from nanococonut.tokenizer import Tokenizer
 
@@ -56,7 +58,13 @@ def _digest_examples(data: Data) -> str:
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    is_dir = path.is_dir()
+    try:
+        fd = os.open(path, os.O_RDONLY if is_dir else os.O_RDWR)  # Windows syncs no read-only file
+    except PermissionError:
+        if is_dir:  # Windows opens no folder
+            return
+        raise
     try:
         os.fsync(fd)
     finally:
@@ -175,7 +183,10 @@ def save(
         write_atomic(folder, gather_tensors(model, optimizers), manifest | {"step": step})
     for old in list_checkpoints(run)[:-2]:  # two, in case the run went wrong at the last one
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # Windows renames no folder that is being read
+                old.rename(old.with_name(f".{old.name}.partial"))  # never half a checkpoint
+    for partial in run.glob(".step_*.partial"):  # also of runs that were killed
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -286,8 +297,9 @@ def describe_model(model: GPT) -> dict[str, Any]:
 class RunDir:
     """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
 
-    Opening writes nothing, so a run that is refused later leaves no folder. With config.resume,
-    `manifest` is the newest checkpoint's, else {}.
+    Opening makes no folder, so a run that is refused later leaves none. One that exists is locked,
+    until close() or the end of the process. With config.resume, `manifest` is the newest
+    checkpoint's, else {}.
     """
 
     def __init__(self, path: str | Path, config: TrainConfig, dist: Distributed) -> None:
@@ -295,10 +307,13 @@ class RunDir:
         self.path, self.config, self.dist = Path(path), config, dist
         self.metrics_path = self.path / "metrics.jsonl"
         self.manifest: dict[str, Any] = {}
+        self._lock: IO[str] | None = None
         if (self.path / MANIFEST).is_file():
             raise UserError(
                 f"--out_dir {path} is a checkpoint, not a run.\nGive the folder that contains it."
             )
+        if self.path.is_dir():
+            self._claim()
         if config.resume:
             if not list_checkpoints(self.path):
                 raise UserError(
@@ -308,11 +323,30 @@ class RunDir:
             self.folder = resolve(self.path)
             self.manifest = verify(self.folder, resume=True)
             self._check_resumable(self.manifest["config"])
-        elif checkpoints := list_checkpoints(self.path):
+
+    def _claim(self) -> None:
+        """Lock the folder. Raise UserError if another process has, or if it holds another run."""
+        if self.dist.is_master and self._lock is None:
+            try:
+                self._lock = lock_folder(self.path)
+            except OSError as e:
+                raise self._unwritable(e) from None
+        checkpoints = list_checkpoints(self.path)
+        if checkpoints and not self.config.resume:
             raise UserError(
-                f"{path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
+                f"{self.path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
                 "Continue it with --resume, or choose another --out_dir."
             )
+
+    def close(self) -> None:
+        """End the lock."""
+        if self._lock:
+            self._lock.close()
+
+    def _unwritable(self, e: OSError) -> UserError:
+        return UserError(
+            f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
+        )
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if a setting differs from those the run started with."""
@@ -365,17 +399,17 @@ class RunDir:
             return open(os.devnull, "w")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines(True) if path.exists() else []
+            self._claim()  # if the folder is new; another process may have made it meanwhile
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            lines = text.splitlines(True)
             if lines and not self.manifest:  # of a run killed before its first save: moved aside
                 path.replace(self.path / "metrics.before.jsonl")
             # steps that a killed run logged after its last save will be logged again
             kept = [x for x in lines if x.endswith("\n") and logged_step(x) <= step]
             replace_text(path, "".join(kept) if self.manifest else "")
-            return path.open("a")
+            return path.open("a", encoding="utf-8")
         except OSError as e:
-            raise UserError(
-                f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
-            ) from None
+            raise self._unwritable(e) from None
 
     def save(
         self, model: GPT, optimizers: Sequence[Optimizer], step: int, manifest: dict[str, Any]

@@ -133,7 +133,7 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
         (["--rounds=0"], "rounds=0"),
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
-        (["--checkpoint=nowhere"], "is not there"),
+        (["--checkpoint=nowhere"], "does not exist"),
         (["--out=nowhere/rows.jsonl"], "folder does not exist"),
         (["--contexts=9000", "--tasks=", "--peers=False"], "nothing fits"),
     ],

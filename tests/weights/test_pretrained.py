@@ -127,9 +127,8 @@ def test_coconut_after_cot_copies_the_special_rows(tmp_path):
     gpt2 = gpt2_tokenizer()
     cot = save_random_run(tmp_path / "cot", gpt2, "cot", n_thoughts=0)
     config = TrainConfig(init_from=str(tmp_path / "cot"), block_size=96)
-    for path in (tmp_path / "cot", export(tmp_path / "cot", tmp_path / "hf")):
-        wte = init_model(replace(config, init_from=str(path)), gpt2).wte.weight
-        assert wte[:50257].equal(cot.wte.weight) and wte[50257:].equal(wte[16791].expand(3, -1))
+    wte = init_model(config, gpt2).wte.weight
+    assert wte[:50257].equal(cot.wte.weight) and wte[50257:].equal(wte[16791].expand(3, -1))
     coconut = save_random_run(tmp_path / "coconut", gpt2)
     config = replace(config, init_from=str(tmp_path / "coconut"), method="no_cot")
     assert init_model(config, gpt2).wte.weight.equal(coconut.wte.weight[:50257])
@@ -160,6 +159,90 @@ def test_released_checkpoint_loads(tmp_path, theirs, prefix):
 class Bomb:
     def __reduce__(self):
         return (os.mkdir, ("exploded",))
+
+
+def save_nanogpt(file, theirs, prefix="", bias=True, **more):
+    """Write this GPT-2 as nanoGPT's train.py does: linears as nn.Linear, masks, a tied head."""
+    state = {}
+    for name, p in theirs.state_dict().items():
+        is_conv1d = name.endswith(pretrained.CONV1D_WEIGHTS)
+        if bias or not name.endswith(".bias"):
+            state[prefix + name] = p.t() if is_conv1d else p
+    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+    c = theirs.config
+    args = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "dropout": 0.1}
+    args |= {"block_size": c.n_positions, "vocab_size": c.vocab_size, "bias": bias}
+    saved = {"model": state, "model_args": args, "optimizer": {"state": {}}, "iter_num": 7}
+    torch.save(saved | {"best_val_loss": torch.tensor(3.2), "config": {"lr": 0.1}} | more, file)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_checkpoint_equals_transformers(tmp_path, theirs, prefix, bias):
+    """ckpt.pt was "not a state dict of names and tensors", or asked for a config.json."""
+    if not bias:
+        for name, p in theirs.named_parameters():
+            p.data.mul_(not name.endswith(".bias"))
+    save_nanogpt(tmp_path / "ckpt.pt", theirs, prefix, bias)
+    ours = nanococonut.load_pretrained(str(tmp_path / "ckpt.pt"))
+    assert logit_error(theirs, ours) < 1e-5
+    with pytest.raises(UserError, match=r"Give its file: .*ckpt\.pt"):
+        resolve_weights(str(tmp_path))
+
+
+@torch.no_grad()
+def test_padded_vocabulary_of_nanogpt_is_cut(tmp_path):
+    """nanoGPT trains 50,304 tokens, which fit neither GPT-2's nor our vocabulary."""
+    theirs = transformers_gpt2((50304, 16, 1, 1, 4))
+    save_nanogpt(tmp_path / "ckpt.pt", theirs)
+    wte = theirs.transformer.wte.weight
+    for method, n in (("cot", 50257), ("coconut", 50260)):
+        config = TrainConfig(method=method, init_from=str(tmp_path / "ckpt.pt"), block_size=16)
+        ours = init_model(config, gpt2_tokenizer()).eval()
+        idx = torch.randint(50257, (2, 16))
+        torch.testing.assert_close(ours(idx)[..., :50257], theirs(idx).logits[..., :50257])
+        assert ours.wte.weight[50257:].equal(wte[16791].expand(n - 50257, -1))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"config": Bomb()}, "nothing else is unpickled"),
+        ({"model": None}, "not a state dict of names and tensors"),
+        ({"model_args": [3]}, "no valid block_size, n_layer"),
+        ({"model_args": {"n_layer": 3, "n_head": 2, "n_embd": 128}}, "no valid block_size"),
+    ],
+)
+def test_bad_nanogpt_checkpoint_is_refused(tmp_path, monkeypatch, theirs, change, words):
+    """A file from the internet must neither run code nor end in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    save_nanogpt(tmp_path / "ckpt.pt", theirs, **change)
+    with pytest.raises(UserError, match=words) as error:
+        load_gpt2(tmp_path / "ckpt.pt")
+    assert str(error.value).count("\n") == 1 and not (tmp_path / "exploded").exists()
+
+
+def test_sharded_safetensors_are_read(tmp_path, theirs):
+    """transformers writes large models in several files: the folder had "no model.safetensors"."""
+    folder = tmp_path / "shards"
+    theirs.save_pretrained(folder, max_shard_size="200KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    for path in (folder, folder / "model.safetensors.index.json"):
+        assert logit_error(theirs, nanococonut.load_pretrained(str(path))) < 1e-5
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        load_gpt2(resolve_weights(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "index", [3, {}, {"weight_map": {}}, {"weight_map": {"a": "../b"}}, {"weight_map": {"a": 1}}]
+)
+def test_bad_index_of_shards_is_refused(tmp_path, index):
+    """An index must name files of its own folder only."""
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="names no files"):
+        load_gpt2(resolve_weights(str(tmp_path)))
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda x, file: file.write_bytes(pickle.dumps(x))])
