@@ -146,6 +146,8 @@ def write_atomic(
         digests = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for name in files:
+            shutil.copymode(temporary / MANIFEST, temporary / name)  # safetensors writes 0600
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)  # before the rename: a power cut must not leave an empty file of that name
         os.rename(temporary, folder)
