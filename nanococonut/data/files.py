@@ -96,7 +96,7 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
 def parse_gsm8k_line(line: str) -> Example:
     """Return the example on a line of GSM8k-Aug text.
 
-    The answer keeps its commas; extract_answer drops them when answers are compared.
+    The answer keeps its commas; examples.is_correct ignores those of numbers.
     """
     solved, mark, answer = line.rpartition("####")
     question, bars, steps = (solved or answer).rpartition("||")  # a question may hold others
@@ -175,3 +175,5 @@ def _load_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg})") from e
+    except RecursionError:
+        raise ValueError("not JSON (nested too deeply)") from None

@@ -14,13 +14,14 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 import re
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
-from nanococonut.data.search import children_of, distances, parents_of
+from nanococonut.data.search import children_of, distances, parents_of, reachable
 from nanococonut.data.seeds import rng_from_seed
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
@@ -325,12 +326,8 @@ def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
     graphs = []
     for example in examples:
         edges, *query = graph_of(example)
-        nodes = dict.fromkeys([v for e in (*edges, query) for v in e])  # may be any numbers
-        number = {v: i for i, v in enumerate(nodes)}
-        marks = [0] * len(number)
-        for bit, node in enumerate(query):
-            marks[number[node]] += 1 << bit
-        graphs.append(([(number[a], number[b]) for a, b in edges], marks))
+        marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
+        graphs.append(isomorphism.marked_graph(edges, marks))
     return isomorphism.graph_keys(graphs)
 
 
@@ -394,6 +391,57 @@ def solve(question: str) -> str | None:
     parents = parents_of(edges)
     correct = {option for option in options if entity in distances(parents, option)}
     return f"{entity} is a {correct.pop()}." if len(correct) == 1 else None
+
+
+def twin(example: Example) -> Example | None:
+    """Return the same facts and options asked about the other root; the other option is right.
+
+    One word of the question differs. None if no other name leads to the other option alone.
+    """
+    edges, entity, options = parse_question(example["question"])
+    target = parse_sentence(example["answer"])[1]
+    option = options[options[0] == target]
+    steps = {name: reachable(edges, name) for name, _ in edges if name[0].isupper()}
+    others = [name for name in steps if option in steps[name] and target not in steps[name]]
+    if not others or entity in others:
+        return None
+    # a third name can lead there too: the generator's root, else the one farthest away
+    symbols, root = example.get("idx_to_symbol", []), example.get("root")
+    other = max(others, key=lambda name: steps[name][option])
+    if root in (0, 1) and symbols[1 - root] in others:  # type: ignore
+        other = symbols[1 - root]  # type: ignore
+    parents, path = parents_of(edges), [option]
+    while path[-1] != other:
+        path.append(min(parents[path[-1]], key=lambda node: steps[other].get(node, FAR)))
+    facts, _, query = example["question"].rpartition(" Is ")
+    changes: dict[str, Any] = {
+        "question": f"{facts} Is {query.replace(entity, other, 1)}",
+        "answer": _sentence(other, option),
+        "steps": [_sentence(*edge) for edge in pairwise(path[::-1])],
+    }
+    if "root" in example:
+        changes |= {"root": symbols.index(other), "target": example["neg_target"]}  # type: ignore
+        changes |= {"neg_target": example["target"]}  # type: ignore
+    return {**example, **changes}  # type: ignore[typeddict-item]
+
+
+def reworded(example: Example) -> str | None:
+    """Return the question with two other options, of which the entity leads to one.
+
+    The search is the same, the answer another word. A twin of the example gets the same options;
+    None if the graph has none.
+    """
+    edges, entity, options = parse_question(example["question"])
+    steps = {name: reachable(edges, name) for name, _ in edges if name[0].isupper()}
+    roots = {node: {name for name in steps if node in steps[name]} for _, node in edges}
+    new = []
+    for old in options:
+        same = [n for n in roots if n not in options and roots[n] == roots.get(old)]
+        if not same:
+            return None
+        new.append(max(same, key=lambda n: (min(steps[name][n] for name in roots[n]), n)))
+    facts = example["question"].rpartition(" Is ")[0]
+    return f"{facts} Is {entity} a {new[0]} or {new[1]}?"
 
 
 # ---- compact style: "Every p is a c." is " p c.", the question "? Tom? A? B", a step " p c", the

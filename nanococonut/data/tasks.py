@@ -13,7 +13,7 @@ import numpy as np
 
 from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
-from nanococonut.data.examples import Example
+from nanococonut.data.examples import Example, parse_object
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
 from nanococonut.runtime.errors import UserError
@@ -49,6 +49,26 @@ class Task:
     def solve(self, question: str) -> str | None:
         """Return the correct answer by search, or None if there is none."""
         return self.module.solve(question) if self.splits else None
+
+    def twin(self, example: Example) -> Example | None:
+        """Return a question that differs in one thing, so that its answer does; None if unknown.
+
+        An example of a user's file may hold it as "twin": an object like the example. A ValueError
+        says what is wrong with it.
+        """
+        if "twin" in example:
+            return parse_object(example["twin"])
+        try:
+            return self.module.twin(example) if self.splits else None
+        except UserError:  # an example of another kind
+            return None
+
+    def reworded(self, example: Example) -> str | None:
+        """Return a question that needs the same search and has another answer; None if unknown."""
+        try:
+            return self.module.reworded(example) if self.splits else None
+        except UserError:
+            return None
 
     def render_question(self, question: str, style: str) -> str:
         """Return the question as a model reads it: "sentences" and a newline, or "compact"."""

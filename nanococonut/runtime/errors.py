@@ -21,3 +21,8 @@ def run_main(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `| head` closed the pipe; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as e:  # a path that is too long, without permission, on a disk that is gone
+        if e.filename is None:
+            raise
+        print(f"error: {e.filename} cannot be used: {e.strerror}.", file=sys.stderr)
+        sys.exit(2)

@@ -75,7 +75,13 @@ def _random(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) ->
     sizes = {name: getattr(config, name) for name in names}
     # smear tells the order of tokens already
     sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
-    return GPT(GPTConfig(vocab_size=count_tokens(config, tokenizer), **sizes, **extra))
+    try:
+        return GPT(GPTConfig(vocab_size=count_tokens(config, tokenizer), **sizes, **extra))
+    except RuntimeError as e:  # of the allocator
+        raise UserError(
+            f"the model cannot be made: {str(e).splitlines()[0]}\n"
+            "Lower --n_embd, --n_layer or --block_size."
+        ) from None
 
 
 def _pretrained(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanococonut.curriculum import METHODS
+from nanococonut.data.files import read_examples
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import BOT, EOS, EOT, LATENT, Tokenizer
@@ -32,7 +34,7 @@ from nanococonut.weights.pretrained import (
 
 # sizes and initialization; any other field of GPTConfig makes a model that transformers lacks
 GPT2_FIELDS = {*CONFIG_KEYS, "vocab_size", "dropout", "wte_init_std", "wpe_init_std"}
-EXAMPLES = {  # task -> the question in the card's program
+EXAMPLES = {  # task -> the question in the card's program, for a run without a file of its own
     "prosqa": "Tom is a terpus. Sam is a gorpus. Every terpus is a lempus. "
     "Every gorpus is a zumpus. Is Tom a lempus or zumpus?",
     "prontoqa": "Max is a vumpus. Every vumpus is a lempus. Lempuses are not windy. Each impus is "
@@ -137,6 +139,7 @@ def _write(folder: Path, weights: dict[str, Tensor], texts: dict[str, str]) -> N
         save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        shutil.copymode(temporary / CONFIG_NAME, temporary / WEIGHTS_NAME)  # safetensors: 0600
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -175,13 +178,24 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
         "commit": manifest.get("trained_with", manifest)["commit"],  # a bundled run has two commits
         "slots": "pauses" if has_pauses else "thoughts",
         "n_params": model.n_params(),
-        "question": EXAMPLES[config["task"]] + "\n",  # never compact: that needs a word vocabulary
+        "question": _question(config) + "\n",  # never compact: that needs a word vocabulary
         "prompt": " if the prompt holds its pauses and their markers" if pauses else "",
         "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
         "max_new_tokens": config["max_new_tokens"],
     }
+    if n and not config["pad_latent_to_max"]:
+        how += "\nIn training, examples with fewer steps had fewer {slots}."
     values |= {"how": how.format(**values), "program": program.format(**values)}
     return CARD.format(**values)
+
+
+def _question(config: dict[str, Any]) -> str:
+    """Return a question as the model was trained on: of its file, if that is still there."""
+    if path := config["valid_data"] or config["data"]:
+        with suppress(UserError):
+            return read_examples(path)[0]["question"]
+        return "a question, written as in the training data"
+    return EXAMPLES[config["task"]]
 
 
 # ---- GPT-2's tokenizer, from tiktoken's table of ranks

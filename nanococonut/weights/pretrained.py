@@ -217,7 +217,7 @@ def _from_hub(name: str) -> Path:
         except Exception as e:  # the hub raises whatever its HTTP client raises
             raise WeightsUnavailable(
                 f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
-                f"({type(e).__name__}).\nUse --init_from=FOLDER, made elsewhere by `hf download "
+                f"({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
                 f"{repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from scratch "
                 "(config/prosqa_small.py)."
             ) from None
@@ -240,7 +240,7 @@ def _read(path: Path) -> Weights:
         tensors = _rename(state)
         settings = _read_config(file.with_name(CONFIG_NAME))
         sizes = _read_sizes(settings, CONFIG_KEYS)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
     config = GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes)
     ours = settings.get("nanococonut")  # in an export

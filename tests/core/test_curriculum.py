@@ -20,7 +20,6 @@ from nanococonut.batch import (
 )
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, schedule
-from nanococonut.data.examples import extract_answer
 from nanococonut.data.tasks import TASKS
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.tokenizer import Tokenizer
@@ -212,15 +211,6 @@ def test_texts_are_tokenized_separately(tokenizer):
     assert tokenizer.decode(example.question) == "Tom is.\n"
     assert [tokenizer.decode(s) for s in example.steps] == ["Tom is a lempus.\n"]
     assert tokenizer.decode(example.answer) == "### Tom is a lempus."
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("a\n### 2,125", "2125"), ("###  Tom is a lempus. ", "Tom is a lempus."), ("x # y # z", "z")],
-)
-def test_extract_answer_reads_after_the_last_hash(text, answer):
-    """Guards against a "#" in the chain, and against commas in numbers."""
-    assert extract_answer(text) == answer
 
 
 def test_methods_have_valid_rules():

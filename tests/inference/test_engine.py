@@ -147,6 +147,13 @@ def test_sampling_follows_the_softmax_and_its_seed():
         generate(model, *args, temperature=-1.0)
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-30, 1e-44, 1e-320])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    """Logits over such a number are infinite, and the tokens were garbage."""
+    args = random_gpt(dtype=torch.float32), [[3, 7, 1], [4]], 2, [EOT], EOS, 9
+    assert generate(*args, temperature=temperature).tokens == generate(*args).tokens
+
+
 def engine_with_graphs(model, max_graphs=24) -> Engine:
     """Return the engine as on a GPU, with fake graphs."""
     engine = Engine(model)

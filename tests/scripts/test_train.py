@@ -276,6 +276,48 @@ def test_trains_on_a_file_of_examples(train, tiny):
     assert manifest["step"] == 6  # two steps of 16 and 14 rows, three epochs
 
 
+def test_resume_knows_the_examples_not_their_path(train, tiny):
+    """Other examples at the same path were trained on; the same at another path were refused."""
+    flags = [tiny, "--out_dir=run", "--resume"]
+    examples = prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3))
+    write_examples("a.json", examples)
+    train(tiny, "--out_dir=run", "--data=a.json", "--max_steps=2")
+    # the same examples without their graphs, in another place and format
+    keys = ("question", "steps", "answer")
+    lines = [json.dumps({k: x[k] for k in reversed(keys)}) + "\n" for x in examples]
+    Path("b.jsonl").write_text("".join(lines))
+    code, _, err = train(*flags, "--data=b.jsonl", "--max_steps=4")
+    assert (code, err) == (0, "")
+    assert train(tiny, "--out_dir=whole", "--data=a.json", "--max_steps=4")[0] == 0
+    assert digests("run") == digests("whole")
+    assert checkpoint.read_manifest(checkpoint.resolve("run"))["config"]["data"] == "b.jsonl"
+
+    Path("a.json").unlink()
+    write_examples("a.json", [examples[1], examples[0], *examples[2:]])  # another order
+    for data in (["--data=a.json"], []):
+        code, _, err = train(*flags, *data)
+        assert code == 2 and "was trained on other examples" in err and err.count("\n") == 2
+    assert digests("run") == digests("whole")
+
+    manifest = checkpoint.resolve("run") / "manifest.json"  # as one of an older version
+    old = json.loads(manifest.read_text())
+    del old["examples"]
+    manifest.write_text(json.dumps(old))
+    code, _, err = train(*flags, "--data=a.json")
+    assert code == 2 and "data='b.jsonl'" in err
+    assert train(*flags, "--data=b.jsonl", "--max_steps=5")[0] == 0
+    assert "examples" in checkpoint.read_manifest(checkpoint.resolve("run"))
+
+
+def test_resume_refuses_another_generator(train, tiny, monkeypatch):
+    """A version that generates other examples went on with them without a word."""
+    train(tiny, "--out_dir=run", "--max_steps=2")
+    generate = prosqa.generate
+    monkeypatch.setattr(prosqa, "generate", lambda *a, **k: generate(*a, **k)[::-1])
+    code, _, err = train(tiny, "--out_dir=run", "--resume")
+    assert code == 2 and "that are generated now" in err and err.count("\n") == 2
+
+
 def test_trains_on_a_task_of_your_own(train, tiny):
     """Sums: words outside the vocabulary, no graphs, no shortcut rules, no validation file."""
     sums = [(a, b) for a in range(6) for b in range(5)]
