@@ -342,7 +342,6 @@ def test_tensors_of_wrong_shape_are_refused(tmp_path, theirs, key, tensor, words
         ({"n_head": 3}, "3 heads"),
         ({"n_head": None}, "no valid n_head"),
         ({"n_layer": 10**30}, "no valid n_layer"),
-        ({"n_embd": 999_998}, "allocate memory"),
         ({"n_embd": True}, "no valid n_embd"),
     ],
 )
@@ -352,6 +351,18 @@ def test_config_of_another_model_is_refused(tmp_path, theirs, change, words):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=re.escape(words)):
         load_gpt2(file.parent)
+
+
+def test_sizes_beyond_the_memory_are_refused(tmp_path, theirs, monkeypatch):
+    """A config.json of absurd sizes ended in a traceback of torch's allocator."""
+
+    def full(config):
+        raise RuntimeError("can't allocate memory\nframe #0: c10")
+
+    monkeypatch.setattr(pretrained, "GPT", full)
+    with pytest.raises(UserError, match="holds no GPT-2: can't allocate memory") as error:
+        load_gpt2(tmp_path / "theirs")
+    assert str(error.value).count("\n") == 1
 
 
 def test_folder_with_another_file_names_that_file(tmp_path, theirs):
