@@ -53,6 +53,7 @@ class SampleConfig:
     )
     device: str = option("auto", "auto, cpu, cuda, mps")
     kernels: str = option("auto", "backend of each step", choices=BACKENDS)
+    dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
     graph: str = option("auto", "run steps as CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -228,7 +229,8 @@ def main() -> None:
 
     # ---- model
     path = find_checkpoint(config.out_dir)
-    engine = nanococonut.load(path, config.device, config.kernels, config.graph)
+    dtype = getattr(torch, config.dtype)
+    engine = nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
     trained, manifest = engine.config, engine.manifest
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
