@@ -265,9 +265,9 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err
 
 
-def test_bfloat16_answers_and_is_recorded(accuracy):
+def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):
     """Weights stayed in float32, or the row said so."""
-    code, out, err = accuracy("--n=60", "--dtype=bfloat16")
+    code, _, err = accuracy("--n=60", "--dtype=bfloat16", "--out=rows.jsonl")
     assert (code, err) == (0, "")
-    [row] = rows_of(out)
+    [row] = read_results(tmp_path / "rows.jsonl")
     assert row["dtype"] == "bfloat16" and row["value"] > 0.9
