@@ -202,7 +202,7 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     if engine.config.render == "compact":
         text = task.expand(text, question)
     steps, generated_answer = split_answer(text, answer or "")
-    no_mark = "" if generated_answer is not None else ', no answer after "###"'
+    missing = "" if generated_answer else ', no answer after "###"'
     if generated_answer is None:
         steps, generated_answer = "", text.strip()
     for step in steps.splitlines():
@@ -210,7 +210,7 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     verdict = ""
     if answer is not None:
         correct = is_correct(text, answer)
-        wrong = f"[red](wrong{no_mark}: {escape(answer)})[/]"
+        wrong = f"[red](wrong{missing}: {escape(answer)})[/]"
         verdict = "[green](correct)[/]" if correct else wrong
     console.print(f"[bold]answer[/]    {escape(generated_answer)}  {verdict}")
 
