@@ -126,8 +126,8 @@ def piped_lines() -> Iterator[str]:
             return
         sys.stdin.reconfigure(errors="replace")
         for line in sys.stdin:
-            if line.strip():
-                yield line.strip()
+            if line := line.lstrip("\ufeff").strip():  # Windows may add a byte order mark
+                yield line
     except (AttributeError, OSError, ValueError):  # closed, or not a file of the system
         return
 
@@ -203,14 +203,16 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     if engine.config.render == "compact":
         text = task.expand(text, question)
     steps, generated_answer = split_answer(text, answer or "")
-    if generated_answer is None:  # all of the text, since it has no mark
+    missing = "" if generated_answer else ', no answer after "###"'
+    if generated_answer is None:
         steps, generated_answer = "", text.strip()
     for step in steps.splitlines():
         console.print(f"[bold]step[/]      {escape(step)}")
     verdict = ""
     if answer is not None:
         correct = is_correct(text, answer)
-        verdict = "[green](correct)[/]" if correct else f"[red](wrong: {escape(answer)})[/]"
+        wrong = f"[red](wrong{missing}: {escape(answer)})[/]"
+        verdict = "[green](correct)[/]" if correct else wrong
     console.print(f"[bold]answer[/]    {escape(generated_answer)}  {verdict}")
 
     # ---- times
@@ -274,7 +276,9 @@ def main() -> None:
         else:
             question, answer = text, task.solve(text)
             if is_capped and as_trained:
-                console.print("[yellow]note[/]      its number of steps is unknown")
+                console.print(
+                    f"[yellow]note[/]      of unknown steps, so all {n_thoughts} thoughts"
+                )
         try:
             ask(engine, replace(config, latent=n_thoughts), question, answer)
         except UserError as e:

@@ -134,6 +134,7 @@ def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
         assert detail["generated_tokens"] == 6 + longest
         code, out, _ = script("--out_dir=run", "--seed=1", *more, script="sample.py")
         assert code == 0 and f", {longest} tokens" in out
+        assert ('(wrong, no answer after "###": ' in out) == (longest == 1)
 
 
 def test_unpadded_runs_are_asked_as_trained(accuracy, script, tmp_path):

@@ -101,7 +101,7 @@ def piped(monkeypatch):
 def test_piped_questions_are_answered(sample, piped):
     """A question on stdin was ignored, and one of the task's own answered instead."""
     other = QUESTION.replace("Is Tom a", "Is Sam a")
-    piped(f"{QUESTION}\n\n{other}\r\n".encode())
+    piped(f"\ufeff{QUESTION}\n\n{other}\r\n".encode())
     code, out, err = sample("--latent=6")
     asked = [line[10:] for line in out.splitlines() if line.startswith("question  ")]
     assert (code, err, asked) == (0, "", [QUESTION, other])
