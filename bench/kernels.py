@@ -254,7 +254,7 @@ def time_cases(config: KernelsConfig) -> ResultWriter:
 
 
 def main() -> None:
-    given, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__)
     config = make_config(KernelsConfig, given)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not config.check:

@@ -188,7 +188,7 @@ def measure_loss(config: PrecisionConfig) -> None:
 
 
 def main() -> None:
-    given, path = parse_cli(PrecisionConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, path = parse_cli(PrecisionConfig, sys.argv[1:], __doc__)
     config = make_config(PrecisionConfig, given, {"config": path} if path else {})
     measure_hidden(config) if config.of == "hidden" else measure_loss(config)
 

@@ -159,7 +159,7 @@ def write_results(
 
 
 def main() -> None:
-    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__)
     config = make_config(StepConfig, given, {"config": path} if path else {})
     recipe = recipe_of(config)
     if config.out and not Path(config.out).parent.is_dir():
