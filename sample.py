@@ -226,7 +226,7 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
 
 
 def main() -> None:
-    overrides, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__.split("\n")[0])
+    overrides, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__)
     config = make_config(SampleConfig, overrides)
 
     # ---- model

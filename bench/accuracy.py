@@ -225,7 +225,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
 
 def main() -> None:
-    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__)
     print(evaluate(make_config(AccuracyConfig, given)).summary())
 
 

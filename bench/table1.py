@@ -184,7 +184,7 @@ def run_all(runs: list[Run], config: Table1Config) -> list[str]:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
-    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
     config = make_config(Table1Config, given)
     runs, out = plan_runs(config), Path(config.out)
     if out.is_dir():
