@@ -341,3 +341,6 @@ def test_view_page_draws_all_thoughts(browser: Browser, tmp_path: Any) -> None:
     shown = "x => getComputedStyle(document.getElementById(x)).display"
     assert browser.js(f"['one', 'bar', 'all'].map({shown}).join()") == "none,none,grid"
     assert browser.js("location.hash") == "#0,2,1,all"
+    assert "(wrong; " in browser.js("$('say').textContent")
+    browser.js("view[0].answer = null, show()")  # a question of the user's own
+    assert "hhhhhus (gggggus" in browser.js("$('say').textContent")
