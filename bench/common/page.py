@@ -240,7 +240,7 @@ def render(row: Row, against: Row | None = None) -> str:
     for key, question in (("accuracy", count), ("slots", "Which one carries it?")):
         if grid := row.get(key):
             figures = {name: _cell(grid.get(name), ("lo", "n")) for name in ("free", "wrote_chain")}
-            text = _fill(key, words) + (_fill("free", figures) if figures["free"] else "")
+            text = _fill(key, words) + (_fill("free", words | figures) if figures["free"] else "")
             grids = [(row["name"] if against else "", grid, STYLES[key])]
             if against.get(key):
                 grids.append((against["name"], against[key], ("x", *STYLES[key][1:])))
