@@ -11,12 +11,12 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-import nanococonut
 from nanococonut import Engine
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
@@ -24,6 +24,7 @@ from nanococonut.data.examples import Example, extract_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated, load_data
 from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
@@ -46,7 +47,7 @@ class SampleConfig:
         None, "of questions and sampled tokens (None: random)", ge=0, le=2**32 - 1
     )
     device: str = option("auto", "auto, cpu, cuda, mps")
-    kernels: str = option("auto", "backend of each step", choices=("auto", "triton", "torch"))
+    kernels: str = option("auto", "backend of each step", choices=BACKENDS)
     graph: str = option("auto", "run steps as CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     # bench/, config/ and tests/ stay in the checkout
+    package_dir={"": "."},  # editable: a path, so that the checkout's folder is not taken for it
     packages=find_packages(include=["nanococonut*", "kernels"]),
     package_data={"nanococonut": ["py.typed", "bundled/*/*"]},
     install_requires=[  # lower bounds only
@@ -30,7 +31,13 @@ setup(
         "datasets>=2.19",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.46", "matplotlib>=3.8"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "transformers>=4.46",
+            "matplotlib>=3.8",
+        ],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.16"],
     },

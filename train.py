@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 from rich.markup import escape
 
@@ -45,6 +46,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
     )
     fallback_info = {}
     if reason := _fallback_reason(config):
+        if "init_from" in overrides and "fallback" not in overrides:  # what is typed is meant
+            raise UserError(
+                f"--init_from={config.init_from}: {reason}.\n"
+                f"Leave it out to train {config.fallback}, or insist on it with --fallback=None."
+            )
         fallback = str(Path(path or ".").parent / config.fallback)
         console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
         console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To insist: --fallback=None")
@@ -53,8 +59,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
         config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
         path = fallback
     # a config file may serve several methods, but an option on the command line should matter
-    if ignored := [f"--{k}" for k in overrides if k in ignored_options(METHODS[config.method])]:
-        console.print(f"[bold red]NOT USED[/] by method {config.method}: {', '.join(ignored)}")
+    unused = {f"by method {config.method}": ignored_options(METHODS[config.method])}
+    unused |= {"with this data": config.unused}
+    for reason, names in unused.items():
+        if ignored := [f"--{k}" for k in overrides if k in names]:
+            console.print(f"[bold red]NOT USED[/] {reason}: {', '.join(ignored)}")
     if config.tensorboard:
         require_tensorboard()
     return config, Path(path).stem if path else "run", fallback_info
@@ -92,7 +101,7 @@ def main() -> None:
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
-    print_data(config, loader, data.commit, skipped)
+    print_data(config, loader, data, skipped)
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
@@ -101,7 +110,8 @@ def main() -> None:
     kernels, kernels_reason = ops.choose_training_backend(config.kernels, model)
     use_graphs = ops.choose_graph("off" if config.ungraphed else config.graph, model)
     think = partial(coconut.think, kernels=kernels)
-    train_step = TrainStep(model, think, use_bf16, GraphCache(64) if use_graphs else None)
+    graphs = GraphCache(64) if use_graphs else None
+    train_step = TrainStep(model, think, use_bf16, graphs, config.thought_loss)
     # the stop classifier only watches, so its gradient must not change how the others are clipped
     clipped = [p for name, p in model.named_parameters() if not name.startswith("stop.")]
 
@@ -144,7 +154,8 @@ def main() -> None:
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:
-                train_step(micro_batch, step_batch.n_labels, step_batch.n_examples)
+                counts = step_batch.n_labels, step_batch.n_examples, step_batch.n_thought_labels
+                train_step(micro_batch, *counts)
             # an interrupt travels along, so that all processes stop after the same step
             totals, stopping = dist.all_reduce_gradients(
                 model.parameters(), train_step.totals, interrupt.received

@@ -26,6 +26,7 @@ from nanococonut.data.seeds import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.categories import category_fractions
+from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
@@ -49,7 +50,7 @@ class AccuracyConfig:
     max_new_tokens: int | None = option(None, "longest answer (None: the run's own)", ge=1)
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    kernels: str = option("auto", "what runs a step", choices=("auto", "triton", "torch"))
+    kernels: str = option("auto", "what runs a step", choices=BACKENDS)
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -89,6 +90,8 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
         "device": manifest["device"],
         "threads": manifest["threads"],
         "commit": manifest.get("trained_with", manifest)["commit"],
+        "thought_loss": (loss := manifest["config"].get("thought_loss", 0.0)),
+        "thought_labels": manifest["config"]["thought_labels"] if loss else None,
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 from bench.common import tables
 from bench.common.results import read_jsonl, read_results
 from nanococonut.runtime.cli import make_config, option, parse_cli
@@ -24,7 +25,7 @@ from nanococonut.weights import checkpoint
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 DOCS = ("README.md", "docs/RESULTS.md")
-STEPS_PER_POINT = 50  # of a curve
+STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a short run has fewer steps per point
 GPT2 = 100e6  # parameters; speed pictures are of models at least about as large as the paper's
 
 
@@ -94,14 +95,18 @@ def update_docs(check: bool) -> None:
 
 
 def curve_of(run: str) -> dict[str, Any]:
-    """Return the learning curve of a run: a point for every STEPS_PER_POINT steps."""
+    """Return the learning curve of a run: a point for every STEPS_PER_POINT steps, or fewer."""
     folder = checkpoint.resolve(run)
     manifest = checkpoint.read_manifest(folder)
     logged = read_jsonl(folder.parent / "metrics.jsonl")
     steps = [r for r in logged if "loss" in r]
-    points = []
-    for start in range(0, len(steps), STEPS_PER_POINT):
-        chunk = steps[start : start + STEPS_PER_POINT]
+    if not steps:
+        raise UserError(
+            f"{folder.parent / 'metrics.jsonl'} has no steps to draw.\nGive the folder of a run."
+        )
+    points, size = [], min(STEPS_PER_POINT, -(-len(steps) // MIN_POINTS))
+    for start in range(0, len(steps), size):
+        chunk = steps[start : start + size]
         loss, last = sum(r["loss"] for r in chunk) / len(chunk), chunk[-1]
         points.append([last["step"], last["stage"], loss, last["accuracy"]])
     return {

@@ -1,7 +1,7 @@
 """Tokenized examples, and the three padded blocks of a batch (drawn in coconut.py)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,19 +21,27 @@ class TokenizedExample:
     question: list[int]
     steps: list[list[int]]  # one list per reasoning step
     answer: list[int]  # starts with "### ", has no eos
+    thought_labels: list[list[int]] = field(default_factory=list)  # of each step's thought
 
 
 Examples = Sequence[TokenizedExample]
 
 
-def tokenize(tokenizer: Tokenizer, example: Example) -> TokenizedExample:
-    """Return the tokens of a rendered example. Its texts end in their own separators."""
+def tokenize(
+    tokenizer: Tokenizer, example: Example, thought_labels: Sequence[str] | None = None
+) -> TokenizedExample:
+    """Return the tokens of a rendered example. Its texts end in their own separators.
+
+    thought_labels: for each step, one-token words that its thought may name, equally likely (None:
+    the last token of the step, which in compact style is the node that the step leads to).
+    """
     # each text on its own, as in the released code: no token spans a boundary that may move
-    return TokenizedExample(
-        tokenizer.encode(example["question"]),
-        [tokenizer.encode(step) for step in example["steps"]],
-        tokenizer.encode("### " + example["answer"]),
-    )
+    steps = [tokenizer.encode(step) for step in example["steps"]]
+    labels = [step[-1:] for step in steps]
+    if thought_labels is not None:
+        labels = [tokenizer.encode(words) for words in thought_labels]
+    question = tokenizer.encode(example["question"])
+    return TokenizedExample(question, steps, tokenizer.encode("### " + example["answer"]), labels)
 
 
 def build_prompt(
@@ -69,6 +77,16 @@ def count_labels(
     return sum(len(suffix) - n_forced for _, _, suffix, n_forced in sequences)
 
 
+def thought_targets(
+    curriculum: Curriculum, stage: int, example: TokenizedExample
+) -> list[list[int]]:
+    """Return the labels of each latent step, equally likely: none after the last step."""
+    _, n = curriculum.plan(stage, len(example.steps))
+    n = 0 if curriculum.rules.thought_type == "pause" else n  # tokens of the prompt
+    labels = [ids for ids in example.thought_labels for _ in range(curriculum.c_thought)][:n]
+    return labels + [[]] * (n - len(labels))
+
+
 def max_length(curriculum: Curriculum, example: TokenizedExample, tokenizer: Tokenizer) -> int:
     """Return the most positions that the example takes at any stage: the least block_size."""
     stages = range(curriculum.max_latent_stage + 2)  # the last one is the final stage
@@ -86,13 +104,15 @@ class Batch:
     n_needed: Tensor  # (B,), number of thoughts that replace all steps of the example
     suffix: Tensor  # (B, Ts), right-padded with 0
     targets: Tensor  # (B, Ts), the suffix; IGNORE for <eot> and padding
+    thought_targets: Tensor  # (B, max_thoughts, K), labels of the states fed back, or IGNORE
     # on the host, so that the training loop does not wait for the GPU
     max_thoughts: int  # at least the maximum of n_thoughts
     n_labels: int  # at least the number of supervised targets
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.prefix, self.length, self.n_thoughts, self.n_needed, self.suffix, self.targets
+        blocks = self.prefix, self.length, self.n_thoughts, self.n_needed, self.suffix
+        return *blocks, self.targets, self.thought_targets
 
     def to(self, device: torch.device) -> "Batch":
         # CUDA keeps pinned memory until the copy is done; MPS may read freed memory
@@ -111,7 +131,7 @@ class Batch:
 
     def padded(self, B: int, Tp: int, Ts: int, max_thoughts: int, n_labels: int) -> "Batch":
         """Return this batch padded to a larger shape, so that few CUDA graphs are captured."""
-        n_new = B - len(self.length)
+        n_new, (_, n, K) = B - len(self.length), self.thought_targets.shape
 
         def pad(t: Tensor, width: int, fill: int = 0) -> Tensor:
             return F.pad(t, (0, width - t.shape[1], 0, n_new), value=fill)  # (B, width)
@@ -124,6 +144,9 @@ class Batch:
             n_needed=F.pad(self.n_needed, (0, n_new)),
             suffix=pad(self.suffix, Ts),
             targets=pad(self.targets, Ts, IGNORE),
+            thought_targets=F.pad(
+                self.thought_targets, (0, -K % 8, 0, max_thoughts - n, 0, n_new), value=IGNORE
+            ),
             max_thoughts=max_thoughts,
             n_labels=n_labels,
         )
@@ -135,11 +158,18 @@ def pad_lists(lists: Sequence[list[int]], fill: int = 0) -> Tensor:
     return torch.tensor([ids + [fill] * (width - len(ids)) for ids in lists])
 
 
+def pad_thought_labels(labels: Sequence[list[list[int]]]) -> Tensor:
+    """Return the labels of every thought of every sequence as one tensor (B, n, K)."""
+    n, K = max(map(len, labels)), max((len(ids) for x in labels for ids in x), default=0)
+    flat = [ids + [IGNORE] * (K - len(ids)) for x in labels for ids in x + [[]] * (n - len(x))]
+    return torch.tensor(flat, dtype=torch.int64).view(len(labels), n, K)
+
+
 def collate(
     curriculum: Curriculum, stages: Sequence[int], examples: Examples, tokenizer: Tokenizer
 ) -> Batch:
     """Return the batch of examples, each at its own stage, on the CPU."""
-    pairs = zip(stages, examples, strict=True)
+    pairs = list(zip(stages, examples, strict=True))
     sequences = [build_sequence(curriculum, stage, x, tokenizer) for stage, x in pairs]
     prefixes, n_thoughts, suffixes, n_forced = zip(*sequences, strict=True)  # tuples of length B
     # the model does not learn to generate forced tokens
@@ -151,6 +181,7 @@ def collate(
         n_needed=torch.tensor([len(x.steps) * curriculum.c_thought for x in examples]),
         suffix=pad_lists(suffixes),
         targets=pad_lists(targets, IGNORE),
+        thought_targets=pad_thought_labels([thought_targets(curriculum, *x) for x in pairs]),
         max_thoughts=max(n_thoughts),
         n_labels=sum(map(len, suffixes)) - sum(n_forced),
     )

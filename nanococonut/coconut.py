@@ -181,6 +181,20 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
     return total, correct.view(batch.targets.shape).all(dim=1)
 
 
+def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
+    """Return the summed cross-entropy of the head on the states that are fed back.
+
+    The label of a state is the uniform distribution over its thought_targets.
+    """
+    h = torch.stack(trace.hidden[:-1], dim=1)  # (B, n, C): thought i + 1 is the state after i
+    logits = model.head(h)  # (B, n, V)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    labels = batch.thought_targets  # (B, n, K)
+    mask = labels != IGNORE
+    nll = -logits.log_softmax(-1).gather(-1, labels.masked_fill(~mask, 0)) * mask  # (B, n, K)
+    return (nll.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
+
+
 def stop_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     """Return the mean binary cross-entropy of the classifier that decides when to stop thinking.
 

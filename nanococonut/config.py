@@ -69,6 +69,11 @@ class TrainConfig:
     icot_tokens: float = option(8.0, "icot: tokens dropped per epoch", "curriculum", gt=0)
     soft_temperature: float = option(1.0, "soft_thought: temperature", "curriculum", gt=0)
     soft_top_k: int = option(0, "soft_thought: tokens to average (0: all)", "curriculum", ge=0)
+    thought_loss: float = option(0.0, "weight of labels for the thoughts", "curriculum", ge=0)
+    thought_labels: str = option(
+        "path", "a thought names its step's node, or all nodes that many steps away", "curriculum",
+        choices=("path", "frontier"),
+    )  # fmt: skip
     stop: str = option(
         "constant", "what ends the thoughts at inference", "curriculum",
         choices=("constant", "classifier"),
@@ -112,6 +117,8 @@ class TrainConfig:
         n_thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
         is_compact = self.render == "compact"
         problems = {  # message: whether it applies
+            "init_from='resume' names no weights.\n"
+            "Continue a run with --resume and its --out_dir.": self.init_from == "resume",
             f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.\n"
             "Choose n_embd as a multiple of n_head.": self.n_embd % self.n_head,
             f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\n"
@@ -125,12 +132,29 @@ class TrainConfig:
             "Use --graph=auto, which then turns graphs off.": self.graph == "on" and self.ungraphed,
             "render='compact' is not for gsm8k, whose examples are free text.\n"
             "Use --render=sentences.": is_compact and self.task == "gsm8k",
+            "thought_loss needs steps that end in one token, their node, as only compact ones do.\n"
+            "Use --render=compact (with --tokenizer=words), or --thought_loss=0.": (
+                self.thought_loss and not is_compact
+            ),
+            f"thought_labels='frontier' is not for {self.task}, whose questions are no graph.\n"
+            "Use --thought_labels=path.": (
+                self.thought_labels == "frontier" and self.task != "prosqa"
+            ),
             "render='compact' needs the word-level vocabulary, but tokenizer='gpt2'.\n"
             "Use --render=sentences or --tokenizer=words.": is_compact and self.tokenizer == "gpt2",
         }
         for message, applies in problems.items():
             if applies:
                 raise UserError(message)
+
+    @property
+    def unused(self) -> set[str]:
+        """Return the data options that do not matter, because examples are read or generated."""
+        if not self.data and self.task != "gsm8k":  # generated
+            return {"hub_revision"} | ({"val_examples"} if self.valid_data else set())
+        names = {"train_examples", "n_nodes", "min_hops", "max_hops"}
+        names |= {"matched_fraction", "short_fraction"} | ({"hub_revision"} if self.data else set())
+        return names | (set() if self.data and not self.valid_data else {"val_examples"})
 
     @property
     def ungraphed(self) -> bool:

@@ -21,7 +21,8 @@ class Method:
     n_thoughts_rule  number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in
                      the final stage)
     thought_type     "hidden" (the last hidden state), "soft" (the mean token embedding), or
-                     "projected" (a learned map of the hidden state): one latent step each;
+                     "projected" (a learned map of the hidden state), or "fixed" (a learned
+                     embedding, whatever the hidden state): one latent step each;
                      "pause" (a learned token, read with the question): no latent step
     advance_by       "stages" (numbered stages, then the final one), "epochs" (one stage per
                      epoch), or "never" (the final stage throughout)
@@ -46,6 +47,7 @@ METHODS: dict[str, Method] = {
     "coconut_no_curriculum": Method("all", "all", "hidden", "never", True, "w/o curriculum"),
     "coconut_no_thought": Method("stage", "none", "", "stages", False, "w/o thought"),
     "pause_as_thought": Method("stage", "stage", "pause", "stages", True, "pause as thought"),
+    "pause_multipass": Method("stage", "stage", "fixed", "stages", True),
     "soft_thought": Method("stage", "stage", "soft", "stages", True),
     "projected": Method("stage", "stage", "projected", "stages", True),
 }
@@ -158,6 +160,8 @@ def ignored_options(method: Method) -> set[str]:
         names |= {"uniform_prob", "advance_at"}
     if method.n_thoughts_rule == "none":
         names |= {"c_thought", "final_thoughts", "pad_latent_to_max"}
+    if method.thought_type in ("", "pause"):
+        names |= {"thought_loss", "thought_labels"}
     if method.drop_rule != "tokens":
         names |= {"icot_tokens"}
     if method.thought_type != "soft":

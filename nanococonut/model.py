@@ -37,7 +37,7 @@ class GPTConfig:
     smear: bool = False  # x_t += W x_(t-1) on the input embeddings; GPT-2 has none
     wte_init_std: float = 0.02  # GPT-2's
     wpe_init_std: float = 0.02
-    thought: str = "hidden"  # input of a latent step: "hidden", "soft" or "projected"
+    thought: str = "hidden"  # input of a latent step: "hidden", "soft", "projected" or "fixed"
     soft_temperature: float = 1.0  # "soft": temperature of the softmax over the vocabulary
     soft_top_k: int = 0  # "soft": average only the k most probable tokens (0: all)
     stop: bool = False  # add a classifier that decides when to stop thinking
@@ -136,8 +136,9 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         # created after the loop: the weights above do not depend on these options
         self.project = nn.Linear(C, C) if config.thought == "projected" else None
+        self.pause = nn.Embedding(1, C) if config.thought == "fixed" else None
         self.stop = nn.Linear(C, 1) if config.stop else None
-        for module in filter(None, (self.smear, self.project, self.stop)):
+        for module in filter(None, (self.smear, self.project, self.pause, self.stop)):
             for p in module.parameters():
                 nn.init.zeros_(p)  # training starts from plain GPT-2
 
@@ -202,6 +203,8 @@ class GPT(nn.Module):
         """Return thoughts (..., C), the input embeddings that follow hidden states (..., C)."""
         if self.project is not None:
             return hidden + self.project(hidden)
+        if self.pause is not None:
+            return self.pause.weight.expand_as(hidden)
         if self.config.thought == "hidden":
             return hidden  # Coconut (paper, section 3)
         # "soft": the mean token embedding, weighted by the probabilities of the head

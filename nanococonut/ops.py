@@ -2,6 +2,7 @@
 
     "torch"   plain PyTorch, everywhere
     "triton"  kernels/: fused attention, projections and loss, on a GPU
+    "packed"  inference on a CPU: linear layers packed for oneDNN (packed.py)
 
 There is no silent fallback. "auto" returns the reason for its choice, and a backend that the user
 requests but cannot have is a UserError.
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nanococonut import packed
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
@@ -21,12 +23,26 @@ if TYPE_CHECKING:  # kernels/ needs triton, which is optional
     from kernels.prefix_attention import PrefixBuffers
 
 
+BACKENDS = ("auto", "triton", "packed", "torch")  # of inference
+
+
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
-    """Return ("triton" or "torch", reason) for inference. kernels: auto, triton or torch."""
+    """Return ("triton", "packed" or "torch", reason) for inference.
+
+    kernels: auto, triton, packed or torch. "auto" packs a large model on a CPU if that is faster.
+    """
+    if kernels == "packed":
+        if why := packed.unavailable(model):
+            raise UserError(f"--kernels=packed cannot run here: {why}.\nUse --kernels=torch.")
+        return "packed", "as requested"
     unsupported = "the smear" if model.config.smear else ""
     if model.config.thought != "hidden":
         unsupported = f"{model.config.thought} thoughts"
-    return _choose(kernels, model, unsupported, "a GPU and a plain GPT-2")
+    name, reason = _choose(kernels, model, unsupported, "a GPU and a plain GPT-2")
+    if kernels == "auto" and name == "torch" and model.n_params() >= packed.MIN_PARAMS:
+        if not packed.unavailable(model) and (x := packed.speedup(model)) >= packed.MIN_SPEEDUP:
+            return "packed", f"{x:.1f}x as fast as plain linear layers on this CPU"
+    return name, reason
 
 
 def choose_training_backend(kernels: str, model: GPT) -> tuple[str, str]:

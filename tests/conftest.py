@@ -22,6 +22,16 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    """Run the whole suite on two cores, if pytest-xdist is installed and there is no GPU."""
+    is_whole = config.args_source == config.ArgsSource.TESTPATHS
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # it calls this hook, too
+    can = config.pluginmanager.hasplugin("xdist") and not torch.cuda.is_available()
+    if is_whole and can and not is_worker and config.option.numprocesses is None:
+        config.option.numprocesses = 2
+
+
 @pytest.fixture
 def tokenizer() -> Tokenizer:
     return Tokenizer.words(["Every", "is", "a", "Tom", "lempus", "wumpus", "###", ".", "?", "or"])

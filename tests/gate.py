@@ -233,7 +233,8 @@ def main(action: str, name: str) -> int:
             wrong += 1
             continue
         was, now = (leaves(x.get(part)) for x in (wanted, found))
-        differ = [p for p in was | now if (p in was, was.get(p)) != (p in now, now.get(p))]
+        # a value of something new cannot have changed
+        differ = [p for p in was if p not in now or was[p] != now[p]]
         wrong += bool(differ)
         print(f"{part}: {f'{len(differ)} of {len(was)} DIFFER' if differ else 'equal'}")
         for p in differ[:8]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanococonut import coconut
-from nanococonut.batch import IGNORE, Batch, pad_lists
+from nanococonut.batch import IGNORE, Batch, pad_lists, pad_thought_labels
 from nanococonut.config import TrainConfig
 from nanococonut.inference.engine import Engine, Generation
 from nanococonut.model import GPT, GPTConfig
@@ -141,6 +141,11 @@ def random_batch(seed, n_thoughts, markers=True, vocab=41):
     sequences = [(tokens(1, 14), n, tokens(1, 10)) for n in n_thoughts]
     n_forced = 1 if markers else 0
     targets = [[IGNORE] * n_forced + suffix[n_forced:] for _, _, suffix in sequences]
+    # thought i has i labels; the last thought of a sequence replaces no step, so it has none
+    thought_targets = [
+        [torch.randint(1, vocab, ((i + 1) % n,), generator=g).tolist() for i in range(n)]
+        for n in n_thoughts
+    ]
     batch = Batch(
         prefix=pad_lists([prefix for prefix, _, _ in sequences]),
         length=torch.tensor([len(prefix) for prefix, _, _ in sequences]),
@@ -148,6 +153,7 @@ def random_batch(seed, n_thoughts, markers=True, vocab=41):
         n_needed=torch.tensor(n_thoughts),
         suffix=pad_lists([suffix for _, _, suffix in sequences]),
         targets=pad_lists(targets, IGNORE),
+        thought_targets=pad_thought_labels(thought_targets),
         max_thoughts=max(n_thoughts),
         n_labels=sum(t != IGNORE for labels in targets for t in labels),
     )

@@ -62,10 +62,13 @@ def curve(row: dict[str, Any], path: Path) -> None:
     """Draw a run's loss and accuracies, with a band for each stage."""
     step, stage, loss, exact = zip(*row["points"], strict=True)
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
-    above.plot(step, loss, color=BLUE)
+    marker = "." if len(step) < 20 else ""  # a line of one point shows nothing
+    above.plot(step, loss, marker=marker, color=BLUE)
     above.set_yscale("log")
     above.set_ylabel("loss, nats per label")
-    below.plot(step, exact, color=BLUE, label="training examples with every token correct")
+    below.plot(
+        step, exact, marker=marker, color=BLUE, label="training examples with every token correct"
+    )
     for key, colour, marker, name in (
         ("valid_accuracy", RED, "o", "validation accuracy"),
         ("matched_accuracy", GREEN, "s", "validation accuracy without the depth shortcut"),

@@ -1,30 +1,29 @@
 """The bandwidth of memory, measured between what it is compared with."""
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # more than fits into most caches
-WIDTH = 1024  # columns of the buffer as a matrix
 
 
 class Bandwidth:
-    """GB/s of memory: of a copy, and of a matrix times a vector, which reads as a step does."""
+    """GB/s of memory: of a sum, which reads as a step does, and on a GPU also of a copy."""
 
     def __init__(self, device: torch.device) -> None:
-        rows = BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"]) // (4 * WIDTH)
+        n = BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"]) // 4
         self.device = device
-        self.a, self.b = (torch.ones(rows, WIDTH, device=device) for _ in range(2))
-        self.vector = torch.ones(WIDTH, device=device)
+        self.a = torch.ones(n, device=device)
+        # a CPU's copy reads what it overwrites, too: no bound for a step
+        self.b = torch.ones(n, device=device) if device.type == "cuda" else None
         self.measure()  # touches every page
 
-    def measure(self) -> dict[str, float]:
-        return {
-            "copy": self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes),
-            "matrix times vector": self._rate(lambda: self.a @ self.vector, self.a.nbytes),
-        }
+    def measure(self) -> float:
+        read = self._rate(self.a.sum, self.a.nbytes)
+        if self.b is None:
+            return read
+        return max(read, self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes))
 
     def _rate(self, work: Callable[[], object], n_bytes: int) -> float:
         repeats = 8 if self.device.type == "cuda" else 1  # so that synchronizing hardly counts
@@ -32,13 +31,6 @@ class Bandwidth:
         for _ in range(repeats):
             work()
         return repeats * n_bytes / (now(self.device) - began) / 1e9
-
-
-def best(measured: Sequence[dict[str, float]]) -> tuple[str, list[float]]:
-    """Return the faster way of several measurements, and its GB/s."""
-    values = {name: [m[name] for m in measured] for name in measured[0]}
-    name = max(values, key=lambda n: statistics.median(values[n]))
-    return name, values[name]
 
 
 def now(device: torch.device) -> float:

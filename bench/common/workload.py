@@ -17,6 +17,9 @@ THOUGHTS = 6  # the paper's, on all three tasks
 MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
+PATHS = ("thoughts", "chain", "direct")  # ways to an answer
+
+
 @dataclass(frozen=True)
 class AnswerLengths:
     """Tokens of a task's question with <bot>, of its written chain with the answer, and of the
@@ -25,6 +28,10 @@ class AnswerLengths:
     question: int
     chain: int
     answer: int
+
+    def n_tokens(self, path: str) -> int:
+        """Return how many tokens are generated on this path, thoughts not counted."""
+        return self.chain if path == "chain" else self.answer
 
 
 # Questions: mean lengths in GPT-2's tokens (362.0 and 56.3 on the released ProsQA and GSM8k
@@ -83,6 +90,10 @@ class Workload:
         tokens = [t for t in range(self.model.config.vocab_size) if t not in special]
         return [rng.choices(tokens, k=length) for _ in range(batch)]
 
+    def request(self, path: str, n_tokens: int) -> tuple[int, list[int], int]:
+        """Return n_thoughts, forced_tokens and n_tokens, as a provider's generate takes them."""
+        return (THOUGHTS, [self.eot], n_tokens) if path == "thoughts" else (0, [], n_tokens)
+
     def step_bytes(self, batch: int, context: int, with_head: bool) -> int:
         """Return what a step has to read at least: weights of the layers, of the head if a token is
         predicted, and the keys and values that it attends to."""
@@ -123,6 +134,14 @@ def random_weights(shape: dict[str, int], device: torch.device) -> Workload:
     eos = model.config.vocab_size - 4
     name = "random weights" if shape else "random weights, GPT-2 124M"
     return Workload(model.to(device).eval(), name, eos, eos + 1, eos + 2, eos + 3)
+
+
+def parse_ints(flag: str, text: str) -> list[int]:
+    """Return the numbers of an option such as --batches=1,8,64, sorted."""
+    pieces = text.split(",")
+    if not all(p.strip().isdigit() and int(p) for p in pieces):
+        raise UserError(f"{flag}={text} is no list of numbers, as in 1,8,64.")
+    return sorted({int(p) for p in pieces})
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

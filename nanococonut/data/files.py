@@ -31,8 +31,9 @@ def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None
         # a byte that is not UTF-8 becomes half of a surrogate pair, which parse_object() refuses
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
-        reason = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"{path} cannot be read: {reason}.\nGive a file of examples.") from None
+        reason = f"cannot be read: {getattr(e, 'strerror', None) or e}"
+        reason = "does not exist" if isinstance(e, FileNotFoundError) else reason
+        raise UserError(f"{path} {reason}.\nGive a file of examples.") from None
     return collect(path, *_detect_format(path, text), skipped)
 
 
@@ -81,7 +82,9 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
     except OSError as e:
         if created:  # half a file would be read as a broken one
             os.unlink(path)
-        raise UserError(f"{path} cannot be written: {e.strerror}.\nChoose another file.") from None
+        missing = isinstance(e, FileNotFoundError)
+        reason = "its folder does not exist" if missing else e.strerror
+        raise UserError(f"{path} cannot be written: {reason}.\nChoose another file.") from None
 
 
 # ---- one entry of each format -> an example, or ValueError

@@ -13,9 +13,9 @@ entity's fact tells the two apart, so all such rules give 50 %.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +119,7 @@ def generate(
     n: int,
     seed: int | Sequence[int],
     config: OntologyConfig | None = None,
-    exclude: Collection[bytes] = frozenset(),
+    exclude: Collection[Hashable] = frozenset(),
 ) -> list[Example]:
     """Return n examples, none whose graph_hash is in `exclude`.
 
@@ -330,6 +330,52 @@ def graph_hash(example: Example) -> bytes:
 def graph_hashes(examples: Sequence[Example]) -> list[bytes]:
     """Return the graph_hash of each example."""
     return [graph_hash(example) for example in examples]
+
+
+def twin(example: Example) -> Example | None:
+    """Return the question with the concepts of both names exchanged; the other answer is right.
+
+    None if there is no other name, as without OntologyConfig(matched=True), or if nothing opposite
+    follows.
+    """
+    sentences, query = split_question(example["question"])
+    claims = [parse_sentence(sentence) for sentence in sentences]
+    q = parse_question(example["question"])
+    entity, prop = q.query.subject, q.query.predicate
+    concepts = {claim.subject: claim.predicate for claim in q.facts}
+    if len(concepts) != 2 or entity not in concepts:
+        return None
+    concepts = dict(zip(concepts, reversed(concepts.values()), strict=True))
+    texts = [
+        _sentence(Claim(c.subject, False, concepts[c.subject])) if c.is_fact else f"{sentence}."
+        for c, sentence in zip(claims, sentences, strict=True)
+    ]
+    question = " ".join([*texts, "True or false:", query])
+    answer = solve(question)
+    if answer is None or answer == example["answer"]:
+        return None
+    # up from the entity's concept to the nearest one with the property
+    rule_of = {claim.subject: claim for claim in q.rules if claim.predicate == prop}
+    paths = [[concepts[entity]]]
+    for path in paths:  # grows during the loop
+        if path[-1] in rule_of:
+            break
+        paths += [
+            [*path, c.predicate] for c in q.rules if c.subject == path[-1] and c.names_concept
+        ]
+    last = rule_of[path[-1]]
+    proof = [*(Claim(a, False, b) for a, b in pairwise(path)), last]
+    text_of = dict(zip(claims, texts, strict=True))
+    steps = [f"{_sentence(Claim(entity, False, c.subject))} {text_of[c]}" for c in proof]
+    steps.append(_sentence(Claim(entity, last.negated, prop)))
+    return {**example, "question": question, "steps": steps, "answer": answer}
+
+
+def reworded(example: Example) -> str:
+    """Return the opposite query: the search is the same, the answer the other one."""
+    context = example["question"].partition("True or false:")[0]
+    query = parse_question(example["question"]).query
+    return f"{context}True or false: {_sentence(query._replace(negated=not query.negated))}"
 
 
 # ---- compact style: "Each p is a c." is " p c.", "Ps are not red." " p not red.", the query

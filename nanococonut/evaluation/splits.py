@@ -1,5 +1,7 @@
 """Validation during training: every split, shared between the processes of the run."""
 
+from typing import Any
+
 from nanococonut.config import TrainConfig
 from nanococonut.data.examples import Example
 from nanococonut.evaluation.accuracy import score
@@ -13,16 +15,18 @@ def evaluate_splits(
     n_thoughts: int,
     config: TrainConfig,
     dist: Distributed,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return accuracy and generated tokens per example of every split, by greedy decoding.
 
-    Collective: every rank calls it and scores its own share of the examples.
+    Also norms and cosines of this rank's thoughts, see accuracy.thought_geometry. Collective: every
+    rank calls it and scores its own share of the examples.
     """
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     for name, examples in splits.items():
         n_correct = n_tokens = 0
         if local := dist.shard(examples):  # a small split may not reach every rank
             result = score(engine, local, n_thoughts, max_new_tokens=config.max_new_tokens)
+            metrics |= result.geometry
             n_correct = sum(result.correct)
             n_tokens = round(result.generated_tokens * result.n)  # an integer, so order is free
         n_correct, n_tokens = dist.all_reduce_sum([n_correct, n_tokens])

@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import difflib
 import operator
+import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,14 @@ BOUNDS = {  # argument of option() -> (words for the error, test)
     "le": ("at most", operator.le),
     "gt": ("more than", operator.gt),
     "lt": ("less than", operator.lt),
+}
+NANOGPT_OPTIONS = {  # nanoGPT's name -> what exists here, where the spelling does not tell
+    "compile": "kernels",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "lr_decay_iters": "decay_fraction",
+    "min_lr": "decay_fraction",
+    "start": "question",
+    "wandb_log": "tensorboard",
 }
 LITERAL_ERRORS = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
 
@@ -53,8 +62,8 @@ def validate(config: Any) -> None:
         if type(value) not in types and not (float in types and type(value) is int):
             expected = " or ".join(TYPE_NAMES[t] for t in types)
             raise UserError(
-                f"{f.name}={value!r} has the wrong type: {type(value).__name__}.\n"
-                f"Use {expected} ({meta['help']})."
+                f"--{f.name}={value!r} has the wrong type: {type(value).__name__}.\n"
+                f"Use {expected}: {meta['help']}."
             )
         if value is None:
             continue
@@ -62,12 +71,12 @@ def validate(config: Any) -> None:
             limit = meta.get(key)
             if limit is not None and not holds(value, limit):  # NaN holds for nothing
                 raise UserError(
-                    f"{f.name}={value!r} is out of range ({meta['help']}).\nUse {words} {limit}."
+                    f"--{f.name}={value!r} is out of range.\nUse {words} {limit}: {meta['help']}."
                 )
         choices = meta.get("choices")
         if choices and value not in choices:
             raise UserError(
-                f"{f.name}={value!r} is unknown.{_suggestion(value, choices)}\n"
+                f"--{f.name}={value!r} is unknown.{_suggestion(value, choices)}\n"
                 f"Choose one of: {', '.join(choices)}."
             )
 
@@ -78,6 +87,8 @@ def _types(hint: Any) -> tuple[type, ...]:
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
+    name = word.removeprefix("--")
+    word = word.removesuffix(name) + NANOGPT_OPTIONS.get(name, name)
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -93,13 +104,14 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
     """Return the assignments of a config file. Only literals: nothing in it is executed."""
     path, spellings = Path(path), _spellings(cls)
     try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
+        body = ast.parse(path.read_text(encoding="utf-8-sig")).body
     except (OSError, UnicodeDecodeError) as e:
-        reason = "not there" if isinstance(e, FileNotFoundError) else "not readable as UTF-8 text"
+        missing = isinstance(e, FileNotFoundError)
+        reason = "does not exist" if missing else "is not readable as UTF-8 text"
         near = sorted(p.name for p in path.parent.glob("*.py"))
         advice = f"{path.parent}/ has: {', '.join(near)}" if near else "Give a file of assignments"
         raise UserError(
-            f"config file {path} is {reason}.{_suggestion(path.name, near)}\n{advice}."
+            f"config file {path} {reason}.{_suggestion(path.name, near)}\n{advice}."
         ) from None
     except (SyntaxError, ValueError) as e:
         line = getattr(e, "lineno", None) or 1
@@ -148,7 +160,9 @@ def parse_cli(
     Return (field name -> value of the keys in argv, path of the config file or None). Nothing is
     merged or validated yet.
     """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`
     parser = _Parser(
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only keys in argv are returned
@@ -197,12 +211,12 @@ def make_config(cls: type[T], *layers: Mapping[str, Any]) -> T:
     return cls(**{name: value for layer in layers for name, value in layer.items()})
 
 
-def format_config(config: Any) -> str:
-    """Return the settings that differ from their defaults, wrapped at 80 columns."""
+def format_config(config: Any, unused: Iterable[str] = ()) -> str:
+    """Return the settings that are used and differ from their defaults, wrapped at 80 columns."""
     changed = [
         f"{f.name}={value!r}"
         for f in dataclasses.fields(config)
-        if (value := getattr(config, f.name)) != f.default
+        if (value := getattr(config, f.name)) != f.default and f.name not in unused
     ]
     text = " ".join(changed) or "all settings are the defaults"
     # a path stays in one piece

@@ -122,7 +122,7 @@ class Distributed:
         except RuntimeError as e:
             raise UserError(
                 f"process {self.rank} of {self.world} lost the others: {str(e).splitlines()[0]}\n"
-                "Continue from the last checkpoint with --resume."
+                "Continue from the last checkpoint, if there is one, with --resume."
             ) from None
 
 

@@ -4,16 +4,25 @@ What an epoch and a step hold depends on the seed and their numbers only, never 
 came before, so a run resumed anywhere sees the same examples in the same order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from nanococonut.batch import TokenizedExample, collate, count_labels, max_length, tokenize
+from nanococonut.batch import (
+    TokenizedExample,
+    collate,
+    count_labels,
+    max_length,
+    thought_targets,
+    tokenize,
+)
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
+from nanococonut.data import prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.seeds import ORDER, STAGE_STREAM, TRAIN
 from nanococonut.data.tasks import TASKS, Data, test_hashes
@@ -33,6 +42,7 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     n_labels: int
     n_examples: int
+    n_thought_labels: int
 
 
 class TrainLoader:
@@ -96,6 +106,8 @@ class TrainLoader:
         stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
         # of all processes: the loss is a mean over the labels of the whole step
         n_labels = count_labels(curriculum, stages, examples, tokenizer)
+        thought_labels = map(partial(thought_targets, curriculum), stages, examples)
+        n_thought_labels = sum(bool(ids) for labels in thought_labels for ids in labels)
         # like lengths share a micro-batch, so that little is padding
         pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
         pairs, size, micro_batches = self.dist.shard(pairs), config.micro_batch_size, []
@@ -105,7 +117,7 @@ class TrainLoader:
             # examples sampled at another stage say nothing about this one's accuracy
             counted = [own_stage == stage for own_stage in own_stages]
             micro_batches.append(prepare(batch, counted, curriculum.n_thoughts(stage)))
-        return StepBatch(micro_batches, n_labels, len(examples))
+        return StepBatch(micro_batches, n_labels, len(examples), n_thought_labels)
 
     def epoch(self, epoch: int) -> list[TokenizedExample]:
         """Return the epoch's examples in order, and start to make the next epoch's."""
@@ -143,7 +155,7 @@ class TrainLoader:
                 ordered += bucket[i * size :][:size]
         return ordered
 
-    def _graph_hashes(self, examples: list[Example]) -> frozenset[bytes]:
+    def _graph_hashes(self, examples: list[Example]) -> frozenset[Hashable]:
         hashes = set()
         for example in examples:
             with suppress(UserError):  # a validation file may hold another task's examples
@@ -180,10 +192,12 @@ class TrainLoader:
 
     def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
         fitting, error, block_size = [], "", self.config.block_size
+        is_frontier = self.config.thought_loss > 0 and self.config.thought_labels == "frontier"
         for i, rendered in enumerate(self.task.render(examples, self.config.render)):
             start = repr(examples[i]["question"][:30])
             try:
-                tokenized = tokenize(self.tokenizer, rendered)
+                labels = prosqa.frontiers(examples[i]["question"]) if is_frontier else None
+                tokenized = tokenize(self.tokenizer, rendered, labels)
                 length = max_length(self.curriculum, tokenized, self.tokenizer)
                 if length <= block_size:
                     fitting.append((examples[i], tokenized))

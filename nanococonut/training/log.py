@@ -5,9 +5,11 @@ Every rank may call these; only rank 0 has a file to write to and a console.
 
 import importlib.util
 import json
+import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -16,14 +18,18 @@ from rich.table import Table
 
 from nanococonut.config import TrainConfig
 from nanococonut.data.files import skipped_summary
+from nanococonut.data.tasks import Data
 from nanococonut.model import GPT
 from nanococonut.runtime.cli import format_config
 from nanococonut.runtime.errors import UserError
 from nanococonut.training.loader import TrainLoader
 from nanococonut.training.state import Schedule, TrainState
-from nanococonut.weights.checkpoint import RunDir
+from nanococonut.weights.checkpoint import RunDir, list_checkpoints
 
 PRINT_INTERVAL = 100  # steps between lines, if the console is a file and shows no bar
+FIRST_LINE, LATER_LINES = 5, 30  # or seconds, if the steps are slow
+SLOW_STEPS, SLOW_FACTOR = 20, 4  # so many steps so much slower than the stage's fastest: warn
+COLLAPSED = 0.999  # cosine of the thoughts of two questions
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -52,6 +58,9 @@ class RunLog:
             self._writer = SummaryWriter(run.path / "tensorboard", purge_step=state.step + 1)
         # when each recent step ended, and with how many examples
         self._recent = deque([(time.monotonic(), 0)], maxlen=PRINT_INTERVAL)
+        self._next_line = time.monotonic() + FIRST_LINE
+        self._fastest: dict[int, float] = {}  # stage -> examples/s, for the warning
+        self._is_warned = False
         self._bar = Progress(
             TextColumn("stage {task.fields[stage]}"),
             BarColumn(),
@@ -81,7 +90,7 @@ class RunLog:
     def header(self, model: GPT, n_examples: int, backend: str, use_graphs: bool) -> None:
         """Print the settings that differ from their defaults, the model and the backend."""
         console.print(
-            f"{format_config(self.config)}\n"
+            f"{format_config(self.config, self.config.unused)}\n"
             f"  {model.n_params():,} parameters on {model.wte.weight.device}, "
             f"{n_examples:,} examples per epoch, {self.schedule.total_steps:,} steps, "
             f"run saved in {self.run.path}\n"
@@ -99,12 +108,32 @@ class RunLog:
         self._bar.update(self._task, completed=state.step, speed=speed, **scalars)
         lr = self.config.learning_rate * self.schedule.lr_scale(state.step - 1)
         self._write_events("train", state.step, scalars | {"lr": lr})
-        if not console.is_terminal and state.step % PRINT_INTERVAL == 0:
+        self._warn_if_slow(state)
+        now, is_due = self._recent[-1][0], state.step % PRINT_INTERVAL == 0
+        if not console.is_terminal and (is_due or now >= self._next_line):
+            self._next_line = now + LATER_LINES
             n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
             console.print(
                 f"step {state.step}/{self.schedule.max_steps} stage {state.stage} loss {loss:.3f} "
                 f"accuracy {state.accuracy:.2f} {speed:.0f} examples/s, "
                 f"{n_left / speed / 60:.1f} min left"
+            )
+
+    def _warn_if_slow(self, state: TrainState) -> None:
+        """Print once that the steps of a stage became SLOW_FACTOR times slower."""
+        n_steps = state.step - state.stage_start
+        if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) <= SLOW_STEPS:
+            return
+        recent = list(self._recent)[-SLOW_STEPS - 1 :]
+        # a median: a validation or a save in between is no slow step
+        seconds = statistics.median((end - start) / n for (start, _), (end, n) in pairwise(recent))
+        speed = 1 / max(1e-9, seconds)
+        fastest = self._fastest[state.stage] = max(speed, self._fastest.get(state.stage, 0.0))
+        if speed * SLOW_FACTOR < fastest and not self._is_warned:
+            self._is_warned = True
+            console.print(
+                f"[bold red]SLOW[/] at step {state.step}: {speed:.0f} examples/s, {fastest:.0f} "
+                "earlier. If something else computes here, OMP_NUM_THREADS=1 may be faster."
             )
 
     def validation(self, state: TrainState, validation: dict[str, Any]) -> None:
@@ -114,15 +143,22 @@ class RunLog:
         self._write_events("validation", state.step, scores)
         scores = [f"{name.removesuffix('_accuracy')} {score:.3f}" for name, score in scores.items()]
         console.print(f"step {state.step} stage {state.stage} validation: {' '.join(scores)}")
+        if min(validation.get("thought_similarity", [0])) > COLLAPSED:
+            console.print(
+                "[bold red]THE THOUGHTS COLLAPSED[/]: they are the same for every question. "
+                "Try a lower learning rate, --grad_clip=1, or more epochs of the early stages."
+            )
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         try:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()  # a killed run loses no line
         except OSError as e:
+            saved = list_checkpoints(self.run.path)
+            advice = "continue from the last checkpoint with --resume" if saved else "train again"
             raise UserError(
                 f"{self.run.metrics_path} cannot be written at step {step}: {e.strerror}.\n"
-                "Free some space, then continue from the last checkpoint with --resume."
+                f"Free some space, then {advice}."
             ) from None
 
     def _write_events(self, group: str, step: int, values: dict[str, float]) -> None:
@@ -131,17 +167,26 @@ class RunLog:
 
 
 def print_data(
-    config: TrainConfig, loader: TrainLoader, commit: str | None, skipped: list[str] | None
+    config: TrainConfig, loader: TrainLoader, data: Data, skipped: list[str] | None
 ) -> None:
-    """Print what is not obvious from the config: skipped, downloaded and held-out examples."""
+    """Print what the config does not tell: skipped, downloaded, held-out and repeated examples."""
     n_val = sum(map(len, loader.val_splits.values()))
     if skipped:
         summary = skipped_summary(loader.n_examples + n_val, skipped)
         console.print(f"  {summary}", markup=False)
-    if commit:
-        console.print(f"  examples of the hub's commit {commit}", markup=False)
+    if data.commit:
+        console.print(f"  examples of the hub's commit {data.commit}", markup=False)
     if config.data and not config.valid_data:
         console.print(f"  {n_val} examples of {config.data} held out for validation", markup=False)
+    train = Counter(" ".join(example["question"].split()) for example in data.train or ())
+    n_repeated = train.total() - len(train)
+    held_out = [example["question"] for split in data.val.values() for example in split]
+    n_overlap = sum(" ".join(question.split()) in train for question in held_out)
+    if n_repeated or n_overlap:
+        console.print(
+            f"  [bold]REPEATED QUESTIONS[/]: {n_repeated:,} of {train.total():,} in training, "
+            f"and {n_overlap:,} of {len(held_out):,} for validation are also in training"
+        )
 
 
 def print_summary(

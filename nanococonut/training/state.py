@@ -67,7 +67,7 @@ class TrainState:
         self.seconds, self._measured_at = self.seconds + now - self._measured_at, now
 
     def record(
-        self, scores: dict[str, float], n_thoughts: int, is_last_stage: bool, stage_done: bool
+        self, scores: dict[str, Any], n_thoughts: int, is_last_stage: bool, stage_done: bool
     ) -> dict[str, Any]:
         """Return a validation's log line; keep it in the table of stages if the stage is done."""
         self.measure_time()

@@ -38,10 +38,11 @@ class MicroBatch:
 class TrainStep:
     """Adds the gradient of micro-batches to the parameters' and their counts to `totals`.
 
-    think      coconut.think, with its kernels chosen
-    use_bf16   autocast the forward pass to bfloat16
-    graphs     None, or the cache of CUDA graphs; gradients are then zeroed in place, never None
-    totals     (3,) on the device: loss, examples all correct, examples counted
+    think         coconut.think, with its kernels chosen
+    use_bf16      autocast the forward pass to bfloat16
+    graphs        None, or the cache of CUDA graphs; gradients are then zeroed in place, never None
+    thought_loss  weight of coconut.thought_loss in the gradient (0: the paper's losses alone)
+    totals        (3,) on the device: loss, examples all correct, examples counted
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class TrainStep:
         think: Callable[[GPT, Batch], coconut.ThoughtTrace] = coconut.think,
         use_bf16: bool = False,
         graphs: GraphCache | None = None,
+        thought_loss: float = 0.0,
     ) -> None:
         self.model, self.think, self.use_bf16, self.graphs = model, think, use_bf16, graphs
+        self.thought_loss = thought_loss
         self.device = model.wte.weight.device
         # a sum of many numbers, so float64, which MPS does not have
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -93,15 +96,19 @@ class TrainStep:
             batch, count_mask = batch.pinned(), count_mask.pin_memory()
         return MicroBatch(batch, count_mask, B)
 
-    def __call__(self, micro_batch: MicroBatch, n_labels: int, n_examples: int) -> None:
+    def __call__(
+        self, micro_batch: MicroBatch, n_labels: int, n_examples: int, n_thought_labels: int = 0
+    ) -> None:
         """Run forward and backward, eagerly or as a graph.
 
-        n_labels, n_examples: of the whole step in all processes, over which the loss is a mean.
+        The counts are of the whole step in all processes: each loss is a mean over one of them.
         """
         batch, count_mask = micro_batch.batch, micro_batch.count_mask
         # tensors, because a graph would keep the numbers of its capture
         dtype = self.model.wte.weight.dtype
-        scale = torch.tensor([n_labels, micro_batch.n_examples / n_examples], dtype=dtype)
+        fraction = micro_batch.n_examples / n_examples
+        thought_scale = self.thought_loss / max(1, n_thought_labels)
+        scale = torch.tensor([n_labels, fraction, thought_scale], dtype=dtype)
         on_gpu = self.device.type == "cuda"
         scale = scale.pin_memory() if on_gpu else scale
         if self.graphs is None:
@@ -109,7 +116,8 @@ class TrainStep:
             self._forward_backward(batch.to(self.device), mask, scale)
             return
         # graphs differ in their shapes only; inputs are copied to where the capture read them
-        key = (*batch.prefix.shape, batch.suffix.shape[1], batch.max_thoughts, batch.n_labels)
+        shapes = *batch.prefix.shape, batch.suffix.shape[1], *batch.thought_targets.shape[1:]
+        key = (*shapes, batch.n_labels)
         if key not in self._inputs:
             moved = (x.to(self.device) for x in (batch, count_mask, scale))
             self._inputs[key] = tuple(moved)
@@ -121,7 +129,7 @@ class TrainStep:
         self.graphs.run(key, lambda: self._forward_backward(*inputs), mutated)
 
     def _forward_backward(self, batch: Batch, count_mask: Tensor, scale: Tensor) -> None:
-        n_labels, fraction = scale
+        n_labels, fraction, thought_scale = scale
         # autocast is entered within the graph, so no rounded weight is kept from another step
         with self.autocast():
             # three blocks: the prefix, the thoughts, the suffix that carries the labels
@@ -130,5 +138,8 @@ class TrainStep:
             loss = objective = loss_sum / n_labels
             if self.model.stop is not None:  # it reads detached states, so it only watches
                 objective = loss + coconut.stop_loss(self.model, batch, trace) * fraction
+            if self.thought_loss and batch.max_thoughts:
+                summed = coconut.thought_loss(self.model, batch, trace)
+                objective = objective + summed * thought_scale
         objective.backward()
         self.totals += torch.stack([loss.detach(), (correct & count_mask).sum(), count_mask.sum()])

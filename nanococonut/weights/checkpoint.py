@@ -133,9 +133,11 @@ def write_atomic(
         _sync(folder.parent)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
+        saved = list_checkpoints(folder.parent)
+        advice = "Earlier ones are untouched: make room, then continue with --resume."
         raise UserError(
             f"the checkpoint {folder} could not be written: {e}.\n"
-            "Earlier ones are untouched: make room or choose another --out_dir, then --resume."
+            f"{advice if saved else 'Make room or choose another folder.'}"
         ) from None
 
 
@@ -171,7 +173,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        what = "holds no checkpoint" if path.is_dir() else "is not there"
+        what = "holds no checkpoint" if path.is_dir() else "does not exist"
         raise UserError(
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
@@ -285,6 +287,11 @@ class RunDir:
                 f"--out_dir {path} is a checkpoint, not a run.\nGive the folder that contains it."
             )
         if config.resume:
+            if not list_checkpoints(self.path):
+                raise UserError(
+                    f"{path} holds no checkpoint to resume.\n"
+                    "Leave --resume out to start there, or give the --out_dir of a run."
+                )
             self.folder = resolve(self.path)
             self.manifest = verify(self.folder, resume=True)
             self._check_resumable(self.manifest["config"])

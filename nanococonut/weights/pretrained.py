@@ -72,7 +72,11 @@ def resolve_weights(init_from: str) -> Path:
     if not path.exists():
         raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
     if path.is_dir() and not _is_checkpoint(path) and not (path / WEIGHTS_NAME).is_file():
-        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{ACCEPTED}")
+        suffixes = (".bin", ".pt", ".pth", ".safetensors")
+        files = sorted(p for p in path.iterdir() if p.suffix in suffixes)
+        files = [p for p in files if p.name != "training_args.bin"]  # no weights, and pickled
+        advice = f"Give its file: {files[0]}" if len(files) == 1 else ACCEPTED
+        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{advice}")
     return path
 
 
@@ -142,11 +146,13 @@ def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if the model lacks the checkpoint's projection; drop an unused classifier."""
-    if source.thought == "projected" and model.project is None:
+    """Raise UserError if the model lacks the checkpoint's own thoughts; drop its classifier."""
+    own = {"projected": ("projected", "project."), "fixed": ("pause_multipass", "pause.")}
+    if source.thought in own and model.config.thought != source.thought:
+        method, module = own[source.thought]
         raise UserError(
-            f"{path} was trained by --method=projected: no other method uses its map of the hidden "
-            "state.\nContinue with --method=projected, or give a run of another method."
+            f"{path} was trained by --method={method}: no other method uses its {module}weight."
+            f"\nContinue with --method={method}, or give a run of another method."
         )
     if source.stop and model.stop is None:  # it never changed the model's output
         print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
@@ -164,7 +170,7 @@ def _tensor_problems(tensors: dict[str, Tensor], params: dict[str, Tensor]) -> l
             dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
             expected = tuple(params[name].shape)
             problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
-    optional = ("smear.", "project.", "stop.")  # start at zero
+    optional = ("smear.", "project.", "pause.", "stop.")  # start at zero
     missing = [name for name in params if name not in tensors and not name.startswith(optional)]
     return problems + [f"{name} is missing" for name in missing]
 
@@ -193,9 +199,9 @@ def _from_hub(name: str) -> Path:
         except Exception as e:  # the hub raises whatever its HTTP client raises
             raise WeightsUnavailable(
                 f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
-                f"({type(e).__name__}).\nGive a folder as --init_from, made elsewhere by `hf "
-                f"download {repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from "
-                "scratch (config/prosqa_small.py)."
+                f"({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
+                f"{repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from scratch "
+                "(config/prosqa_small.py)."
             ) from None
     return Path(files[1]).parent
 
@@ -254,7 +260,7 @@ def _load_torch(file: Path) -> dict[str, Tensor]:
 
 def _read_config(file: Path) -> tuple[dict[str, int], Spec | None]:
     """Return (sizes by GPTConfig's names, tokenizer spec if the folder is an export of ours)."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG_NAME} is not a JSON object")
     for key, value in FIXED_SETTINGS.items():

@@ -65,7 +65,7 @@ def test_examples_of_a_file(accuracy, tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--data=prosqa_wide"], "prosqa_wide cannot be read"),
+        (["--data=prosqa_wide"], "prosqa_wide does not exist"),
         (["--sweep=maybe"], "sweep='maybe' has the wrong type"),
         (["--latent=-1"], "latent=-1"),
         (["--n=5", "--latent=150"], "does not fit"),

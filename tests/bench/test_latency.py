@@ -73,13 +73,9 @@ def test_run_measures_everything(latency, tmp_path):
             whole, rest = (run.value(m, **where) for m in ("answer", "answer_after_prefill"))
             assert 0 < rest < whole
         assert run.value("answer", task=task, path="chain", relative_to="thoughts") > 0
-    rates = [
-        run.value("memory_bandwidth", "torch", variant=v) for v in ("copy", "matrix times vector")
-    ]
-    assert any(rates) and not all(rates)  # the faster of the two
+    assert run.value("memory_bandwidth", "torch") > 0
     assert {row["repeats"] for row in rows if row["unit"] == "x"} == {2}  # rounds are whole
-    assert line["left_out"] == [] and {"released", "nanococonut, eager"} <= line["missing"].keys()
-    assert line["missing"]["released"] == "not requested"
+    assert line["left_out"] == [] and line["missing"]["released"] == "not requested"
     assert "| prosqa |" in "\n".join(shown) and str(tmp_path) not in out
 
 
@@ -120,7 +116,7 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "time_case", fails_at_second)
     with pytest.raises(KeyboardInterrupt):
         all_cases = bench.cases(config, providers, False)
-        bench.measure(all_cases, config, found, results)
+        bench.measure(all_cases, config.rounds, found, results)
     rows = read_results(tmp_path / "r.jsonl")
     assert {r["metric"] for r in rows} >= {"latent_step", "token_step", "first_token"}
 
@@ -165,17 +161,16 @@ def test_others_are_checked_before_timing(tiny, tmp_path, monkeypatch):
     assert [p.name for p in providers] == ["nanococonut"]
     assert "worker transformers ended" in missing["transformers"]
     found, config = tiny(transformers_python=str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="cannot be run"):
-        baselines.start(found, config)
+    assert "cannot be run" in baselines.start(found, config)[1]["transformers"]
 
 
 def test_closed_worker_leaves_no_process(tmp_path):
     """A compiler that a killed worker had started used to run on, beside the next measurement."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nsleep 20 &\necho {}\nwait\n")
+    python.write_text("#!/bin/sh\nsleep 20 &\necho '{\"versions\": {}}'\nwait\n")
     python.chmod(0o755)
-    worker = baselines.Worker("released", str(python), "--flag", "nothing")
-    assert worker.receive() == {}
+    worker = baselines.Worker("released", str(python), {})
+    assert worker.versions == {}
     began = time.monotonic()
     worker.close()
     worker.close()  # twice is no error

@@ -210,7 +210,16 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     row = plot.curve_of("run")
     assert row["name"] == "run" and row["validations"][0]["valid_accuracy"] == 0.9
-    assert [point[0] for point in row["points"]] == [50, 100, 119]
+    assert [point[0] for point in row["points"]][-3:] == [108, 114, 119]
+    for n in (1, 7):  # one point drew an empty picture
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        write(tmp_path / "run" / "metrics.jsonl", logged[:n])
+        assert [point[0] for point in plot.curve_of("run")["points"]] == list(range(1, n + 1))
+        code, _, err = script("--curve=run", f"--out=short{n}.png", script="bench/plot.py")
+        assert (code, err) == (0, "")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    code, _, err = script("--curve=run", "--out=none.png", script="bench/plot.py")
+    assert code == 2 and "no steps to draw" in err and not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(

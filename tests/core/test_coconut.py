@@ -17,6 +17,8 @@ def naive_thought(model, h):
     c = model.config
     if c.thought == "projected":
         return h + h @ model.project.weight.T + model.project.bias
+    if c.thought == "fixed":
+        return model.pause.weight[None]
     if c.thought == "soft":
         logits = (h @ model.wte.weight.T / c.soft_temperature)[0, 0]
         if c.soft_top_k:
@@ -84,10 +86,11 @@ def test_loss_and_gradients_equal_the_naive_loop(gpt, case, seed):
     "options",
     [
         {"thought": "projected"},
+        {"thought": "fixed", "smear": True},
         {"thought": "soft", "soft_temperature": 0.7},
         {"thought": "soft", "soft_top_k": 3, "smear": True},
     ],
-    ids=["projected", "soft", "soft_top_k"],
+    ids=["projected", "fixed", "soft", "soft_top_k"],
 )
 def test_other_thoughts_equal_the_naive_loop(options):
     """Guards against a wrong soft average or projection. Every parameter has a gradient."""
@@ -97,6 +100,31 @@ def test_other_thoughts_equal_the_naive_loop(options):
     expected = naive_loss(model, sequences)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)  # fails if one is unused
+    assert_gradients_equal(model, loss, expected)
+
+
+def naive_thought_loss(model, sequences, thought_targets):
+    """Return the cross-entropy of the state fed as thought i with its labels, one at a time."""
+    total = 0.0
+    for (prefix, n, _, _), labels in zip(sequences, thought_targets.tolist(), strict=True):
+        emb = model.embed(torch.tensor([prefix]))
+        for row in labels[:n]:
+            h = model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]  # fed back below
+            emb = torch.cat([emb, naive_thought(model, h)], dim=1)
+            row = [label for label in row if label != IGNORE]
+            for label in row:  # a uniform distribution over them
+                total = total - model.head(h)[0, 0].log_softmax(0)[label] / len(row)
+    return total
+
+
+@pytest.mark.parametrize("thought", ["hidden", "soft"])
+def test_thought_loss_equals_the_naive_loop(thought, seed):
+    """Guards against a label for the state after its thought instead of the one fed back."""
+    model = random_gpt(seed % 1000, thought=thought)
+    batch, sequences = random_batch(seed, [3, 0, 1, 5])
+    loss = coconut.thought_loss(model, batch, coconut.think(model, batch))
+    expected = naive_thought_loss(model, sequences, batch.thought_targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     assert_gradients_equal(model, loss, expected)
 
 
@@ -111,6 +139,18 @@ def test_loss_equals_that_of_all_logits(case, seed):
     loss, correct = coconut.loss(model, batch, coconut.think(model, batch))
     torch.testing.assert_close(loss, coconut.loss_sum(logits, batch.targets))
     assert torch.equal(correct, exact_match(logits, batch.targets)) and correct[0]
+
+
+@pytest.mark.parametrize("smear", [False, True])
+def test_fixed_thoughts_equal_pauses_in_one_pass(smear, seed):
+    """Guards a claim of docs/RESULTS.md: passes that feed nothing back compute what one does."""
+    model = random_gpt(seed % 1000, thought="fixed", smear=smear)
+    model.pause.weight.data = model.wte.weight.data[:1].clone()  # token 0 is never in a batch
+    batch, sequences = random_batch(seed, [3, 1, 4])
+    logits = forward(model, batch)
+    for b, (prefix, n, suffix, _) in enumerate(sequences):
+        one_pass = model(torch.tensor([prefix + [0] * n + suffix]))[0, len(prefix) + n - 1 : -1]
+        torch.testing.assert_close(logits[b, : len(suffix)], one_pass, rtol=1e-10, atol=1e-10)
 
 
 def test_projection_starts_as_the_hidden_state():
@@ -188,6 +228,7 @@ def test_padding_does_not_change_logits(gpt):
             n_needed=batch.n_needed[b : b + 1],
             suffix=batch.suffix[b : b + 1, :s],
             targets=batch.targets[b : b + 1, :s],
+            thought_targets=batch.thought_targets[b : b + 1],
             max_thoughts=int(batch.n_thoughts[b]),
             n_labels=s - 1,
         )

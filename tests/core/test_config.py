@@ -49,29 +49,39 @@ def test_command_line_overrides_config_file(tmp_path):
     assert (config.n_layer, config.learning_rate) == (4, 0.5)
 
 
+def test_config_file_saved_by_notepad_is_read(tmp_path):
+    """A byte order mark, and lines that end in CRLF, were "not a config file"."""
+    (tmp_path / "mine.py").write_bytes(b"\xef\xbb\xbfn_layer = 3\r\nn_head = 3\r\n")
+    assert read_config_file(tmp_path / "mine.py", TrainConfig) == {"n_layer": 3, "n_head": 3}
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--n_layr=3"], ["--n_layr", "Did you mean --n_layer?"]),
-        (["--n_layer=three"], ["n_layer", "'three'", "whole number"]),
+        (["--n_layer=three"], ["--n_layer='three'", "'three'", "whole number"]),
         (["--n_layer=3.5"], ["n_layer", "3.5", "whole number"]),
         (["--n_layer"], ["--n_layer", "expected one argument"]),
-        (["--n_layer=0"], ["n_layer=0", "at least 1"]),
+        (["--n_layer=0"], ["--n_layer=0", "at least 1"]),
         (["--dropout=1"], ["dropout=1", "less than 1"]),
         (["--lr=0"], ["learning_rate=0", "more than 0"]),
         (["--lr=nan"], ["learning_rate", "number"]),
         (["--max_steps=-1"], ["max_steps=-1", "at least 0"]),
         (["--resume=perhaps"], ["resume", "True or False"]),
-        (["--method=coconot"], ["coconot", "Did you mean coconut?", "no_cot"]),
+        (["--method=coconot"], ["--method='coconot'", "Did you mean coconut?", "no_cot"]),
         (["--n_embd=10", "--n_head=3"], ["n_embd=10", "n_head=3", "multiple"]),
         (["--min_hops=7"], ["min_hops=7", "max_hops=6"]),
         (["--c_thought=3", "--block_size=20"], ["18 thoughts", "block_size=20"]),
         (["--render=compact"], ["compact", "--tokenizer=words"]),
+        (["--thought_loss=1"], ["thought_loss", "--render=compact", "--thought_loss=0"]),
+        (["--task=gsm8k", "--thought_labels=frontier"], ["frontier", "gsm8k", "=path"]),
         (["--resume=1"], ["resume='1'", "True or False"]),
         (["--n_layer=True"], ["n_layer=True", "whole number"]),
         (["--n_layer=None"], ["n_layer", "whole number"]),
         (["--n-layer=3"], ["--n-layer", "Did you mean --n_layer?"]),
         (["a.py", "b.py"], ["b.py"]),
+        (["--compile=False"], ["--compile", "Did you mean --kernels?"]),  # as in nanoGPT
+        (["--init_from=resume"], ["init_from", "--resume"]),
     ],
 )
 def test_bad_setting_is_refused(argv, words):
@@ -101,9 +111,11 @@ def test_unreadable_config_file_is_refused(tmp_path):
     """A missing file, a file in Latin-1 and a folder end in two lines, not in a traceback."""
     write_config(tmp_path, "")
     refused(
-        lambda: read_config_file(tmp_path / "mien.py", TrainConfig), "not there", "mean mine.py"
+        lambda: read_config_file(tmp_path / "mien.py", TrainConfig),
+        "does not exist",
+        "mean mine.py",
     )
-    refused(lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "not there")
+    refused(lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "does not exist")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
     refused(lambda: read_config_file(tmp_path / "latin.py", TrainConfig), "UTF-8")
     refused(lambda: read_config_file(tmp_path, TrainConfig), "not readable")
@@ -122,9 +134,9 @@ def test_help_is_grouped_and_complete(capsys):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_there_are_sixty_settings():
+def test_there_are_sixty_two_settings():
     """An option is there if a committed result or a test of the paper needs it."""
-    assert len(TrainConfig.__dataclass_fields__) == 60
+    assert len(TrainConfig.__dataclass_fields__) == 62
 
 
 def test_min_hops_is_checked_for_prosqa_only():

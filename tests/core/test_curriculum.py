@@ -15,15 +15,17 @@ from nanococonut.batch import (
     build_sequence,
     collate,
     max_length,
+    thought_targets,
     tokenize,
 )
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, schedule
 from nanococonut.data.examples import extract_answer
 from nanococonut.data.tasks import TASKS
+from nanococonut.tokenizer import Tokenizer
 
-EXAMPLE = TokenizedExample(question=[1, 2], steps=[[3], [4, 5], [6]], answer=[7, 8])
-SHORT = TokenizedExample(question=[9], steps=[[3]], answer=[7])
+EXAMPLE = TokenizedExample([1, 2], [[3], [4, 5], [6]], [7, 8], thought_labels=[[3], [5], [6]])
+SHORT = TokenizedExample([9], [[3]], [7], thought_labels=[[3]])
 
 
 @pytest.fixture
@@ -79,6 +81,45 @@ def test_collate_pads_right_and_supervises_text(tokenizer, ids):
     ]
     assert batch.n_labels == 8
     assert batch.prefix.dtype == batch.targets.dtype == torch.int64
+
+
+def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
+    """Guards against a label of another step, and against labels of steps still written."""
+    c = Curriculum("coconut", max_latent_stage=3, final_thoughts=4)
+    expected = {0: [], 1: [[3]], 2: [[3], [5]], 3: [[3], [5], [6]], 4: [[3], [5], [6], []]}
+    for stage, labels in expected.items():
+        assert thought_targets(c, stage, EXAMPLE) == labels
+    assert thought_targets(c, 2, SHORT) == [[3], []]
+    assert thought_targets(replace(c, c_thought=2), 2, EXAMPLE) == [[3], [3], [5], [5]]
+    assert thought_targets(Curriculum("pause_as_thought"), 2, EXAMPLE) == []  # no latent steps
+    assert thought_targets(Curriculum("cot"), 2, EXAMPLE) == []
+    several = replace(EXAMPLE, thought_labels=[[3, 9], [5]])
+    batch = collate(c, [2, 1], [several, SHORT], tokenizer)
+    x = IGNORE
+    assert batch.thought_targets.tolist() == [[[3, 9], [5, x]], [[3, x], [x, x]]]
+    assert collate(c, [0], [EXAMPLE], tokenizer).thought_targets.shape == (1, 0, 0)
+
+
+def test_thought_targets_name_nodes_of_prosqa():
+    """Guards the layout that thought_loss relies on: a compact step ends in the node it reaches."""
+    task = TASKS["prosqa"]
+    words = Tokenizer.words(task.words())
+    raw = task.module.generate(3, 1)
+    for example, plain in zip(task.render(raw, "compact"), raw, strict=True):
+        labels = thought_targets(Curriculum("coconut"), 7, tokenize(words, example))
+        n = len(example["steps"])
+        reached = [f" {step.split()[1]}" for step in example["steps"]]
+        assert [words.decode(ids) for ids in labels[:n]] == reached
+        assert labels[n:] == [[]] * (6 - n) and reached[-1].strip() == example["answer"]
+        # all nodes that many steps away; a loop of its own, by node numbers
+        frontiers = task.module.frontiers(plain["question"])
+        frontier, seen = {plain["root"]}, {plain["root"]}
+        for ids in tokenize(words, example, frontiers).thought_labels:
+            frontier = {b for a, b in plain["edges"] if a in frontier} - seen
+            seen |= frontier
+            names = {" " + plain["idx_to_symbol"][node] for node in frontier}
+            assert {words.decode([t]) for t in ids} == names and len(ids) == len(names) > 0
+        assert reached[-1] in {" " + word for word in frontiers[n - 1].split()}
 
 
 def test_first_token_is_supervised_without_markers(tokenizer, ids):
@@ -158,7 +199,7 @@ def test_methods_have_valid_rules():
         assert method.drop_rule in ("none", "stage", "all", "tokens")
         assert method.n_thoughts_rule in ("none", "stage", "all")
         assert method.advance_by in ("stages", "epochs", "never")
-        assert method.thought_type in ("hidden", "soft", "projected", "pause", "")
+        assert method.thought_type in ("hidden", "soft", "projected", "fixed", "pause", "")
         assert (method.thought_type == "") == (method.n_thoughts_rule == "none")
 
 
@@ -196,7 +237,8 @@ LAYOUTS = {
         4: "1 2 B P P P E | 7 8 $",
     },
 }
-LAYOUTS["soft_thought"] = LAYOUTS["projected"] = LAYOUTS["coconut"]
+for name in ("soft_thought", "projected", "pause_multipass"):
+    LAYOUTS[name] = LAYOUTS["coconut"]
 CASES = [(method, stage) for method, stages in LAYOUTS.items() for stage in stages]
 
 
@@ -233,7 +275,7 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
     thought = METHODS[method].thought_type
     model = random_gpt(
         vocab_size=tokenizer.vocab_size,
-        thought=thought if thought in ("soft", "projected") else "hidden",
+        thought=thought if thought in ("soft", "projected", "fixed") else "hidden",
         soft_temperature=0.5,
         smear=True,
     )
@@ -251,6 +293,8 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
             new = h
         elif thought == "soft":
             new = (h @ model.wte.weight.T / 0.5).softmax(-1) @ model.wte.weight
+        elif thought == "fixed":
+            new = model.pause.weight[None]
         else:
             new = h + h @ model.project.weight.T + model.project.bias
         emb = torch.cat([emb, new], dim=1)
@@ -308,4 +352,7 @@ def test_ignored_options_change_nothing(tokenizer, method):
         assert changed == (name not in ignored), name
     assert ("soft_top_k" in ignored) == (method != "soft_thought")
     assert ("advance_at" in ignored) == (METHODS[method].advance_by == "never")
-    assert ignored - set(SETTINGS) <= {"soft_top_k", "soft_temperature", "advance_at"}
+    labels = thought_targets(Curriculum(method), 1, EXAMPLE)
+    assert ("thought_loss" in ignored) == ("thought_labels" in ignored) == (labels == [])
+    others = {"soft_top_k", "soft_temperature", "advance_at", "thought_loss", "thought_labels"}
+    assert ignored - set(SETTINGS) <= others

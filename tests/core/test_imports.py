@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = """
 runtime cache curriculum
 tokenizer config model
-data ops
+data packed
+ops
 batch weights
 coconut inference
 evaluation training
@@ -54,6 +55,20 @@ def test_only_kernels_imports_triton():
     """Guards machines without triton."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "nanococonut").rglob("*.py")]:
         assert "triton" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_wait_policy_is_set_before_torch_loads():
+    """A busy neighbour made training 20 times slower: torch's waiting threads spun. Its OpenMP
+    reads the policy when it is loaded, so a script that imports torch first sets it in vain."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py")]:
+        names = [name.split(".")[0] for name in imports(path)]
+        others = [name for name in names if name not in sys.stdlib_module_names]
+        assert path.stem in ("setup", "__init__") or others[0] == "nanococonut", path
+    body = ast.parse((ROOT / "nanococonut/__init__.py").read_text()).body
+    assert [ast.unparse(node) for node in body[1:3]] == [
+        "import os",
+        "os.environ.setdefault('OMP_WAIT_POLICY', 'passive')",
+    ]
 
 
 def test_transformers_import_from_the_repo_root():

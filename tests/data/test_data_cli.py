@@ -1,5 +1,8 @@
 """python -m nanococonut.data: write examples; mistakes exit with code 2."""
 
+import runpy
+import sys
+
 import pytest
 
 from nanococonut.data import gsm8k, prontoqa, prosqa
@@ -23,6 +26,14 @@ def test_prosqa_is_written(command):
     assert (code, err) == (0, "") and out == "50 examples in mini.json (seed 4)\n"
     mini = prosqa.GraphConfig(n_nodes=13, min_hops=2, max_hops=3, matched=True)
     assert read_examples("mini.json") == prosqa.generate(50, 4, mini)
+
+
+def test_help_names_the_command(monkeypatch, capsys):
+    """The usage line said __main__.py, which nobody can run."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/nanococonut/data/__main__.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("nanococonut.data", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith("usage: python -m nanococonut.data [-h]")
 
 
 def test_prontoqa_is_written(command):

@@ -38,7 +38,8 @@ def scripted(monkeypatch, tokenizer, texts=()):
     def fake(self, prefixes, n_thoughts, forced_tokens, *_, **__):
         requests.append((prefixes, n_thoughts, forced_tokens))
         tokens = [tokenizer.encode(texts.pop(0) if texts else "") for _ in prefixes]
-        return Generation(tokens, torch.zeros(1), [n_thoughts] * len(tokens), 0, 0, 0, 0)
+        nothing = torch.zeros(1, 0, 1)
+        return Generation(tokens, nothing, nothing, [n_thoughts] * len(tokens), 0, 0, 0, 0)
 
     monkeypatch.setattr(Engine, "run", fake)
     return requests
@@ -92,6 +93,27 @@ def test_the_interval_is_wilsons():
     assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
     low, high = evaluate.Score([True] * 10, 0, 0, []).interval
     assert (round(low, 4), round(high, 12)) == (0.7225, 1.0)
+
+
+def test_thought_geometry_equals_a_loop(model, tokenizer):
+    """A mean over the wrong axis, or over pairs with oneself, would hide a collapse."""
+    engine = Engine(model, tokenizer)
+    examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS[:3]]
+    thoughts = engine.generate(QUESTIONS[:3], 4, 2).thoughts
+    got = evaluate.score(engine, examples, 4, max_new_tokens=2).geometry
+    for i in range(4):
+        a, b, c = thoughts[:, i]
+        pairs = [torch.cosine_similarity(x, y, 0) for x, y in ((a, b), (a, c), (b, c))]
+        assert got["thought_similarity"][i] == pytest.approx(sum(pairs).item() / 3, abs=1e-4)
+        norm = sum(x.norm() for x in (a, b, c)).item() / 3
+        assert got["thought_norm"][i] == pytest.approx(norm, abs=1e-4)
+    cosines = torch.cosine_similarity(thoughts[:, 1:], thoughts[:, :-1], -1).mean(0)
+    assert got["thought_cosine"] == pytest.approx(cosines.tolist(), abs=1e-4)
+    same = evaluate.thought_geometry(thoughts[:1].expand(5, -1, -1))
+    assert same["thought_similarity"] == [1.0] * 4
+    assert (
+        evaluate.thought_geometry(thoughts[:1]) == evaluate.thought_geometry(thoughts[:, :0]) == {}
+    )
 
 
 def test_training_mode_is_left_as_it_was(model, tokenizer):

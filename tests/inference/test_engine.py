@@ -61,7 +61,7 @@ def test_ragged_batch_equals_naive_loop(gpt, n_thoughts, forced):
         assert alone.tokens[0] == tokens
 
 
-@pytest.mark.parametrize("thought", ["hidden", "soft", "projected"])
+@pytest.mark.parametrize("thought", ["hidden", "soft", "projected", "fixed"])
 @pytest.mark.parametrize("smear", [False, True])
 @torch.no_grad()
 def test_classifier_stops_each_sequence_itself(thought, smear):

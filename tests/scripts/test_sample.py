@@ -97,7 +97,7 @@ REFUSED = {
     "negative": (["--latent=-1"], "latent=-1"),
     "negative, apart": (["--latent", "-1"], "latent=-1"),
     "not a number": (["--latent=six"], "latent='six'"),
-    "no run there": (["--out_dir=nowhere"], "nowhere is not there"),
+    "no run there": (["--out_dir=nowhere"], "nowhere does not exist"),
     "nothing in it": (["--out_dir=."], "holds no checkpoint"),
     "not ProsQA": (["--question=What is 2+2?"], "not a ProsQA question"),
     "too long": (["--question", QUESTION.replace("Sam", "Sam is a gorpus. " * 99 + "Sam")], "fit"),

@@ -16,6 +16,7 @@ import torch
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
 from nanococonut.data.files import write_examples
+from nanococonut.training import log
 from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
 
@@ -315,17 +316,36 @@ def test_ignored_options_are_named_if_typed(train, tiny):
     assert code == 0 and "NOT USED by method cot: --first_stage_epochs\n" in out
     code, out, _ = train(*flags, "--out_dir=c")
     assert code == 0 and "NOT USED" not in out
+    write_examples("rows.json", prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3)))
+    flags = [tiny, "--max_steps=1", "--data=rows.json", "--train_examples=9", "--out_dir=d"]
+    code, out, _ = train(*flags)
+    assert code == 0 and "NOT USED with this data: --train_examples\n" in out
+    assert "n_nodes" not in out and "val_examples=12" in out  # four are held out
 
 
 def test_fallback_is_printed_and_recorded(train, tiny, monkeypatch, tmp_path):
     """A small model could be taken for GPT-2's result."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
-    code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run", "--init_from=gpt2")
+    code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run")
     assert code == 0
     assert "NOT TRAINING" in out and "--fallback=None" in out
     fell_back = checkpoint.read_manifest(checkpoint.resolve("run"))["fell_back"]
     assert "big.py" in fell_back["instead_of"] and fell_back["because"]
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_typed_init_from_never_falls_back(train, tiny, monkeypatch, tmp_path, has_gpu):
+    """A typed --init_from trained another model after two lines. A typed --fallback may."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
+    flags = [tmp_path / "big.py", "--max_steps=1", "--out_dir=run", "--device=cpu"]
+    code, out, err = train(*flags, "--init_from=gpt2")
+    assert code == 2 and "TRAINING" not in out and not Path("run").exists()
+    assert "tiny.py" in err and "--fallback=None" in err and err.count("\n") == 2
+    code, out, _ = train(*flags, "--init_from=gpt2", "--fallback=tiny.py")
+    assert code == 0 and "TRAINING" in out
 
 
 REFUSED = {
@@ -349,7 +369,7 @@ REFUSED = {
     "brackets": (["tiny.py", "--data=[/x].json"], "[/x].json"),
     "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
     "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be written"),
-    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "is not there"),
+    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "Leave --resume out"),
     "run exists": (["tiny.py", "--out_dir=run"], "already holds a run"),
     "model changed": (["tiny.py", "--out_dir=run", "--resume", "--n_embd=32"], "n_embd=16"),
     "data changed": (["tiny.py", "--out_dir=run", "--resume", "--n_nodes=12"], "n_nodes=10"),
@@ -416,8 +436,20 @@ def test_every_method_trains_resumes_and_samples(train, tiny, method):
     code, out, err = train("--out_dir=whole", "--seed=1", script="sample.py")
     assert (code, err) == (0, "") and "answer" in out
     assert ("ms per thought" in out) == (
-        METHODS[method].thought_type in ("hidden", "soft", "projected")
+        METHODS[method].thought_type in ("hidden", "soft", "projected", "fixed")
     )
+
+
+def test_collapsed_thoughts_are_reported(train, tiny, monkeypatch):
+    """A run whose thoughts ignore the question looked like any other until its accuracy."""
+    flags = [tiny, "--epochs=3", "--first_stage_epochs=0"]
+    code, out, _ = train(*flags, "--out_dir=a")
+    assert code == 0 and "COLLAPSED" not in out
+    validation = [line for line in logged("a") if "valid_accuracy" in line][0]
+    assert len(validation["thought_norm"]) == validation["thoughts"] == 1
+    monkeypatch.setattr(log, "COLLAPSED", -1.1)
+    code, out, _ = train(*flags, "--out_dir=b")
+    assert code == 0 and out.count("COLLAPSED") == out.count("validation:") > 0
 
 
 def test_stop_classifier_does_not_change_the_model(train, tiny):
@@ -461,7 +493,7 @@ def test_half_precision_trains_everything(train, tiny):
     """Under autocast, the default on a GPU, hidden states and parameters differ in dtype."""
     flags = [tiny, "--dtype=bfloat16", "--max_steps=3", "--stop=classifier"]
     flags += ["--first_stage_epochs=0", "--max_latent_stage=0", "--final_thoughts=2"]
-    for method in ("coconut", "soft_thought", "projected"):
+    for method in ("coconut", "soft_thought", "projected", "pause_multipass"):
         code, _, err = train(*flags, f"--method={method}", f"--out_dir={method}")
         assert (code, err) == (0, "")
 

@@ -8,6 +8,7 @@ from fake_graphs import FakeGraphCache
 from helpers import exact_match, forward, random_batch, random_gpt
 
 from nanococonut import coconut
+from nanococonut.batch import IGNORE
 from nanococonut.training import step as step_module
 from nanococonut.training.step import TrainStep
 
@@ -22,14 +23,22 @@ def small_multiples(monkeypatch):
     monkeypatch.setattr(step_module, "LABELS", 16)
 
 
-def plain(model, batches, labels):
+def count_thought_labels(batch):
+    return int((batch.thought_targets != IGNORE).any(-1).sum())
+
+
+def plain(model, batches, labels, thought_loss=0.0):
     """Return the loss and its gradients without TrainStep."""
     model.zero_grad()
-    loss = 0
+    loss = objective = 0
+    n_thought_labels = sum(map(count_thought_labels, batches))
     for batch in batches:
         logits = forward(model, batch)
         loss = loss + coconut.loss_sum(logits, batch.targets) / labels
-    loss.backward()
+        if thought_loss and batch.max_thoughts:
+            summed = coconut.thought_loss(model, batch, coconut.think(model, batch))
+            objective = objective + thought_loss * summed / n_thought_labels
+    (loss + objective).backward()
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -56,24 +65,29 @@ def test_padding_changes_nothing(gpt, seed, n_thoughts):
     assert torch.equal(right[: len(want)], want)
 
 
-@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("stop, thought_loss", [(False, 0), (True, 0), (True, 0.7)])
 @pytest.mark.parametrize("smear", [False, True])
-def test_graphs_train_as_eager_does(stop, smear):
+def test_graphs_train_as_eager_does(stop, thought_loss, smear):
     """A graph could keep an input, a count or a gradient of the step it was captured in."""
     models = [random_gpt(seed=3, smear=smear, stop=stop).train()]
     models.append(copy.deepcopy(models[0]))
     FakeGraphCache.captured = FakeGraphCache.replayed = 0
-    train_steps = [TrainStep(models[0]), TrainStep(models[1], graphs=FakeGraphCache(8))]
+    train_steps = [
+        TrainStep(models[0], thought_loss=thought_loss),
+        TrainStep(models[1], graphs=FakeGraphCache(8), thought_loss=thought_loss),
+    ]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
     for step in range(3):
         batches = [random_batch(10 * step + seed, n)[0] for seed, n in BATCHES]
         n_labels = sum(b.n_labels for b in batches)
         n_examples = sum(len(b.length) for b in batches)
+        n_thought_labels = sum(map(count_thought_labels, batches))
         for train_step in train_steps:
             train_step.zero_grad()
             for batch in batches:
                 even = [b % 2 == 0 for b in range(len(batch.length))]
-                train_step(train_step.prepare(batch, even, 3), n_labels, n_examples)
+                counts = n_labels, n_examples, n_thought_labels
+                train_step(train_step.prepare(batch, even, 3), *counts)
         loss, _ = plain(copy.deepcopy(models[0]), batches, n_labels)
         close(train_steps[0].totals[0], loss.detach())
         close(train_steps[1].totals, train_steps[0].totals)
@@ -87,14 +101,17 @@ def test_graphs_train_as_eager_does(stop, smear):
     assert 0 < FakeGraphCache.captured < FakeGraphCache.replayed
 
 
-def test_loss_is_the_mean_of_the_whole_step(gpt):
+@pytest.mark.parametrize("thought_loss", [0.0, 0.5])
+def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
     """The mean of two micro-batches' means weighs labels of the smaller one more."""
     batches = [random_batch(5, [2, 1, 0])[0], random_batch(6, [3])[0]]
     n_labels = sum(b.n_labels for b in batches)
-    loss, grads = plain(gpt, batches, n_labels)
-    train_step = TrainStep(gpt)
+    n_thought_labels = sum(map(count_thought_labels, batches))
+    loss, grads = plain(gpt, batches, n_labels, thought_loss)
+    train_step = TrainStep(gpt, thought_loss=thought_loss)
     train_step.zero_grad()
     for batch in batches:
-        train_step(train_step.prepare(batch, [True] * len(batch.length)), n_labels, 4)
+        micro_batch = train_step.prepare(batch, [True] * len(batch.length))
+        train_step(micro_batch, n_labels, 4, n_thought_labels)
     close(train_step.totals[0], loss.detach())
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)

@@ -168,7 +168,7 @@ def test_format_1_is_refused_in_two_lines(saved):
 def test_missing_checkpoint_is_a_two_line_error(tmp_path, folder):
     """It was a traceback from json."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no checkpoint|is not there") as e:
+    with pytest.raises(UserError, match="holds no checkpoint|does not exist") as e:
         checkpoint.load(tmp_path / folder)
     assert str(e.value).count("\n") == 1
 
@@ -183,9 +183,12 @@ def test_failed_save_leaves_the_last_one(saved, tokenizer, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="No space left") as e:
         checkpoint.save(folder.parent, 8, model, [], manifest_of(model, tokenizer))
-    assert "untouched" in str(e.value)
+    assert "untouched" in str(e.value) and "--resume" in str(e.value)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     checkpoint.load(folder.parent)
+    with pytest.raises(UserError, match="No space left") as e:  # nothing to resume
+        checkpoint.save(folder.parent / "new", 8, model, [], manifest_of(model, tokenizer))
+    assert "untouched" not in str(e.value) and "--resume" not in str(e.value)
 
 
 def test_bundle_holds_the_weights_in_bfloat16(saved, tmp_path):

@@ -179,7 +179,7 @@ def test_word_level_vocabulary_is_refused(tmp_path, tokenizer):
     assert str(error.value).count("\n") == 1 and not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("method", ["soft_thought", "projected"])
+@pytest.mark.parametrize("method", ["soft_thought", "projected", "pause_multipass"])
 def test_soft_and_projected_thoughts_are_refused(tmp_path, tokenizer, method):
     """The card's loop would feed back hidden states instead."""
     save_random_run(tmp_path / "run", tokenizer, method, thought=METHODS[method].thought_type)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nanococonut
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.setup import init_model
@@ -220,6 +221,28 @@ def test_config_of_another_model_is_refused(tmp_path, theirs, change, words):
         load_gpt2(file.parent)
 
 
+def test_folder_with_another_file_names_that_file(tmp_path, theirs):
+    """A folder with pytorch_model.bin alone was refused without a word of how to give it."""
+    folder = tmp_path / "theirs"
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save({}, folder / "training_args.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="Give its file: ") as e:
+        resolve_weights(str(folder))
+    file = str(e.value).rpartition(": ")[2]
+    assert load_gpt2(resolve_weights(file)).config.n_layer == 3
+    (folder / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(UserError, match="one such file"):  # which one?
+        resolve_weights(str(folder))
+
+
+def test_config_json_with_byte_order_mark_is_read(tmp_path, theirs):
+    """An editor on Windows adds one: the folder held "no GPT-2"."""
+    file = tmp_path / "theirs" / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_gpt2(file.parent).config.n_layer == 3
+
+
 def test_file_without_config_is_refused(tmp_path, theirs):
     """Tensors do not show the number of heads; a guess would give wrong logits."""
     alone = shutil.copy(tmp_path / "theirs/model.safetensors", tmp_path / "alone.safetensors")
@@ -380,22 +403,24 @@ def test_training_continues_from_a_run(tmp_path, tokenizer, smear):
     assert torch.equal(model.eval()(idx), saved(idx))
 
 
-def test_extra_modules_are_dropped_or_refused(tmp_path, tokenizer, capsys):
+@pytest.mark.parametrize("own", ["projected", "pause_multipass"])
+def test_extra_modules_are_dropped_or_refused(tmp_path, tokenizer, capsys, own):
     """A stop classifier never changed the output, so it is dropped; a projection did."""
     saved = save_random_run(tmp_path / "stop", tokenizer, stop=True)
-    save_random_run(tmp_path / "map", tokenizer, "projected", thought="projected")
+    save_random_run(tmp_path / "map", tokenizer, own, thought=METHODS[own].thought_type)
     idx = torch.randint(tokenizer.vocab_size, (2, 30))
-    for method in ("cot", "pause", "soft_thought", "projected"):
+    for method in ("cot", "pause", "soft_thought", own):
         base = TrainConfig(tokenizer="words", block_size=96, method=method)
         config = replace(base, init_from=str(tmp_path / "stop"))
         assert torch.equal(init_model(config, tokenizer).eval()(idx), saved(idx))
         assert "stop classifier is left out" in capsys.readouterr().out
         config = replace(base, init_from=str(tmp_path / "map"))
-        if method == "projected":
-            assert init_model(config, tokenizer).project.weight.abs().max() > 0
+        if method == own:
+            loaded = init_model(config, tokenizer)
+            assert (loaded.project or loaded.pause).weight.abs().max() > 0
             continue
         with pytest.raises(
-            UserError, match=r"trained by --method=projected.*\nContinue with"
+            UserError, match=rf"trained by --method={own}.*\nContinue with"
         ) as error:
             init_model(config, tokenizer)
         assert str(error.value).count("\n") == 1

@@ -1,0 +1,323 @@
+"""Do a model's thoughts do anything? Seven tests, and rules that turn their figures into words.
+
+measure() returns the row that bench/common/page.py draws. A rule needs a whole 95 % interval on one
+side. A cell decides nothing if it has too few questions, or if the candidates together have less
+than half of the probability.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nanococonut.evaluation.interchange import (
+    Figure,
+    Figures,
+    count,
+    figure,
+    interchange,
+    kind_of,
+    plateau,
+    tables,
+)
+from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
+from nanococonut.evaluation.readout import MIN_MASS, readout
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
+
+__all__ = ["Figures", "Pairs", "Report", "interchange", "measure"]
+Finding = dict[str, Any]
+NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
+
+
+@dataclass
+class Report:
+    """The row of one model; bench/common/page.py says what each part looks like."""
+
+    name: str
+    method: str
+    task: str
+    thoughts: int
+    noun: str
+    parameters: int
+    trained: Figure = field(default_factory=dict)  # accuracy as in training
+    verdict: str = ""
+    findings: list[Finding] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    scale: list[Figure] | None = None
+    accuracy: dict[str, Any] | None = None
+    slots: dict[str, Any] | None = None
+    names: dict[str, Any] | None = None
+    write: dict[str, Any] | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return it as JSON, without what was not measured."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+# ---- rules
+
+
+def decided(*figures: Figure | None) -> bool:
+    """Return whether the cells have enough questions, and answers that are candidates at all."""
+    return all(f and f.get("n", 0) >= MIN_PAIRS and f.get("mass", 1) >= 0.5 for f in figures)
+
+
+def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -> Finding:
+    """Return the finding of the first case that holds.
+
+    text   with {0}, {1}, ... for the figures
+    cases  (whether it holds, mark, verdict in few words, title, and perhaps a further sentence)
+    """
+    mark, verdict, title, *more = next(case[1:] for case in cases if case[0])
+    text = " ".join([text, *filter(None, more)])
+    about = {"id": name, "mark": mark, "verdict": verdict, "title": title}
+    return about | {"text": text, "figures": figures}
+
+
+def judge_pairs(plain: Figure, one: Figure, both: Figure) -> Finding:
+    """Test 1. A rule that ignores what is asked is right for exactly one of two twins."""
+    ok = decided(plain, one, both)
+    return finding(
+        "pairs",
+        "Questions as in training are answered correctly in {0}. Of two twins it answers both "
+        "correctly in {1}, and exactly one, as any rule that ignores what is asked, in {2}.",
+        [plain, both, one],
+        (ok and both["hi"] < 0.2, "no", "ignores what is asked", "It ignores what is asked."),
+        (ok and one["hi"] < 0.1, "yes", "looks at what is asked", "It looks at what is asked."),
+        (ok and one["lo"] > 0.1, "part", "partly a shortcut",
+         "Part of its accuracy is a rule that ignores what is asked."),
+        (True, "?", "undecided", "Whether it looks at what is asked is undecided."),
+    )  # fmt: skip
+
+
+def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
+    """Test 2. Does accuracy fall if the slots hold what they hold on average?"""
+    is_plural, ok = noun.endswith("s"), decided(own) and mean is not None
+    the = f"The {noun} {'are' if is_plural else 'is'}"
+    without = f"With {noun} averaged over questions" if is_plural else f"Without the {noun}"
+    share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
+    gain = f"Guessing gives {chance:.0%}, so this is {min(1.0, share):.0%} of what it gains."
+    falls = ok and mean["hi"] < own["lo"]
+    return finding(
+        "needed",
+        f"{without}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
+        [own, mean],
+        (not ok, "?", "need undecided", f"Whether {the.lower()} needed is undecided."),
+        (falls and share >= 0.8, "yes", "needed", f"{the} needed.", gain),
+        (falls, "part", "needed in part", f"{the} needed in part.", gain),
+        (True, "no", "not needed", f"{the} not needed.", "The intervals overlap."),
+    )
+
+
+def judge_carried(twin: Figure, unrelated: Figure, noun: str) -> Finding:
+    """Test 3. Does the answer follow the slots of the twin?"""
+    are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
+    ok = decided(twin, unrelated)
+    overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
+    rest = f"The other {1 - twin['value']:.0%} follow the question." if twin else ""
+    return finding(
+        "carried",
+        f"If only the {noun} {are} replaced, by {those} of the twin, {{0}} of the answers become "
+        f"the twin's; by {those} of an unrelated question with as many steps, {{1}}.",
+        [twin, unrelated],
+        (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
+        (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
+         f"The answer is carried by the {noun}."),
+        (ok and twin["hi"] <= 0.1, "no", "ignored", f"The {noun} {are} ignored."),
+        (overlap, "?", "undecided", "Destroyed or moved: undecided."),
+        (True, "part", "carried in part", f"The answer is carried in part by the {noun}.", rest),
+    )  # fmt: skip
+
+
+def judge_search(twin: Figure, other: Figure, same: Figure, noun: str) -> Finding:
+    """Test 4. The donors were asked about other options: what moves, the search or the answer?"""
+    ok = decided(twin, other, same)
+    return finding(
+        "search",
+        f"The {noun} of the twin flip {{0}} of the answers even if its options were others; those "
+        "of the question itself, asked with other options, flip {1}.",
+        [other, same],
+        (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
+        (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",
+         "They carry the search, not the answer.", "So the options are compared afterwards."),
+        (ok and other["hi"] < 0.5 and twin["lo"] >= 0.9, "no", "the answer itself",
+         "They carry the answer itself, not the search."),
+        (True, "part", "search and answer", "They carry some of both, the search and the answer."),
+    )  # fmt: skip
+
+
+def judge_depth(
+    accuracy: dict[int, list[Figure]], slots: dict[int, list[Figure]], noun: str
+) -> Finding:
+    """Test 5. Do questions of more steps take more slots? Both by steps, then by slots."""
+    counts = {h: plateau(cells) for h, cells in accuracy.items()}
+    carriers = [max(range(len(c)), key=lambda j: c[j]["value"]) + 1 for c in slots.values()]
+    parts = [f"{k} for {count(h, 'step')} ({{{i}}})" for i, (h, k) in enumerate(counts.items())]
+    numbers, values = ", ".join(map(str, carriers)), list(counts.values())
+    rises = values == sorted(values) and carriers == sorted(carriers) and len(set(values)) >= 3
+    return finding(
+        "depth",
+        f"Four fifths of the gain in accuracy are there after this many {noun} (accuracy then): "
+        + ", ".join(parts) + ".",
+        [accuracy[h][k] for h, k in counts.items()],
+        (rises, "yes", "deeper takes more", f"Deeper questions take more {noun}.",
+         carriers and f"The slot that moves most answers alone goes from {numbers}."),
+        (True, "part", "depth unclear", f"Deeper questions do not plainly take more {noun}."),
+    )  # fmt: skip
+
+
+def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
+    """Test 6. Does the LM head name nodes further and further away?
+
+    best  distance -> thought, own and other (figures), base, mass: where it names most
+    """
+    parts, good = [], []
+    for i, (d, b) in enumerate(best.items()):
+        parts.append(
+            f"thought {b['thought']} gives {{{2 * i}}} of its probability on concepts to those "
+            f"{count(d, 'step')} away (counted from the twin's entity {{{2 * i + 1}}}; "
+            f"{b['base']:.0%} of concepts are that far)"
+        )
+        own, control = b["own"]["value"], b["other"]["value"]
+        good += [own >= 2 * b["base"] and own >= control + 0.2 and b["mass"] >= MIN_MASS]
+    rising = [b["thought"] for b in best.values()]
+    return finding(
+        "read",
+        f"Read by the LM head, {' and '.join(parts)}. What can be read need not be used.",
+        [b[name] for b in best.values() for name in ("own", "other")],
+        (all(good) and rising == sorted(set(rising)), "yes", "readable",
+         "They can be read, and move outward."),
+        (any(good), "part", "readable in part", "They can be read in part."),
+        (True, "no", "not readable", "Nothing can be read in them."),
+    )  # fmt: skip
+
+
+def judge_write(w: dict[str, Any]) -> Finding:
+    """Test 7. Does the answer follow concepts that are written, or erased, by hand?"""
+    cells = {point["id"]: point for point in w["points"] + w["erase"]}
+    other, own, control = map(cells.get, ("other", "own", "control"))
+    right, wrong = cells.get("right"), cells.get("wrong")
+    ok, figures, erased = decided(other, control), [other, own, control], ""
+    if right and wrong:
+        figures += [right, wrong]
+        erased = "With the one right branch erased {3} stay right, with a wrong one {4}"
+        split = wrong["lo"] > right["hi"]
+        erased += ": branches are held side by side, and each one counts." if split else "."
+    return finding(
+        "write",
+        f"Thought {w['thought']} becomes the mean thought plus {w['factor']} times the mean "
+        f"embedding of the concepts {count(w['distance'], 'step')} from an entity. The twin's "
+        "flip {0} of the answers, the question's own {1}, other concepts {2}. " + erased,
+        figures,
+        (not ok, "?", "undecided", "Whether they can be written by hand is undecided."),
+        (ok and other["lo"] > max(0.8, control["hi"]), "yes", "writable",
+         "They can be written by hand."),
+        (True, "no", "not writable", "They cannot be written by hand in this way."),
+    )  # fmt: skip
+
+
+def judge_trap(free: Figure, chain: Figure, forced: Figure, noun: str) -> Finding:
+    """Say what the model does without thoughts if no answer is forced."""
+    return finding(
+        "trap",
+        f"Without {noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
+        "{1}. Made to answer at once, as in all tests here, it is right in {2}.",
+        [free, chain, forced],
+        (True, "note", "", "A trap avoided."),
+    )
+
+
+# ---- the tests
+
+
+def _judge_moved(r: Report, f: Figures) -> None:
+    """Add the findings of tests 3 to 5."""
+    twin = f.flips("twin")
+    r.findings.append(judge_carried(twin, f.flips("unrelated"), r.noun))
+    if not twin or twin["n"] < MIN_PAIRS:
+        r.refused.append("There are too few pairs with both answers right for tests 3 to 7.")
+    if "same_other" in f.cells:
+        other, same = f.flips("other_other"), f.flips("same_other")
+        r.findings.append(judge_search(twin, other, same, r.noun))
+    if r.accuracy is None:
+        return
+    offset = len(r.accuracy["rows"]) - len(f.steps)  # of the plain row
+    cells = {h: r.accuracy["rows"][i + offset]["cells"] for i, h in enumerate(f.steps)}
+    slots = {h: r.slots["rows"][i]["cells"] for i, h in enumerate(f.steps)}
+    solved = [h for h in f.steps if decided(cells[h][r.thoughts]) and cells[h][-1]["lo"] > 0.55]
+    if len(solved) > 1:
+        deep = {h: slots[h] for h in solved if h > 1 and all(slots[h])}
+        r.findings.append(judge_depth({h: cells[h] for h in solved}, deep, r.noun))
+
+
+def measure(
+    engine: Engine,
+    name: str,
+    plain: Pairs | None,
+    pairs: Pairs,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> tuple[Report, Figures]:
+    """Run the seven tests. Return the report and the figures of `pairs`.
+
+    plain  pairs as in training, with their shortcuts (None: none)
+    """
+    kind, manifest, model = kind_of(engine), engine.manifest, engine.model
+    n, noun, extra = manifest["n_thoughts"], NOUNS[kind], 2 * (kind in ("thought", "pause"))
+    r = Report(name, manifest["method"], engine.config.task, n, noun, model.n_params())
+    f = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
+    p = f
+    if plain is not None:
+        options = {"full": False, "extra": extra, "progress": lambda x: progress(0.6 + 0.2 * x)}
+        p = plain.figures(engine, **options)
+    own, chance = f.accuracy("own"), f.chance
+    trained = r.trained = p.accuracy("own", p.every)
+
+    # ---- what can be asked at all
+    if max(trained["lo"], own["lo"]) <= chance + 0.05:
+        text = f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {chance:.0%}."
+        title = "It does not solve these questions."
+        r.findings = [finding("solves", text, [trained, own], (True, "no", title[3:-1], title))]
+        r.refused = ["Nothing else can be asked: there is no answer that could be moved."]
+        r.verdict = title[3:-1]
+        return r, f
+    q = p if plain is not None and plain.has_twins else f
+    one, both = figure(q.right ^ q.twin_right, q.every), figure(q.right & q.twin_right, q.every)
+    shortcut = judge_pairs(trained, one, both) if pairs.twinned else None
+    ignores = shortcut is not None and shortcut["mark"] == "no"
+    if kind == "none":
+        r.refused.append("There is nothing between question and answer: only test 1 is asked.")
+    elif ignores:
+        r.refused.append("Tests 3 to 7 cannot be asked: no answer follows what is asked.")
+    if ignores or kind == "none":
+        r.findings.append(shortcut)
+
+    # ---- what the slots do
+    if kind != "none":
+        r.findings.append(judge_needed(own, f.accuracy("mean"), chance, noun))
+        r.scale, r.accuracy, r.slots = tables(f, p if plain is not None else None, n)
+    if kind != "none" and not ignores:
+        _judge_moved(r, f)
+        if kind == "thought":
+            try:
+                r.names, best, r.write = readout(engine, f, pairs, n)
+                r.findings += [judge_read(best), judge_write(r.write)]
+            except UserError as e:
+                r.warnings.append(f"Tests 6 and 7 were left out: {str(e).splitlines()[0]}")
+            progress(0.95)
+        r.findings += [shortcut] if shortcut else []
+        if kind != "chain" and plain is not None:
+            free, chain = left_alone(engine, plain)
+            r.accuracy |= {"free": free, "wrote_chain": chain}
+            r.findings.append(judge_trap(free, chain, p.accuracy("k0", p.every), noun))
+
+    # ---- what to know about it
+    if not pairs.twinned:
+        r.warnings.append("Without twins, only the donor's answer tells moved from destroyed.")
+    if kind != "none" and f.cells["by_inputs"].nanmean() > 0:
+        r.warnings.append("Twins of another length: inputs were exchanged, not keys and values.")
+    if model.config.stop:
+        r.warnings.append(f"The stop classifier was not asked: all questions have {n} thoughts.")
+    r.verdict = ", ".join(x["verdict"] for x in r.findings[: 1 if ignores else 3])
+    progress(1.0)
+    return r, f

@@ -1,0 +1,82 @@
+"""Packed linear layers generate the same tokens, follow the weights, and are chosen openly."""
+
+import pytest
+import torch
+from helpers import generate, random_gpt
+
+from nanococonut import ops, packed
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
+
+MODEL = {"dtype": torch.float32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+if packed.unavailable(random_gpt(**MODEL)):
+    pytest.skip("this PyTorch packs no linear layers", allow_module_level=True)
+PREFIXES = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+
+
+def ask(engine):
+    return engine.run(PREFIXES, 3, [39], -1, 6)
+
+
+def test_packed_generates_the_same(gpt):
+    """A wrong activation, bias or head changes tokens; the smear has a linear layer of its own."""
+    model = gpt.float()
+    plain = generate(model, PREFIXES, 3, [39], -1, 6)
+    fast = generate(model, PREFIXES, 3, [39], -1, 6, kernels="packed")
+    assert fast.tokens == plain.tokens
+    torch.testing.assert_close(fast.thoughts, plain.thoughts, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("thought", ["soft", "projected"])
+def test_packed_feeds_back_every_thought(thought):
+    """The packed model could lose the layers that only some methods have."""
+    model = random_gpt(thought=thought, **MODEL)
+    plain = generate(model, PREFIXES, 3, [39], -1, 6)
+    fast = generate(model, PREFIXES, 3, [39], -1, 6, kernels="packed")
+    assert fast.tokens == plain.tokens
+
+
+def test_packed_copies_follow_the_weights():
+    """An optimizer writes in place: the copies kept the old weights."""
+    model = random_gpt(**MODEL)
+    engine = Engine(model, kernels="packed")
+    before = ask(engine)
+    with torch.no_grad():
+        model.h[0].mlp.c_proj.weight.mul_(-3)
+    after = ask(engine)
+    assert not torch.equal(before.thoughts, after.thoughts)
+    expected = ask(Engine(model, kernels="torch")).thoughts
+    torch.testing.assert_close(after.thoughts, expected, rtol=1e-5, atol=1e-5)
+    assert engine.memory()["packed"] == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
+
+
+def test_packing_leaves_the_model_as_it_is():
+    """Layers replaced in the model itself would have no gradient and no state dict."""
+    model = random_gpt(**MODEL)
+    names, layer = list(model.state_dict()), model.h[0].attn.c_attn
+    fast = packed.PackedGPT(model)
+    assert list(model.state_dict()) == names and model.h[0].attn.c_attn is layer
+    assert fast.h[0].ln_1.weight is model.h[0].ln_1.weight and fast.wpe.weight is model.wpe.weight
+
+
+def test_auto_packs_large_models_if_faster(monkeypatch):
+    """A timing must not decide about the bits of a small model."""
+    model = random_gpt(**MODEL)
+    monkeypatch.setattr(packed, "speedup", lambda model: 1.62)
+    assert ops.choose_backend("auto", model) == ("torch", "the model is on cpu, not on a GPU")
+    monkeypatch.setattr(packed, "MIN_PARAMS", 0)
+    reason = "1.6x as fast as plain linear layers on this CPU"
+    assert ops.choose_backend("auto", model) == ("packed", reason)
+    assert ops.choose_backend("torch", model)[0] == "torch"
+    monkeypatch.setattr(packed, "speedup", lambda model: 1.01)
+    assert ops.choose_backend("auto", model)[0] == "torch"
+
+
+def test_packing_that_computes_something_else_is_refused(monkeypatch):
+    """The self-check compares with F.linear before any answer is given."""
+    forward = packed.PackedLinear.forward
+    monkeypatch.setattr(packed.PackedLinear, "forward", lambda m, x: forward(m, x) * 1.001)
+    with pytest.raises(UserError, match="packed layers differ by 1e-03 from plain ones"):
+        ops.choose_backend("packed", random_gpt(**MODEL))
+    with pytest.raises(UserError, match=r"no packed form of torch.float64"):
+        ops.choose_backend("packed", random_gpt())

@@ -1,0 +1,97 @@
+"""The console of a run: when a line is due, and when steps became slow."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import Data
+from nanococonut.runtime.errors import UserError
+from nanococonut.training.log import RunLog, print_data
+from nanococonut.training.state import Schedule, TrainState
+
+
+def new_log(path, metrics):
+    """Return the log of a run that writes metrics to this file, and its state."""
+    config = TrainConfig(batch_size=10)
+    schedule = Schedule(config, Curriculum.from_config(config), steps_per_epoch=1000)
+    run = SimpleNamespace(
+        path=path, metrics_path=path / "metrics.jsonl", open_metrics=lambda _: metrics
+    )
+    state = TrainState()
+    return RunLog(run, config, schedule, state), state
+
+
+@pytest.fixture
+def log_steps(monkeypatch, capsys):
+    """Return log_steps(seconds of each step) -> lines on the console, which is no terminal."""
+
+    def run(seconds):
+        now = [0.0]
+        monkeypatch.setattr(
+            "nanococonut.training.log.time", SimpleNamespace(monotonic=lambda: now[0])
+        )
+        log, state = new_log(Path(), io.StringIO())
+        with log:
+            for s in seconds:
+                now[0] += s
+                state.advance(0, 1, 1)
+                log.step(state, 1.0, 10)
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_slow_steps_are_logged_by_time(log_steps):
+    """A run of slow steps printed nothing in its first 100: an hour of silence."""
+    lines = log_steps([4.0] * 20)
+    assert [line.split("/")[0] for line in lines] == ["step 2", "step 10", "step 18"]  # 8, 40, 72 s
+    assert "2 examples/s" in lines[0]  # 10 each 4 s
+    lines = log_steps([0.01] * 250)
+    assert [line.split("/")[0] for line in lines] == ["step 100", "step 200"]
+
+
+def test_collapse_of_the_speed_is_warned_of_once(log_steps):
+    """A neighbour that takes the processors looked like a slow model."""
+    warnings = [x for x in log_steps([0.1] * 60 + [1.0] * 60 + [0.1] * 60 + [1.0] * 60)
+                if "SLOW" in x]  # fmt: skip
+    assert len(warnings) == 1 and "10 examples/s, 100 earlier" in warnings[0]
+
+
+def test_validation_is_no_collapse_of_the_speed(log_steps):
+    """A long pause between steps is a validation, a save or a suspended laptop."""
+    assert not any("SLOW" in x for x in log_steps(([0.1] * 19 + [100.0]) * 5 + [0.3] * 50))
+
+
+def test_full_disk_before_a_checkpoint_names_no_resume(tmp_path):
+    """--resume was advised where nothing had been saved."""
+    log, state = new_log(tmp_path, Path("/dev/full").open("w"))
+    for expected in (False, True):
+        with pytest.raises(UserError, match="Free some space") as e:
+            log.validation(state, {"valid_accuracy": 1.0})
+        assert ("--resume" in str(e.value)) == expected
+        (tmp_path / "step_00000001").mkdir(exist_ok=True)
+        (tmp_path / "step_00000001/manifest.json").touch()
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "line"),
+    [
+        ("abcb", "xy", "1 of 4 in training, and 0 of 2 for validation"),
+        ("abc", "axa", "0 of 3 in training, and 2 of 3 for validation"),
+        ("abc", "xyx", None),
+        (None, "xyx", None),  # generated: never repeats a validation graph
+    ],
+)
+def test_repeated_questions_are_counted(capsys, train, valid, line):
+    """Validation questions that are also trained on gave a high accuracy without a word."""
+    train, valid = ([{"question": f"Is  it {c}?"} for c in text] if text else None
+                    for text in (train, valid))  # fmt: skip
+    valid = [{"question": example["question"].replace("  ", " ") + "\n"} for example in valid]
+    loader = SimpleNamespace(val_splits={"valid": valid}, n_examples=3)
+    print_data(TrainConfig(), loader, Data(train, {"valid": valid}), None)
+    out = capsys.readouterr().out
+    assert line in out if line else out == ""
