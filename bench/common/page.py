@@ -165,7 +165,7 @@ def _view(row: Row) -> str:
 def view_page(row: Row) -> str:
     """Return a page with the interactive view alone. row: its name, noun and view.
 
-    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,900 FILE#0,1,0,all
+    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,740 FILE#0,1,0,all
     """
     title = f"The {row['noun']} of {escape(row['name'])}"
     return _fill("head", {"title": title}) + _view(row) + TEXT["tail"]
