@@ -9,9 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.interchange import (
     Figure,
     Figures,
@@ -19,9 +16,10 @@ from nanococonut.evaluation.interchange import (
     figure,
     interchange,
     kind_of,
+    plateau,
     tables,
 )
-from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
+from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
 from nanococonut.evaluation.readout import MIN_MASS, readout
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -41,6 +39,7 @@ class Report:
     thoughts: int
     noun: str
     parameters: int
+    trained: Figure = field(default_factory=dict)  # accuracy as in training
     verdict: str = ""
     findings: list[Finding] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -148,13 +147,6 @@ def judge_search(twin: Figure, other: Figure, same: Figure, noun: str) -> Findin
     )  # fmt: skip
 
 
-def plateau(cells: list[Figure]) -> int:
-    """Return after how many thoughts four fifths of the gain in accuracy are there."""
-    values = [f["value"] for f in cells]
-    gain = max(values) - values[0]
-    return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
-
-
 def judge_depth(
     accuracy: dict[int, list[Figure]], slots: dict[int, list[Figure]], noun: str
 ) -> Finding:
@@ -225,6 +217,17 @@ def judge_write(w: dict[str, Any]) -> Finding:
     )  # fmt: skip
 
 
+def judge_trap(free: Figure, chain: Figure, forced: Figure, noun: str) -> Finding:
+    """Say what the model does without thoughts if no answer is forced."""
+    return finding(
+        "trap",
+        f"Without {noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
+        "{1}. Made to answer at once, as in all tests here, it is right in {2}.",
+        [free, chain, forced],
+        (True, "note", "", "A trap avoided."),
+    )
+
+
 # ---- the tests
 
 
@@ -248,30 +251,17 @@ def _judge_moved(r: Report, f: Figures) -> None:
         r.findings.append(judge_depth({h: cells[h] for h in solved}, deep, r.noun))
 
 
-def _trap(r: Report, engine: Engine, plain: Pairs) -> None:
-    """Add what the model does without thoughts if no answer is forced."""
-    n_new = engine.config.max_new_tokens
-    s = score(engine, plain.examples[:400], 0, batch_size=200, max_new_tokens=n_new)
-    every = torch.ones(s.n, dtype=torch.bool)
-    free = figure(torch.tensor(s.correct), every)
-    chain = figure(torch.tensor([bool(t.partition("#")[0].strip()) for t in s.texts]), every)
-    r.accuracy |= {"free": free, "wrote_chain": chain}
-    text = (
-        f"Without {r.noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
-        "{1}. Made to answer at once, as in all tests here, it is right in {2}."
-    )
-    figures = [free, chain, r.accuracy["rows"][0]["cells"][0]]
-    r.findings.append(finding("trap", text, figures, (True, "note", "", "A trap avoided.")))
-
-
 def measure(
     engine: Engine,
     name: str,
     plain: Pairs | None,
     pairs: Pairs,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> Report:
-    """Run the seven tests. plain: pairs as in training, with their shortcuts (None: none)."""
+) -> tuple[Report, Figures]:
+    """Run the seven tests. Return the report and the figures of `pairs`.
+
+    plain  pairs as in training, with their shortcuts (None: none)
+    """
     kind, manifest, model = kind_of(engine), engine.manifest, engine.model
     n, noun, extra = manifest["n_thoughts"], NOUNS[kind], 2 * (kind in ("thought", "pause"))
     r = Report(name, manifest["method"], engine.config.task, n, noun, model.n_params())
@@ -280,7 +270,8 @@ def measure(
     if plain is not None:
         options = {"full": False, "extra": extra, "progress": lambda x: progress(0.6 + 0.2 * x)}
         p = plain.figures(engine, **options)
-    own, trained, chance = f.accuracy("own"), p.accuracy("own", p.every), f.chance
+    own, chance = f.accuracy("own"), f.chance
+    trained = r.trained = p.accuracy("own", p.every)
 
     # ---- what can be asked at all
     if max(trained["lo"], own["lo"]) <= chance + 0.05:
@@ -289,7 +280,7 @@ def measure(
         r.findings = [finding("solves", text, [trained, own], (True, "no", title[3:-1], title))]
         r.refused = ["Nothing else can be asked: there is no answer that could be moved."]
         r.verdict = title[3:-1]
-        return r
+        return r, f
     q = p if plain is not None and plain.has_twins else f
     one, both = figure(q.right ^ q.twin_right, q.every), figure(q.right & q.twin_right, q.every)
     shortcut = judge_pairs(trained, one, both) if pairs.twinned else None
@@ -316,7 +307,9 @@ def measure(
             progress(0.95)
         r.findings += [shortcut] if shortcut else []
         if kind != "chain" and plain is not None:
-            _trap(r, engine, plain)
+            free, chain = left_alone(engine, plain)
+            r.accuracy |= {"free": free, "wrote_chain": chain}
+            r.findings.append(judge_trap(free, chain, p.accuracy("k0", p.every), noun))
 
     # ---- what to know about it
     if not pairs.twinned:
@@ -327,4 +320,4 @@ def measure(
         r.warnings.append(f"The stop classifier was not asked: all questions have {n} thoughts.")
     r.verdict = ", ".join(x["verdict"] for x in r.findings[: 1 if ignores else 3])
     progress(1.0)
-    return r
+    return r, f

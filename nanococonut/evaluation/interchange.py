@@ -240,6 +240,13 @@ class Figures:
         return figure(log_p.argmax(1) == column, where & ~log_p[:, 0].isnan(), log_p)
 
 
+def plateau(cells: list[Figure]) -> int:
+    """Return after how many thoughts four fifths of the gain in accuracy are there."""
+    values = [f["value"] for f in cells]
+    gain = max(values) - values[0]
+    return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
+
+
 def count(n: int, word: str) -> str:
     return f"{n} {word}{'s' * (n != 1)}"
 
