@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanococonut.evaluation.interchange import (
+    NOUNS,
     Figure,
     Figures,
     count,
@@ -26,7 +27,6 @@ from nanococonut.runtime.errors import UserError
 
 __all__ = ["Figures", "Pairs", "Report", "interchange", "measure"]
 Finding = dict[str, Any]
-NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 
 
 @dataclass

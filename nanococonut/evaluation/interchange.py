@@ -22,6 +22,7 @@ from nanococonut.runtime.errors import UserError
 Cells = dict[str, Tensor]  # intervention -> log-probability of each candidate, (N, m)
 Figure = dict[str, Any]  # value, lo, hi, n and, of answers, mass: their mean probability
 
+NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 LABELS = {
     "mean": "averaged over questions",
     "unrelated": "of an unrelated question",

@@ -274,9 +274,10 @@ def random_insight_engine(method, n_thoughts=2) -> Engine:
 def test_a_random_model_does_not_solve_anything(method):
     """Noise could get a verdict. The row has to be JSON, the same for the same seed."""
     engine = random_insight_engine(method, n_thoughts=0 if "cot" in method else 2)
+    plain, pairs = generated_pairs(engine.config, 50, 3)
+    plain = type(plain)(*[side[:100] for side in (plain.examples, plain.twins, plain.groups)])
     rows = []
     for _ in range(2):
-        plain, pairs = generated_pairs(engine.config, 50, 3)
         report, _ = insight.measure(engine, "random", plain, pairs)
         rows.append(json.dumps(report.row()))
     assert rows[0] == rows[1]
@@ -304,10 +305,8 @@ def test_thoughts_of_the_bundled_model_carry_its_answers(bundled):
 def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
     """Twins of other lengths can exchange inputs only; both have to tell the same."""
     engine, pairs = bundled
-    questions, twins = (
-        [x["question"] for x in side[:40]] for side in (pairs.examples, pairs.twins)
-    )
-    longer = [twin.replace(" Is ", " Every zzz is a zz. Is ") for twin in twins]
+    questions = [x["question"] for x in pairs.examples[:40]]
+    longer = [x["question"].replace(" Is ", " Every a is a b. Is ") for x in pairs.twins[:40]]
     cells = interchange(engine, questions, longer, pairs.candidates(engine)[:40])
     assert cells["by_inputs"].mean() == 1
     flips = (cells["twin"].argmax(1) == 1)[(cells["own"].argmax(1) == 0)]
