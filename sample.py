@@ -297,9 +297,8 @@ def main() -> None:
                 )
         try:
             ask(engine, replace(config, latent=n_thoughts), question, answer)
-            ask(engine, config, question, answer)
             if config.view:
-                write_view(engine, Path(config.view), question, answer, latent)
+                write_view(engine, Path(config.view), question, answer, n_thoughts)
         except UserError as e:
             if not is_interactive():
                 raise
