@@ -40,7 +40,7 @@ from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
-from nanococonut.weights.pretrained import load_pretrained
+from nanococonut.weights.pretrained import CONFIG_NAME, load_pretrained
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def load_engine(config: AccuracyConfig) -> Engine:
     is_run = (path / checkpoint.MANIFEST).is_file() or bool(checkpoint.list_checkpoints(path))
     if is_run and config.method:
         raise UserError(f"{path} knows its method.\nLeave --method out.")
-    if is_run or not (config.method or path.is_file()):
+    has_weights = path.is_file() or (path / CONFIG_NAME).is_file()
+    if is_run or not (config.method or has_weights):
         return nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
     has_thoughts = config.method and METHODS[config.method].n_thoughts_rule != "none"
     if not config.method or not config.data or (has_thoughts and config.latent is None):
@@ -92,6 +93,11 @@ def load_engine(config: AccuracyConfig) -> Engine:
             "--data and --latent, such as --method=coconut --data=FILE --latent=6."
         )
     model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
+    if METHODS[config.method].thought_type not in ("", "pause", model.config.thought):
+        raise UserError(
+            f"--method={config.method} feeds back something else than hidden states, which plain "
+            "GPT-2 weights do not have.\nGive the run that was trained by it."
+        )
     n_tokens = tokenizer.vocab_size if METHODS[config.method].markers else tokenizer.eos + 1
     if model.config.vocab_size < n_tokens:
         raise UserError(
