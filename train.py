@@ -40,7 +40,7 @@ from nanococonut.weights.pretrained import GPT2_SIZES, WeightsUnavailable, resol
 
 def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
     """Return (config, run name, why the fallback config is trained instead, {} if it is not)."""
-    overrides, path = parse_cli(TrainConfig, argv, __doc__.split("\n")[0], config_file=True)
+    overrides, path = parse_cli(TrainConfig, argv, __doc__, config_file=True)
     config = make_config(
         TrainConfig, read_config_file(path, TrainConfig) if path else {}, overrides
     )
@@ -117,6 +117,7 @@ def main() -> None:
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
     state = make_config(TrainState, run.restore(model, optimizers))
     if config.resume:
+        schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
     log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)

@@ -21,7 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut
+import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import torch
+
 from bench.common.results import ResultWriter
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
@@ -38,7 +40,7 @@ from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
-from nanococonut.weights.pretrained import load_pretrained
+from nanococonut.weights.pretrained import CONFIG_NAME, load_pretrained
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class AccuracyConfig:
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
     kernels: str = option("auto", "what runs a step", choices=BACKENDS)
+    dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -74,14 +77,15 @@ def load_engine(config: AccuracyConfig) -> Engine:
 
     Raise UserError if one of --method, --data, --latent is missing, or --method is not needed.
     """
-    path = Path(config.checkpoint or checkpoint.BUNDLED)
+    path, dtype = Path(config.checkpoint or checkpoint.BUNDLED), getattr(torch, config.dtype)
     if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file():
         path = path.parent  # the weights of a checkpoint of ours
     is_run = (path / checkpoint.MANIFEST).is_file() or bool(checkpoint.list_checkpoints(path))
     if is_run and config.method:
         raise UserError(f"{path} knows its method.\nLeave --method out.")
-    if is_run or not (config.method or path.is_file()):
-        return nanococonut.load(path, config.device, config.kernels, config.graph)
+    has_weights = path.is_file() or (path / CONFIG_NAME).is_file()
+    if is_run or not (config.method or has_weights):
+        return nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
     has_thoughts = config.method and METHODS[config.method].n_thoughts_rule != "none"
     if not config.method or not config.data or (has_thoughts and config.latent is None):
         raise UserError(
@@ -89,6 +93,11 @@ def load_engine(config: AccuracyConfig) -> Engine:
             "--data and --latent, such as --method=coconut --data=FILE --latent=6."
         )
     model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
+    if METHODS[config.method].thought_type not in ("", "pause", model.config.thought):
+        raise UserError(
+            f"--method={config.method} feeds back something else than hidden states, which plain "
+            "GPT-2 weights do not have.\nGive the run that was trained by it."
+        )
     n_tokens = tokenizer.vocab_size if METHODS[config.method].markers else tokenizer.eos + 1
     if model.config.vocab_size < n_tokens:
         raise UserError(
@@ -96,7 +105,7 @@ def load_engine(config: AccuracyConfig) -> Engine:
             f"{n_tokens}.\nGive the weights that were trained by it."
         )
     trained = TrainConfig(task=find_task(config.data), data=config.data, method=config.method)
-    model = model.to(select_device(config.device)).eval()
+    model = model.to(select_device(config.device), dtype).eval()
     engine = Engine.from_config(
         model, tokenizer, trained, kernels=config.kernels, graph=config.graph
     )
@@ -222,7 +231,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
 
 def main() -> None:
-    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__)
     print(evaluate(make_config(AccuracyConfig, given)).summary())
 
 

@@ -32,6 +32,7 @@ INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
 GPT2_VOCAB, PADDED_VOCAB = 50257, 50304  # nanoGPT pads it to a multiple of 64
 N_SPECIAL_TOKENS = 3  # <bot>, <eot>, <latent>: their ids follow GPT-2's own
 INIT_TOKEN = 16791  # "<<" in GPT-2's vocabulary: the released code copies it to new tokens
+N_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by n_layer, n_embd
 # transformers stores these as (in, out): GPT-2's Conv1D is a transposed Linear
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # field of GPTConfig -> key of config.json
@@ -239,7 +240,9 @@ def _read(path: Path) -> Weights:
         if isinstance(state, dict) and "model_args" in state:
             return _from_nanogpt(state)
         tensors = _rename(state)
-        settings = _read_config(file.with_name(CONFIG_NAME))
+        config_file = file.with_name(CONFIG_NAME)
+        known = {} if config_file.is_file() else _known_sizes(tensors)
+        settings = known or _read_config(config_file)
         sizes = _read_sizes(settings, CONFIG_KEYS)
     except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
@@ -247,6 +250,16 @@ def _read(path: Path) -> Weights:
     ours = settings.get("nanococonut")  # in an export
     spec = ours.get("tokenizer") if isinstance(ours, dict) else None
     return Weights(config, tensors, spec, is_conv1d=True)
+
+
+def _known_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return sizes as in config.json if they are one of GPT2_SIZES (so released checkpoints need
+    no file), else {}."""
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    n_embd = tensors["wte.weight"].shape[1]
+    n_head = N_HEADS.get((n_layer, n_embd))
+    sizes = {"n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    return sizes if n_head else {}
 
 
 def _from_nanogpt(saved: dict[str, Any]) -> Weights:

@@ -134,6 +134,7 @@ def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
         assert detail["generated_tokens"] == 6 + longest
         code, out, _ = script("--out_dir=run", "--seed=1", *more, script="sample.py")
         assert code == 0 and f", {longest} tokens" in out
+        assert ('(wrong, no answer after "###": ' in out) == (longest == 1)
 
 
 def test_unpadded_runs_are_asked_as_trained(accuracy, script, tmp_path):
@@ -229,6 +230,8 @@ def test_a_released_checkpoint_needs_no_run(accuracy, scored, tmp_path, method, 
         (["--method=cot", "--data=nothing.json"], "nothing.json does not exist"),
         (["--method=cot", "--data=rows.json", "--checkpoint=rows.json"], "holds no GPT-2"),
         (["--method=cot", "--checkpoint=run"], "run knows its method"),
+        (["--checkpoint=."], "Give --method"),  # a folder with config.json
+        (["--method=soft_thought", "--data=rows.json", "--latent=6"], "else than hidden states"),
     ],
 )
 def test_a_released_checkpoint_used_wrongly(accuracy, tmp_path, argv, words):
@@ -263,3 +266,11 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     (tmp_path / "rows.json").unlink()
     code, _, err = accuracy("--checkpoint=run")
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err
+
+
+def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):
+    """Weights stayed in float32, or the row said so."""
+    code, _, err = accuracy("--n=60", "--dtype=bfloat16", "--out=rows.jsonl")
+    assert (code, err) == (0, "")
+    [row] = read_results(tmp_path / "rows.jsonl")
+    assert row["dtype"] == "bfloat16" and row["value"] > 0.9

@@ -395,6 +395,23 @@ def test_file_without_config_is_refused(tmp_path, theirs):
     assert str(error.value).count("\n") == 1 and "hf download" in str(error.value)
 
 
+@pytest.mark.parametrize("n_layer, n_embd, n_head", [(12, 768, 12), (48, 1600, 25)])
+def test_gpt2s_own_sizes_need_no_config(tmp_path, n_layer, n_embd, n_head):
+    """The released code saves a lone file, which could not be read."""
+    tiny = torch.zeros(1)  # expanded, so the file holds one number for all tensors of a name
+    names = {f"h.{i}.ln_1.weight": tiny.expand(n_embd) for i in range(n_layer)}
+    names["wte.weight"] = tiny.expand(50260, n_embd)
+    state = {f"base_causallm.transformer.{name}": tensor for name, tensor in names.items()}
+    torch.save(state, tmp_path / "checkpoint_33")
+    config = pretrained._read(tmp_path / "checkpoint_33").config
+    assert (config.n_layer, config.n_embd, config.n_head) == (n_layer, n_embd, n_head)
+    assert (config.block_size, config.vocab_size) == (1024, 50260)
+    names["wte.weight"] = tiny.expand(50260, n_embd + 1)
+    torch.save(names, tmp_path / "other")
+    with pytest.raises(UserError, match="no config.json"):
+        pretrained._read(tmp_path / "other")
+
+
 def test_vocabulary_of_another_size_is_refused(tmp_path, theirs, tokenizer):
     """Token ids beyond the embedding would fail in the middle of training."""
     with pytest.raises(UserError, match="131 tokens, this run has 50260"):
