@@ -5,6 +5,7 @@ python sample.py --latent 0 --question "..."   your own question, without though
 python sample.py --out_dir out/prosqa_small    a run of yours
 python sample.py --nodes                       ProsQA: which concepts each thought encodes
 python sample.py < questions.txt               a question per line; a pipe works, too
+python sample.py --view view.html              ProsQA: the same as an interactive page
 """
 
 import itertools
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from bench.common.page import view_page
 from nanococonut import Engine
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
@@ -28,7 +30,9 @@ from nanococonut.data.examples import Example, is_correct, split_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import held_out_examples, thoughts_as_trained
+from nanococonut.evaluation.interchange import NOUNS, kind_of
 from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.view import question_view
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
@@ -48,11 +52,13 @@ class SampleConfig:
     max_new_tokens: int | None = option(None, "longest answer (None: as in training)", ge=1)
     temperature: float = option(0.0, "0, or below 1e-6: greedy; above: sample tokens", ge=0)
     nodes: bool = option(False, "ProsQA: also show the concepts that each thought encodes")
+    view: str | None = option(None, "ProsQA: write an interactive page about the thoughts")
     seed: int | None = option(
         None, "of questions and sampled tokens (None: random)", ge=0, le=2**32 - 1
     )
     device: str = option("auto", "auto, cpu, cuda, mps")
     kernels: str = option("auto", "backend of each step", choices=BACKENDS)
+    dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
     graph: str = option("auto", "run steps as CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -224,13 +230,23 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     )
 
 
+def write_view(engine: Engine, path: Path, question: str, answer: str | None, n: int) -> None:
+    """Write the interactive page about the thoughts of one question."""
+    example = Example(question=question, steps=[], answer=answer or "")
+    view = question_view(engine, example, n)
+    row = {"name": engine.manifest["method"], "noun": NOUNS[kind_of(engine)], "view": [view]}
+    checkpoint.replace_text(path, view_page(row))
+    console.print(f"[bold]view[/]      {escape(str(path))}")
+
+
 def main() -> None:
-    overrides, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__.split("\n")[0])
+    overrides, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__)
     config = make_config(SampleConfig, overrides)
 
     # ---- model
     path = find_checkpoint(config.out_dir)
-    engine = nanococonut.load(path, config.device, config.kernels, config.graph)
+    dtype = getattr(torch, config.dtype)
+    engine = nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
     trained, manifest = engine.config, engine.manifest
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
@@ -254,6 +270,8 @@ def main() -> None:
     if latent != n_trained or (is_capped and not as_trained):
         fewer = ", fewer for an example with fewer steps" * is_capped
         console.print(f"[yellow]note[/]      trained with {n_trained} thoughts{fewer}")
+    if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
+        raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
     if latent and not has_thoughts:
         console.print(f"[yellow]note[/]      {engine.curriculum.method} trains without thoughts")
 
@@ -279,6 +297,8 @@ def main() -> None:
                 )
         try:
             ask(engine, replace(config, latent=n_thoughts), question, answer)
+            if config.view:
+                write_view(engine, Path(config.view), question, answer, n_thoughts)
         except UserError as e:
             if not is_interactive():
                 raise

@@ -40,7 +40,7 @@ from nanococonut.weights.pretrained import GPT2_SIZES, WeightsUnavailable, resol
 
 def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
     """Return (config, run name, why the fallback config is trained instead, {} if it is not)."""
-    overrides, path = parse_cli(TrainConfig, argv, __doc__.split("\n")[0], config_file=True)
+    overrides, path = parse_cli(TrainConfig, argv, __doc__, config_file=True)
     config = make_config(
         TrainConfig, read_config_file(path, TrainConfig) if path else {}, overrides
     )

@@ -21,7 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut
+import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import torch
+
 from bench.common.results import ResultWriter
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
@@ -63,6 +65,7 @@ class AccuracyConfig:
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
     kernels: str = option("auto", "what runs a step", choices=BACKENDS)
+    dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ def load_engine(config: AccuracyConfig) -> Engine:
 
     Raise UserError if one of --method, --data, --latent is missing, or --method is not needed.
     """
-    path = Path(config.checkpoint or checkpoint.BUNDLED)
+    path, dtype = Path(config.checkpoint or checkpoint.BUNDLED), getattr(torch, config.dtype)
     if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file():
         path = path.parent  # the weights of a checkpoint of ours
     is_run = (path / checkpoint.MANIFEST).is_file() or bool(checkpoint.list_checkpoints(path))
@@ -82,7 +85,7 @@ def load_engine(config: AccuracyConfig) -> Engine:
         raise UserError(f"{path} knows its method.\nLeave --method out.")
     has_weights = path.is_file() or (path / CONFIG_NAME).is_file()
     if is_run or not (config.method or has_weights):
-        return nanococonut.load(path, config.device, config.kernels, config.graph)
+        return nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
     has_thoughts = config.method and METHODS[config.method].n_thoughts_rule != "none"
     if not config.method or not config.data or (has_thoughts and config.latent is None):
         raise UserError(
@@ -102,7 +105,7 @@ def load_engine(config: AccuracyConfig) -> Engine:
             f"{n_tokens}.\nGive the weights that were trained by it."
         )
     trained = TrainConfig(task=find_task(config.data), data=config.data, method=config.method)
-    model = model.to(select_device(config.device)).eval()
+    model = model.to(select_device(config.device), dtype).eval()
     engine = Engine.from_config(
         model, tokenizer, trained, kernels=config.kernels, graph=config.graph
     )
@@ -228,7 +231,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
 
 def main() -> None:
-    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__)
     print(evaluate(make_config(AccuracyConfig, given)).summary())
 
 

@@ -227,7 +227,7 @@ def time_cases(config: KernelsConfig) -> ResultWriter:
 
 
 def main() -> None:
-    given, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__)
     config = make_config(KernelsConfig, given)
     if not torch.cuda.is_available():
         print("There is no GPU, and Triton's interpreter is no machine to time kernels on.")

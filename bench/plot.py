@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 from bench.common import tables
 from bench.common.results import read_jsonl, read_results
 from nanococonut.runtime.cli import make_config, option, parse_cli
@@ -136,7 +137,7 @@ def draw(docs: Path) -> list[Path]:
 
 
 def main() -> None:
-    given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__)
     config = make_config(PlotConfig, given)
     if config.readme:
         update_docs(config.check)

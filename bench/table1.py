@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 from bench.accuracy import AccuracyConfig, evaluate
 from bench.common.results import command_line, read_results
 from bench.common.tables import select, table1
@@ -183,7 +184,7 @@ def run_all(runs: list[Run], config: Table1Config) -> list[str]:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
-    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
     config = make_config(Table1Config, given)
     runs, out = plan_runs(config), Path(config.out)
     if out.is_dir():

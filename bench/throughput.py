@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
+import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 from bench.common.baselines import EngineProvider
 from bench.common.results import ResultWriter
 from bench.common.workload import (
@@ -62,7 +63,7 @@ def time_batch(
 
 
 def main() -> None:
-    given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
     config = make_config(ThroughputConfig, given)
     device = select_device(config.device)
     workload, lengths = load_model(config, device), TASK_LENGTHS[config.task]

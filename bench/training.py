@@ -210,7 +210,7 @@ def result_writer(config: StepConfig, ours: Trainer) -> ResultWriter:
 
 
 def main() -> None:
-    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__)
     config = make_config(StepConfig, given, {"config": path} if path else {})
     keep_freed_memory()
 

@@ -20,7 +20,7 @@ SINGULAR = {"thoughts": "thought", "pauses": "pause", "written chain": "word"}
 DIAMOND, SQUARE = ("t", "M0-7L7 0 0 7-7 0Z"), ("s", "M-5-5H5V5H-5Z")  # colour and outline
 DISC = "M-5 0A5 5 0 0 1 5 0A5 5 0 0 1-5 0Z"
 SHAPES = {"twin": DIAMOND, "other_other": DIAMOND, "other": DIAMOND, "same_other": SQUARE}
-SHAPES["control"] = ("h", DISC)  # a point's, by its id; all others are grey discs
+SHAPES |= {"control": ("h", DISC), "dashed": ("o", DISC)}  # by a point's id; else a grey disc
 STYLES = {"accuracy": ("s", 0.5, False), "slots": ("t", 0.0, True)}  # colour, zero, whether framed
 
 
@@ -79,12 +79,12 @@ def _points(points: Sequence[Row], ends: Sequence[str]) -> str:
     for x, side, end in zip((10, 200, 390), ("", "c", "e"), ends, strict=True):
         parts += [_text(x, 12, end, f"d {side}"), f'<path d="M{x} 18V{height}" class="g"/>']
     for y, point in zip(range(38, height, 40), points, strict=True):
-        hollow = point.get("mass", 1) < 0.5
-        kind, outline = SHAPES.get("control" if hollow else point["id"], ("x", DISC))
+        dashed = point.get("mass", 1) < 0.5
+        kind, outline = SHAPES.get("dashed" if dashed else point["id"], ("x", DISC))
         x, lo, hi = (10 + 380 * point.get(key, point["value"]) for key in ("value", "lo", "hi"))
         parts += [
             _text(16, y, point["label"], "halo"),
-            _text(384, y, _cell(point, ("lo",)), f"halo e {kind}"),
+            _text(384, y, _cell(point, ("lo",)), f"halo e {kind}l"),
             f'<path d="M{lo:.1f} {y + 12}H{hi:.1f}" class="ci {kind}"/>',
             f'<path transform="translate({x:.1f} {y + 12})" d="{outline}" class="{kind}"/>',
         ]
@@ -165,7 +165,7 @@ def _view(row: Row) -> str:
 def view_page(row: Row) -> str:
     """Return a page with the interactive view alone. row: its name, noun and view.
 
-    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,900 FILE#0,1,0,all
+    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,740 FILE#0,1,0,all
     """
     title = f"The {row['noun']} of {escape(row['name'])}"
     return _fill("head", {"title": title}) + _view(row) + TEXT["tail"]
@@ -194,16 +194,16 @@ def _scale(row: Row, against: Row, words: Row) -> str:
         if point["id"] in controls:
             label = f"… of {against['name']}"
             points.append(controls[point["id"]] | {"id": "control", "label": label})
-    drawing = _points(points, ("0 %: ignored", "50 %: destroyed", "100 %: carried"))
+    drawing = _points(points, ("0\xa0%: ignored", "50\xa0%: destroyed", "100\xa0%: carried"))
     lines = [(point["label"], _cell(point)) for point in points]
     title = f"Whose {words['noun']} does the answer follow?"
     return _figure(title, _fill("scale", words), drawing, lines)
 
 
 def _write(write: Row, words: Row) -> str:
-    drawing = _points(write["points"], ("0 %: no change", "50 %", "100 %: rewritten"))
+    drawing = _points(write["points"], ("0\xa0%: no change", "50\xa0%", "100\xa0%: rewritten"))
     if erase := write.get("erase") or []:
-        ends = ("0 %", "50 %: chance", "100 %: unharmed")
+        ends = ("0\xa0%", "50\xa0%: chance", "100\xa0%: unharmed")
         drawing += f"<p>{_fill('erase', words | write)}</p>{_points(erase, ends)}"
     lines = [[point["label"], _cell(point)] for point in (*write["points"], *erase)]
     return _figure("Can they be written by hand?", _fill("write", words | write), drawing, lines)

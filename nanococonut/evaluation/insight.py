@@ -9,26 +9,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.interchange import (
+    NOUNS,
     Figure,
     Figures,
     count,
     figure,
     interchange,
     kind_of,
+    plateau,
     tables,
 )
-from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
+from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
 from nanococonut.evaluation.readout import MIN_MASS, readout
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 __all__ = ["Figures", "Pairs", "Report", "interchange", "measure"]
 Finding = dict[str, Any]
-NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 
 
 @dataclass
@@ -41,6 +39,7 @@ class Report:
     thoughts: int
     noun: str
     parameters: int
+    trained: Figure = field(default_factory=dict)  # accuracy as in training
     verdict: str = ""
     findings: list[Finding] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -76,13 +75,17 @@ def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -
     return about | {"text": text, "figures": figures}
 
 
+def percent(p: float) -> str:
+    return f"{100 * p:.0f}\xa0%"
+
+
 def judge_pairs(plain: Figure, one: Figure, both: Figure) -> Finding:
     """Test 1. A rule that ignores what is asked is right for exactly one of two twins."""
     ok = decided(plain, one, both)
     return finding(
         "pairs",
-        "Questions as in training are answered correctly in {0}. Of two twins it answers both "
-        "correctly in {1}, and exactly one, as any rule that ignores what is asked, in {2}.",
+        "As in training, it is right in {0}. Of two twins that both need steps, both are right in "
+        "{1} and exactly one, which is all that a rule that ignores what is asked can do, in {2}.",
         [plain, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked", "It ignores what is asked."),
         (ok and one["hi"] < 0.1, "yes", "looks at what is asked", "It looks at what is asked."),
@@ -98,13 +101,13 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
     the = f"The {noun} {'are' if is_plural else 'is'}"
     without = f"With {noun} averaged over questions" if is_plural else f"Without the {noun}"
     share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
-    gain = f"Guessing gives {chance:.0%}, so this is {min(1.0, share):.0%} of what it gains."
+    gain = f"This is {percent(min(1.0, share))} of its gain over guessing ({percent(chance)})."
     falls = ok and mean["hi"] < own["lo"]
     return finding(
         "needed",
         f"{without}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
         [own, mean],
-        (not ok, "?", "need undecided", f"Whether {the.lower()} needed is undecided."),
+        (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
         (falls and share >= 0.8, "yes", "needed", f"{the} needed.", gain),
         (falls, "part", "needed in part", f"{the} needed in part.", gain),
         (True, "no", "not needed", f"{the} not needed.", "The intervals overlap."),
@@ -114,9 +117,9 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
 def judge_carried(twin: Figure, unrelated: Figure, noun: str) -> Finding:
     """Test 3. Does the answer follow the slots of the twin?"""
     are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
-    ok = decided(twin, unrelated)
+    ok = decided(twin) and unrelated is not None  # of which only the choice matters
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    rest = f"The other {1 - twin['value']:.0%} follow the question." if twin else ""
+    rest = f"The other {percent(1 - twin['value'])} follow the question." if twin else ""
     return finding(
         "carried",
         f"If only the {noun} {are} replaced, by {those} of the twin, {{0}} of the answers become "
@@ -146,13 +149,6 @@ def judge_search(twin: Figure, other: Figure, same: Figure, noun: str) -> Findin
          "They carry the answer itself, not the search."),
         (True, "part", "search and answer", "They carry some of both, the search and the answer."),
     )  # fmt: skip
-
-
-def plateau(cells: list[Figure]) -> int:
-    """Return after how many thoughts four fifths of the gain in accuracy are there."""
-    values = [f["value"] for f in cells]
-    gain = max(values) - values[0]
-    return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
 
 
 def judge_depth(
@@ -185,7 +181,7 @@ def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
         parts.append(
             f"thought {b['thought']} gives {{{2 * i}}} of its probability on concepts to those "
             f"{count(d, 'step')} away (counted from the twin's entity {{{2 * i + 1}}}; "
-            f"{b['base']:.0%} of concepts are that far)"
+            f"{percent(b['base'])} of concepts are that far)"
         )
         own, control = b["own"]["value"], b["other"]["value"]
         good += [own >= 2 * b["base"] and own >= control + 0.2 and b["mass"] >= MIN_MASS]
@@ -221,8 +217,21 @@ def judge_write(w: dict[str, Any]) -> Finding:
         (not ok, "?", "undecided", "Whether they can be written by hand is undecided."),
         (ok and other["lo"] > max(0.8, control["hi"]), "yes", "writable",
          "They can be written by hand."),
+        (ok and other["lo"] > control["hi"], "part", "writable in part",
+         "They can be written by hand in part."),
         (True, "no", "not writable", "They cannot be written by hand in this way."),
     )  # fmt: skip
+
+
+def judge_trap(free: Figure, chain: Figure, forced: Figure, noun: str) -> Finding:
+    """Say what the model does without thoughts if no answer is forced."""
+    return finding(
+        "trap",
+        f"Without {noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
+        "{1}. Made to answer at once, as in all tests here, it is right in {2}.",
+        [free, chain, forced],
+        (True, "note", "", "A trap avoided."),
+    )
 
 
 # ---- the tests
@@ -248,30 +257,17 @@ def _judge_moved(r: Report, f: Figures) -> None:
         r.findings.append(judge_depth({h: cells[h] for h in solved}, deep, r.noun))
 
 
-def _trap(r: Report, engine: Engine, plain: Pairs) -> None:
-    """Add what the model does without thoughts if no answer is forced."""
-    n_new = engine.config.max_new_tokens
-    s = score(engine, plain.examples[:400], 0, batch_size=200, max_new_tokens=n_new)
-    every = torch.ones(s.n, dtype=torch.bool)
-    free = figure(torch.tensor(s.correct), every)
-    chain = figure(torch.tensor([bool(t.partition("#")[0].strip()) for t in s.texts]), every)
-    r.accuracy |= {"free": free, "wrote_chain": chain}
-    text = (
-        f"Without {r.noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
-        "{1}. Made to answer at once, as in all tests here, it is right in {2}."
-    )
-    figures = [free, chain, r.accuracy["rows"][0]["cells"][0]]
-    r.findings.append(finding("trap", text, figures, (True, "note", "", "A trap avoided.")))
-
-
 def measure(
     engine: Engine,
     name: str,
     plain: Pairs | None,
     pairs: Pairs,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> Report:
-    """Run the seven tests. plain: pairs as in training, with their shortcuts (None: none)."""
+) -> tuple[Report, Figures]:
+    """Run the seven tests. Return the report and the figures of `pairs`.
+
+    plain  pairs as in training, with their shortcuts (None: none)
+    """
     kind, manifest, model = kind_of(engine), engine.manifest, engine.model
     n, noun, extra = manifest["n_thoughts"], NOUNS[kind], 2 * (kind in ("thought", "pause"))
     r = Report(name, manifest["method"], engine.config.task, n, noun, model.n_params())
@@ -280,18 +276,21 @@ def measure(
     if plain is not None:
         options = {"full": False, "extra": extra, "progress": lambda x: progress(0.6 + 0.2 * x)}
         p = plain.figures(engine, **options)
-    own, trained, chance = f.accuracy("own"), p.accuracy("own", p.every), f.chance
+    own, chance = f.accuracy("own"), f.chance
+    trained = r.trained = p.accuracy("own", p.every)
 
     # ---- what can be asked at all
     if max(trained["lo"], own["lo"]) <= chance + 0.05:
-        text = f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {chance:.0%}."
+        text = (
+            f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {percent(chance)}."
+        )
         title = "It does not solve these questions."
         r.findings = [finding("solves", text, [trained, own], (True, "no", title[3:-1], title))]
         r.refused = ["Nothing else can be asked: there is no answer that could be moved."]
         r.verdict = title[3:-1]
-        return r
+        return r, f
     q = p if plain is not None and plain.has_twins else f
-    one, both = figure(q.right ^ q.twin_right, q.every), figure(q.right & q.twin_right, q.every)
+    one, both = figure(q.right ^ q.twin_right, q.asked), figure(q.right & q.twin_right, q.asked)
     shortcut = judge_pairs(trained, one, both) if pairs.twinned else None
     ignores = shortcut is not None and shortcut["mark"] == "no"
     if kind == "none":
@@ -316,7 +315,9 @@ def measure(
             progress(0.95)
         r.findings += [shortcut] if shortcut else []
         if kind != "chain" and plain is not None:
-            _trap(r, engine, plain)
+            free, chain = left_alone(engine, plain)
+            r.accuracy |= {"free": free, "wrote_chain": chain}
+            r.findings.append(judge_trap(free, chain, p.accuracy("k0", p.every), noun))
 
     # ---- what to know about it
     if not pairs.twinned:
@@ -327,4 +328,4 @@ def measure(
         r.warnings.append(f"The stop classifier was not asked: all questions have {n} thoughts.")
     r.verdict = ", ".join(x["verdict"] for x in r.findings[: 1 if ignores else 3])
     progress(1.0)
-    return r
+    return r, f

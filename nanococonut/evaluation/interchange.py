@@ -22,6 +22,7 @@ from nanococonut.runtime.errors import UserError
 Cells = dict[str, Tensor]  # intervention -> log-probability of each candidate, (N, m)
 Figure = dict[str, Any]  # value, lo, hi, n and, of answers, mass: their mean probability
 
+NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 LABELS = {
     "mean": "averaged over questions",
     "unrelated": "of an unrelated question",
@@ -69,8 +70,7 @@ class Batch:
         if self.kind == "chain":
             mark, out = engine.tokenizer.encode("###")[0], engine.generate(questions, 0, n)
             chains = [t[: t.index(mark)] if mark in t else t for t in out.tokens]
-            self.content, n = Content(tokens=chains), max(map(len, chains))
-            self.n = 2 * n  # room for the chain of a donor
+            self.content = Content(tokens=chains)
         b = self.branch = engine.branch(questions, candidates, self.n + extra)
         for k in range(n + extra + 1 if self.kind != "chain" else 1):
             self.cells[f"k{k}"] = b.answer()
@@ -212,16 +212,19 @@ class Figures:
     groups  (N,)       their numbers of steps
     deep    (N,) bool  those of two steps or more: fewer may need no thought (all, if none has two)
     base    (N,) bool  of these, those that are right as their twins are
+    asked   (N,) bool  twins that both have two steps or more (None: all)
     """
 
     cells: Cells
     groups: Tensor
+    asked: Tensor | None = None
 
     def __post_init__(self) -> None:
         own, twin = self.cells["own"].argmax(1), self.cells["twin_own"].argmax(1)
         self.right, self.twin_right = own == 0, twin == 1
         self.every, deep = torch.ones_like(self.right), self.groups >= 2
         self.deep = deep if deep.any() else self.every
+        self.asked = self.every if self.asked is None else self.asked
         self.base = self.right & self.twin_right & self.deep
         self.steps = sorted(set(self.groups.tolist()))
         self.chance = 1 / self.cells["own"].shape[1]
@@ -238,6 +241,13 @@ class Figures:
             return None
         log_p = self.cells[name]
         return figure(log_p.argmax(1) == column, where & ~log_p[:, 0].isnan(), log_p)
+
+
+def plateau(cells: list[Figure]) -> int:
+    """Return after how many thoughts four fifths of the gain in accuracy are there."""
+    values = [f["value"] for f in cells]
+    gain = max(values) - values[0]
+    return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
 
 
 def count(n: int, word: str) -> str:

@@ -9,8 +9,10 @@ import torch
 from nanococonut.config import TrainConfig
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
+from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.interchange import Figures, interchange
+from nanococonut.evaluation.accuracy import score
+from nanococonut.evaluation.interchange import Figure, Figures, figure, interchange
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -49,6 +51,13 @@ class Pairs:
     def has_twins(self) -> bool:
         return self.examples[0]["question"] != self.twins[0]["question"]
 
+    @property
+    def is_prosqa(self) -> bool:
+        try:
+            return bool(prosqa.parse_question(self.examples[0]["question"]))
+        except UserError:
+            return False
+
     def figures(self, engine: Engine, **options: Any) -> Figures:
         """Run an interchange; see there for the options."""
         task, pairs = TASKS[engine.config.task], zip(self.examples, self.twins, strict=True)
@@ -59,7 +68,9 @@ class Pairs:
             engine, questions, twins, self.candidates(engine), reworded=reworded,
             groups=self.groups, **options,
         )  # fmt: skip
-        return Figures(cells, torch.tensor(self.groups))
+        both = zip(self.examples, self.twins, strict=True)
+        asked = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in both])
+        return Figures(cells, torch.tensor(self.groups), asked if asked.any() else None)
 
 
 def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:
@@ -81,7 +92,7 @@ def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, P
         pairs.examples += task.module.generate(n, seed, c)
         pairs.groups += [h] * n
     pairs.twins = [task.twin(x) for x in pairs.examples]
-    first = Pairs(task.module.generate(5 * rows // 2, seed, plain))
+    first = Pairs(task.module.generate(max(500, 5 * rows // 2), seed, plain))
     opposite = {"True": "False", "False": "True"}  # ProntoQA as in training has no twins
     first.twins = [task.twin(x) or x | {"answer": opposite[x["answer"]]} for x in first.examples]
     first.groups = [0] * len(first.examples)
@@ -137,3 +148,58 @@ def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
         else:
             same.append(x)
     return pairs
+
+
+def check_lengths(engine: Engine, pairs: Pairs) -> tuple[Pairs, int]:
+    """Return the pairs that fit in block_size, and how many do not. UserError if half do not."""
+    tokenizer, n = engine.tokenizer, engine.manifest["n_thoughts"]
+    if engine.curriculum.rules.drop_rule == "none":
+        n = engine.config.max_new_tokens  # of a written chain
+    room = engine.model.config.block_size - n - 2
+    answers = pairs.candidates(engine)
+
+    def fits(i: int) -> bool:
+        longest = max(len(tokenizer.encode("### " + a)) for a in answers[i])
+        sides = (pairs.examples[i]["question"], pairs.twins[i]["question"])
+        return all(len(tokenizer.encode(engine.render(q))) + longest <= room for q in sides)
+
+    keep = [i for i in range(len(answers)) if fits(i)]
+    if len(keep) < max(MIN_PAIRS, len(answers) / 2):
+        raise UserError(
+            f"{len(answers) - len(keep)} of {len(answers)} pairs do not fit with {n} thoughts into "
+            f"block_size={engine.model.config.block_size}.\nGive shorter questions."
+        )
+    sides = ([side[i] for i in keep] for side in (pairs.examples, pairs.twins, pairs.groups))
+    return Pairs(*sides, pairs.twinned), len(answers) - len(keep)
+
+
+def load_pairs(
+    engine: Engine, rows: int, seed: int, data: str | None = None, twins: str | None = None
+) -> tuple[Pairs | None, Pairs]:
+    """Return (pairs as in training or None, pairs to measure on), all of which fit the model.
+
+    rows, seed   of generated examples, see generated_pairs
+    data, twins  files of examples in place of them
+    """
+    config, plain = engine.config, None
+    if data:
+        own_twins = read_examples(twins) if twins else None
+        pairs = own_pairs(config.task, read_examples(data), own_twins)
+    elif config.data or not TASKS[config.task].splits:
+        name = config.data or config.task
+        raise UserError(f"a model of {name} needs --data.\nGive a file of its examples.")
+    else:
+        plain, pairs = generated_pairs(config, rows, seed)
+    pairs, n_long = check_lengths(engine, pairs)
+    if n_long:
+        print(f"note: {n_long} pairs are left out, for they do not fit into block_size")
+    return plain, pairs
+
+
+def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure | None, Figure | None]:
+    """Return how often texts after no thoughts are right, and how often they start with steps."""
+    n_new = engine.config.max_new_tokens
+    s = score(engine, plain.examples[:n], 0, batch_size=200, max_new_tokens=n_new)
+    every = torch.ones(s.n, dtype=torch.bool)
+    chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
+    return figure(torch.tensor(s.correct), every), figure(torch.tensor(chain), every)

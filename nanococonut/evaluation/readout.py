@@ -14,7 +14,7 @@ from nanococonut.evaluation.pairs import Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
-DISTANCES = ["1", "2", "3", "4", "5+", "not reached"]
+DISTANCES = ["1", "2", "3", "4", "5+", "no path"]
 FACTORS = (4, 8, 12, 16)  # of embeddings that are written; the best on the first half is taken
 ERASE = 1.5  # 1 is a plain projection
 MIN_MASS = 0.1  # thoughts with less probability on concepts name none

@@ -503,12 +503,14 @@ def load(
     device: str = "auto",
     kernels: str = "auto",
     graph: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Engine:
     """Return an Engine for a checkpoint, or for the best one of a run.
 
     It renders its own prompts. Its .config and .manifest are those of the run.
     """
     model, tokenizer, manifest = checkpoint.load(path, select_device(device))
+    model = model.to(dtype)
     config = make_config(TrainConfig, manifest["config"])
     engine = Engine.from_config(model, tokenizer, config, kernels=kernels, graph=graph)
     engine.manifest = manifest

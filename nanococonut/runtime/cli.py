@@ -175,17 +175,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_cli(
-    cls: type[T], argv: Sequence[str], description: str, config_file: bool = False
+    cls: type[T], argv: Sequence[str], doc: str | None, config_file: bool = False
 ) -> tuple[dict[str, Any], str | None]:
     """Parse --key=value, --key value, and a bare --flag for True.
 
-    Return (field name -> value of the keys in argv, path of the config file or None). Nothing is
-    merged or validated yet.
+    doc: the script's __doc__, whose first line --help shows; None under `python -OO`. Return (field
+    name -> value of the keys in argv, path of the config file or None). Nothing is merged or
+    validated yet.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`
     parser = _Parser(
         prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
-        description=description,
+        description=(doc or "").split("\n")[0],
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only keys in argv are returned
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),

@@ -159,10 +159,10 @@ def run_distributed(main: Callable[[], None]) -> None:
     """Run main() as errors.run_main does, in a script that may run as several processes.
 
     The processes join before main(). The first to fail prints the reason; the others then exit
-    silently instead of waiting for it.
+    silently instead of waiting for it. A closed stdout does not end a run.
     """
     if not _launched():
-        return run_main(main)
+        return run_main(main, goes_on=True)
     store, rank, world = next(iter(dist.rendezvous("env://")))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -184,7 +184,7 @@ def run_distributed(main: Callable[[], None]) -> None:
             sys.exit(1)
 
     try:
-        run_main(report_once)
+        run_main(report_once, goes_on=True)
         dist.destroy_process_group()
     except SystemExit as e:
         with suppress(RuntimeError):

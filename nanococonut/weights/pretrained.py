@@ -46,6 +46,7 @@ FIXED_SETTINGS = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+NANOGPT_ARGS = {*CONFIG_KEYS, "vocab_size", "dropout", "bias"}  # nanoGPT's model_args
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)*(base_causallm\.)?(transformer\.)?")
 MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
 ACCEPTED = (
@@ -217,7 +218,7 @@ def _from_hub(name: str) -> Path:
         except Exception as e:  # the hub raises whatever its HTTP client raises
             raise WeightsUnavailable(
                 f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
-                f"({type(e).__name__}).\nUse --init_from=FOLDER, made elsewhere by `hf download "
+                f"({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
                 f"{repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from scratch "
                 "(config/prosqa_small.py)."
             ) from None
@@ -267,6 +268,8 @@ def _from_nanogpt(saved: dict[str, Any]) -> Weights:
     """
     tensors, args = _rename(saved.get("model")), saved["model_args"]
     sizes = _read_sizes(args, {field: field for field in CONFIG_KEYS})
+    if extra := args.keys() - NANOGPT_ARGS:  # of a fork: another activation, another norm
+        raise ValueError(f"its model_args have {', '.join(sorted(map(str, extra)))}")
     padded = {k: v for k, v in tensors.items() if v.shape[:1] == (PADDED_VOCAB,)}
     tensors |= {k: v[:GPT2_VOCAB] for k, v in padded.items()}
     config = GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes)

@@ -266,3 +266,11 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     (tmp_path / "rows.json").unlink()
     code, _, err = accuracy("--checkpoint=run")
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err
+
+
+def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):
+    """Weights stayed in float32, or the row said so."""
+    code, _, err = accuracy("--n=60", "--dtype=bfloat16", "--out=rows.jsonl")
+    assert (code, err) == (0, "")
+    [row] = read_results(tmp_path / "rows.jsonl")
+    assert row["dtype"] == "bfloat16" and row["value"] > 0.9

@@ -51,7 +51,7 @@ ROW: dict[str, Any] = {
         {"id": "pairs", "mark": "?", "title": "Open.", "text": "Too few.", "figures": []},
     ],
     "scale": [
-        {"id": "mean", "label": "mean thoughts"} | fig(0.493),
+        {"id": "mean", "label": "mean thoughts"} | fig(0.493, mass=0.44),
         {"id": "same_other", "label": "same entity, other options"} | fig(0.114),
         {"id": "twin", "label": "the other entity"} | fig(0.997),
     ],
@@ -156,8 +156,8 @@ def test_page_fills_in_figures_with_intervals() -> None:
 def test_page_draws_cells_without_mass_hollow() -> None:
     """Accuracy among two options that the model does not say decides nothing."""
     page = render(ROW)
-    assert page.count('class="o"') == 1
-    cell = page[: page.index('class="o"')].rpartition("<title>")[2]
+    assert page.count('class="o"') == 2  # a point and a cell
+    cell = page[: page.rindex('class="o"')].rpartition("<title>")[2]
     assert cell.startswith("49.2") and "mass 31.0" in cell
 
 
@@ -341,3 +341,6 @@ def test_view_page_draws_all_thoughts(browser: Browser, tmp_path: Any) -> None:
     shown = "x => getComputedStyle(document.getElementById(x)).display"
     assert browser.js(f"['one', 'bar', 'all'].map({shown}).join()") == "none,none,grid"
     assert browser.js("location.hash") == "#0,2,1,all"
+    assert "(wrong; " in browser.js("$('say').textContent")
+    browser.js("view[0].answer = null, show()")  # a question of the user's own
+    assert "hhhhhus (gggggus" in browser.js("$('say').textContent")

@@ -61,9 +61,10 @@ def tiny(tmp_path):
 @pytest.fixture
 def train(script):
     """Return train(*argv) -> (exit code, stdout, stderr)."""
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
     yield script
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+    for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
 
 
@@ -102,6 +103,16 @@ def test_run_goes_through_its_stages(train, tiny):
     assert (manifest["step"], manifest["stage"], manifest["n_thoughts"]) == (40, 3, 2)
     assert "kernels: torch (the model is on" in out and manifest["kernels"] == "torch"
     assert manifest["config"]["n_embd"] == 16 and manifest["tokenizer"]["kind"] == "words"
+
+
+def test_closed_stdout_does_not_stop_training(train, tiny, monkeypatch):
+    """`train.py | head` ended with nothing saved and nothing said."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert train(tiny, "--out_dir=run", "--max_steps=2") == (0, "", "")
+    assert checkpoint.resolve("run").name == "step_00000002"
 
 
 def test_checkpoint_at_a_stage_end_names_that_stage(train, tiny):

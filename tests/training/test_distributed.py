@@ -24,6 +24,7 @@ from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parents[2]
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
@@ -60,7 +61,7 @@ max_new_tokens = 12
 def folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("tiny.py").write_text(TINY)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTS}
     yield
     for number, handler in handlers.items():  # train.py replaced them if it ran in this process
         signal.signal(number, handler)

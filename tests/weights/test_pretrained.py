@@ -22,7 +22,12 @@ from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.setup import init_model
 from nanococonut.weights import checkpoint, pretrained
 from nanococonut.weights.export import export
-from nanococonut.weights.pretrained import WeightsUnavailable, load_gpt2, resolve_weights
+from nanococonut.weights.pretrained import (
+    CONFIG_KEYS,
+    WeightsUnavailable,
+    load_gpt2,
+    resolve_weights,
+)
 
 SHAPES = {  # vocab_size, n_positions, n_layer, n_head, n_embd
     "one layer": (61, 40, 1, 1, 16),
@@ -209,6 +214,7 @@ def test_padded_vocabulary_of_nanogpt_is_cut(tmp_path):
     [
         ({"config": Bomb()}, "nothing else is unpickled"),
         ({"model": None}, "not a state dict of names and tensors"),
+        ({"model_args": dict.fromkeys((*CONFIG_KEYS, "use_relu"), 3)}, "model_args have use_relu"),
         ({"model_args": [3]}, "no valid block_size, n_layer"),
         ({"model_args": {"n_layer": 3, "n_head": 2, "n_embd": 128}}, "no valid block_size"),
     ],
