@@ -48,9 +48,6 @@ class AccuracyConfig:
     checkpoint: str | None = option(
         None, "a run's folder, one checkpoint's, or None: the bundled one; with --method, a file"
     )
-    method: str | None = option(
-        None, "of weights without a run, such as the released ones", choices=tuple(METHODS)
-    )
     data: str | None = option(
         None,
         "a file of examples, or a split of the task (None: the run's own held-out examples): "
@@ -67,6 +64,9 @@ class AccuracyConfig:
     kernels: str = option("auto", "what runs a step", choices=BACKENDS)
     dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
+    method: str | None = option(
+        None, "of weights without a run, such as the released ones", choices=tuple(METHODS)
+    )
 
     def __post_init__(self) -> None:
         validate(self)
