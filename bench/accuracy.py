@@ -116,9 +116,11 @@ def load_engine(config: AccuracyConfig) -> Engine:
 def find_task(data: str) -> str:
     """Return the task of a split or of a file's examples; free text counts as gsm8k."""
     tasks = [name for name, task in TASKS.items() if data in task.splits]
-    for name, task in TASKS.items() if not tasks else ():
-        with suppress(UserError):  # examples of another kind
-            tasks += [name] if task.shortcuts(read_examples(data)) else []
+    if not tasks:
+        examples = read_examples(data)
+        for name, task in TASKS.items():
+            with suppress(UserError):  # examples of another kind
+                tasks += [name] if task.shortcuts(examples) else []
     return tasks[0] if tasks else "gsm8k"
 
 
