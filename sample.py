@@ -93,8 +93,9 @@ def use_layout(engine: Engine, method: str) -> None:
         )
 
 
-def is_interactive() -> bool:
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+def is_interactive(config: SampleConfig) -> bool:
+    streams = sys.stdin, sys.stdout
+    return config.question is None and all(s is not None and s.isatty() for s in streams)
 
 
 def read_questions(config: SampleConfig) -> Iterator[str | None]:
@@ -108,7 +109,7 @@ def read_questions(config: SampleConfig) -> Iterator[str | None]:
     lines = piped_lines()
     yield next(lines, None)
     yield from lines
-    while is_interactive():
+    while is_interactive(config):
         try:
             line = console.input("\nquestion (empty: a new one, Ctrl-D: quit) ") or None
         except (EOFError, KeyboardInterrupt):
@@ -267,8 +268,8 @@ def main() -> None:
         f"CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
-    if latent != n_trained or (is_capped and not as_trained):
-        fewer = ", fewer for an example with fewer steps" * is_capped
+    if latent != n_trained or is_capped:
+        fewer = ", fewer if an example has fewer steps; a question of yours has all" * is_capped
         console.print(f"[yellow]note[/]      trained with {n_trained} thoughts{fewer}")
     if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
         raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
@@ -291,16 +292,12 @@ def main() -> None:
                 [n_thoughts] = thoughts_as_trained(engine.curriculum, manifest["stage"], [example])
         else:
             question, answer = text, task.solve(text)
-            if is_capped and as_trained:
-                console.print(
-                    f"[yellow]note[/]      of unknown steps, so all {n_thoughts} thoughts"
-                )
         try:
             ask(engine, replace(config, latent=n_thoughts), question, answer)
             if config.view:
                 write_view(engine, Path(config.view), question, answer, n_thoughts)
         except UserError as e:
-            if not is_interactive():
+            if not is_interactive(config):
                 raise
             console.print(f"[red]{escape(str(e))}[/]")
 

@@ -48,9 +48,6 @@ class AccuracyConfig:
     checkpoint: str | None = option(
         None, "a run's folder, one checkpoint's, or None: the bundled one; with --method, a file"
     )
-    method: str | None = option(
-        None, "of weights without a run, such as the released ones", choices=tuple(METHODS)
-    )
     data: str | None = option(
         None,
         "a file of examples, or a split of the task (None: the run's own held-out examples): "
@@ -67,6 +64,9 @@ class AccuracyConfig:
     kernels: str = option("auto", "what runs a step", choices=BACKENDS)
     dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
+    method: str | None = option(
+        None, "of weights without a run, such as the released ones", choices=tuple(METHODS)
+    )
 
     def __post_init__(self) -> None:
         validate(self)
@@ -116,9 +116,11 @@ def load_engine(config: AccuracyConfig) -> Engine:
 def find_task(data: str) -> str:
     """Return the task of a split or of a file's examples; free text counts as gsm8k."""
     tasks = [name for name, task in TASKS.items() if data in task.splits]
-    for name, task in TASKS.items() if not tasks else ():
-        with suppress(UserError):  # examples of another kind
-            tasks += [name] if task.shortcuts(read_examples(data)) else []
+    if not tasks:
+        examples = read_examples(data)
+        for name, task in TASKS.items():
+            with suppress(UserError):  # examples of another kind
+                tasks += [name] if task.shortcuts(examples) else []
     return tasks[0] if tasks else "gsm8k"
 
 

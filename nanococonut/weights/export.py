@@ -183,7 +183,7 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
         "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
         "max_new_tokens": config["max_new_tokens"],
     }
-    if n and not config["pad_latent_to_max"]:
+    if n and not config.get("pad_latent_to_max", True):
         how += "\nIn training, examples with fewer steps had fewer {slots}."
     values |= {"how": how.format(**values), "program": program.format(**values)}
     return CARD.format(**values)
@@ -191,7 +191,7 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
 
 def _question(config: dict[str, Any]) -> str:
     """Return a question as the model was trained on: of its file, if that is still there."""
-    if path := config["valid_data"] or config["data"]:
+    if path := config.get("valid_data") or config["data"]:
         with suppress(UserError):
             return read_examples(path)[0]["question"]
         return "a question, written as in the training data"

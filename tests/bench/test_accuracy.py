@@ -263,6 +263,9 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     like_the_bundled(tmp_path / "run2", config=config)
     [row] = rows_of(accuracy("--checkpoint=run2", "--max_new_tokens=2")[1])
     assert row["labels"]["data"] == "valid.json, held out" and row["shape"]["examples"] == 9
+    like_the_bundled(tmp_path / "run3", config=config, examples="a digest of others")
+    code, _, err = accuracy("--checkpoint=run3")
+    assert code == 2 and "rows.json holds other examples than this run" in err
     (tmp_path / "rows.json").unlink()
     code, _, err = accuracy("--checkpoint=run")
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err

@@ -84,6 +84,14 @@ def test_interactive_mode(sample, monkeypatch):
     assert "not a ProsQA question" in out and out.count("first token after") == 3
 
 
+def test_a_bad_question_in_a_terminal_is_an_error(sample, monkeypatch):
+    """Only a question that was typed later may fail and go on."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    code, _, err = sample("--question=What is 2+2?")
+    assert code == 2 and "not a ProsQA question" in err
+
+
 @pytest.fixture
 def piped(monkeypatch):
     """piped(data) makes stdin a pipe with these bytes, and closed at its other end unless None."""
