@@ -4,6 +4,7 @@ python sample.py --latent 6                    a question of its task, answered 
 python sample.py --latent 0 --question "..."   your own question, without thoughts
 python sample.py --out_dir out/prosqa_small    a run of yours
 python sample.py --nodes                       ProsQA: which concepts each thought encodes
+python sample.py --view view.html              ProsQA: the same as an interactive page
 """
 
 import itertools
@@ -17,13 +18,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from bench.common.page import view_page
 from nanococonut import Engine
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, extract_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated, load_data
+from nanococonut.evaluation.interchange import NOUNS, kind_of
 from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.view import question_view
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
@@ -43,6 +47,7 @@ class SampleConfig:
     max_new_tokens: int | None = option(None, "longest answer (None: as in training)", ge=1)
     temperature: float = option(0.0, "0: greedy; above: sample tokens", ge=0)
     nodes: bool = option(False, "ProsQA: also show the concepts that each thought encodes")
+    view: str | None = option(None, "ProsQA: write an interactive page about the thoughts")
     seed: int | None = option(
         None, "of questions and sampled tokens (None: random)", ge=0, le=2**32 - 1
     )
@@ -161,6 +166,15 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     )
 
 
+def write_view(engine: Engine, path: Path, question: str, answer: str | None, n: int) -> None:
+    """Write the interactive page about the thoughts of one question."""
+    example = Example(question=question, steps=[], answer=answer or "")
+    view = question_view(engine, example, n)
+    row = {"name": engine.manifest["method"], "noun": NOUNS[kind_of(engine)], "view": [view]}
+    checkpoint.replace_text(path, view_page(row))
+    console.print(f"[bold]view[/]      {escape(str(path))}")
+
+
 def main() -> None:
     overrides, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__.split("\n")[0])
     config = make_config(SampleConfig, overrides)
@@ -192,6 +206,8 @@ def main() -> None:
     )
     if latent != n_trained:
         console.print(f"[yellow]note[/]      trained with {n_trained} thoughts")
+    if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
+        raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
     if latent and not has_thoughts:
         console.print(f"[yellow]note[/]      {engine.curriculum.method} trains without thoughts")
 
@@ -212,6 +228,8 @@ def main() -> None:
             answer = task.solve(question)
         try:
             ask(engine, config, question, answer)
+            if config.view:
+                write_view(engine, Path(config.view), question, answer, latent)
         except UserError as e:
             if not is_interactive:
                 raise

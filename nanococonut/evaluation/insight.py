@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanococonut.evaluation.interchange import (
+    NOUNS,
     Figure,
     Figures,
     count,
@@ -26,7 +27,6 @@ from nanococonut.runtime.errors import UserError
 
 __all__ = ["Figures", "Pairs", "Report", "interchange", "measure"]
 Finding = dict[str, Any]
-NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 
 
 @dataclass
@@ -75,13 +75,17 @@ def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -
     return about | {"text": text, "figures": figures}
 
 
+def percent(p: float) -> str:
+    return f"{100 * p:.0f}\xa0%"
+
+
 def judge_pairs(plain: Figure, one: Figure, both: Figure) -> Finding:
     """Test 1. A rule that ignores what is asked is right for exactly one of two twins."""
     ok = decided(plain, one, both)
     return finding(
         "pairs",
-        "Questions as in training are answered correctly in {0}. Of two twins it answers both "
-        "correctly in {1}, and exactly one, as any rule that ignores what is asked, in {2}.",
+        "As in training, it is right in {0}. Of two twins that both need steps, both are right in "
+        "{1} and exactly one, which is all that a rule that ignores what is asked can do, in {2}.",
         [plain, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked", "It ignores what is asked."),
         (ok and one["hi"] < 0.1, "yes", "looks at what is asked", "It looks at what is asked."),
@@ -97,13 +101,13 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
     the = f"The {noun} {'are' if is_plural else 'is'}"
     without = f"With {noun} averaged over questions" if is_plural else f"Without the {noun}"
     share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
-    gain = f"Guessing gives {chance:.0%}, so this is {min(1.0, share):.0%} of what it gains."
+    gain = f"This is {percent(min(1.0, share))} of its gain over guessing ({percent(chance)})."
     falls = ok and mean["hi"] < own["lo"]
     return finding(
         "needed",
         f"{without}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
         [own, mean],
-        (not ok, "?", "need undecided", f"Whether {the.lower()} needed is undecided."),
+        (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
         (falls and share >= 0.8, "yes", "needed", f"{the} needed.", gain),
         (falls, "part", "needed in part", f"{the} needed in part.", gain),
         (True, "no", "not needed", f"{the} not needed.", "The intervals overlap."),
@@ -113,9 +117,9 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
 def judge_carried(twin: Figure, unrelated: Figure, noun: str) -> Finding:
     """Test 3. Does the answer follow the slots of the twin?"""
     are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
-    ok = decided(twin, unrelated)
+    ok = decided(twin) and unrelated is not None  # of which only the choice matters
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    rest = f"The other {1 - twin['value']:.0%} follow the question." if twin else ""
+    rest = f"The other {percent(1 - twin['value'])} follow the question." if twin else ""
     return finding(
         "carried",
         f"If only the {noun} {are} replaced, by {those} of the twin, {{0}} of the answers become "
@@ -177,7 +181,7 @@ def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
         parts.append(
             f"thought {b['thought']} gives {{{2 * i}}} of its probability on concepts to those "
             f"{count(d, 'step')} away (counted from the twin's entity {{{2 * i + 1}}}; "
-            f"{b['base']:.0%} of concepts are that far)"
+            f"{percent(b['base'])} of concepts are that far)"
         )
         own, control = b["own"]["value"], b["other"]["value"]
         good += [own >= 2 * b["base"] and own >= control + 0.2 and b["mass"] >= MIN_MASS]
@@ -213,6 +217,8 @@ def judge_write(w: dict[str, Any]) -> Finding:
         (not ok, "?", "undecided", "Whether they can be written by hand is undecided."),
         (ok and other["lo"] > max(0.8, control["hi"]), "yes", "writable",
          "They can be written by hand."),
+        (ok and other["lo"] > control["hi"], "part", "writable in part",
+         "They can be written by hand in part."),
         (True, "no", "not writable", "They cannot be written by hand in this way."),
     )  # fmt: skip
 
@@ -275,14 +281,16 @@ def measure(
 
     # ---- what can be asked at all
     if max(trained["lo"], own["lo"]) <= chance + 0.05:
-        text = f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {chance:.0%}."
+        text = (
+            f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {percent(chance)}."
+        )
         title = "It does not solve these questions."
         r.findings = [finding("solves", text, [trained, own], (True, "no", title[3:-1], title))]
         r.refused = ["Nothing else can be asked: there is no answer that could be moved."]
         r.verdict = title[3:-1]
         return r, f
     q = p if plain is not None and plain.has_twins else f
-    one, both = figure(q.right ^ q.twin_right, q.every), figure(q.right & q.twin_right, q.every)
+    one, both = figure(q.right ^ q.twin_right, q.asked), figure(q.right & q.twin_right, q.asked)
     shortcut = judge_pairs(trained, one, both) if pairs.twinned else None
     ignores = shortcut is not None and shortcut["mark"] == "no"
     if kind == "none":

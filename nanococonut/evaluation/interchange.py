@@ -22,6 +22,7 @@ from nanococonut.runtime.errors import UserError
 Cells = dict[str, Tensor]  # intervention -> log-probability of each candidate, (N, m)
 Figure = dict[str, Any]  # value, lo, hi, n and, of answers, mass: their mean probability
 
+NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 LABELS = {
     "mean": "averaged over questions",
     "unrelated": "of an unrelated question",
@@ -69,8 +70,7 @@ class Batch:
         if self.kind == "chain":
             mark, out = engine.tokenizer.encode("###")[0], engine.generate(questions, 0, n)
             chains = [t[: t.index(mark)] if mark in t else t for t in out.tokens]
-            self.content, n = Content(tokens=chains), max(map(len, chains))
-            self.n = 2 * n  # room for the chain of a donor
+            self.content = Content(tokens=chains)
         b = self.branch = engine.branch(questions, candidates, self.n + extra)
         for k in range(n + extra + 1 if self.kind != "chain" else 1):
             self.cells[f"k{k}"] = b.answer()
@@ -205,6 +205,13 @@ def figure(hits: Tensor, where: Tensor, log_p: Tensor | None = None) -> Figure |
     return result
 
 
+def mean_figure(x: Tensor) -> dict[str, Any]:
+    """Return the mean of fractions (N,) and its 95 % interval."""
+    value, half = x.mean().item(), 1.96 * x.std().item() / len(x) ** 0.5
+    lo, hi = max(0.0, value - half), min(1.0, value + half)
+    return {"value": round(value, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": len(x)}
+
+
 @dataclass
 class Figures:
     """Fractions over the cells of an interchange of N questions.
@@ -212,16 +219,19 @@ class Figures:
     groups  (N,)       their numbers of steps
     deep    (N,) bool  those of two steps or more: fewer may need no thought (all, if none has two)
     base    (N,) bool  of these, those that are right as their twins are
+    asked   (N,) bool  twins that both have two steps or more (None: all)
     """
 
     cells: Cells
     groups: Tensor
+    asked: Tensor | None = None
 
     def __post_init__(self) -> None:
         own, twin = self.cells["own"].argmax(1), self.cells["twin_own"].argmax(1)
         self.right, self.twin_right = own == 0, twin == 1
         self.every, deep = torch.ones_like(self.right), self.groups >= 2
         self.deep = deep if deep.any() else self.every
+        self.asked = self.every if self.asked is None else self.asked
         self.base = self.right & self.twin_right & self.deep
         self.steps = sorted(set(self.groups.tolist()))
         self.chance = 1 / self.cells["own"].shape[1]

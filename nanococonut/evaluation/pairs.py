@@ -68,7 +68,9 @@ class Pairs:
             engine, questions, twins, self.candidates(engine), reworded=reworded,
             groups=self.groups, **options,
         )  # fmt: skip
-        return Figures(cells, torch.tensor(self.groups))
+        both = zip(self.examples, self.twins, strict=True)
+        asked = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in both])
+        return Figures(cells, torch.tensor(self.groups), asked if asked.any() else None)
 
 
 def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:
@@ -90,7 +92,7 @@ def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, P
         pairs.examples += task.module.generate(n, seed, c)
         pairs.groups += [h] * n
     pairs.twins = [task.twin(x) for x in pairs.examples]
-    first = Pairs(task.module.generate(5 * rows // 2, seed, plain))
+    first = Pairs(task.module.generate(max(500, 5 * rows // 2), seed, plain))
     opposite = {"True": "False", "False": "True"}  # ProntoQA as in training has no twins
     first.twins = [task.twin(x) or x | {"answer": opposite[x["answer"]]} for x in first.examples]
     first.groups = [0] * len(first.examples)
@@ -152,7 +154,7 @@ def check_lengths(engine: Engine, pairs: Pairs) -> tuple[Pairs, int]:
     """Return the pairs that fit in block_size, and how many do not. UserError if half do not."""
     tokenizer, n = engine.tokenizer, engine.manifest["n_thoughts"]
     if engine.curriculum.rules.drop_rule == "none":
-        n = 2 * engine.config.max_new_tokens  # its own written chain, or a longer one
+        n = engine.config.max_new_tokens  # of a written chain
     room = engine.model.config.block_size - n - 2
     answers = pairs.candidates(engine)
 

@@ -119,7 +119,3 @@ def _attention(
     weights = (keys @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5  # (nh, T)
     weights = weights.softmax(-1).mean(0)
     return [round(float(weights[start:end].sum()), 3) for start, end in facts]
-
-
-def paper_figures(engine: Engine, examples: Sequence[Example]) -> dict[str, Any]:
-    return {}

@@ -1,12 +1,20 @@
 """Interventions on thoughts change what they should and no other bit; verdicts follow rules."""
 
+import json
+
 import pytest
 import torch
 from helpers import random_gpt
 
+import nanococonut
+from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.tasks import TASKS
+from nanococonut.evaluation import insight
+from nanococonut.evaluation.interchange import Figures, figure, interchange
+from nanococonut.evaluation.pairs import generated_pairs, own_pairs
+from nanococonut.evaluation.view import question_view
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -172,3 +180,177 @@ def test_twins_of_other_examples():
         assert task.twin(example | {"twin": example}) == example
         with pytest.raises(ValueError, match="answer"):
             task.twin(example | {"twin": {"question": "3 + 3?", "steps": []}})
+
+
+# ---- rules
+
+
+def made_up(value, lo, hi, n=1000, mass=0.9):
+    return {"value": value, "lo": lo, "hi": hi, "n": n, "mass": mass}
+
+
+LOW, HALF, HIGH = made_up(0.02, 0.01, 0.03), made_up(0.5, 0.47, 0.53), made_up(0.97, 0.95, 0.98)
+MIDDLE, FEW = made_up(0.7, 0.67, 0.73), made_up(0.97, 0.9, 0.99, n=40)
+RULES = [
+    (insight.judge_pairs, (HIGH, LOW, HIGH), "yes", "looks at what is asked"),
+    (insight.judge_pairs, (HIGH, HIGH, LOW), "no", "ignores what is asked"),
+    (insight.judge_pairs, (HIGH, HALF, HALF), "part", "partly a shortcut"),
+    (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH), "?", "undecided"),
+    (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts"), "yes", "needed"),
+    (insight.judge_needed, (HIGH, MIDDLE, 0.5, "thoughts"), "part", "needed in part"),
+    (insight.judge_needed, (HIGH, HIGH, 0.5, "pauses"), "no", "not needed"),
+    (insight.judge_needed, (FEW, HALF, 0.5, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH, HALF, "thoughts"), "yes", "carried"),
+    (insight.judge_carried, (LOW, LOW, "pauses"), "no", "ignored"),
+    (insight.judge_carried, (HALF, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (MIDDLE, HALF, "thoughts"), "part", "carried in part"),
+    (insight.judge_carried, (FEW, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH | {"mass": 0.4}, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (None, None, "thoughts"), "?", "undecided"),
+    (insight.judge_search, (HIGH, HIGH, LOW, "thoughts"), "yes", "the search, not the answer"),
+    (insight.judge_search, (HIGH, LOW, LOW, "thoughts"), "no", "the answer itself"),
+    (insight.judge_search, (HIGH, HIGH, HIGH, "thoughts"), "part", "search and answer"),
+    (insight.judge_search, (HIGH, None, LOW, "thoughts"), "?", "undecided"),
+]
+
+
+@pytest.mark.parametrize("rule, figures, mark, verdict", RULES)
+def test_rules_on_made_up_figures(rule, figures, mark, verdict):
+    """An interval that crosses a limit, or a cell that decides nothing, could give a verdict."""
+    found = rule(*figures)
+    assert (found["mark"], found["verdict"]) == (mark, verdict)
+    n = sum(f"{{{i}}}" in found["text"] for i in range(9))
+    assert n == len(found["figures"]) and found["title"].endswith(".")
+
+
+def test_depth_and_readout_on_made_up_figures():
+    """A constant number of thoughts, or a control that names as much, could pass."""
+    curve = {h: [HALF] * h + [HIGH] * (9 - h) for h in (2, 3, 4)}
+    slots = {h: [HIGH if j == h else LOW for j in range(6)] for h in (2, 3, 4)}
+    assert insight.judge_depth(curve, slots, "thoughts")["mark"] == "yes"
+    assert insight.judge_depth(dict.fromkeys(curve, curve[2]), slots, "thoughts")["mark"] == "part"
+    assert insight.judge_depth(curve, slots | {4: slots[2]}, "thoughts")["mark"] == "part"
+    best = {d: {"thought": d, "own": HIGH, "other": LOW, "base": 0.2, "mass": 0.5} for d in (1, 2)}
+    assert insight.judge_read(best)["mark"] == "yes"
+    assert insight.judge_read({1: best[1], 2: best[2] | {"thought": 1}})["mark"] == "part"
+    assert insight.judge_read({d: b | {"other": HIGH} for d, b in best.items()})["mark"] == "no"
+    assert insight.judge_read({d: b | {"mass": 0.01} for d, b in best.items()})["mark"] == "no"
+    for other, control, mark in ((HIGH, HALF, "yes"), (MIDDLE, HALF, "part"), (HALF, HALF, "no")):
+        cells = {"other": other, "own": LOW, "control": control}
+        w = {"thought": 1, "distance": 2, "factor": 4, "erase": []}
+        w["points"] = [{"id": name} | f for name, f in cells.items()]
+        assert insight.judge_write(w)["mark"] == mark
+
+
+def test_fractions_leave_out_what_was_not_measured():
+    """A question without a reworded form would count as one whose answer stayed."""
+    own, nan = torch.tensor([[0.0, -3.0]] * 4), float("nan")
+    moved = torch.tensor([[-3.0, 0.0], [0.0, -3.0], [nan, nan], [-3.0, 0.0]])
+    cells = {"own": own, "twin_own": own.flip(1), "twin": moved}
+    f = Figures(cells, torch.tensor([1, 2, 2, 3]))
+    assert f.flips("twin")["n"] == 2 and f.flips("twin")["value"] == 0.5
+    assert f.accuracy("own")["n"] == 3 and f.flips("mean") is None
+    assert figure(torch.tensor([True]), torch.tensor([False])) is None
+
+
+# ---- models
+
+
+def random_insight_engine(method, n_thoughts=2) -> Engine:
+    config = TrainConfig(
+        tokenizer="words", render="compact", method=method, n_nodes=10, min_hops=1, max_hops=2,
+        max_new_tokens=6,
+    )  # fmt: skip
+    tokenizer = nanococonut.tokenizer.Tokenizer.words(prosqa.VOCABULARY)
+    model = random_gpt(
+        1, True, torch.float32, vocab_size=tokenizer.vocab_size, block_size=160, n_layer=1
+    )
+    engine = Engine.from_config(model, tokenizer, config, kernels="torch", graph="off")
+    engine.manifest = {"n_thoughts": n_thoughts, "method": method}
+    return engine
+
+
+@pytest.mark.parametrize("method", ["coconut", "pause", "cot", "no_cot"])
+def test_a_random_model_does_not_solve_anything(method):
+    """Noise could get a verdict. The row has to be JSON, the same for the same seed."""
+    engine = random_insight_engine(method, n_thoughts=0 if "cot" in method else 2)
+    plain, pairs = generated_pairs(engine.config, 50, 3)
+    plain = type(plain)(*[side[:100] for side in (plain.examples, plain.twins, plain.groups)])
+    rows = []
+    for _ in range(2):
+        report, _ = insight.measure(engine, "random", plain, pairs)
+        rows.append(json.dumps(report.row()))
+    assert rows[0] == rows[1]
+    assert report.verdict == "does not solve these questions" and len(report.findings) == 1
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    engine = nanococonut.load(device="cpu", kernels="torch")
+    _, pairs = generated_pairs(engine.config, 30, 11)
+    keep = [i for i, h in enumerate(pairs.groups) if h in (2, 3)]
+    sides = ([side[i] for i in keep] for side in (pairs.examples, pairs.twins, pairs.groups))
+    return engine, type(pairs)(*sides)
+
+
+def test_thoughts_of_the_bundled_model_carry_its_answers(bundled):
+    """The bundled model has to stay one whose thoughts matter, and the interchange has to show."""
+    engine, pairs = bundled
+    f = pairs.figures(engine)
+    assert f.flips("twin")["lo"] > 0.9 and abs(f.flips("unrelated")["value"] - 0.5) < 0.25
+    assert f.flips("same_other")["hi"] < f.flips("other_other")["lo"]
+    assert f.accuracy("own")["value"] > 0.9 > f.accuracy("mean")["hi"]
+
+
+def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
+    """Twins of other lengths can exchange inputs only; both have to tell the same."""
+    engine, pairs = bundled
+    questions = [x["question"] for x in pairs.examples[:40]]
+    longer = [x["question"].replace(" Is ", " Every a is a b. Is ") for x in pairs.twins[:40]]
+    cells = interchange(engine, questions, longer, pairs.candidates(engine)[:40])
+    assert cells["by_inputs"].mean() == 1
+    flips = (cells["twin"].argmax(1) == 1)[(cells["own"].argmax(1) == 0)]
+    assert flips.float().mean() > 0.8
+
+
+def test_a_view_follows_the_thoughts(bundled):
+    """Probabilities, attention or the answers of the twin's thoughts could be another's."""
+    engine, pairs = bundled
+    view = question_view(engine, pairs.examples[0], 6)
+    json.dumps(view)
+    states, right = view["states"], view["candidates"].index(view["answer"])
+    assert len(states) == len(view["swapped"]) == 7 and states[0]["p"] is None
+    assert states[6]["answer"][right] > 0.9 > 0.1 > view["swapped"][6]["answer"][right]
+    assert all(len(s["attention"]) == len(view["edges"]) for s in states[1:])
+    assert all(0 < sum(s["attention"]) <= 1.001 for s in states[1:])
+    children = [b for a, b in view["edges"] if a == view["entity"]]
+    p = states[2]["p"]
+    assert sum(p[i] for i in children) > 0.5  # the second thought names the first step
+
+
+# ---- a user's own task
+
+
+def test_pairs_of_a_users_examples():
+    """Twins of another length or the same answer would make every test meaningless."""
+    examples = [
+        {"question": f"What is {i} + 1?", "steps": ["add"], "answer": str(i + 1)}
+        for i in range(120)
+    ]
+    twins = [x | {"question": "not " + x["question"], "answer": "no"} for x in examples]
+    pairs = own_pairs("gsm8k", examples, twins)
+    assert pairs.twinned and pairs.twins[3]["answer"] == "no"
+    assert own_pairs("gsm8k", [x | {"twin": t} for x, t in zip(examples, twins, strict=True)],
+                     None).twins == twins  # fmt: skip
+    unpaired = own_pairs("gsm8k", examples, None)
+    assert not unpaired.twinned and len(unpaired.examples) == 120
+    for x, t in zip(unpaired.examples, unpaired.twins, strict=True):
+        assert x["answer"] != t["answer"] and len(x["steps"]) == len(t["steps"])
+    with pytest.raises(UserError, match="119 twins of 120"):
+        own_pairs("gsm8k", examples, twins[1:])
+    with pytest.raises(UserError, match="twin of example 2 has the same answer"):
+        own_pairs("gsm8k", examples, [*twins[:2], examples[2], *twins[3:]])
+    with pytest.raises(UserError, match="only 50 pairs"):
+        own_pairs("gsm8k", examples[:50], twins[:50])
+    with pytest.raises(UserError, match="no example"):
+        own_pairs("gsm8k", [x | {"twin": "text"} for x in examples], None)

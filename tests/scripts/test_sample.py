@@ -177,3 +177,13 @@ def test_the_backend_is_named_and_never_replaced(sample):
     code, out, err = sample("--kernels=triton", "--device=cpu")
     assert code == 2 and "triton cannot run here" in err and err.count("\n") <= 2
     assert "kernels: torch (as requested)" in sample("--kernels=torch", "--seed=1")[1]
+
+
+def test_a_view_is_written(sample, tmp_path):
+    """The page of a typed question has no generated graph to rely on."""
+    page = tmp_path / "view.html"
+    code, out, _ = sample("--view", page, "--question", QUESTION)
+    assert code == 0 and str(page.name) in out
+    assert "brimpus" in page.read_text() and "http" not in page.read_text()
+    code, _, err = sample("--view", page, "--latent=0", "--question", QUESTION)
+    assert code == 2 and "--view needs" in err
