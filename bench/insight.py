@@ -24,9 +24,9 @@ from bench.common import page
 from bench.common.results import ResultWriter, read_jsonl
 from nanococonut import Engine
 from nanococonut.data.seeds import TEST_SEED
-from nanococonut.evaluation.insight import measure
 from nanococonut.evaluation.pairs import Pairs, load_pairs
 from nanococonut.evaluation.paper import paper_figures
+from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main

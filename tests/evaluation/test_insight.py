@@ -14,6 +14,7 @@ from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation import insight
 from nanococonut.evaluation.interchange import Figures, figure, interchange
 from nanococonut.evaluation.pairs import generated_pairs, own_pairs
+from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -278,7 +279,7 @@ def test_a_random_model_does_not_solve_anything(method):
     plain = type(plain)(*[side[:100] for side in (plain.examples, plain.twins, plain.groups)])
     rows = []
     for _ in range(2):
-        report, _ = insight.measure(engine, "random", plain, pairs)
+        report, _ = measure(engine, "random", plain, pairs)
         rows.append(json.dumps(report.row()))
     assert rows[0] == rows[1]
     assert report.verdict == "does not solve these questions" and len(report.findings) == 1
