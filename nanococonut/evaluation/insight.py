@@ -70,23 +70,27 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
     )
 
 
-def judge_carried(twin: Figure, unrelated: Figure, noun: str) -> Finding:
-    """Test 3. Does the answer follow the slots of the twin?"""
+def judge_carried(
+    twin: Figure, unrelated: Figure, stays: Figure, noun: str, twinned: bool = True
+) -> Finding:
+    """Test 3. Does the answer follow the slots of the twin? stays: it is still the question's."""
     are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
-    ok = decided(twin) and unrelated is not None  # of which only the choice matters
+    ok = decided(twin, stays) and unrelated is not None  # of which only the choice matters
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    rest = f"The other {percent(1 - twin['value'])} follow the question." if twin else ""
+    donor = "the twin" if twinned else "a question with as many steps and another answer"
+    kept = "" if twinned else " and {2} stay"
     return finding(
         "carried",
-        f"If only the {noun} {are} replaced, by {those} of the twin, {{0}} of the answers become "
-        f"the twin's; by {those} of an unrelated question with as many steps, {{1}}.",
-        [twin, unrelated],
+        f"If only the {noun} {are} replaced, by {those} of {donor}, {{0}} of the answers become "
+        f"its answer{kept}; by {those} of an unrelated question with as many steps, {{1}}.",
+        [twin, unrelated] + ([] if twinned else [stays]),
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
          f"The answer is carried by the {noun}."),
-        (ok and twin["hi"] <= 0.1, "no", "ignored", f"The {noun} {are} ignored."),
+        (ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9, "no", "ignored",
+         f"The {noun} {are} ignored."),
         (overlap, "?", "undecided", "Destroyed or moved: undecided."),
-        (True, "part", "carried in part", f"The answer is carried in part by the {noun}.", rest),
+        (True, "part", "carried in part", f"The answer is carried in part by the {noun}."),
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def measure(
         if ignores:
             r.refused = ["Tests 3 to 7 cannot be asked: no answer follows what is asked."]
         else:
-            _judge_moved(r, f)
+            _judge_moved(r, f, pairs)
             if kind == "thought":
                 _judge_readout(r, engine, f, pairs)
                 progress(0.95)
@@ -93,10 +93,11 @@ def measure(
     return r, f
 
 
-def _judge_moved(r: Report, f: Figures) -> None:
+def _judge_moved(r: Report, f: Figures, pairs: Pairs) -> None:
     """Add the findings of tests 3 to 5."""
     twin = f.flips("twin")
-    r.findings.append(insight.judge_carried(twin, f.flips("unrelated"), r.noun))
+    unrelated, stays = f.flips("unrelated"), f.stays("twin")
+    r.findings.append(insight.judge_carried(twin, unrelated, stays, r.noun, pairs.twinned))
     if not twin or twin["n"] < MIN_PAIRS:
         r.refused.append("There are too few pairs with both answers right for tests 3 to 7.")
     if "same_other" in f.cells:
@@ -115,8 +116,8 @@ def _judge_moved(r: Report, f: Figures) -> None:
 
 def _judge_readout(r: Report, engine: Engine, f: Figures, pairs: Pairs) -> None:
     """Add the findings of tests 6 and 7."""
-    if not pairs.is_prosqa:
-        r.warnings.append("Tests 6 and 7 were left out: they read the nodes of ProsQA's graphs.")
+    if not pairs.is_prosqa or not pairs.twinned:
+        r.warnings.append("Tests 6 and 7 were left out: they need ProsQA's graphs and twins.")
         return
     try:
         r.names, best, r.write = readout(engine, f, pairs, r.thoughts)
