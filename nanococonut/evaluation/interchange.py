@@ -243,6 +243,10 @@ class Figures:
         """Return how often the answer is the twin's, where both are right as they are."""
         return self._of(name, 1, self.base if where is None else where)
 
+    def stays(self, name: str) -> Figure | None:
+        """Return how often the answer is still the question's own, of the same questions."""
+        return self._of(name, 0, self.base)
+
     def _of(self, name: str, column: int, where: Tensor) -> Figure | None:
         if name not in self.cells:
             return None
