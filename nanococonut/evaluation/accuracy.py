@@ -16,6 +16,7 @@ from nanococonut.data.examples import Example, is_correct, is_correct_as_release
 from nanococonut.data.tasks import TASKS, load_data
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
+from nanococonut.weights.checkpoint import digest_examples
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def thought_geometry(thoughts: Tensor) -> dict[str, list[float]]:
 def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     """Return the validation examples of a run that trained on a file; [] if they are generated.
 
-    Raise UserError, with this advice, if the file or data set cannot be read any more.
+    Raise UserError, with this advice, if the file or data set cannot be read any more, or changed:
+    another tenth of it would be held out, and the run was trained on the rest.
     """
     config = engine.config
     if TASKS[config.task].splits and not config.data and not config.valid_data:
@@ -88,10 +90,13 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     revision = engine.manifest.get("hub_commit") or config.hub_revision
     skipped: list[str] | None = [] if config.skip_bad_rows else None
     try:
-        return load_data(replace(config, hub_revision=revision), skipped).val["valid"]
+        data = load_data(replace(config, hub_revision=revision), skipped)
+        if "examples" in engine.manifest and engine.manifest["examples"] != digest_examples(data):
+            raise UserError(f"{config.data or config.valid_data} has changed since.")
     except UserError as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"no example of this run's data: {reason}\n{advice}") from None
+    return data.val["valid"]
 
 
 def thoughts_as_trained(

@@ -49,7 +49,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _digest_examples(data: Data) -> str:
+def digest_examples(data: Data) -> str:
     """Return the digest of what the examples say, in order, whatever the format of their file."""
     sha = hashlib.sha256()
     for split, examples in ({"train": data.train or []} | data.val).items():
@@ -377,7 +377,7 @@ class RunDir:
         # a branch on the hub may move, so a resumed run reads the commit it started with
         revision = self.manifest.get("hub_commit") or self.config.hub_revision
         data = load_data(replace(self.config, hub_revision=revision), skipped)
-        self.examples = _digest_examples(data)
+        self.examples = digest_examples(data)
         if self.manifest.get("examples", self.examples) != self.examples:
             paths = [p for p in (self.config.data, self.config.valid_data) if p]
             raise UserError(
