@@ -209,6 +209,7 @@ class Engine:
         n_slots     most thoughts (or pauses, or other tokens) between question and answer
         """
         prefixes, _, forced = self._prompts(questions, 0)
+        self._check_tokens(prefixes, forced)
         if {len(row) for row in candidates} != {m := len(candidates[0])} or m == 0:
             raise ValueError("candidates: expected as many answers for each question, at least one")
         if len(candidates) != len(questions):
@@ -250,6 +251,15 @@ class Engine:
                 "Ask a shorter question or use fewer thoughts."
             )
         return block_size - longest - n_forced
+
+    def _check_tokens(self, prefixes: list[list[int]], forced_tokens: list[int]) -> None:
+        """Raise UserError if the model has no special tokens: on a GPU, the process would die."""
+        # they end a prefix or are forced
+        if max(p[-1] for p in [*prefixes, forced_tokens or [0]]) >= self.model.config.vocab_size:
+            raise UserError(
+                "the model has no tokens for thoughts, as its method uses none.\n"
+                "Ask it by the method it was trained by, or give a run trained with thoughts."
+            )
 
     def _check_editable(self, latent: int) -> None:
         """Raise UserError if there is no thought that `edit` could change."""
@@ -299,12 +309,7 @@ class Engine:
             raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
         if not temperature >= 0:  # NaN too
             raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
-        # special tokens end a prefix or are forced; on a GPU, a missing row would kill the process
-        if max(p[-1] for p in [*prefixes, forced_tokens or [0]]) >= self.model.config.vocab_size:
-            raise UserError(
-                "the model has no tokens for thoughts, as its method uses none.\n"
-                "Ask it by the method it was trained by, or give a run trained with thoughts."
-            )
+        self._check_tokens(prefixes, forced_tokens)
         if temperature < MIN_TEMPERATURE:  # logits over it overflow
             temperature = 0.0
         generator = torch.Generator(self.model.wte.weight.device).manual_seed(seed)

@@ -261,8 +261,10 @@ def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
 def test_thoughts_without_special_tokens_refused(tokenizer):
     """A CoT model has no row for <bot>: IndexError here, a dead process on a GPU."""
     model = random_gpt(vocab_size=tokenizer.bot)
-    with pytest.raises(UserError, match="no tokens for thoughts") as e:
-        Engine(model, tokenizer, Curriculum("coconut")).generate(["Tom is"], 2)
-    assert str(e.value).count("\n") == 1
+    engine = Engine(model, tokenizer, Curriculum("coconut"))
+    for ask in (engine.generate, lambda questions, n: engine.choose(questions, [["Tom"]], n)):
+        with pytest.raises(UserError, match="no tokens for thoughts") as e:
+            ask(["Tom is"], 2)
+        assert str(e.value).count("\n") == 1
     out = Engine(model, tokenizer, Curriculum("cot")).generate(["Tom is"], 0, 3)
     assert out.n_thoughts == [0]
