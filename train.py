@@ -117,6 +117,7 @@ def main() -> None:
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
     state = make_config(TrainState, run.restore(model, optimizers))
     if config.resume:
+        schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
     log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)

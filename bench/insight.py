@@ -15,7 +15,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
@@ -24,9 +23,10 @@ from bench.common import page
 from bench.common.results import ResultWriter, read_jsonl
 from nanococonut import Engine
 from nanococonut.data.seeds import TEST_SEED
-from nanococonut.evaluation.insight import measure
 from nanococonut.evaluation.pairs import Pairs, load_pairs
-from nanococonut.evaluation.view import paper_figures, question_view
+from nanococonut.evaluation.paper import paper_figures
+from nanococonut.evaluation.report import measure
+from nanococonut.evaluation.view import question_views
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
@@ -69,23 +69,12 @@ class Progress:
             sys.stderr.flush()
 
 
-def views(engine: Engine, pairs: Pairs, right: list[bool], n: int) -> list[dict[str, Any]]:
-    """Return n questions: the first of each number of steps, then the first wrong ones."""
-    first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
-    wrong = [i for i, x in enumerate(right) if not x and i not in first]
-    chosen = (first + wrong)[:n]
-    return [question_view(engine, pairs.examples[i], engine.manifest["n_thoughts"]) for i in chosen]
-
-
 def load(config: InsightConfig, path: str | None) -> tuple[Engine, Pairs | None, Pairs]:
     """Return the engine of a checkpoint, without kernels and graphs, and its pairs."""
     folder = path or checkpoint.BUNDLED
     engine = nanococonut.load(folder, config.device, kernels="torch", graph="off")
-    bad = [name for name, p in engine.model.float().named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"{folder}: {bad[0]} holds NaN or infinite numbers.\nUse another checkpoint."
-        )
+    if bad := [k for k, p in engine.model.float().named_parameters() if not p.isfinite().all()]:
+        raise UserError(f"{folder}: {bad[0]} has NaN or infinite numbers.\nUse another checkpoint.")
     rows = 100 if config.quick else config.rows
     return engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
 
@@ -94,45 +83,29 @@ def evaluate(
     config: InsightConfig, path: str | None, engine: Engine, plain: Pairs | None, pairs: Pairs
 ) -> ResultWriter:
     """Measure one model. Nothing is written yet."""
-    start, manifest = time.perf_counter(), engine.manifest
+    start, manifest, weights = time.perf_counter(), engine.manifest, engine.model.wte.weight
     name = Path(path).resolve().name if path else "bundled"
     labels = {"method": manifest["method"], "task": engine.config.task, "checkpoint": name}
-    weights, shape = engine.model.wte.weight, {"thoughts": manifest["n_thoughts"]}
     config = replace(config, out=None)
-    results = ResultWriter("insight", config, weights.device, weights.dtype, labels, shape)
+    results = ResultWriter("insight", config, weights.device, weights.dtype, labels)
     report, figures = measure(engine, name, plain, pairs, Progress())
     row = {"schema": 1, "checkpoint": name} | report.row()
     if report.accuracy and pairs.is_prosqa:
-        row["view"] = views(engine, pairs, figures.right.tolist(), config.questions)
-    if config.more and plain is not None:
-        row["paper"] = paper_figures(engine, plain.examples)
-    row["provenance"] = {
-        key: results.common[key] for key in ("commit", "device", "command", "date")
+        row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
+        if config.more and plain is not None:
+            row["paper"] = paper_figures(engine, plain.examples)
+    common = ("commit", "device", "command", "date")
+    row["provenance"] = {key: results.common[key] for key in common} | {
+        "torch": results.versions["torch"],
+        "rows": len(pairs.examples),
+        "seed": None if config.data else config.seed,
+        "seconds": round(time.perf_counter() - start, 1),
     }
-    row["provenance"] |= {"rows": len(pairs.examples), "torch": results.versions["torch"]}
-    row["provenance"] |= {"seed": None if config.data else config.seed}
-    row["provenance"]["seconds"] = round(time.perf_counter() - start, 1)
-    trained = row.pop("trained")
-    spread = {"ci_low": trained["lo"], "ci_high": trained["hi"]}
-    results.add(
-        "accuracy", "nanococonut", [trained["value"]], "fraction", detail=row, spread=spread,
-        examples=trained["n"],
-    )  # fmt: skip
+    f = row.pop("trained")
+    spread, shape = {"ci_low": f["lo"], "ci_high": f["hi"]}, {"thoughts": report.thoughts}
+    results.add("accuracy", "nanococonut", [f["value"]], "fraction", detail=row, spread=spread,
+                examples=f["n"], **shape)  # fmt: skip
     return results
-
-
-def redraw(path: str) -> str:
-    """Return the page of the last row of a file."""
-    rows = [row for row in read_jsonl(Path(path)) if row.get("bench") == "insight"]
-    if not rows:
-        raise UserError(f"{path} holds no row of insight.py.\nGive a file that --out has written.")
-    row = rows[-1]["detail"]
-    return page.render(row, row.get("against"))
-
-
-def check_writable(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written.\nGive a file in a folder that exists.")
 
 
 def main() -> None:
@@ -141,13 +114,20 @@ def main() -> None:
 
     # ---- what can be refused before any work
     folder = "" if config.redraw or not config.checkpoint else config.checkpoint
-    for path in filter(None, (folder, config.against)):
-        checkpoint.resolve(path)
+    for run in filter(None, (folder, config.against)):
+        checkpoint.resolve(run)
     target = Path(config.html or Path(folder) / "insight.html")
-    for path in filter(None, (target, config.out and Path(config.out))):
-        check_writable(path)
+    for path in map(Path, filter(None, (target, config.out))):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be written.\nGive a file in a folder that exists.")
+
+    # ---- or drawn without a model
     if config.redraw:
-        checkpoint.replace_text(target, redraw(config.redraw))
+        rows = [r for r in read_jsonl(Path(config.redraw)) if r.get("bench") == "insight"]
+        if not rows:
+            raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
+        row = rows[-1]["detail"]
+        checkpoint.replace_text(target, page.render(row, row.get("against")))
         print(f"page: {target}")
         return
 

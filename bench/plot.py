@@ -50,10 +50,13 @@ class PlotConfig:
 
 def sections() -> dict[str, str]:
     """Return the Markdown of every marked section, by its name."""
-    names = ("table1", "latency", "training")
-    accuracy, latency, training = (read_results(RESULTS / f"{name}.jsonl") for name in names)
+    names = ("table1", "latency", "training", "insight")
+    accuracy, latency, training, insight = (
+        read_results(RESULTS / f"{name}.jsonl") for name in names
+    )
     return {
         "results": tables.main_results(accuracy),
+        "insight": tables.insight(insight),
         "speed": tables.speed(latency + training),
         "table1_prosqa_small": tables.table1(accuracy, "prosqa", "small"),
         "table1_prontoqa_small": tables.table1(accuracy, "prontoqa", "small"),

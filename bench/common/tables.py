@@ -82,6 +82,25 @@ def table1(rows: Rows, task: str, preset: str) -> str:
     return _table(*lines)
 
 
+def insight(rows: Rows) -> str:
+    """Return a line for each method: what bench/insight.py found, means over runs, in %."""
+    lines = [("method", "accuracy", "twins both right", "averaged thoughts", "swapped", "runs")]
+    for method in METHODS:
+        own = select(rows, method=method)
+        if not own:
+            continue
+        cells = [_mean([row["value"] for row in own])]
+        for name, index in (("pairs", 1), ("needed", 1), ("carried", 0)):
+            findings = [f for row in own for f in row["detail"]["findings"] if f["id"] == name]
+            cells.append(_mean([f["figures"][index]["value"] for f in findings]))
+        lines.append((method, *cells, str(len(own))))
+    return _table(*lines)
+
+
+def _mean(fractions: Sequence[float]) -> str:
+    return f"{100 * statistics.mean(fractions):.1f}" if fractions else "-"
+
+
 def main_results(rows: Rows) -> str:
     """Return the README's table: small ProsQA models, accuracy and tokens in their own columns."""
     rows = select(rows, task="prosqa", preset="small", setting="")

@@ -1,61 +1,17 @@
-"""Do a model's thoughts do anything? Seven tests, and rules that turn their figures into words.
+"""Do a model's thoughts do anything? Rules that turn the figures of seven tests into words.
 
-measure() returns the row that bench/common/page.py draws. A rule needs a whole 95 % interval on one
-side. A cell decides nothing if it has too few questions, or if the candidates together have less
-than half of the probability.
+A rule needs a whole 95 % interval on one side. A cell decides nothing if it has too few questions,
+or if the candidates together have less than half of the probability. report.py runs the tests.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nanococonut.evaluation.interchange import (
-    NOUNS,
-    Figure,
-    Figures,
-    count,
-    figure,
-    interchange,
-    kind_of,
-    plateau,
-    tables,
-)
-from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
-from nanococonut.evaluation.readout import MIN_MASS, readout
-from nanococonut.inference.engine import Engine
-from nanococonut.runtime.errors import UserError
+from nanococonut.evaluation.interchange import Figure, Figures, count, interchange, plateau
+from nanococonut.evaluation.pairs import MIN_PAIRS
+from nanococonut.evaluation.readout import MIN_MASS
 
-__all__ = ["Figures", "Pairs", "Report", "interchange", "measure"]
+__all__ = ["Figures", "interchange"]  # and the rules
 Finding = dict[str, Any]
-
-
-@dataclass
-class Report:
-    """The row of one model; bench/common/page.py says what each part looks like."""
-
-    name: str
-    method: str
-    task: str
-    thoughts: int
-    noun: str
-    parameters: int
-    trained: Figure = field(default_factory=dict)  # accuracy as in training
-    verdict: str = ""
-    findings: list[Finding] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    scale: list[Figure] | None = None
-    accuracy: dict[str, Any] | None = None
-    slots: dict[str, Any] | None = None
-    names: dict[str, Any] | None = None
-    write: dict[str, Any] | None = None
-
-    def row(self) -> dict[str, Any]:
-        """Return it as JSON, without what was not measured."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
-
-
-# ---- rules
 
 
 def decided(*figures: Figure | None) -> bool:
@@ -114,23 +70,27 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
     )
 
 
-def judge_carried(twin: Figure, unrelated: Figure, noun: str) -> Finding:
-    """Test 3. Does the answer follow the slots of the twin?"""
+def judge_carried(
+    twin: Figure, unrelated: Figure, stays: Figure, noun: str, twinned: bool = True
+) -> Finding:
+    """Test 3. Does the answer follow the slots of the twin? stays: it is still the question's."""
     are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
-    ok = decided(twin) and unrelated is not None  # of which only the choice matters
+    ok = decided(twin, stays) and unrelated is not None  # of which only the choice matters
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    rest = f"The other {percent(1 - twin['value'])} follow the question." if twin else ""
+    donor = "the twin" if twinned else "a question with as many steps and another answer"
+    kept = "" if twinned else " and {2} stay"
     return finding(
         "carried",
-        f"If only the {noun} {are} replaced, by {those} of the twin, {{0}} of the answers become "
-        f"the twin's; by {those} of an unrelated question with as many steps, {{1}}.",
-        [twin, unrelated],
+        f"If only the {noun} {are} replaced, by {those} of {donor}, {{0}} of the answers become "
+        f"its answer{kept}; by {those} of an unrelated question with as many steps, {{1}}.",
+        [twin, unrelated] + ([] if twinned else [stays]),
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
          f"The answer is carried by the {noun}."),
-        (ok and twin["hi"] <= 0.1, "no", "ignored", f"The {noun} {are} ignored."),
+        (ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9, "no", "ignored",
+         f"The {noun} {are} ignored."),
         (overlap, "?", "undecided", "Destroyed or moved: undecided."),
-        (True, "part", "carried in part", f"The answer is carried in part by the {noun}.", rest),
+        (True, "part", "carried in part", f"The answer is carried in part by the {noun}."),
     )  # fmt: skip
 
 
@@ -234,98 +194,11 @@ def judge_trap(free: Figure, chain: Figure, forced: Figure, noun: str) -> Findin
     )
 
 
-# ---- the tests
-
-
-def _judge_moved(r: Report, f: Figures) -> None:
-    """Add the findings of tests 3 to 5."""
-    twin = f.flips("twin")
-    r.findings.append(judge_carried(twin, f.flips("unrelated"), r.noun))
-    if not twin or twin["n"] < MIN_PAIRS:
-        r.refused.append("There are too few pairs with both answers right for tests 3 to 7.")
-    if "same_other" in f.cells:
-        other, same = f.flips("other_other"), f.flips("same_other")
-        r.findings.append(judge_search(twin, other, same, r.noun))
-    if r.accuracy is None:
-        return
-    offset = len(r.accuracy["rows"]) - len(f.steps)  # of the plain row
-    cells = {h: r.accuracy["rows"][i + offset]["cells"] for i, h in enumerate(f.steps)}
-    slots = {h: r.slots["rows"][i]["cells"] for i, h in enumerate(f.steps)}
-    solved = [h for h in f.steps if decided(cells[h][r.thoughts]) and cells[h][-1]["lo"] > 0.55]
-    if len(solved) > 1:
-        deep = {h: slots[h] for h in solved if h > 1 and all(slots[h])}
-        r.findings.append(judge_depth({h: cells[h] for h in solved}, deep, r.noun))
-
-
-def measure(
-    engine: Engine,
-    name: str,
-    plain: Pairs | None,
-    pairs: Pairs,
-    progress: Callable[[float], None] = lambda fraction: None,
-) -> tuple[Report, Figures]:
-    """Run the seven tests. Return the report and the figures of `pairs`.
-
-    plain  pairs as in training, with their shortcuts (None: none)
-    """
-    kind, manifest, model = kind_of(engine), engine.manifest, engine.model
-    n, noun, extra = manifest["n_thoughts"], NOUNS[kind], 2 * (kind in ("thought", "pause"))
-    r = Report(name, manifest["method"], engine.config.task, n, noun, model.n_params())
-    f = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
-    p = f
-    if plain is not None:
-        options = {"full": False, "extra": extra, "progress": lambda x: progress(0.6 + 0.2 * x)}
-        p = plain.figures(engine, **options)
-    own, chance = f.accuracy("own"), f.chance
-    trained = r.trained = p.accuracy("own", p.every)
-
-    # ---- what can be asked at all
-    if max(trained["lo"], own["lo"]) <= chance + 0.05:
-        text = (
-            f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {percent(chance)}."
-        )
-        title = "It does not solve these questions."
-        r.findings = [finding("solves", text, [trained, own], (True, "no", title[3:-1], title))]
-        r.refused = ["Nothing else can be asked: there is no answer that could be moved."]
-        r.verdict = title[3:-1]
-        return r, f
-    q = p if plain is not None and plain.has_twins else f
-    one, both = figure(q.right ^ q.twin_right, q.asked), figure(q.right & q.twin_right, q.asked)
-    shortcut = judge_pairs(trained, one, both) if pairs.twinned else None
-    ignores = shortcut is not None and shortcut["mark"] == "no"
-    if kind == "none":
-        r.refused.append("There is nothing between question and answer: only test 1 is asked.")
-    elif ignores:
-        r.refused.append("Tests 3 to 7 cannot be asked: no answer follows what is asked.")
-    if ignores or kind == "none":
-        r.findings.append(shortcut)
-
-    # ---- what the slots do
-    if kind != "none":
-        r.findings.append(judge_needed(own, f.accuracy("mean"), chance, noun))
-        r.scale, r.accuracy, r.slots = tables(f, p if plain is not None else None, n)
-    if kind != "none" and not ignores:
-        _judge_moved(r, f)
-        if kind == "thought":
-            try:
-                r.names, best, r.write = readout(engine, f, pairs, n)
-                r.findings += [judge_read(best), judge_write(r.write)]
-            except UserError as e:
-                r.warnings.append(f"Tests 6 and 7 were left out: {str(e).splitlines()[0]}")
-            progress(0.95)
-        r.findings += [shortcut] if shortcut else []
-        if kind != "chain" and plain is not None:
-            free, chain = left_alone(engine, plain)
-            r.accuracy |= {"free": free, "wrote_chain": chain}
-            r.findings.append(judge_trap(free, chain, p.accuracy("k0", p.every), noun))
-
-    # ---- what to know about it
-    if not pairs.twinned:
-        r.warnings.append("Without twins, only the donor's answer tells moved from destroyed.")
-    if kind != "none" and f.cells["by_inputs"].nanmean() > 0:
-        r.warnings.append("Twins of another length: inputs were exchanged, not keys and values.")
-    if model.config.stop:
-        r.warnings.append(f"The stop classifier was not asked: all questions have {n} thoughts.")
-    r.verdict = ", ".join(x["verdict"] for x in r.findings[: 1 if ignores else 3])
-    progress(1.0)
-    return r, f
+def judge_unsolved(trained: Figure, own: Figure, chance: float) -> Finding:
+    """Say that the other tests cannot be asked."""
+    return finding(
+        "solves",
+        f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {percent(chance)}.",
+        [trained, own],
+        (True, "no", "does not solve these questions", "It does not solve these questions."),
+    )

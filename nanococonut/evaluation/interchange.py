@@ -205,6 +205,13 @@ def figure(hits: Tensor, where: Tensor, log_p: Tensor | None = None) -> Figure |
     return result
 
 
+def mean_figure(x: Tensor) -> dict[str, Any]:
+    """Return the mean of fractions (N,) and its 95 % interval."""
+    value, half = x.mean().item(), 1.96 * x.std().item() / len(x) ** 0.5
+    lo, hi = max(0.0, value - half), min(1.0, value + half)
+    return {"value": round(value, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": len(x)}
+
+
 @dataclass
 class Figures:
     """Fractions over the cells of an interchange of N questions.
@@ -235,6 +242,10 @@ class Figures:
     def flips(self, name: str, where: Tensor | None = None) -> Figure | None:
         """Return how often the answer is the twin's, where both are right as they are."""
         return self._of(name, 1, self.base if where is None else where)
+
+    def stays(self, name: str) -> Figure | None:
+        """Return how often the answer is still the question's own, of the same questions."""
+        return self._of(name, 0, self.base)
 
     def _of(self, name: str, column: int, where: Tensor) -> Figure | None:
         if name not in self.cells:

@@ -1,6 +1,6 @@
 """Questions and their twins, for the tests of insight.py: generated, or from a user's file."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,14 +38,7 @@ class Pairs:
         own, twin = (
             [x["answer"] for x in task.render(side, style)] for side in (self.examples, self.twins)
         )
-        pairs = list(zip(own, twin, strict=True))
-        if self.twinned:
-            return pairs
-        # a third answer, so that moved and destroyed differ
-        others = [
-            next((a for a in own[i:] + own[:i] if a not in p), "?") for i, p in enumerate(pairs)
-        ]
-        return [(*pair, other) for pair, other in zip(pairs, others, strict=True)]
+        return list(zip(own, twin, strict=True))
 
     @property
     def has_twins(self) -> bool:
@@ -68,9 +61,17 @@ class Pairs:
             engine, questions, twins, self.candidates(engine), reworded=reworded,
             groups=self.groups, **options,
         )  # fmt: skip
+        if not self.twinned:  # a third column for all other answers: moved or destroyed?
+            for name in cells.keys() - {"thoughts", "by_inputs"}:
+                rest = (1 - cells[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()
+                cells[name] = torch.cat([cells[name], rest], 1)
         both = zip(self.examples, self.twins, strict=True)
         asked = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in both])
-        return Figures(cells, torch.tensor(self.groups), asked if asked.any() else None)
+        f = Figures(cells, torch.tensor(self.groups), asked if asked.any() else None)
+        if not self.twinned:
+            answers = Counter(x["answer"] for x in self.examples)
+            f.chance = max(answers.values()) / len(self.examples)  # of always the same answer
+        return f
 
 
 def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:

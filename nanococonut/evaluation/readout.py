@@ -9,7 +9,7 @@ from torch import Tensor
 from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
-from nanococonut.evaluation.interchange import Figures, figure
+from nanococonut.evaluation.interchange import Figures, figure, mean_figure
 from nanococonut.evaluation.pairs import Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -182,8 +182,8 @@ def readout(
             "thought": k + 1,
             "base": float(mean["base_own"][d - 1]),
             "mass": float(mean["mass"][k]),
-            "own": _mean_figure(names["own"][:, k, d - 1]),
-            "other": _mean_figure(names["other"][:, k, d - 1]),
+            "own": mean_figure(names["own"][:, k, d - 1]),
+            "other": mean_figure(names["other"][:, k, d - 1]),
         }
     d = max((1, 2), key=lambda d: lift(d, slice(half)).max())
     t, candidates = int(lift(d, slice(half)).argmax()) + 1, pairs.candidates(engine)
@@ -205,10 +205,3 @@ def readout(
     write["points"] = points(WRITTEN, 1)
     write["erase"] = points(ERASED, 0)
     return row, best, write
-
-
-def _mean_figure(x: Tensor) -> dict[str, Any]:
-    """Return the mean of fractions (N,) and its 95 % interval."""
-    value, half = x.mean().item(), 1.96 * x.std().item() / len(x) ** 0.5
-    lo, hi = max(0.0, value - half), min(1.0, value + half)
-    return {"value": round(value, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": len(x)}

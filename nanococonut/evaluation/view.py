@@ -11,10 +11,22 @@ from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.interchange import count
+from nanococonut.evaluation.pairs import Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.inference.steps import Branch, Slots
 
 State = dict[str, Any]
+
+
+def question_views(
+    engine: Engine, pairs: Pairs, right: Sequence[bool], n: int
+) -> list[dict[str, Any]]:
+    """Return the views of n questions: the first of each depth, then the first wrong ones."""
+    first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
+    chosen = first + [i for i, x in enumerate(right) if not x and i not in first]
+    return [
+        question_view(engine, pairs.examples[i], engine.manifest["n_thoughts"]) for i in chosen[:n]
+    ]
 
 
 def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
@@ -119,7 +131,3 @@ def _attention(
     weights = (keys @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5  # (nh, T)
     weights = weights.softmax(-1).mean(0)
     return [round(float(weights[start:end].sum()), 3) for start, end in facts]
-
-
-def paper_figures(engine: Engine, examples: Sequence[Example]) -> dict[str, Any]:
-    return {}

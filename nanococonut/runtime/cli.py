@@ -4,7 +4,6 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import math
 import operator
 import reprlib
 import sys
@@ -77,7 +76,7 @@ def validate(config: Any) -> None:
             limit = meta.get(key)
             if limit is not None and not holds(value, limit):  # NaN holds for nothing
                 raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
-        largest = {int: 2**63, float: math.inf}.get(type(value))  # torch's, of an integer
+        largest = {int: 2**63, float: 1e30}.get(type(value))  # torch's; float32 with a margin
         if largest and not abs(value) < largest:
             raise UserError(f"{shown} is out of range.\nUse a smaller number.")
         choices = meta.get("choices")

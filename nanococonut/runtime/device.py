@@ -92,5 +92,5 @@ class Interrupt:
             self.signal = number
         if is_first:
             hint = "; interrupt again to exit at once" if alone else ""
-            with suppress(RuntimeError):  # the signal interrupted a print: no other may start
+            with suppress(RuntimeError, OSError):  # within a print no other may start
                 print(f"stopping after this step{hint}", flush=True)

@@ -20,7 +20,8 @@ class _Output:
 
     def __init__(self, stream: TextIO, goes_on: bool) -> None:
         self._stream, self._goes_on = stream, goes_on
-        if getattr(stream, "errors", "backslashreplace") != "backslashreplace":
+        # a notebook's stream has no encoding, and no method of this name
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
             stream.reconfigure(errors="replace")  # what its encoding (cp1252) lacks becomes "?"
 
     def __getattr__(self, name: str) -> Any:

@@ -36,9 +36,11 @@ WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "ma
 REQUIRED_KEYS = set(
     "config model tokenizer method stage n_thoughts step minutes device threads files".split()
 )
-# settings that may change when a run is resumed: its bits stay the same ...
-RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard"}
-RESUMABLE |= {"kernels", "graph"}  # ... but for rounding and dropout, as with more processes
+# settings that may change when a run is resumed: the mathematics stay the same
+RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
+RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
+RESUMABLE |= {"epochs"}  # Schedule.check_epochs
+ROUNDING = {"kernels", "graph", "micro_batch_size", "recompute_mlp"}  # not to the bit
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
@@ -349,14 +351,19 @@ class RunDir:
         )
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
-        """Raise UserError if a setting differs from those the run started with."""
+        """Raise UserError if a setting that matters differs from those the run started with."""
         config = asdict(self.config)
         defaults = {f.name: f.default for f in fields(TrainConfig)}  # of options added since
         saved_config = defaults | saved_config
         # the examples have a digest, except in old checkpoints: there the path has to do
         free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
-            if key not in free and saved != config.get(key):
+            if key in free or saved == config.get(key):
+                continue
+            if key in ROUNDING:
+                dropout = " and dropout's draws" if self.config.dropout else ""
+                print(f"{key}={config[key]!r}, not {saved!r} as before: roundings{dropout} differ")
+            else:
                 raise UserError(
                     f"{self.path} was trained with {key}={saved!r}, not {config.get(key)!r}.\n"
                     "Resume with the settings it started with, or use another --out_dir."

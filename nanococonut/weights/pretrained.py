@@ -46,6 +46,7 @@ FIXED_SETTINGS = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+MAX_SIZE = 10**6  # a model of absurd sizes would be built before its tensors are compared
 NANOGPT_ARGS = {*CONFIG_KEYS, "vocab_size", "dropout", "bias"}  # nanoGPT's model_args
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)*(base_causallm\.)?(transformer\.)?")
 MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
@@ -132,8 +133,8 @@ def load_gpt2(
     config = replace(source, vocab_size=vocab_size or source.vocab_size, dropout=dropout, **extra)
     try:
         model = GPT(config)
-    except ValueError as e:
-        raise _not_gpt2(path, e) from None
+    except (ValueError, RuntimeError) as e:  # RuntimeError: its sizes exceed the memory
+        raise _not_gpt2(path, str(e).split("\n")[0]) from None
     _check_thoughts(path, source, model, tensors)
     params = {  # in the file's layout
         name: p.t() if weights.is_conv1d and name.endswith(CONV1D_WEIGHTS) else p
@@ -282,10 +283,10 @@ def _weights_files(folder: Path) -> list[Path]:
 
 def _load_shards(index: Path) -> dict[str, Tensor]:
     """Load the safetensors files that an index names, from its folder."""
-    names = json.loads(index.read_text(encoding="utf-8-sig"))
-    names = names.get("weight_map") if isinstance(names, dict) else None
-    names = set(names.values()) if isinstance(names, dict) else set()
-    if not names or not all(type(n) is str and Path(n).name == n for n in names):
+    content = json.loads(index.read_text(encoding="utf-8-sig"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    names = {str(n) for n in weight_map.values()} if isinstance(weight_map, dict) else set()
+    if not names or any(Path(n).name != n for n in names):
         raise ValueError(f"{index.name} names no files")
     return {k: v for n in sorted(names) for k, v in load_file(index.with_name(n)).items()}
 
@@ -305,14 +306,18 @@ def _load_torch(file: Path) -> Any:
 
 def _rename(state: Any) -> dict[str, Tensor]:
     """Return a state dict by GPT's own names, without masks. ValueError if it is none of GPT-2."""
+
+    def is_dense(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+
     is_dict = isinstance(state, dict) and len(state) > 0
-    if not is_dict or not all(type(k) is str and isinstance(v, Tensor) for k, v in state.items()):
+    if not is_dict or not all(type(k) is str and is_dense(v) for k, v in state.items()):
         raise ValueError("not a state dict of names and tensors")
     tensors = {WRAPPER_PREFIX.sub("", k): v for k, v in state.items() if not k.endswith(MASKS)}
     wte = tensors.get("wte.weight")
     if wte is None:
         raise ValueError("wte.weight is missing")
-    if wte.dim() != 2:
+    if wte.dim() != 2 or len(wte) == 0:
         raise ValueError(f"wte.weight is {tuple(wte.shape)}, expected (tokens, n_embd)")
     return tensors
 
@@ -337,7 +342,8 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _read_sizes(settings: Any, keys: dict[str, str]) -> dict[str, int]:
     """Return the sizes in settings. keys: GPTConfig's name -> name in settings."""
     settings = settings if isinstance(settings, dict) else {}
-    bad = [key for key in keys.values() if type(n := settings.get(key)) is not int or n < 1]
+    sizes = {field: settings.get(key) for field, key in keys.items()}
+    bad = [keys[f] for f, n in sizes.items() if type(n) is not int or not 0 < n < MAX_SIZE]
     if bad:
         raise ValueError(f"its settings have no valid {', '.join(bad)}")
-    return {field: settings[key] for field, key in keys.items()}
+    return sizes

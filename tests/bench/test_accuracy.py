@@ -273,6 +273,21 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err
 
 
+def test_changed_file_holds_out_no_examples(accuracy, tmp_path):
+    """A file that grew holds out another tenth, of which the run was trained on nine in ten."""
+    examples = prosqa.generate(60, 5, prosqa.GraphConfig(13, 2, 3))
+    path, grown = tmp_path / "rows.json", tmp_path / "grown.json"
+    write_examples(path, examples[:50])
+    config = {"data": str(path)}
+    digest = checkpoint.digest_examples(load_data(TrainConfig(**config)))
+    like_the_bundled(tmp_path / "run", config=config, examples=digest)
+    assert accuracy("--checkpoint=run", "--max_new_tokens=2")[0] == 0
+    write_examples(grown, examples)
+    grown.replace(path)
+    code, _, err = accuracy("--checkpoint=run")
+    assert code == 2 and "rows.json holds other examples" in err and err.count("\n") == 2
+
+
 def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):
     """Weights stayed in float32, or the row said so."""
     code, _, err = accuracy("--n=60", "--dtype=bfloat16", "--out=rows.jsonl")

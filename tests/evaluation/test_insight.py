@@ -14,6 +14,7 @@ from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation import insight
 from nanococonut.evaluation.interchange import Figures, figure, interchange
 from nanococonut.evaluation.pairs import generated_pairs, own_pairs
+from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -200,13 +201,15 @@ RULES = [
     (insight.judge_needed, (HIGH, MIDDLE, 0.5, "thoughts"), "part", "needed in part"),
     (insight.judge_needed, (HIGH, HIGH, 0.5, "pauses"), "no", "not needed"),
     (insight.judge_needed, (FEW, HALF, 0.5, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (HIGH, HALF, "thoughts"), "yes", "carried"),
-    (insight.judge_carried, (LOW, LOW, "pauses"), "no", "ignored"),
-    (insight.judge_carried, (HALF, HALF, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (MIDDLE, HALF, "thoughts"), "part", "carried in part"),
-    (insight.judge_carried, (FEW, HALF, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (HIGH | {"mass": 0.4}, HALF, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (None, None, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH, HALF, LOW, "thoughts"), "yes", "carried"),
+    (insight.judge_carried, (LOW, LOW, HIGH, "pauses"), "no", "ignored"),
+    (insight.judge_carried, (HALF, HALF, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (MIDDLE, HALF, LOW, "thoughts"), "part", "carried in part"),
+    (insight.judge_carried, (FEW, HALF, LOW, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH | {"mass": 0.4}, HALF, LOW, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (None, None, None, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (LOW, LOW, HALF, "thoughts", False), "?", "undecided"),  # destroyed
+    (insight.judge_carried, (LOW, LOW, HIGH, "thoughts", False), "no", "ignored"),
     (insight.judge_search, (HIGH, HIGH, LOW, "thoughts"), "yes", "the search, not the answer"),
     (insight.judge_search, (HIGH, LOW, LOW, "thoughts"), "no", "the answer itself"),
     (insight.judge_search, (HIGH, HIGH, HIGH, "thoughts"), "part", "search and answer"),
@@ -278,7 +281,7 @@ def test_a_random_model_does_not_solve_anything(method):
     plain = type(plain)(*[side[:100] for side in (plain.examples, plain.twins, plain.groups)])
     rows = []
     for _ in range(2):
-        report, _ = insight.measure(engine, "random", plain, pairs)
+        report, _ = measure(engine, "random", plain, pairs)
         rows.append(json.dumps(report.row()))
     assert rows[0] == rows[1]
     assert report.verdict == "does not solve these questions" and len(report.findings) == 1
@@ -354,3 +357,15 @@ def test_pairs_of_a_users_examples():
         own_pairs("gsm8k", examples[:50], twins[:50])
     with pytest.raises(UserError, match="no example"):
         own_pairs("gsm8k", [x | {"twin": "text"} for x in examples], None)
+
+
+def test_without_twins_destroyed_is_not_ignored(bundled):
+    """Thoughts of another graph say nothing here: the donor's answer is no option at all."""
+    engine, twinned = bundled
+    plain = [{k: x[k] for k in ("question", "steps", "answer")} for x in twinned.examples]
+    pairs = type(twinned)(plain, plain[1:] + plain[:1], twinned.groups, False)
+    f = pairs.figures(engine)
+    assert f.accuracy("own")["lo"] > f.accuracy("mean")["hi"] and f.chance < 0.2
+    assert f.flips("twin")["hi"] < 0.2 and f.stays("twin")["hi"] < 0.9
+    figures = f.flips("twin"), f.flips("unrelated"), f.stays("twin")
+    assert insight.judge_carried(*figures, "thoughts", False)["mark"] == "?"

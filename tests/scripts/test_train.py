@@ -320,6 +320,43 @@ def test_resume_knows_the_examples_not_their_path(train, tiny):
     assert "examples" in checkpoint.read_manifest(checkpoint.resolve("run"))
 
 
+def test_resume_takes_what_changes_only_roundings(train, tiny):
+    """A smaller micro batch, the way out of a full memory, and evaluation settings were refused."""
+    flags = [tiny, "--out_dir=run", "--max_steps=4"]
+    train(*flags[:2], "--max_steps=2")
+    flags += ["--resume", "--micro_batch_size=2", "--eval_interval=3", "--max_new_tokens=9"]
+    code, out, err = train(*flags)
+    assert (code, err) == (0, "")
+    line = "micro_batch_size=2, not 6 as before: roundings and dropout's draws differ\n"
+    assert out.count("as before") == out.count(line) == 1
+    code, out, err = train(*flags)
+    assert (code, err) == (0, "") and "as before" not in out
+
+
+def test_resume_with_more_epochs_is_the_longer_run(train, tiny):
+    """More epochs were refused, though not a step taken would have been another."""
+    flags = [tiny, "--decay_fraction=0", "--first_stage_epochs=1", "--epochs_per_stage=1"]
+    assert train(*flags, "--epochs=7", "--out_dir=whole")[0] == 0
+    assert train(*flags, "--epochs=5", "--out_dir=run")[0] == 0
+    code, out, err = train(*flags, "--epochs=7", "--out_dir=run", "--resume")
+    assert (code, err) == (0, "") and digests("run") == digests("whole")
+
+
+def test_resume_with_other_rates_names_init_from(train, tiny):
+    """The rate decays to 0 at the last epoch: the steps taken would have been others."""
+    train(tiny, "--epochs=7", "--epochs_per_stage=1", "--out_dir=run")
+    code, _, err = train(tiny, "--epochs=9", "--epochs_per_stage=1", "--out_dir=run", "--resume")
+    assert code == 2 and "follow the rates and stages of epochs=7, not 9." in err
+    assert err.count("\n") == 2
+    options = [x for x in err.split() if x.startswith("--") and x != "--out_dir:"]
+    assert options == ["--epochs=7,", "--init_from=RUN", "--first_stage_epochs=0",
+                       "--max_latent_stage=0", "--final_thoughts=2"]  # fmt: skip
+    code, _, err = train(tiny, "--epochs=9", "--init_from=run", *options[2:], "--out_dir=new")
+    assert (code, err) == (0, "")
+    ends = [r for r in logged("new") if "valid_accuracy" in r]
+    assert [(r["step"], r["thoughts"]) for r in ends] == [(36, 2)]
+
+
 def test_resume_refuses_another_generator(train, tiny, monkeypatch):
     """A version that generates other examples went on with them without a word."""
     train(tiny, "--out_dir=run", "--max_steps=2")

@@ -214,6 +214,8 @@ def test_padded_vocabulary_of_nanogpt_is_cut(tmp_path):
     [
         ({"config": Bomb()}, "nothing else is unpickled"),
         ({"model": None}, "not a state dict of names and tensors"),
+        ({"model": {"wte.weight": torch.eye(3).to_sparse()}}, "not a state dict of names"),
+        ({"model": {"wte.weight": torch.empty(3, 3, device="meta")}}, "not a state dict of names"),
         ({"model_args": dict.fromkeys((*CONFIG_KEYS, "use_relu"), 3)}, "model_args have use_relu"),
         ({"model_args": [3]}, "no valid block_size, n_layer"),
         ({"model_args": {"n_layer": 3, "n_head": 2, "n_embd": 128}}, "no valid block_size"),
@@ -242,12 +244,19 @@ def test_sharded_safetensors_are_read(tmp_path, theirs):
 
 
 @pytest.mark.parametrize(
-    "index", [3, {}, {"weight_map": {}}, {"weight_map": {"a": "../b"}}, {"weight_map": {"a": 1}}]
+    "index, words",
+    [
+        (3, "names no files"),
+        ({}, "names no files"),
+        ({"weight_map": {}}, "names no files"),
+        ({"weight_map": {"a": "../b"}}, "names no files"),
+        ({"weight_map": {"a": []}}, "No such file"),
+    ],
 )
-def test_bad_index_of_shards_is_refused(tmp_path, index):
+def test_bad_index_of_shards_is_refused(tmp_path, index, words):
     """An index must name files of its own folder only."""
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="names no files"):
+    with pytest.raises(UserError, match=words):
         load_gpt2(resolve_weights(str(tmp_path)))
 
 
@@ -305,6 +314,7 @@ def test_one_error_lists_all_bad_tensors(tmp_path, theirs):
     [
         ("wte.weight", None, "wte.weight is missing"),
         ("wte.weight", torch.zeros(5), "wte.weight is (5,)"),
+        ("wte.weight", torch.zeros(0, 128), "wte.weight is (0, 128)"),
         ("wpe.weight", torch.tensor(1.0), "wpe.weight is ()"),
         ("lm_head.weight", torch.zeros(7), "lm_head.weight differs"),
     ],
@@ -331,6 +341,7 @@ def test_tensors_of_wrong_shape_are_refused(tmp_path, theirs, key, tensor, words
         ({"n_positions": 64}, "wpe.weight is (32, 128), expected (64, 128)"),
         ({"n_head": 3}, "3 heads"),
         ({"n_head": None}, "no valid n_head"),
+        ({"n_layer": 10**30}, "no valid n_layer"),
         ({"n_embd": True}, "no valid n_embd"),
     ],
 )
@@ -340,6 +351,18 @@ def test_config_of_another_model_is_refused(tmp_path, theirs, change, words):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=re.escape(words)):
         load_gpt2(file.parent)
+
+
+def test_sizes_beyond_the_memory_are_refused(tmp_path, theirs, monkeypatch):
+    """A config.json of absurd sizes ended in a traceback of torch's allocator."""
+
+    def full(config):
+        raise RuntimeError("can't allocate memory\nframe #0: c10")
+
+    monkeypatch.setattr(pretrained, "GPT", full)
+    with pytest.raises(UserError, match="holds no GPT-2: can't allocate memory") as error:
+        load_gpt2(tmp_path / "theirs")
+    assert str(error.value).count("\n") == 1
 
 
 def test_folder_with_another_file_names_that_file(tmp_path, theirs):
