@@ -29,7 +29,7 @@ from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, is_correct, split_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated
-from nanococonut.evaluation.accuracy import held_out_examples, thoughts_as_trained
+from nanococonut.evaluation.accuracy import held_out_examples, is_capped, thoughts_as_trained
 from nanococonut.evaluation.interchange import NOUNS, kind_of
 from nanococonut.evaluation.probe import concept_probabilities
 from nanococonut.evaluation.view import question_view
@@ -258,9 +258,8 @@ def main() -> None:
     has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
     n_trained = manifest["n_thoughts"]
     latent = n_trained * has_thoughts if config.latent is None else config.latent
-    is_capped = has_thoughts and not engine.curriculum.pad_latent_to_max  # by an example's steps
-    as_trained = config.latent is None
-    up_to = "up to " * (is_capped and as_trained)
+    capped, as_trained = is_capped(engine), config.latent is None
+    up_to = "up to " * (capped and as_trained)
     console.print(
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
@@ -268,8 +267,8 @@ def main() -> None:
         f"CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
-    if latent != n_trained or is_capped:
-        fewer = ", fewer if an example has fewer steps; a question of yours has all" * is_capped
+    if latent != n_trained or capped:
+        fewer = ", fewer if an example has fewer steps; a question of yours has all" * capped
         console.print(f"[yellow]note[/]      trained with {n_trained} thoughts{fewer}")
     if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
         raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
@@ -288,8 +287,8 @@ def main() -> None:
         if text is None:
             example = next(own)
             question, answer = example["question"], example["answer"]
-            if is_capped and as_trained:
-                [n_thoughts] = thoughts_as_trained(engine.curriculum, manifest["stage"], [example])
+            if capped and as_trained:
+                [n_thoughts] = thoughts_as_trained(engine, manifest["stage"], [example])
         else:
             question, answer = text, task.solve(text)
         try:

@@ -31,7 +31,12 @@ from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
-from nanococonut.evaluation.accuracy import held_out_examples, score, thoughts_as_trained
+from nanococonut.evaluation.accuracy import (
+    held_out_examples,
+    is_capped,
+    score,
+    thoughts_as_trained,
+)
 from nanococonut.evaluation.categories import category_fractions
 from nanococonut.inference.engine import Engine
 from nanococonut.ops import BACKENDS
@@ -200,8 +205,8 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     detail |= {"kernels": engine.kernels, "graph": engine.graph}
     detail |= {"generated_seed": seed}
     counts = [n_thoughts] * len(examples)
-    if config.latent is None and not engine.curriculum.pad_latent_to_max:
-        counts = thoughts_as_trained(engine.curriculum, manifest["stage"], examples)
+    if config.latent is None and is_capped(engine):
+        counts = thoughts_as_trained(engine, manifest["stage"], examples)
         print("note: as in training, examples with fewer steps have fewer thoughts")
     for n in range(n_thoughts + 1) if config.sweep else [n_thoughts]:
         s = score(engine, examples, [min(n, count) for count in counts], config.batch_size, longest)

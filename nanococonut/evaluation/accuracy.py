@@ -11,7 +11,6 @@ from itertools import groupby
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import Example, is_correct, is_correct_as_released
 from nanococonut.data.tasks import TASKS, load_data
 from nanococonut.inference.engine import Engine
@@ -101,11 +100,18 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     return data.val["valid"]
 
 
-def thoughts_as_trained(
-    curriculum: Curriculum, stage: int, examples: Sequence[Example]
-) -> list[int]:
-    """Return the thoughts of each example in training: by its steps, if they are not padded."""
-    return [curriculum.plan(stage, len(example["steps"]))[1] for example in examples]
+def is_capped(engine: Engine) -> bool:
+    """Return whether fewer steps mean fewer thoughts; a stop classifier has to find out itself."""
+    curriculum = engine.curriculum
+    has_thoughts = curriculum.rules.n_thoughts_rule != "none"
+    return has_thoughts and not curriculum.pad_latent_to_max and not engine.model.config.stop
+
+
+def thoughts_as_trained(engine: Engine, stage: int, examples: Sequence[Example]) -> list[int]:
+    """Return the thoughts of each example at a stage of training; see is_capped."""
+    if not is_capped(engine):
+        return [engine.curriculum.n_thoughts(stage)] * len(examples)
+    return [engine.curriculum.plan(stage, len(example["steps"]))[1] for example in examples]
 
 
 def score(

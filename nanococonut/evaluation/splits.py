@@ -26,7 +26,7 @@ def evaluate_splits(
     for name, examples in splits.items():
         n_correct = n_tokens = 0
         if local := dist.shard(examples):  # a small split may not reach every rank
-            n_thoughts = thoughts_as_trained(engine.curriculum, stage, local)
+            n_thoughts = thoughts_as_trained(engine, stage, local)
             result = score(engine, local, n_thoughts, max_new_tokens=config.max_new_tokens)
             metrics |= result.geometry
             n_correct = sum(result.correct)

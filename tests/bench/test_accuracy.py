@@ -116,8 +116,10 @@ def like_the_bundled(run, stop=None, **changes):
 
 @pytest.mark.parametrize("logit, taken", [(1.0, 0), (-1.0, 6)])
 def test_classifier_can_take_fewer_thoughts(accuracy, tmp_path, logit, taken):
-    like_the_bundled(tmp_path / "run", stop=logit, config={"stop": "classifier"})
-    code, out, _ = accuracy("--checkpoint=run", "--n=20", "--latent=6", "--max_new_tokens=1")
+    # without padding, too: the steps of an example must not tell the model when to stop
+    config = {"stop": "classifier", "pad_latent_to_max": False}
+    like_the_bundled(tmp_path / "run", stop=logit, config=config)
+    code, out, _ = accuracy("--checkpoint=run", "--n=20", "--max_new_tokens=1")
     [row] = rows_of(out)
     assert code == 0 and row["shape"]["thoughts"] == 6
     assert row["detail"]["thoughts_taken"] == taken
