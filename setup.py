@@ -31,7 +31,13 @@ setup(
         "datasets>=2.19",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "transformers>=4.46", "matplotlib>=3.8"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "transformers>=4.46",
+            "matplotlib>=3.8",
+        ],
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.16"],
     },

@@ -115,7 +115,7 @@ def main() -> None:
 
     # ---- state: everything a resumed run needs in addition to weights and moments
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
-    state = TrainState(**run.restore(model, optimizers))
+    state = make_config(TrainState, run.restore(model, optimizers))
     if config.resume:
         schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
@@ -149,7 +149,7 @@ def main() -> None:
 
             # forward and backward: the gradients of the micro-batches add up
             step_batch = loader.get(state.step, stage, train_step.prepare)
-            # dropout depends on the step alone, so no random state has to be saved
+            # dropout draws by step, process and micro-batch, so no random state has to be saved
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:
@@ -182,7 +182,7 @@ def main() -> None:
                     engine = Engine.from_config(
                         model, tokenizer, config, kernels="torch", graph="off"
                     )
-                    scores = evaluate_splits(engine, loader.val_splits, n_thoughts, config, dist)
+                    scores = evaluate_splits(engine, loader.val_splits, stage, config, dist)
                 validation = state.record(scores, n_thoughts, is_last, stage_done)
                 log.validation(state, validation)
             if stage_done and not is_last:
@@ -202,8 +202,9 @@ def main() -> None:
         shortcuts = TASKS[config.task].shortcuts
         baselines = {name: shortcuts(examples) for name, examples in loader.val_splits.items()}
     print_summary(f"{run_name}: {config.method}", schedule, state, baselines)
-    n_thoughts = curriculum.n_thoughts(state.stage)
-    print(f"try it: python sample.py --out_dir {run.path} --latent {n_thoughts}")
+    # without padding, each example has a number of its own
+    latent = f" --latent {curriculum.n_thoughts(state.stage)}" if config.pad_latent_to_max else ""
+    print(f"try it: python sample.py --out_dir {run.path}{latent}")
 
 
 if __name__ == "__main__":

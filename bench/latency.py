@@ -23,17 +23,19 @@ import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 
 from bench.common import baselines, tables
-from bench.common.baselines import Provider, Timing
+from bench.common.baselines import OURS, Provider, Timing
 from bench.common.results import ResultWriter
-from bench.common.roofline import Bandwidth, best
+from bench.common.roofline import Bandwidth
 from bench.common.worker import check_released
 from bench.common.workload import (
+    PATHS,
     TASK_LENGTHS,
     THOUGHTS,
     Workload,
     WorkloadOptions,
     catch_oom,
     load_model,
+    parse_ints,
     resolve_dtype,
 )
 from nanococonut.runtime.cli import make_config, option, parse_cli
@@ -42,7 +44,7 @@ from nanococonut.runtime.errors import UserError, run_main
 
 STEP_TOKENS = 9  # generated where single steps are measured: 8 token steps
 BATCHES = {"cpu": "1,8", "cuda": "1,8,64,256"}
-OURS = "nanococonut"
+METRICS = ("latent_step", "token_step", "first_token")
 
 
 @dataclass(frozen=True)
@@ -57,39 +59,15 @@ class LatencyConfig(WorkloadOptions):
     transformers_python: str | None = option(
         None, "a Python that has transformers 5 (None: this one, if it has)"
     )
-    seed: int = option(0, "of the prompts", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_released(self.released, self.released_python)
-        self.numbers("batches", BATCHES["cuda"])
-        self.numbers("contexts")
+        parse_ints("--batches", self.batches or BATCHES["cpu"])
+        parse_ints("--contexts", self.contexts)
         for task in filter(None, self.tasks.split(",")):
             if task not in TASK_LENGTHS:
                 raise UserError(f"--tasks names {task!r}.\nThere are {', '.join(TASK_LENGTHS)}.")
-
-    def numbers(self, name: str, default: str = "") -> list[int]:
-        pieces = (getattr(self, name) or default).split(",")
-        if not all(p.strip().isdigit() and int(p) for p in pieces):
-            raise UserError(f"--{name}={getattr(self, name)} is no list of numbers, as in 1,8,64.")
-        return sorted({int(p) for p in pieces})
-
-
-@dataclass
-class Request:
-    """One batch that one provider generates."""
-
-    provider: Provider
-    path: str  # thoughts, chain or direct
-    n_tokens: int
-
-    @property
-    def n_thoughts(self) -> int:
-        return THOUGHTS if self.path == "thoughts" else 0
-
-    def run(self, workload: Workload, prompts: list[list[int]]) -> Timing:
-        forced_tokens = [workload.eot] if self.n_thoughts else []
-        return self.provider.generate(prompts, self.n_thoughts, forced_tokens, self.n_tokens)
 
 
 @dataclass
@@ -99,8 +77,8 @@ class Case:
     task: str
     batch: int
     context: int
-    requests: list[Request]
-    bandwidth: list[dict[str, float]] = field(default_factory=list)  # of each round
+    requests: list[tuple[Provider, str, int]]  # provider, path of PATHS, tokens to generate
+    bandwidth: list[float] = field(default_factory=list)  # GB/s of each round
     timings: dict[tuple[str, str], list[Timing]] = field(default_factory=dict)
 
     @property
@@ -110,7 +88,8 @@ class Case:
 
     @property
     def n_positions(self) -> int:
-        return self.context + max(r.n_thoughts + 1 + r.n_tokens for r in self.requests)
+        n_new = [n + (THOUGHTS + 1) * (path == "thoughts") for _, path, n in self.requests]
+        return self.context + max(n_new)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -126,25 +105,25 @@ class Case:
 
 def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> list[Case]:
     """Return everything to measure."""
-    tasks = [t for t in TASK_LENGTHS if t in config.tasks.split(",")]
-    batches = config.numbers("batches", BATCHES["cuda" if on_gpu else "cpu"])
-    contexts = config.numbers("contexts")
 
-    def answers(task: str, compared: list[Provider]) -> Case:
-        lengths = TASK_LENGTHS[task]
-        n_tokens = {"thoughts": lengths.answer, "chain": lengths.chain, "direct": lengths.answer}
-        requests = [Request(compared[0], path, n) for path, n in n_tokens.items()]
-        requests += [Request(p, "thoughts", lengths.answer) for p in compared[1:]]
+    tasks = [t for t in TASK_LENGTHS if t in config.tasks.split(",")]
+    batches = parse_ints("--batches", config.batches or BATCHES["cuda" if on_gpu else "cpu"])
+    contexts = parse_ints("--contexts", config.contexts)
+
+    def answers(task: str) -> Case:
+        lengths, others = TASK_LENGTHS[task], providers[1:] if task == tasks[0] else []
+        requests = [(providers[0], path, lengths.n_tokens(path)) for path in PATHS]
+        requests += [(p, "thoughts", lengths.answer) for p in others]
         return Case(task, 1, lengths.question, requests)
 
     def steps(batch: int, context: int) -> Case:
         others = [p for p in providers[1:] if batch <= (p.max_batch or batch)]
-        requests = [Request(p, "thoughts", STEP_TOKENS) for p in (providers[0], *others)]
+        requests = [(p, "thoughts", STEP_TOKENS) for p in (providers[0], *others)]
         return Case("", batch, context, requests)
 
+    whole = [answers(task) for task in tasks]
     shapes = sorted((b * c, b, c) for b in batches for c in contexts)
-    others = [answers(task, providers[:1]) for task in tasks[1:]]
-    return [answers(t, providers) for t in tasks[:1]] + [steps(b, c) for _, b, c in shapes] + others
+    return [*whole[:1], *(steps(b, c) for _, b, c in shapes), *whole[1:]]
 
 
 def unfit(case: Case, workload: Workload) -> str | None:
@@ -160,63 +139,59 @@ def unfit(case: Case, workload: Workload) -> str | None:
     return f"{case.name}: memory" if is_large else None
 
 
-def time_case(case: Case, config: LatencyConfig, workload: Workload, bandwidth: Bandwidth) -> None:
+def time_case(case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth) -> None:
     """Fill in the timings of a case: every request once in each round, in an order that rotates."""
+    requests = [(p, path, workload.request(path, n)) for p, path, n in case.requests]
     if workload.device.type == "cuda":  # what is captured or compiled at first use is not timed
-        prompts = workload.prompts(case.batch, case.context, config.seed)
+        prompts = workload.prompts(case.batch, case.context, 0)
         for _ in range(2):  # a longer request drops the graphs that a shorter one has captured
-            for request in case.requests:
-                request.run(workload, prompts)
-    for i in range(config.rounds):
+            for provider, _, request in requests:
+                provider.generate(prompts, *request)
+    for i in range(rounds):
         case.bandwidth.append(bandwidth.measure())
-        prompts = workload.prompts(case.batch, case.context, config.seed + i)
-        start = i % len(case.requests)
-        for request in case.requests[start:] + case.requests[:start]:
-            key = request.provider.name, request.path
-            case.timings.setdefault(key, []).append(request.run(workload, prompts))
+        prompts = workload.prompts(case.batch, case.context, i)
+        start = i % len(requests)
+        for provider, path, request in requests[start:] + requests[:start]:
+            timing = provider.generate(prompts, *request)
+            case.timings.setdefault((provider.name, path), []).append(timing)
 
 
 def write_answers(results: ResultWriter, case: Case) -> None:
     """Append the whole answers of a case, and what they are relative to ours with thoughts."""
-    ours = {path: case.ms(OURS, path, "answer") for path in ("thoughts", "chain")}
-    rest = {path: case.ms(OURS, path, "answer_after_prefill") for path in ours}
-    for request in case.requests:
-        provider, path = request.provider.name, request.path
-        extra = {"labels": {"task": case.task, "path": path}, "versions": request.provider.versions}
-        extra |= {"thoughts": request.n_thoughts, "tokens": request.n_tokens} | case.shape
+    for provider, path, n_tokens in case.requests:
+        extra = {"labels": {"task": case.task, "path": path}, "versions": provider.versions}
+        extra |= {"thoughts": THOUGHTS * (path == "thoughts"), "tokens": n_tokens} | case.shape
         for metric in ("answer", "answer_after_prefill"):
-            results.add(metric, provider, case.ms(provider, path, metric), "ms", **extra)
-        if path == "thoughts" and provider != OURS:
-            times = case.ms(provider, path, "answer")
-            results.add_ratio("answer", provider, times, ours[path], OURS, **extra)
-    for metric, times in (("answer", ours), ("answer_after_prefill", rest)):
-        extra = {"labels": {"task": case.task, "path": "chain"}} | case.shape
-        results.add_ratio(metric, OURS, times["chain"], times["thoughts"], "thoughts", **extra)
+            times = case.ms(provider.name, path, metric)
+            ours = case.ms(OURS, "thoughts", metric)
+            results.add(metric, provider.name, times, "ms", **extra)
+            if provider.name != OURS and metric == "answer":
+                results.add_ratio(metric, provider.name, times, ours, OURS, **extra)
+            elif path == "chain":
+                results.add_ratio(metric, OURS, times, ours, "thoughts", **extra)
 
 
 def write_steps(results: ResultWriter, case: Case, workload: Workload) -> None:
     """Append the single steps of a case, their rooflines, and others relative to ours."""
-    providers = {r.provider.name: r.provider for r in case.requests if r.path == "thoughts"}
-    gb_per_s = statistics.median(best(case.bandwidth)[1])
-    metrics = ("latent_step", "token_step", "first_token")
-    own = {metric: case.ms(OURS, "thoughts", metric) for metric in metrics}
-    for metric in metrics:
-        for name, provider in providers.items():
-            times = case.ms(name, "thoughts", metric)
+    gb_per_s = statistics.median(case.bandwidth)
+    for metric in METRICS:
+        ours = case.ms(OURS, "thoughts", metric)
+        for provider in (provider for provider, path, _ in case.requests if path == "thoughts"):
+            times = case.ms(provider.name, "thoughts", metric)
             extra = {"versions": provider.versions} | case.shape
-            results.add(metric, name, times, "ms", **extra)
-            if name != OURS:
-                results.add_ratio(metric, name, times, own[metric], OURS, **extra)
+            results.add(metric, provider.name, times, "ms", **extra)
+            if provider.name != OURS:
+                results.add_ratio(metric, provider.name, times, ours, OURS, **extra)
         if metric != "first_token":
             n_bytes = workload.step_bytes(case.batch, case.context, metric == "token_step")
             ms = n_bytes / gb_per_s / 1e6
             results.add(metric, "roofline", [ms], "ms", spread={}, **case.shape)
-    times = own["token_step"], own["latent_step"]
-    results.add_ratio("token_step", OURS, *times, "latent_step", **case.shape)
+    token, latent = (case.ms(OURS, "thoughts", m) for m in ("token_step", "latent_step"))
+    results.add_ratio("token_step", OURS, token, latent, "latent_step", **case.shape)
 
 
 def measure(
-    all_cases: list[Case], config: LatencyConfig, workload: Workload, results: ResultWriter
+    all_cases: list[Case], rounds: int, workload: Workload, results: ResultWriter
 ) -> list[str]:
     """Time every case and append its results. Return what was left out, and why."""
     left_out, gb_per_s, bandwidth = [], [], Bandwidth(workload.device)
@@ -225,19 +200,18 @@ def measure(
             left_out.append(why)
             continue
         with catch_oom(workload.device) as failed:
-            time_case(case, config, workload, bandwidth)
+            time_case(case, rounds, workload, bandwidth)
         if failed:
             left_out.append(f"{case.name}: out of memory")
             continue
         if case.task:
             write_answers(results, case)
-        if not case.task or len({r.provider.name for r in case.requests}) > 1:
+        if not case.task or len(case.timings) > len(PATHS):  # steps, or answers of others
             write_steps(results, case, workload)
         gb_per_s += case.bandwidth
     if not gb_per_s:
         raise UserError(f"nothing fits: {left_out[0]}.\nGive smaller --contexts and --batches.")
-    way, values = best(gb_per_s)
-    results.add("memory_bandwidth", "torch", values, "GB/s", labels={"variant": way})
+    results.add("memory_bandwidth", "torch", gb_per_s, "GB/s")
     return left_out
 
 
@@ -265,7 +239,7 @@ def main() -> None:
         for provider in providers:
             provider.cast(dtype)
         all_cases = cases(config, providers, device.type == "cuda")
-        left_out = measure(all_cases, config, workload, results)
+        left_out = measure(all_cases, config.rounds, workload, results)
     finally:
         for provider in providers:
             provider.close()

@@ -15,8 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
 import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+from bench.common.baselines import EngineProvider
 from bench.common.results import ResultWriter
 from bench.common.workload import (
+    PATHS,
     TASK_LENGTHS,
     THOUGHTS,
     Workload,
@@ -25,7 +27,6 @@ from bench.common.workload import (
     load_model,
     resolve_dtype,
 )
-from nanococonut.inference.engine import Engine
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.device import select_device
@@ -44,25 +45,20 @@ class ThroughputConfig(WorkloadOptions):
 
 
 def time_batch(
-    engine: Engine, workload: Workload, config: ThroughputConfig, batch: int
+    provider: EngineProvider, workload: Workload, config: ThroughputConfig, batch: int
 ) -> dict[str, list[float]]:
     """Return the questions per second of every round, by path."""
-    lengths, eos = TASK_LENGTHS[config.task], -1  # no token ends a sequence
-    requests = {  # n_thoughts, forced_tokens, eos, n_tokens
-        "thoughts": (THOUGHTS, [workload.eot], eos, lengths.answer),
-        "chain": (0, [], eos, lengths.chain),
-        "direct": (0, [], eos, lengths.answer),
-    }
-    if engine.model.wte.weight.is_cuda:  # what is captured or compiled at first use is not timed
-        prompts = workload.prompts(batch, lengths.question, 0)
-        for _ in range(2):  # a longer request drops the graphs that a shorter one has captured
-            for request in requests.values():
-                engine.run(prompts, *request)
+    lengths = TASK_LENGTHS[config.task]
+    requests = {path: workload.request(path, lengths.n_tokens(path)) for path in PATHS}
+    # on a GPU, what is captured or compiled at first use is not timed; the second time, because a
+    # longer request drops the graphs that a shorter one has captured
+    n_warmup = 2 if workload.device.type == "cuda" else 0
     rates: dict[str, list[float]] = {path: [] for path in requests}
-    for i in range(config.rounds):
-        prompts = workload.prompts(batch, lengths.question, i)
+    for i in range(-n_warmup, config.rounds):
+        prompts = workload.prompts(batch, lengths.question, max(i, 0))
         for path, request in requests.items():
-            rates[path].append(batch / engine.run(prompts, *request).seconds)
+            rate = batch / provider.generate(prompts, *request)["answer"]
+            rates[path] += [rate] if i >= 0 else []
     return rates
 
 
@@ -72,7 +68,9 @@ def main() -> None:
     device = select_device(config.device)
     workload, lengths = load_model(config, device), TASK_LENGTHS[config.task]
     dtype = resolve_dtype(config.dtype, device)
-    engine = Engine(workload.model.to(dtype), kernels=config.kernels, graph=config.graph)
+    workload.model.to(dtype)
+    provider = EngineProvider("nanococonut", workload, config.kernels, config.graph)
+    engine = provider.engine
     block_size = workload.model.config.block_size
     longest = lengths.question + max(lengths.chain, THOUGHTS + 1 + lengths.answer)
     if longest > block_size:
@@ -87,7 +85,7 @@ def main() -> None:
     batch, fastest, n_no_faster, ended = 1, 0.0, 0, "the largest batch"
     while batch <= config.max_batch and n_no_faster < 2:
         with catch_oom(device) as failed:
-            rates = time_batch(engine, workload, config, batch)
+            rates = time_batch(provider, workload, config, batch)
         if failed:
             ended = "memory"
             break

@@ -2,7 +2,6 @@
 
     python bench/training.py --config=config/prosqa_small.py --batch_size=64
     python bench/training.py --released CLONE --released_python VENV/bin/python
-    python bench/training.py --context=400 --latent=3     how cost grows, a call for each
 
 The step is train.py's in the final stage: no written steps, --latent thoughts in every sequence.
 The released code (a clone of facebookresearch/coconut, in its own process) takes turns with it:
@@ -16,7 +15,9 @@ import os
 import random
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,22 @@ import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 
 from bench.common.results import ResultWriter
-from bench.common.train_backends import FinalStageBatches, TrainBackend, adamw_settings
 from bench.common.worker import Worker, check_released, clone_commit, worker_setup
+from nanococonut import coconut, ops
+from nanococonut.batch import IGNORE, build_sequence
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.tasks import Data
 from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
-from nanococonut.runtime.device import keep_freed_memory
+from nanococonut.runtime.device import keep_freed_memory, select_device, select_precision
 from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.graphs import GraphCache
+from nanococonut.training.loader import TrainLoader
+from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer
+from nanococonut.training.step import TrainStep
 
 OURS = "nanococonut"
-MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
 SETTINGS = "tokenizer render smear dropout muon_learning_rate grad_clip seed".split()
 WARMUP = 2  # steps before those that count
 EPOCH = 64  # batches of an epoch: examples are sorted by length among as many as in training
@@ -51,19 +59,11 @@ MALLOC = {
 class StepConfig:
     config: str = option("config/prosqa_small.py", "training config whose model and data are used")
     batch_size: int = option(32, "sequences of a step", ge=1)
-    micro_batch_size: int | None = option(
-        None, "sequences of a forward pass, if not the config's; with --released the whole batch",
-        ge=1,
-    )  # fmt: skip
     latent: int = option(6, "thoughts of every sequence", ge=0)
-    context: int | None = option(
-        None, "tokens of every prefix: questions repeated or cut, if not as they are", ge=2
-    )
     repeats: int = option(7, "steps measured", ge=1)
     n_layer: int | None = option(None, "layers, if not the config's")
     n_head: int | None = option(None, "attention heads, if not the config's")
     n_embd: int | None = option(None, "width, if not the config's")
-    block_size: int | None = option(None, "longest sequence, if not the config's")
     released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
     released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
     device: str = option("cpu", "where to run", choices=("cpu", "cuda"))
@@ -82,44 +82,111 @@ class StepConfig:
 def recipe_of(config: StepConfig) -> TrainConfig:
     """Return the training config with the measured sizes in it."""
     own: dict[str, Any] = {k: v for k in MODEL_SHAPE if (v := getattr(config, k)) is not None}
-    if config.micro_batch_size:
-        own |= {"micro_batch_size": config.micro_batch_size}
     if config.released:  # without what the released code lacks
         own |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
         own |= {"micro_batch_size": config.batch_size}
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
     recipe = make_config(TrainConfig, read_config_file(config.config, TrainConfig), own)
-    room = config.context + config.latent + 64 if config.context else 0  # an answer takes less
     return replace(
         recipe,
         method="coconut",
         final_thoughts=config.latent,
         pad_latent_to_max=True,
+        uniform_prob=0.0,  # all examples are of the final stage
         batch_size=config.batch_size,
         micro_batch_size=min(recipe.micro_batch_size, config.batch_size),
-        block_size=max(recipe.block_size, room),
         data=None,
         train_examples=max(EPOCH, WARMUP + config.repeats) * config.batch_size,
         **{k: getattr(config, k) for k in ("device", "dtype", "kernels", "graph")},
     )
 
 
-def start_released(config: StepConfig, ours: TrainBackend) -> tuple[Worker, dict[str, Any]]:
+class Trainer:
+    """The step of train.py: its loader, its TrainStep, kernels and graphs, in its order."""
+
+    def __init__(self, recipe: TrainConfig) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.tokenizer = recipe, init_tokenizer(recipe, None)
+        self.curriculum, self.stage = Curriculum.from_config(recipe), recipe.max_latent_stage + 1
+        self.model = init_model(recipe, self.tokenizer).to(select_device(recipe.device)).train()
+        self.kernels, self.why_kernels = ops.choose_training_backend(recipe.kernels, self.model)
+        self.graph = ops.choose_graph("off" if recipe.ungraphed else recipe.graph, self.model)
+        self.think = partial(coconut.think, kernels=self.kernels)
+        use_bf16 = select_precision(recipe.dtype, self.model.wte.weight.device)
+        graphs = GraphCache(64) if self.graph else None
+        self.train_step = TrainStep(self.model, self.think, use_bf16, graphs)
+        self.optimizers = init_optimizers(recipe, self.model)
+        self.loader = TrainLoader(recipe, self.curriculum, self.tokenizer, Data(None, {}))
+        self.examples = self.loader.epoch(0)
+        self.loader.get(0, self.stage, self.train_step.prepare)
+        self.loader.close(wait=True)  # so that no further epoch is made while a step is measured
+
+    def check(self) -> dict[str, float]:
+        """Return loss and norm of the gradient on the first batch, without dropout. Call it before
+        the first step, as graphs write to the gradients that they find."""
+        plain = TrainStep(self.model.eval(), self.think)
+        batch = self.loader.get(0, self.stage, plain.prepare)
+        for micro_batch in batch.micro_batches:
+            plain(micro_batch, batch.n_labels, batch.n_examples)
+        norms = torch.stack([p.grad.norm() for p in self.model.train().parameters()])
+        checked = {"loss": plain.totals[0].item(), "gradient": norms.norm().item()}
+        plain.zero_grad()
+        return checked
+
+    def step(self, i: int) -> dict[str, float]:
+        """Take one optimizer step on batch i. Return seconds and loss. As in train.py, a GPU's next
+        batch is made while it computes, within this step's time."""
+        on_gpu, prepare = self.train_step.device.type == "cuda", self.train_step.prepare
+        if on_gpu:
+            self.loader.get(i, self.stage, prepare)  # the step before has usually made it
+        began = time.perf_counter()
+        batch = self.loader.get(i, self.stage, prepare)
+        torch.manual_seed(self.recipe.seed + i)
+        self.train_step.zero_grad()
+        for micro_batch in batch.micro_batches:
+            self.train_step(micro_batch, batch.n_labels, batch.n_examples)
+        if self.recipe.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if on_gpu:
+            self.loader.prefetch((i + 1) % self.loader.steps_per_epoch, self.stage, prepare)
+        loss, *_ = self.train_step.totals.tolist()  # here the host waits for the device
+        return {"seconds": time.perf_counter() - began, "loss": loss}
+
+    def plain_batches(self, n: int) -> list[dict[str, list]]:
+        """Return n batches as plain sequences: token ids, labels, position of the thoughts."""
+        batches, size = [], self.recipe.batch_size
+        for start in range(0, n * size, size):
+            batch: dict[str, list] = {"ids": [], "labels": [], "first_thought": []}
+            examples = self.examples[start : start + size]
+            for example in sorted(examples, key=lambda example: len(example.question)):
+                prefix, n_thoughts, suffix, skipped = build_sequence(
+                    self.curriculum, self.stage, example, self.tokenizer
+                )
+                batch["ids"].append(prefix + [self.tokenizer.latent] * n_thoughts + suffix)
+                masked = len(prefix) + n_thoughts + skipped
+                batch["labels"].append([IGNORE] * masked + suffix[skipped:])
+                # 0: pad on the right only
+                batch["first_thought"].append(len(prefix) if n_thoughts else 0)
+            batches.append(batch)
+        return batches
+
+
+def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str, Any]]:
     """Start the released code with our size and weights, and check that it computes the same.
     Return it, and what it is."""
     with torch.no_grad():  # with initial weights, thoughts and positions hardly change the loss
         for p in ours.model.parameters():
             p.add_(torch.randn_like(p) * ours.recipe.n_embd**-0.5)
-    batches, recipe = ours.batches, ours.recipe
+    adamw = ours.optimizers[0].param_groups[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        setup = worker_setup(ours.model, batches.tokenizer, path, config.released, recipe.dropout)
-        setup |= {"adamw": adamw_settings(recipe), "batches": batches.as_released()}
-        setup |= {"kind": "released_train"}
-        flag, needs = "--released_python", "torch and transformers 4.46.2"
+        setup = worker_setup(ours.model, ours.tokenizer, path, config.released, ours.recipe.dropout)
+        setup |= {"adamw": {name: adamw[name] for name in ("lr", "betas", "weight_decay")}}
+        setup |= {"batches": ours.plain_batches(WARMUP + config.repeats)}
         os.environ.update(MALLOC)
-        worker = Worker("released_train", config.released_python, flag, needs)
-        about = worker.request(setup)
+        worker = Worker("released", config.released_python, setup | {"kind": "released_train"})
     mine, theirs = ours.check(), worker.request({})
     for name in mine:
         if not abs(mine[name] - theirs[name]) <= TOLERANCE * abs(theirs[name]):
@@ -128,69 +195,61 @@ def start_released(config: StepConfig, ours: TrainBackend) -> tuple[Worker, dict
                 f"the two do not compute the same: {name} {mine[name]:.6f} (ours), "
                 f"{theirs[name]:.6f} (released).\nA comparison of their speed would mean nothing."
             )
-    about |= {"commit": clone_commit(config.released)}
+    about = {"versions": worker.versions, "commit": clone_commit(config.released)}
     about |= {name: {"ours": mine[name], "released": theirs[name]} for name in mine}
     return worker, about
 
 
-def write_results(
-    config: StepConfig, ours: TrainBackend, seconds: dict[str, list[float]], about: dict[str, Any]
-) -> ResultWriter:
-    """Append the results. seconds: provider -> of each step; about: what the released code is."""
-    c, device, recipe = ours.model.config, ours.model.wte.weight.device, ours.recipe
+def result_writer(config: StepConfig, ours: Trainer) -> ResultWriter:
+    c, device = ours.model.config, ours.model.wte.weight.device
     shape = {k: getattr(c, k) for k in ("n_layer", "n_embd", "vocab_size")}
     shape |= {"parameters": ours.model.n_params(), "batch": config.batch_size}
-    shape |= {"micro_batch": recipe.micro_batch_size, "thoughts": config.latent}
-    shape |= {"context": config.context} if config.context else {}
+    shape |= {"micro_batch": ours.recipe.micro_batch_size, "thoughts": config.latent}
     labels = {"config": Path(config.config).name}
-    results = ResultWriter("training", config, device, config.dtype, labels, shape)
-    detail = {k: getattr(recipe, k) for k in SETTINGS}
-    detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": os.getloadavg()[0]}
-    detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
-    details = {OURS: detail, "released": about}
-    for name, times in seconds.items():
-        versions = about.pop("versions") if name == "released" else None
-        ms, rates = [1e3 * s for s in times], [config.batch_size / s for s in times]
-        results.add("step", name, ms, "ms", detail=details[name], versions=versions)
-        results.add("examples_per_s", name, rates, "examples/s", versions=versions)
-        if name != OURS:
-            results.add_ratio("step", name, times, seconds[OURS], OURS, versions=versions)
-    return results
+    return ResultWriter("training", config, device, config.dtype, labels, shape)
 
 
 def main() -> None:
     given, path = parse_cli(StepConfig, sys.argv[1:], __doc__)
     config = make_config(StepConfig, given, {"config": path} if path else {})
-    recipe = recipe_of(config)
-    if config.out and not Path(config.out).parent.is_dir():
-        raise UserError(f"--out {config.out} cannot be written: its folder does not exist.")
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
 
     # ---- warm up
-    batches = FinalStageBatches(recipe, WARMUP + config.repeats, config.context)
-    ours = TrainBackend(recipe, batches, plain_adamw=bool(config.released))
+    ours = Trainer(recipe_of(config))
+    results = result_writer(config, ours)
     print(f"{config.config}: batch {config.batch_size}, {config.latent} thoughts")
     print(f"kernels: {ours.kernels} ({ours.why_kernels}), graphs: {'yes' if ours.graph else 'no'}")
-    # a graph is captured when its shape is met first: all of them now, or that would be timed
-    for i in range(len(batches.batches) if ours.graph else WARMUP):
-        ours.step(i)
     providers, about = {OURS: ours.step}, {}
     if config.released:
         worker, about = start_released(config, ours)
         providers["released"] = lambda i: worker.request({"i": i})
         for i in range(WARMUP):
             providers["released"](i)
+    n_steps = WARMUP + config.repeats
+    # a graph is captured when its shape is met first: all of them now, or that would be timed
+    for i in range(n_steps if ours.graph else WARMUP):
+        ours.step(i)
 
     # ---- steps in turns
     seconds: dict[str, list[float]] = {name: [] for name in providers}
-    for i in range(WARMUP, WARMUP + config.repeats):
+    for i in range(WARMUP, n_steps):
         # in random order, or one would always follow the other, with its caches
         for name in random.Random(i).sample([*providers], len(providers)):
             seconds[name].append(providers[name](i)["seconds"])
     if config.released:
         worker.close()
-    print(write_results(config, ours, seconds, about).summary())
+
+    # ---- results
+    detail = {k: getattr(ours.recipe, k) for k in SETTINGS}
+    detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": os.getloadavg()[0]}
+    detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    results.add("step", OURS, [1e3 * s for s in seconds[OURS]], "ms", detail=detail)
+    if config.released:
+        times, versions = seconds["released"], about.pop("versions")
+        extra = {"detail": about, "versions": versions}
+        results.add("step", "released", [1e3 * s for s in times], "ms", **extra)
+        results.add_ratio("step", "released", times, seconds[OURS], OURS, versions=versions)
+    print(results.summary())
 
 
 if __name__ == "__main__":

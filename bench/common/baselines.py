@@ -8,13 +8,13 @@ from typing import Any, TypedDict
 
 import torch
 
-from bench.common.worker import Worker, clone_commit, worker_setup
+from bench.common.worker import NEEDS, Worker, clone_commit, worker_setup
 from bench.common.workload import THOUGHTS, Workload
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
+OURS = "nanococonut"
 N_CHECKED = 9  # greedy tokens that are compared
-Prompts = list[list[int]]
 
 
 class Timing(TypedDict):
@@ -39,7 +39,7 @@ class EngineProvider:
         self.engine = Engine(workload.model, kernels=kernels, graph=graph)
 
     def generate(
-        self, prompts: Prompts, n_thoughts: int, forced_tokens: list[int], n_tokens: int
+        self, prompts: list[list[int]], n_thoughts: int, forced_tokens: list[int], n_tokens: int
     ) -> Timing:
         eos = -1  # no token ends a sequence
         out = self.engine.run(prompts, n_thoughts, forced_tokens, eos, n_tokens)
@@ -59,27 +59,7 @@ class EngineProvider:
         pass
 
 
-class WorkerProvider:
-    """Another implementation, in its own process."""
-
-    def __init__(
-        self, name: str, worker: Worker, versions: dict[str, str], max_batch: int | None
-    ) -> None:
-        self.name, self.worker, self.versions, self.max_batch = name, worker, versions, max_batch
-
-    def generate(self, *request: Any) -> Timing:
-        """Generate as EngineProvider does, from the same arguments."""
-        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
-        return self.worker.request(dict(zip(names, request, strict=True)))
-
-    def cast(self, dtype: torch.dtype) -> None:
-        self.worker.request({"dtype": str(dtype).removeprefix("torch.")})
-
-    def close(self) -> None:
-        self.worker.close()
-
-
-Provider = EngineProvider | WorkerProvider
+Provider = EngineProvider | Worker
 
 
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
@@ -87,45 +67,39 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
 
     options: LatencyConfig. Also returns name -> why it is missing.
     """
-    ours = EngineProvider("nanococonut", workload, "auto", "auto")
+    ours = EngineProvider(OURS, workload, "auto", "auto")
     providers: list[Provider] = [ours]
     missing: dict[str, str] = {}
     if ours.engine.kernels != "torch" or ours.engine.graph:
-        providers.append(EngineProvider("nanococonut, eager", workload, "torch", "off"))
-    else:
-        missing["nanococonut, eager"] = "is what nanococonut is here: torch operations, one by one"
+        providers.append(EngineProvider(f"{OURS}, eager", workload, "torch", "off"))
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
-        providers.append(EngineProvider("nanococonut, torch graph", workload, "torch", "on"))
+        providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
     config = workload.model.config
     is_plain = not config.smear and config.thought == "hidden"
     if not (options.peers and is_plain):
         why = "runs plain GPT-2s only" if options.peers else "not requested"
-        return providers, missing | dict.fromkeys(("released", "transformers"), why)
+        return providers, dict.fromkeys(NEEDS, why)
 
     here = sys.executable if importlib.util.find_spec("transformers") else None
-    others = {  # name -> Python, the option that names it, what it needs, largest batch
-        "released": (options.released_python, "--released_python", "transformers 4.46.2", 1),
-        "transformers": (
-            options.transformers_python or here, "--transformers_python", "transformers 5", None
-        ),
-    }  # fmt: skip
+    pythons = {
+        "released": options.released_python,
+        "transformers": options.transformers_python or here,
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         setup = worker_setup(workload.model, workload, path, options.released)
-        for name, (python, flag, needs, max_batch) in others.items():
+        for name, python in pythons.items():
             if python is None:
-                missing[name] = f"give {flag} a Python that has torch and {needs}"
+                missing[name] = "give {} a Python that has {}".format(*NEEDS[name])
                 continue
-            worker = Worker(name, python, flag, f"torch and {needs}")
-            worker.send(setup | {"kind": name})
             try:
-                versions = worker.receive()["versions"]
+                worker = Worker(name, python, setup | {"kind": name})
             except UserError as e:
                 missing[name] = str(e).replace("\n", " ")
                 continue
             if name == "released":
-                versions["coconut"] = clone_commit(options.released)
-            providers.append(WorkerProvider(name, worker, versions, max_batch))
+                worker.versions["coconut"] = clone_commit(options.released)
+            providers.append(worker)
     return providers, missing
 
 

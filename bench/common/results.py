@@ -1,10 +1,7 @@
-"""One schema for every row that a bench script writes, a JSON line each. Rows are appended, never
-edited; rows from before this schema go through from_old()."""
+"""One schema for every row that a bench script writes, a JSON line each. Rows are only appended."""
 
 import json
-import math
 import platform
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -21,14 +18,15 @@ from nanococonut.weights import checkpoint
 
 
 class Result(TypedDict):
-    bench: str  # script: latency, throughput, training, kernels, accuracy, precision
+    bench: str  # script: latency, throughput, training, kernels, accuracy
     metric: str  # latent_step, answer, throughput, step, accuracy, ...
     provider: str  # who was measured: nanococonut, released, transformers, torch, roofline, ...
     labels: dict[str, str]  # what identifies the row: task, path, config, method, relative_to, ...
     shape: dict[str, int]  # sizes that identify it: batch, context, thoughts, n_layer, ...
     value: float  # the median
-    unit: str  # of UNITS; "x" is a ratio to labels.relative_to
-    spread: dict[str, float]  # p10 and p90, or the 95 % interval; {} for a derived value
+    unit: str  # ms, us, GB/s, questions/s, examples/s, fraction; x: ratio to labels.relative_to
+    # p10 and p90, the 95 % interval ci_low and ci_high, or min and max; {} for a derived value
+    spread: dict[str, float]
     repeats: int
     detail: dict[str, Any]  # what does not identify it: categories, losses, the evaluated run, ...
     device: str  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
@@ -36,43 +34,21 @@ class Result(TypedDict):
     commit: str  # of this repository, "-dirty" if files had changed
     versions: dict[str, str]  # of Python and packages in the measured process
     command: str  # that measures it again; local paths are written as RELEASED, PYTHON, ...
-    date: str  # UTC, when the run began: 2026-01-31T12:00:00Z
+    date: str  # UTC, when the run began: 2026-01-31T12:00:00Z; some old rows: "unknown"
 
 
 FIELDS = {name: get_origin(hint) or hint for name, hint in get_type_hints(Result).items()}
-UNITS = "ms us GB/s questions/s examples/s fraction x".split()
-SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))  # the last in old rows only
-UNKNOWN = "unknown"  # command and date of old rows
 
 
 def validate_row(row: Mapping[str, Any]) -> None:
-    """Raise UserError if a row does not follow the schema."""
-
-    def require(holds: bool, reason: str) -> None:
-        if not holds:
-            advice = "bench/common/results.py has the schema."
-            raise UserError(f"not a valid result: {reason}.\n{advice}")
-
-    different = ", ".join(sorted(row.keys() ^ FIELDS.keys()))
-    require(not different, f"missing or unknown fields: {different}")
-    for name, kind in FIELDS.items():
-        is_typed = isinstance(row[name], (int, float) if kind is float else kind)
-        require(is_typed and not isinstance(row[name], bool), f"{name} is {row[name]!r}")
-        require(row[name] != "", f"{name} is empty")
-    value, labels, shape, spread = (row[k] for k in ("value", "labels", "shape", "spread"))
-    require(row["unit"] in UNITS, f"unit is {row['unit']!r}, expected one of {', '.join(UNITS)}")
-    is_ratio = row["unit"] == "x"
-    require(is_ratio == ("relative_to" in labels), "a ratio has unit x and labels.relative_to")
-    require(math.isfinite(value) and value >= 0, f"value is {value}")
-    require(all(type(n) is int for n in shape.values()), f"{shape}: expected whole numbers")
-    require(all(type(text) is str for text in labels.values()), f"{labels}: expected text")
-    require(tuple(spread) in SPREADS, f"{spread}: expected p10 and p90, or ci_low and ci_high")
-    low, high = list(spread.values()) or [value] * 2
-    require(low <= value <= high, f"value {value} is not between {low} and {high}")
-    require(row["repeats"] >= 1, f"repeats={row['repeats']}")
-    require("torch" in row["versions"], f"versions={row['versions']}")
-    date = r"unknown|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
-    require(bool(re.fullmatch(date, row["date"])), f"date is {row['date']!r}")
+    """Raise UserError if a row lacks a field, has another, or one of the wrong type."""
+    bad = sorted(row.keys() ^ FIELDS.keys())  # missing or unknown
+    bad = bad or [name for name, kind in FIELDS.items() if not isinstance(row[name], kind)]
+    if bad:
+        raise UserError(
+            f"not a valid result: {bad[0]} is {row.get(bad[0], 'missing')!r}.\n"
+            "bench/common/results.py has the schema."
+        )
 
 
 def fmt(value: float) -> str:
@@ -171,8 +147,13 @@ class ResultWriter:
         text = [metric, *(labels or {}).values()]
         text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
         text += [f"{name} {n}" for name, n in shape.items()]
-        ends = " .. ".join(fmt(v) for v in row["spread"].values())
-        line = f"{fmt(median):>8} {unit:<11} {provider:<20} {', '.join(text)}"
+        values = [median, *row["spread"].values()]
+        if unit == "fraction":  # shown as percentages, like all others
+            shown, unit = [f"{fmt(100 * v)}%" for v in values], ""
+        else:
+            shown = [fmt(v) for v in values]
+        ends = " .. ".join(shown[1:])
+        line = f"{shown[0]:>8} {unit:<11} {provider:<20} {', '.join(text)}"
         print(f"{line} ({ends})" if ends else line)
         return self.rows[-1]
 
@@ -210,89 +191,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read a file of results, old rows included. Raise UserError if a row is not valid."""
-    rows = []
-    for row in read_jsonl(path):
-        new = [row] if "metric" in row else from_old(row)
-        for one in new:
-            validate_row(one)
-        rows += new
+    """Read a file of results. Raise UserError if a row is not valid."""
+    rows = read_jsonl(path)
+    for row in rows:
+        validate_row(row)
     return rows
-
-
-# ---- rows from before this schema
-
-PROVIDERS = {
-    "ours": "nanococonut",
-    "floor": "roofline",
-    "transformers, dynamic cache": "transformers",
-}
-PATHS = {"6 thoughts": "thoughts", "written chain": "chain", "direct": "direct"}
-ANSWER = re.compile(r"(\w+) (answer)( after prefill)?, (.+?)( by 6 thoughts)?")
-
-
-def from_old(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what tables and pictures read of an old row, in the new schema, no value rounded."""
-    common = {k: row[k] for k in row.keys() & FIELDS.keys()} | {"detail": {}, "labels": {}}
-    if "what" in row:
-        return [common | _latency(row)]
-    common |= {"command": UNKNOWN, "date": UNKNOWN}
-    if row.get("bench") == "accuracy":
-        return [common | _accuracy(row)]
-    if row.get("bench") == "training":
-        return [common | _training(row)] if row["released"] else []
-    raise UserError(f"not a valid result: {str(row)[:80]}\nbench/common/results.py has the schema.")
-
-
-def _latency(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of latency.py: "prosqa answer, written chain by 6 thoughts"."""
-    name, labels = old["what"], {}
-    if name.endswith(", by ours"):
-        name, labels["relative_to"] = name.removesuffix(", by ours"), "nanococonut"
-    elif name == "token step by latent step":
-        name, labels["relative_to"] = "token step", "latent_step"
-    if match := ANSWER.fullmatch(name):
-        task, name, after_prefill, path, relative = match.groups()
-        name += after_prefill or ""
-        labels |= {"task": task, "path": PATHS[path]}
-        labels |= {"relative_to": "thoughts"} if relative else {}
-    return {
-        "bench": "latency",
-        "metric": name.replace(" ", "_"),
-        "provider": PROVIDERS.get(old["variant"], old["variant"]),
-        "labels": labels,
-        "shape": old["shapes"],
-        "unit": "x" if old["unit"] == "times" else old["unit"],
-    }
-
-
-def _accuracy(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of accuracy.py or table1.py."""
-    return {
-        "metric": "accuracy",
-        "provider": "nanococonut",
-        "labels": {k: old[k] for k in ("method", "data", "checkpoint")} | old.get("table1", {}),
-        "shape": {"examples": old["rows"], "thoughts": old["thoughts"]},
-        "value": old["accuracy"],
-        "unit": "fraction",
-        "spread": {"ci_low": old["low"], "ci_high": old["high"]},
-        "repeats": 1,
-        "detail": {k: old[k] for k in ("generated_tokens", "trained")}
-        | {"shortcuts": old["heuristics"]},
-        "dtype": "float32",
-    }
-
-
-def _training(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of training.py: how much longer than ours the released code's step takes."""
-    spread = dict(old["released"]["ours_times_faster"])
-    return {
-        "metric": "step",
-        "provider": "released",
-        "labels": {"config": old["config"], "relative_to": "nanococonut"},
-        "shape": {"batch": old["batch_size"], "parameters": old["parameters"]},
-        "value": spread.pop("median"),
-        "unit": "x",
-        "spread": spread,
-        "device": f"CPU {old['hardware']}, {old['threads']} threads",  # all of them are of CPUs
-    }

@@ -1,8 +1,7 @@
 """The bandwidth of memory, measured between what it is compared with."""
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -20,11 +19,11 @@ class Bandwidth:
         self.b = torch.ones(n, device=device) if device.type == "cuda" else None
         self.measure()  # touches every page
 
-    def measure(self) -> dict[str, float]:
-        rates = {"read": self._rate(self.a.sum, self.a.nbytes)}
-        if self.b is not None:
-            rates["copy"] = self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes)
-        return rates
+    def measure(self) -> float:
+        read = self._rate(self.a.sum, self.a.nbytes)
+        if self.b is None:
+            return read
+        return max(read, self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes))
 
     def _rate(self, work: Callable[[], object], n_bytes: int) -> float:
         repeats = 8 if self.device.type == "cuda" else 1  # so that synchronizing hardly counts
@@ -32,13 +31,6 @@ class Bandwidth:
         for _ in range(repeats):
             work()
         return repeats * n_bytes / (now(self.device) - began) / 1e9
-
-
-def best(measured: Sequence[dict[str, float]]) -> tuple[str, list[float]]:
-    """Return the faster way of several measurements, and its GB/s."""
-    values = {name: [m[name] for m in measured] for name in measured[0]}
-    name = max(values, key=lambda n: statistics.median(values[n]))
-    return name, values[name]
 
 
 def now(device: torch.device) -> float:

@@ -15,16 +15,24 @@ from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
 SERVE = Path(__file__).parent.parent / "workers/serve.py"
+NEEDS = {  # provider -> the option that names its Python, and the packages that Python must have
+    "released": ("--released_python", "torch and transformers 4.46.2"),
+    "transformers": ("--transformers_python", "torch and transformers 5"),
+}
 
 
 class Worker:
-    """A process that answers requests, a JSON line each. Raises UserError if it ends early.
+    """Another implementation in its own process, which answers requests, a JSON line each.
 
-    python, flag: its Python, and the option that named it. needs: packages it must have.
+    name     a provider of NEEDS
+    setup    of worker_setup, and what else this kind needs
+
+    Every method raises UserError if the process ends early.
     """
 
-    def __init__(self, name: str, python: str, flag: str, needs: str) -> None:
-        self.name, self.flag, self.needs = name, flag, needs
+    def __init__(self, name: str, python: str, setup: dict[str, Any]) -> None:
+        self.name, (self.flag, self.needs) = name, NEEDS[name]
+        self.max_batch = 1 if name == "released" else None  # its generate takes one question
         # absolute, since it starts elsewhere; not resolved, since a venv's link would leave it
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")
@@ -42,22 +50,17 @@ class Worker:
             )
         except OSError as e:
             raise UserError(
-                f"{flag} {python} cannot be run: {e.strerror}.\n"
-                f"Give the bin/python of a venv with {needs}."
+                f"{self.flag} {python} cannot be run: {e.strerror}.\n"
+                f"Give the bin/python of a venv with {self.needs}."
             ) from None
+        self.versions: dict[str, str] = self.request(setup)["versions"]
 
-    def send(self, message: Any) -> None:
-        """Send a request without waiting for the reply."""
+    def request(self, message: Any) -> Any:
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
-        except OSError:
-            pass  # it has ended, and receive() says why
-
-    def receive(self) -> Any:
-        try:
             reply = json.loads(self.process.stdout.readline())
-        except ValueError:  # it has ended, or does not write JSON
+        except (OSError, ValueError):  # it has ended, or does not write JSON
             self.close()
             self.stderr.seek(0)
             text = self.stderr.read().strip() or "no error message (out of memory?)"
@@ -69,9 +72,13 @@ class Worker:
             raise torch.OutOfMemoryError(f"worker {self.name} ran out of memory")
         return reply
 
-    def request(self, message: Any) -> Any:
-        self.send(message)
-        return self.receive()
+    def generate(self, *request: Any) -> Any:
+        """Generate as EngineProvider does, from the same arguments."""
+        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
+        return self.request(dict(zip(names, request, strict=True)))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self.request({"dtype": str(dtype).removeprefix("torch.")})
 
     def close(self) -> None:
         if self.process.returncode is None:

@@ -1,21 +1,52 @@
-"""Which graphs are the same except for their node numbers? Colors find candidates, forms decide.
+"""Which graphs are the same except for their node numbers?
 
 A graph is a pair of lists: edges (parent, child) between nodes 0 to n - 1, and the mark of each
 node (the entity, an option, or 0). Two graphs are isomorphic if some renumbering of the nodes turns
 one into the other, marks included.
 """
 
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
 
 Graph = tuple[list[tuple[int, int]], list[int]]  # edges, marks
 
-ROUNDS = 4  # steps that a color looks up and down; fewer only make more candidates
-COLOR_BYTES = 8  # a graph's hash starts with its color
+ROUNDS = 4  # steps that a color looks up and down; fewer only make more graphs look alike
+
+
+class GraphKey:
+    """A graph as a member of a set: equal if and only if isomorphic, so a set holds it once."""
+
+    def __init__(self, graph: Graph, colors: list[int], color: int) -> None:
+        self.graph, self.colors, self.color = graph, colors, color
+
+    def __hash__(self) -> int:
+        return self.color
+
+    def __eq__(self, other: object) -> bool:  # called for equal colors only: rarely
+        if not isinstance(other, GraphKey) or self.color != other.color:
+            return False
+        return is_isomorphic(self.graph, self.colors, other.graph, other.colors)
+
+
+def marked_graph(
+    edges: Sequence[tuple[Hashable, Hashable]], marks: Mapping[Hashable, int]
+) -> Graph:
+    """Return the graph of edges between any nodes, of which some have a mark."""
+    nodes = dict.fromkeys(chain(chain.from_iterable(edges), marks))
+    number = {node: i for i, node in enumerate(nodes)}
+    return [(number[a], number[b]) for a, b in edges], [marks.get(node, 0) for node in nodes]
+
+
+def graph_keys(graphs: Sequence[Graph]) -> list[GraphKey]:
+    """Return the key of each graph, fastest for many graphs at once."""
+    if not graphs:
+        return []
+    per_node, per_graph = node_colors(graphs)
+    ends = np.cumsum([len(marks) for _, marks in graphs])
+    colors = (part.tolist() for part in np.split(per_node, ends[:-1]))
+    return [GraphKey(*key) for key in zip(graphs, colors, per_graph.tolist(), strict=True)]
 
 
 def node_colors(graphs: Sequence[Graph]) -> tuple[np.ndarray, np.ndarray]:
@@ -46,96 +77,30 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def graph_colors(graphs: Sequence[Graph]) -> list[bytes]:
-    """Return the first COLOR_BYTES bytes of each graph's hash, a thousand graphs at a time."""
-    return [color.tobytes() for color in node_colors(graphs)[1]] if graphs else []
+def is_isomorphic(a: Graph, colors_a: list[int], b: Graph, colors_b: list[int]) -> bool:
+    """Search for a renumbering that turns graph a into b. A node may only become one of its color.
 
-
-def graph_hashes(graphs: Sequence[Graph]) -> list[bytes]:
-    """Return each graph's color and a digest of its form: equal if and only if isomorphic."""
-    if not graphs:
-        return []
-    colors, per_graph = node_colors(graphs)
-    ends = np.cumsum([len(marks) for _, marks in graphs])
-    hashes = []
-    for graph, of_nodes, color in zip(graphs, np.split(colors, ends[:-1]), per_graph, strict=True):
-        form = canonical_form(graph, of_nodes.tolist())
-        hashes.append(color.tobytes() + hashlib.sha256(repr(form).encode()).digest())
-    return hashes
-
-
-def canonical_form(graph: Graph, colors: Sequence[int]) -> Graph:
-    """Return the graph with its nodes numbered by `colors`, which isomorphic graphs share.
-
-    Tied nodes are singled out in turn (individualization and refinement); the smallest form counts.
+    The first node of a that shares its color is matched with each node of b of that color in turn.
+    The matched pair gets a mark of its own, and colors are computed anew.
     """
-    search = _FormSearch(graph)
-    color = search.split_twins(colors)
-    return search.smallest_form(search.refine(color) if tied_nodes(color) else color)
+    order_a, order_b = (sorted(range(len(c)), key=c.__getitem__) for c in (colors_a, colors_b))
+    ordered = [colors_a[v] for v in order_a]
+    if ordered != [colors_b[v] for v in order_b]:
+        return False
+    tied = next((i for i in range(1, len(ordered)) if ordered[i] == ordered[i - 1]), None)
+    if tied is None:  # one way to match the nodes is left
+        match = dict(zip(order_a, order_b, strict=True))
+        return sorted((match[v], match[w]) for v, w in a[0]) == sorted(b[0])
+    v = order_a[tied]
+    for w in (w for w in order_b if colors_b[w] == colors_a[v]):
+        graphs = _mark(a, colors_a, v), _mark(b, colors_b, w)
+        both, _ = node_colors(graphs)
+        n = len(colors_a)
+        if is_isomorphic(graphs[0], both[:n].tolist(), graphs[1], both[n:].tolist()):
+            return True
+    return False
 
 
-def tied_nodes(color: Sequence[int]) -> list[int]:
-    """Return the nodes of the lowest color that several nodes have."""
-    ordered = sorted(color)
-    repeated = next((a for a, b in zip(ordered, ordered[1:], strict=False) if a == b), None)
-    return [node for node, c in enumerate(color) if c == repeated]
-
-
-class _FormSearch:
-    """The search tree of canonical_form. A `color` is a list: the rank of each node."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.edges, self.marks = graph
-        self.parents: list[list[int]] = [[] for _ in self.marks]
-        self.children: list[list[int]] = [[] for _ in self.marks]
-        for parent, child in sorted(self.edges):
-            self.parents[child].append(parent)
-            self.children[parent].append(child)
-
-    def split_twins(self, colors: Sequence[int]) -> list[int]:
-        """Return ranks of the colors that tell apart twins: same mark, parents and children.
-
-        Swapping twins changes nothing, so any order of them gives the same form.
-        """
-        n_twins: Counter[str] = Counter()
-        keys = []
-        for color, *twin in zip(colors, self.marks, self.parents, self.children, strict=True):
-            n_twins[repr(twin)] += 1
-            keys.append((color, n_twins[repr(twin)]))
-        rank = {key: i for i, key in enumerate(sorted(set(keys)))}
-        return [rank[key] for key in keys]
-
-    def refine(self, color: list[int]) -> list[int]:
-        """Split colors until nodes of one color have parents, and children, of the same colors."""
-        n_colors = 0
-        while n_colors < len(set(color)):
-            n_colors = len(set(color))
-            keys = [
-                (c, sorted([color[p] for p in parents]), sorted([color[b] for b in children]))
-                for c, parents, children in zip(color, self.parents, self.children, strict=True)
-            ]
-            rank = {repr(key): i for i, key in enumerate(sorted(keys))}
-            color = [rank[repr(key)] for key in keys]
-        return color
-
-    def single_out(self, color: list[int], node: int) -> list[int]:
-        """Return the colors after `node` comes before the others of its color."""
-        return self.refine([2 * c + (other != node) for other, c in enumerate(color)])
-
-    def first_form(self, color: list[int]) -> Graph:
-        """Return the form after ties are broken by whichever node is first."""
-        while nodes := tied_nodes(color):
-            color = self.single_out(color, nodes[0])
-        order = sorted(range(len(color)), key=color.__getitem__)
-        number = {node: i for i, node in enumerate(order)}
-        edges = sorted((number[parent], number[child]) for parent, child in self.edges)
-        return edges, [self.marks[node] for node in order]
-
-    def smallest_form(self, color: list[int]) -> Graph:
-        """Return the smallest form over all ways to break ties."""
-        if not (nodes := tied_nodes(color)):
-            return self.first_form(color)
-        branches = [self.single_out(color, node) for node in nodes]
-        # branches with a form in common are images of each other: one of them is enough
-        distinct = {repr(self.first_form(branch)): branch for branch in branches}
-        return min(self.smallest_form(branch) for branch in distinct.values())
+def _mark(graph: Graph, colors: list[int], node: int) -> Graph:
+    """Return the graph with the colors as its marks, and a mark of its own for one node."""
+    return graph[0], [c ^ (v == node) for v, c in enumerate(colors)]

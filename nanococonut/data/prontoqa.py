@@ -11,15 +11,16 @@ OntologyConfig(matched=True) the wrong statement is at the end of a twin of the 
 entity's fact tells the two apart, so all such rules give 50 %.
 """
 
-import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import pairwise
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
+from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
 from nanococonut.data.search import children_of, distances
 from nanococonut.data.seeds import rng_from_seed
@@ -119,14 +120,21 @@ def generate(
     n: int,
     seed: int | Sequence[int],
     config: OntologyConfig | None = None,
-    exclude: Collection[bytes] = frozenset(),
+    exclude: Collection[Hashable] = frozenset(),
 ) -> list[Example]:
     """Return n examples, none whose graph_hash is in `exclude`.
 
     The same seed gives the same examples, and the first ones do not depend on n.
     """
-    examples = chain.from_iterable(sample_batches(seed, config or OntologyConfig()))
-    return list(islice((x for x in examples if not exclude or graph_hash(x) not in exclude), n))
+    examples: list[Example] = []
+    batches = sample_batches(seed, config or OntologyConfig())
+    while len(examples) < n:
+        batch = next(batches)
+        if exclude:
+            keys = zip(batch, graph_hashes(batch), strict=True)
+            batch = [example for example, key in keys if key not in exclude]
+        examples += batch
+    return examples[:n]
 
 
 def sample_batches(seed: int | Sequence[int], config: OntologyConfig) -> Iterator[list[Example]]:
@@ -297,39 +305,71 @@ def solve(question: str) -> str | None:
     return str(signs == {q.query.negated}) if len(signs) == 1 else None
 
 
-def graph_hash(example: Example) -> bytes:
-    """Return a hash of ontology and query, independent of sentence order, wording and names.
+def graph_hash(example: Example) -> Hashable:
+    """Return a key of ontology and query, independent of sentence order, wording and names.
 
     Names of the entity and the concepts do not count, properties do. UserError as parse_question.
     """
+    return graph_hashes([example])[0]
+
+
+def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
+    """Return the graph_hash of each example, several times as fast."""
+    graphs = []
+    for example in examples:
+        facts, rules, query = parse_question(example["question"])
+        # nodes: names, concepts, and properties with their sign, such as " not red"
+        edges = [(c.subject, c.predicate if c.names_concept else c.compact) for c in facts + rules]
+        marks = {node: crc32(node.encode()) for _, node in edges if node.startswith(" ")}
+        marks[query.subject] = crc32(query.compact.encode())
+        graphs.append(isomorphism.marked_graph(edges, marks))
+    return isomorphism.graph_keys(graphs)
+
+
+def twin(example: Example) -> Example | None:
+    """Return the question with the concepts of both names exchanged; the other answer is right.
+
+    None if there is no other name, as without OntologyConfig(matched=True), or if nothing opposite
+    follows.
+    """
+    sentences, query = split_question(example["question"])
+    claims = [parse_sentence(sentence) for sentence in sentences]
     q = parse_question(example["question"])
-    above: dict[str, list[str]] = {}
-    for claim in q.facts + q.rules:
-        above.setdefault(claim.subject, [])
-        if claim.names_concept:
-            above[claim.subject].append(claim.predicate)
-            above.setdefault(claim.predicate, [])
-        else:
-            above[claim.subject].append(claim.compact[1:])
-    shape: dict[str, str] = {}
+    entity, prop = q.query.subject, q.query.predicate
+    concepts = {claim.subject: claim.predicate for claim in q.facts}
+    if len(concepts) != 2 or entity not in concepts:
+        return None
+    concepts = dict(zip(concepts, reversed(concepts.values()), strict=True))
+    texts = [
+        _sentence(Claim(c.subject, False, concepts[c.subject])) if c.is_fact else f"{sentence}."
+        for c, sentence in zip(claims, sentences, strict=True)
+    ]
+    question = " ".join([*texts, "True or false:", query])
+    answer = solve(question)
+    if answer is None or answer == example["answer"]:
+        return None
+    # up from the entity's concept to the nearest one with the property
+    rule_of = {claim.subject: claim for claim in q.rules if claim.predicate == prop}
+    paths = [[concepts[entity]]]
+    for path in paths:  # grows during the loop
+        if path[-1] in rule_of:
+            break
+        paths += [
+            [*path, c.predicate] for c in q.rules if c.subject == path[-1] and c.names_concept
+        ]
+    last = rule_of[path[-1]]
+    proof = [*(Claim(a, False, b) for a, b in pairwise(path)), last]
+    text_of = dict(zip(claims, texts, strict=True))
+    steps = [f"{_sentence(Claim(entity, False, c.subject))} {text_of[c]}" for c in proof]
+    steps.append(_sentence(Claim(entity, last.negated, prop)))
+    return {**example, "question": question, "steps": steps, "answer": answer}
 
-    def describe(node: str) -> str:
-        """Return all that follows from a node, without names."""
-        if node not in above:
-            return node  # a property
-        if node not in shape:
-            shape[node] = ""  # ends the recursion in a cycle
-            shape[node] = f"({','.join(sorted(map(describe, above[node])))})"
-        return shape[node]
 
-    query = describe(q.query.subject), q.query[1:]
-    content = repr((query, sorted(map(describe, above))))
-    return hashlib.blake2b(content.encode(), digest_size=16).digest()
-
-
-def graph_hashes(examples: Sequence[Example]) -> list[bytes]:
-    """Return the graph_hash of each example."""
-    return [graph_hash(example) for example in examples]
+def reworded(example: Example) -> str:
+    """Return the opposite query: the search is the same, the answer the other one."""
+    context = example["question"].partition("True or false:")[0]
+    query = parse_question(example["question"]).query
+    return f"{context}True or false: {_sentence(query._replace(negated=not query.negated))}"
 
 
 # ---- compact style: "Each p is a c." is " p c.", "Ps are not red." " p not red.", the query

@@ -12,15 +12,16 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
-from nanococonut.data.search import children_of, distances, parents_of
+from nanococonut.data.search import children_of, distances, parents_of, reachable
 from nanococonut.data.seeds import rng_from_seed
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
@@ -100,7 +101,7 @@ def generate(
     n: int,
     seed: int | Sequence[int],
     config: GraphConfig | None = None,
-    exclude: Collection[bytes] = frozenset(),
+    exclude: Collection[Hashable] = frozenset(),
 ) -> list[Example]:
     """Return n examples with the released keys, none whose graph_hash is in `exclude`.
 
@@ -110,11 +111,13 @@ def generate(
     config = config or GraphConfig()
     examples: list[Example] = []
     n_drawn = 0
-    colors = {key[: isomorphism.COLOR_BYTES] for key in exclude}
     batches = sample_batches(seed, config)
     while len(examples) < n:
         batch = next(batches)
-        examples += _without(batch, exclude, colors) if exclude else batch
+        if exclude:
+            keys = zip(batch, graph_hashes(batch), strict=True)
+            batch = [example for example, key in keys if key not in exclude]
+        examples += batch
         n_drawn += BATCH
         if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
             raise UserError(
@@ -309,8 +312,8 @@ def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
     return examples
 
 
-def graph_hash(example: Example) -> bytes:
-    """Return a hash of graph and question, equal if and only if the graphs are isomorphic.
+def graph_hash(example: Example) -> Hashable:
+    """Return a key of graph and question, equal if and only if the graphs are isomorphic.
 
     Words, node numbers, sentence order and option order do not count; entity, target and distractor
     do. Raise UserError if the example does not store its graph.
@@ -318,31 +321,14 @@ def graph_hash(example: Example) -> bytes:
     return graph_hashes([example])[0]
 
 
-def graph_hashes(examples: Sequence[Example]) -> list[bytes]:
+def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
     """Return the graph_hash of each example, several times as fast."""
-    return isomorphism.graph_hashes([_marked_graph(example) for example in examples])
-
-
-def _marked_graph(example: Example) -> isomorphism.Graph:
-    """Return the example's edges and marks, nodes renumbered. UserError as graph_of."""
-    edges, *query = graph_of(example)
-    number = {v: i for i, v in enumerate(dict.fromkeys([v for e in (*edges, query) for v in e]))}
-    marks = [0] * len(number)
-    for bit, node in enumerate(query):
-        marks[number[node]] += 1 << bit
-    return [(number[a], number[b]) for a, b in edges], marks
-
-
-def _without(
-    examples: list[Example], exclude: Collection[bytes], colors: set[bytes]
-) -> list[Example]:
-    """Return those whose graph_hash is not in `exclude`; hashes in it start with `colors`."""
-    # a color takes a tenth of an example's time, a hash more than an example
-    own_colors = isomorphism.graph_colors([_marked_graph(example) for example in examples])
-    candidates = [i for i, color in enumerate(own_colors) if color in colors]
-    hashes = graph_hashes([examples[i] for i in candidates])
-    excluded = {i for i, key in zip(candidates, hashes, strict=True) if key in exclude}
-    return [example for i, example in enumerate(examples) if i not in excluded]
+    graphs = []
+    for example in examples:
+        edges, *query = graph_of(example)
+        marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
+        graphs.append(isomorphism.marked_graph(edges, marks))
+    return isomorphism.graph_keys(graphs)
 
 
 def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
@@ -405,6 +391,57 @@ def solve(question: str) -> str | None:
     parents = parents_of(edges)
     correct = {option for option in options if entity in distances(parents, option)}
     return f"{entity} is a {correct.pop()}." if len(correct) == 1 else None
+
+
+def twin(example: Example) -> Example | None:
+    """Return the same facts and options asked about the other root; the other option is right.
+
+    One word of the question differs. None if no other name leads to the other option alone.
+    """
+    edges, entity, options = parse_question(example["question"])
+    target = parse_sentence(example["answer"])[1]
+    option = options[options[0] == target]
+    steps = {name: reachable(edges, name) for name, _ in edges if name[0].isupper()}
+    others = [name for name in steps if option in steps[name] and target not in steps[name]]
+    if not others or entity in others:
+        return None
+    # a third name can lead there too: the generator's root, else the one farthest away
+    symbols, root = example.get("idx_to_symbol", []), example.get("root")
+    other = max(others, key=lambda name: steps[name][option])
+    if root in (0, 1) and symbols[1 - root] in others:  # type: ignore
+        other = symbols[1 - root]  # type: ignore
+    parents, path = parents_of(edges), [option]
+    while path[-1] != other:
+        path.append(min(parents[path[-1]], key=lambda node: steps[other].get(node, FAR)))
+    facts, _, query = example["question"].rpartition(" Is ")
+    changes: dict[str, Any] = {
+        "question": f"{facts} Is {query.replace(entity, other, 1)}",
+        "answer": _sentence(other, option),
+        "steps": [_sentence(*edge) for edge in pairwise(path[::-1])],
+    }
+    if "root" in example:
+        changes |= {"root": symbols.index(other), "target": example["neg_target"]}  # type: ignore
+        changes |= {"neg_target": example["target"]}  # type: ignore
+    return {**example, **changes}  # type: ignore[typeddict-item]
+
+
+def reworded(example: Example) -> str | None:
+    """Return the question with two other options, of which the entity leads to one.
+
+    The search is the same, the answer another word. A twin of the example gets the same options;
+    None if the graph has none.
+    """
+    edges, entity, options = parse_question(example["question"])
+    steps = {name: reachable(edges, name) for name, _ in edges if name[0].isupper()}
+    roots = {node: {name for name in steps if node in steps[name]} for _, node in edges}
+    new = []
+    for old in options:
+        same = [n for n in roots if n not in options and roots[n] == roots.get(old)]
+        if not same:
+            return None
+        new.append(max(same, key=lambda n: (min(steps[name][n] for name in roots[n]), n)))
+    facts = example["question"].rpartition(" Is ")[0]
+    return f"{facts} Is {entity} a {new[0]} or {new[1]}?"
 
 
 # ---- compact style: "Every p is a c." is " p c.", the question "? Tom? A? B", a step " p c", the

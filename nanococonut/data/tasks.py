@@ -3,7 +3,7 @@
 Another task is another entry. A file of your own needs none: --data=FILE trains on any.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, islice
@@ -13,7 +13,7 @@ import numpy as np
 
 from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
-from nanococonut.data.examples import Example
+from nanococonut.data.examples import Example, parse_object
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
 from nanococonut.runtime.errors import UserError
@@ -49,6 +49,26 @@ class Task:
     def solve(self, question: str) -> str | None:
         """Return the correct answer by search, or None if there is none."""
         return self.module.solve(question) if self.splits else None
+
+    def twin(self, example: Example) -> Example | None:
+        """Return a question that differs in one thing, so that its answer does; None if unknown.
+
+        An example of a user's file may hold it as "twin": an object like the example. A ValueError
+        says what is wrong with it.
+        """
+        if "twin" in example:
+            return parse_object(example["twin"])
+        try:
+            return self.module.twin(example) if self.splits else None
+        except UserError:  # an example of another kind
+            return None
+
+    def reworded(self, example: Example) -> str | None:
+        """Return a question that needs the same search and has another answer; None if unknown."""
+        try:
+            return self.module.reworded(example) if self.splits else None
+        except UserError:
+            return None
 
     def render_question(self, question: str, style: str) -> str:
         """Return the question as a model reads it: "sentences" and a newline, or "compact"."""
@@ -132,7 +152,7 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
     return task.module.generate(n, seed, split(config)) if split else None
 
 
-def test_hashes(config: TrainConfig) -> frozenset[bytes]:
+def test_hashes(config: TrainConfig) -> frozenset[Hashable]:
     """Return the graph_hash of every test example that a run could generate."""
     hashes = [_test_hashes(config.task, c) for c in _test_configs(config).values()]
     return frozenset().union(*hashes)
@@ -151,7 +171,7 @@ def _test_examples(task: str, config: GeneratorConfig) -> list[Example]:
 
 
 @cache  # a second, which further runs in the same process save
-def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[bytes]:
+def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[Hashable]:
     return frozenset(TASKS[task].module.graph_hashes(_test_examples(task, config)))
 
 

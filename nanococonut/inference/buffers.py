@@ -77,8 +77,12 @@ class BatchView:
         """Process prompts (B, T), whose lengths are in the cache already."""
         self._store(steps.prefill(self.model, self.cache, idx, self.cache.lengths.clone()))
 
-    def latent_step(self, i: int, stop: bool) -> None:
-        """Append thought i to every active sequence. stop: ask the stop classifier first."""
+    def latent_step(self, i: int, stop: bool, edit: steps.Edit | None = None) -> None:
+        """Append thought i to every active sequence.
+
+        stop  ask the stop classifier first
+        edit  changes what is fed back; not with kernels
+        """
         if stop:
             self.active &= self.model.stop_logit(self.hidden) <= 0
         self.buffers.thoughts[i, : self.batch].copy_(self.hidden)
@@ -86,7 +90,8 @@ class BatchView:
         if self.fused is not None:
             self.fused.latent_step(self.hidden, active, is_first=i == 0)
         else:
-            self._store(steps.latent_step(self.model, self.cache, self._state(), active))
+            fed = steps.edited_thought(self.model, self.hidden, i, edit)
+            self._store(steps.append_step(self.model, self.cache, fed, self._state(), active))
         self.n_taken += self.active
 
     def decode_step(self) -> None:

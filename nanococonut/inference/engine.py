@@ -6,7 +6,8 @@ of thoughts and each token are one CUDA graph each.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import le
@@ -21,6 +22,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.buffers import BatchView, StaticBuffers
+from nanococonut.inference.steps import Branch, Edit
 from nanococonut.model import GPT
 from nanococonut.ops import choose_backend, choose_graph
 from nanococonut.packed import PackedGPT
@@ -31,13 +33,16 @@ from nanococonut.runtime.graphs import GraphCache, round_up
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
 
+MIN_TEMPERATURE = 1e-6  # greedy below
+
 
 @dataclass
 class Generation:
     """What was generated for a batch of B prompts.
 
     tokens         of each, without eos
-    thoughts       (B, n, C) hidden states that were fed back
+    thoughts       (B, n, C) hidden states before model.thought_embedding
+    inputs         (B, n, C) what was fed back: model.thought_embedding of them, after any edit
     n_thoughts     of each: n, or fewer if the stop classifier ended them
     seconds_first  from the start to the first token, prefill and thoughts included
     text           the tokens as text (only from Engine.generate)
@@ -45,6 +50,7 @@ class Generation:
 
     tokens: list[list[int]]
     thoughts: Tensor
+    inputs: Tensor
     n_thoughts: list[int]
     seconds_prefill: float
     seconds_thoughts: float
@@ -69,6 +75,8 @@ class Request:
     stop: bool
     temperature: float
     generator: torch.Generator
+    edit: Edit | None = None
+    edited: list[Tensor] = field(default_factory=list)  # what `edit` returned for each thought
 
     def size(self) -> tuple[int, int, int]:
         """Return (sequences, tokens of the longest prefix, positions of the longest sequence)."""
@@ -143,13 +151,83 @@ class Engine:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
+        edit: Edit | None = None,
     ) -> Generation:
         """Answer a batch of questions. Raise UserError if one does not fit in block_size.
 
         latent          thoughts (or pauses) of each; with a stop classifier, at most these many
         max_new_tokens  reduced to what fits in block_size
         temperature     0: greedy; otherwise tokens are sampled by `seed`
+        edit            (i, fed) -> the (B, C) to use in place of `fed`, the input that is thought
+                        i of each question, in their order. Steps are then plain torch, no graph
         """
+        if edit is not None:
+            self._check_editable(latent)
+            if self.graph or self.kernels != "torch":
+                plain = Engine(self.model, self.tokenizer, self.curriculum, "torch", "off",
+                               render=self.render)  # fmt: skip
+                return plain.generate(questions, latent, max_new_tokens, temperature, seed, edit)
+        prefixes, n_thoughts, forced = self._prompts(questions, latent)
+        available = self._available(prefixes, n_thoughts + len(forced))
+        tokenizer = self.tokenizer
+        out = self.run(
+            prefixes, n_thoughts, forced, tokenizer.eos, min(max_new_tokens, available),
+            stop=self.model.config.stop, temperature=temperature, seed=seed, edit=edit,
+        )  # fmt: skip
+        out.text = [tokenizer.decode(tokens) for tokens in out.tokens]
+        return out
+
+    def choose(
+        self,
+        questions: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        latent: int,
+        edit: Edit | None = None,
+    ) -> Tensor:
+        """Return the log-probability of each candidate answer, (B, m): the answer is forced.
+
+        "###" and the candidate follow the thoughts at once; no step is written between. A stop
+        classifier is not asked.
+
+        candidates  m answers of each question, as the model writes them
+        latent      thoughts (or pauses) of each
+        edit        as in generate
+        """
+        if edit is not None:
+            self._check_editable(latent)
+        with self._eval_mode():
+            branch = self.branch(questions, candidates, latent)
+            branch.think(latent, edit)
+            return branch.answer()
+
+    def branch(
+        self, questions: Sequence[str], candidates: Sequence[Sequence[str]], n_slots: int
+    ) -> Branch:
+        """Return a Branch that has read the questions; the model must be in eval mode.
+
+        candidates  as in choose
+        n_slots     most thoughts (or pauses, or other tokens) between question and answer
+        """
+        prefixes, _, forced = self._prompts(questions, 0)
+        if {len(row) for row in candidates} != {m := len(candidates[0])} or m == 0:
+            raise ValueError("candidates: expected as many answers for each question, at least one")
+        if len(candidates) != len(questions):
+            raise ValueError(f"{len(questions)} questions, but candidates of {len(candidates)}")
+        tokenizer, mark = self.tokenizer, self.tokenizer.encode("###")
+        answers = [
+            [tokenizer.encode("### " + answer)[len(mark) :] for answer in row] for row in candidates
+        ]
+        forced = [*forced, *mark]
+        longest = max(len(tokens) for row in answers for tokens in row)
+        self._available(prefixes, n_slots + len(forced) + longest - 1)
+        is_pause = self.curriculum.rules.thought_type == "pause"
+        pause = tokenizer.latent if is_pause else None
+        return Branch(self.model, prefixes, n_slots, forced, answers, pause)
+
+    def _prompts(
+        self, questions: Sequence[str], latent: int
+    ) -> tuple[list[list[int]], int, list[int]]:
+        """Return (prefixes, latent steps of each, tokens forced after them)."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ValueError("generate needs Engine(model, tokenizer); run takes tokens")
@@ -160,20 +238,39 @@ class Engine:
             for text in (map(self.render, questions) if self.render else questions)
         ]
         prefixes, (n_thoughts, *_), (forced, *_) = (list(x) for x in zip(*prompts, strict=True))
-        config, longest = self.model.config, max(map(len, prefixes))
-        available = config.block_size - longest - n_thoughts - len(forced)
-        if available < 1:
+        return prefixes, n_thoughts, forced
+
+    def _available(self, prefixes: list[list[int]], n_forced: int) -> int:
+        """Return how many tokens can follow thoughts and forced tokens. UserError if none can."""
+        block_size, longest = self.model.config.block_size, max(map(len, prefixes))
+        if block_size - longest - n_forced < 1:
             raise UserError(
-                f"a question of {longest} tokens with {n_thoughts} thoughts does not fit into the "
-                f"model's block_size={config.block_size}.\nAsk a shorter question or use fewer "
-                "thoughts."
+                f"a question of {longest} tokens with {n_forced} thoughts and marks does not fit "
+                f"into the model's block_size={block_size}.\n"
+                "Ask a shorter question or use fewer thoughts."
             )
-        out = self.run(
-            prefixes, n_thoughts, forced, tokenizer.eos, min(max_new_tokens, available),
-            stop=config.stop, temperature=temperature, seed=seed,
-        )  # fmt: skip
-        out.text = [tokenizer.decode(tokens) for tokens in out.tokens]
-        return out
+        return block_size - longest - n_forced
+
+    def _check_editable(self, latent: int) -> None:
+        """Raise UserError if there is no thought that `edit` could change."""
+        if self.curriculum.rules.thought_type == "pause":
+            raise UserError(
+                "edit: pauses are tokens, nothing is fed back.\nExchange their keys and values: "
+                "Engine.branch gives a Branch with slots() and put()."
+            )
+        if latent < 1:
+            raise UserError("edit: there are no thoughts to edit.\nUse latent=1 or more.")
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """Hold the lock and keep the model in eval mode: calls share both."""
+        with self._lock:
+            training = self.model.training
+            self.model.eval()
+            try:
+                yield
+            finally:
+                self.model.train(training)
 
     @torch.no_grad()
     def run(
@@ -186,6 +283,7 @@ class Engine:
         stop: bool = False,
         temperature: float = 0.0,
         seed: int = 0,
+        edit: Edit | None = None,
     ) -> Generation:
         """Generate from token prefixes. Raise ValueError, before any work, if they do not fit.
 
@@ -193,17 +291,26 @@ class Engine:
         forced_tokens  appended after the thoughts, before the first generated token
         eos            ends a sequence (-1: nothing does)
         stop           a sequence takes no further thought once the stop classifier says so
-        temperature    0: greedy; otherwise tokens are sampled, by a generator of this call's seed
+        temperature    below MIN_TEMPERATURE: greedy; else a generator of this call's seed samples
+        edit           as in generate; only without kernels and graph
         """
-        model, block_size = self.model, self.model.config.block_size
+        block_size = self.model.config.block_size
         if not prefixes or not all(prefixes) or n_thoughts < 0 or max_new_tokens < 1:
             raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
         if not temperature >= 0:  # NaN too
             raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
-        generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+        # special tokens end a prefix or are forced; on a GPU, a missing row would kill the process
+        if max(p[-1] for p in [*prefixes, forced_tokens or [0]]) >= self.model.config.vocab_size:
+            raise UserError(
+                "the model has no tokens for thoughts, as its method uses none.\n"
+                "Ask it by the method it was trained by, or give a run trained with thoughts."
+            )
+        if temperature < MIN_TEMPERATURE:  # logits over it overflow
+            temperature = 0.0
+        generator = torch.Generator(self.model.wte.weight.device).manual_seed(seed)
         request = Request(
             prefixes, n_thoughts, forced_tokens, eos, max_new_tokens, stop=stop,
-            temperature=temperature, generator=generator,
+            temperature=temperature, generator=generator, edit=edit,
         )  # fmt: skip
         _, longest, capacity = request.size()
         if capacity > block_size:
@@ -211,16 +318,13 @@ class Engine:
                 f"{longest} tokens + {n_thoughts} thoughts + {len(forced_tokens)} forced tokens + "
                 f"{max_new_tokens} new tokens do not fit in block_size={block_size}"
             )
-        with self._lock:  # calls share the buffers and the mode of the model
+        if edit is not None and (self.graph or self.kernels != "torch"):
+            raise ValueError("edit needs Engine(kernels='torch', graph='off'), or generate")
+        with self._eval_mode():  # calls share the buffers, too
             if self._weights_key() != self._captured_weights:
                 self._reset()  # weights changed: graphs and packed copies hold the old ones
                 self._packed = None
-            training = model.training
-            model.eval()
-            try:
-                return self._generate(request)
-            finally:
-                model.train(training)
+            return self._generate(request)
 
     def _generate(self, request: Request) -> Generation:
         start = self._now()
@@ -233,9 +337,11 @@ class Engine:
         first = self._now()
         tokens = self._other_tokens(view, request)
         times = (prefilled - start, thought - prefilled, first - start, self._now() - first)
+        edited = request.edited
+        inputs = torch.stack(edited, 1) if edited else self.model.thought_embedding(thoughts)
         eos, rows = request.eos, tokens.tolist()
         rows = [row[: row.index(eos)] if eos in row else row for row in rows]
-        return Generation(rows, thoughts, n_thoughts, *times)
+        return Generation(rows, thoughts, inputs, n_thoughts, *times)
 
     def _now(self) -> float:
         if self.model.wte.weight.device.type == "cuda":
@@ -268,8 +374,12 @@ class Engine:
         return view
 
     def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
-        """Append the thoughts. Return them, (B, n, C)."""
+        """Append the thoughts. Return their hidden states, (B, n, C)."""
         n, stop, model = request.n_thoughts, request.stop, self.model
+
+        def edit(i: int, fed: Tensor) -> Tensor:
+            request.edited.append(request.edit(i, fed))
+            return request.edited[-1]
 
         def chain() -> None:
             for i in range(n):
@@ -283,7 +393,7 @@ class Engine:
                 if stop and not (view.active & (model.stop_logit(view.hidden) <= 0)).any():
                     n = i
                     break
-                view.latent_step(i, stop)
+                view.latent_step(i, stop, edit if request.edit else None)
         return self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
 
     def _first_token(self, view: BatchView, request: Request) -> None:
@@ -393,12 +503,14 @@ def load(
     device: str = "auto",
     kernels: str = "auto",
     graph: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Engine:
     """Return an Engine for a checkpoint, or for the best one of a run.
 
     It renders its own prompts. Its .config and .manifest are those of the run.
     """
     model, tokenizer, manifest = checkpoint.load(path, select_device(device))
+    model = model.to(dtype)
     config = make_config(TrainConfig, manifest["config"])
     engine = Engine.from_config(model, tokenizer, config, kernels=kernels, graph=graph)
     engine.manifest = manifest

@@ -4,6 +4,7 @@ Free functions over a model, its KV cache and a DecodeState. The next position o
 cache.lengths[b], so sequences of any length share a batch, each with the result it has alone.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 
 from nanococonut.cache import KVCache
 from nanococonut.model import GPT, cached_attention, causal_attention
+from nanococonut.runtime.errors import UserError
+
+Edit = Callable[[int, Tensor], Tensor]  # (i, input of thought i, (B, C)) -> another such input
 
 
 @dataclass
@@ -79,6 +83,158 @@ def latent_step(
     return append_step(model, cache, model.thought_embedding(state.hidden), state, active)
 
 
+def edited_thought(model: GPT, hidden: Tensor, i: int, edit: Edit | None) -> Tensor:
+    """Return the input (B, C) of thought i after `edit`. UserError if it is not a valid input."""
+    fed = model.thought_embedding(hidden)
+    if edit is None:
+        return fed
+    new = edit(i, fed.clone())  # a copy: the caller's may be memory of the engine
+    expected, actual = (
+        f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        for x in (fed, new)
+    )
+    if actual != expected or not new.isfinite().all():
+        actual = actual if actual != expected else "NaN or infinite numbers"
+        raise UserError(
+            f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
+        )
+    return new
+
+
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -> DecodeState:
     """Append one token, (B,)."""
     return append_step(model, cache, model.embed(token), state)
+
+
+@dataclass
+class Slots:
+    """What a batch holds at the positions of its thoughts, and the state after the last of them.
+
+    kv     (B, n, n_layer, 2, n_head, head_dim)  keys and values
+    state  after the last slot; prev_embedding is what the smear adds to the next token
+    """
+
+    kv: Tensor
+    state: DecodeState
+
+    def take(self, index: Sequence[int]) -> "Slots":
+        """Return the slots of other sequences of the batch: sequence b gets those of index[b]."""
+        return self.map(lambda x: x[list(index)])
+
+    def mean(self) -> "Slots":
+        """Return the mean over the batch, for each sequence."""
+        return self.map(lambda x: x.mean(0, keepdim=True).expand_as(x))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Slots":
+        state = DecodeState(fn(self.state.hidden), fn(self.state.prev_embedding), self.state.span)
+        return Slots(fn(self.kv), state)
+
+
+class Branch:
+    """A batch that is read once and answered many times, each time after other thoughts.
+
+    model       the model, in eval mode
+    prefixes    tokens of each question
+    n_slots     most positions that thoughts take
+    forced      tokens between the thoughts and an answer
+    candidates  m answers of each question, as tokens
+    pause       token that is appended in place of each thought (None: thoughts)
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: GPT, prefixes: Sequence[list[int]], n_slots: int, forced: Sequence[int],
+        candidates: Sequence[Sequence[list[int]]], pause: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.forced, self.candidates, self.pause = model, forced, candidates, pause
+        device, lengths = model.wte.weight.device, list(map(len, prefixes))
+        longest = max(len(tokens) for row in candidates for tokens in row)
+        # the last token of an answer is scored, not appended
+        capacity = max(lengths) + n_slots + len(forced) + longest - 1
+        self.cache = model.new_cache(len(prefixes), capacity)
+        padded = [p + [0] * (max(lengths) - len(p)) for p in prefixes]
+        self.start = torch.tensor(lengths, device=device)  # (B,), position of the first slot
+        idx = torch.tensor(padded, device=device)
+        self._read = self.state = prefill(model, self.cache, idx, self.start)
+        self.inputs: list[Tensor] = []  # what was fed back: n of (B, C)
+        self.thoughts: list[Tensor] = []  # hidden states before it
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def restart(self) -> "Branch":
+        """Drop everything after the questions."""
+        self.inputs, self.thoughts = [], []
+        self._crop(self.start, self._read)
+        return self
+
+    def _crop(self, lengths: Tensor, state: DecodeState) -> None:
+        self.cache.lengths.copy_(lengths)
+        self.state = state
+
+    @torch.no_grad()
+    def think(self, n: int, edit: Edit | None = None) -> None:
+        """Append n more thoughts, or pauses. edit: see Engine.generate."""
+        for i in range(len(self.inputs), len(self.inputs) + n):
+            if self.pause is None:
+                fed = edited_thought(self.model, self.state.hidden, i, edit)
+            else:
+                fed = self.model.embed(torch.full_like(self.start, self.pause))
+            self.thoughts.append(self.state.hidden)
+            self.inputs.append(fed)
+            self.state = append_step(self.model, self.cache, fed, self.state)
+
+    @torch.no_grad()
+    def write(self, tokens: Sequence[list[int]]) -> None:
+        """Append other tokens to each sequence, any number of them."""
+        for i in range(max(map(len, tokens))):
+            active = torch.tensor([i < len(t) for t in tokens], device=self.start.device)
+            token = torch.tensor([t[i] if i < len(t) else 0 for t in tokens]).to(self.start)
+            self.state = append_step(
+                self.model, self.cache, self.model.embed(token), self.state, active
+            )
+
+    @torch.no_grad()
+    def answer(self) -> Tensor:
+        """Return the log-probability of each candidate, (B, m), if an answer is forced now.
+
+        Nothing stays in the cache.
+        """
+        here = self.cache.lengths.clone(), self.state
+        self.write([list(self.forced)] * len(self))
+        asked = self.cache.lengths.clone(), self.state
+        columns = []
+        for candidate in zip(*self.candidates, strict=True):  # B lists of tokens
+            self._crop(*asked)
+            log_p = self.state.hidden.new_zeros(len(self), dtype=torch.float32)
+            for i in range(max(map(len, candidate))):
+                if i:
+                    self.write([[t[i - 1]] if i < len(t) else [] for t in candidate])
+                token = torch.tensor([t[i] if i < len(t) else -1 for t in candidate]).to(self.start)
+                log_all = self.model.head(self.state.hidden).float().log_softmax(-1)  # (B, V)
+                log_token = log_all.gather(1, token.clamp(min=0)[:, None])[:, 0]
+                log_p += torch.where(token >= 0, log_token, 0.0)
+            columns.append(log_p)
+        self._crop(*here)
+        return torch.stack(columns, 1)
+
+    def slots(self, n: int) -> Slots:
+        """Return what lies in the first n slots; the state is the present one."""
+        pos = self.start[:, None] + torch.arange(n, device=self.start.device)  # (B, n)
+        return Slots(self.cache.data[:, :, self.cache.batch_index, :, pos], self.state)
+
+    def put(self, slots: Slots, only: Sequence[int] | None = None) -> None:
+        """Replace the slots, or only some of them; the sequence then ends after the last one.
+
+        slots  of questions with the same number of tokens: positions are part of the keys
+        only   slots to replace; the sequence must have all of them (None: all)
+        """
+        n = slots.kv.shape[1]
+        index = torch.arange(n) if only is None else torch.tensor(only)
+        pos = self.start[:, None] + index.to(self.start)  # (B, n)
+        self.cache.data[:, :, self.cache.batch_index, :, pos] = slots.kv[:, index]
+        self.cache.lengths.copy_(self.start + n)
+        if n - 1 in index:
+            state = slots.state
+            span = self._read.span + n
+            self.state = DecodeState(state.hidden, state.prev_embedding, span)

@@ -21,7 +21,7 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no data
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         first = str(e).splitlines()[0]
         raise UserError(f"device={name!r} cannot be used: {first}\nTry --device=cpu.") from None

@@ -20,7 +20,8 @@ class _Output:
 
     def __init__(self, stream: TextIO, goes_on: bool) -> None:
         self._stream, self._goes_on = stream, goes_on
-        if getattr(stream, "errors", "backslashreplace") != "backslashreplace":
+        # a notebook's stream has no encoding, and no method of this name
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
             stream.reconfigure(errors="replace")  # what its encoding (cp1252) lacks becomes "?"
 
     def __getattr__(self, name: str) -> Any:
@@ -65,6 +66,11 @@ def run_main(main: Callable[[], None], goes_on: bool = False) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as e:  # a path that is too long, without permission, on a disk that is gone
+        if e.filename is None:
+            raise
+        print(f"error: {e.filename} cannot be used: {e.strerror}.", file=sys.stderr)
+        sys.exit(2)
     finally:
         for stream in (sys.stderr, sys.stdout):
             with suppress(UserError, SystemExit):

@@ -4,7 +4,7 @@ What an epoch and a step hold depends on the seed and their numbers only, never 
 came before, so a run resumed anywhere sees the same examples in the same order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -155,7 +155,7 @@ class TrainLoader:
                 ordered += bucket[i * size :][:size]
         return ordered
 
-    def _graph_hashes(self, examples: list[Example]) -> frozenset[bytes]:
+    def _graph_hashes(self, examples: list[Example]) -> frozenset[Hashable]:
         hashes = set()
         for example in examples:
             with suppress(UserError):  # a validation file may hold another task's examples

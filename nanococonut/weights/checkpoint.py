@@ -49,7 +49,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _digest_examples(data: Data) -> str:
+def digest_examples(data: Data) -> str:
     """Return the digest of what the examples say, in order, whatever the format of their file."""
     sha = hashlib.sha256()
     for split, examples in ({"train": data.train or []} | data.val).items():
@@ -148,6 +148,8 @@ def write_atomic(
         digests = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for name in files:
+            shutil.copymode(temporary / MANIFEST, temporary / name)  # safetensors writes 0600
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)  # before the rename: a power cut must not leave an empty file of that name
         os.rename(temporary, folder)
@@ -197,7 +199,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        what = "holds no checkpoint" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
@@ -219,7 +221,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raise UserError if it is damaged or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     if isinstance(manifest, dict) and manifest.get("format") == 1:
         raise UserError(
@@ -375,7 +377,7 @@ class RunDir:
         # a branch on the hub may move, so a resumed run reads the commit it started with
         revision = self.manifest.get("hub_commit") or self.config.hub_revision
         data = load_data(replace(self.config, hub_revision=revision), skipped)
-        self.examples = _digest_examples(data)
+        self.examples = digest_examples(data)
         if self.manifest.get("examples", self.examples) != self.examples:
             paths = [p for p in (self.config.data, self.config.valid_data) if p]
             raise UserError(

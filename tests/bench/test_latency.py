@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,21 +13,23 @@ import torch
 from bench import latency as bench
 from bench.common import baselines, roofline, tables, workload
 from bench.common.results import read_results
+from nanococonut.model import GPTConfig
 from nanococonut.runtime.errors import UserError
 
-TINY = "--n_layer=2 --n_embd=16 --n_head=2 --vocab_size=64 --block_size=512".split()
-SHAPE = dict(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=512)
+TINY = GPTConfig(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=512)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
+def small(monkeypatch):
+    """A small model, and little memory to measure the bandwidth of."""
+    monkeypatch.setattr(workload, "GPT2", TINY)
     monkeypatch.setitem(roofline.BUFFER_BYTES, "cpu", 1 << 16)
 
 
 @pytest.fixture
 def latency(script):
-    return lambda *argv: script(*TINY, *argv, "--device=cpu", script="bench/latency.py")
+    return lambda *argv: script(*argv, "--device=cpu", script="bench/latency.py")
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def tiny():
     """Return (workload, config) with options; nothing is started."""
 
     def make(**options):
-        config = bench.LatencyConfig(checkpoint="random", device="cpu", **SHAPE, **options)
+        config = bench.LatencyConfig(checkpoint="random", device="cpu", **options)
         return workload.load_model(config, CPU), config
 
     return make
@@ -73,10 +76,9 @@ def test_run_measures_everything(latency, tmp_path):
             whole, rest = (run.value(m, **where) for m in ("answer", "answer_after_prefill"))
             assert 0 < rest < whole
         assert run.value("answer", task=task, path="chain", relative_to="thoughts") > 0
-    assert run.value("memory_bandwidth", "torch", variant="read") > 0
+    assert run.value("memory_bandwidth", "torch") > 0
     assert {row["repeats"] for row in rows if row["unit"] == "x"} == {2}  # rounds are whole
-    assert line["left_out"] == [] and {"released", "nanococonut, eager"} <= line["missing"].keys()
-    assert line["missing"]["released"] == "not requested"
+    assert line["left_out"] == [] and line["missing"]["released"] == "not requested"
     assert "| prosqa |" in "\n".join(shown) and str(tmp_path) not in out
 
 
@@ -117,7 +119,7 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "time_case", fails_at_second)
     with pytest.raises(KeyboardInterrupt):
         all_cases = bench.cases(config, providers, False)
-        bench.measure(all_cases, config, found, results)
+        bench.measure(all_cases, config.rounds, found, results)
     rows = read_results(tmp_path / "r.jsonl")
     assert {r["metric"] for r in rows} >= {"latent_step", "token_step", "first_token"}
 
@@ -131,8 +133,7 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
         (["--rounds=0"], "rounds=0"),
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
-        (["--checkpoint=nowhere"], "Give no --checkpoint"),
-        (["--n_head=3"], "is not a multiple"),
+        (["--checkpoint=nowhere"], "does not exist"),
         (["--out=nowhere/rows.jsonl"], "folder does not exist"),
         (["--contexts=9000", "--tasks=", "--peers=False"], "nothing fits"),
     ],
@@ -162,17 +163,16 @@ def test_others_are_checked_before_timing(tiny, tmp_path, monkeypatch):
     assert [p.name for p in providers] == ["nanococonut"]
     assert "worker transformers ended" in missing["transformers"]
     found, config = tiny(transformers_python=str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="cannot be run"):
-        baselines.start(found, config)
+    assert "cannot be run" in baselines.start(found, config)[1]["transformers"]
 
 
 def test_closed_worker_leaves_no_process(tmp_path):
     """A compiler that a killed worker had started used to run on, beside the next measurement."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nsleep 20 &\necho {}\nwait\n")
+    python.write_text("#!/bin/sh\nsleep 20 &\necho '{\"versions\": {}}'\nwait\n")
     python.chmod(0o755)
-    worker = baselines.Worker("released", str(python), "--flag", "nothing")
-    assert worker.receive() == {}
+    worker = baselines.Worker("released", str(python), {})
+    assert worker.versions == {}
     began = time.monotonic()
     worker.close()
     worker.close()  # twice is no error
@@ -206,15 +206,16 @@ def test_out_of_memory_is_no_crash():
     assert not failed
 
 
-def test_throughput_ends_when_no_longer_faster(script, tmp_path):
-    argv = [*TINY, "--task=gsm8k", "--rounds=2", "--max_batch=8", "--device=cpu"]
+def test_throughput_ends_when_no_longer_faster(script, tmp_path, monkeypatch):
+    argv = ["--task=gsm8k", "--rounds=2", "--max_batch=8", "--device=cpu"]
     code, out, err = script(*argv, "--out=rows.jsonl", script="bench/throughput.py")
     assert code == 0, err
     rows, line = read_results(tmp_path / "rows.jsonl"), json.loads(out.splitlines()[-1])
     batches = [row["shape"]["batch"] for row in tables.select(rows, path="thoughts")]
     assert batches == [1, 2, 4, 8][: len(batches)] and len(rows) == 3 * len(batches)
     assert {row["unit"] for row in rows} == {"questions/s"} and line["ended"]
-    code, _, err = script(*TINY[:-1], "--block_size=64", script="bench/throughput.py")
+    monkeypatch.setattr(workload, "GPT2", replace(TINY, block_size=64))
+    code, _, err = script("--device=cpu", script="bench/throughput.py")
     assert code == 2 and "the model has 64" in err
 
 

@@ -212,6 +212,7 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
     assert row["name"] == "run" and row["validations"][0]["valid_accuracy"] == 0.9
     assert [point[0] for point in row["points"]][-3:] == [108, 114, 119]
     for n in (1, 7):  # one point drew an empty picture
+        (tmp_path / "run" / "metrics.jsonl").unlink()
         write(tmp_path / "run" / "metrics.jsonl", logged[:n])
         assert [point[0] for point in plot.curve_of("run")["points"]] == list(range(1, n + 1))
         code, _, err = script("--curve=run", f"--out=short{n}.png", script="bench/plot.py")

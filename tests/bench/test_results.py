@@ -1,8 +1,8 @@
 """bench/common/results.py: what a row holds, and that committed rows follow the schema."""
 
 import json
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -45,22 +45,10 @@ def test_row_holds_median_and_spread():
 @pytest.mark.parametrize(
     "own, message",
     [
-        ({"note": "x"}, "note"),
+        ({"note": "x"}, "note is 'x'"),
         ({"value": "2"}, "value is '2'"),
-        ({"value": float("nan")}, "value is nan"),
-        ({"value": -1.0}, "value is -1.0"),
-        ({"value": 5.0}, "not between 1.2 and 2.8"),
-        ({"unit": "furlongs"}, "furlongs"),
-        ({"unit": "x"}, "relative_to"),
-        ({"labels": {"relative_to": "chain"}}, "relative_to"),
-        ({"labels": {"path": 6}}, "expected text"),
-        ({"metric": ""}, "metric is empty"),
-        ({"shape": {"batch": "4"}}, "expected whole numbers"),
-        ({"spread": {"least": 1.0}}, "expected p10 and p90"),
-        ({"repeats": 0}, "repeats=0"),
-        ({"repeats": True}, "repeats is True"),
-        ({"versions": {}}, "versions"),
-        ({"date": "yesterday"}, "yesterday"),
+        ({"repeats": None}, "repeats is None"),
+        ({"shape": 4}, "shape is 4"),
     ],
 )
 def test_invalid_row_is_refused(own, message):
@@ -68,7 +56,7 @@ def test_invalid_row_is_refused(own, message):
         results.validate_row(row() | own)
     short = row()
     short.pop("commit")
-    with pytest.raises(UserError, match="commit"):
+    with pytest.raises(UserError, match="commit is 'missing'"):
         results.validate_row(short)
 
 
@@ -101,10 +89,11 @@ def test_command_has_no_local_path(tmp_path):
 
 
 FILES = sorted(p.stem for p in (ROOT / "bench/results").glob("*.jsonl"))
-UNREAD = ("curves", "drift", "loss", "throughput")  # old rows, for people only
+UNITS = "ms us GB/s questions/s examples/s fraction x".split()
+SPREADS = ((), ("p10", "p90"), ("ci_low", "ci_high"), ("min", "max"))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in UNREAD])
+@pytest.mark.parametrize("name", [name for name in FILES if name != "curves"])
 def test_committed_rows_follow_the_schema(name):
     rows = results.read_results(ROOT / f"bench/results/{name}.jsonl")
     assert rows
@@ -112,22 +101,13 @@ def test_committed_rows_follow_the_schema(name):
         assert not r["commit"].endswith("-dirty")
         assert "/" not in r["command"].split("py ", 1)[-1]
         assert not r["detail"].get("trained", {"commit": ""})["commit"].endswith("-dirty")
-
-
-def test_old_rows_keep_their_values():
-    """The adapter renames; it must not round or merge a measurement."""
-    folder: Path = ROOT / "bench/results"
-    path = folder / "latency.jsonl"
-    old, new = results.read_jsonl(path), results.read_results(path)
-    for a, b in zip(old, new, strict=False):  # new rows follow the old ones
-        assert "metric" in a or all(a[k] == b[k] for k in ("value", "spread", "repeats"))
-    keys = {(r["metric"], r["provider"], *map(str, (r["labels"], r["shape"], r["date"])))
-            for r in new}  # fmt: skip
-    assert len(keys) == len(new)
-    old = results.read_jsonl(folder / "training.jsonl")[2]
-    [released] = results.from_old(old)
-    assert (released["metric"], released["provider"], released["unit"]) == ("step", "released", "x")
-    assert released["value"] == old["released"]["ours_times_faster"]["median"]
-    assert released["spread"]["max"] == old["released"]["ours_times_faster"]["max"]
-    with pytest.raises(UserError, match="not a valid result"):
-        results.from_old({"loss": 1.0})
+        assert tuple(r["spread"]) in SPREADS and r["repeats"] >= 1 and "torch" in r["versions"]
+        assert r["unit"] in UNITS and (r["unit"] == "x") == ("relative_to" in r["labels"])
+        low, high = list(r["spread"].values()) or [r["value"]] * 2
+        assert 0 <= low <= r["value"] <= high
+        assert all(type(n) is int for n in r["shape"].values())
+        assert all(type(text) is str for text in r["labels"].values())
+        assert re.fullmatch(r"unknown|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", r["date"])
+        assert all(r[key] for key in ("bench", "metric", "provider", "device", "dtype"))
+    keys = {str([r[k] for k in results.FIELDS if k != "detail"]) for r in rows}
+    assert len(keys) == len(rows)  # no row is there twice

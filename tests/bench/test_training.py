@@ -6,20 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import ROOT, forward, random_gpt
+from helpers import ROOT, forward
 
 from bench import training
-from bench.common import train_backends
 from bench.common.results import read_results
 from bench.common.tables import Run
-from bench.common.train_backends import FinalStageBatches, TrainBackend
 from bench.workers import serve
 from nanococonut import coconut, ops
-from nanococonut.training.step import TrainStep
 
 SCRIPT = ROOT / "bench" / "training.py"
 CONFIG = str(ROOT / "config" / "prosqa_small.py")
@@ -52,12 +50,10 @@ def test_run_writes_every_metric(tmp_path):
     row = rows[0]
     assert row["labels"] == {"config": "prosqa_small.py"} and row["bench"] == "training"
     sizes = dict(n_layer=1, n_embd=8, batch=3, micro_batch=3, thoughts=2)
-    assert sizes.items() <= row["shape"].items() and "context" not in row["shape"]
+    assert sizes.items() <= row["shape"].items()
     assert row["detail"]["smear"] and row["detail"]["kernels"] == "torch"
     assert row["repeats"] == 1 and "torch" in row["versions"]
-    found = Run(rows)
-    step = found.value("step")
-    assert found.value("examples_per_s") == pytest.approx(3e3 / step, rel=1e-3)
+    assert Run(rows).value("step") > 0
     assert str(ROOT) not in last and str(tmp_path) not in last
 
 
@@ -71,26 +67,25 @@ def test_more_layers_are_more_parameters(bench):
     assert runs[1]["shape"]["parameters"] - runs[0]["shape"]["parameters"] == layer
 
 
-def made(**settings):
-    """Return (recipe, two batches) of a tiny model."""
+def trainer(micro_batch_size=64, **settings):
+    """Return the Trainer of a tiny model."""
     own = dict(config=CONFIG, n_layer=2, n_embd=8, batch_size=5, repeats=1)
-    config = training.StepConfig(**own | settings)
-    recipe = training.recipe_of(config)
-    return recipe, FinalStageBatches(recipe, 2, config.context)
+    recipe = training.recipe_of(training.StepConfig(**own | settings))
+    return training.Trainer(replace(recipe, micro_batch_size=micro_batch_size))
 
 
 @pytest.mark.parametrize("latent, micro", [(0, 5), (2, 2)])
 def test_loss_is_that_of_all_micro_batches(latent, micro):
-    recipe, batches = made(latent=latent, micro_batch_size=micro)
-    backend = TrainBackend(recipe, batches)
+    backend = trainer(micro, latent=latent)
     before = copy.deepcopy(backend.model)
     expected = n_labels = 0
-    for micro_batch in batches.micro_batches(0, backend.train_step)[0]:
+    step_batch = backend.loader.get(0, backend.stage, backend.train_step.prepare)
+    for micro_batch in step_batch.micro_batches:
         batch = micro_batch.batch
         logits = forward(before, batch)
         expected += coconut.loss_sum(logits, batch.targets)
         n_labels += batch.n_labels
-    assert len(batches.micro_batches(0, backend.train_step)[0]) == -(-5 // micro)
+    assert len(step_batch.micro_batches) == -(-5 // micro)
     expected = pytest.approx((expected / n_labels).item(), rel=1e-5)
     assert backend.check()["loss"] == expected
     reply = backend.step(0)
@@ -99,41 +94,31 @@ def test_loss_is_that_of_all_micro_batches(latent, micro):
         assert not torch.equal(new, old) or not old.any()
 
 
-def test_both_backends_take_the_same_steps(monkeypatch):
-    """With graphs or without: same losses, same weights afterwards. A check() in between must not
-    move the gradients that graphs write to."""
-    recipe, batches = made(latent=1, micro_batch_size=3)
-    eager = TrainBackend(recipe, batches)
-    monkeypatch.setattr(train_backends, "GraphCache", FakeGraphCache)
+def test_graphs_take_the_same_steps(monkeypatch):
+    """With graphs or without: same losses, same weights afterwards. A check() before must not leave
+    gradients that graphs would add to."""
+    eager = trainer(3, latent=1)
+    monkeypatch.setattr(training, "GraphCache", FakeGraphCache)
     monkeypatch.setattr(ops, "choose_graph", lambda *_: True)
-    fast = TrainBackend(recipe, batches)
+    fast = trainer(3, latent=1)
     assert fast.graph and not eager.graph
-    for i in (0, 1, 0):
+    assert fast.check() == pytest.approx(eager.check(), rel=1e-5)
+    for i in (0, 1, 2):
         assert fast.step(i)["loss"] == pytest.approx(eager.step(i)["loss"], rel=1e-5)
-        assert fast.check()["loss"] > 0
     assert 0 < len(fast.train_step.graphs.graphs) < 6
     for a, b in zip(fast.model.parameters(), eager.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_context_is_exact():
-    recipe, batches = made(context=203, latent=3)
-    for sequences in batches.sequences:
-        assert [len(prefix) for prefix, *_ in sequences] == [203] * 5
-    longest = max(len(prefix) + n + len(suffix) for prefix, n, suffix, _ in batches.sequences[0])
-    assert recipe.block_size >= longest
-    repeated = batches.sequences[0][0][0]
-    assert repeated[-1] == batches.tokenizer.bot and len(set(repeated)) > 8
-
-
 @pytest.mark.parametrize("latent", [0, 3])
 def test_released_code_gets_the_same_sequences(latent):
     """Compare with our own blocks: tokens, labels, positions and padding."""
-    _, batches = made(latent=latent)
-    plain = TrainStep(random_gpt())
-    for i, batch in enumerate(batches.as_released()):
-        theirs = serve.padded(batch, batches.tokenizer.eos, "cpu")
-        ours = batches.micro_batches(i, plain)[0][0].batch
+    backend = trainer(latent=latent)
+    tokenizer = backend.tokenizer
+    for i, plain in enumerate(backend.plain_batches(2)):
+        theirs = serve.padded(plain, tokenizer.eos, "cpu")
+        step_batch = backend.loader.get(i, backend.stage, backend.train_step.prepare)
+        ours = step_batch.micro_batches[0].batch
         real = theirs["attention_mask"] == 1
         assert (theirs["labels"][~real] == -100).all()
         assert theirs["input_ids"].shape[1] == (
@@ -143,15 +128,15 @@ def test_released_code_gets_the_same_sequences(latent):
             ids = theirs["input_ids"][b, real[b]].tolist()
             p, n = ours.length[b].item(), latent
             words = ids[p + n :]
-            assert ids[:p] == ours.prefix[b, :p].tolist() and ids[p - 1] == batches.tokenizer.bot
-            assert ids[p : p + n] == [batches.tokenizer.latent] * n
+            assert ids[:p] == ours.prefix[b, :p].tolist() and ids[p - 1] == tokenizer.bot
+            assert ids[p : p + n] == [tokenizer.latent] * n
             assert words == ours.suffix[b, : len(words)].tolist()
-            assert (words[0], words[-1]) == (batches.tokenizer.eot, batches.tokenizer.eos)
+            assert (words[0], words[-1]) == (tokenizer.eot, tokenizer.eos)
             labels = [-100] * (p + n) + ours.targets[b, : len(words)].tolist()
             assert theirs["labels"][b, real[b]].tolist() == labels
             assert theirs["position_ids"][b, real[b]].tolist() == list(range(len(ids)))
         if latent:  # all sequences think in the same columns
-            columns = (theirs["input_ids"] == batches.tokenizer.latent).any(dim=0)
+            columns = (theirs["input_ids"] == tokenizer.latent).any(dim=0)
             assert columns.sum() == latent
 
 
@@ -179,7 +164,7 @@ def test_python_that_cannot_be_run(bench, clone):
 
 def test_worker_that_dies(bench, clone):
     code, _, err = bench(f"--released={clone}", f"--released_python={shutil.which('false')}")
-    assert code == 2 and "worker released_train ended" in err and len(err.splitlines()) <= 2
+    assert code == 2 and "worker released ended" in err and len(err.splitlines()) <= 2
 
 
 def test_worker_that_computes_something_else(bench, clone):
@@ -205,6 +190,6 @@ def test_released_code_computes_the_same(bench):
         assert about[name]["ours"] == pytest.approx(about[name]["released"], rel=1e-4)
     assert rows[0]["versions"]["transformers"].startswith("4.")
     assert not line["rows"][0]["detail"]["smear"]
-    step, rate, ratio = (row["value"] for row in rows[:3])
-    assert ratio == pytest.approx(step / line["rows"][0]["value"], rel=0.01) and rate > 0
+    step, ratio = (row["value"] for row in rows)
+    assert ratio == pytest.approx(step / line["rows"][0]["value"], rel=0.01)
     assert about["commit"] != "unknown" and released not in last and python not in last

@@ -103,6 +103,14 @@ def test_encoding_without_the_character_prints(monkeypatch):
     assert out.buffer.getvalue() == b"caf\xe9 ? ? ?\n"
 
 
+def test_stream_of_a_notebook_prints(monkeypatch):
+    """Jupyter's stdout, and a redirect to io.StringIO, have no reconfigure(): a traceback."""
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    run_main(lambda: print("caf\xe9"))
+    assert out.getvalue() == "caf\xe9\n"
+
+
 @pytest.fixture
 def handlers():
     """Restore the handlers of all signals that Interrupt may take."""

@@ -1,0 +1,260 @@
+"""Write a row of insight.py as one HTML page: inline SVG, and every figure's numbers in a table.
+
+Nothing is measured or fetched here. page.html has the style, all captions, and the script of the
+interactive view. Colours are Okabe and Ito's, marks differ in shape; 400 units suit a phone.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+Row = dict[str, Any]
+PARTS = re.split(r"<!-- (\w+) -->\n", (Path(__file__).parent / "page.html").read_text("utf-8"))
+TEXT = dict(zip(["head", *PARTS[1::2]], PARTS[::2], strict=True))  # each part of page.html by name
+SINGULAR = {"thoughts": "thought", "pauses": "pause", "written chain": "word"}
+DIAMOND, SQUARE = ("t", "M0-7L7 0 0 7-7 0Z"), ("s", "M-5-5H5V5H-5Z")  # colour and outline
+DISC = "M-5 0A5 5 0 0 1 5 0A5 5 0 0 1-5 0Z"
+SHAPES = {"twin": DIAMOND, "other_other": DIAMOND, "other": DIAMOND, "same_other": SQUARE}
+SHAPES |= {"control": ("h", DISC), "dashed": ("o", DISC)}  # by a point's id; else a grey disc
+STYLES = {"accuracy": ("s", 0.5, False), "slots": ("t", 0.0, True)}  # colour, zero, whether framed
+
+
+def _fill(name: str, words: Mapping[str, Any]) -> str:
+    """Return a part of page.html with [[word]] replaced."""
+    return re.sub(r"\[\[(\w+)\]\]", lambda match: str(words[match[1]]), TEXT[name])
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}\xa0%"
+
+
+def _cell(fig: Row | None, keys: Sequence[str] = ("lo", "n", "mass")) -> str:
+    """Return "91.1 % (89.5 to 92.5, n = 1,400, mass 98.0 %)", as far as measured."""
+    if fig is None:
+        return ""
+    text = {"lo": "{lo:.1f} to {hi:.1f}", "n": "n\xa0=\xa0{n:,}", "mass": "mass {mass:.1f}\xa0%"}
+    values = {k: v if k == "n" else 100 * v for k, v in fig.items() if isinstance(v, int | float)}
+    extra = ", ".join(text[key].format(**values) for key in keys if key in values)
+    return _percent(fig["value"]) + (f" ({extra})" if extra else "")
+
+
+def sentence(finding: Row) -> str:
+    """Return a finding's text, its figures filled in with their intervals."""
+    cells = [_cell(fig, ("lo", "n")) for fig in finding["figures"]]
+    return re.sub(r"\{(\d)\}", lambda match: cells[int(match[1])], finding["text"])
+
+
+def _table(lines: Sequence[Sequence[Any]], kind: str = "") -> str:
+    """Return a table of lines; the first entry of a line is its name."""
+    rows = ""
+    for name, *cells in lines:
+        values = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+        rows += f"<tr><th>{escape(str(name))}</th>{values}</tr>"
+    return f'<div class="wide"><table class="{kind}">{rows}</table></div>'
+
+
+def _figure(title: str, text: str, drawing: str, lines: Sequence[Sequence[Any]]) -> str:
+    return f"""<figure><h2>{escape(title)}</h2><p>{text}</p>{drawing}
+<details><summary>Numbers of this figure</summary>{_table(lines)}</details></figure>
+"""
+
+
+def _text(x: float, y: float, text: object, kind: str = "") -> str:
+    return f'<text x="{x:.0f}" y="{y}" class="{kind}">{escape(str(text))}</text>'
+
+
+def _svg(height: float, label: str, parts: Sequence[str]) -> str:
+    head = f'<svg viewBox="0 0 400 {height}" role="img" aria-label="{escape(label)}">'
+    return head + "".join(parts) + "</svg>"
+
+
+def _points(points: Sequence[Row], ends: Sequence[str]) -> str:
+    """Draw shares from 0 to 100 % with their intervals, one line each."""
+    height, parts = 40 * len(points) + 24, []
+    for x, side, end in zip((10, 200, 390), ("", "c", "e"), ends, strict=True):
+        parts += [_text(x, 12, end, f"d {side}"), f'<path d="M{x} 18V{height}" class="g"/>']
+    for y, point in zip(range(38, height, 40), points, strict=True):
+        dashed = point.get("mass", 1) < 0.5
+        kind, outline = SHAPES.get("dashed" if dashed else point["id"], ("x", DISC))
+        x, lo, hi = (10 + 380 * point.get(key, point["value"]) for key in ("value", "lo", "hi"))
+        parts += [
+            _text(16, y, point["label"], "halo"),
+            _text(384, y, _cell(point, ("lo",)), f"halo e {kind}l"),
+            f'<path d="M{lo:.1f} {y + 12}H{hi:.1f}" class="ci {kind}"/>',
+            f'<path transform="translate({x:.1f} {y + 12})" d="{outline}" class="{kind}"/>',
+        ]
+    return _svg(height, "; ".join(f"{p['label']} {_percent(p['value'])}" for p in points), parts)
+
+
+def _heat(grid: Row, kind: str = "s", zero: float = 0.0, frame: bool = False) -> str:
+    """Draw a grid of figures, from no colour at `zero` to full colour at 100 %."""
+    left = 12 + 6.5 * max(len(row["label"]) for row in grid["rows"])
+    width, parts, aria = (400 - left) / len(grid["columns"]), [], []
+    for j, column in enumerate(grid["columns"]):
+        bold = "b" if column == grid.get("trained") else "d"
+        parts.append(_text(left + width * (j + 0.5), 12, column, f"c {bold}"))
+    for y, row in zip(range(20, 9999, 26), grid["rows"], strict=False):
+        cells = [(j, fig) for j, fig in enumerate(row["cells"]) if fig]
+        best = max((fig["value"] for _, fig in cells), default=0)
+        parts.append(_text(left - 8, y + 17, row["label"], "e"))
+        aria += [row["label"], *(f"{100 * fig['value']:.0f}" for _, fig in cells)]
+        for j, fig in cells:
+            value, hollow = fig["value"], fig.get("mass", 1) < 0.5
+            grey = j >= len(grid["columns"]) - grid.get("grey", 0)
+            shade = 0 if hollow else max(0, (value - zero) / (1 - zero))
+            tint = "o" if hollow else "x" if grey else kind
+            tone = "d" if hollow else "on" if shade > 0.6 else ""
+            x = left + width * j + 1
+            rect = f'<rect x="{x:.1f}" y="{y + 1}" width="{width - 2:.1f}" height="24" class='
+            parts += [
+                f"<g><title>{_cell(fig)}</title>",
+                f'{rect}"{tint}" fill-opacity="{shade:.2f}"/>',
+                f'{rect}"f"/>' if frame and 0.1 < best == value else "",
+                _text(x + width / 2 - 1, y + 17, f"{100 * value:.0f}", f"c {tone}") + "</g>",
+            ]
+    return _svg(22 + 26 * len(grid["rows"]), " ".join(aria), parts)
+
+
+def _heats(title: str, text: str, grids: Sequence[tuple[str, Row, Sequence[Any]]]) -> str:
+    """Return a figure of heat maps side by side: (heading, grid, style) each."""
+    drawing, lines = "", []
+    for heading, grid, style in grids:
+        drawing += f"<div><h3>{escape(heading)}</h3>{_heat(grid, *style)}</div>"
+        lines.append([heading, *grid["columns"]])
+        lines += [[row["label"], *map(_cell, row["cells"])] for row in grid["rows"]]
+        lines += [[key, _cell(grid[key])] for key in ("free", "wrote_chain") if grid.get(key)]
+    return _figure(title, text, f'<div class="pair">{drawing}</div>', lines)
+
+
+def _layout(question: Row) -> Row:
+    """Return the question with each node's place in its level: x from 0 to 1, and rank."""
+    levels, n = question["levels"], len(question["nodes"])
+    x, rank = [0.0] * n, [0] * n
+    for level in sorted(set(levels)):
+        members = [i for i in range(n) if levels[i] == level]
+        for j, i in enumerate(members):  # below its parents
+            above = [x[a] for a, b in question["edges"] if b == i and levels[a] < level]
+            x[i] = mean(above or [j / len(members)])
+        members.sort(key=x.__getitem__)
+        center = mean([x[i] for i in members])
+        for a, b in pairwise(members):
+            x[b] = max(x[b], x[a] + 0.9 / max(4, len(members)))
+        shift = mean([x[i] for i in members]) - center
+        for j, i in enumerate(members):
+            x[i], rank[i] = x[i] - shift, j
+    low, wide = min(x), max(x) - min(x) or 1
+    return question | {"x": [round((v - low) / wide, 3) for v in x], "rank": rank}
+
+
+def _view(row: Row) -> str:
+    words = {"noun": row["noun"], "one": SINGULAR[row["noun"]]}
+    questions = [_layout(question) for question in row["view"]]
+    data = json.dumps({"one": words["one"], "view": questions}, separators=(",", ":"))
+    for sign in "<>&":  # so that no name ends the script
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    titles = (escape(question["title"]) for question in questions)
+    menu = "".join(f'<option value="{i}">{title}</option>' for i, title in enumerate(titles))
+    caption = _fill("caption", words) + TEXT["chosen"] * (len(questions) > 1)
+    return _fill("view", words | {"caption": caption, "menu": menu, "data": data})
+
+
+def view_page(row: Row) -> str:
+    """Return a page with the interactive view alone. row: its name, noun and view.
+
+    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,740 FILE#0,1,0,all
+    """
+    title = f"The {row['noun']} of {escape(row['name'])}"
+    return _fill("head", {"title": title}) + _view(row) + TEXT["tail"]
+
+
+def _findings(row: Row, against: Row) -> str:
+    """Return the verdicts as a list; after each, the control's verdict of the same test."""
+    controls = {finding["id"]: finding["title"] for finding in against.get("findings", ())}
+    items = ""
+    for f in row["findings"]:
+        text = re.sub(r"(\([^()]*n\xa0=[^()]*\))", r"<small>\1</small>", escape(sentence(f)))
+        if f["id"] in controls:
+            control = escape(f"{against['name']}: {controls[f['id']]}")
+            text += f"<br /><small>{control}</small>"
+        mark = f["mark"].replace("part", "in part")  # of class part
+        text = f"<b>{escape(f['title'])}</b> {text}"
+        items += f'<li><span class="m {mark}">{mark}</span><div>{text}</div></li>'
+    return f"<ol>{items}</ol>\n"
+
+
+def _scale(row: Row, against: Row, words: Row) -> str:
+    controls = {point["id"]: point for point in against.get("scale") or ()}
+    points = []
+    for point in row["scale"]:
+        points.append(point)
+        if point["id"] in controls:
+            label = f"… of {against['name']}"
+            points.append(controls[point["id"]] | {"id": "control", "label": label})
+    drawing = _points(points, ("0\xa0%: ignored", "50\xa0%: destroyed", "100\xa0%: carried"))
+    lines = [(point["label"], _cell(point)) for point in points]
+    title = f"Whose {words['noun']} does the answer follow?"
+    return _figure(title, _fill("scale", words), drawing, lines)
+
+
+def _write(write: Row, words: Row) -> str:
+    drawing = _points(write["points"], ("0\xa0%: no change", "50\xa0%", "100\xa0%: rewritten"))
+    if erase := write.get("erase") or []:
+        ends = ("0\xa0%", "50\xa0%: chance", "100\xa0%: unharmed")
+        drawing += f"<p>{_fill('erase', words | write)}</p>{_points(erase, ends)}"
+    lines = [[point["label"], _cell(point)] for point in (*write["points"], *erase)]
+    return _figure("Can they be written by hand?", _fill("write", words | write), drawing, lines)
+
+
+def _names(names: Row, words: Row) -> str:
+    labels, grids = [*(str(i + 1) for i in range(len(names["mass"]))), "nodes"], []
+    for side, who in (("own", "the entity asked about"), ("other", "the other entity")):
+        bars = zip(labels, [*names[side], names[f"base_{side}"]], strict=True)
+        rows = [{"label": label, "cells": [{"value": v} for v in bar]} for label, bar in bars]
+        for row, mass in zip(rows, names["mass"], strict=False):
+            row["cells"].append({"value": mass})
+        grid = {"columns": [*names["distances"], "mass"], "rows": rows, "grey": 2}
+        grids.append((f"steps from {who}", grid, ()))
+    return _heats("What do they name?", _fill("names", words | {"n": f"{names['n']:,}"}), grids)
+
+
+def render(row: Row, against: Row | None = None) -> str:
+    """Return the page of a row as HTML. against: the row of a control, drawn in grey beside it."""
+    against = against or {}
+    noun, is_chain = row["noun"], row["noun"] == "written chain"
+    words = {"noun": noun, "one": SINGULAR[noun]}
+    title = f"{'Does' if is_chain else 'Do'} the {noun} of {escape(row['name'])} do anything?"
+    about = [row.get("method"), row.get("task")]
+    about += [f"{row[key]:,} {key}" for key in ("thoughts", "parameters") if row.get(key)]
+    body = [_fill("head", {"title": title}), f"<h1>{title}</h1>"]
+    body.append(f'<p class="dim">{escape(" · ".join(filter(None, about)))}</p>')
+    body += [f"<p><b>{escape(line)}</b></p>" for line in row.get("refused") or ()]
+    body.append(_findings(row, against))
+    body += [f'<p class="dim">{escape(line)}</p>' for line in row.get("warnings") or ()]
+    body.append('<div class="pair">')
+    body += [_scale(row, against, words)] if row.get("scale") else []
+    count = "How much of it?" if is_chain else f"How many {noun}?"
+    for key, question in (("accuracy", count), ("slots", "Which one carries it?")):
+        if grid := row.get(key):
+            figures = {name: _cell(grid.get(name), ("lo", "n")) for name in ("free", "wrote_chain")}
+            text = _fill(key, words) + (_fill("free", words | figures) if figures["free"] else "")
+            grids = [(row["name"] if against else "", grid, STYLES[key])]
+            if against.get(key):
+                grids.append((against["name"], against[key], ("x", *STYLES[key][1:])))
+            body.append(_heats(question, text, grids))
+    body += [_write(row["write"], words)] if row.get("write") else []
+    body.append("</div>\n")
+    body += [_names(row["names"], words)] if row.get("names") else []
+    body += [_view(row)] if row.get("view") else []
+    if paper := row.get("paper"):
+        body.append(TEXT["paper"] + '<div class="pair">')
+        for key, grid in paper.items():
+            text = f"{TEXT[key]} {escape(grid.get('note') or '')}"
+            body.append(_heats(f"Figure {key[-1]}", text, [("", grid, ())]))
+        body.append("</div>\n")
+    lines = [["checkpoint", row.get("checkpoint")], *row["provenance"].items()]
+    return "".join([*body, _fill("reading", words), _table(lines, "about"), TEXT["tail"]])

@@ -1,0 +1,160 @@
+"""Do a model's thoughts do anything? One page that says so, and a result row.
+
+    python bench/insight.py                                  the bundled model: insight.html
+    python bench/insight.py --checkpoint out/RUN --against out/PAUSE_RUN --more
+    python bench/insight.py --checkpoint out/RUN --data FILE --twins FILE     a task of your own
+    python bench/insight.py --redraw bench/results/insight.jsonl              no model: rows again
+
+Without --data, questions are generated: by hops, and each with its twin, the same text asked about
+something else. evaluation/insight.py has the seven tests and their rules. Steps are plain torch in
+float32, since kernels and CUDA graphs cannot be edited. The last line is the row, as JSON.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
+
+import nanococonut
+from bench.common import page
+from bench.common.results import ResultWriter, read_jsonl
+from nanococonut import Engine
+from nanococonut.data.seeds import TEST_SEED
+from nanococonut.evaluation.pairs import Pairs, load_pairs
+from nanococonut.evaluation.paper import paper_figures
+from nanococonut.evaluation.report import measure
+from nanococonut.evaluation.view import question_views
+from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.weights import checkpoint
+
+
+@dataclass(frozen=True)
+class InsightConfig:
+    checkpoint: str | None = option(None, "a run or checkpoint (None: the bundled model)")
+    data: str | None = option(None, "a file of examples (None: generated, by hops)")
+    twins: str | None = option(None, "a file: example i is the twin of example i of --data")
+    rows: int = option(400, "generated examples of each number of hops", ge=50)
+    seed: int = option(TEST_SEED, "of generated examples", ge=0)
+    html: str | None = option(None, "page to write (None: insight.html in the run's folder)")
+    against: str | None = option(None, "a control run, drawn in grey: a pause_as_thought run")
+    questions: int = option(6, "questions in the interactive view", ge=0, le=20)
+    more: bool = option(False, "also draw the paper's figures 5, 7, 8 and 9")
+    quick: bool = option(False, "100 rows of each number of hops")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    out: str | None = option(None, "append the row to this file")
+    redraw: str | None = option(None, "a file of rows: draw its last one again")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.twins and not self.data:
+            raise UserError("--twins belongs to examples of your own.\nGive --data too.")
+
+
+class Progress:
+    """A line on stderr with the time left, rewritten in place."""
+
+    def __init__(self) -> None:
+        self.start, self.shown = time.perf_counter(), 0.0
+
+    def __call__(self, fraction: float) -> None:
+        now = time.perf_counter() - self.start
+        if now - self.shown >= 1 or fraction == 1:
+            self.shown, left = now, now / max(fraction, 0.01) * (1 - fraction)
+            end = "\n" if fraction == 1 else ""
+            sys.stderr.write(f"\r{fraction:4.0%} done, {left:4.0f} s left {end}")
+            sys.stderr.flush()
+
+
+def load(config: InsightConfig, path: str | None) -> tuple[Engine, Pairs | None, Pairs]:
+    """Return the engine of a checkpoint, without kernels and graphs, and its pairs."""
+    folder = path or checkpoint.BUNDLED
+    engine = nanococonut.load(folder, config.device, kernels="torch", graph="off")
+    if bad := [k for k, p in engine.model.float().named_parameters() if not p.isfinite().all()]:
+        raise UserError(f"{folder}: {bad[0]} has NaN or infinite numbers.\nUse another checkpoint.")
+    rows = 100 if config.quick else config.rows
+    return engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
+
+
+def evaluate(
+    config: InsightConfig, path: str | None, engine: Engine, plain: Pairs | None, pairs: Pairs
+) -> ResultWriter:
+    """Measure one model. Nothing is written yet."""
+    start, manifest, weights = time.perf_counter(), engine.manifest, engine.model.wte.weight
+    name = Path(path).resolve().name if path else "bundled"
+    labels = {"method": manifest["method"], "task": engine.config.task, "checkpoint": name}
+    config = replace(config, out=None)
+    results = ResultWriter("insight", config, weights.device, weights.dtype, labels)
+    report, figures = measure(engine, name, plain, pairs, Progress())
+    row = {"schema": 1, "checkpoint": name} | report.row()
+    if report.accuracy and pairs.is_prosqa:
+        row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
+        if config.more and plain is not None:
+            row["paper"] = paper_figures(engine, plain.examples)
+    common = ("commit", "device", "command", "date")
+    row["provenance"] = {key: results.common[key] for key in common} | {
+        "torch": results.versions["torch"],
+        "rows": len(pairs.examples),
+        "seed": None if config.data else config.seed,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    f = row.pop("trained")
+    spread, shape = {"ci_low": f["lo"], "ci_high": f["hi"]}, {"thoughts": report.thoughts}
+    results.add("accuracy", "nanococonut", [f["value"]], "fraction", detail=row, spread=spread,
+                examples=f["n"], **shape)  # fmt: skip
+    return results
+
+
+def main() -> None:
+    overrides, _ = parse_cli(InsightConfig, sys.argv[1:], __doc__.split("\n")[0])
+    config = make_config(InsightConfig, overrides)
+
+    # ---- what can be refused before any work
+    folder = "" if config.redraw or not config.checkpoint else config.checkpoint
+    for run in filter(None, (folder, config.against)):
+        checkpoint.resolve(run)
+    target = Path(config.html or Path(folder) / "insight.html")
+    for path in map(Path, filter(None, (target, config.out))):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be written.\nGive a file in a folder that exists.")
+
+    # ---- or drawn without a model
+    if config.redraw:
+        rows = [r for r in read_jsonl(Path(config.redraw)) if r.get("bench") == "insight"]
+        if not rows:
+            raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
+        row = rows[-1]["detail"]
+        checkpoint.replace_text(target, page.render(row, row.get("against")))
+        print(f"page: {target}")
+        return
+
+    # ---- load and check both models, then measure
+    print("plain torch steps in float32: kernels and graphs cannot be edited", file=sys.stderr)
+    checkpoints = [config.checkpoint, *filter(None, [config.against])]
+    subjects = [load(config, path) for path in checkpoints]
+    about = [(e.config.task, e.manifest["n_thoughts"]) for e, _, _ in subjects]
+    if len(set(about)) > 1:
+        (a, n), (b, m) = about
+        raise UserError(f"--against is of {b} with {m} thoughts, the model of {a} with {n}.\n"
+                        "Give a control that differs in its method only.")  # fmt: skip
+    results = [evaluate(config, path, *x) for path, x in zip(checkpoints, subjects, strict=True)]
+    row, *controls = [r.rows[0]["detail"] for r in results]
+    for control in controls:
+        control.pop("view", None)
+        row["against"] = control
+
+    # ---- write the page, then the row
+    checkpoint.replace_text(target, page.render(row, *controls))
+    if config.out:
+        checkpoint.append_row(Path(config.out), results[0].rows[0])
+    for x in row["findings"]:
+        print(f"[{x['mark']}] {x['title']} {page.sentence(x)}")
+    print("\n".join([*row["refused"], *row["warnings"], f"page: {target}"]))
+    print(results[0].summary())
+
+
+if __name__ == "__main__":
+    run_main(main)

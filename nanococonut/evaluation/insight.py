@@ -1,0 +1,204 @@
+"""Do a model's thoughts do anything? Rules that turn the figures of seven tests into words.
+
+A rule needs a whole 95 % interval on one side. A cell decides nothing if it has too few questions,
+or if the candidates together have less than half of the probability. report.py runs the tests.
+"""
+
+from typing import Any
+
+from nanococonut.evaluation.interchange import Figure, Figures, count, interchange, plateau
+from nanococonut.evaluation.pairs import MIN_PAIRS
+from nanococonut.evaluation.readout import MIN_MASS
+
+__all__ = ["Figures", "interchange"]  # and the rules
+Finding = dict[str, Any]
+
+
+def decided(*figures: Figure | None) -> bool:
+    """Return whether the cells have enough questions, and answers that are candidates at all."""
+    return all(f and f.get("n", 0) >= MIN_PAIRS and f.get("mass", 1) >= 0.5 for f in figures)
+
+
+def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -> Finding:
+    """Return the finding of the first case that holds.
+
+    text   with {0}, {1}, ... for the figures
+    cases  (whether it holds, mark, verdict in few words, title, and perhaps a further sentence)
+    """
+    mark, verdict, title, *more = next(case[1:] for case in cases if case[0])
+    text = " ".join([text, *filter(None, more)])
+    about = {"id": name, "mark": mark, "verdict": verdict, "title": title}
+    return about | {"text": text, "figures": figures}
+
+
+def percent(p: float) -> str:
+    return f"{100 * p:.0f}\xa0%"
+
+
+def judge_pairs(plain: Figure, one: Figure, both: Figure) -> Finding:
+    """Test 1. A rule that ignores what is asked is right for exactly one of two twins."""
+    ok = decided(plain, one, both)
+    return finding(
+        "pairs",
+        "As in training, it is right in {0}. Of two twins that both need steps, both are right in "
+        "{1} and exactly one, which is all that a rule that ignores what is asked can do, in {2}.",
+        [plain, both, one],
+        (ok and both["hi"] < 0.2, "no", "ignores what is asked", "It ignores what is asked."),
+        (ok and one["hi"] < 0.1, "yes", "looks at what is asked", "It looks at what is asked."),
+        (ok and one["lo"] > 0.1, "part", "partly a shortcut",
+         "Part of its accuracy is a rule that ignores what is asked."),
+        (True, "?", "undecided", "Whether it looks at what is asked is undecided."),
+    )  # fmt: skip
+
+
+def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
+    """Test 2. Does accuracy fall if the slots hold what they hold on average?"""
+    is_plural, ok = noun.endswith("s"), decided(own) and mean is not None
+    the = f"The {noun} {'are' if is_plural else 'is'}"
+    without = f"With {noun} averaged over questions" if is_plural else f"Without the {noun}"
+    share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
+    gain = f"This is {percent(min(1.0, share))} of its gain over guessing ({percent(chance)})."
+    falls = ok and mean["hi"] < own["lo"]
+    return finding(
+        "needed",
+        f"{without}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
+        [own, mean],
+        (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
+        (falls and share >= 0.8, "yes", "needed", f"{the} needed.", gain),
+        (falls, "part", "needed in part", f"{the} needed in part.", gain),
+        (True, "no", "not needed", f"{the} not needed.", "The intervals overlap."),
+    )
+
+
+def judge_carried(
+    twin: Figure, unrelated: Figure, stays: Figure, noun: str, twinned: bool = True
+) -> Finding:
+    """Test 3. Does the answer follow the slots of the twin? stays: it is still the question's."""
+    are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
+    ok = decided(twin, stays) and unrelated is not None  # of which only the choice matters
+    overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
+    donor = "the twin" if twinned else "a question with as many steps and another answer"
+    kept = "" if twinned else " and {2} stay"
+    return finding(
+        "carried",
+        f"If only the {noun} {are} replaced, by {those} of {donor}, {{0}} of the answers become "
+        f"its answer{kept}; by {those} of an unrelated question with as many steps, {{1}}.",
+        [twin, unrelated] + ([] if twinned else [stays]),
+        (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
+        (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
+         f"The answer is carried by the {noun}."),
+        (ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9, "no", "ignored",
+         f"The {noun} {are} ignored."),
+        (overlap, "?", "undecided", "Destroyed or moved: undecided."),
+        (True, "part", "carried in part", f"The answer is carried in part by the {noun}."),
+    )  # fmt: skip
+
+
+def judge_search(twin: Figure, other: Figure, same: Figure, noun: str) -> Finding:
+    """Test 4. The donors were asked about other options: what moves, the search or the answer?"""
+    ok = decided(twin, other, same)
+    return finding(
+        "search",
+        f"The {noun} of the twin flip {{0}} of the answers even if its options were others; those "
+        "of the question itself, asked with other options, flip {1}.",
+        [other, same],
+        (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
+        (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",
+         "They carry the search, not the answer.", "So the options are compared afterwards."),
+        (ok and other["hi"] < 0.5 and twin["lo"] >= 0.9, "no", "the answer itself",
+         "They carry the answer itself, not the search."),
+        (True, "part", "search and answer", "They carry some of both, the search and the answer."),
+    )  # fmt: skip
+
+
+def judge_depth(
+    accuracy: dict[int, list[Figure]], slots: dict[int, list[Figure]], noun: str
+) -> Finding:
+    """Test 5. Do questions of more steps take more slots? Both by steps, then by slots."""
+    counts = {h: plateau(cells) for h, cells in accuracy.items()}
+    carriers = [max(range(len(c)), key=lambda j: c[j]["value"]) + 1 for c in slots.values()]
+    parts = [f"{k} for {count(h, 'step')} ({{{i}}})" for i, (h, k) in enumerate(counts.items())]
+    numbers, values = ", ".join(map(str, carriers)), list(counts.values())
+    rises = values == sorted(values) and carriers == sorted(carriers) and len(set(values)) >= 3
+    return finding(
+        "depth",
+        f"Four fifths of the gain in accuracy are there after this many {noun} (accuracy then): "
+        + ", ".join(parts) + ".",
+        [accuracy[h][k] for h, k in counts.items()],
+        (rises, "yes", "deeper takes more", f"Deeper questions take more {noun}.",
+         carriers and f"The slot that moves most answers alone goes from {numbers}."),
+        (True, "part", "depth unclear", f"Deeper questions do not plainly take more {noun}."),
+    )  # fmt: skip
+
+
+def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
+    """Test 6. Does the LM head name nodes further and further away?
+
+    best  distance -> thought, own and other (figures), base, mass: where it names most
+    """
+    parts, good = [], []
+    for i, (d, b) in enumerate(best.items()):
+        parts.append(
+            f"thought {b['thought']} gives {{{2 * i}}} of its probability on concepts to those "
+            f"{count(d, 'step')} away (counted from the twin's entity {{{2 * i + 1}}}; "
+            f"{percent(b['base'])} of concepts are that far)"
+        )
+        own, control = b["own"]["value"], b["other"]["value"]
+        good += [own >= 2 * b["base"] and own >= control + 0.2 and b["mass"] >= MIN_MASS]
+    rising = [b["thought"] for b in best.values()]
+    return finding(
+        "read",
+        f"Read by the LM head, {' and '.join(parts)}. What can be read need not be used.",
+        [b[name] for b in best.values() for name in ("own", "other")],
+        (all(good) and rising == sorted(set(rising)), "yes", "readable",
+         "They can be read, and move outward."),
+        (any(good), "part", "readable in part", "They can be read in part."),
+        (True, "no", "not readable", "Nothing can be read in them."),
+    )  # fmt: skip
+
+
+def judge_write(w: dict[str, Any]) -> Finding:
+    """Test 7. Does the answer follow concepts that are written, or erased, by hand?"""
+    cells = {point["id"]: point for point in w["points"] + w["erase"]}
+    other, own, control = map(cells.get, ("other", "own", "control"))
+    right, wrong = cells.get("right"), cells.get("wrong")
+    ok, figures, erased = decided(other, control), [other, own, control], ""
+    if right and wrong:
+        figures += [right, wrong]
+        erased = "With the one right branch erased {3} stay right, with a wrong one {4}"
+        split = wrong["lo"] > right["hi"]
+        erased += ": branches are held side by side, and each one counts." if split else "."
+    return finding(
+        "write",
+        f"Thought {w['thought']} becomes the mean thought plus {w['factor']} times the mean "
+        f"embedding of the concepts {count(w['distance'], 'step')} from an entity. The twin's "
+        "flip {0} of the answers, the question's own {1}, other concepts {2}. " + erased,
+        figures,
+        (not ok, "?", "undecided", "Whether they can be written by hand is undecided."),
+        (ok and other["lo"] > max(0.8, control["hi"]), "yes", "writable",
+         "They can be written by hand."),
+        (ok and other["lo"] > control["hi"], "part", "writable in part",
+         "They can be written by hand in part."),
+        (True, "no", "not writable", "They cannot be written by hand in this way."),
+    )  # fmt: skip
+
+
+def judge_trap(free: Figure, chain: Figure, forced: Figure, noun: str) -> Finding:
+    """Say what the model does without thoughts if no answer is forced."""
+    return finding(
+        "trap",
+        f"Without {noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
+        "{1}. Made to answer at once, as in all tests here, it is right in {2}.",
+        [free, chain, forced],
+        (True, "note", "", "A trap avoided."),
+    )
+
+
+def judge_unsolved(trained: Figure, own: Figure, chance: float) -> Finding:
+    """Say that the other tests cannot be asked."""
+    return finding(
+        "solves",
+        f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {percent(chance)}.",
+        [trained, own],
+        (True, "no", "does not solve these questions", "It does not solve these questions."),
+    )

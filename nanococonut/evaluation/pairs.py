@@ -1,0 +1,206 @@
+"""Questions and their twins, for the tests of insight.py: generated, or from a user's file."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from nanococonut.config import TrainConfig
+from nanococonut.data import prontoqa, prosqa
+from nanococonut.data.examples import Example
+from nanococonut.data.files import read_examples
+from nanococonut.data.tasks import TASKS
+from nanococonut.evaluation.accuracy import score
+from nanococonut.evaluation.interchange import Figure, Figures, figure, interchange
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
+
+MIN_PAIRS = 100  # fewer decide nothing
+
+
+@dataclass
+class Pairs:
+    """Questions, their twins and what else an interchange needs; one entry per question.
+
+    groups    hops of a generated question, else written steps; 0: as in training
+    twinned   False: a twin is only another question with as many steps and another answer
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    twins: list[Example] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    twinned: bool = True
+
+    def candidates(self, engine: Engine) -> list[tuple[str, ...]]:
+        """Return the answers of each question, as the model writes them: its own, its twin's."""
+        task, style = TASKS[engine.config.task], engine.config.render
+        own, twin = (
+            [x["answer"] for x in task.render(side, style)] for side in (self.examples, self.twins)
+        )
+        return list(zip(own, twin, strict=True))
+
+    @property
+    def has_twins(self) -> bool:
+        return self.examples[0]["question"] != self.twins[0]["question"]
+
+    @property
+    def is_prosqa(self) -> bool:
+        try:
+            return bool(prosqa.parse_question(self.examples[0]["question"]))
+        except UserError:
+            return False
+
+    def figures(self, engine: Engine, **options: Any) -> Figures:
+        """Run an interchange; see there for the options."""
+        task, pairs = TASKS[engine.config.task], zip(self.examples, self.twins, strict=True)
+        reworded = [tuple(map(task.reworded, pair)) for pair in pairs]
+        reworded = [r if all(r) else None for r in reworded] if self.twinned else []
+        questions, twins = ([x["question"] for x in side] for side in (self.examples, self.twins))
+        cells = interchange(
+            engine, questions, twins, self.candidates(engine), reworded=reworded,
+            groups=self.groups, **options,
+        )  # fmt: skip
+        if not self.twinned:  # a third column for all other answers: moved or destroyed?
+            for name in cells.keys() - {"thoughts", "by_inputs"}:
+                rest = (1 - cells[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()
+                cells[name] = torch.cat([cells[name], rest], 1)
+        both = zip(self.examples, self.twins, strict=True)
+        asked = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in both])
+        f = Figures(cells, torch.tensor(self.groups), asked if asked.any() else None)
+        if not self.twinned:
+            answers = Counter(x["answer"] for x in self.examples)
+            f.chance = max(answers.values()) / len(self.examples)  # of always the same answer
+        return f
+
+
+def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:
+    """Return (pairs as in training, pairs by hops that no shortcut solves) of a generated task."""
+    task, pairs = TASKS[config.task], Pairs()
+    plain, base = next(iter(task.splits.values()))(config), config.max_hops
+    if config.task == "prosqa":
+        hops = range(1, base + 3)
+        splits = ["prosqa_long" if h > base else "prosqa_balanced" for h in hops]
+        configs = [
+            replace(prosqa.split_config(name, plain), min_hops=h, max_hops=h)
+            for name, h in zip(splits, hops, strict=True)
+        ]
+    else:
+        hops = range(1, min(5, base) + 1)
+        configs = [prontoqa.OntologyConfig(h, matched=True) for h in hops]
+    for h, c in zip(hops, configs, strict=True):
+        n = rows // 2 if h == base + 2 else rows  # the longest chains are rare
+        pairs.examples += task.module.generate(n, seed, c)
+        pairs.groups += [h] * n
+    pairs.twins = [task.twin(x) for x in pairs.examples]
+    first = Pairs(task.module.generate(max(500, 5 * rows // 2), seed, plain))
+    opposite = {"True": "False", "False": "True"}  # ProntoQA as in training has no twins
+    first.twins = [task.twin(x) or x | {"answer": opposite[x["answer"]]} for x in first.examples]
+    first.groups = [0] * len(first.examples)
+    return first, pairs
+
+
+def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -> Pairs:
+    """Return the pairs of a user's examples. UserError if there are too few, or bad ones.
+
+    twins  the twin of each (None: from the examples, or else from the task; failing that, any two
+           examples with as many steps and other answers)
+    """
+    if twins is None:
+        try:
+            made = [TASKS[task].twin(x) for x in examples]
+        except ValueError as e:
+            raise UserError(f"a twin is no example: {e}.\nGive question, steps, answer.") from None
+        pairs = [(x, t) for x, t in zip(examples, made, strict=True) if t]
+        twinned = len(pairs) >= MIN_PAIRS
+        if not twinned:
+            pairs = _unpaired(examples)
+    else:
+        if len(twins) != len(examples):
+            raise UserError(
+                f"{len(twins)} twins of {len(examples)} examples.\n"
+                "Give one for each: example i of --twins belongs to example i of --data."
+            )
+        pairs, twinned = list(zip(examples, twins, strict=True)), True
+    for i, (x, t) in enumerate(pairs):
+        if x["answer"].strip() == t["answer"].strip():
+            raise UserError(
+                f"the twin of example {i} has the same answer, {x['answer']!r}.\n"
+                "A twin differs in one thing, so that its answer does."
+            )
+    if len(pairs) < MIN_PAIRS:
+        raise UserError(
+            f"only {len(pairs)} pairs of questions with different answers.\n"
+            f"Give at least {MIN_PAIRS} examples with twins, or more examples of as many steps."
+        )
+    sides = [list(side) for side in zip(*pairs, strict=True)]
+    return Pairs(*sides, [len(x["steps"]) for x, _ in pairs], twinned)
+
+
+def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
+    """Return pairs of examples with as many steps and other answers, both ways around."""
+    waiting: dict[int, list[Example]] = defaultdict(list)
+    pairs = []
+    for x in sorted(examples, key=lambda x: len(x["question"])):  # similar lengths together
+        same = waiting[len(x["steps"])]
+        if other := next((y for y in same if y["answer"].strip() != x["answer"].strip()), None):
+            same.remove(other)
+            pairs += [(x, other), (other, x)]
+        else:
+            same.append(x)
+    return pairs
+
+
+def check_lengths(engine: Engine, pairs: Pairs) -> tuple[Pairs, int]:
+    """Return the pairs that fit in block_size, and how many do not. UserError if half do not."""
+    tokenizer, n = engine.tokenizer, engine.manifest["n_thoughts"]
+    if engine.curriculum.rules.drop_rule == "none":
+        n = engine.config.max_new_tokens  # of a written chain
+    room = engine.model.config.block_size - n - 2
+    answers = pairs.candidates(engine)
+
+    def fits(i: int) -> bool:
+        longest = max(len(tokenizer.encode("### " + a)) for a in answers[i])
+        sides = (pairs.examples[i]["question"], pairs.twins[i]["question"])
+        return all(len(tokenizer.encode(engine.render(q))) + longest <= room for q in sides)
+
+    keep = [i for i in range(len(answers)) if fits(i)]
+    if len(keep) < max(MIN_PAIRS, len(answers) / 2):
+        raise UserError(
+            f"{len(answers) - len(keep)} of {len(answers)} pairs do not fit with {n} thoughts into "
+            f"block_size={engine.model.config.block_size}.\nGive shorter questions."
+        )
+    sides = ([side[i] for i in keep] for side in (pairs.examples, pairs.twins, pairs.groups))
+    return Pairs(*sides, pairs.twinned), len(answers) - len(keep)
+
+
+def load_pairs(
+    engine: Engine, rows: int, seed: int, data: str | None = None, twins: str | None = None
+) -> tuple[Pairs | None, Pairs]:
+    """Return (pairs as in training or None, pairs to measure on), all of which fit the model.
+
+    rows, seed   of generated examples, see generated_pairs
+    data, twins  files of examples in place of them
+    """
+    config, plain = engine.config, None
+    if data:
+        own_twins = read_examples(twins) if twins else None
+        pairs = own_pairs(config.task, read_examples(data), own_twins)
+    elif config.data or not TASKS[config.task].splits:
+        name = config.data or config.task
+        raise UserError(f"a model of {name} needs --data.\nGive a file of its examples.")
+    else:
+        plain, pairs = generated_pairs(config, rows, seed)
+    pairs, n_long = check_lengths(engine, pairs)
+    if n_long:
+        print(f"note: {n_long} pairs are left out, for they do not fit into block_size")
+    return plain, pairs
+
+
+def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure | None, Figure | None]:
+    """Return how often texts after no thoughts are right, and how often they start with steps."""
+    n_new = engine.config.max_new_tokens
+    s = score(engine, plain.examples[:n], 0, batch_size=200, max_new_tokens=n_new)
+    every = torch.ones(s.n, dtype=torch.bool)
+    chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
+    return figure(torch.tensor(s.correct), every), figure(torch.tensor(chain), every)

@@ -1,0 +1,133 @@
+"""One ProsQA question, thought by thought: what each names, looks at, and makes of the answer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanococonut.data.examples import Example
+from nanococonut.data.prosqa import parse_question, parse_sentence
+from nanococonut.data.search import reachable
+from nanococonut.data.tasks import TASKS
+from nanococonut.evaluation.interchange import count
+from nanococonut.evaluation.pairs import Pairs
+from nanococonut.inference.engine import Engine
+from nanococonut.inference.steps import Branch, Slots
+
+State = dict[str, Any]
+
+
+def question_views(
+    engine: Engine, pairs: Pairs, right: Sequence[bool], n: int
+) -> list[dict[str, Any]]:
+    """Return the views of n questions: the first of each depth, then the first wrong ones."""
+    first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
+    chosen = first + [i for i, x in enumerate(right) if not x and i not in first]
+    return [
+        question_view(engine, pairs.examples[i], engine.manifest["n_thoughts"]) for i in chosen[:n]
+    ]
+
+
+def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
+    """Return the view of a question after 0, 1, ... n thoughts, as bench/common/page.py draws it.
+
+    With a twin, also with the twin's thoughts in the question's slots. UserError if the text is
+    not a ProsQA question.
+    """
+    edges, entity, options = parse_question(example["question"])
+    nodes = list(dict.fromkeys(node for edge in edges for node in edge))
+    children = {child for _, child in edges}
+    roots = [node for node in nodes if node not in children] or [entity]
+    steps = [reachable(edges, root) for root in roots]
+    answer = parse_sentence(example["answer"])[1] if example["answer"] else None
+    twin = TASKS["prosqa"].twin(example) if answer else None
+    own = reachable(edges, entity)
+    depth = f"{count(own[answer], 'step')}: " if answer in own else ""
+    view: dict[str, Any] = {
+        "title": f"{depth}{entity}, {options[0]} or {options[1]}",
+        "question": f"Is {entity} a {options[0]} or {options[1]}?",
+        "nodes": nodes,
+        "levels": [min(s.get(node, len(nodes)) for s in steps) for node in nodes],
+        "edges": [[nodes.index(a), nodes.index(b)] for a, b in edges],
+        "entity": nodes.index(entity) if entity in nodes else None,
+        "other": None,
+        "candidates": list(options),
+        "answer": answer,
+        "swapped": None,
+    }
+    branch, view["states"], _ = _states(engine, example["question"], nodes, n)
+    if twin:
+        view["other"] = nodes.index(parse_question(twin["question"]).entity)
+        donor, states, slots = _states(engine, twin["question"], nodes, n)
+        if torch.equal(branch.start, donor.start):  # else keys and values have other positions
+            view["swapped"] = [
+                state | {"answer": _answer(branch, donor_slots)}
+                for state, donor_slots in zip(states, slots, strict=True)
+            ]
+    return view
+
+
+@torch.no_grad()
+def _states(
+    engine: Engine, question: str, nodes: Sequence[str], n: int
+) -> tuple[Branch, list[State], list[Slots]]:
+    """Return the question's branch, and the state and slots after each number of thoughts."""
+    edges, entity, options = parse_question(question)
+    examples = [
+        Example(question=question, steps=[], answer=f"{entity} is a {option}.")
+        for option in options
+    ]
+    rendered = TASKS["prosqa"].render(examples, engine.config.render)
+    candidates = [x["answer"] for x in rendered]
+    branch = engine.branch([question], [candidates], n)
+    names = [engine.tokenizer.encode(" " + node) for node in nodes]
+    facts = _fact_tokens(engine, rendered[0]["question"], len(edges))
+    attention: list[Tensor] = []
+    layer = engine.model.h[0].attn
+    hook = layer.c_attn.register_forward_hook(lambda _, x, qkv: attention.append(qkv))
+    states, slots = [], []
+    for k in range(n + 1):
+        state: State = {"p": None, "attention": None}
+        if k:
+            p = engine.model.head(branch.thoughts[-1]).float().softmax(-1)[0]
+            # a name of several tokens cannot be named at once
+            state["p"] = [round(float(p[t[0]]), 3) if len(t) == 1 else 0.0 for t in names]
+            if facts:
+                state["attention"] = _attention(branch, attention[-1], layer.n_head, facts)
+        state["answer"] = _answer(branch)  # last: it attends, too
+        states.append(state)
+        slots.append(branch.slots(k))
+        if k < n:
+            branch.think(1)
+    hook.remove()
+    return branch, states, slots
+
+
+def _answer(branch: Branch, slots: Slots | None = None) -> list[float]:
+    if slots is not None:
+        branch.restart().put(slots)
+    return [round(p, 3) for p in branch.answer()[0].exp().tolist()]
+
+
+def _fact_tokens(engine: Engine, prompt: str, n_facts: int) -> list[tuple[int, int]] | None:
+    """Return the (start, end) of each fact's tokens; None if a token spans two facts."""
+    facts = prompt.split(".")[:n_facts]
+    lengths = [len(engine.tokenizer.encode(fact + ".")) for fact in facts]
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    tokens = engine.tokenizer.encode(prompt)
+    pieces = [t for fact in facts for t in engine.tokenizer.encode(fact + ".")]
+    if tokens[: len(pieces)] != pieces:
+        return None
+    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def _attention(
+    branch: Branch, qkv: Tensor, n_head: int, facts: list[tuple[int, int]]
+) -> list[float]:
+    """Return what the newest position attends to in the first layer: its weight on each fact."""
+    q = qkv.view(3, n_head, -1)[0]  # (nh, hs)
+    keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
+    weights = (keys @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5  # (nh, T)
+    weights = weights.softmax(-1).mean(0)
+    return [round(float(weights[start:end].sum()), 3) for start, end in facts]

@@ -1,0 +1,371 @@
+"""Interventions on thoughts change what they should and no other bit; verdicts follow rules."""
+
+import json
+
+import pytest
+import torch
+from helpers import random_gpt
+
+import nanococonut
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data import prontoqa, prosqa
+from nanococonut.data.tasks import TASKS
+from nanococonut.evaluation import insight
+from nanococonut.evaluation.interchange import Figures, figure, interchange
+from nanococonut.evaluation.pairs import generated_pairs, own_pairs
+from nanococonut.evaluation.report import measure
+from nanococonut.evaluation.view import question_view
+from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
+
+QUESTIONS = ["Tom is a lempus. Is Tom a lempus or wumpus?", "Every Tom is a wumpus. Is a?"]
+CANDIDATES = [["lempus", "wumpus"], ["zonk", "Tom"]]  # zonk is several tokens
+
+
+def random_engine(tokenizer, method="coconut", **shape) -> Engine:
+    model = random_gpt(
+        3, smear=True, dtype=torch.float32, vocab_size=tokenizer.vocab_size, block_size=96, **shape
+    )
+    return Engine(model, tokenizer, Curriculum(method))
+
+
+# ---- the engine
+
+
+@pytest.mark.parametrize("thought", ["hidden", "soft", "projected", "fixed"])
+def test_an_edit_that_returns_its_input_is_exact(tokenizer, thought):
+    """The plain steps of an edit could differ from those without one."""
+    engine = random_engine(tokenizer, thought=thought)
+    plain = engine.generate(QUESTIONS, 3, 9)
+    edited = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: fed)
+    assert plain.tokens == edited.tokens and torch.equal(plain.thoughts, edited.thoughts)
+    torch.testing.assert_close(plain.inputs, edited.inputs)
+    assert torch.equal(plain.inputs, plain.thoughts) == (thought == "hidden")
+    same = engine.choose(QUESTIONS, CANDIDATES, 3, edit=lambda i, fed: fed)
+    assert torch.equal(same, engine.choose(QUESTIONS, CANDIDATES, 3))
+
+
+def test_an_edit_is_fed_back(tokenizer):
+    """An edit could come late, keep the engine's memory, or be left out of the record."""
+    engine = random_engine(tokenizer)
+    seen = []
+
+    def edit(i, fed):
+        seen.append((i, fed))
+        return fed.flip(0) if i == 1 else fed
+
+    plain = engine.generate(QUESTIONS, 3, 9)
+    out = engine.generate(QUESTIONS, 3, 9, edit=edit)
+    assert [i for i, _ in seen] == [0, 1, 2]
+    assert torch.equal(seen[0][1], plain.inputs[:, 0])  # not overwritten by later steps
+    assert torch.equal(out.inputs[:, 1], plain.inputs[:, 1].flip(0))
+    assert not torch.allclose(out.inputs[:, 2], plain.inputs[:, 2])
+    clamped = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: out.inputs[:, i])
+    assert clamped.tokens == out.tokens
+
+
+def test_bad_edits_are_refused(tokenizer):
+    """A wrong shape could be broadcast, NaN would spread, pauses would ignore the edit."""
+    engine = random_engine(tokenizer)
+    for bad in (lambda fed: fed[0], lambda fed: fed.double(), lambda fed: fed / 0, lambda fed: 3):
+        with pytest.raises(UserError, match=r"edit\(1, fed\) returned"):
+            engine.generate(QUESTIONS, 3, edit=lambda i, fed, bad=bad: bad(fed) if i == 1 else fed)
+    with pytest.raises(UserError, match="no thoughts"):
+        engine.choose(QUESTIONS, CANDIDATES, 0, edit=lambda i, fed: fed)
+    with pytest.raises(UserError, match="pauses are tokens"):
+        random_engine(tokenizer, "pause").generate(QUESTIONS, 3, edit=lambda i, fed: fed)
+
+
+@pytest.mark.parametrize("method", ["coconut", "pause", "cot"])
+@torch.no_grad()
+def test_choice_equals_a_naive_loop(tokenizer, method):
+    """Candidates of several tokens, pauses, or padding could be wrong."""
+    engine, n = random_engine(tokenizer, method), 0 if method == "cot" else 3
+    model = engine.model
+    log_p = engine.choose(QUESTIONS, CANDIDATES, n)
+    for question, row, candidates in zip(QUESTIONS, log_p, CANDIDATES, strict=True):
+        for value, candidate in zip(row, candidates, strict=True):
+            prefix = tokenizer.encode(question) + [tokenizer.bot] * (n > 0)
+            prefix += [tokenizer.latent] * n * (method == "pause")
+            emb = model.embed(torch.tensor([prefix]))
+            for _ in range(n * (method == "coconut")):
+                emb = torch.cat([emb, model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]], 1)
+            tail = [tokenizer.eot] * (n > 0) + tokenizer.encode("### " + candidate)
+            emb = torch.cat([emb, model.embed(torch.tensor([tail]))], 1)
+            logits = model.head(model.backbone(emb, torch.arange(emb.shape[1])))[0]
+            n_tokens = len(tokenizer.encode("### " + candidate)) - 1
+            expected = logits.log_softmax(-1)[-n_tokens - 1 : -1].gather(
+                1, torch.tensor(tail[-n_tokens:])[:, None]
+            )
+            assert float(value) == pytest.approx(float(expected.sum()), abs=1e-4)
+
+
+# ---- branches
+
+
+@pytest.mark.parametrize("method", ["coconut", "pause"])
+def test_own_slots_put_back_change_no_bit(tokenizer, method):
+    """A put could miss a layer, a position, or the smear's last input."""
+    engine = random_engine(tokenizer, method)
+    branch = engine.branch(QUESTIONS, CANDIDATES, 4)
+    branch.think(3)
+    own, slots = branch.answer(), branch.slots(3)
+    assert torch.equal(branch.answer(), own)  # an answer leaves nothing behind
+    branch.put(slots, only=[1])
+    assert torch.equal(branch.answer(), own)
+    branch.restart().put(slots)
+    assert torch.equal(branch.answer(), own)
+    branch.think(1)
+    longer = branch.answer()
+    branch.restart().think(4)
+    assert torch.equal(branch.answer(), longer) and not torch.equal(longer, own)
+
+
+def test_only_question_and_slots_decide(tokenizer):
+    """Row a with b's end of the question and its own slots is row b with a's slots."""
+    engine = random_engine(tokenizer)
+    a, b = "Tom is a lempus. Is Tom a lempus?", "Tom is a lempus. Is wumpus a lempus?"
+    rows = [engine.branch([text], CANDIDATES[:1], 3) for text in (a, b)]
+    for row in rows:
+        row.think(3)
+    slots = rows[0].slots(3)
+    start, first = int(rows[0].start), len(tokenizer.encode("Tom is a lempus. Is"))
+    rows[0].cache.data[..., first:start, :] = rows[1].cache.data[..., first:start, :]
+    assert not torch.equal(rows[0].answer(), rows[1].answer())
+    rows[1].put(slots)
+    assert torch.equal(rows[0].answer(), rows[1].answer())
+
+
+# ---- twins
+
+
+@pytest.mark.parametrize("split", ["prosqa", "prosqa_balanced"])
+def test_a_prosqa_twin_asks_about_the_other_root(split, seed):
+    """A twin could share the answer, or lose the graph that a hash needs."""
+    task, base = TASKS["prosqa"], prosqa.GraphConfig(13, 1, 3)
+    for example in prosqa.generate(40, seed, prosqa.split_config(split, base)):
+        twin = task.twin(example)
+        words = [x["question"].replace("?", " ?").split() for x in (example, twin)]
+        assert sum(a != b for a, b in zip(*words, strict=True)) == 1
+        assert task.solve(twin["question"]) == twin["answer"] != example["answer"]
+        prosqa.compact_example(twin)
+        back = task.twin(twin)
+        for key in ("question", "answer", "root", "target", "neg_target"):
+            assert back[key] == example[key]
+        assert len(back["steps"]) == len(example["steps"])
+        if new := task.reworded(example):
+            parsed = [prosqa.parse_question(q) for q in (new, task.reworded(twin))]
+            assert parsed[0].options == parsed[1].options and parsed[0].entity != parsed[1].entity
+            assert not set(parsed[0].options) & set(prosqa.parse_question(example["question"])[2])
+            assert task.solve(new).startswith(parsed[0].entity)
+
+
+def test_a_prontoqa_twin_has_the_other_answer(seed):
+    """The proof of a twin is searched again: it could take a wrong turn."""
+    task = TASKS["prontoqa"]
+    for example in prontoqa.generate(20, seed, prontoqa.OntologyConfig(3, matched=True)):
+        twin = task.twin(example)
+        assert task.solve(twin["question"]) == twin["answer"] != example["answer"]
+        assert task.twin(twin) == example  # so its steps are the generator's
+        assert task.solve(task.reworded(example)) == twin["answer"]
+    example = prontoqa.generate(1, seed, prontoqa.OntologyConfig(3))[0]
+    assert task.twin(example) is None  # both facts are about one name
+
+
+def test_twins_of_other_examples():
+    """A user's own twin comes first; a text of no task has none."""
+    example = {"question": "2 + 2?", "steps": [], "answer": "4"}
+    for task in TASKS.values():
+        assert task.twin(example) is None
+        assert task.twin(example | {"twin": example}) == example
+        with pytest.raises(ValueError, match="answer"):
+            task.twin(example | {"twin": {"question": "3 + 3?", "steps": []}})
+
+
+# ---- rules
+
+
+def made_up(value, lo, hi, n=1000, mass=0.9):
+    return {"value": value, "lo": lo, "hi": hi, "n": n, "mass": mass}
+
+
+LOW, HALF, HIGH = made_up(0.02, 0.01, 0.03), made_up(0.5, 0.47, 0.53), made_up(0.97, 0.95, 0.98)
+MIDDLE, FEW = made_up(0.7, 0.67, 0.73), made_up(0.97, 0.9, 0.99, n=40)
+RULES = [
+    (insight.judge_pairs, (HIGH, LOW, HIGH), "yes", "looks at what is asked"),
+    (insight.judge_pairs, (HIGH, HIGH, LOW), "no", "ignores what is asked"),
+    (insight.judge_pairs, (HIGH, HALF, HALF), "part", "partly a shortcut"),
+    (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH), "?", "undecided"),
+    (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts"), "yes", "needed"),
+    (insight.judge_needed, (HIGH, MIDDLE, 0.5, "thoughts"), "part", "needed in part"),
+    (insight.judge_needed, (HIGH, HIGH, 0.5, "pauses"), "no", "not needed"),
+    (insight.judge_needed, (FEW, HALF, 0.5, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH, HALF, LOW, "thoughts"), "yes", "carried"),
+    (insight.judge_carried, (LOW, LOW, HIGH, "pauses"), "no", "ignored"),
+    (insight.judge_carried, (HALF, HALF, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (MIDDLE, HALF, LOW, "thoughts"), "part", "carried in part"),
+    (insight.judge_carried, (FEW, HALF, LOW, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH | {"mass": 0.4}, HALF, LOW, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (None, None, None, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (LOW, LOW, HALF, "thoughts", False), "?", "undecided"),  # destroyed
+    (insight.judge_carried, (LOW, LOW, HIGH, "thoughts", False), "no", "ignored"),
+    (insight.judge_search, (HIGH, HIGH, LOW, "thoughts"), "yes", "the search, not the answer"),
+    (insight.judge_search, (HIGH, LOW, LOW, "thoughts"), "no", "the answer itself"),
+    (insight.judge_search, (HIGH, HIGH, HIGH, "thoughts"), "part", "search and answer"),
+    (insight.judge_search, (HIGH, None, LOW, "thoughts"), "?", "undecided"),
+]
+
+
+@pytest.mark.parametrize("rule, figures, mark, verdict", RULES)
+def test_rules_on_made_up_figures(rule, figures, mark, verdict):
+    """An interval that crosses a limit, or a cell that decides nothing, could give a verdict."""
+    found = rule(*figures)
+    assert (found["mark"], found["verdict"]) == (mark, verdict)
+    n = sum(f"{{{i}}}" in found["text"] for i in range(9))
+    assert n == len(found["figures"]) and found["title"].endswith(".")
+
+
+def test_depth_and_readout_on_made_up_figures():
+    """A constant number of thoughts, or a control that names as much, could pass."""
+    curve = {h: [HALF] * h + [HIGH] * (9 - h) for h in (2, 3, 4)}
+    slots = {h: [HIGH if j == h else LOW for j in range(6)] for h in (2, 3, 4)}
+    assert insight.judge_depth(curve, slots, "thoughts")["mark"] == "yes"
+    assert insight.judge_depth(dict.fromkeys(curve, curve[2]), slots, "thoughts")["mark"] == "part"
+    assert insight.judge_depth(curve, slots | {4: slots[2]}, "thoughts")["mark"] == "part"
+    best = {d: {"thought": d, "own": HIGH, "other": LOW, "base": 0.2, "mass": 0.5} for d in (1, 2)}
+    assert insight.judge_read(best)["mark"] == "yes"
+    assert insight.judge_read({1: best[1], 2: best[2] | {"thought": 1}})["mark"] == "part"
+    assert insight.judge_read({d: b | {"other": HIGH} for d, b in best.items()})["mark"] == "no"
+    assert insight.judge_read({d: b | {"mass": 0.01} for d, b in best.items()})["mark"] == "no"
+    for other, control, mark in ((HIGH, HALF, "yes"), (MIDDLE, HALF, "part"), (HALF, HALF, "no")):
+        cells = {"other": other, "own": LOW, "control": control}
+        w = {"thought": 1, "distance": 2, "factor": 4, "erase": []}
+        w["points"] = [{"id": name} | f for name, f in cells.items()]
+        assert insight.judge_write(w)["mark"] == mark
+
+
+def test_fractions_leave_out_what_was_not_measured():
+    """A question without a reworded form would count as one whose answer stayed."""
+    own, nan = torch.tensor([[0.0, -3.0]] * 4), float("nan")
+    moved = torch.tensor([[-3.0, 0.0], [0.0, -3.0], [nan, nan], [-3.0, 0.0]])
+    cells = {"own": own, "twin_own": own.flip(1), "twin": moved}
+    f = Figures(cells, torch.tensor([1, 2, 2, 3]))
+    assert f.flips("twin")["n"] == 2 and f.flips("twin")["value"] == 0.5
+    assert f.accuracy("own")["n"] == 3 and f.flips("mean") is None
+    assert figure(torch.tensor([True]), torch.tensor([False])) is None
+
+
+# ---- models
+
+
+def random_insight_engine(method, n_thoughts=2) -> Engine:
+    config = TrainConfig(
+        tokenizer="words", render="compact", method=method, n_nodes=10, min_hops=1, max_hops=2,
+        max_new_tokens=6,
+    )  # fmt: skip
+    tokenizer = nanococonut.tokenizer.Tokenizer.words(prosqa.VOCABULARY)
+    model = random_gpt(
+        1, True, torch.float32, vocab_size=tokenizer.vocab_size, block_size=160, n_layer=1
+    )
+    engine = Engine.from_config(model, tokenizer, config, kernels="torch", graph="off")
+    engine.manifest = {"n_thoughts": n_thoughts, "method": method}
+    return engine
+
+
+@pytest.mark.parametrize("method", ["coconut", "pause", "cot", "no_cot"])
+def test_a_random_model_does_not_solve_anything(method):
+    """Noise could get a verdict. The row has to be JSON, the same for the same seed."""
+    engine = random_insight_engine(method, n_thoughts=0 if "cot" in method else 2)
+    plain, pairs = generated_pairs(engine.config, 50, 3)
+    plain = type(plain)(*[side[:100] for side in (plain.examples, plain.twins, plain.groups)])
+    rows = []
+    for _ in range(2):
+        report, _ = measure(engine, "random", plain, pairs)
+        rows.append(json.dumps(report.row()))
+    assert rows[0] == rows[1]
+    assert report.verdict == "does not solve these questions" and len(report.findings) == 1
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    engine = nanococonut.load(device="cpu", kernels="torch")
+    _, pairs = generated_pairs(engine.config, 30, 11)
+    keep = [i for i, h in enumerate(pairs.groups) if h in (2, 3)]
+    sides = ([side[i] for i in keep] for side in (pairs.examples, pairs.twins, pairs.groups))
+    return engine, type(pairs)(*sides)
+
+
+def test_thoughts_of_the_bundled_model_carry_its_answers(bundled):
+    """The bundled model has to stay one whose thoughts matter, and the interchange has to show."""
+    engine, pairs = bundled
+    f = pairs.figures(engine)
+    assert f.flips("twin")["lo"] > 0.9 and abs(f.flips("unrelated")["value"] - 0.5) < 0.25
+    assert f.flips("same_other")["hi"] < f.flips("other_other")["lo"]
+    assert f.accuracy("own")["value"] > 0.9 > f.accuracy("mean")["hi"]
+
+
+def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
+    """Twins of other lengths can exchange inputs only; both have to tell the same."""
+    engine, pairs = bundled
+    questions = [x["question"] for x in pairs.examples[:40]]
+    longer = [x["question"].replace(" Is ", " Every a is a b. Is ") for x in pairs.twins[:40]]
+    cells = interchange(engine, questions, longer, pairs.candidates(engine)[:40])
+    assert cells["by_inputs"].mean() == 1
+    flips = (cells["twin"].argmax(1) == 1)[(cells["own"].argmax(1) == 0)]
+    assert flips.float().mean() > 0.8
+
+
+def test_a_view_follows_the_thoughts(bundled):
+    """Probabilities, attention or the answers of the twin's thoughts could be another's."""
+    engine, pairs = bundled
+    view = question_view(engine, pairs.examples[0], 6)
+    json.dumps(view)
+    states, right = view["states"], view["candidates"].index(view["answer"])
+    assert len(states) == len(view["swapped"]) == 7 and states[0]["p"] is None
+    assert states[6]["answer"][right] > 0.9 > 0.1 > view["swapped"][6]["answer"][right]
+    assert all(len(s["attention"]) == len(view["edges"]) for s in states[1:])
+    assert all(0 < sum(s["attention"]) <= 1.001 for s in states[1:])
+    children = [b for a, b in view["edges"] if a == view["entity"]]
+    p = states[2]["p"]
+    assert sum(p[i] for i in children) > 0.5  # the second thought names the first step
+
+
+# ---- a user's own task
+
+
+def test_pairs_of_a_users_examples():
+    """Twins of another length or the same answer would make every test meaningless."""
+    examples = [
+        {"question": f"What is {i} + 1?", "steps": ["add"], "answer": str(i + 1)}
+        for i in range(120)
+    ]
+    twins = [x | {"question": "not " + x["question"], "answer": "no"} for x in examples]
+    pairs = own_pairs("gsm8k", examples, twins)
+    assert pairs.twinned and pairs.twins[3]["answer"] == "no"
+    assert own_pairs("gsm8k", [x | {"twin": t} for x, t in zip(examples, twins, strict=True)],
+                     None).twins == twins  # fmt: skip
+    unpaired = own_pairs("gsm8k", examples, None)
+    assert not unpaired.twinned and len(unpaired.examples) == 120
+    for x, t in zip(unpaired.examples, unpaired.twins, strict=True):
+        assert x["answer"] != t["answer"] and len(x["steps"]) == len(t["steps"])
+    with pytest.raises(UserError, match="119 twins of 120"):
+        own_pairs("gsm8k", examples, twins[1:])
+    with pytest.raises(UserError, match="twin of example 2 has the same answer"):
+        own_pairs("gsm8k", examples, [*twins[:2], examples[2], *twins[3:]])
+    with pytest.raises(UserError, match="only 50 pairs"):
+        own_pairs("gsm8k", examples[:50], twins[:50])
+    with pytest.raises(UserError, match="no example"):
+        own_pairs("gsm8k", [x | {"twin": "text"} for x in examples], None)
+
+
+def test_without_twins_destroyed_is_not_ignored(bundled):
+    """Thoughts of another graph say nothing here: the donor's answer is no option at all."""
+    engine, twinned = bundled
+    plain = [{k: x[k] for k in ("question", "steps", "answer")} for x in twinned.examples]
+    pairs = type(twinned)(plain, plain[1:] + plain[:1], twinned.groups, False)
+    f = pairs.figures(engine)
+    assert f.accuracy("own")["lo"] > f.accuracy("mean")["hi"] and f.chance < 0.2
+    assert f.flips("twin")["hi"] < 0.2 and f.stays("twin")["hi"] < 0.9
+    figures = f.flips("twin"), f.flips("unrelated"), f.stays("twin")
+    assert insight.judge_carried(*figures, "thoughts", False)["mark"] == "?"
