@@ -90,8 +90,7 @@ def main() -> None:
     dist = Distributed.from_env()  # one process unless torchrun started more
     device = dist.device(config.device)
     use_bf16 = select_precision(config.dtype, device)
-    # never overwrites a run; --resume reads its manifest
-    run = RunDir(config.out_dir or f"out/{run_name}", config, dist)
+    run = RunDir(config.out_dir or f"out/{run_name}", config, dist)  # never overwrites a run
 
     # ---- data: examples -> tokens, the next epoch made in a worker thread
     skipped: list[str] | None = [] if config.skip_bad_rows else None
