@@ -10,7 +10,7 @@ One loop, in view below: examples -> three blocks -> loss -> optimizer -> valida
 import math
 import sys
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from rich.markup import escape
 from nanococonut import coconut, ops
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, ignored_options
-from nanococonut.data.tasks import TASKS, load_data
+from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.splits import evaluate_splits
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
@@ -40,7 +40,7 @@ from nanococonut.weights.pretrained import GPT2_SIZES, WeightsUnavailable, resol
 
 def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
     """Return (config, run name, why the fallback config is trained instead, {} if it is not)."""
-    overrides, path = parse_cli(TrainConfig, argv, __doc__.split("\n")[0], config_file=True)
+    overrides, path = parse_cli(TrainConfig, argv, __doc__, config_file=True)
     config = make_config(
         TrainConfig, read_config_file(path, TrainConfig) if path else {}, overrides
     )
@@ -95,9 +95,7 @@ def main() -> None:
 
     # ---- data: examples -> tokens, the next epoch made in a worker thread
     skipped: list[str] | None = [] if config.skip_bad_rows else None
-    # a branch on the hub may move, so a resumed run reads the commit it started with
-    revision = run.manifest.get("hub_commit") or config.hub_revision
-    data = load_data(replace(config, hub_revision=revision), skipped)
+    data = run.load_data(skipped)  # refuses to resume with other examples
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
@@ -117,8 +115,9 @@ def main() -> None:
 
     # ---- state: everything a resumed run needs in addition to weights and moments
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
-    state = TrainState(**run.restore(model, optimizers))
+    state = make_config(TrainState, run.restore(model, optimizers))
     if config.resume:
+        schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
     log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)
@@ -150,7 +149,7 @@ def main() -> None:
 
             # forward and backward: the gradients of the micro-batches add up
             step_batch = loader.get(state.step, stage, train_step.prepare)
-            # dropout depends on the step alone, so no random state has to be saved
+            # dropout draws by step, process and micro-batch, so no random state has to be saved
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:
@@ -183,7 +182,7 @@ def main() -> None:
                     engine = Engine.from_config(
                         model, tokenizer, config, kernels="torch", graph="off"
                     )
-                    scores = evaluate_splits(engine, loader.val_splits, n_thoughts, config, dist)
+                    scores = evaluate_splits(engine, loader.val_splits, stage, config, dist)
                 validation = state.record(scores, n_thoughts, is_last, stage_done)
                 log.validation(state, validation)
             if stage_done and not is_last:
@@ -194,6 +193,7 @@ def main() -> None:
     # ---- save, and report
     save()
     loader.close()
+    run.close()
     if stopping:
         print(f"stopped at step {state.step}, saved in {run.path}; continue with --resume")
         sys.exit(interrupt.exit_code)
@@ -202,8 +202,9 @@ def main() -> None:
         shortcuts = TASKS[config.task].shortcuts
         baselines = {name: shortcuts(examples) for name, examples in loader.val_splits.items()}
     print_summary(f"{run_name}: {config.method}", schedule, state, baselines)
-    n_thoughts = curriculum.n_thoughts(state.stage)
-    print(f"try it: python sample.py --out_dir {run.path} --latent {n_thoughts}")
+    # without padding, each example has a number of its own
+    latent = f" --latent {curriculum.n_thoughts(state.stage)}" if config.pad_latent_to_max else ""
+    print(f"try it: python sample.py --out_dir {run.path}{latent}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Evaluate a checkpoint on unseen examples, next to rules that never search.
 
-    python bench/accuracy.py --checkpoint out/RUN --data FILE     a JSON file of examples
+    python bench/accuracy.py --checkpoint out/RUN                 its own held-out examples
+    python bench/accuracy.py --checkpoint out/RUN --data FILE     a file of examples
     python bench/accuracy.py --checkpoint out/RUN --data prosqa_matched
     python bench/accuracy.py --checkpoint out/RUN --data prosqa_balanced --sweep
+    python bench/accuracy.py --checkpoint FILE --method coconut --latent 6 --data FILE
 
+The last form is for a released checkpoint, or any other GPT-2's weights without a run.
 Answers are generated greedily. The number of thoughts is the checkpoint's own, or --latent; --sweep
 evaluates with 0, 1, ... up to it. Generated splits have graphs of the size that the checkpoint was
 trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/categories.py).
@@ -11,35 +14,43 @@ trained on. ProsQA's texts are also sorted into the paper's categories (evaluati
 """
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut
+import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import torch
+
 from bench.common.results import ResultWriter
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.seeds import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
-from nanococonut.evaluation.accuracy import score
+from nanococonut.evaluation.accuracy import held_out_examples, score, thoughts_as_trained
 from nanococonut.evaluation.categories import category_fractions
+from nanococonut.inference.engine import Engine
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
+from nanococonut.weights.pretrained import CONFIG_NAME, load_pretrained
 
 
 @dataclass(frozen=True)
 class AccuracyConfig:
     checkpoint: str | None = option(
-        None, "a run's folder, one checkpoint's, or None: the bundled one"
+        None, "a run's folder, one checkpoint's, or None: the bundled one; with --method, a file"
     )
     data: str | None = option(
         None,
-        "a file of examples, or a split of the checkpoint's task (None: its first): "
+        "a file of examples, or a split of the task (None: the run's own held-out examples): "
         + ", ".join(name for task in TASKS.values() for name in task.splits),
     )
     n: int = option(1000, "generated examples", ge=1)
@@ -51,24 +62,92 @@ class AccuracyConfig:
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
     kernels: str = option("auto", "what runs a step", choices=BACKENDS)
+    dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
     graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
+    method: str | None = option(
+        None, "of weights without a run, such as the released ones", choices=tuple(METHODS)
+    )
 
     def __post_init__(self) -> None:
         validate(self)
 
 
-def data_name(config: AccuracyConfig, trained: TrainConfig) -> str:
-    """Return --data or the task's first split. Raise UserError for another task's split."""
-    task = TASKS[trained.task]
-    name = config.data or (None if trained.data else next(iter(task.splits), None))
-    if name is None or any(name in other.splits for other in TASKS.values() if other != task):
+def load_engine(config: AccuracyConfig) -> Engine:
+    """Return the engine of a run; with --method, of weights that have none, as the released ones.
+
+    Raise UserError if one of --method, --data, --latent is missing, or --method is not needed.
+    """
+    path, dtype = Path(config.checkpoint or checkpoint.BUNDLED), getattr(torch, config.dtype)
+    if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file():
+        path = path.parent  # the weights of a checkpoint of ours
+    is_run = (path / checkpoint.MANIFEST).is_file() or bool(checkpoint.list_checkpoints(path))
+    if is_run and config.method:
+        raise UserError(f"{path} knows its method.\nLeave --method out.")
+    has_weights = path.is_file() or (path / CONFIG_NAME).is_file()
+    if is_run or not (config.method or has_weights):
+        return nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
+    has_thoughts = config.method and METHODS[config.method].n_thoughts_rule != "none"
+    if not config.method or not config.data or (has_thoughts and config.latent is None):
         raise UserError(
-            f"the checkpoint is of {trained.data or trained.task}"
-            + (f", --data is {config.data}" if config.data else ", and --data is missing")
-            + ".\nGive --data: a file of its examples"
-            + (f", or one of {', '.join(task.splits)}." if task.splits else ".")
+            f"{path} belongs to no run, so it does not say how it was trained.\nGive --method, "
+            "--data and --latent, such as --method=coconut --data=FILE --latent=6."
         )
-    return name
+    model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
+    if METHODS[config.method].thought_type not in ("", "pause", model.config.thought):
+        raise UserError(
+            f"--method={config.method} feeds back something else than hidden states, which plain "
+            "GPT-2 weights do not have.\nGive the run that was trained by it."
+        )
+    n_tokens = tokenizer.vocab_size if METHODS[config.method].markers else tokenizer.eos + 1
+    if model.config.vocab_size < n_tokens:
+        raise UserError(
+            f"{path} has {model.config.vocab_size} tokens, --method={config.method} needs "
+            f"{n_tokens}.\nGive the weights that were trained by it."
+        )
+    trained = TrainConfig(task=find_task(config.data), data=config.data, method=config.method)
+    model = model.to(select_device(config.device), dtype).eval()
+    engine = Engine.from_config(
+        model, tokenizer, trained, kernels=config.kernels, graph=config.graph
+    )
+    engine.manifest = {"method": config.method, "n_thoughts": config.latent or 0}
+    return engine
+
+
+def find_task(data: str) -> str:
+    """Return the task of a split or of a file's examples; free text counts as gsm8k."""
+    tasks = [name for name, task in TASKS.items() if data in task.splits]
+    if not tasks:
+        examples = read_examples(data)
+        for name, task in TASKS.items():
+            with suppress(UserError):  # examples of another kind
+                tasks += [name] if task.shortcuts(examples) else []
+    return tasks[0] if tasks else "gsm8k"
+
+
+def choose_examples(
+    config: AccuracyConfig, engine: Engine
+) -> tuple[list[Example], str, int | None]:
+    """Return (examples, their name, the seed that generated them or None).
+
+    Without --data they are the run's own: held out from its file, or its task's first split. Raise
+    UserError if --data is another task's split.
+    """
+    trained, task = engine.config, TASKS[engine.config.task]
+    held_out = [] if config.data else held_out_examples(engine, "Give --data: a file of examples.")
+    if held_out:
+        source = trained.valid_data or trained.data
+        return held_out, f"{Path(source).name if source else trained.task}, held out", None
+    name = config.data or next(iter(task.splits))
+    if any(name in other.splits for other in TASKS.values() if other != task):
+        splits = f", or one of {', '.join(task.splits)}" if task.splits else ""
+        raise UserError(
+            f"the checkpoint is of {trained.data or trained.task}, --data is {name}.\nGive --data: "
+            f"a file of its examples{splits}."
+        )
+    drawn = generated(name, config.n, config.seed, trained)
+    if drawn is None:
+        return read_examples(name), Path(name).name, None
+    return drawn, name, config.seed
 
 
 def by_steps(examples: list[Example], correct: list[bool]) -> dict[str, list[int]]:
@@ -82,7 +161,9 @@ def by_steps(examples: list[Example], correct: list[bool]) -> dict[str, list[int
 
 
 def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return how the checkpoint was trained, as results hold it."""
+    """Return how the checkpoint was trained, as results hold it; {} if it belongs to no run."""
+    if "config" not in manifest:
+        return {}
     return {
         "seed": manifest["config"]["seed"],
         "steps": manifest["step"],
@@ -97,34 +178,37 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(config: AccuracyConfig) -> ResultWriter:
     """Evaluate a checkpoint, once for each number of thoughts, and print what it is next to."""
-    path = config.checkpoint or checkpoint.BUNDLED
-    engine = nanococonut.load(path, config.device, config.kernels, config.graph)
+    engine = load_engine(config)
     trained, manifest, method = engine.config, engine.manifest, engine.manifest["method"]
-    task, data = TASKS[trained.task], data_name(config, trained)
-    drawn = generated(data, config.n, config.seed, trained)
-    examples = read_examples(data) if drawn is None else drawn
+    task, (examples, data, seed) = TASKS[trained.task], choose_examples(config, engine)
     try:
         shortcuts = task.shortcuts(examples)
     except UserError:  # examples of another kind
         shortcuts = {}
     n_thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
-    print(f"{name}: {method}, step {manifest['step']}, {manifest['n_thoughts']} thoughts")
+    step = f", step {manifest['step']}" if "step" in manifest else ""
+    print(f"{name}: {method}{step}, {manifest['n_thoughts']} thoughts")
     if engine.curriculum.rules.n_thoughts_rule == "none" and n_thoughts:
         print(f"note: {method} has no thoughts in training")
     print(f"{data}: {len(examples)} examples, kernels: {engine.kernels} ({engine.reason})")
 
     longest, weights = config.max_new_tokens or trained.max_new_tokens, engine.model.wte.weight
-    labels = {"method": method, "task": trained.task, "data": Path(data).name, "checkpoint": name}
+    labels = {"method": method, "task": trained.task, "data": data, "checkpoint": name}
     results = ResultWriter("accuracy", config, weights.device, weights.dtype, labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
     detail |= {"kernels": engine.kernels, "graph": engine.graph}
-    detail |= {"generated_seed": None if drawn is None else config.seed}
+    detail |= {"generated_seed": seed}
+    counts = [n_thoughts] * len(examples)
+    if config.latent is None and not engine.curriculum.pad_latent_to_max:
+        counts = thoughts_as_trained(engine.curriculum, manifest["stage"], examples)
+        print("note: as in training, examples with fewer steps have fewer thoughts")
     for n in range(n_thoughts + 1) if config.sweep else [n_thoughts]:
-        s = score(engine, examples, n, config.batch_size, longest)
+        s = score(engine, examples, [min(n, count) for count in counts], config.batch_size, longest)
         own = {"generated_tokens": round(s.generated_tokens, 2)}
         own["thoughts_taken"] = round(s.thoughts, 2)  # fewer than n if a classifier stops them
         own["by_steps"] = by_steps(examples, s.correct)
+        own["released_accuracy"] = round(s.released_accuracy, 5)
         if shortcuts and trained.task == "prosqa":
             texts = s.texts
             if trained.render == "compact":
@@ -138,6 +222,9 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
             examples=len(examples), thoughts=n,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
+        if s.released_accuracy != s.accuracy:
+            rule = 'by the released code\'s rule (after the last "#", without commas)'
+            print(f"  {s.released_accuracy:6.1%} {rule}")
         for category, fraction in own.get("categories", {}).items():
             print(f"  {fraction:6.1%} {category}")
     for rule, fraction in shortcuts.items():
@@ -146,7 +233,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
 
 def main() -> None:
-    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__)
     print(evaluate(make_config(AccuracyConfig, given)).summary())
 
 

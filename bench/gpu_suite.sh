@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run all that needs a GPU, in one call of at most nine minutes: bash bench/gpu_suite.sh FOLDER
-# Checks (compute-sanitizer, precision), in another call: bash bench/gpu_suite.sh FOLDER checks
+# Checks (compute-sanitizer, losses), in another call: bash bench/gpu_suite.sh FOLDER checks
 # Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. A part that fails or runs
 # out of time does not end the others. With NANOCOCONUT_RELEASED (a clone of
 # facebookresearch/coconut) and NANOCOCONUT_RELEASED_PYTHON the released code is measured too.
@@ -35,14 +35,14 @@ if [ "${2:-}" = checks ]; then # the limits' sum is 500 s
     run 150 $tool env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
       --error-exitcode 1 "$PYTHON" -m pytest "${tests[@]}"
   done
-  run 200 loss "$PYTHON" bench/precision.py --out="$dir/precision.jsonl"
+  run 200 losses "$PYTHON" -m pytest -q -s -m "slow and gpu" tests/training/test_precision.py
   finish
 fi
 
 # the limits' sum is 540 s. Tests compile some hundred kernels, each on one core: files side by side
 files=(tests/kernels/test_{append,feedback,latent_attention,prefix_attention,linear}.py
   tests/kernels/test_linear_cross_entropy.py tests/inference/test_gpu.py
-  tests/core/test_{coconut,ops}.py tests/bench/test_{kernels,precision}.py)
+  tests/core/test_{coconut,ops}.py tests/bench/test_kernels.py tests/training/test_precision.py)
 pids=()
 for file in "${files[@]}"; do
   log="$dir/$(basename "$file" .py).log"

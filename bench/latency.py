@@ -216,7 +216,7 @@ def measure(
 
 
 def main() -> None:
-    given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__)
     config = make_config(LatencyConfig, given)
     device = select_device(config.device)
     load, dtype = os.getloadavg()[0], resolve_dtype(config.dtype, device)

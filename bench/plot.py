@@ -137,7 +137,7 @@ def draw(docs: Path) -> list[Path]:
 
 
 def main() -> None:
-    given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__)
     config = make_config(PlotConfig, given)
     if config.readme:
         update_docs(config.check)

@@ -3,7 +3,7 @@
     python bench/table1.py --task prosqa                    small models, for any machine
     python bench/table1.py --task prosqa --preset gpt2      GPT-2 by the paper's recipe
     python bench/table1.py --seeds 3 --minutes 9            in as many calls as it takes
-    python bench/table1.py --methods coconut --sweep c_thought=0,1,2 --set final_thoughts=None
+    python bench/table1.py --methods coconut --set c_thought=2,final_thoughts=None
 
 Each run is its own train.py, with the same data, steps and rates. Stopped at any moment, the same
 command continues. --out holds a result for each run and split; a Markdown table is next to it.
@@ -41,7 +41,6 @@ class Table1Config:
     preset: str = option("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
     seeds: int = option(1, "seeds 0 .. seeds - 1", ge=1)
     methods: str = option(",".join(METHODS), "which methods, with commas")
-    sweep: str | None = option(None, "a setting and its values: c_thought=0,1,2")
     set: str | None = option(None, "settings of all runs: epochs=10,learning_rate=1e-3")
     data: str | None = option(None, "files of examples to evaluate on too, with commas")
     n: int = option(2000, "generated examples of a split", ge=1)
@@ -68,7 +67,6 @@ class Run:
     """One train.py of one method."""
 
     method: str
-    setting: str  # what differs from the preset: "c_thought=2", or ""
     seed: int
     run_dir: Path
     command: list[str]
@@ -95,11 +93,8 @@ def check_config(config: Table1Config) -> None:
         raise UserError(f"{config.task} has no {config.preset} preset.\nSee the folder config/.")
     if not (TASKS[config.task].splits or names):
         raise UserError(f"{config.task} has no generated examples.\nGive --data FILE.")
-    key, _, values = (config.sweep or "").partition("=")
-    if ours := {key, *pairs(config.set)} & OURS:
-        raise UserError(f"--sweep and --set cannot change {min(ours)!r}.\nSee --help.")
-    if config.sweep and not (key and all(values.split(","))):
-        raise UserError(f"--sweep {config.sweep} has no values.\nWrite c_thought=0,1,2.")
+    if ours := pairs(config.set).keys() & OURS:
+        raise UserError(f"--set cannot change {min(ours)!r}.\nSee --help.")
 
 
 def plan_runs(config: Table1Config) -> list[Run]:
@@ -107,27 +102,23 @@ def plan_runs(config: Table1Config) -> list[Run]:
     check_config(config)
     fixed = pairs(config.set) | {"device": config.device}
     fixed |= {"fallback": "None"} if config.preset == "gpt2" else {}
-    key, _, values = (config.sweep or "").partition("=")
-    swept = [f"{key}={value}" for value in values.split(",")] if config.sweep else [""]
     runs = []
-    methods = config.methods.split(",")
-    for seed, method, one in itertools.product(range(config.seeds), methods, swept):
-        setting = ",".join(filter(None, (config.set, one)))
-        name = "_".join(filter(None, (method, setting, f"s{seed}"))).replace("/", "-")
+    for seed, method in itertools.product(range(config.seeds), config.methods.split(",")):
+        name = "_".join(filter(None, (method, config.set, f"s{seed}"))).replace("/", "-")
         run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name
-        settings = fixed | pairs(one) | {"method": method, "seed": str(seed)}
+        settings = fixed | {"method": method, "seed": str(seed)}
         flags = [f"--{k}={v}" for k, v in settings.items()]
         given, _ = parse_cli(TrainConfig, flags, "")
         make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
-        runs.append(Run(method, setting, seed, run_dir, command))
+        runs.append(Run(method, seed, run_dir, command))
     return runs
 
 
 def evaluate_run(run: Run, config: Table1Config) -> None:
     """Append one result for each split that has none yet."""
     own = {"task": config.task, "preset": config.preset, "method": run.method}
-    own |= {"setting": run.setting}
+    own |= {"setting": config.set or ""}
     rows = select(read_results(Path(config.out)), **own)
     done = {r["labels"]["data"]: r for r in rows if r["detail"]["trained"]["seed"] == run.seed}
     for split in [*TASKS[config.task].splits, *config.files]:
@@ -148,8 +139,8 @@ def evaluate_run(run: Run, config: Table1Config) -> None:
         checkpoint.append_row(Path(config.out), row)
 
 
-def train(run: Run, config: Table1Config, seconds: float | None) -> bool:
-    """Train and evaluate a run. Return False if it takes longer, UserError if train.py fails."""
+def train(run: Run, seconds: float | None) -> bool:
+    """Train a run. Return False if it takes longer, UserError if train.py fails."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
     with (run.run_dir / "train.log").open("a") as log:
@@ -170,32 +161,30 @@ def train(run: Run, config: Table1Config, seconds: float | None) -> bool:
             f"The other runs are kept; see {run.run_dir}/train.log, then give the same command."
         )
     run.done.touch()
-    evaluate_run(run, config)
     return True
 
 
-def train_all(waiting: list[Run], config: Table1Config) -> list[str]:
-    """Train and evaluate these runs, for at most --minutes. Return the errors."""
+def run_all(runs: list[Run], config: Table1Config) -> list[str]:
+    """Evaluate what is trained, then train and evaluate the rest, for at most --minutes. Return the
+    errors: one run that fails does not stop the others."""
     until, errors = time.monotonic() + 60 * config.minutes, []
-    for run in waiting:
-        print(f"training {run.run_dir.name}", flush=True)
+    for run in sorted(runs, key=lambda run: not run.done.exists()):
         try:
-            left = max(0.0, until - time.monotonic()) if config.minutes else None
-            if not train(run, config, left):
-                break
-        except UserError as e:  # the others continue, unless they would fail alike
+            if not run.done.exists():
+                print(f"training {run.run_dir.name}", flush=True)
+                left = max(0.0, until - time.monotonic()) if config.minutes else None
+                if not train(run, left):
+                    break
+            evaluate_run(run, config)
+        except UserError as e:
             print(f"error: {e}")
-            reason = str(e).split(": ", 1)[-1].splitlines()[0]
             errors.append(str(e))
-            if reason and any(reason in error for error in errors[:-1]):
-                print("the others are not tried: they would fail alike")
-                break
     return errors
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
-    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
     config = make_config(Table1Config, given)
     runs, out = plan_runs(config), Path(config.out)
     if out.is_dir():
@@ -203,13 +192,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     read_results(out)  # errors in it are reported before the work
 
-    # ---- evaluate what is trained, train the rest
-    for run in runs:
-        if run.done.exists():
-            evaluate_run(run, config)
-    errors = train_all([run for run in runs if not run.done.exists()], config)
-
-    # ---- the table
+    errors = run_all(runs, config)
     table = table1(read_results(out), config.task, config.preset)
     checkpoint.replace_text(out.with_name(f"table1_{config.task}_{config.preset}.md"), table + "\n")
     print(table)

@@ -63,7 +63,7 @@ def time_batch(
 
 
 def main() -> None:
-    given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
     config = make_config(ThroughputConfig, given)
     device = select_device(config.device)
     workload, lengths = load_model(config, device), TASK_LENGTHS[config.task]

@@ -34,7 +34,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import Data
 from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
-from nanococonut.runtime.device import keep_freed_memory, select_device
+from nanococonut.runtime.device import keep_freed_memory, select_device, select_precision
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.loader import TrainLoader
@@ -112,8 +112,9 @@ class Trainer:
         self.kernels, self.why_kernels = ops.choose_training_backend(recipe.kernels, self.model)
         self.graph = ops.choose_graph("off" if recipe.ungraphed else recipe.graph, self.model)
         self.think = partial(coconut.think, kernels=self.kernels)
-        half, graphs = recipe.dtype == "bfloat16", GraphCache(64) if self.graph else None
-        self.train_step = TrainStep(self.model, self.think, half, graphs)
+        use_bf16 = select_precision(recipe.dtype, self.model.wte.weight.device)
+        graphs = GraphCache(64) if self.graph else None
+        self.train_step = TrainStep(self.model, self.think, use_bf16, graphs)
         self.optimizers = init_optimizers(recipe, self.model)
         self.loader = TrainLoader(recipe, self.curriculum, self.tokenizer, Data(None, {}))
         self.examples = self.loader.epoch(0)
@@ -199,40 +200,23 @@ def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str,
     return worker, about
 
 
-def write_results(
-    config: StepConfig, ours: Trainer, seconds: dict[str, list[float]], about: dict[str, Any]
-) -> ResultWriter:
-    """Append the results. seconds: provider -> of each step; about: what the released code is."""
-    c, device, recipe = ours.model.config, ours.model.wte.weight.device, ours.recipe
+def result_writer(config: StepConfig, ours: Trainer) -> ResultWriter:
+    c, device = ours.model.config, ours.model.wte.weight.device
     shape = {k: getattr(c, k) for k in ("n_layer", "n_embd", "vocab_size")}
     shape |= {"parameters": ours.model.n_params(), "batch": config.batch_size}
-    shape |= {"micro_batch": recipe.micro_batch_size, "thoughts": config.latent}
+    shape |= {"micro_batch": ours.recipe.micro_batch_size, "thoughts": config.latent}
     labels = {"config": Path(config.config).name}
-    results = ResultWriter("training", config, device, config.dtype, labels, shape)
-    detail = {k: getattr(recipe, k) for k in SETTINGS}
-    detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": os.getloadavg()[0]}
-    detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
-    details = {OURS: detail, "released": about}
-    for name, times in seconds.items():
-        versions = about.pop("versions") if name == "released" else None
-        ms, rates = [1e3 * s for s in times], [config.batch_size / s for s in times]
-        results.add("step", name, ms, "ms", detail=details[name], versions=versions)
-        results.add("examples_per_s", name, rates, "examples/s", versions=versions)
-        if name != OURS:
-            results.add_ratio("step", name, times, seconds[OURS], OURS, versions=versions)
-    return results
+    return ResultWriter("training", config, device, config.dtype, labels, shape)
 
 
 def main() -> None:
-    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__.split("\n")[0])
+    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__)
     config = make_config(StepConfig, given, {"config": path} if path else {})
-    if config.out and not Path(config.out).parent.is_dir():
-        raise UserError(f"--out {config.out} cannot be written: its folder does not exist.")
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
 
     # ---- warm up
     ours = Trainer(recipe_of(config))
+    results = result_writer(config, ours)
     print(f"{config.config}: batch {config.batch_size}, {config.latent} thoughts")
     print(f"kernels: {ours.kernels} ({ours.why_kernels}), graphs: {'yes' if ours.graph else 'no'}")
     providers, about = {OURS: ours.step}, {}
@@ -254,7 +238,18 @@ def main() -> None:
             seconds[name].append(providers[name](i)["seconds"])
     if config.released:
         worker.close()
-    print(write_results(config, ours, seconds, about).summary())
+
+    # ---- results
+    detail = {k: getattr(ours.recipe, k) for k in SETTINGS}
+    detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": os.getloadavg()[0]}
+    detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    results.add("step", OURS, [1e3 * s for s in seconds[OURS]], "ms", detail=detail)
+    if config.released:
+        times, versions = seconds["released"], about.pop("versions")
+        extra = {"detail": about, "versions": versions}
+        results.add("step", "released", [1e3 * s for s in times], "ms", **extra)
+        results.add_ratio("step", "released", times, seconds[OURS], OURS, versions=versions)
+    print(results.summary())
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 The data comes from the Hugging Face hub. A run stays on the commit it started with; pass the same
 --hub_revision=COMMIT to another run. Or use text files: --data=FILE --valid_data=FILE.
 
-The released code instead starts from a CoT checkpoint and has no stage 0:
+The released code instead starts from a CoT checkpoint and has no stage 0: epochs 3 to 24 of 25.
 
     python train.py config/gsm8k.py --method=cot --epochs=25 --out_dir=out/gsm8k_cot
     python train.py config/gsm8k.py --init_from=out/gsm8k_cot --first_stage_epochs=0 \
-        --epochs=25
+        --epochs=22
 """
 
 task = "gsm8k"
@@ -21,8 +21,8 @@ epochs = 50  # 6 + 3 * 3, the other 35 in the final stage
 pad_latent_to_max = True  # as many thoughts in training as at inference
 
 batch_size = 128
-micro_batch_size = 32  # changes memory only, not the result
+micro_batch_size = 32  # changes memory, roundings and dropout's draws only
 learning_rate = 1e-4
-reset_optimizer = "stage"  # as in the paper
+reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch
 eval_interval = 3013  # one epoch: the paper selects its checkpoint by validation
 max_new_tokens = 64

@@ -1,12 +1,80 @@
-"""Some kernels in plain torch; the other references are in tests/kernels/references.py."""
+"""Every kernel's op in plain torch: slow, and correct in any dtype. Tests compare with these.
+
+Two of them also run where no kernel does: linear_residual_ref and ln_linear_gelu_ref.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
+def append_ref(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    lengths: Tensor,
+    active: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Return q (B, nh, hs) of x (B, C); store k and v at each sequence's length (append.py)."""
+    B, nh, T, hs = cache_k.shape
+    qkv = F.linear(F.layer_norm(x, (nh * hs,), ln_weight, ln_bias, eps), weight, bias)
+    q, k, v = qkv.view(B, 3, nh, hs).unbind(1)  # (B, nh, hs) each
+    # one sequence at a time, because each has its own length
+    for b, length in enumerate(lengths.tolist()):
+        if length < T and (active is None or active[b]):  # a full cache keeps what it has
+            cache_k[b, :, length] = k[b]
+            cache_v[b, :, length] = v[b]
+    return q
+
+
+def latent_attention_lse_ref(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (out (B, nh, hs), lse (B, nh)) of q (B, nh, hs) over keys [0, lengths[b]).
+
+    k and v are (B, nh, T, hs); lse is the log-sum-exp of the scaled scores. Without keys out is
+    zero and lse is -inf.
+    """
+    valid = torch.arange(k.shape[2], device=k.device) < lengths[:, None]  # (B, T)
+    unused = ~valid[:, None, :, None]
+    # unused slots may hold NaN, which a zero weight would not remove
+    k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
+    scores = (k @ q[..., None])[..., 0] * q.shape[-1] ** -0.5  # (B, nh, T)
+    scores = scores.masked_fill(~valid[:, None], float("-inf"))
+    # softmax over -inf only would be NaN
+    empty = (lengths <= 0)[:, None, None]
+    p = scores.masked_fill(empty, 0).softmax(dim=-1).masked_fill(empty, 0)
+    # (B, nh, 1, T) @ (B, nh, T, hs) -> (B, nh, hs)
+    return (p[:, :, None] @ v)[:, :, 0], scores.logsumexp(dim=-1)
+
+
+def latent_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_new: int = 0
+) -> Tensor:
+    """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new)."""
+    return latent_attention_lse_ref(q, k, v, lengths + n_new)[0]
+
+
+def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (summed cross-entropy (), correct (N,) bool) of h (N, C), w (V, C), targets (N,).
+
+    correct: the label is the argmax, or there is none (-100).
+    """
+    logits = F.linear(h, w)  # (N, V)
+    # softmax in at least fp32, as autocast does
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return loss, (logits.argmax(-1) == targets) | (targets == -100)
+
+
 def linear_residual_ref(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x."""
+    # in place, as the residual stream keeps its memory from layer to layer
     return x.add_(F.linear(y, weight, bias))
 
 
@@ -28,14 +96,17 @@ def feedback_ref(
     active: Tensor | None = None,
     eps: float = 1e-5,
 ) -> None:
-    """Update x, lengths and hidden in place (feedback.py)."""
+    """Update x (B, C), lengths (B,) and hidden (B, C) in place (feedback.py)."""
     active = torch.ones_like(lengths, dtype=torch.bool) if active is None else active
     h = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
+    # a sequence that has ended keeps its state and its length
     hidden.copy_(torch.where(active[:, None], h, hidden))
     lengths += active  # before wpe: the next input is one position later
+    # a full sequence has no next position; what it reads is never used
     x.copy_(hidden + wpe[lengths.clamp(max=len(wpe) - 1)])
 
 
 def embed_ref(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
     """Write x (B, C) = wte[token] + wpe[lengths] in place."""
+    # in place, because a CUDA graph reads the input of a step from one address
     x.copy_(wte[token] + wpe[lengths.clamp(max=len(wpe) - 1)])

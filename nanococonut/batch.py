@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanococonut.curriculum import Curriculum
-from nanococonut.data.examples import Example
+from nanococonut.data.examples import MARK, Example
 from nanococonut.tokenizer import Tokenizer
 
 IGNORE = -100  # ignore_index of cross_entropy: not supervised
@@ -41,7 +41,7 @@ def tokenize(
     if thought_labels is not None:
         labels = [tokenizer.encode(words) for words in thought_labels]
     question = tokenizer.encode(example["question"])
-    return TokenizedExample(question, steps, tokenizer.encode("### " + example["answer"]), labels)
+    return TokenizedExample(question, steps, tokenizer.encode(MARK + example["answer"]), labels)
 
 
 def build_prompt(

@@ -80,7 +80,9 @@ class TrainConfig:
     )  # fmt: skip
     # optimizer
     batch_size: int = option(128, "examples per optimizer step", "optimizer", ge=1)
-    micro_batch_size: int = option(32, "examples per forward pass", "optimizer", ge=1)
+    micro_batch_size: int = option(
+        32, "examples per forward pass (changes roundings and dropout's draws)", "optimizer", ge=1
+    )
     learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0, alias="lr")
     muon_learning_rate: float = option(0.0, "Muon's, for matrices (0: AdamW)", "optimizer", ge=0)
     beta2: float = option(0.999, "AdamW's beta2", "optimizer", ge=0, lt=1)

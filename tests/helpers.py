@@ -14,6 +14,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.inference.engine import Engine, Generation
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
+from nanococonut.training.setup import count_tokens
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -102,8 +103,8 @@ def save_random_run(
         max_new_tokens=9,
     )
     model = random_gpt(
-        random.randrange(10**6), dtype=torch.float32, vocab_size=tokenizer.vocab_size,
-        block_size=block_size, **extra,
+        random.randrange(10**6), dtype=torch.float32,
+        vocab_size=count_tokens(config, tokenizer), block_size=block_size, **extra,
     )  # fmt: skip
     manifest = {
         "config": asdict(config),

@@ -77,6 +77,7 @@ def curve(row: dict[str, Any], path: Path) -> None:
         if points:
             below.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name)
     below.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    below.set_xlim(left=0)  # the first stage starts there
     below.set_ylim(0, 1)
     below.set_ylabel("fraction")
     below.set_xlabel(f"optimizer steps, batch {row['batch_size']}")

@@ -159,7 +159,8 @@ def _view(row: Row) -> str:
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     titles = (escape(question["title"]) for question in questions)
     menu = "".join(f'<option value="{i}">{title}</option>' for i, title in enumerate(titles))
-    return _fill("view", words | {"caption": _fill("caption", words), "menu": menu, "data": data})
+    caption = _fill("caption", words) + TEXT["chosen"] * (len(questions) > 1)
+    return _fill("view", words | {"caption": caption, "menu": menu, "data": data})
 
 
 def view_page(row: Row) -> str:
@@ -218,7 +219,7 @@ def _names(names: Row, words: Row) -> str:
             row["cells"].append({"value": mass})
         grid = {"columns": [*names["distances"], "mass"], "rows": rows, "grey": 2}
         grids.append((f"steps from {who}", grid, ()))
-    return _heats("What do they name?", _fill("names", words | {"n": names["n"]}), grids)
+    return _heats("What do they name?", _fill("names", words | {"n": f"{names['n']:,}"}), grids)
 
 
 def render(row: Row, against: Row | None = None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.results import fmt
+from bench.common.workload import PATHS
 from nanococonut.curriculum import METHODS
 
 Rows = Sequence[dict[str, Any]]
@@ -127,12 +128,11 @@ class Run:
 
     def points(self) -> list[tuple[int, int]]:
         """Return (batch, context) of the measured steps, except those of whole answers, sorted."""
-
-        def shapes(metric: str) -> set[tuple[int, int]]:
-            rows = [r["shape"] for r in self.rows if r["metric"] == metric]
-            return {(shape["batch"], shape["context"]) for shape in rows}
-
-        return sorted(shapes("latent_step") - shapes("answer"))
+        steps, answers = (
+            {(r["shape"]["batch"], r["shape"]["context"]) for r in self.rows if r["metric"] == name}
+            for name in ("latent_step", "answer")
+        )
+        return sorted(steps - answers)
 
     def ratios(self) -> dict[str, dict[str, float]]:
         """Return provider -> metric -> its time relative to ours, measured in turns on the answers
@@ -147,8 +147,9 @@ class Run:
 
     def tasks(self) -> list[str]:
         """Return the tasks whose whole answers were measured."""
-        rows = [r for r in self.rows if r["metric"] == "answer"]
-        return list(dict.fromkeys(r["labels"]["task"] for r in rows))
+        return list(
+            dict.fromkeys(r["labels"]["task"] for r in self.rows if r["metric"] == "answer")
+        )
 
 
 def newest_runs(rows: Rows, bench: str) -> list[Run]:
@@ -176,11 +177,10 @@ def latency(rows: Rows) -> str:
 
 
 def _answers(run: Run) -> str:
-    lines = [
-        ("answer", "6 thoughts", "written chain", "direct", "chain / thoughts", "after prefill")
-    ]
+    header = "answer|6 thoughts|written chain|direct|chain / thoughts|after prefill"
+    lines = [header.split("|")]
     for task in run.tasks():
-        times = [run.value("answer", task=task, path=p) for p in ("thoughts", "chain", "direct")]
+        times = [run.value("answer", task=task, path=path) for path in PATHS]
         chain = {"task": task, "path": "chain", "relative_to": "thoughts"}
         ratios = [run.value(metric, **chain) for metric in ("answer", "answer_after_prefill")]
         lines.append((task, *map(fmt, times), *(f"{x:.1f}x" for x in ratios)))
@@ -219,8 +219,7 @@ def speed(rows: Rows) -> str:
     training step of the released code relative to ours. rows: of latency.py and training.py."""
     lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", "transformers", "released")]
     for run in newest_runs(rows, "latency"):
-        paths = ("thoughts", "chain", "direct")
-        times = [run.value("answer", task="prosqa", path=path) for path in paths]
+        times = [run.value("answer", task="prosqa", path=path) for path in PATHS]
         ratios = [run.ratios().get(name, {}).get("answer") for name in ("transformers", "released")]
         if None not in times:
             cells = [f"{t:,.0f} ms" for t in times] + [f"{x:.2g}x" if x else "-" for x in ratios]

@@ -14,7 +14,7 @@ from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
 THOUGHTS = 6  # the paper's, on all three tasks
-MODEL_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+GPT2 = GPTConfig()  # 124M
 
 
 PATHS = ("thoughts", "chain", "direct")  # ways to an answer
@@ -53,11 +53,6 @@ class WorkloadOptions:
     dtype: str = option(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
     )
-    n_layer: int | None = option(None, "random weights: layers", ge=1)
-    n_head: int | None = option(None, "random weights: heads", ge=1)
-    n_embd: int | None = option(None, "random weights: width", ge=1)
-    block_size: int | None = option(None, "random weights: longest sequence", ge=32)
-    vocab_size: int | None = option(None, "random weights: vocabulary", ge=16)
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
@@ -110,30 +105,18 @@ class Workload:
 
 def load_model(options: WorkloadOptions, device: torch.device) -> Workload:
     """Load options.checkpoint, or make random weights, which are as fast as trained ones."""
-    shape = {k: v for k in MODEL_SHAPE if (v := getattr(options, k)) is not None}
-    if options.checkpoint == "random":
-        return random_weights(shape, device)
-    if shape:
-        raise UserError(f"--{next(iter(shape))} is for random weights.\nGive no --checkpoint.")
-    model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
-    name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
-    special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
-    return Workload(model, name, *special)
-
-
-def random_weights(shape: dict[str, int], device: torch.device) -> Workload:
-    """Make a GPT of this shape; what it leaves out is GPT-2 124M's."""
+    if options.checkpoint != "random":
+        model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
+        name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
+        special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
+        return Workload(model, name, *special)
     torch.manual_seed(0)
-    try:
-        model = GPT(GPTConfig(**shape))
-    except ValueError as e:
-        raise UserError(f"{e}.\nGive another --n_embd or --n_head.") from None
+    model = GPT(GPT2)
     with torch.no_grad():  # with initial weights, thoughts and positions hardly change the tokens
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3 * model.config.n_embd**-0.5)
-    eos = model.config.vocab_size - 4
-    name = "random weights" if shape else "random weights, GPT-2 124M"
-    return Workload(model.to(device).eval(), name, eos, eos + 1, eos + 2, eos + 3)
+            p.add_(torch.randn_like(p) * 0.3 * GPT2.n_embd**-0.5)
+    special = range(GPT2.vocab_size - 4, GPT2.vocab_size)
+    return Workload(model.to(device).eval(), "random weights, GPT-2 124M", *special)
 
 
 def parse_ints(flag: str, text: str) -> list[int]:

@@ -37,7 +37,7 @@ def main() -> None:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv[0] = f"--data={argv[0]}"
-    c = make_config(Options, parse_cli(Options, argv, str(__doc__))[0])
+    c = make_config(Options, parse_cli(Options, argv, __doc__)[0])
     sizes = {"n_nodes": c.n_nodes, "min_hops": c.min_hops, "max_hops": c.max_hops}
     config = TrainConfig(task=TASK_OF[c.data], **sizes)
     examples, source = generated(c.data, c.n, c.seed, config), f"seed {c.seed}"

@@ -1,6 +1,10 @@
 """The example that every task is made of."""
 
+import re
 from typing import Any, TypedDict
+
+MARK = "### "  # every layout writes it before the answer
+NUMBER = re.compile(r"[-+]?\$?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?")  # 1,234.5
 
 
 class Example(TypedDict):
@@ -33,6 +37,24 @@ def parse_object(value: Any) -> Example:
     return value
 
 
-def extract_answer(text: str) -> str:
-    """Return the answer in generated text: the part after the last "#", without commas."""
-    return text.split("#")[-1].replace(",", "").strip()
+def split_answer(text: str, known: str = "") -> tuple[str, str | None]:
+    """Return (written steps, answer) of a generated text. The answer is None if there is no mark.
+
+    known: the correct answer. Marks that it contains itself do not start the generated one.
+    """
+    steps, *answer = text.rsplit(MARK, 1 + known.count(MARK))
+    return steps, MARK.join(answer).strip() if answer else None
+
+
+def is_correct(text: str, known: str) -> bool:
+    """Return whether the answer of a generated text is the known one. 1,000 equals 1000."""
+    answer, known = split_answer(text, known)[1], known.strip()
+    if answer and NUMBER.fullmatch(answer) and NUMBER.fullmatch(known):
+        return answer.replace(",", "") == known.replace(",", "")
+    return answer == known
+
+
+def is_correct_as_released(text: str, known: str) -> bool:
+    """Return is_correct by the released code's rule: after the last "#", without any comma."""
+    answer = text.rpartition("#")[2] if "#" in text else ""
+    return answer.replace(",", "").strip() == known.replace(",", "").strip() != ""

@@ -1,13 +1,16 @@
-"""Files of examples: four formats are read, recognized by their content; one is written.
+"""Files of examples: six formats are read, recognized by their content; one is written.
 
 JSON list        [{question, steps, answer}, ...], the released code's format; also written here
 JSON lines       one such object per line
+openai/gsm8k     {question, answer: "4*6=<<4*6=24>>24 eggs.\\n#### 24"}, as JSON lines or list
+CODI             {question, cot: "<<4*6=24>> <<24-3=21>>", answer: "21"}, as JSON lines or list
 raw ProntoQA     the JSON of the public generator
 GSM8k-Aug text   question||<<16-3-4=9>> <<9*2=18>> #### 18
 """
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,10 +96,10 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
 def parse_gsm8k_line(line: str) -> Example:
     """Return the example on a line of GSM8k-Aug text.
 
-    The answer keeps its commas; extract_answer drops them when answers are compared.
+    The answer keeps its commas; examples.is_correct ignores those of numbers.
     """
-    question, bars, solution = line.partition("||")
-    steps, mark, answer = solution.rpartition("####")
+    solved, mark, answer = line.rpartition("####")
+    question, bars, steps = (solved or answer).rpartition("||")  # a question may hold others
     if not bars:
         raise ValueError("no || after the question")
     if not mark:
@@ -109,6 +112,21 @@ def parse_gsm8k_columns(columns: dict[str, Any]) -> Example:
     question, steps, answer = (parse_object(columns)[k] for k in ("question", "steps", "answer"))
     steps = [step.strip() for step in steps if step.strip()]  # "" is no step
     return {"question": question.strip(), "steps": steps, "answer": answer.strip()}
+
+
+def parse_row(row: Any) -> Example:
+    """Return the example in a JSON object: {question, steps, answer}, openai/gsm8k's or CODI's.
+
+    The steps of the last two are their equations, as in GSM8k-Aug; their lines if there are none.
+    """
+    if isinstance(row, dict) and "steps" not in row:
+        solution, answer = row.get("cot"), row.get("answer")
+        if "cot" not in row and isinstance(answer, str) and "####" in answer:
+            solution, _, answer = answer.rpartition("####")
+        if isinstance(solution, str):
+            steps = re.findall("<<.*?>>", solution) or solution.split("\n")
+            return parse_gsm8k_columns(row | {"steps": steps, "answer": answer})
+    return parse_object(row)
 
 
 def parse_raw_prontoqa(raw: Any) -> Example:
@@ -136,7 +154,7 @@ def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse,
         # "[" or a lone "{" starts a broken JSON value over several lines, not JSON lines
         if not start.startswith("[") and start != "{":
             if any(line.lstrip().startswith("{") for _, line in lines):
-                return lines, lambda line: parse_object(_load_json(line)), OBJECT
+                return lines, lambda line: parse_row(_load_json(line)), OBJECT
             if "||" in text:
                 line = "A line is: question||<<16-3-4=9>> <<9*2=18>> #### 18"
                 return lines, parse_gsm8k_line, line
@@ -148,7 +166,7 @@ def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse,
             keys = "question, query, answer (texts), chain_of_thought (texts)"
             return list(value.items()), parse_raw_prontoqa, f"Expected test_example: {{{keys}}}."
     values = value if isinstance(value, list) else [value]  # JSON lines with one line
-    return [(f"example {i}", entry) for i, entry in enumerate(values)], parse_object, OBJECT
+    return [(f"example {i}", entry) for i, entry in enumerate(values)], parse_row, OBJECT
 
 
 def _load_json(text: str) -> Any:
@@ -157,3 +175,5 @@ def _load_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg})") from e
+    except RecursionError:
+        raise ValueError("not JSON (nested too deeply)") from None

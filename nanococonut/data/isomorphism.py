@@ -5,7 +5,7 @@ node (the entity, an option, or 0). Two graphs are isomorphic if some renumberin
 one into the other, marks included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -28,6 +28,15 @@ class GraphKey:
         if not isinstance(other, GraphKey) or self.color != other.color:
             return False
         return is_isomorphic(self.graph, self.colors, other.graph, other.colors)
+
+
+def marked_graph(
+    edges: Sequence[tuple[Hashable, Hashable]], marks: Mapping[Hashable, int]
+) -> Graph:
+    """Return the graph of edges between any nodes, of which some have a mark."""
+    nodes = dict.fromkeys(chain(chain.from_iterable(edges), marks))
+    number = {node: i for i, node in enumerate(nodes)}
+    return [(number[a], number[b]) for a, b in edges], [marks.get(node, 0) for node in nodes]
 
 
 def graph_keys(graphs: Sequence[Graph]) -> list[GraphKey]:

@@ -326,12 +326,8 @@ def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
     graphs = []
     for example in examples:
         edges, *query = graph_of(example)
-        nodes = dict.fromkeys([v for e in (*edges, query) for v in e])  # may be any numbers
-        number = {v: i for i, v in enumerate(nodes)}
-        marks = [0] * len(number)
-        for bit, node in enumerate(query):
-            marks[number[node]] += 1 << bit
-        graphs.append(([(number[a], number[b]) for a, b in edges], marks))
+        marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
+        graphs.append(isomorphism.marked_graph(edges, marks))
     return isomorphism.graph_keys(graphs)
 
 

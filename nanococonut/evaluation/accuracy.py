@@ -5,21 +5,26 @@ steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.data.examples import Example, extract_answer
-from nanococonut.data.tasks import TASKS
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.examples import Example, is_correct, is_correct_as_released
+from nanococonut.data.tasks import TASKS, load_data
 from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
+from nanococonut.weights import checkpoint
 
 
 @dataclass(frozen=True)
 class Score:
     """correct and texts: one per example, in order. generated_tokens and thoughts: means.
 
-    geometry: of the thoughts of the last batch, see thought_geometry.
+    geometry           of the thoughts of the last batch, see thought_geometry
+    released_accuracy  by the released code's rule, see is_correct_as_released
     """
 
     correct: list[bool]
@@ -27,6 +32,7 @@ class Score:
     thoughts: float
     texts: list[str]
     geometry: dict[str, list[float]] = field(default_factory=dict, compare=False)
+    released_accuracy: float = 0.0
 
     @property
     def n(self) -> int:
@@ -72,34 +78,71 @@ def thought_geometry(thoughts: Tensor) -> dict[str, list[float]]:
     return {name: [round(x, 4) for x in mean.tolist()] for name, mean in means.items()}
 
 
+def held_out_examples(engine: Engine, advice: str) -> list[Example]:
+    """Return the validation examples of a run that trained on a file; [] if they are generated.
+
+    Raise UserError, with this advice, if they cannot be read any more or are others by now: the
+    split would be another one, and its examples were perhaps trained on.
+    """
+    config = engine.config
+    if TASKS[config.task].splits and not config.data and not config.valid_data:
+        return []
+    revision = engine.manifest.get("hub_commit") or config.hub_revision
+    skipped: list[str] | None = [] if config.skip_bad_rows else None
+    try:
+        data = load_data(replace(config, hub_revision=revision), skipped)
+    except UserError as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"no example of this run's data: {reason}\n{advice}") from None
+    digest = checkpoint.digest_examples(data)
+    if engine.manifest.get("examples", digest) != digest:  # old manifests have none
+        path = config.data or config.valid_data or config.task
+        raise UserError(f"{path} holds other examples than this run was trained on.\n{advice}")
+    return data.val["valid"]
+
+
+def thoughts_as_trained(
+    curriculum: Curriculum, stage: int, examples: Sequence[Example]
+) -> list[int]:
+    """Return the thoughts of each example in training: by its steps, if they are not padded."""
+    return [curriculum.plan(stage, len(example["steps"]))[1] for example in examples]
+
+
 def score(
     engine: Engine,
     examples: Sequence[Example],
-    n_thoughts: int,
+    n_thoughts: int | Sequence[int],
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
-    """Return the score of an engine on examples as in their file; the engine renders them."""
+    """Return the score of an engine on examples as in their file; the engine renders them.
+
+    n_thoughts: of all examples, or of each
+    """
     if engine.render and not engine.config:
         raise ValueError("score needs Engine.from_config: an answer is rendered as its question is")
     config, rendered = engine.config, examples
     if config:
         rendered = TASKS[config.task].render(examples, config.render)
-    # similar lengths together: little padding
-    order = sorted(range(len(examples)), key=lambda i: len(rendered[i]["question"]))
+    counts = [n_thoughts] * len(examples) if isinstance(n_thoughts, int) else n_thoughts
+    # a batch has one number of thoughts, and similar lengths: little padding
+    order = sorted(range(len(examples)), key=lambda i: (counts[i], len(rendered[i]["question"])))
+    groups = [list(group) for _, group in groupby(order, key=lambda i: counts[i])]
+    batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
     texts, n_tokens, n_taken = [""] * len(examples), 0, 0
-    for start in range(0, len(examples), batch_size):
-        indices = order[start : start + batch_size]
+    for indices in batches:
         questions = [examples[i]["question"] for i in indices]
-        out = engine.generate(questions, n_thoughts, max_new_tokens)
+        out = engine.generate(questions, counts[indices[0]], max_new_tokens)
         for i, text in zip(indices, out.text, strict=True):
             texts[i] = text
         n_tokens += sum(map(len, out.tokens))
         n_taken += sum(out.n_thoughts)
-    correct = [
-        "#" in text and extract_answer(text) == extract_answer(example["answer"])
-        for text, example in zip(texts, rendered, strict=True)
-    ]
-    n = len(examples)
-    geometry = thought_geometry(out.thoughts)
-    return Score(correct, (n_tokens + n_taken) / n, n_taken / n, texts, geometry)
+    n, answers = len(examples), [example["answer"] for example in rendered]
+    return Score(
+        correct=list(map(is_correct, texts, answers)),
+        generated_tokens=(n_tokens + n_taken) / n,
+        thoughts=n_taken / n,
+        texts=texts,
+        geometry=thought_geometry(out.thoughts),
+        released_accuracy=sum(map(is_correct_as_released, texts, answers)) / n,
+    )

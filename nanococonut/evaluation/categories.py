@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from nanococonut.data.examples import Example
+from nanococonut.data.examples import Example, split_answer
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import children_of, reachable
 from nanococonut.runtime.errors import UserError
@@ -26,7 +26,7 @@ CATEGORIES = (
 def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
     """Return the category of a text that was generated after n_thoughts thoughts.
 
-    The chain is the part before the first "#"; if it is empty, the part after the last "#" decides:
+    The chain is the part before the first "#"; if it is empty, the part after the mark decides:
 
     Correct Label     it is the known answer
     Incorrect Label   it is something else, or missing
@@ -51,7 +51,7 @@ def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
     except UserError:
         return "Hallucination"
     if not chain:
-        is_correct = "#" in text and text.rpartition("#")[2].strip() == answer.strip()
+        is_correct = split_answer(text, answer)[1] == answer.strip()
         return "Correct Label" if is_correct else "Incorrect Label"
     start, end = chain[0][0], chain[-1][1]
     steps = reachable(edges, entity)  # node -> fewest steps

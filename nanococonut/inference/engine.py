@@ -33,6 +33,8 @@ from nanococonut.runtime.graphs import GraphCache, round_up
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
 
+MIN_TEMPERATURE = 1e-6  # greedy below
+
 
 @dataclass
 class Generation:
@@ -289,7 +291,7 @@ class Engine:
         forced_tokens  appended after the thoughts, before the first generated token
         eos            ends a sequence (-1: nothing does)
         stop           a sequence takes no further thought once the stop classifier says so
-        temperature    0: greedy; otherwise tokens are sampled, by a generator of this call's seed
+        temperature    below MIN_TEMPERATURE: greedy; else a generator of this call's seed samples
         edit           as in generate; only without kernels and graph
         """
         block_size = self.model.config.block_size
@@ -297,6 +299,14 @@ class Engine:
             raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
         if not temperature >= 0:  # NaN too
             raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+        # special tokens end a prefix or are forced; on a GPU, a missing row would kill the process
+        if max(p[-1] for p in [*prefixes, forced_tokens or [0]]) >= self.model.config.vocab_size:
+            raise UserError(
+                "the model has no tokens for thoughts, as its method uses none.\n"
+                "Ask it by the method it was trained by, or give a run trained with thoughts."
+            )
+        if temperature < MIN_TEMPERATURE:  # logits over it overflow
+            temperature = 0.0
         generator = torch.Generator(self.model.wte.weight.device).manual_seed(seed)
         request = Request(
             prefixes, n_thoughts, forced_tokens, eos, max_new_tokens, stop=stop,
@@ -493,12 +503,14 @@ def load(
     device: str = "auto",
     kernels: str = "auto",
     graph: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Engine:
     """Return an Engine for a checkpoint, or for the best one of a run.
 
     It renders its own prompts. Its .config and .manifest are those of the run.
     """
     model, tokenizer, manifest = checkpoint.load(path, select_device(device))
+    model = model.to(dtype)
     config = make_config(TrainConfig, manifest["config"])
     engine = Engine.from_config(model, tokenizer, config, kernels=kernels, graph=graph)
     engine.manifest = manifest

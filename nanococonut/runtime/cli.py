@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import difflib
 import operator
+import reprlib
 import sys
 import textwrap
 import typing
@@ -58,27 +59,47 @@ def validate(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, meta, types = getattr(config, f.name), f.metadata, _types(hints[f.name])
+        shown = f"--{f.name}={_shortened(value)}"
         # type(), not isinstance(): True is no whole number
         if type(value) not in types and not (float in types and type(value) is int):
             expected = " or ".join(TYPE_NAMES[t] for t in types)
             raise UserError(
-                f"--{f.name}={value!r} has the wrong type: {type(value).__name__}.\n"
-                f"Use {expected}: {meta['help']}."
+                f"{shown} has the wrong type: {type(value).__name__}.\nUse {expected}, see --help."
+            )
+        if type(value) is str and not _is_text(value):
+            raise UserError(
+                f"{shown} has a zero byte or is not UTF-8 text.\nUse another text or path."
             )
         if value is None:
             continue
         for key, (words, holds) in BOUNDS.items():
             limit = meta.get(key)
             if limit is not None and not holds(value, limit):  # NaN holds for nothing
-                raise UserError(
-                    f"--{f.name}={value!r} is out of range.\nUse {words} {limit}: {meta['help']}."
-                )
+                raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
+        largest = {int: 2**63, float: 1e30}.get(type(value))  # torch's; float32 with a margin
+        if largest and not abs(value) < largest:
+            raise UserError(f"{shown} is out of range.\nUse a smaller number.")
         choices = meta.get("choices")
         if choices and value not in choices:
             raise UserError(
-                f"--{f.name}={value!r} is unknown.{_suggestion(value, choices)}\n"
+                f"{shown} is unknown.{_suggestion(value, choices)}\n"
                 f"Choose one of: {', '.join(choices)}."
             )
+
+
+def _shortened(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "..."
+
+
+def _is_text(value: str) -> bool:
+    """Return whether files can be named so and UTF-8 can hold it."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _types(hint: Any) -> tuple[type, ...]:
@@ -108,7 +129,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         missing = isinstance(e, FileNotFoundError)
         reason = "does not exist" if missing else "is not readable as UTF-8 text"
-        near = sorted(p.name for p in path.parent.glob("*.py"))
+        near = sorted(p.name for p in path.parent.glob("*.py") if p != path)
         advice = f"{path.parent}/ has: {', '.join(near)}" if near else "Give a file of assignments"
         raise UserError(
             f"config file {path} {reason}.{_suggestion(path.name, near)}\n{advice}."
@@ -153,17 +174,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_cli(
-    cls: type[T], argv: Sequence[str], description: str, config_file: bool = False
+    cls: type[T], argv: Sequence[str], doc: str | None, config_file: bool = False
 ) -> tuple[dict[str, Any], str | None]:
     """Parse --key=value, --key value, and a bare --flag for True.
 
-    Return (field name -> value of the keys in argv, path of the config file or None). Nothing is
-    merged or validated yet.
+    doc: the script's __doc__, whose first line --help shows; None under `python -OO`. Return (field
+    name -> value of the keys in argv, path of the config file or None). Nothing is merged or
+    validated yet.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`
     parser = _Parser(
         prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
-        description=description,
+        description=(doc or "").split("\n")[0],
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # only keys in argv are returned
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
@@ -207,8 +229,17 @@ def _parse_value(text: str, types: tuple[type, ...]) -> Any:
 
 
 def make_config(cls: type[T], *layers: Mapping[str, Any]) -> T:
-    """Return the dataclass with these settings. Later layers override earlier ones."""
-    return cls(**{name: value for layer in layers for name, value in layer.items()})
+    """Return the dataclass with these settings. Later layers override earlier ones.
+
+    Raise UserError if it has no such field: the layer is a manifest's.
+    """
+    values = {name: value for layer in layers for name, value in layer.items()}
+    if unknown := values.keys() - {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        raise UserError(
+            f"unknown in this version of nanococonut: {', '.join(sorted(unknown))}.\n"
+            "Use the version that wrote the checkpoint, or train again."
+        )
+    return cls(**values)
 
 
 def format_config(config: Any, unused: Iterable[str] = ()) -> str:

@@ -3,6 +3,8 @@
 import ctypes
 import signal
 import sys
+import threading
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -19,7 +21,7 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no data
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         first = str(e).splitlines()[0]
         raise UserError(f"device={name!r} cannot be used: {first}\nTry --device=cpu.") from None
@@ -51,18 +53,26 @@ def keep_freed_memory() -> None:
                 libc.mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+# a closed terminal sends SIGHUP, which Windows lacks
+HANGUP = getattr(signal, "SIGHUP", None)
+
+
 class Interrupt:
-    """Ctrl-C or SIGTERM as a request: the loop finishes its step, saves and exits.
+    """Ctrl-C, SIGTERM or SIGHUP as a request: the loop finishes its step, saves and exits.
 
     In a single process a second signal exits at once. Under torchrun it does not: torchrun adds
-    its own signal to the terminal's.
+    its own signal to the terminal's. Nor does SIGHUP, which a closed terminal's shell repeats.
     """
 
     def __init__(self, n_processes: int = 1) -> None:
         self.n_processes = n_processes
-        self.signal = 0  # the first one received
+        self.signal = 0  # the first one received, but for SIGHUP
+        if threading.current_thread() is not threading.main_thread():
+            return  # a notebook or web page runs the loop: signals are its own
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
+        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(HANGUP, self._receive)
 
     @property
     def received(self) -> bool:
@@ -75,9 +85,12 @@ class Interrupt:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         alone = self.n_processes == 1
-        if self.received and alone:
+        if self.signal not in (0, HANGUP) and number != HANGUP and alone:
             sys.exit(128 + number)
-        if not self.received:
+        is_first = not self.received
+        if self.signal in (0, HANGUP):
             self.signal = number
+        if is_first:
             hint = "; interrupt again to exit at once" if alone else ""
-            print(f"stopping after this step{hint}", flush=True)
+            with suppress(RuntimeError, OSError):  # within a print no other may start
+                print(f"stopping after this step{hint}", flush=True)

@@ -29,10 +29,33 @@ from nanococonut.runtime.errors import UserError, run_main
 SEED_STRIDE = 0x9E3779B1
 
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TASK_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun, mpiexec
+
+
 def _launched() -> bool:
     """Return whether torchrun, or a launcher that sets its variables, started several processes."""
-    # cluster nodes may set the other variables without LOCAL_RANK
-    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    env = {name: os.environ.get(name, "") for name in TORCHRUN}
+    return all(env.values()) and env["WORLD_SIZE"].isdecimal() and int(env["WORLD_SIZE"]) > 1
+
+
+def _refuse_half_launched() -> None:
+    """Raise UserError if there are several processes without all of torchrun's variables.
+
+    Each would train the whole run.
+    """
+    env = {name: value for name, value in os.environ.items() if value}
+    names = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in env]
+    if env.get("WORLD_SIZE") == "1":
+        names = []
+    elif not names:
+        names = [name for name in TASK_COUNTS if env.get(name, "1") != "1"]
+    if names:
+        raise UserError(
+            f"{', '.join(f'{name}={env[name]}' for name in names)}, but processes that train "
+            f"together need all of {', '.join(TORCHRUN)}.\n"
+            f"Start them with torchrun. To train in one process: unset {' '.join(names)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -44,8 +67,14 @@ class Distributed:
 
     @classmethod
     def from_env(cls) -> "Distributed":
-        """Return this process's rank in the group that run_distributed joined."""
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+        """Return this process's rank in the group that run_distributed joined, or a single one.
+
+        Raise UserError if others run, but torchrun's variables are missing.
+        """
+        if dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        _refuse_half_launched()
+        return cls()
 
     @property
     def is_master(self) -> bool:
@@ -130,10 +159,10 @@ def run_distributed(main: Callable[[], None]) -> None:
     """Run main() as errors.run_main does, in a script that may run as several processes.
 
     The processes join before main(). The first to fail prints the reason; the others then exit
-    silently instead of waiting for it.
+    silently instead of waiting for it. A closed stdout does not end a run.
     """
     if not _launched():
-        return run_main(main)
+        return run_main(main, goes_on=True)
     store, rank, world = next(iter(dist.rendezvous("env://")))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -155,7 +184,7 @@ def run_distributed(main: Callable[[], None]) -> None:
             sys.exit(1)
 
     try:
-        run_main(report_once)
+        run_main(report_once, goes_on=True)
         dist.destroy_process_group()
     except SystemExit as e:
         with suppress(RuntimeError):

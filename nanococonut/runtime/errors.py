@@ -1,23 +1,78 @@
-"""Errors a user can fix: what is wrong, the value, what to do, in at most two lines."""
+"""Errors a user can fix, in at most two lines; an output that may end before its script."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TextIO
 
 
 class UserError(Exception):
     """A mistake of the user. run_main prints the message without a traceback."""
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(). Exit with code 2 on a UserError, with 130 on Ctrl-C."""
+class _Output:
+    """A text stream that fails at most once, because it is closed or its disk is full.
+
+    goes_on   without a word then, the rest is dropped; else the script ends there
+    """
+
+    def __init__(self, stream: TextIO, goes_on: bool) -> None:
+        self._stream, self._goes_on = stream, goes_on
+        # a notebook's stream has no encoding, and no method of this name
+        if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")  # what its encoding (cp1252) lacks becomes "?"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, method: Callable[..., Any], *args: str) -> None:
+        try:
+            method(*args)
+        except OSError as e:
+            with suppress(OSError):  # so that what is buffered does not fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._goes_on:
+                return
+            if e.errno in (errno.EPIPE, errno.EINVAL):  # `| head` ended; EINVAL: on Windows
+                sys.exit(141)  # the shell's code for it
+            raise UserError(
+                f"the output cannot be written: {e.strerror}.\nFree some space, or write elsewhere."
+            ) from None
+
+
+def run_main(main: Callable[[], None], goes_on: bool = False) -> None:
+    """Run a script's main(). Exit with code 2 on a UserError, with 130 on Ctrl-C.
+
+    goes_on   if stdout is closed or full, finish all the same
+    """
+    streams = sys.stdout, sys.stderr
+    # a stream is None if it was closed from the start
+    out, err = (stream or open(os.devnull, "w") for stream in streams)
+    sys.stdout, sys.stderr = _Output(out, goes_on), _Output(err, goes_on=True)
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head` closed the pipe; the flush at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as e:  # a path that is too long, without permission, on a disk that is gone
+        if e.filename is None:
+            raise
+        print(f"error: {e.filename} cannot be used: {e.strerror}.", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        for stream in (sys.stderr, sys.stdout):
+            with suppress(UserError, SystemExit):
+                stream.flush()  # at exit, a failure would change the exit code
+        sys.stdout, sys.stderr = streams

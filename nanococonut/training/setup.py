@@ -61,17 +61,32 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     return model
 
 
+def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
+    """Return the rows of the token embedding: <bot>, <eot> and <latent> only if they are used."""
+    # as in the released code: in a CoT run they would take part in every softmax, and drift from
+    # "<<" before Coconut starts. A word-level model, which has no "<<", has them for any method:
+    # without them, its random weights (and every result in bench/results) would be others
+    is_used = METHODS[config.method].markers or tokenizer.spec["kind"] == "words"
+    return tokenizer.vocab_size if is_used else tokenizer.bot  # the last ids are theirs
+
+
 def _random(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:
     names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "wte_init_std")
     sizes = {name: getattr(config, name) for name in names}
     # smear tells the order of tokens already
     sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
-    return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes, **extra))
+    try:
+        return GPT(GPTConfig(vocab_size=count_tokens(config, tokenizer), **sizes, **extra))
+    except RuntimeError as e:  # of the allocator
+        raise UserError(
+            f"the model cannot be made: {str(e).splitlines()[0]}\n"
+            "Lower --n_embd, --n_layer or --block_size."
+        ) from None
 
 
 def _pretrained(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:
-    path = resolve_weights(config.init_from)
-    model = load_gpt2(path, tokenizer.vocab_size, config.dropout, tokenizer.spec, extra)
+    path, n_tokens = resolve_weights(config.init_from), count_tokens(config, tokenizer)
+    model = load_gpt2(path, n_tokens, config.dropout, tokenizer.spec, extra)
     n_positions = model.config.block_size
     if config.block_size > n_positions:
         raise UserError(

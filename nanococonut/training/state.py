@@ -4,11 +4,12 @@ A schedule counts steps and examples, never time, so a run can be repeated and r
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum, schedule
+from nanococonut.runtime.errors import UserError
 
 ACCURACY_WINDOW = 1280  # examples in the training accuracy that advance_at is compared with
 
@@ -89,12 +90,37 @@ class Schedule:
     """The run's stages and learning rates, in steps."""
 
     def __init__(self, config: TrainConfig, curriculum: Curriculum, steps_per_epoch: int) -> None:
-        self.config, self.rules, self.steps_per_epoch = config, curriculum.rules, steps_per_epoch
+        self.config, self.curriculum, self.rules = config, curriculum, curriculum.rules
+        self.steps_per_epoch = steps_per_epoch
         self.stages = schedule(
             curriculum, config.epochs, config.epochs_per_stage, config.first_stage_epochs
         )
         self.total_steps = config.epochs * steps_per_epoch
         self.max_steps = min(self.total_steps, config.max_steps or self.total_steps)
+
+    def check_epochs(self, epochs: int, state: TrainState) -> None:
+        """Raise UserError if the steps taken, in a run of `epochs`, differ from this schedule's."""
+        before = Schedule(
+            replace(self.config, epochs=epochs), self.curriculum, self.steps_per_epoch
+        )
+        i, last_step = state.stage_index, max(0, state.step - 1)
+        same_stages = before.stages[:i] == self.stages[:i] and len(self.stages) > i
+        if (
+            same_stages
+            and before.is_last_stage(state) == self.is_last_stage(state)
+            and before.lr_scale(last_step) == self.lr_scale(last_step)
+        ):
+            return
+        options = ""
+        if self.rules.advance_by == "stages":  # start in the final stage
+            n_thoughts = self.curriculum.n_thoughts(self.curriculum.max_latent_stage + 1)
+            options = " --first_stage_epochs=0 --max_latent_stage=0"
+            options += f" --final_thoughts={n_thoughts}"
+        raise UserError(
+            f"the steps taken follow the rates and stages of epochs={epochs}, not "
+            f"{self.config.epochs}.\nResume with --epochs={epochs}, or train on in another "
+            f"--out_dir: --init_from=RUN{options}"
+        )
 
     def stage(self, state: TrainState) -> int:
         """Return the stage of the next step."""

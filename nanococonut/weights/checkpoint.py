@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanococonut.config import TrainConfig
+from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
+from nanococonut.runtime.lock import lock_folder
 from nanococonut.runtime.provenance import provenance
 from nanococonut.tokenizer import Tokenizer
 
@@ -33,9 +36,11 @@ WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "ma
 REQUIRED_KEYS = set(
     "config model tokenizer method stage n_thoughts step minutes device threads files".split()
 )
-# settings that may change when a run is resumed: its bits stay the same ...
-RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard"}
-RESUMABLE |= {"kernels", "graph"}  # ... but for rounding, as with another number of processes
+# settings that may change when a run is resumed: the mathematics stay the same
+RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
+RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
+RESUMABLE |= {"epochs"}  # Schedule.check_epochs
+ROUNDING = {"kernels", "graph", "micro_batch_size", "recompute_mlp"}  # not to the bit
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
@@ -44,8 +49,24 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def digest_examples(data: Data) -> str:
+    """Return the digest of what the examples say, in order, whatever the format of their file."""
+    sha = hashlib.sha256()
+    for split, examples in ({"train": data.train or []} | data.val).items():
+        for x in examples:
+            line = json.dumps([split, x["question"], x["steps"], x["answer"]])
+            sha.update(line.encode() + b"\n")
+    return sha.hexdigest()
+
+
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    is_dir = path.is_dir()
+    try:
+        fd = os.open(path, os.O_RDONLY if is_dir else os.O_RDWR)  # Windows syncs no read-only file
+    except PermissionError:
+        if is_dir:  # Windows opens no folder
+            return
+        raise
     try:
         os.fsync(fd)
     finally:
@@ -127,6 +148,8 @@ def write_atomic(
         digests = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for name in files:
+            shutil.copymode(temporary / MANIFEST, temporary / name)  # safetensors writes 0600
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)  # before the rename: a power cut must not leave an empty file of that name
         os.rename(temporary, folder)
@@ -162,7 +185,10 @@ def save(
         write_atomic(folder, gather_tensors(model, optimizers), manifest | {"step": step})
     for old in list_checkpoints(run)[:-2]:  # two, in case the run went wrong at the last one
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # Windows renames no folder that is being read
+                old.rename(old.with_name(f".{old.name}.partial"))  # never half a checkpoint
+    for partial in run.glob(".step_*.partial"):  # also of runs that were killed
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -173,7 +199,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        what = "holds no checkpoint" if path.exists() else "does not exist"
         raise UserError(
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
@@ -195,7 +221,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raise UserError if it is damaged or of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     if isinstance(manifest, dict) and manifest.get("format") == 1:
         raise UserError(
@@ -273,8 +299,9 @@ def describe_model(model: GPT) -> dict[str, Any]:
 class RunDir:
     """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
 
-    Opening writes nothing, so a run that is refused later leaves no folder. With config.resume,
-    `manifest` is the newest checkpoint's, else {}.
+    Opening makes no folder, so a run that is refused later leaves none. One that exists is locked,
+    until close() or the end of the process. With config.resume, `manifest` is the newest
+    checkpoint's, else {}.
     """
 
     def __init__(self, path: str | Path, config: TrainConfig, dist: Distributed) -> None:
@@ -282,10 +309,13 @@ class RunDir:
         self.path, self.config, self.dist = Path(path), config, dist
         self.metrics_path = self.path / "metrics.jsonl"
         self.manifest: dict[str, Any] = {}
+        self._lock: IO[str] | None = None
         if (self.path / MANIFEST).is_file():
             raise UserError(
                 f"--out_dir {path} is a checkpoint, not a run.\nGive the folder that contains it."
             )
+        if self.path.is_dir():
+            self._claim()
         if config.resume:
             if not list_checkpoints(self.path):
                 raise UserError(
@@ -295,23 +325,68 @@ class RunDir:
             self.folder = resolve(self.path)
             self.manifest = verify(self.folder, resume=True)
             self._check_resumable(self.manifest["config"])
-        elif checkpoints := list_checkpoints(self.path):
+
+    def _claim(self) -> None:
+        """Lock the folder. Raise UserError if another process has, or if it holds another run."""
+        if self.dist.is_master and self._lock is None:
+            try:
+                self._lock = lock_folder(self.path)
+            except OSError as e:
+                raise self._unwritable(e) from None
+        checkpoints = list_checkpoints(self.path)
+        if checkpoints and not self.config.resume:
             raise UserError(
-                f"{path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
+                f"{self.path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
                 "Continue it with --resume, or choose another --out_dir."
             )
 
+    def close(self) -> None:
+        """End the lock."""
+        if self._lock:
+            self._lock.close()
+
+    def _unwritable(self, e: OSError) -> UserError:
+        return UserError(
+            f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
+        )
+
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
-        """Raise UserError if a setting differs from those the run started with."""
+        """Raise UserError if a setting that matters differs from those the run started with."""
         config = asdict(self.config)
         defaults = {f.name: f.default for f in fields(TrainConfig)}  # of options added since
         saved_config = defaults | saved_config
+        # the examples have a digest, except in old checkpoints: there the path has to do
+        free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
-            if key not in RESUMABLE and saved != config.get(key):
+            if key in free or saved == config.get(key):
+                continue
+            if key in ROUNDING:
+                dropout = " and dropout's draws" if self.config.dropout else ""
+                print(f"{key}={config[key]!r}, not {saved!r} as before: roundings{dropout} differ")
+            else:
                 raise UserError(
                     f"{self.path} was trained with {key}={saved!r}, not {config.get(key)!r}.\n"
                     "Resume with the settings it started with, or use another --out_dir."
                 )
+
+    def load_data(self, skipped: list[str] | None = None) -> Data:
+        """Return the examples of this run; skipped: as in read_examples.
+
+        Raise UserError if a resumed run was trained on others.
+        """
+        # a branch on the hub may move, so a resumed run reads the commit it started with
+        revision = self.manifest.get("hub_commit") or self.config.hub_revision
+        data = load_data(replace(self.config, hub_revision=revision), skipped)
+        self.examples = digest_examples(data)
+        if self.manifest.get("examples", self.examples) != self.examples:
+            paths = [p for p in (self.config.data, self.config.valid_data) if p]
+            raise UserError(
+                f"{self.path} was trained on other examples than those "
+                f"{'of ' + ' and '.join(paths) if paths else 'that are generated now'}.\n"
+                "Resume with the --data and --valid_data it started with (the path is free), "
+                "or use another --out_dir."
+            )
+        return data
 
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         """Load weights and moments. Return the saved TrainState's fields; {} for a new run."""
@@ -331,17 +406,17 @@ class RunDir:
             return open(os.devnull, "w")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines(True) if path.exists() else []
+            self._claim()  # if the folder is new; another process may have made it meanwhile
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            lines = text.splitlines(True)
             if lines and not self.manifest:  # of a run killed before its first save: moved aside
                 path.replace(self.path / "metrics.before.jsonl")
             # steps that a killed run logged after its last save will be logged again
             kept = [x for x in lines if x.endswith("\n") and logged_step(x) <= step]
             replace_text(path, "".join(kept) if self.manifest else "")
-            return path.open("a")
+            return path.open("a", encoding="utf-8")
         except OSError as e:
-            raise UserError(
-                f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
-            ) from None
+            raise self._unwritable(e) from None
 
     def save(
         self, model: GPT, optimizers: Sequence[Optimizer], step: int, manifest: dict[str, Any]
@@ -356,6 +431,7 @@ class RunDir:
             "config": asdict(self.config),
             "model": describe_model(model),
             "method": self.config.method,
+            "examples": self.examples,
             "device": str(next(model.parameters()).device),
             "threads": torch.get_num_threads(),
             "processes": self.dist.world,

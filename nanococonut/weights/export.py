@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanococonut.curriculum import METHODS
+from nanococonut.data.files import read_examples
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import BOT, EOS, EOT, LATENT, Tokenizer
@@ -32,7 +34,7 @@ from nanococonut.weights.pretrained import (
 
 # sizes and initialization; any other field of GPTConfig makes a model that transformers lacks
 GPT2_FIELDS = {*CONFIG_KEYS, "vocab_size", "dropout", "wte_init_std", "wpe_init_std"}
-EXAMPLES = {  # task -> the question in the card's program
+EXAMPLES = {  # task -> the question in the card's program, for a run without a file of its own
     "prosqa": "Tom is a terpus. Sam is a gorpus. Every terpus is a lempus. "
     "Every gorpus is a zumpus. Is Tom a lempus or zumpus?",
     "prontoqa": "Max is a vumpus. Every vumpus is a lempus. Lempuses are not windy. Each impus is "
@@ -101,7 +103,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
         CONFIG_NAME: _json(_config(model, tokenizer, manifest) | eos),
         "generation_config.json": _json(eos | {"pad_token_id": tokenizer.eos, "do_sample": False}),
         "README.md": _card(model, manifest),
-        **_tokenizer_files(tokenizer, model.config.block_size),
+        **_tokenizer_files(tokenizer, model.config),
     }
     weights = {
         f"transformer.{name}": (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
@@ -137,6 +139,7 @@ def _write(folder: Path, weights: dict[str, Tensor], texts: dict[str, str]) -> N
         save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        shutil.copymode(temporary / CONFIG_NAME, temporary / WEIGHTS_NAME)  # safetensors: 0600
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -154,7 +157,7 @@ def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[
     return {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED_SETTINGS,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": model.config.vocab_size,
         **{key: getattr(model.config, field) for field, key in CONFIG_KEYS.items()},
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model.config.dropout),
         "tie_word_embeddings": True,
@@ -175,13 +178,24 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
         "commit": manifest.get("trained_with", manifest)["commit"],  # a bundled run has two commits
         "slots": "pauses" if has_pauses else "thoughts",
         "n_params": model.n_params(),
-        "question": EXAMPLES[config["task"]] + "\n",  # never compact: that needs a word vocabulary
+        "question": _question(config) + "\n",  # never compact: that needs a word vocabulary
         "prompt": " if the prompt holds its pauses and their markers" if pauses else "",
         "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
         "max_new_tokens": config["max_new_tokens"],
     }
+    if n and not config.get("pad_latent_to_max", True):
+        how += "\nIn training, examples with fewer steps had fewer {slots}."
     values |= {"how": how.format(**values), "program": program.format(**values)}
     return CARD.format(**values)
+
+
+def _question(config: dict[str, Any]) -> str:
+    """Return a question as the model was trained on: of its file, if that is still there."""
+    if path := config.get("valid_data") or config["data"]:
+        with suppress(UserError):
+            return read_examples(path)[0]["question"]
+        return "a question, written as in the training data"
+    return EXAMPLES[config["task"]]
 
 
 # ---- GPT-2's tokenizer, from tiktoken's table of ranks
@@ -204,7 +218,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return pieces
 
 
-def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
+def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
     """Return file name -> text, such that AutoTokenizer gives the same ids as `tokenizer`."""
     ranks, letters = tokenizer.encoding._mergeable_ranks, _byte_letters()
     by_rank = sorted(ranks, key=ranks.__getitem__)
@@ -215,6 +229,7 @@ def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
     merges = [" ".join(map(spell, _last_merge(t, ranks))) for t in by_rank if len(t) > 1]
     vocab = {spell(token): ranks[token] for token in by_rank} | {EOS: tokenizer.eos}
     special = {EOS: tokenizer.eos, BOT: tokenizer.bot, EOT: tokenizer.eot, LATENT: tokenizer.latent}
+    special = {name: i for name, i in special.items() if i < config.vocab_size}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level["use_regex"] = True  # GPT-2's own pattern
@@ -231,10 +246,10 @@ def _tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
-            "model_max_length": max_length,
+            "model_max_length": config.block_size,
             "clean_up_tokenization_spaces": False,
             **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
-            "additional_special_tokens": [BOT, EOT, LATENT],
+            "additional_special_tokens": [name for name in special if name != EOS],
         },
     }
     return {name: _json(data) for name, data in files.items()}

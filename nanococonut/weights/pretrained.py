@@ -6,7 +6,7 @@ transformers is not needed. No file can run code: PyTorch files are read as plai
 import json
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ from nanococonut.weights import checkpoint
 
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
+GPT2_VOCAB, PADDED_VOCAB = 50257, 50304  # nanoGPT pads it to a multiple of 64
 N_SPECIAL_TOKENS = 3  # <bot>, <eot>, <latent>: their ids follow GPT-2's own
 INIT_TOKEN = 16791  # "<<" in GPT-2's vocabulary: the released code copies it to new tokens
+N_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by n_layer, n_embd
 # transformers stores these as (in, out): GPT-2's Conv1D is a transposed Linear
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # field of GPTConfig -> key of config.json
@@ -43,13 +46,26 @@ FIXED_SETTINGS = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-WRAPPER_PREFIX = re.compile(r"^(module\.)?(base_causallm\.)?(transformer\.)?")
+MAX_SIZE = 10**6  # a model of absurd sizes would be built before its tensors are compared
+NANOGPT_ARGS = {*CONFIG_KEYS, "vocab_size", "dropout", "bias"}  # nanoGPT's model_args
+WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)*(base_causallm\.)?(transformer\.)?")
 MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
 ACCEPTED = (
     f"Give {', '.join(GPT2_SIZES)}, a folder with a GPT-2's {CONFIG_NAME} and {WEIGHTS_NAME}, one "
-    "such file, a run of ours, or a released checkpoint."
+    "such file, a run of ours, a released checkpoint, or nanoGPT's ckpt.pt."
 )
 Spec = dict[str, Any]  # a tokenizer's description, as in a manifest
+
+
+@dataclass(frozen=True)
+class Weights:
+    """GPT-2 weights as a file has them."""
+
+    config: GPTConfig
+    tensors: dict[str, Tensor]
+    spec: Spec | None = None  # of its tokenizer, if it has one
+    is_conv1d: bool = False  # linears are stored as Conv1D
+    has_biases: bool = True  # nanoGPT can leave them out; they are zero then
 
 
 class WeightsUnavailable(UserError):
@@ -71,7 +87,7 @@ def resolve_weights(init_from: str) -> Path:
     path = Path(init_from)
     if not path.exists():
         raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
-    if path.is_dir() and not _is_checkpoint(path) and not (path / WEIGHTS_NAME).is_file():
+    if path.is_dir() and not _is_checkpoint(path) and not _weights_files(path):
         suffixes = (".bin", ".pt", ".pth", ".safetensors")
         files = sorted(p for p in path.iterdir() if p.suffix in suffixes)
         files = [p for p in files if p.name != "training_args.bin"]  # no weights, and pickled
@@ -90,40 +106,41 @@ def load_gpt2(
     """Return a GPT in fp32 with the weights at `path` and their sizes.
 
     path        as returned by resolve_weights
-    vocab_size  None keeps the checkpoint's; otherwise it may be N_SPECIAL_TOKENS larger
+    vocab_size  None keeps the checkpoint's; otherwise it may be N_SPECIAL_TOKENS larger (the new
+                tokens copy "<<") or smaller (its special tokens are dropped)
     spec        tokenizer to check the checkpoint against
     extra       GPTConfig fields GPT-2 lacks (smear, ...); modules missing from the checkpoint
                 start at zero
     Raise UserError if anything does not fit. One error lists all bad tensors.
     """
     path = Path(path)
-    source, tensors, source_spec, is_conv1d = _read(path)
-    is_extended = vocab_size == source.vocab_size + N_SPECIAL_TOKENS
-    fits = is_extended or vocab_size in (None, source.vocab_size)
-    if not fits or (spec and source_spec and spec != source_spec):
+    weights = _read(path)
+    source, tensors = weights.config, weights.tensors
+    n_new = (vocab_size or source.vocab_size) - source.vocab_size
+    fits = abs(n_new) in (0, N_SPECIAL_TOKENS)
+    if not fits or (spec and weights.spec and spec != weights.spec):
         raise UserError(
             f"{path} was trained with another vocabulary: {source.vocab_size} tokens, this run has "
             f"{vocab_size}.\nUse its --tokenizer and data with the same words, or train "
             "--init_from=scratch."
         )
     problems = _remove_tied_copies(tensors)
-    if is_extended:
-        wte = tensors["wte.weight"]  # (V, C)
-        init = wte[min(INIT_TOKEN, len(wte) - 1)]  # (C,)
-        tensors["wte.weight"] = torch.cat([wte, init.expand(N_SPECIAL_TOKENS, -1)])
+    wte = tensors["wte.weight"]  # (V, C)
+    init = wte[min(INIT_TOKEN, len(wte) - 1)]  # (C,)
+    tensors["wte.weight"] = torch.cat([wte, init.expand(max(n_new, 0), -1)])[:vocab_size]
     extra = dict(extra or {})
     extra["smear"] = extra.get("smear") or source.smear  # weights trained with smear need it
     config = replace(source, vocab_size=vocab_size or source.vocab_size, dropout=dropout, **extra)
     try:
         model = GPT(config)
-    except ValueError as e:
-        raise _not_gpt2(path, e) from None
+    except (ValueError, RuntimeError) as e:  # RuntimeError: its sizes exceed the memory
+        raise _not_gpt2(path, str(e).split("\n")[0]) from None
     _check_thoughts(path, source, model, tensors)
     params = {  # in the file's layout
-        name: p.t() if is_conv1d and name.endswith(CONV1D_WEIGHTS) else p
+        name: p.t() if weights.is_conv1d and name.endswith(CONV1D_WEIGHTS) else p
         for name, p in model.state_dict().items()
     }
-    problems += _tensor_problems(tensors, params)
+    problems += _tensor_problems(weights, params)
     if problems:
         rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise _not_gpt2(path, "; ".join(problems[:4]) + rest)
@@ -160,18 +177,21 @@ def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str
             del tensors[name]
 
 
-def _tensor_problems(tensors: dict[str, Tensor], params: dict[str, Tensor]) -> list[str]:
+def _tensor_problems(weights: Weights, params: dict[str, Tensor]) -> list[str]:
     """Return one sentence for each tensor that is unknown, of the wrong shape or dtype, missing."""
     problems = []
-    for name, tensor in tensors.items():
+    for name, tensor in weights.tensors.items():
         if name not in params:
             problems.append(f"{name} is unknown")
         elif params[name].shape != tensor.shape or not tensor.is_floating_point():
             dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
             expected = tuple(params[name].shape)
             problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
+    missing = [name for name in params if name not in weights.tensors]
     optional = ("smear.", "project.", "pause.", "stop.")  # start at zero
-    missing = [name for name in params if name not in tensors and not name.startswith(optional)]
+    missing = [name for name in missing if not name.startswith(optional)]
+    if not weights.has_biases:
+        missing = [name for name in missing if not name.endswith(".bias")]
     return problems + [f"{name} is missing" for name in missing]
 
 
@@ -206,68 +226,124 @@ def _from_hub(name: str) -> Path:
     return Path(files[1]).parent
 
 
-def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Spec | None, bool]:
-    """Read weights.
-
-    Return (GPTConfig, state dict, tokenizer spec or None, whether linears are stored as Conv1D).
-    """
+def _read(path: Path) -> Weights:
+    """Read the weights of any format. Raise UserError if it is none of them."""
     if path.name == WEIGHTS_NAME and _is_checkpoint(path.parent):
         path = path.parent
     if _is_checkpoint(path):
         model, tokenizer, _ = checkpoint.load(path)
-        return model.config, model.state_dict(), tokenizer.spec, False
-    file = path / WEIGHTS_NAME if path.is_dir() else path
+        return Weights(model.config, model.state_dict(), tokenizer.spec)
+    file = (_weights_files(path) or [path / WEIGHTS_NAME])[0] if path.is_dir() else path
+    readers = {".safetensors": load_file, ".json": _load_shards}
     try:
-        state = load_file(file) if file.suffix == ".safetensors" else _load_torch(file)
-        tensors = {
-            WRAPPER_PREFIX.sub("", name): tensor
-            for name, tensor in state.items()
-            if not name.endswith(MASKS)
-        }
-        if not file.with_name(CONFIG_NAME).is_file():
-            raise UserError(
-                f"{file} has no {CONFIG_NAME} next to it, so its sizes are unknown.\n"
-                "Put its GPT-2's there, as by `hf download openai-community/gpt2 "
-                f"{CONFIG_NAME} --local-dir {file.parent}`."
-            )
-        sizes, spec = _read_config(file.with_name(CONFIG_NAME))
-        wte = tensors.get("wte.weight")
-        if wte is None:
-            raise ValueError("wte.weight is missing")
-        if wte.dim() != 2:
-            raise ValueError(f"wte.weight is {tuple(wte.shape)}, expected (tokens, n_embd)")
-    except (OSError, ValueError, SafetensorError) as e:
+        state = readers.get(file.suffix, _load_torch)(file)
+        if isinstance(state, dict) and "model_args" in state:
+            return _from_nanogpt(state)
+        tensors = _rename(state)
+        config_file = file.with_name(CONFIG_NAME)
+        known = {} if config_file.is_file() else _known_sizes(tensors)
+        settings = known or _read_config(config_file)
+        sizes = _read_sizes(settings, CONFIG_KEYS)
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
-    return GPTConfig(vocab_size=len(wte), **sizes), tensors, spec, True
+    config = GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes)
+    ours = settings.get("nanococonut")  # in an export
+    spec = ours.get("tokenizer") if isinstance(ours, dict) else None
+    return Weights(config, tensors, spec, is_conv1d=True)
 
 
-def _load_torch(file: Path) -> dict[str, Tensor]:
-    """Load a state dict written by torch.save, as the released code does. Unpickle only tensors."""
+def _known_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return sizes as in config.json if they are one of GPT2_SIZES (so released checkpoints need
+    no file), else {}."""
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    n_embd = tensors["wte.weight"].shape[1]
+    n_head = N_HEADS.get((n_layer, n_embd))
+    sizes = {"n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    return sizes if n_head else {}
+
+
+def _from_nanogpt(saved: dict[str, Any]) -> Weights:
+    """Return the weights in nanoGPT's ckpt.pt, without the rows that pad its vocabulary.
+
+    nanoGPT's GELU is exact, GPT-2's and ours a formula with tanh: they differ by less than 0.0005.
+    """
+    tensors, args = _rename(saved.get("model")), saved["model_args"]
+    sizes = _read_sizes(args, {field: field for field in CONFIG_KEYS})
+    if extra := args.keys() - NANOGPT_ARGS:  # of a fork: another activation, another norm
+        raise ValueError(f"its model_args have {', '.join(sorted(map(str, extra)))}")
+    padded = {k: v for k, v in tensors.items() if v.shape[:1] == (PADDED_VOCAB,)}
+    tensors |= {k: v[:GPT2_VOCAB] for k, v in padded.items()}
+    config = GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes)
+    return Weights(config, tensors, has_biases=args.get("bias", True))
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    return [file for name in (WEIGHTS_NAME, INDEX_NAME) if (file := folder / name).is_file()]
+
+
+def _load_shards(index: Path) -> dict[str, Tensor]:
+    """Load the safetensors files that an index names, from its folder."""
+    content = json.loads(index.read_text(encoding="utf-8-sig"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    names = {str(n) for n in weight_map.values()} if isinstance(weight_map, dict) else set()
+    if not names or any(Path(n).name != n for n in names):
+        raise ValueError(f"{index.name} names no files")
+    return {k: v for n in sorted(names) for k, v in load_file(index.with_name(n)).items()}
+
+
+def _load_torch(file: Path) -> Any:
+    """Load a file of torch.save, as the released code and nanoGPT do. Unpickle plain data only."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the ValueError below says what is wrong
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # a torn or hostile pickle may raise anything
         raise ValueError(
             f"neither safetensors nor a state dict of plain tensors ({type(e).__name__}), and "
             "nothing else is unpickled"
         ) from None
+
+
+def _rename(state: Any) -> dict[str, Tensor]:
+    """Return a state dict by GPT's own names, without masks. ValueError if it is none of GPT-2."""
+
+    def is_dense(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+
     is_dict = isinstance(state, dict) and len(state) > 0
-    if not is_dict or not all(type(k) is str and isinstance(v, Tensor) for k, v in state.items()):
+    if not is_dict or not all(type(k) is str and is_dense(v) for k, v in state.items()):
         raise ValueError("not a state dict of names and tensors")
-    return state
+    tensors = {WRAPPER_PREFIX.sub("", k): v for k, v in state.items() if not k.endswith(MASKS)}
+    wte = tensors.get("wte.weight")
+    if wte is None:
+        raise ValueError("wte.weight is missing")
+    if wte.dim() != 2 or len(wte) == 0:
+        raise ValueError(f"wte.weight is {tuple(wte.shape)}, expected (tokens, n_embd)")
+    return tensors
 
 
-def _read_config(file: Path) -> tuple[dict[str, int], Spec | None]:
-    """Return (sizes by GPTConfig's names, tokenizer spec if the folder is an export of ours)."""
+def _read_config(file: Path) -> dict[str, Any]:
+    """Return the settings in a config.json. Raise ValueError if GPT does not implement them."""
+    if not file.is_file():
+        raise UserError(
+            f"{file.parent} has no {CONFIG_NAME} next to its weights, so their sizes are unknown.\n"
+            "Put its GPT-2's there, as by `hf download openai-community/gpt2 "
+            f"{CONFIG_NAME} --local-dir {file.parent}`."
+        )
     settings = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG_NAME} is not a JSON object")
     for key, value in FIXED_SETTINGS.items():
         if settings.get(key, value) != value:
             raise ValueError(f"{CONFIG_NAME} has {key}={settings[key]!r}, expected {value!r}")
-    sizes = {field: settings.get(key) for field, key in CONFIG_KEYS.items()}
-    bad = [CONFIG_KEYS[field] for field, n in sizes.items() if type(n) is not int or n < 1]
+    return settings
+
+
+def _read_sizes(settings: Any, keys: dict[str, str]) -> dict[str, int]:
+    """Return the sizes in settings. keys: GPTConfig's name -> name in settings."""
+    settings = settings if isinstance(settings, dict) else {}
+    sizes = {field: settings.get(key) for field, key in keys.items()}
+    bad = [keys[f] for f, n in sizes.items() if type(n) is not int or not 0 < n < MAX_SIZE]
     if bad:
-        raise ValueError(f"{CONFIG_NAME} has no valid {', '.join(bad)}")
-    return sizes, settings.get("nanococonut", {}).get("tokenizer")
+        raise ValueError(f"its settings have no valid {', '.join(bad)}")
+    return sizes

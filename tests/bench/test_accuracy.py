@@ -4,13 +4,22 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from helpers import gpt2_tokenizer, random_gpt
 
 from bench.common.results import read_results
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
 from nanococonut.data.files import write_examples
+from nanococonut.data.tasks import load_data
+from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.categories import CATEGORIES
+from nanococonut.inference.engine import Engine
 from nanococonut.model import GPT
+from nanococonut.runtime.cli import make_config
 from nanococonut.weights import checkpoint
+from nanococonut.weights.pretrained import CONV1D_WEIGHTS
 
 
 @pytest.fixture
@@ -35,6 +44,16 @@ def test_every_split_is_evaluated_as_trained(accuracy, split):
     assert tuple(fractions) == CATEGORIES and sum(fractions.values()) == pytest.approx(1)
     # after six thoughts it writes no step, so a correct label is a correct answer
     assert fractions["Correct Label"] == row["value"]
+
+
+def test_all_fractions_are_shown_as_percentages(accuracy):
+    """The accuracy was shown as .97, the categories and rules next to it as 97.0%."""
+    code, out, _ = accuracy("--n=20", "--max_new_tokens=1")
+    assert code == 0
+    assert (
+        "\n      0%             nanococonut          accuracy, examples 20, thoughts 6 (0% .. "
+        in out
+    )
 
 
 def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
@@ -115,6 +134,26 @@ def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
         assert detail["generated_tokens"] == 6 + longest
         code, out, _ = script("--out_dir=run", "--seed=1", *more, script="sample.py")
         assert code == 0 and f", {longest} tokens" in out
+        assert ('(wrong, no answer after "###": ' in out) == (longest == 1)
+
+
+def test_unpadded_runs_are_asked_as_trained(accuracy, script, tmp_path):
+    """Both scripts asked with the most thoughts, also examples that had fewer in training."""
+    like_the_bundled(tmp_path / "run", config={"pad_latent_to_max": False, "max_new_tokens": 1})
+    code, out, _ = accuracy("--checkpoint=run", "--n=20")
+    detail = rows_of(out)[0]["detail"]
+    steps = {int(n): count for n, (_, count) in detail["by_steps"].items()}
+    assert code == 0 and detail["thoughts_taken"] == sum(n * c for n, c in steps.items()) / 20
+    _, out, _ = accuracy("--checkpoint=run", "--n=20", "--sweep")
+    taken = [row["detail"]["thoughts_taken"] for row in rows_of(out)]
+    assert taken == [0, 1, 2, *[detail["thoughts_taken"]] * 4]  # 2 or 3 steps
+    _, out, _ = accuracy("--checkpoint=run", "--n=20", "--latent=6")
+    assert rows_of(out)[0]["detail"]["thoughts_taken"] == 6
+    code, out, _ = script("--out_dir=run", "--seed=1", script="sample.py")
+    [example] = prosqa.generate(1, 1, prosqa.GraphConfig(13, 2, 3))
+    assert code == 0 and "up to 6 thoughts" in out and example["question"] in out
+    numbers = [line[2] for line in out.splitlines() if line.startswith("│ ")]
+    assert numbers == ["1", "2", "3"][: len(example["steps"])]
 
 
 def test_thoughts_that_a_method_never_had_are_noted(accuracy, tmp_path):
@@ -123,3 +162,133 @@ def test_thoughts_that_a_method_never_had_are_noted(accuracy, tmp_path):
     for argv, noted in (([], False), (["--latent=3"], True)):
         code, out, _ = accuracy("--checkpoint=run", "--n=5", *argv)
         assert code == 0 and ("note: cot has no thoughts in training" in out) == noted
+
+
+def released_file(path, vocab_size):
+    """Save a random GPT-2 as the released code saves a trained Coconut. Return our copy."""
+    model = random_gpt(dtype=torch.float32, vocab_size=vocab_size, block_size=96)
+    state = {
+        f"base_causallm.transformer.{name}": p.t() if name.endswith(CONV1D_WEIGHTS) else p
+        for name, p in model.state_dict().items()
+    }
+    state["base_causallm.lm_head.weight"] = state["embedding.weight"] = model.wte.weight.data
+    torch.save({name: p.contiguous() for name, p in state.items()}, path)
+    sizes = {"n_positions": 96, "n_layer": 2, "n_head": 3, "n_embd": 24}
+    path.with_name("config.json").write_text(json.dumps(sizes))
+    return model
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The scores that the script computes."""
+    scores = []
+
+    def spy(*args, **kwargs):
+        scores.append(score(*args, **kwargs))
+        return scores[-1]
+
+    monkeypatch.setattr("nanococonut.evaluation.accuracy.score", spy)
+    return scores
+
+
+ROWS = [
+    {"question": "Two pens cost 3 each. What is paid?", "steps": ["<<2*3=6>>"], "answer": "6"},
+    {"question": "One plus one?", "steps": ["<<1+1=2>>"], "answer": "2"},
+]
+
+
+@pytest.mark.parametrize("method, n", [("coconut", 6), ("pause", 6), ("cot", 0)])
+def test_a_released_checkpoint_needs_no_run(accuracy, scored, tmp_path, method, n):
+    """A released checkpoint could only be evaluated after training a run from it."""
+    tokenizer = gpt2_tokenizer()
+    markers = METHODS[method].markers
+    model = released_file(tmp_path / "checkpoint_33", tokenizer.vocab_size - 3 * (not markers))
+    write_examples(tmp_path / "rows.json", ROWS)
+    argv = ["--checkpoint=checkpoint_33", f"--method={method}", "--data=rows.json"]
+    code, out, err = accuracy(*argv, *[f"--latent={n}"] * (n > 0), "--max_new_tokens=5")
+    assert (code, err) == (0, "") and f"checkpoint_33: {method}, {n} thoughts" in out
+    [row] = rows_of(out)
+    labels = {"method": method, "task": "gsm8k", "data": "rows.json", "checkpoint": "checkpoint_33"}
+    assert row["labels"] == labels and row["shape"] == {"examples": 2, "thoughts": n}
+    assert row["detail"]["trained"] == {} and row["detail"]["generated_seed"] is None
+    engine = Engine(model, tokenizer, Curriculum(method), kernels="torch")
+    expected = [engine.generate([x["question"] + "\n"], n, 5).text[0] for x in ROWS]
+    assert scored[0].texts == expected and len(set(expected)) == 2
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "Give --method, --data and --latent"),
+        (["--method=coconut", "--latent=6"], "belongs to no run"),
+        (["--method=coconut", "--data=rows.json"], "belongs to no run"),
+        (["--method=coconut", "--data=rows.json", "--latent=6"], "needs 50260"),
+        (
+            ["--method=coconut", "--checkpoint=nowhere", "--data=rows.json", "--latent=6"],
+            "no weights at",
+        ),
+        (["--method=cot", "--data=nothing.json"], "nothing.json does not exist"),
+        (["--method=cot", "--data=rows.json", "--checkpoint=rows.json"], "holds no GPT-2"),
+        (["--method=cot", "--checkpoint=run"], "run knows its method"),
+        (["--checkpoint=."], "Give --method"),  # a folder with config.json
+        (["--method=soft_thought", "--data=rows.json", "--latent=6"], "else than hidden states"),
+    ],
+)
+def test_a_released_checkpoint_used_wrongly(accuracy, tmp_path, argv, words):
+    """A missing option, or the weights of another method, would give a wrong number."""
+    gpt2_tokenizer()
+    released_file(tmp_path / "file.pt", 50257)
+    write_examples(tmp_path / "rows.json", ROWS)
+    like_the_bundled(tmp_path / "run")
+    code, _, err = accuracy("--checkpoint=file.pt", *argv)
+    assert code == 2 and words in err and err.count("\n") == 2, err
+
+
+def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path):
+    """--data was asked for, though the run knows its file; its other examples were trained on."""
+    examples = prosqa.generate(60, 5, prosqa.GraphConfig(13, 2, 3))
+    write_examples(tmp_path / "rows.json", examples)
+    like_the_bundled(tmp_path / "run", config={"data": str(tmp_path / "rows.json")})
+    code, out, err = accuracy("--checkpoint=run", "--max_new_tokens=2")
+    [row] = rows_of(out)
+    config = make_config(
+        TrainConfig, checkpoint.read_manifest(tmp_path / "run/step_00005000")["config"]
+    )
+    held_out = load_data(config).val["valid"]
+    assert (code, err) == (0, "") and len(held_out) == 6
+    assert row["labels"]["data"] == "rows.json, held out" and row["shape"]["examples"] == 6
+    assert sum(n for _, n in row["detail"]["by_steps"].values()) == 6
+    write_examples(tmp_path / "valid.json", examples[:9])
+    config = {"data": str(tmp_path / "rows.json"), "valid_data": str(tmp_path / "valid.json")}
+    like_the_bundled(tmp_path / "run2", config=config)
+    [row] = rows_of(accuracy("--checkpoint=run2", "--max_new_tokens=2")[1])
+    assert row["labels"]["data"] == "valid.json, held out" and row["shape"]["examples"] == 9
+    like_the_bundled(tmp_path / "run3", config=config, examples="a digest of others")
+    code, _, err = accuracy("--checkpoint=run3")
+    assert code == 2 and "rows.json holds other examples than this run" in err
+    (tmp_path / "rows.json").unlink()
+    code, _, err = accuracy("--checkpoint=run")
+    assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err
+
+
+def test_changed_file_holds_out_no_examples(accuracy, tmp_path):
+    """A file that grew holds out another tenth, of which the run was trained on nine in ten."""
+    examples = prosqa.generate(60, 5, prosqa.GraphConfig(13, 2, 3))
+    path, grown = tmp_path / "rows.json", tmp_path / "grown.json"
+    write_examples(path, examples[:50])
+    config = {"data": str(path)}
+    digest = checkpoint.digest_examples(load_data(TrainConfig(**config)))
+    like_the_bundled(tmp_path / "run", config=config, examples=digest)
+    assert accuracy("--checkpoint=run", "--max_new_tokens=2")[0] == 0
+    write_examples(grown, examples)
+    grown.replace(path)
+    code, _, err = accuracy("--checkpoint=run")
+    assert code == 2 and "rows.json has changed since" in err and err.count("\n") == 2
+
+
+def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):
+    """Weights stayed in float32, or the row said so."""
+    code, _, err = accuracy("--n=60", "--dtype=bfloat16", "--out=rows.jsonl")
+    assert (code, err) == (0, "")
+    [row] = read_results(tmp_path / "rows.jsonl")
+    assert row["dtype"] == "bfloat16" and row["value"] > 0.9

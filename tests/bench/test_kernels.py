@@ -17,28 +17,24 @@ def kernels(script):
 def test_without_a_gpu_nothing_is_timed(kernels):
     code, out, err = kernels()
     assert (code, err) == (0, "") and len(out.splitlines()) == 2
-    assert "no machine to time kernels on" in out and "--check" in out
+    assert "no machine to time kernels on" in out and "tests/kernels" in out
 
 
-def test_numbers_are_compared(kernels):
-    code, out, err = kernels("--check", "--only=residual")
-    assert code == 0, err
-    assert out.splitlines() == [
-        "every kernel computes what plain torch does, in float32, at batch 1,3"
-    ]
-
-
-def test_wrong_kernel_is_named():
-    config = bench.KernelsConfig(n_embd=16, n_head=2, context=8, vocab_size=9, only="residual")
-    bench.check_cases(config, 2, "cuda" if torch.cuda.is_available() else "cpu")
-    config = bench.KernelsConfig(n_embd=16, n_head=2, context=8, vocab_size=9, batches="2")
-    cases = bench.requested(config, 2, "cpu", torch.float32)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_case_compares_equals(batch, device):
+    """A kernel and plain torch must do the same work, or their times could not be compared."""
+    config = bench.KernelsConfig(
+        n_embd=32, n_head=2, context=20, vocab_size=50, positions=7, batches=str(batch)
+    )
+    where = config, batch, device, torch.float32
+    cases = [*bench.cases(*where), *bench.training_cases(*where)]
     assert len({case.name for case in cases}) == len(cases) == 8
-    assert all(case.n_numbers > 0 for case in cases)
     for case in cases:
-        case.impl = lambda *args, case=case: case.reference(*args) * 1.01
-        if case.reference(*case.copy_args()) is not None:  # returns something
-            assert bench.max_error(case) > bench.TOLERANCE, case.name
+        ours, plain = (case.run(fn, case.copy_args()) for fn in (case.impl, case.reference))
+        for a, b in zip(ours, plain, strict=True):
+            scale = b.double().abs().max().item()
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * scale, msg=case.name)
+        assert case.n_numbers > 0
 
 
 @pytest.mark.parametrize(

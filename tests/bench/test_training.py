@@ -53,9 +53,7 @@ def test_run_writes_every_metric(tmp_path):
     assert sizes.items() <= row["shape"].items()
     assert row["detail"]["smear"] and row["detail"]["kernels"] == "torch"
     assert row["repeats"] == 1 and "torch" in row["versions"]
-    found = Run(rows)
-    step = found.value("step")
-    assert found.value("examples_per_s") == pytest.approx(3e3 / step, rel=1e-3)
+    assert Run(rows).value("step") > 0
     assert str(ROOT) not in last and str(tmp_path) not in last
 
 
@@ -192,6 +190,6 @@ def test_released_code_computes_the_same(bench):
         assert about[name]["ours"] == pytest.approx(about[name]["released"], rel=1e-4)
     assert rows[0]["versions"]["transformers"].startswith("4.")
     assert not line["rows"][0]["detail"]["smear"]
-    step, rate, ratio = (row["value"] for row in rows[:3])
-    assert ratio == pytest.approx(step / line["rows"][0]["value"], rel=0.01) and rate > 0
+    step, ratio = (row["value"] for row in rows)
+    assert ratio == pytest.approx(step / line["rows"][0]["value"], rel=0.01)
     assert about["commit"] != "unknown" and released not in last and python not in last

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import forward, random_gpt
+from helpers import ROOT, forward, random_gpt
 from torch.nn import functional as F
 
 from nanococonut import coconut
@@ -20,8 +20,8 @@ from nanococonut.batch import (
 )
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, schedule
-from nanococonut.data.examples import extract_answer
 from nanococonut.data.tasks import TASKS
+from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.tokenizer import Tokenizer
 
 EXAMPLE = TokenizedExample([1, 2], [[3], [4, 5], [6]], [7, 8], thought_labels=[[3], [5], [6]])
@@ -135,11 +135,40 @@ def test_schedules_equal_the_papers():
     gsm = Curriculum("coconut", c_thought=2, max_latent_stage=3)
     paper = schedule(gsm, epochs=50, epochs_per_stage=3, first_stage_epochs=6)
     assert paper == [Stage(0, 6), Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 35)]
-    released = schedule(gsm, epochs=25, epochs_per_stage=3, first_stage_epochs=0)
-    assert released == [Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 16)]
     assert schedule(gsm, epochs=4, epochs_per_stage=3) == [Stage(0, 3), Stage(1, 1)]
     for method in ("cot", "no_cot"):
         assert schedule(Curriculum(method), 50, 5) == [Stage(7, 50)]
+
+
+# args/*_coconut.yaml: c_thought, epochs_per_stage, max_latent_stage, resume, num_epochs
+RELEASED = {"prosqa": (1, 5, 6, 0, 50), "prontoqa": (1, 5, 6, 0, 50), "gsm8k": (2, 3, 3, 3, 25)}
+
+
+@pytest.mark.parametrize("task", RELEASED)
+def test_configs_follow_the_released_schedule(task):
+    """GSM8k's command trained 25 epochs; the release resumes at epoch 3 of 25."""
+    c_thought, epochs_per_stage, max_stage, resume, num_epochs = RELEASED[task]
+    file = ROOT / f"config/{task}.py"
+    # the last command in the docstring, if there is one, gives the released schedule
+    _, *commands = file.read_text().split('"""')[1].replace("\\\n", "").split("python train.py")
+    argv = (commands or [f"config/{task}.py"])[-1].split()
+    overrides, path = parse_cli(TrainConfig, argv, "", config_file=True)
+    config = make_config(TrainConfig, read_config_file(ROOT / path, TrainConfig), overrides)
+    curriculum = Curriculum.from_config(config)
+    stages = schedule(curriculum, config.epochs, config.epochs_per_stage, config.first_stage_epochs)
+    epochs = [stage.index for stage in stages for _ in range(stage.epochs)]
+    released = [epoch // epochs_per_stage for epoch in range(resume, num_epochs)]
+    assert epochs == [min(stage, max_stage + 1) for stage in released]
+    for epoch, stage in zip(epochs, released, strict=True):
+        n_thoughts = min(stage, max_stage) * c_thought
+        for n_steps in (
+            1,
+            3,
+            9,
+        ):  # dataset.py: skip the first `stage` steps, all in the final stage
+            n_skipped = min(n_steps, 10_000 if stage > max_stage else stage)
+            assert curriculum.plan(epoch, n_steps) == (n_skipped, n_thoughts)
+    assert (config.batch_size, config.learning_rate) == (4 * 32, 1e-4)
 
 
 def test_thoughts_at_inference_follow_the_stage():
@@ -182,15 +211,6 @@ def test_texts_are_tokenized_separately(tokenizer):
     assert tokenizer.decode(example.question) == "Tom is.\n"
     assert [tokenizer.decode(s) for s in example.steps] == ["Tom is a lempus.\n"]
     assert tokenizer.decode(example.answer) == "### Tom is a lempus."
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("a\n### 2,125", "2125"), ("###  Tom is a lempus. ", "Tom is a lempus."), ("x # y # z", "z")],
-)
-def test_extract_answer_reads_after_the_last_hash(text, answer):
-    """Guards against a "#" in the chain, and against commas in numbers."""
-    assert extract_answer(text) == answer
 
 
 def test_methods_have_valid_rules():

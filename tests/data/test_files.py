@@ -7,7 +7,7 @@ import random
 import pytest
 
 from nanococonut.data import prosqa
-from nanococonut.data.examples import extract_answer
+from nanococonut.data.examples import is_correct, is_correct_as_released, split_answer
 from nanococonut.data.files import (
     parse_gsm8k_line,
     parse_raw_prontoqa,
@@ -285,7 +285,32 @@ def test_a_user_error_exits_with_code_2(capsys):
     assert capsys.readouterr().err == "error: this is wrong.\nDo that.\n"
 
 
-def test_the_answer_follows_the_last_mark():
-    """ "1,000" and "1000" are the same answer."""
-    assert extract_answer("a = 3 # b ### 1,000 \n") == "1000"
-    assert extract_answer("no mark") == "no mark" and extract_answer("###") == ""
+def test_the_answer_follows_the_layouts_mark():
+    """A "#" in an answer, such as C#, cut it. A known answer may hold the mark itself."""
+    assert split_answer("a = 3 # b ### 1,000 \n") == ("a = 3 # b ", "1,000")
+    assert split_answer("### C#") == ("", "C#")
+    assert split_answer("a\n### see ### 5", "see ### 5") == ("a\n", "see ### 5")
+    assert split_answer("a\n### see ### 5", "5") == ("a\n### see ", "5")
+    assert split_answer("no mark") == ("no mark", None) and split_answer("### ") == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "correct", "released"),
+    [
+        ("### C#", "C#", True, False),  # the released rule cuts the generated answer only
+        ("### F#", "C#", False, False),
+        ("### 12", "1,2", False, True),
+        ("### 1,2", "1,2", True, True),
+        ("### 1,234", "1234", True, True),
+        ("### -$1234.5", "-$1,234.5", True, True),
+        ("### a, b", "a b", False, True),
+        ("###5", "5", False, True),  # no layout writes this
+        ("a ### b ### a ### b", "a ### b", True, False),
+        ("1234", "1234", False, False),
+        ("", "#", False, False),
+    ],
+)
+def test_what_is_correct_and_what_was(text, known, correct, released):
+    """Commas counted nowhere: "1,2" equalled "12". They do not count in numbers only."""
+    assert is_correct(text, known) == correct
+    assert is_correct_as_released(text, known) == released

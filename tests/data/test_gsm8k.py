@@ -1,5 +1,6 @@
 """GSM8k-Aug: text lines, copies on the hub."""
 
+import json
 import random
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanococonut.data import gsm8k
-from nanococonut.data.files import parse_gsm8k_line, read_examples
+from nanococonut.data.files import parse_gsm8k_line, parse_row, read_examples
 from nanococonut.runtime.errors import UserError
 
 LINES = {
@@ -26,6 +27,59 @@ def test_parse_gsm8k_line():
     examples = [parse_gsm8k_line(line) for line in LINES]
     assert [(example["question"], example["steps"]) for example in examples] == list(LINES.values())
     assert [example["answer"] for example in examples] == ["18", "2,125", "-0.5"]
+
+
+@pytest.mark.parametrize("bars", ["A || B: which? ||", "||x||| is? ||", "|| #### ||? || "])
+def test_question_may_hold_bars(bars):
+    """The question was cut at its first || and the rest became steps, without a word."""
+    example = parse_gsm8k_line(f"{bars}<<1+1=2>> #### 2")
+    question = bars.strip().removesuffix("||").strip()
+    assert example == {"question": question, "steps": ["<<1+1=2>>"], "answer": "2"}
+
+
+SOLVED = {"question": "Eggs?", "steps": ["<<4*6=24>>", "<<24-3=21>>"], "answer": "1,021"}
+TEXT = {"question": "Pens?", "steps": ["Two cost 3 each.", "So it is 6."], "answer": "6"}
+ROWS = {  # as others' files have SOLVED and TEXT
+    "openai/gsm8k": [
+        {
+            "question": "Eggs?",
+            "answer": "There are 4*6=<<4*6=24>>24.\nSo 24-3=<<24-3=21>>21 are.\n#### 1,021",
+        },
+        {"question": "Pens?", "answer": "Two cost 3 each.\n\nSo it is 6.\n#### 6"},
+    ],
+    "CODI": [
+        {"question": "Eggs?", "cot": "<<4*6=24>> <<24-3=21>>", "answer": "1,021"},
+        {"question": "Pens?", "cot": "Two cost 3 each.\nSo it is 6.", "answer": "6", "id": 3},
+    ],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_others_rows_are_read(tmp_path, rows):
+    """ "'steps' is missing" was all that GSM8k's own files gave."""
+    path = tmp_path / "rows"
+    for text in ("\n".join(map(json.dumps, rows)), json.dumps(rows, indent=1)):
+        path.write_text(text)
+        assert read_examples(path) == [SOLVED, TEXT]
+    path.write_text(json.dumps(rows[0]))  # a file of one line
+    assert read_examples(path) == [SOLVED]
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ({"question": "Eggs?", "answer": "24"}, "'steps' is missing"),
+        ({"question": "Eggs?", "answer": "<<4*6=24>> ####"}, "'answer' is blank"),
+        ({"answer": "<<4*6=24>> #### 24"}, "'question' is missing"),
+        ({"question": "Eggs?", "cot": "<<4*6=24>>"}, "'answer': expected a text, got NoneType"),
+        ({"question": "Eggs?", "cot": None, "answer": "#### 24"}, "'steps' is missing"),
+        ({"question": "Eggs?", "cot": "\ud800", "answer": "24"}, "half of a surrogate pair"),
+    ],
+)
+def test_others_broken_rows_are_refused(row, complaint):
+    """A row with a part missing must not become an example without steps."""
+    with pytest.raises(ValueError, match=complaint):
+        parse_row(row)
 
 
 def test_any_example_survives_as_a_line():

@@ -9,7 +9,9 @@ from helpers import random_gpt
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.evaluation import accuracy as evaluate
+from nanococonut.evaluation.splits import evaluate_splits
 from nanococonut.inference.engine import Engine, Generation
+from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 
 QUESTIONS = ["Tom is a lempus.", "Every lempus is a wumpus. Tom is a lempus.", "?"] * 5
@@ -69,6 +71,46 @@ def test_what_counts_as_correct_and_as_generated(model, tokenizer, monkeypatch):
     assert (s.correct, s.texts) == ([True, False, False, True], texts)
     n_tokens = sum(len(tokenizer.encode(t)) for t in texts)
     assert s.generated_tokens == 6 + n_tokens / 4 and s.thoughts == 6
+
+
+def test_unpadded_thoughts_are_asked_as_trained(model, tokenizer, monkeypatch):
+    """Training caps thoughts by the steps; all were asked with the most, as were validations."""
+    settings = dict(tokenizer="words", max_latent_stage=3, c_thought=2, pad_latent_to_max=False)
+    config = TrainConfig(**settings)
+    engine = Engine.from_config(model, tokenizer, config)
+    n_steps, dist = [1, 5, 0, 1, 2], Distributed()
+    examples = [
+        {"question": "Tom? " * (i + 1), "steps": ["a"] * n, "answer": str(i)}
+        for i, n in enumerate(n_steps)
+    ]
+    for stage, expected in (4, [2, 6, 0, 2, 4]), (1, [2] * 5):  # a numbered stage has no cap
+        requests = scripted(monkeypatch, tokenizer)
+        metrics = evaluate_splits(engine, {"valid": examples}, stage, config, dist)
+        asked = {prefix.count(tokenizer.encode("?")[0]): n for p, n, _ in requests for prefix in p}
+        assert [asked[i + 1] for i in range(5)] == expected
+        assert metrics["valid_tokens"] == sum(expected) / 5
+
+
+def test_own_thoughts_do_not_mix_up_the_texts(model, tokenizer):
+    """Examples are grouped by their number of thoughts; each must keep its own text."""
+    examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
+    counts = [i % 4 for i in range(len(examples))]
+    engine = Engine(model, tokenizer)
+    got = evaluate.score(engine, examples, counts, batch_size=2, max_new_tokens=9)
+    alone = [
+        evaluate.score(engine, [x], n, max_new_tokens=9)
+        for x, n in zip(examples, counts, strict=True)
+    ]
+    assert got.texts == [s.texts[0] for s in alone]
+    assert got.thoughts == sum(counts) / len(counts)
+
+
+def test_a_sharp_is_part_of_the_answer(model, tokenizer, monkeypatch):
+    """Both answers were cut at "#", so F# counted as C#; the released rule counts neither."""
+    examples = [{"question": f"note {i}?", "steps": [], "answer": "C#"} for i in range(2)]
+    scripted(monkeypatch, tokenizer, ["key\n### C#", "### F#"])
+    s = evaluate.score(Engine(model, tokenizer), examples, 0)
+    assert s.correct == [True, False] and s.released_accuracy == 0
 
 
 def test_answers_are_rendered_as_questions_are(model, tokenizer, monkeypatch):

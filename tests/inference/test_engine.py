@@ -9,7 +9,9 @@ from fake_graphs import FakeGraphCache
 from helpers import generate, random_gpt, save_random_run
 
 import nanococonut
+from nanococonut.curriculum import Curriculum
 from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
 
 EOS, EOT = 40, 39
 
@@ -145,6 +147,13 @@ def test_sampling_follows_the_softmax_and_its_seed():
         generate(model, *args, temperature=-1.0)
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-30, 1e-44, 1e-320])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    """Logits over such a number are infinite, and the tokens were garbage."""
+    args = random_gpt(dtype=torch.float32), [[3, 7, 1], [4]], 2, [EOT], EOS, 9
+    assert generate(*args, temperature=temperature).tokens == generate(*args).tokens
+
+
 def engine_with_graphs(model, max_graphs=24) -> Engine:
     """Return the engine as on a GPU, with fake graphs."""
     engine = Engine(model)
@@ -247,3 +256,13 @@ def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
     out = engine.generate([question], 3, 9)
     assert (out.text, out.tokens) == (expected.text, expected.tokens)
     assert torch.equal(out.thoughts, expected.thoughts)
+
+
+def test_thoughts_without_special_tokens_refused(tokenizer):
+    """A CoT model has no row for <bot>: IndexError here, a dead process on a GPU."""
+    model = random_gpt(vocab_size=tokenizer.bot)
+    with pytest.raises(UserError, match="no tokens for thoughts") as e:
+        Engine(model, tokenizer, Curriculum("coconut")).generate(["Tom is"], 2)
+    assert str(e.value).count("\n") == 1
+    out = Engine(model, tokenizer, Curriculum("cot")).generate(["Tom is"], 0, 3)
+    assert out.n_thoughts == [0]

@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 from helpers import assert_three_way
-from references import append_ref
 
 from kernels._linear import MAX_NORM_ROW_BYTES
 from kernels.append import append
+from kernels.reference import append_ref
 
 IMPLS = ["gemv", "gemm_tile", "library"]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]

@@ -7,9 +7,9 @@ import torch
 pytest.importorskip("triton")
 from attention_inputs import random_inputs, slow
 from helpers import assert_three_way
-from references import latent_attention_ref
 
 from kernels.latent_attention import SplitWorkspace, block_sizes, latent_attention
+from kernels.reference import latent_attention_ref
 from nanococonut.cache import KVCache
 from nanococonut.model import cached_attention
 

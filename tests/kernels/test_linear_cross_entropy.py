@@ -6,10 +6,10 @@ import torch
 
 pytest.importorskip("triton")
 from helpers import assert_three_way, exact_match
-from references import linear_cross_entropy_ref
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.reference import linear_cross_entropy_ref
 from nanococonut.coconut import loss_sum
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]

@@ -7,11 +7,11 @@ import torch
 pytest.importorskip("triton")
 from attention_inputs import random_inputs, slow
 from helpers import assert_three_way
-from references import latent_attention_lse_ref, latent_attention_ref
 
 import kernels.prefix_attention as module
 from kernels.latent_attention import SplitWorkspace, block_sizes
 from kernels.prefix_attention import PrefixBuffers, prefix_attention, prefix_attention_backward
+from kernels.reference import latent_attention_lse_ref, latent_attention_ref
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 NAN = float("nan")

@@ -1,10 +1,14 @@
 """sample.py answers from the bundled checkpoint, and refuses bad input in two lines."""
 
 import json
+import os
 import re
+import sys
 from functools import partial
+from select import select
 
 import pytest
+from helpers import save_random_run
 
 import nanococonut
 from nanococonut.evaluation.probe import concept_probabilities
@@ -80,6 +84,73 @@ def test_interactive_mode(sample, monkeypatch):
     assert "not a ProsQA question" in out and out.count("first token after") == 3
 
 
+def test_a_bad_question_in_a_terminal_is_an_error(sample, monkeypatch):
+    """Only a question that was typed later may fail and go on."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    code, _, err = sample("--question=What is 2+2?")
+    assert code == 2 and "not a ProsQA question" in err
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """piped(data) makes stdin a pipe with these bytes, and closed at its other end unless None."""
+
+    def pipe(data):
+        read, write = os.pipe()
+        if data is not None:
+            os.write(write, data)
+            os.close(write)
+        monkeypatch.setattr("sys.stdin", os.fdopen(read, encoding="utf-8"))
+
+    return pipe
+
+
+def test_piped_questions_are_answered(sample, piped):
+    """A question on stdin was ignored, and one of the task's own answered instead."""
+    other = QUESTION.replace("Is Tom a", "Is Sam a")
+    piped(f"\ufeff{QUESTION}\n\n{other}\r\n".encode())
+    code, out, err = sample("--latent=6")
+    asked = [line[10:] for line in out.splitlines() if line.startswith("question  ")]
+    assert (code, err, asked) == (0, "", [QUESTION, other])
+    assert "Tom is a lempus.  (correct)" in out and "Sam is a lorpus.  (correct)" in out
+
+
+def test_a_typed_question_leaves_stdin_alone(sample, piped):
+    """In a shell's `while read` loop, stdin holds the questions of the next turns."""
+    piped(b"not for us\n")
+    code, out, _ = sample("--latent=6", "--question", QUESTION)
+    assert code == 0 and out.count("question  ") == 1 and sys.stdin.readline() == "not for us\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \n", None], ids=["closed", "blank", "silent"])
+def test_stdin_without_a_question_asks_the_tasks_own(sample, piped, monkeypatch, data):
+    """A job runner's stdin may be empty, or a pipe that nobody ever writes to."""
+    monkeypatch.setattr("select.select", lambda r, w, x, t: select(r, w, x, 0))  # no second's wait
+    piped(data)
+    code, out, _ = sample("--latent=6", "--seed=1")
+    assert code == 0 and out.count("question  ") == 1 and "first token after" in out
+    assert ("nothing arrived on stdin" in out) == (data is None)
+    monkeypatch.setattr("sys.stdin", None)  # closed by the shell
+    assert sample("--latent=6", "--seed=1")[0] == 0
+
+
+def test_bad_bytes_on_stdin_are_no_traceback(sample, piped):
+    """They ended in a UnicodeDecodeError."""
+    piped(b"caf\xe9?\n")
+    code, _, err = sample()
+    assert code == 2 and "not a ProsQA question" in err and err.count("\n") == 2
+
+
+def test_missing_data_of_a_run_names_the_question(sample, tokenizer, tmp_path):
+    """The error named the option of another script."""
+    save_random_run(tmp_path / "run", tokenizer)  # its data is nowhere
+    code, _, err = sample("--out_dir=run")
+    assert code == 2 and "/home/somebody/rows.json does not exist" in err
+    assert "--question=" in err and err.count("\n") == 2
+    assert sample("--out_dir=run", "--question", QUESTION)[0] == 0
+
+
 def test_unknown_words_are_warned_of(sample):
     """The model reads a word that it was not trained on as bytes."""
     code, out, _ = sample("--question", QUESTION.replace("brimpus", "zonk"))
@@ -153,13 +224,25 @@ def test_nodes_have_names_and_distances(sample):
     for k, line in enumerate(lines):
         values = concept_probabilities(engine, GRAPH, k)
         best = sorted(values, key=values.get, reverse=True)[:3]
-        cells = re.findall(r"(\w+) \(([-\d]+)\) (\d+%)", line)
-        total = sum(values.values())
+        cells = re.findall(r"(\w+) \(([-\d]+)\) ([.\d]+%)", line)
+        total = f"{sum(values.values()):.1%}"
+        assert f" {total} " in line
+        if total == "0.0%":  # fractions of nothing once looked like answers
+            assert not cells and " no concept " in line
+            continue
         assert [node for node, _, _ in cells] == best
-        assert [p for _, _, p in cells] == [f"{values[n] / total:.0%}" for n in best]
-        assert f" {total:.1%} " in line
+        assert [p for _, _, p in cells] == [f"{values[n]:.1%}" for n in best]
         shown |= {node: steps for node, steps, _ in cells}
-    assert len(lines) == 7 and shown == STEPS
+    assert len(lines) == 7 and lines[-1].count("no concept") == 1
+    assert {node: STEPS[node] for node in shown} == shown and "-" in shown.values()
+    assert "no concept: the model would write another word" in out
+
+
+def test_numbers_stay_whole_in_a_narrow_terminal(sample, monkeypatch):
+    """The numbers of 100 thoughts were cut to "1…"."""
+    monkeypatch.setenv("COLUMNS", "50")
+    code, out, _ = sample("--latent=100", "--question", QUESTION)
+    assert code == 0 and "┃ #   ┃" in out and "│ 100 │" in out and "│ 9   │" in out
 
 
 def test_tokens_are_sampled_at_a_temperature(sample):

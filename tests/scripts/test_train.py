@@ -61,9 +61,10 @@ def tiny(tmp_path):
 @pytest.fixture
 def train(script):
     """Return train(*argv) -> (exit code, stdout, stderr)."""
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
     yield script
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+    for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
 
 
@@ -102,6 +103,16 @@ def test_run_goes_through_its_stages(train, tiny):
     assert (manifest["step"], manifest["stage"], manifest["n_thoughts"]) == (40, 3, 2)
     assert "kernels: torch (the model is on" in out and manifest["kernels"] == "torch"
     assert manifest["config"]["n_embd"] == 16 and manifest["tokenizer"]["kind"] == "words"
+
+
+def test_closed_stdout_does_not_stop_training(train, tiny, monkeypatch):
+    """`train.py | head` ended with nothing saved and nothing said."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert train(tiny, "--out_dir=run", "--max_steps=2") == (0, "", "")
+    assert checkpoint.resolve("run").name == "step_00000002"
 
 
 def test_checkpoint_at_a_stage_end_names_that_stage(train, tiny):
@@ -274,6 +285,85 @@ def test_trains_on_a_file_of_examples(train, tiny):
     assert code == 0 and "30 examples per epoch" in out
     manifest = checkpoint.read_manifest(checkpoint.resolve("out/tiny"))
     assert manifest["step"] == 6  # two steps of 16 and 14 rows, three epochs
+
+
+def test_resume_knows_the_examples_not_their_path(train, tiny):
+    """Other examples at the same path were trained on; the same at another path were refused."""
+    flags = [tiny, "--out_dir=run", "--resume"]
+    examples = prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3))
+    write_examples("a.json", examples)
+    train(tiny, "--out_dir=run", "--data=a.json", "--max_steps=2")
+    # the same examples without their graphs, in another place and format
+    keys = ("question", "steps", "answer")
+    lines = [json.dumps({k: x[k] for k in reversed(keys)}) + "\n" for x in examples]
+    Path("b.jsonl").write_text("".join(lines))
+    code, _, err = train(*flags, "--data=b.jsonl", "--max_steps=4")
+    assert (code, err) == (0, "")
+    assert train(tiny, "--out_dir=whole", "--data=a.json", "--max_steps=4")[0] == 0
+    assert digests("run") == digests("whole")
+    assert checkpoint.read_manifest(checkpoint.resolve("run"))["config"]["data"] == "b.jsonl"
+
+    Path("a.json").unlink()
+    write_examples("a.json", [examples[1], examples[0], *examples[2:]])  # another order
+    for data in (["--data=a.json"], []):
+        code, _, err = train(*flags, *data)
+        assert code == 2 and "was trained on other examples" in err and err.count("\n") == 2
+    assert digests("run") == digests("whole")
+
+    manifest = checkpoint.resolve("run") / "manifest.json"  # as one of an older version
+    old = json.loads(manifest.read_text())
+    del old["examples"]
+    manifest.write_text(json.dumps(old))
+    code, _, err = train(*flags, "--data=a.json")
+    assert code == 2 and "data='b.jsonl'" in err
+    assert train(*flags, "--data=b.jsonl", "--max_steps=5")[0] == 0
+    assert "examples" in checkpoint.read_manifest(checkpoint.resolve("run"))
+
+
+def test_resume_takes_what_changes_only_roundings(train, tiny):
+    """A smaller micro batch, the way out of a full memory, and evaluation settings were refused."""
+    flags = [tiny, "--out_dir=run", "--max_steps=4"]
+    train(*flags[:2], "--max_steps=2")
+    flags += ["--resume", "--micro_batch_size=2", "--eval_interval=3", "--max_new_tokens=9"]
+    code, out, err = train(*flags)
+    assert (code, err) == (0, "")
+    line = "micro_batch_size=2, not 6 as before: roundings and dropout's draws differ\n"
+    assert out.count("as before") == out.count(line) == 1
+    code, out, err = train(*flags)
+    assert (code, err) == (0, "") and "as before" not in out
+
+
+def test_resume_with_more_epochs_is_the_longer_run(train, tiny):
+    """More epochs were refused, though not a step taken would have been another."""
+    flags = [tiny, "--decay_fraction=0", "--first_stage_epochs=1", "--epochs_per_stage=1"]
+    assert train(*flags, "--epochs=7", "--out_dir=whole")[0] == 0
+    assert train(*flags, "--epochs=5", "--out_dir=run")[0] == 0
+    code, out, err = train(*flags, "--epochs=7", "--out_dir=run", "--resume")
+    assert (code, err) == (0, "") and digests("run") == digests("whole")
+
+
+def test_resume_with_other_rates_names_init_from(train, tiny):
+    """The rate decays to 0 at the last epoch: the steps taken would have been others."""
+    train(tiny, "--epochs=7", "--epochs_per_stage=1", "--out_dir=run")
+    code, _, err = train(tiny, "--epochs=9", "--epochs_per_stage=1", "--out_dir=run", "--resume")
+    assert code == 2 and "follow the rates and stages of epochs=7, not 9." in err
+    assert err.count("\n") == 2
+    options = [x for x in err.split() if x.startswith("--") and x != "--out_dir:"]
+    assert options == ["--epochs=7,", "--init_from=RUN", "--first_stage_epochs=0",
+                       "--max_latent_stage=0", "--final_thoughts=2"]  # fmt: skip
+    code, _, err = train(tiny, "--epochs=9", "--init_from=run", *options[2:], "--out_dir=new")
+    assert (code, err) == (0, "")
+    ends = [r for r in logged("new") if "valid_accuracy" in r]
+    assert [(r["step"], r["thoughts"]) for r in ends] == [(36, 2)]
+
+
+def test_resume_refuses_another_generator(train, tiny, monkeypatch):
+    """A version that generates other examples went on with them without a word."""
+    train(tiny, "--out_dir=run", "--max_steps=2")
+    generate = prosqa.generate
+    monkeypatch.setattr(prosqa, "generate", lambda *a, **k: generate(*a, **k)[::-1])
+    code, _, err = train(tiny, "--out_dir=run", "--resume")
+    assert code == 2 and "that are generated now" in err and err.count("\n") == 2
 
 
 def test_trains_on_a_task_of_your_own(train, tiny):

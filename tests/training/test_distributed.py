@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 
 from nanococonut import coconut
+from nanococonut.runtime import distributed
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parents[2]
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
@@ -59,7 +61,7 @@ max_new_tokens = 12
 def folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("tiny.py").write_text(TINY)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTS}
     yield
     for number, handler in handlers.items():  # train.py replaced them if it ran in this process
         signal.signal(number, handler)
@@ -225,6 +227,36 @@ def test_shards_cover_everything_once():
     """An example could be lost, or trained twice."""
     shares = [list(Distributed(rank, 3).shard(range(10))) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(10)) and max(map(len, shares)) == 4
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ("RANK=1", "RANK=1"),
+        ("LOCAL_RANK=0", "LOCAL_RANK=0"),
+        ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE=2, RANK=0"),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=localhost", "WORLD_SIZE=2"),
+        ("WORLD_SIZE=two RANK=0 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=1", "WORLD_SIZE=two"),
+        ("SLURM_NTASKS=2 SLURM_PROCID=0", "unset SLURM_NTASKS"),
+        ("OMPI_COMM_WORLD_SIZE=4", "OMPI_COMM_WORLD_SIZE=4"),
+        ("SLURM_NTASKS=1", ""),
+        ("SLURM_NTASKS=4 WORLD_SIZE=1 RANK=0", ""),
+        ("WORLD_SIZE= MASTER_ADDR=a", ""),
+    ],
+)
+def test_half_a_launch_is_refused(monkeypatch, env, named):
+    """Each process trained the whole run alone, all in one folder."""
+    for name in (*distributed.TORCHRUN, *distributed.TASK_COUNTS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (pair.split("=") for pair in env.split()):
+        monkeypatch.setenv(name, value)
+    assert not distributed._launched()
+    if not named:
+        assert Distributed.from_env() == Distributed()
+        return
+    with pytest.raises(UserError, match=named) as e:
+        Distributed.from_env()
+    assert str(e.value).count("\n") == 1
 
 
 def test_one_device_is_refused_for_several_processes():

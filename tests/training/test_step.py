@@ -1,14 +1,16 @@
 """Micro-batches add up to the gradient of the plain loss, eager and replayed as graphs."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import exact_match, forward, random_batch, random_gpt
+from helpers import ROOT, exact_match, forward, random_batch, random_gpt
 
 from nanococonut import coconut
-from nanococonut.batch import IGNORE
+from nanococonut.batch import IGNORE, Batch
+from nanococonut.config import TrainConfig
 from nanococonut.training import step as step_module
 from nanococonut.training.step import TrainStep
 
@@ -115,3 +117,27 @@ def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
         train_step(micro_batch, n_labels, 4, n_thought_labels)
     close(train_step.totals[0], loss.detach())
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_micro_batches_change_what_dropout_draws(dropout):
+    """The README and the configs promised other roundings only, though their recipe has dropout."""
+    model = random_gpt(dropout=dropout).train()
+    batch, _ = random_batch(5, [2, 1, 0, 2])
+    grads = []
+    for size in (4, 2):
+        train_step = TrainStep(model)
+        train_step.zero_grad()
+        torch.manual_seed(0)  # as train.py in every step
+        for start in range(0, 4, size):
+            rows = [t[start : start + size] for t in batch.tensors]
+            piece = Batch(*rows, batch.max_thoughts, batch.n_labels)
+            train_step(train_step.prepare(piece, [True] * size), batch.n_labels, 4)
+        grads.append(model.wte.weight.grad.clone())
+    assert torch.allclose(*grads) == (dropout == 0)
+    (help_text,) = (
+        f.metadata["help"] for f in dataclasses.fields(TrainConfig) if f.name == "micro_batch_size"
+    )
+    texts = [help_text, *(path.read_text() for path in (ROOT / "config").glob("pro*qa.py"))]
+    texts = [line for text in texts for line in text.split("\n") if "roundings" in line]
+    assert len(texts) == 3 and all("dropout" in line for line in texts)

@@ -1,18 +1,29 @@
 """A checkpoint is complete or absent, equals what was saved, and damage is an error."""
 
+import errno
+import fcntl
 import json
+import multiprocessing
+import os
 import runpy
 import shutil
+import socket
 import sys
+import time
+import types
 
 import pytest
 import torch
 from helpers import random_gpt
 from safetensors.torch import load_file, save_file
 
+from nanococonut.config import TrainConfig
+from nanococonut.runtime import lock
+from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
+from nanococonut.weights.checkpoint import RunDir
 
 
 def manifest_of(model, tokenizer, **extra):
@@ -90,6 +101,30 @@ def test_half_written_checkpoint_is_not_one(saved):
     shutil.copytree(folder, folder.with_name("step_00000010"))
     (folder.with_name("step_00000010") / "manifest.json").unlink()
     assert checkpoint.resolve(folder.parent) == folder
+
+
+def test_leftovers_of_kills_are_deleted(tmp_path, model, tokenizer, monkeypatch):
+    """Half a deleted checkpoint was in the way of saving that step again; half a saved one, a
+    gigabyte, stayed for good if that step was never saved again."""
+    run = tmp_path / "run"
+    (run / ".step_00000009.partial").mkdir(parents=True)
+    rmtree = shutil.rmtree
+
+    def killed(path, **_):
+        if (path / "manifest.json").exists():
+            (path / "manifest.json").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, **_)
+
+    for step in (1, 2):
+        checkpoint.save(run, step, model, [], manifest_of(model, tokenizer))
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(run, 3, model, [], manifest_of(model, tokenizer))
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    shutil.rmtree(run / "step_00000003")
+    checkpoint.save(run, 1, model, [], manifest_of(model, tokenizer))
+    assert sorted(p.name for p in run.iterdir()) == ["step_00000001", "step_00000002"]
 
 
 def test_copy_made_by_a_user_is_kept(saved, model, tokenizer):
@@ -191,6 +226,30 @@ def test_failed_save_leaves_the_last_one(saved, tokenizer, monkeypatch):
     assert "untouched" not in str(e.value) and "--resume" not in str(e.value)
 
 
+def test_windows_can_save(tmp_path, model, tokenizer, monkeypatch):
+    """Windows opens no folder and syncs no read-only file: no checkpoint could be saved there."""
+    os_open, fsync, synced = os.open, os.fsync, []
+
+    def windows_open(path, flags, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os_open(path, flags, *args, **kwargs)
+
+    def windows_fsync(fd):
+        if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synced.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    monkeypatch.setattr(checkpoint.shutil, "_use_fd_functions", False)  # rmtree, as there
+    monkeypatch.setattr(os, "open", windows_open)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / "run", step, model, [], manifest_of(model, tokenizer))
+    assert len(synced) == 6  # weights and manifest, three times
+    assert len(checkpoint.list_checkpoints(tmp_path / "run")) == 2
+
+
 def test_bundle_holds_the_weights_in_bfloat16(saved, tmp_path):
     """Another checkpoint than the best one, or its optimizer, could be bundled."""
     folder, model, _ = saved
@@ -209,3 +268,82 @@ def test_unfinished_run_is_not_bundled(saved, monkeypatch, capsys):
         runpy.run_module("nanococonut.weights.bundle", run_name="__main__")
     assert end.value.code == 2 and "final stage" in capsys.readouterr().err
     assert checkpoint.verify(checkpoint.BUNDLED) == before
+
+
+def test_second_run_in_a_folder_names_the_first(tmp_path):
+    """Two runs mixed their checkpoints and logs in one --out_dir."""
+    path, dist = tmp_path / "run", Distributed()
+    first, late = (RunDir(path, TrainConfig(), dist) for _ in range(2))
+    assert not path.exists()
+    first.open_metrics(0)
+    held = f"is in use by process {os.getpid()} on {socket.gethostname()}, started 2"
+    for resume in (False, True):
+        with pytest.raises(UserError, match=held) as e:
+            RunDir(path, TrainConfig(resume=resume), dist)
+        assert str(e.value).count("\n") == 1
+    with pytest.raises(UserError, match=held):  # it opened before the folder existed
+        late.open_metrics(0)
+    assert RunDir(path, TrainConfig(), Distributed(1, 2))  # of a run only rank 0 locks
+    first.close()
+    RunDir(path, TrainConfig(), dist)
+
+
+def test_run_that_came_first_is_not_overwritten(tmp_path, model, tokenizer):
+    """Another run could make the folder, train and end while this one prepared its examples."""
+    late = RunDir(tmp_path / "run", TrainConfig(), Distributed())
+    checkpoint.save(tmp_path / "run", 7, model, [], manifest_of(model, tokenizer))
+    with pytest.raises(UserError, match="already holds a run"):
+        late.open_metrics(0)
+
+
+def test_lock_ends_with_a_killed_process(tmp_path):
+    """A lock that outlives its process stops every resume."""
+    fork = multiprocessing.get_context("fork")
+    reading, writing = fork.Pipe()
+
+    def hold():
+        file = lock.lock_folder(tmp_path)
+        writing.send(f"{file.name} is locked")
+        time.sleep(60)
+
+    child = fork.Process(target=hold)
+    child.start()
+    try:
+        assert reading.poll(30)
+        with pytest.raises(UserError, match=f"process {child.pid} on"):
+            lock.lock_folder(tmp_path)
+    finally:
+        child.kill()
+        child.join()
+    lock.lock_folder(tmp_path).close()
+
+
+def test_windows_locks_a_byte_after_the_text(tmp_path, monkeypatch):
+    """Nobody else can read a locked byte there: the holder would stay unknown."""
+
+    def locking(fd, mode, n):
+        assert os.lseek(fd, 0, os.SEEK_CUR) > 1000 and n == 1
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    monkeypatch.setattr(lock, "fcntl", None)
+    windows = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setattr(lock, "msvcrt", windows, raising=False)
+    held = lock.lock_folder(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        lock.lock_folder(tmp_path)
+    held.close()
+    lock.lock_folder(tmp_path).close()
+
+
+def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    """Some network file systems have none: a run must start there all the same."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock.lock_folder(tmp_path).close()
+    assert "No locks available" in capsys.readouterr().out

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
-from helpers import gpt2_tokenizer, logit_error, save_random_run
+from helpers import gpt2_tokenizer, logit_error, random_gpt, save_random_run
 from tiktoken import load
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
+from nanococonut.data.files import write_examples
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import BOT, EOS, EOT, LATENT
@@ -59,6 +60,15 @@ def test_export_loads_back_unchanged(exported):
     back = init_model(config, tokenizer)
     for name, p in model.state_dict().items():
         assert torch.equal(p, back.state_dict()[name]), name
+
+
+def test_export_of_cot_has_no_special_tokens(tmp_path, gpt2):
+    """config.json said 50,260 tokens whatever the model had: transformers refused the weights."""
+    model = save_random_run(tmp_path / "run", gpt2, "cot", 0)
+    folder = export(tmp_path / "run", tmp_path / "hf")
+    theirs = auto("AutoModelForCausalLM", folder)
+    assert theirs.config.vocab_size == 50257 == len(auto("AutoTokenizer", folder))
+    assert logit_error(theirs.eval(), model) < 1e-5
 
 
 STRANGE = [
@@ -144,7 +154,7 @@ def test_card_program_answers_as_the_engine(tmp_path, monkeypatch, capsys, gpt2,
     (program,) = re.findall(r"```python\n(.*?)```", card, re.S)
     exec(program, {})
     answers = [capsys.readouterr().out[:-1]]
-    question = EXAMPLES["prosqa"] + "\n"
+    question = "a question, written as in the training data\n"  # the run's file is gone
     answers += Engine(model, gpt2, Curriculum(method)).generate([question], n, 9).text
     # a random model also generates special tokens, which the program leaves out
     answers = [re.sub(r"<\|[a-z-]+\|>", "", text) for text in answers]
@@ -169,6 +179,26 @@ def test_card_says_how_it_was_trained(exported):
         assert text in card
     assert "somebody" not in card
     assert len(card.splitlines()) <= 42
+
+
+def test_card_asks_a_question_of_its_own_task(tmp_path, gpt2):
+    """A model of a user's own file was asked about wumpuses."""
+    run, rows = tmp_path / "run", tmp_path / "rows.json"
+    save_random_run(run, gpt2)
+    manifest = checkpoint.read_manifest(checkpoint.resolve(run))
+    manifest["config"] |= {"data": str(rows)}
+    write_examples(rows, [{"question": 'Say "1+1"?', "steps": [], "answer": "2"}])
+    assert "question = 'Say \"1+1\"?\\n'\n" in export_module._card(random_gpt(), manifest)
+    manifest["config"] |= {"data": None, "task": "gsm8k", "pad_latent_to_max": False}
+    card = export_module._card(random_gpt(), manifest)
+    assert EXAMPLES["gsm8k"] in card and "had fewer thoughts." in card
+
+
+def test_exported_files_have_normal_permissions(exported):
+    """safetensors writes its file with mode 0600, so nobody else could read the weights."""
+    *_, run, folder = exported
+    for files in folder, checkpoint.resolve(run):
+        assert len({path.stat().st_mode for path in files.iterdir()}) == 1
 
 
 def test_word_level_vocabulary_is_refused(tmp_path, tokenizer):

@@ -22,7 +22,12 @@ from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.setup import init_model
 from nanococonut.weights import checkpoint, pretrained
 from nanococonut.weights.export import export
-from nanococonut.weights.pretrained import WeightsUnavailable, load_gpt2, resolve_weights
+from nanococonut.weights.pretrained import (
+    CONFIG_KEYS,
+    WeightsUnavailable,
+    load_gpt2,
+    resolve_weights,
+)
 
 SHAPES = {  # vocab_size, n_positions, n_layer, n_head, n_embd
     "one layer": (61, 40, 1, 1, 16),
@@ -110,6 +115,37 @@ def test_special_tokens_start_as_released_code(tmp_path):
     assert len(load_gpt2(tmp_path).wte.weight) == 50257
 
 
+TINY = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, c_thought=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_special_rows_exist_only_if_used(method):
+    """They took part in the softmax of CoT, No-CoT and others; the released code has 50,257."""
+    config = TrainConfig(method=method, **TINY)
+    without = ("cot", "no_cot", "icot", "coconut_no_thought")
+    n = 50257 if method in without else 50260
+    assert init_model(config, gpt2_tokenizer()).config.vocab_size == n
+
+
+def test_coconut_after_cot_copies_the_special_rows(tmp_path):
+    """They were made when CoT started, so they had drifted from "<<" when Coconut did."""
+    gpt2 = gpt2_tokenizer()
+    cot = save_random_run(tmp_path / "cot", gpt2, "cot", n_thoughts=0)
+    config = TrainConfig(init_from=str(tmp_path / "cot"), block_size=96)
+    wte = init_model(config, gpt2).wte.weight
+    assert wte[:50257].equal(cot.wte.weight) and wte[50257:].equal(wte[16791].expand(3, -1))
+    coconut = save_random_run(tmp_path / "coconut", gpt2)
+    config = replace(config, init_from=str(tmp_path / "coconut"), method="no_cot")
+    assert init_model(config, gpt2).wte.weight.equal(coconut.wte.weight[:50257])
+
+
+def test_word_level_model_has_all_special_rows(tokenizer):
+    """The results of small models were made with them: without, they could not be repeated."""
+    for method in METHODS:
+        model = init_model(TrainConfig(method=method, tokenizer="words", **TINY), tokenizer)
+        assert model.config.vocab_size == tokenizer.vocab_size
+
+
 def released(theirs):
     """Return the state dict of the released code's Coconut around this GPT-2."""
     state = {f"base_causallm.{key}": value for key, value in theirs.state_dict().items()}
@@ -128,6 +164,100 @@ def test_released_checkpoint_loads(tmp_path, theirs, prefix):
 class Bomb:
     def __reduce__(self):
         return (os.mkdir, ("exploded",))
+
+
+def save_nanogpt(file, theirs, prefix="", bias=True, **more):
+    """Write this GPT-2 as nanoGPT's train.py does: linears as nn.Linear, masks, a tied head."""
+    state = {}
+    for name, p in theirs.state_dict().items():
+        is_conv1d = name.endswith(pretrained.CONV1D_WEIGHTS)
+        if bias or not name.endswith(".bias"):
+            state[prefix + name] = p.t() if is_conv1d else p
+    state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+    c = theirs.config
+    args = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "dropout": 0.1}
+    args |= {"block_size": c.n_positions, "vocab_size": c.vocab_size, "bias": bias}
+    saved = {"model": state, "model_args": args, "optimizer": {"state": {}}, "iter_num": 7}
+    torch.save(saved | {"best_val_loss": torch.tensor(3.2), "config": {"lr": 0.1}} | more, file)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_checkpoint_equals_transformers(tmp_path, theirs, prefix, bias):
+    """ckpt.pt was "not a state dict of names and tensors", or asked for a config.json."""
+    if not bias:
+        for name, p in theirs.named_parameters():
+            p.data.mul_(not name.endswith(".bias"))
+    save_nanogpt(tmp_path / "ckpt.pt", theirs, prefix, bias)
+    ours = nanococonut.load_pretrained(str(tmp_path / "ckpt.pt"))
+    assert logit_error(theirs, ours) < 1e-5
+    with pytest.raises(UserError, match=r"Give its file: .*ckpt\.pt"):
+        resolve_weights(str(tmp_path))
+
+
+@torch.no_grad()
+def test_padded_vocabulary_of_nanogpt_is_cut(tmp_path):
+    """nanoGPT trains 50,304 tokens, which fit neither GPT-2's nor our vocabulary."""
+    theirs = transformers_gpt2((50304, 16, 1, 1, 4))
+    save_nanogpt(tmp_path / "ckpt.pt", theirs)
+    wte = theirs.transformer.wte.weight
+    for method, n in (("cot", 50257), ("coconut", 50260)):
+        config = TrainConfig(method=method, init_from=str(tmp_path / "ckpt.pt"), block_size=16)
+        ours = init_model(config, gpt2_tokenizer()).eval()
+        idx = torch.randint(50257, (2, 16))
+        torch.testing.assert_close(ours(idx)[..., :50257], theirs(idx).logits[..., :50257])
+        assert ours.wte.weight[50257:].equal(wte[16791].expand(n - 50257, -1))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"config": Bomb()}, "nothing else is unpickled"),
+        ({"model": None}, "not a state dict of names and tensors"),
+        ({"model": {"wte.weight": torch.eye(3).to_sparse()}}, "not a state dict of names"),
+        ({"model": {"wte.weight": torch.empty(3, 3, device="meta")}}, "not a state dict of names"),
+        ({"model_args": dict.fromkeys((*CONFIG_KEYS, "use_relu"), 3)}, "model_args have use_relu"),
+        ({"model_args": [3]}, "no valid block_size, n_layer"),
+        ({"model_args": {"n_layer": 3, "n_head": 2, "n_embd": 128}}, "no valid block_size"),
+    ],
+)
+def test_bad_nanogpt_checkpoint_is_refused(tmp_path, monkeypatch, theirs, change, words):
+    """A file from the internet must neither run code nor end in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    save_nanogpt(tmp_path / "ckpt.pt", theirs, **change)
+    with pytest.raises(UserError, match=words) as error:
+        load_gpt2(tmp_path / "ckpt.pt")
+    assert str(error.value).count("\n") == 1 and not (tmp_path / "exploded").exists()
+
+
+def test_sharded_safetensors_are_read(tmp_path, theirs):
+    """transformers writes large models in several files: the folder had "no model.safetensors"."""
+    folder = tmp_path / "shards"
+    theirs.save_pretrained(folder, max_shard_size="200KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    for path in (folder, folder / "model.safetensors.index.json"):
+        assert logit_error(theirs, nanococonut.load_pretrained(str(path))) < 1e-5
+    shards[1].unlink()
+    with pytest.raises(UserError, match=shards[1].name):
+        load_gpt2(resolve_weights(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        (3, "names no files"),
+        ({}, "names no files"),
+        ({"weight_map": {}}, "names no files"),
+        ({"weight_map": {"a": "../b"}}, "names no files"),
+        ({"weight_map": {"a": []}}, "No such file"),
+    ],
+)
+def test_bad_index_of_shards_is_refused(tmp_path, index, words):
+    """An index must name files of its own folder only."""
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=words):
+        load_gpt2(resolve_weights(str(tmp_path)))
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda x, file: file.write_bytes(pickle.dumps(x))])
@@ -184,6 +314,7 @@ def test_one_error_lists_all_bad_tensors(tmp_path, theirs):
     [
         ("wte.weight", None, "wte.weight is missing"),
         ("wte.weight", torch.zeros(5), "wte.weight is (5,)"),
+        ("wte.weight", torch.zeros(0, 128), "wte.weight is (0, 128)"),
         ("wpe.weight", torch.tensor(1.0), "wpe.weight is ()"),
         ("lm_head.weight", torch.zeros(7), "lm_head.weight differs"),
     ],
@@ -210,6 +341,7 @@ def test_tensors_of_wrong_shape_are_refused(tmp_path, theirs, key, tensor, words
         ({"n_positions": 64}, "wpe.weight is (32, 128), expected (64, 128)"),
         ({"n_head": 3}, "3 heads"),
         ({"n_head": None}, "no valid n_head"),
+        ({"n_layer": 10**30}, "no valid n_layer"),
         ({"n_embd": True}, "no valid n_embd"),
     ],
 )
@@ -219,6 +351,18 @@ def test_config_of_another_model_is_refused(tmp_path, theirs, change, words):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=re.escape(words)):
         load_gpt2(file.parent)
+
+
+def test_sizes_beyond_the_memory_are_refused(tmp_path, theirs, monkeypatch):
+    """A config.json of absurd sizes ended in a traceback of torch's allocator."""
+
+    def full(config):
+        raise RuntimeError("can't allocate memory\nframe #0: c10")
+
+    monkeypatch.setattr(pretrained, "GPT", full)
+    with pytest.raises(UserError, match="holds no GPT-2: can't allocate memory") as error:
+        load_gpt2(tmp_path / "theirs")
+    assert str(error.value).count("\n") == 1
 
 
 def test_folder_with_another_file_names_that_file(tmp_path, theirs):
@@ -249,6 +393,23 @@ def test_file_without_config_is_refused(tmp_path, theirs):
     with pytest.raises(UserError, match="no config.json next to it") as error:
         load_gpt2(alone)
     assert str(error.value).count("\n") == 1 and "hf download" in str(error.value)
+
+
+@pytest.mark.parametrize("n_layer, n_embd, n_head", [(12, 768, 12), (48, 1600, 25)])
+def test_gpt2s_own_sizes_need_no_config(tmp_path, n_layer, n_embd, n_head):
+    """The released code saves a lone file, which could not be read."""
+    tiny = torch.zeros(1)  # expanded, so the file holds one number for all tensors of a name
+    names = {f"h.{i}.ln_1.weight": tiny.expand(n_embd) for i in range(n_layer)}
+    names["wte.weight"] = tiny.expand(50260, n_embd)
+    state = {f"base_causallm.transformer.{name}": tensor for name, tensor in names.items()}
+    torch.save(state, tmp_path / "checkpoint_33")
+    config = pretrained._read(tmp_path / "checkpoint_33").config
+    assert (config.n_layer, config.n_embd, config.n_head) == (n_layer, n_embd, n_head)
+    assert (config.block_size, config.vocab_size) == (1024, 50260)
+    names["wte.weight"] = tiny.expand(50260, n_embd + 1)
+    torch.save(names, tmp_path / "other")
+    with pytest.raises(UserError, match="no config.json"):
+        pretrained._read(tmp_path / "other")
 
 
 def test_vocabulary_of_another_size_is_refused(tmp_path, theirs, tokenizer):
@@ -299,11 +460,12 @@ def test_offline_error_names_three_ways_on(cache, monkeypatch):
         "no weights of 'gpt2-xl'",
         str(cache),
         "ConnectionError",
-        "--init_from",
+        "Give a folder",
         "hf download openai-community/gpt2-xl config.json model.safetensors",
         "prosqa_small",
     ):
         assert words in text
+    assert "--init_from" not in text  # load_pretrained() may have been called
 
 
 def test_only_the_two_files_are_downloaded(cache, monkeypatch, tmp_path):
@@ -490,4 +652,7 @@ def test_train_py_continues_from_run_and_export(script, tmp_path):
         code, _, err = script("tiny.py", "--n_embd=64", *argv)  # the checkpoint's size counts
         assert (code, err) == (0, "")
         for key, p in checkpoint.load(f"from_{name}")[0].state_dict().items():
+            if key == "wte.weight":
+                assert (len(p), len(first[key])) == (50260, 50257)
+                p = p[:50257]
             torch.testing.assert_close(p, first[key], rtol=0, atol=1e-6)
