@@ -157,6 +157,23 @@ def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
     )  # fmt: skip
 
 
+def judge_words(found: dict[int, dict[str, Figure]]) -> Finding:
+    """Test 6 without a graph. Does thought i name the words of step i? See words_by_step."""
+    i = max(found, key=lambda i: found[i]["own"]["value"] - found[i]["other"]["value"])
+    own, other = found[i]["own"], found[i]["other"]
+    more = own["lo"] > other["hi"]
+    return finding(
+        "read",
+        f"Read by the LM head, thought {i} gives {{0}} to the words of step {i}, and {{1}} to those"
+        f" of step {i} of another question. What can be read need not be used.",
+        [own, other],
+        (more and own["value"] >= max(2 * other["value"], MIN_MASS), "yes", "readable",
+         "They can be read: they name the words of their step."),
+        (more, "part", "readable in part", "They can be read in part."),
+        (True, "no", "not readable", "Nothing can be read in them."),
+    )  # fmt: skip
+
+
 def judge_write(w: dict[str, Any]) -> Finding:
     """Test 7. Does the answer follow concepts that are written, or erased, by hand?"""
     cells = {point["id"]: point for point in w["points"] + w["erase"]}

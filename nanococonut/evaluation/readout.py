@@ -9,8 +9,9 @@ from torch import Tensor
 from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
+from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.interchange import Figures, figure, mean_figure
-from nanococonut.evaluation.pairs import Pairs
+from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -205,3 +206,32 @@ def readout(
     write["points"] = points(WRITTEN, 1)
     write["erase"] = points(ERASED, 0)
     return row, best, write
+
+
+@torch.no_grad()
+def words_by_step(
+    engine: Engine, f: Figures, pairs: Pairs, n: int
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """Read thought i for the words of step i. Return step -> own, other: probability of them all.
+
+    other  the words of step i of another question
+    """
+    task, style = TASKS[engine.config.task], engine.config.render
+    steps = [
+        [set(engine.tokenizer.encode(step)) for step in x["steps"]]
+        for x in task.render(pairs.examples, style)
+    ]
+    found, c, w = {}, engine.curriculum.c_thought, engine.model.wte.weight
+    for i in range(n // c):
+        rows = [row for row, x in enumerate(steps) if len(x) > i]
+        if len(rows) < MIN_PAIRS:
+            break
+        hidden = f.cells["thoughts"][rows, (i + 1) * c - 1]  # the last thought of the step
+        p = engine.model.head(hidden.to(w)).float().softmax(-1).cpu()
+        sides = {"own": rows, "other": [*rows[1:], *rows[:1]]}
+        sums = {
+            name: [p[k, list(steps[row][i])].sum() for k, row in enumerate(side)]
+            for name, side in sides.items()
+        }
+        found[i + 1] = {name: mean_figure(torch.stack(x)) for name, x in sums.items()}
+    return found

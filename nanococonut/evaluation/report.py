@@ -8,7 +8,7 @@ from nanococonut.evaluation import insight
 from nanococonut.evaluation.insight import Finding, decided
 from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, figure, kind_of, tables
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
-from nanococonut.evaluation.readout import readout
+from nanococonut.evaluation.readout import readout, words_by_step
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -117,7 +117,9 @@ def _judge_moved(r: Report, f: Figures, pairs: Pairs) -> None:
 def _judge_readout(r: Report, engine: Engine, f: Figures, pairs: Pairs) -> None:
     """Add the findings of tests 6 and 7."""
     if not pairs.is_prosqa or not pairs.twinned:
-        r.warnings.append("Tests 6 and 7 were left out: they need ProsQA's graphs and twins.")
+        r.warnings.append("Test 7 was left out: it needs ProsQA's graphs and twins.")
+        if found := words_by_step(engine, f, pairs, r.thoughts):
+            r.findings.append(insight.judge_words(found))
         return
     try:
         r.names, best, r.write = readout(engine, f, pairs, r.thoughts)

@@ -14,6 +14,7 @@ from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation import insight
 from nanococonut.evaluation.interchange import Figures, figure, interchange
 from nanococonut.evaluation.pairs import generated_pairs, own_pairs
+from nanococonut.evaluation.readout import words_by_step
 from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
 from nanococonut.inference.engine import Engine
@@ -369,3 +370,14 @@ def test_without_twins_destroyed_is_not_ignored(bundled):
     assert f.flips("twin")["hi"] < 0.2 and f.stays("twin")["hi"] < 0.9
     figures = f.flips("twin"), f.flips("unrelated"), f.stays("twin")
     assert insight.judge_carried(*figures, "thoughts", False)["mark"] == "?"
+
+
+def test_thoughts_name_the_words_of_their_step(bundled):
+    """Another step, or another question's words, could be counted."""
+    engine, pairs = bundled
+    while len(pairs.examples) < 100:  # fewer decide nothing
+        pairs = type(pairs)(pairs.examples * 2, pairs.twins * 2, pairs.groups * 2)
+    found = words_by_step(engine, pairs.figures(engine, full=False), pairs, 6)
+    assert set(found) <= {1, 2, 3} and found[2]["own"]["lo"] > found[2]["other"]["hi"]
+    assert insight.judge_words(found)["mark"] in ("yes", "part")
+    assert insight.judge_words({1: {"own": HALF, "other": HALF}})["mark"] == "no"
