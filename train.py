@@ -114,7 +114,7 @@ def main() -> None:
 
     # ---- state: everything a resumed run needs in addition to weights and moments
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
-    state = make_config(TrainState, run.restore(model, optimizers))
+    state = run.restore(model, optimizers, TrainState.from_saved)
     if config.resume:
         schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)

@@ -173,12 +173,16 @@ def run_distributed(main: Callable[[], None]) -> None:
         try:
             main()
         except Exception as e:
+            # run_main prints these in a line or two
+            is_users = isinstance(e, UserError) or (
+                isinstance(e, OSError) and e.filename is not None
+            )
             if store.add("failed", 1) > 1:  # not the first one
                 # torchrun kills all once one exits, so the first one has to print before that
                 with suppress(RuntimeError):
                     store.wait(["reported"], timedelta(seconds=10))
-                sys.exit(2 if isinstance(e, UserError) else 1)
-            if isinstance(e, UserError):
+                sys.exit(2 if is_users else 1)
+            if is_users:
                 raise
             traceback.print_exc()
             sys.exit(1)

@@ -4,7 +4,7 @@ A schedule counts steps and examples, never time, so a run can be repeated and r
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nanococonut.config import TrainConfig
@@ -40,6 +40,29 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self._measured_at = time.monotonic()  # not a field: a resumed run has another clock
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any]) -> "TrainState":
+        """Return the state with these fields.
+
+        Raise TypeError, KeyError or ValueError if one is not as we save it.
+        """
+        state = cls(**saved)
+        for name, default in asdict(cls()).items():
+            # a float may be saved as 1; True is no number
+            kinds = (int, float) if type(default) is float else (type(default),)
+            if type(value := getattr(state, name)) not in kinds:
+                raise ValueError(f"{name} is {value!r:.40}")
+        if not 0 <= state.stage_start <= state.step or state.stage_index < 0:
+            raise ValueError("its steps or stages are out of order")
+        shown = {"stage", "thoughts", "valid_accuracy", "valid_tokens", "minutes"}
+        numbers = [x for correct, counted in state.window for x in (correct, counted)]
+        for validation in state.validations:
+            shown |= {key for key in validation if key.endswith("_accuracy")}
+            numbers += [validation[key] for key in shown]
+        if any(type(x) not in (int, float) for x in numbers):
+            raise ValueError("window or validations hold more than numbers")
+        return state
 
     @property
     def n_counted(self) -> float:

@@ -10,11 +10,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,17 +25,23 @@ from torch.optim import Optimizer
 from nanococonut.config import TrainConfig
 from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.lock import lock_folder
 from nanococonut.runtime.provenance import provenance
 from nanococonut.tokenizer import Tokenizer
 
+T = TypeVar("T")
 FORMAT = 2
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
-REQUIRED_KEYS = set(
-    "config model tokenizer method stage n_thoughts step minutes device threads files".split()
-)
+REQUIRED_TYPES = {
+    **dict.fromkeys(("config", "model", "tokenizer", "files"), dict),
+    **dict.fromkeys(("stage", "n_thoughts", "step", "threads"), int),
+    **dict.fromkeys(("method", "device"), str),
+    "minutes": (int, float),
+}
+OPTIONAL_TYPES = {"best_step": int, "progress": dict, "examples": str}
 # settings that may change when a run is resumed: the mathematics stay the same
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
@@ -218,7 +224,10 @@ def _damaged(folder: Path, reason: str) -> UserError:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest. Raise UserError if it is damaged or of another format."""
+    """Return the manifest, its config with the defaults of options added since.
+
+    Raise UserError if it is damaged or of another format.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
@@ -230,13 +239,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    missing = REQUIRED_KEYS - manifest.keys()
+    missing = REQUIRED_TYPES.keys() - manifest.keys()
     if missing:
         raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
-    types = {"config": dict, "model": dict, "tokenizer": dict, "files": dict, "n_thoughts": int}
-    for key, expected in types.items():
-        if not isinstance(manifest[key], expected):
+    for key, expected in (REQUIRED_TYPES | OPTIONAL_TYPES).items():
+        if key in manifest and not isinstance(manifest[key], expected):
             raise _damaged(folder, f"{MANIFEST} has a {key!r} of the wrong type")
+    try:
+        manifest["config"] = asdict(make_config(TrainConfig, manifest["config"]))
+    except UserError as e:
+        raise UserError(f"{folder / MANIFEST}: {e}") from None
     return manifest
 
 
@@ -353,19 +365,17 @@ class RunDir:
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if a setting that matters differs from those the run started with."""
         config = asdict(self.config)
-        defaults = {f.name: f.default for f in fields(TrainConfig)}  # of options added since
-        saved_config = defaults | saved_config
         # the examples have a digest, except in old checkpoints: there the path has to do
         free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
-            if key in free or saved == config.get(key):
+            if key in free or saved == config[key]:
                 continue
             if key in ROUNDING:
                 dropout = " and dropout's draws" if self.config.dropout else ""
                 print(f"{key}={config[key]!r}, not {saved!r} as before: roundings{dropout} differ")
             else:
                 raise UserError(
-                    f"{self.path} was trained with {key}={saved!r}, not {config.get(key)!r}.\n"
+                    f"{self.path} was trained with {key}={saved!r}, not {config[key]!r}.\n"
                     "Resume with the settings it started with, or use another --out_dir."
                 )
 
@@ -388,13 +398,22 @@ class RunDir:
             )
         return data
 
-    def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-        """Load weights and moments. Return the saved TrainState's fields; {} for a new run."""
+    def restore(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], parse: Callable[[dict], T]
+    ) -> T:
+        """Load weights and moments. Return parse(what save() got as "progress"; {} for a new run).
+
+        Raise UserError if parse raises a TypeError, KeyError or ValueError.
+        """
         if not self.manifest:
-            return {}
+            return parse({})
+        try:
+            state = parse(self.manifest["progress"])
+        except (TypeError, KeyError, ValueError) as e:
+            raise _damaged(self.folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
         load_weights(model, self.folder)
         load_optimizers(optimizers, self.folder)
-        return self.manifest["progress"]
+        return state
 
     def open_metrics(self, step: int) -> IO[str]:
         """Create the folder and return metrics.jsonl, open after its lines up to `step`.

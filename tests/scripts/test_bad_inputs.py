@@ -46,6 +46,17 @@ def manifest(command=SAMPLE, **changes):
     return damaged("manifest.json", lambda b: json.dumps(json.loads(b) | changes).encode(), command)
 
 
+def progress(**changes):
+    """Return a command that resumes the run, whose progress is changed."""
+
+    def change(text):
+        saved = json.loads(text)
+        saved["progress"] |= changes
+        return json.dumps(saved).encode()
+
+    return damaged("manifest.json", change, RESUME)
+
+
 # name: (argv, file, its text or bytes or a function of its bytes) or argv
 CASES = {
     # config files
@@ -118,6 +129,19 @@ CASES = {
         "manifest.json", lambda b: b.replace(b"progress", b"p"), RESUME
     ),
     "resume of bad progress": manifest(RESUME, progress={"steps": 1}),
+    "resume of a step as text": progress(step="1"),
+    "resume of a float step": progress(step=1.0),
+    "resume of a stage before the first": progress(stage_index=-1),
+    "resume of a stage yet to start": progress(stage_start=2),
+    "resume of a window of texts": progress(window=[["1", 2]]),
+    "resume of a window of triples": progress(window=[[1, 2, 3]]),
+    "resume of validations of texts": progress(validations=["x"]),
+    "resume of empty validations": progress(validations=[{}]),
+    "resume of no accuracy": progress(best_accuracy=None),
+    "resume of progress a list": manifest(RESUME, progress=[1]),
+    "manifest step as text": manifest(step="1"),
+    "manifest best step as text": manifest(best_step="1"),
+    "manifest minutes as text": manifest(minutes="1"),
     "run exists": [*TRAIN, RUN],
     "out_dir a checkpoint": [*TRAIN, "--out_dir=run/step_00000001"],
     # weights to start from

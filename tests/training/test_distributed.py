@@ -195,6 +195,19 @@ def test_bug_shows_its_traceback_once():
     assert codes == [1, 1] and err.count("Traceback") == err.count("TypeError") == 1
 
 
+def test_unusable_path_is_one_line_for_all():
+    """An OSError with a file's name was a traceback, unlike in a single process."""
+
+    def before(rank):
+        def fails(*args, **kwargs):
+            raise PermissionError(13, "Permission denied", "there/file")
+
+        coconut.loss_sum = fails
+
+    codes, _, err = Run(2, "--out_dir=run", before=before).end()
+    assert (codes, err) == ([2, 2], "error: there/file cannot be used: Permission denied.\n")
+
+
 def test_signal_to_one_stops_all_at_the_same_step(script):
     """A rank that stops a step early leaves the others waiting in the all-reduce."""
     assert script("tiny.py", "--out_dir=whole")[0] == 0
