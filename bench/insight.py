@@ -50,8 +50,6 @@ class InsightConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.twins and not self.data:
-            raise UserError("--twins belongs to examples of your own.\nGive --data too.")
 
 
 class Progress:
@@ -64,47 +62,40 @@ class Progress:
         now = time.perf_counter() - self.start
         if now - self.shown >= 1 or fraction == 1:
             self.shown, left = now, now / max(fraction, 0.01) * (1 - fraction)
-            end = "\n" if fraction == 1 else ""
-            sys.stderr.write(f"\r{fraction:4.0%} done, {left:4.0f} s left {end}")
-            sys.stderr.flush()
+            text = f"\r{fraction:4.0%} done, {left:4.0f} s left "
+            print(text, end="\n" * (fraction == 1), file=sys.stderr, flush=True)
 
 
-def load(config: InsightConfig, path: str | None) -> tuple[Engine, Pairs | None, Pairs]:
+def load(config: InsightConfig, path: str | None) -> tuple[Progress, Engine, Pairs | None, Pairs]:
     """Return the engine of a checkpoint, without kernels and graphs, and its pairs."""
-    folder = path or checkpoint.BUNDLED
+    progress, folder = Progress(), path or checkpoint.BUNDLED
     engine = nanococonut.load(folder, config.device, kernels="torch", graph="off")
-    if bad := [k for k, p in engine.model.float().named_parameters() if not p.isfinite().all()]:
-        raise UserError(f"{folder}: {bad[0]} has NaN or infinite numbers.\nUse another checkpoint.")
+    engine.model.float()
     rows = 100 if config.quick else config.rows
-    return engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
+    return progress, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
 
 
 def evaluate(
-    config: InsightConfig, path: str | None, engine: Engine, plain: Pairs | None, pairs: Pairs
-) -> ResultWriter:
+    config: InsightConfig, path: str | None, progress: Progress, engine: Engine,
+    plain: Pairs | None, pairs: Pairs,
+) -> ResultWriter:  # fmt: skip
     """Measure one model. Nothing is written yet."""
-    start, manifest, weights = time.perf_counter(), engine.manifest, engine.model.wte.weight
-    name = Path(path).resolve().name if path else "bundled"
-    labels = {"method": manifest["method"], "task": engine.config.task, "checkpoint": name}
+    weights, name = engine.model.wte.weight, Path(path).resolve().name if path else "bundled"
+    report, figures = measure(engine, name, plain, pairs, progress)
+    labels = {"method": report.method, "task": report.task, "checkpoint": name}
     config = replace(config, out=None)
     results = ResultWriter("insight", config, weights.device, weights.dtype, labels)
-    report, figures = measure(engine, name, plain, pairs, Progress())
     row = {"schema": 1, "checkpoint": name} | report.row()
     if report.accuracy and pairs.is_prosqa:
         row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
         if config.more and plain is not None:
             row["paper"] = paper_figures(engine, plain.examples)
-    common = ("commit", "device", "command", "date")
-    row["provenance"] = {key: results.common[key] for key in common} | {
-        "torch": results.versions["torch"],
-        "rows": len(pairs.examples),
-        "seed": None if config.data else config.seed,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    f = row.pop("trained")
-    spread, shape = {"ci_low": f["lo"], "ci_high": f["hi"]}, {"thoughts": report.thoughts}
-    results.add("accuracy", "nanococonut", [f["value"]], "fraction", detail=row, spread=spread,
-                examples=f["n"], **shape)  # fmt: skip
+    about = {k: results.common[k] for k in ("commit", "device", "command", "date")}
+    about |= {"torch": results.versions["torch"], "rows": len(pairs.examples), "seed": config.seed}
+    row["provenance"] = about | {"seconds": round(time.perf_counter() - progress.start, 1)}
+    f, shape = row.pop("trained"), {"thoughts": report.thoughts}
+    results.add("accuracy", "nanococonut", [f["value"]], "fraction", detail=row, examples=f["n"],
+                spread={"ci_low": f["lo"], "ci_high": f["hi"]}, **shape)  # fmt: skip
     return results
 
 
@@ -135,7 +126,7 @@ def main() -> None:
     print("plain torch steps in float32: kernels and graphs cannot be edited", file=sys.stderr)
     checkpoints = [config.checkpoint, *filter(None, [config.against])]
     subjects = [load(config, path) for path in checkpoints]
-    about = [(e.config.task, e.manifest["n_thoughts"]) for e, _, _ in subjects]
+    about = [(e.config.task, e.manifest["n_thoughts"]) for _, e, *_ in subjects]
     if len(set(about)) > 1:
         (a, n), (b, m) = about
         raise UserError(f"--against is of {b} with {m} thoughts, the model of {a} with {n}.\n"
@@ -143,8 +134,7 @@ def main() -> None:
     results = [evaluate(config, path, *x) for path, x in zip(checkpoints, subjects, strict=True)]
     row, *controls = [r.rows[0]["detail"] for r in results]
     for control in controls:
-        control.pop("view", None)
-        row["against"] = control
+        row["against"] = {k: v for k, v in control.items() if k not in ("view", "paper")}
 
     # ---- write the page, then the row
     checkpoint.replace_text(target, page.render(row, *controls))

@@ -183,6 +183,10 @@ def load_pairs(
     data, twins  files of examples in place of them
     """
     config, plain = engine.config, None
+    if bad := [k for k, p in engine.model.named_parameters() if not p.isfinite().all()]:
+        raise UserError(f"{bad[0]} has NaN or infinite numbers.\nUse another checkpoint.")
+    if twins and not data:
+        raise UserError(f"{twins}: twins belong to examples of your own.\nGive --data too.")
     if data:
         own_twins = read_examples(twins) if twins else None
         pairs = own_pairs(config.task, read_examples(data), own_twins)

@@ -27,11 +27,15 @@ def files(tmp_path):
     """Return the names of a run, of examples and of their twins."""
     words = "Which letter is of x a b ### . ?".split()
     save_random_run(tmp_path / "run", Tokenizer.words(words), render="sentences", n_layer=1)
+    # the same questions with either answer: no model can be right in more than half
     examples = [
-        {"question": f"Which letter is {'x' * (i % 3)}?", "steps": ["x", "x"], "answer": "a"}
+        {"question": f"Which {'x' * (i // 2 % 3)} is?", "steps": ["x", "x"], "answer": "ab"[i % 2]}
         for i in range(N)
     ]
-    twins = [{**x, "question": x["question"].replace("is", "of"), "answer": "b"} for x in examples]
+    twins = [
+        {**x, "question": x["question"].replace("is", "of"), "answer": "ba"[i % 2]}
+        for i, x in enumerate(examples)
+    ]
     write_examples(tmp_path / "data.json", examples)
     write_examples(tmp_path / "twins.json", twins)
     write_examples(tmp_path / "few.json", twins[1:])
