@@ -114,6 +114,8 @@ def assert_same(run, expected):
     for line, other in zip(logged(run), logged(expected), strict=True):
         assert line.keys() == other.keys()
         for key in line:
+            if key.startswith("thought_"):
+                continue  # geometry of the first rank's share of the validation examples
             assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), (key, line, other)
 
 
