@@ -432,7 +432,7 @@ def test_solve(examples):
 )
 def test_impossible_settings_are_refused(values, field):
     """NaN and floats pass a naive range check."""
-    with pytest.raises(UserError, match=f"^{field}="):
+    with pytest.raises(UserError, match=f"^--{field}="):
         GraphConfig(**values)
 
 
