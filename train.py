@@ -193,6 +193,7 @@ def main() -> None:
     save()
     loader.close()
     run.close()
+    interrupt.close()
     if stopping:
         print(f"stopped at step {state.step}, saved in {run.path}; continue with --resume")
         sys.exit(interrupt.exit_code)

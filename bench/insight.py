@@ -5,9 +5,9 @@
     python bench/insight.py --checkpoint out/RUN --data FILE --twins FILE     a task of your own
     python bench/insight.py --redraw bench/results/insight.jsonl              no model: rows again
 
-Without --data, questions are generated: by hops, and each with its twin, the same text asked about
-something else. evaluation/insight.py has the seven tests and their rules. Steps are plain torch in
-float32, since kernels and CUDA graphs cannot be edited. The last line is the row, as JSON.
+Without --data, questions are generated, each with its twin: the same text asked about something
+else. evaluation/insight.py has the rules. Steps are plain torch in float32, since kernels and CUDA
+graphs cannot be edited. The last line is the row, as JSON.
 """
 
 import os
@@ -66,7 +66,10 @@ class Progress:
             print(text, end="\n" * (fraction == 1), file=sys.stderr, flush=True)
 
 
-def load(config: InsightConfig, path: str | None) -> tuple[Progress, Engine, Pairs | None, Pairs]:
+Subject = tuple[Progress, Engine, Pairs | None, Pairs]  # pairs as in training, pairs to measure
+
+
+def load(config: InsightConfig, path: str | None) -> Subject:
     """Return the engine of a checkpoint, without kernels and graphs, and its pairs."""
     progress, folder = Progress(), path or checkpoint.BUNDLED
     engine = nanococonut.load(folder, config.device, kernels="torch", graph="off")
@@ -75,11 +78,9 @@ def load(config: InsightConfig, path: str | None) -> tuple[Progress, Engine, Pai
     return progress, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
 
 
-def evaluate(
-    config: InsightConfig, path: str | None, progress: Progress, engine: Engine,
-    plain: Pairs | None, pairs: Pairs,
-) -> ResultWriter:  # fmt: skip
+def evaluate(config: InsightConfig, path: str | None, subject: Subject) -> ResultWriter:
     """Measure one model. Nothing is written yet."""
+    progress, engine, plain, pairs = subject
     weights, name = engine.model.wte.weight, Path(path).resolve().name if path else "bundled"
     report, figures = measure(engine, name, plain, pairs, progress)
     labels = {"method": report.method, "task": report.task, "checkpoint": name}
@@ -114,35 +115,30 @@ def main() -> None:
 
     # ---- or drawn without a model
     if config.redraw:
-        rows = [r for r in read_jsonl(Path(config.redraw)) if r.get("bench") == "insight"]
+        rows = [r["detail"] for r in read_jsonl(Path(config.redraw)) if "detail" in r]
         if not rows:
             raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
-        row = rows[-1]["detail"]
-        checkpoint.replace_text(target, page.render(row, row.get("against")))
-        print(f"page: {target}")
-        return
+        checkpoint.replace_text(target, page.render(rows[-1], rows[-1].get("against")))
+        return print(f"page: {target}")
 
     # ---- load and check both models, then measure
     print("plain torch steps in float32: kernels and graphs cannot be edited", file=sys.stderr)
     checkpoints = [config.checkpoint, *filter(None, [config.against])]
     subjects = [load(config, path) for path in checkpoints]
-    about = [(e.config.task, e.manifest["n_thoughts"]) for _, e, *_ in subjects]
-    if len(set(about)) > 1:
-        (a, n), (b, m) = about
-        raise UserError(f"--against is of {b} with {m} thoughts, the model of {a} with {n}.\n"
-                        "Give a control that differs in its method only.")  # fmt: skip
-    results = [evaluate(config, path, *x) for path, x in zip(checkpoints, subjects, strict=True)]
+    about = [f"{e.config.task} with {e.manifest['n_thoughts']} thoughts" for _, e, *_ in subjects]
+    if about[0] != about[-1]:
+        advice = "Give a control that differs in its method only."
+        raise UserError(f"--against is of {about[1]}, the model of {about[0]}.\n{advice}")
+    results = [evaluate(config, path, x) for path, x in zip(checkpoints, subjects, strict=True)]
     row, *controls = [r.rows[0]["detail"] for r in results]
-    for control in controls:
-        row["against"] = {k: v for k, v in control.items() if k not in ("view", "paper")}
+    row |= {"against": controls[0] | {"view": None, "paper": None}} if controls else {}
 
     # ---- write the page, then the row
     checkpoint.replace_text(target, page.render(row, *controls))
     if config.out:
         checkpoint.append_row(Path(config.out), results[0].rows[0])
-    for x in row["findings"]:
-        print(f"[{x['mark']}] {x['title']} {page.sentence(x)}")
-    print("\n".join([*row["refused"], *row["warnings"], f"page: {target}"]))
+    lines = [f"[{x['mark']}] {x['title']} {page.sentence(x)}" for x in row["findings"]]
+    print("\n".join([*lines, *row["refused"], *row["warnings"], f"page: {target}"]))
     print(results[0].summary())
 
 

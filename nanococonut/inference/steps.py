@@ -203,7 +203,7 @@ class Branch:
         here = self.cache.lengths.clone(), self.state
         self.write([list(self.forced)] * len(self))
         asked = self.cache.lengths.clone(), self.state
-        columns = []
+        columns, first = [], self._log_probs()  # of the first token: the same for all candidates
         for candidate in zip(*self.candidates, strict=True):  # B lists of tokens
             self._crop(*asked)
             log_p = self.state.hidden.new_zeros(len(self), dtype=torch.float32)
@@ -211,12 +211,15 @@ class Branch:
                 if i:
                     self.write([[t[i - 1]] if i < len(t) else [] for t in candidate])
                 token = torch.tensor([t[i] if i < len(t) else -1 for t in candidate]).to(self.start)
-                log_all = self.model.head(self.state.hidden).float().log_softmax(-1)  # (B, V)
+                log_all = self._log_probs() if i else first
                 log_token = log_all.gather(1, token.clamp(min=0)[:, None])[:, 0]
                 log_p += torch.where(token >= 0, log_token, 0.0)
             columns.append(log_p)
         self._crop(*here)
         return torch.stack(columns, 1)
+
+    def _log_probs(self) -> Tensor:
+        return self.model.head(self.state.hidden).float().log_softmax(-1)  # (B, V)
 
     def slots(self, n: int) -> Slots:
         """Return what lies in the first n slots; the state is the present one."""

@@ -6,6 +6,7 @@ import sys
 import threading
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -67,12 +68,19 @@ class Interrupt:
     def __init__(self, n_processes: int = 1) -> None:
         self.n_processes = n_processes
         self.signal = 0  # the first one received, but for SIGHUP
+        self._before: dict[int, Any] = {}  # signal -> handler
         if threading.current_thread() is not threading.main_thread():
             return  # a notebook or web page runs the loop: signals are its own
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        numbers = [signal.SIGINT, signal.SIGTERM]
         if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(HANGUP, self._receive)
+            numbers.append(HANGUP)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+
+    def close(self) -> None:
+        """Put back the handlers: a notebook that ran a script needs its own Ctrl-C."""
+        if self.n_processes == 1:  # torchrun's own signal may come after the last save
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     @property
     def received(self) -> bool:

@@ -158,6 +158,13 @@ def test_signal_within_a_print_is_kept(handlers, monkeypatch):
     assert interrupt.received
 
 
+def test_end_of_the_loop_puts_handlers_back(handlers):
+    """In a notebook, Ctrl-C then only said "stopping after this step", in every later cell."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, HANGUP) if n]
+    Interrupt().close()
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, HANGUP) if n]
+
+
 def test_loop_runs_in_a_thread():
     """signal.signal raised "signal only works in main thread" under Streamlit and gradio."""
     made = []
