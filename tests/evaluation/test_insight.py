@@ -381,3 +381,32 @@ def test_thoughts_name_the_words_of_their_step(bundled):
     assert set(found) <= {1, 2, 3} and found[2]["own"]["lo"] > found[2]["other"]["hi"]
     assert insight.judge_words(found)["mark"] in ("yes", "part")
     assert insight.judge_words({1: {"own": HALF, "other": HALF}})["mark"] == "no"
+
+
+def test_a_model_that_ignores_what_is_asked(monkeypatch):
+    """A shortcut learner is right often: nothing can be said about what its pauses carry."""
+    engine = random_insight_engine("pause")
+    _, pairs = generated_pairs(engine.config, 50, 3)
+    N = len(pairs.examples)
+    first = torch.tensor([[-0.1, -3.0]] * N)  # for both twins the same option
+    first[: N // 10] = first[: N // 10].flip(1)
+    names = ("own", "twin_own", "mean", "twin", "unrelated", "k0", "k1", "k2", "slot1", "slot2")
+    cells = dict.fromkeys(names, first) | {"by_inputs": torch.zeros(N, 1)}
+    figures = Figures(cells, torch.tensor(pairs.groups))
+    monkeypatch.setattr(type(pairs), "figures", lambda *args, **options: figures)
+    report, _ = measure(engine, "pauses", None, pairs)
+    assert report.verdict == "ignores what is asked" and report.noun == "pauses"
+    assert "cannot be asked" in report.refused[0]
+    assert [f["id"] for f in report.findings] == ["pairs", "needed"]
+
+
+def test_slots_are_grouped_by_step():
+    """With two thoughts a step, half a step's exchange would look like redundancy."""
+    engine = random_insight_engine("coconut", n_thoughts=4)
+    engine.curriculum = Curriculum("coconut", c_thought=2)
+    _, pairs = generated_pairs(engine.config, 50, 3)
+    pairs = type(pairs)(pairs.examples[:8], pairs.twins[:8], pairs.groups[:8])
+    cells = pairs.figures(engine, extra=1).cells
+    assert {name for name in cells if name.startswith("slot")} == {"slot1", "slot2"}
+    assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(6)}
+    assert torch.equal(cells["own"], cells["k4"]) and cells["thoughts"].shape[:2] == (8, 5)
