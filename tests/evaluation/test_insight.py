@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fake_graphs import FakeGraphCache
 from helpers import random_gpt
 
 import nanococonut
@@ -64,6 +65,17 @@ def test_an_edit_is_fed_back(tokenizer):
     assert not torch.allclose(out.inputs[:, 2], plain.inputs[:, 2])
     clamped = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: out.inputs[:, i])
     assert clamped.tokens == out.tokens
+
+
+def test_an_edit_runs_without_graphs(tokenizer):
+    """A replayed graph would not call the edit."""
+    engine, seen = random_engine(tokenizer), []
+    plain = engine.generate(QUESTIONS, 3, 9)
+    engine.graphs = FakeGraphCache(8)
+    out = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: (seen.append(i), fed)[1])
+    assert seen == [0, 1, 2] and out.tokens == plain.tokens and not engine.graphs.graphs
+    with pytest.raises(ValueError, match="graph='off'"):
+        engine.run([[1]], 1, [], -1, 1, edit=lambda i, fed: fed)
 
 
 def test_bad_edits_are_refused(tokenizer):
