@@ -77,12 +77,14 @@ def judge_carried(
     are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
     ok = decided(twin, stays) and unrelated is not None  # of which only the choice matters
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    donor = "the twin" if twinned else "a question with as many steps and another answer"
-    kept = "" if twinned else " and {2} stay"
+    donor, whose = "the twin", "the twin's"
+    if not twinned:
+        donor = "a question with as many steps and another answer"
+        whose = "that question's and {2} stay as they are"
     return finding(
         "carried",
         f"If only the {noun} {are} replaced, by {those} of {donor}, {{0}} of the answers become "
-        f"its answer{kept}; by {those} of an unrelated question with as many steps, {{1}}.",
+        f"{whose}; by {those} of an unrelated question with as many steps, {{1}}.",
         [twin, unrelated] + ([] if twinned else [stays]),
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
@@ -94,17 +96,20 @@ def judge_carried(
     )  # fmt: skip
 
 
-def judge_search(twin: Figure, other: Figure, same: Figure, noun: str) -> Finding:
-    """Test 4. The donors were asked about other options: what moves, the search or the answer?"""
+def judge_search(
+    twin: Figure, other: Figure, same: Figure, noun: str, asked: str = "other options"
+) -> Finding:
+    """Test 4. The donors were asked otherwise: what moves, the search or the answer?"""
     ok = decided(twin, other, same)
     return finding(
         "search",
-        f"The {noun} of the twin flip {{0}} of the answers even if its options were others; those "
-        "of the question itself, asked with other options, flip {1}.",
+        f"The {noun} of the twin with {asked} flip {{0}} of the answers; those of the question "
+        f"itself with {asked} flip {{1}}.",
         [other, same],
         (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
         (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",
-         "They carry the search, not the answer.", "So the options are compared afterwards."),
+         "They carry the search, not the answer.",
+         "So they hold where it has come to; the answer is chosen afterwards."),
         (ok and other["hi"] < 0.5 and twin["lo"] >= 0.9, "no", "the answer itself",
          "They carry the answer itself, not the search."),
         (True, "part", "search and answer", "They carry some of both, the search and the answer."),

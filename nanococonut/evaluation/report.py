@@ -81,11 +81,11 @@ def measure(
                 _judge_readout(r, engine, f, pairs)
                 progress(0.95)
             r.findings += [shortcut] if shortcut else []
-            if kind != "chain" and plain is not None:
-                free, chain = left_alone(engine, plain)
-                r.accuracy |= {"free": free, "wrote_chain": chain}
-                forced = p.accuracy("k0", p.every)
-                r.findings.append(insight.judge_trap(free, chain, forced, r.noun))
+        if kind != "chain" and plain is not None:
+            free, chain = left_alone(engine, plain)
+            r.accuracy |= {"free": free, "wrote_chain": chain}
+            forced = p.accuracy("k0", p.every)
+            r.findings.append(insight.judge_trap(free, chain, forced, r.noun))
         _warn(r, engine, f, pairs)
     first = r.findings[:1] if ignores or len(r.findings) < 3 else r.findings[:3]
     r.verdict = ", ".join(x["verdict"] for x in first)
@@ -102,7 +102,12 @@ def _judge_moved(r: Report, f: Figures, pairs: Pairs) -> None:
         r.refused.append("There are too few pairs with both answers right for tests 3 to 7.")
     if "same_other" in f.cells:
         other, same = f.flips("other_other"), f.flips("same_other")
-        r.findings.append(insight.judge_search(twin, other, same, r.noun))
+        asked = "other options"
+        if not pairs.is_prosqa:  # ProntoQA
+            asked = "the opposite query"
+            for point in r.scale or ():
+                point["label"] = point["label"].replace("other options", asked)
+        r.findings.append(insight.judge_search(twin, other, same, r.noun, asked))
     if r.accuracy is None:
         return
     offset = len(r.accuracy["rows"]) - len(f.steps)  # of the plain row

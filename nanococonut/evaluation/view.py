@@ -89,12 +89,11 @@ def _states(
     states, slots = [], []
     for k in range(n + 1):
         state: State = {"p": None, "attention": None}
-        if k:
+        if k and all(len(t) == 1 for t in names):  # else none can be named at once
             p = engine.model.head(branch.thoughts[-1]).float().softmax(-1)[0]
-            # a name of several tokens cannot be named at once
-            state["p"] = [round(float(p[t[0]]), 3) if len(t) == 1 else 0.0 for t in names]
-            if facts:
-                state["attention"] = _attention(branch, attention[-1], layer.n_head, facts)
+            state["p"] = [round(float(p[t[0]]), 3) for t in names]
+        if k and facts:
+            state["attention"] = _attention(branch, attention[-1], layer.n_head, facts)
         state["answer"] = _answer(branch)  # last: it attends, too
         states.append(state)
         slots.append(branch.slots(k))

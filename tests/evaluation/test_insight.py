@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from fake_graphs import FakeGraphCache
 from helpers import random_gpt
 
 import nanococonut
@@ -64,6 +65,17 @@ def test_an_edit_is_fed_back(tokenizer):
     assert not torch.allclose(out.inputs[:, 2], plain.inputs[:, 2])
     clamped = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: out.inputs[:, i])
     assert clamped.tokens == out.tokens
+
+
+def test_an_edit_runs_without_graphs(tokenizer):
+    """A replayed graph would not call the edit."""
+    engine, seen = random_engine(tokenizer), []
+    plain = engine.generate(QUESTIONS, 3, 9)
+    engine.graphs = FakeGraphCache(8)
+    out = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: (seen.append(i), fed)[1])
+    assert seen == [0, 1, 2] and out.tokens == plain.tokens and not engine.graphs.graphs
+    with pytest.raises(ValueError, match="graph='off'"):
+        engine.run([[1]], 1, [], -1, 1, edit=lambda i, fed: fed)
 
 
 def test_bad_edits_are_refused(tokenizer):
@@ -381,3 +393,32 @@ def test_thoughts_name_the_words_of_their_step(bundled):
     assert set(found) <= {1, 2, 3} and found[2]["own"]["lo"] > found[2]["other"]["hi"]
     assert insight.judge_words(found)["mark"] in ("yes", "part")
     assert insight.judge_words({1: {"own": HALF, "other": HALF}})["mark"] == "no"
+
+
+def test_a_model_that_ignores_what_is_asked(monkeypatch):
+    """A shortcut learner is right often: nothing can be said about what its pauses carry."""
+    engine = random_insight_engine("pause")
+    _, pairs = generated_pairs(engine.config, 50, 3)
+    N = len(pairs.examples)
+    first = torch.tensor([[-0.1, -3.0]] * N)  # for both twins the same option
+    first[: N // 10] = first[: N // 10].flip(1)
+    names = ("own", "twin_own", "mean", "twin", "unrelated", "k0", "k1", "k2", "slot1", "slot2")
+    cells = dict.fromkeys(names, first) | {"by_inputs": torch.zeros(N, 1)}
+    figures = Figures(cells, torch.tensor(pairs.groups))
+    monkeypatch.setattr(type(pairs), "figures", lambda *args, **options: figures)
+    report, _ = measure(engine, "pauses", None, pairs)
+    assert report.verdict == "ignores what is asked" and report.noun == "pauses"
+    assert "cannot be asked" in report.refused[0]
+    assert [f["id"] for f in report.findings] == ["pairs", "needed"]
+
+
+def test_slots_are_grouped_by_step():
+    """With two thoughts a step, half a step's exchange would look like redundancy."""
+    engine = random_insight_engine("coconut", n_thoughts=4)
+    engine.curriculum = Curriculum("coconut", c_thought=2)
+    _, pairs = generated_pairs(engine.config, 50, 3)
+    pairs = type(pairs)(pairs.examples[:8], pairs.twins[:8], pairs.groups[:8])
+    cells = pairs.figures(engine, extra=1).cells
+    assert {name for name in cells if name.startswith("slot")} == {"slot1", "slot2"}
+    assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(6)}
+    assert torch.equal(cells["own"], cells["k4"]) and cells["thoughts"].shape[:2] == (8, 5)
