@@ -265,7 +265,7 @@ class Engine:
     def _eval_mode(self) -> Iterator[None]:
         """Hold the lock and keep the model in eval mode: calls share both."""
         if self._holder == threading.get_ident():  # it would wait for itself
-            raise UserError("edit: it asks the engine that calls it.\nGive it an engine of its own.")
+            raise UserError("edit: it asks the engine that calls it.\nGive it one of its own.")
         with self._lock:
             training, self._holder = self.model.training, threading.get_ident()
             self.model.eval()
