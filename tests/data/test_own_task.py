@@ -1,4 +1,4 @@
-"""A task of your own: the README's ten lines write a file that train.py and sample.py accept."""
+"""A task of your own: the ten lines write a file that train.py and sample.py accept."""
 
 import json
 import re
