@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ def table1(rows: Rows, task: str, preset: str) -> str:
 
 def insight(rows: Rows) -> str:
     """Return a line for each method: what bench/insight.py found, means over runs, in %."""
-    lines = [("method", "accuracy", "twins both right", "averaged thoughts", "swapped", "runs")]
+    header = "method|accuracy|twins both right|averaged thoughts|swapped|verdict (runs)"
+    lines = [tuple(header.split("|"))]
     for method in METHODS:
         own = select(rows, method=method)
         if not own:
@@ -93,7 +95,9 @@ def insight(rows: Rows) -> str:
         for name, index in (("pairs", 1), ("needed", 1), ("carried", 0)):
             findings = [f for row in own for f in row["detail"]["findings"] if f["id"] == name]
             cells.append(_mean([f["figures"][index]["value"] for f in findings]))
-        lines.append((method, *cells, str(len(own))))
+        verdicts = Counter(row["detail"]["verdict"] for row in own)
+        verdict = "; ".join(f"{text} ({n})" for text, n in verdicts.items())
+        lines.append((method, *cells, verdict))
     return _table(*lines)
 
 

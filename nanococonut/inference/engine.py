@@ -114,7 +114,7 @@ class Engine:
         self.kernels, self.reason = choose_backend(kernels, model)
         self._packed: PackedGPT | None = None
         self.graphs = GraphCache(max_graphs) if choose_graph(graph, model) else None
-        self._lock = threading.Lock()
+        self._lock, self._holder = threading.Lock(), 0  # the holder is a thread's number
         self._reset()
 
     @classmethod
@@ -274,12 +274,15 @@ class Engine:
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
         """Hold the lock and keep the model in eval mode: calls share both."""
+        if self._holder == threading.get_ident():  # it would wait for itself
+            raise UserError("edit: it asks the engine that calls it.\nGive it one of its own.")
         with self._lock:
-            training = self.model.training
+            training, self._holder = self.model.training, threading.get_ident()
             self.model.eval()
             try:
                 yield
             finally:
+                self._holder = 0
                 self.model.train(training)
 
     @torch.no_grad()

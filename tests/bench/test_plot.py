@@ -234,3 +234,18 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
 def test_mistakes_take_two_lines(script, argv, message):
     code, _, err = script(*argv, script="bench/plot.py")
     assert code == 2 and message in err and len(err.splitlines()) <= 2
+
+
+def test_insight_table_has_a_line_for_each_method():
+    """A finding that was not asked is no zero, and a mean is over the runs of one method."""
+
+    def row(method, value, verdict, *findings):
+        detail = {"verdict": verdict, "findings": list(findings)}
+        return {"labels": {"method": method}, "value": value, "detail": detail}
+
+    pairs = {"id": "pairs", "figures": [{"value": 0.9}, {"value": 0.8}, {"value": 0.2}]}
+    rows = [row("coconut", 0.9, "needed", pairs), row("coconut", 0.8, "needed"), row("cot", 1, "?")]
+    assert tables.insight(rows).splitlines()[2:] == [
+        "| coconut | 85.0 | 80.0 | - | - | needed (2) |",
+        "| cot | 100.0 | - | - | - | ? (1) |",
+    ]

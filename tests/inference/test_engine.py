@@ -220,6 +220,20 @@ def test_sampling_is_the_same_replayed():
         assert out.tokens == expected.tokens
 
 
+def test_edit_cannot_ask_its_own_engine(tokenizer):
+    """It waited for the engine's lock, which its own thread holds, for ever."""
+    model = random_gpt(vocab_size=tokenizer.vocab_size)
+    engine = Engine(model, tokenizer, kernels="torch", graph="off")
+
+    def edit(i, fed):
+        engine.generate(["Tom is"], 1, 2)
+        return fed
+
+    with pytest.raises(UserError, match="one of its own"):
+        engine.generate(["Every"], 1, 2, edit=edit)
+    assert engine.generate(["Every"], 1, 2).tokens  # the lock is free again
+
+
 def test_threads_share_an_engine():
     """Without the lock, threads write into each other's buffers."""
     model = random_gpt(seed=8)
