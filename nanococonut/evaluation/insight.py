@@ -122,16 +122,19 @@ def judge_depth(
     """Test 5. Do questions of more steps take more slots? Both by steps, then by slots."""
     counts = {h: plateau(cells) for h, cells in accuracy.items()}
     carriers = [max(range(len(c)), key=lambda j: c[j]["value"]) + 1 for c in slots.values()]
-    parts = [f"{k} for {count(h, 'step')} ({{{i}}})" for i, (h, k) in enumerate(counts.items())]
+    parts = [f"{count(h, 'step')}: {k}, {{{i}}}" for i, (h, k) in enumerate(counts.items())]
     numbers, values = ", ".join(map(str, carriers)), list(counts.values())
+    alone = (
+        f"For {', '.join(map(str, slots))} steps, the slot that moves most answers alone is number"
+    )
     rises = values == sorted(values) and carriers == sorted(carriers) and len(set(values)) >= 3
     return finding(
         "depth",
-        f"Four fifths of the gain in accuracy are there after this many {noun} (accuracy then): "
-        + ", ".join(parts) + ".",
+        f"Number of {noun} after which four fifths of the gain in accuracy are there, and the "
+        f"accuracy then: {'; '.join(parts)}.",
         [accuracy[h][k] for h, k in counts.items()],
         (rises, "yes", "deeper takes more", f"Deeper questions take more {noun}.",
-         carriers and f"The slot that moves most answers alone goes from {numbers}."),
+         carriers and f"{alone} {numbers}."),
         (True, "part", "depth unclear", f"Deeper questions do not plainly take more {noun}."),
     )  # fmt: skip
 
