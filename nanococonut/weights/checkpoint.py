@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, TypeVar
 
 import torch
@@ -41,7 +42,12 @@ REQUIRED_TYPES = {
     **dict.fromkeys(("method", "device"), str),
     "minutes": (int, float),
 }
-OPTIONAL_TYPES = {"best_step": int, "progress": dict, "examples": str}
+OPTIONAL_TYPES = {
+    "best_step": int,
+    "progress": dict,
+    "examples": str,
+    "hub_commit": (str, NoneType),
+}
 # settings that may change when a run is resumed: the mathematics stay the same
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
@@ -408,7 +414,9 @@ class RunDir:
         if not self.manifest:
             return parse({})
         try:
-            state = parse(self.manifest["progress"])
+            state = parse(progress := self.manifest["progress"])
+            if progress["step"] != self.manifest["step"]:
+                raise ValueError(f"step {progress['step']}, not {self.manifest['step']}")
         except (TypeError, KeyError, ValueError) as e:
             raise _damaged(self.folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
         load_weights(model, self.folder)
