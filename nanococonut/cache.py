@@ -23,6 +23,13 @@ class KVCache:
         B = data.shape[2]
         self.batch_index = torch.arange(B, device=data.device)[:, None]  # (B, 1), pairs with pos
 
+    def key_mask(self, pos: Tensor, span: int) -> Tensor:
+        """Return (B, 1, T, span) bool: a query at position p, of pos (B, T), sees the keys [0, p].
+
+        span: upper bound of pos + 1; on the host, so that no step waits for the GPU
+        """
+        return torch.arange(span, device=pos.device) <= pos[:, None, :, None]
+
     def append(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Write keys and values of one layer. Lengths do not change.
 

@@ -49,16 +49,16 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float
 
 
 def cached_attention(
-    cache: KVCache, pos: Tensor, span: int, layer: int, q: Tensor, k: Tensor, v: Tensor
+    cache: KVCache, pos: Tensor, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Append k, v to the cache and attend to it: position p sees the keys [0, p].
+    """Append k, v to the cache and attend to it.
 
-    pos   (B, T)  positions of the queries and of the new keys
-    span  int     upper bound of pos + 1; on the host, so that no step waits for the GPU
+    pos   (B, T)           positions of the queries and of the new keys
+    mask  (B, 1, T, span)  cache.key_mask(pos, span), the same for all layers
     """
     cache.append(layer, k, v, pos)
+    span = mask.shape[-1]
     keys, values = cache.data[layer, :, :, :, :span].to(q.dtype)  # (B, nh, span, hs) each
-    mask = torch.arange(span, device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, span)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 

@@ -65,7 +65,7 @@ def append_step(
     active  (B,) bool  the other sequences keep their state and length; None: all are active
     """
     pos, span = cache.lengths[:, None], state.span + 1
-    attend = partial(cached_attention, cache, pos, span)
+    attend = partial(cached_attention, cache, pos, cache.key_mask(pos, span))
     hidden = model.backbone(emb[:, None], pos, attend, state.prev_embedding)[:, 0]
     if active is None:
         cache.lengths += 1
