@@ -36,6 +36,7 @@ class TrainConfig:
     long_fraction: float = option(
         0.0, "ProsQA: with max_hops - 1 or max_hops steps, without shortcut", "data", ge=0, le=1
     )
+    grow_epochs: int = option(0, "first epochs with half the nodes and steps", "data", ge=0)
     render: str = option(
         "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
@@ -130,6 +131,10 @@ class TrainConfig:
             f"matched_fraction={self.matched_fraction}, short_fraction={self.short_fraction} and "
             f"long_fraction={self.long_fraction} add up to more than 1.\nLower one.": (
                 self.matched_fraction + self.short_fraction + self.long_fraction > 1
+            ),
+            "grow_epochs needs new examples every epoch: they grow from one to the next.\n"
+            "Use --regenerate_each_epoch, or --grow_epochs=0.": (
+                self.grow_epochs and not self.regenerate_each_epoch
             ),
             "graph='on' does not go with recompute and dropout.\n"
             "Use --graph=auto, which then turns graphs off.": self.graph == "on" and self.ungraphed,

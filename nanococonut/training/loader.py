@@ -7,7 +7,7 @@ came before, so a run resumed anywhere sees the same examples in the same order.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -165,6 +165,11 @@ class TrainLoader:
     def _generate(self, epoch: int) -> list[TokenizedExample]:
         """Return an epoch's examples: plain, without the shortcut, with fewer, with most steps."""
         c = self.config
+        if epoch < c.grow_epochs:  # in small graphs steps are cheaper and search is learned sooner
+            half = {
+                name: (getattr(c, name) + 1) // 2 for name in ("n_nodes", "min_hops", "max_hops")
+            }
+            c = replace(c, **half)
         plain, matched, *_ = self.task.splits.values()
         n_matched = round(c.matched_fraction * c.train_examples)
         # chains shorter than the task's own give the search a start
