@@ -29,7 +29,8 @@ max_latent_stage = 0  # these labels need no numbered stages: written steps, the
 final_thoughts = 8  # more than hops, so that longer chains can be searched too
 first_stage_epochs = 1
 epochs = 18
-uniform_prob = 0.1  # these examples sample either stage
+uniform_prob = 0.1  # these examples sample an earlier stage, too
+advance_at = 0.93  # leave a stage early once its examples are correct
 
 batch_size = 64
 micro_batch_size = 64
