@@ -33,6 +33,10 @@ class TrainConfig:
     )
     matched_fraction: float = option(0.0, "without depth shortcut", "data", ge=0, le=1)
     short_fraction: float = option(0.0, "with 1 .. min_hops - 1 steps", "data", ge=0, le=1)
+    long_fraction: float = option(
+        0.0, "ProsQA: with max_hops - 1 or max_hops steps, without shortcut", "data", ge=0, le=1
+    )
+    grow_epochs: int = option(0, "first epochs with half the nodes and steps", "data", ge=0)
     render: str = option(
         "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
@@ -128,8 +132,14 @@ class TrainConfig:
             # the shortest sequence also has one token of text, <bot>, <eot> and eos
             f"{n_thoughts} thoughts do not fit into block_size={self.block_size}.\n"
             "Lower c_thought or final_thoughts.": n_thoughts + 4 > self.block_size,
-            f"matched_fraction={self.matched_fraction} and short_fraction={self.short_fraction} "
-            "add up to more than 1.\nLower one.": self.matched_fraction + self.short_fraction > 1,
+            f"matched_fraction={self.matched_fraction}, short_fraction={self.short_fraction} and "
+            f"long_fraction={self.long_fraction} add up to more than 1.\nLower one.": (
+                self.matched_fraction + self.short_fraction + self.long_fraction > 1
+            ),
+            "grow_epochs needs new examples every epoch: they grow from one to the next.\n"
+            "Use --regenerate_each_epoch, or --grow_epochs=0.": (
+                self.grow_epochs and not self.regenerate_each_epoch
+            ),
             "graph='on' does not go with recompute and dropout.\n"
             "Use --graph=auto, which then turns graphs off.": self.graph == "on" and self.ungraphed,
             "render='compact' is not for gsm8k, whose examples are free text.\n"

@@ -7,7 +7,7 @@ came before, so a run resumed anywhere sees the same examples in the same order.
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -163,18 +163,26 @@ class TrainLoader:
         return frozenset(hashes)
 
     def _generate(self, epoch: int) -> list[TokenizedExample]:
-        """Return an epoch's examples: plain ones, without the shortcut, and with fewer steps."""
+        """Return an epoch's examples: plain, without the shortcut, with fewer, with most steps."""
         c = self.config
+        if epoch < c.grow_epochs:  # in small graphs steps are cheaper and search is learned sooner
+            half = {
+                name: (getattr(c, name) + 1) // 2 for name in ("n_nodes", "min_hops", "max_hops")
+            }
+            c = replace(c, **half)
         plain, matched, *_ = self.task.splits.values()
         n_matched = round(c.matched_fraction * c.train_examples)
         # chains shorter than the task's own give the search a start
         easier = self.task.easier_configs(c)
         n_short = round(c.short_fraction * c.train_examples) if easier else 0
+        longest = [self.task.longest_config(c)] if self.task.longest_config else []
+        n_long = round(c.long_fraction * c.train_examples) if longest else 0
         n_each = [len(part) for part in np.array_split(range(n_short), max(1, len(easier)))]
         parts = [
-            (c.train_examples - n_matched - n_short, plain(c)),
+            (c.train_examples - n_matched - n_short - n_long, plain(c)),
             (n_matched, matched(c)),
             *zip(n_each, easier, strict=False),
+            *((n_long, generator_config) for generator_config in longest),
         ]
         examples: list[Example] = []
         for i, (n, generator_config) in enumerate(parts):

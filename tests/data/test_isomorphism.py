@@ -171,7 +171,7 @@ def test_training_never_repeats_a_held_out_graph(task, nodes, hops):
     config = TrainConfig(
         task=task, tokenizer="words", render="compact", n_nodes=nodes, min_hops=1, max_hops=hops,
         train_examples=1000, val_examples=100, regenerate_each_epoch=True, matched_fraction=0.4,
-        short_fraction=0.2,
+        short_fraction=0.2, long_fraction=0.1,
     )  # fmt: skip
     module = tasks.TASKS[task].module
     held_out = held_out_examples(config)

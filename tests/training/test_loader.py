@@ -1,0 +1,40 @@
+"""What an epoch holds: the parts that its fractions ask for."""
+
+from nanococonut.config import TrainConfig
+from nanococonut.curriculum import Curriculum
+from nanococonut.data.shortcuts import prosqa_shortcuts
+from nanococonut.data.tasks import Data
+from nanococonut.training.loader import TrainLoader
+from nanococonut.training.setup import init_tokenizer
+
+
+def generated(epoch, **settings):
+    """Return the examples of an epoch, as texts."""
+    config = TrainConfig(
+        tokenizer="words", render="compact", n_nodes=16, min_hops=2, max_hops=4,
+        train_examples=200, regenerate_each_epoch=True, **settings,
+    )  # fmt: skip
+    curriculum, tokenizer = Curriculum.from_config(config), init_tokenizer(config, None)
+    loader = TrainLoader(config, curriculum, tokenizer, Data(None, {}))
+    loader._fitting = lambda examples: [(x, x) for x in examples]
+    loader.close()
+    return loader._generate(epoch)
+
+
+def test_long_fraction_adds_the_longest_chains():
+    """They are rare among plain examples, and there a shortcut finds almost all answers."""
+    examples = generated(0, short_fraction=0.3, long_fraction=0.5)
+    plain, short, longest = examples[:40], examples[40:100], examples[100:]
+    assert len(examples) == 200
+    assert {len(x["steps"]) for x in short} == {1}
+    assert {len(x["steps"]) for x in longest} == {3, 4}
+    assert {len(x["steps"]) for x in plain} == {2, 3, 4}
+    assert all(abs(fraction - 0.5) < 0.2 for fraction in prosqa_shortcuts(longest).values())
+
+
+def test_graphs_grow_after_the_first_epochs():
+    """Guards against an epoch too many of small graphs, or none."""
+    small, large = generated(1, grow_epochs=2), generated(2, grow_epochs=2)
+    assert {len(x["steps"]) for x in small} == {1, 2}
+    assert max(len(x["idx_to_symbol"]) for x in small) <= 8
+    assert large == generated(2)
