@@ -274,7 +274,8 @@ def tables(
     trained  thoughts in training
     """
     flips = {name: f.flips(name) for name in LABELS}
-    scale = [{"id": name, "label": LABELS[name]} | x for name, x in flips.items() if x]
+    labels = LABELS | ({"mean": "none at all"} if "half" in f.cells else {})  # a written chain
+    scale = [{"id": name, "label": labels[name]} | x for name, x in flips.items() if x]
     columns = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
     slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
     if len(columns) < 2:
