@@ -1,6 +1,6 @@
-"""Make the bundled checkpoint, which sample.py uses if there is no run.
+"""Make a bundled checkpoint: prosqa_small, which sample.py uses if there is no run, or another.
 
-python -m nanococonut.weights.bundle out/RUN
+python -m nanococonut.weights.bundle out/RUN [NAME]
 """
 
 import shutil
@@ -30,13 +30,14 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("expected one argument, the folder of a run, such as out/prosqa_small.")
+    if not 2 <= len(sys.argv) <= 3 or any(a.startswith("-") for a in sys.argv[1:]):
+        raise UserError("expected a run, such as out/prosqa_small, and perhaps a new name.")
     if checkpoint.verify(checkpoint.resolve(sys.argv[1], best=True)).get("best_step", -1) < 0:
         raise UserError(
             f"{sys.argv[1]} has no validation in its final stage.\nTrain it to the end first."
         )
-    print(f"bundled {sys.argv[1]} as {bundle(sys.argv[1])}")
+    name = sys.argv[2] if len(sys.argv) == 3 else BUNDLED.name
+    print(f"bundled {sys.argv[1]} as {bundle(sys.argv[1], BUNDLED.with_name(name))}")
 
 
 if __name__ == "__main__":
