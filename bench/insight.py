@@ -6,8 +6,7 @@
     python bench/insight.py --redraw bench/results/insight.jsonl              no model: rows again
 
 Without --data, questions are generated, each with its twin: the same text asked about something
-else. evaluation/insight.py has the rules. Steps are plain torch in float32, since kernels and CUDA
-graphs cannot be edited. The last line is the row, as JSON.
+else. evaluation/insight.py has the rules. The last line of the output is the row, as JSON.
 """
 
 import os
@@ -66,11 +65,8 @@ class Progress:
             print(text, end="\n" * (fraction == 1), file=sys.stderr, flush=True)
 
 
-Subject = tuple[Progress, Engine, Pairs | None, Pairs]  # pairs as in training, pairs to measure
-
-
-def load(config: InsightConfig, path: str | None) -> Subject:
-    """Return the engine of a checkpoint, without kernels and graphs, and its pairs."""
+def load(config: InsightConfig, path: str | None) -> tuple[Progress, Engine, Pairs | None, Pairs]:
+    """Return a plain engine of a checkpoint, pairs as in training, and pairs to measure."""
     progress, folder = Progress(), path or checkpoint.BUNDLED
     engine = nanococonut.load(folder, config.device, kernels="torch", graph="off")
     engine.model.float()
@@ -78,14 +74,13 @@ def load(config: InsightConfig, path: str | None) -> Subject:
     return progress, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
 
 
-def evaluate(config: InsightConfig, path: str | None, subject: Subject) -> ResultWriter:
+def evaluate(config: InsightConfig, path: str | None, subject: tuple) -> ResultWriter:
     """Measure one model. Nothing is written yet."""
     progress, engine, plain, pairs = subject
-    weights, name = engine.model.wte.weight, Path(path).resolve().name if path else "bundled"
+    w, name = engine.model.wte.weight, Path(path).resolve().name if path else "bundled"
     report, figures = measure(engine, name, plain, pairs, progress)
     labels = {"method": report.method, "task": report.task, "checkpoint": name}
-    config = replace(config, out=None)
-    results = ResultWriter("insight", config, weights.device, weights.dtype, labels)
+    results = ResultWriter("insight", replace(config, out=None), w.device, w.dtype, labels)
     row = {"schema": 1, "checkpoint": name} | report.row()
     if report.accuracy and pairs.is_prosqa:
         row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
@@ -127,8 +122,7 @@ def main() -> None:
     subjects = [load(config, path) for path in checkpoints]
     about = [f"{e.config.task} with {e.manifest['n_thoughts']} thoughts" for _, e, *_ in subjects]
     if about[0] != about[-1]:
-        advice = "Give a control that differs in its method only."
-        raise UserError(f"--against is of {about[1]}, the model of {about[0]}.\n{advice}")
+        raise UserError(f"--against is of {about[1]}, not of {about[0]}.\nGive another control.")
     results = [evaluate(config, path, x) for path, x in zip(checkpoints, subjects, strict=True)]
     row, *controls = [r.rows[0]["detail"] for r in results]
     row |= {"against": controls[0] | {"view": None, "paper": None}} if controls else {}

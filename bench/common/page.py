@@ -179,8 +179,7 @@ def _findings(row: Row, against: Row) -> str:
     for f in row["findings"]:
         text = re.sub(r"(\([^()]*n\xa0=[^()]*\))", r"<small>\1</small>", escape(sentence(f)))
         if f["id"] in controls:
-            control = escape(f"{against['name']}: {controls[f['id']]}")
-            text += f"<br /><small>{control}</small>"
+            text += f"<br /><small>{escape(against['name'])}: {escape(controls[f['id']])}</small>"
         mark = f["mark"].replace("part", "in part")  # of class part
         text = f"<b>{escape(f['title'])}</b> {text}"
         items += f'<li><span class="m {mark}">{mark}</span><div>{text}</div></li>'
