@@ -1,7 +1,8 @@
 """ProsQA at its released size, from random weights: 3 to 6 hops in graphs of 23 nodes.
 
 Not the paper's losses alone: a thought is also labelled with the nodes that the search has reached
-(thought_loss). docs/LOG.md has the accuracy, and what the paper's losses reach.
+(thought_loss). Seed 1, half an hour of one busy CPU thread: 100 % of the released validation
+examples, 98.8 % of chains of 7 and 8 hops. docs/LOG.md has more, and what the paper's losses reach.
 """
 
 tokenizer = "words"  # no download
