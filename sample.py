@@ -101,7 +101,7 @@ def is_interactive(config: SampleConfig) -> bool:
 def read_questions(config: SampleConfig) -> Iterator[str | None]:
     """Yield --question, else the lines of a piped stdin, else what is typed until Ctrl-D.
 
-    None stands for a question of the task: the first one if nothing is piped, or an empty line.
+    None means a question of the task: the first one if nothing is piped, or an empty line.
     """
     if config.question is not None:
         yield config.question

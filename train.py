@@ -202,7 +202,7 @@ def main() -> None:
         shortcuts = TASKS[config.task].shortcuts
         baselines = {name: shortcuts(examples) for name, examples in loader.val_splits.items()}
     print_summary(f"{run_name}: {config.method}", schedule, state, baselines)
-    # without padding, each example has a number of its own
+    # without padding, the number depends on the example
     latent = f" --latent {curriculum.n_thoughts(state.stage)}" if config.pad_latent_to_max else ""
     print(f"try it: python sample.py --out_dir {run.path}{latent}")
 

@@ -222,7 +222,7 @@ def _names(names: Row, words: Row) -> str:
 
 
 def render(row: Row, against: Row | None = None) -> str:
-    """Return the page of a row as HTML. against: the row of a control, drawn in grey beside it."""
+    """Return the page of a row as HTML. against: a control's row, drawn in grey."""
     against = against or {}
     noun, is_chain = row["noun"], row["noun"] == "written chain"
     words = {"noun": noun, "one": SINGULAR[noun]}

@@ -81,7 +81,7 @@ def is_isomorphic(a: Graph, colors_a: list[int], b: Graph, colors_b: list[int]) 
     """Search for a renumbering that turns graph a into b. A node may only become one of its color.
 
     The first node of a that shares its color is matched with each node of b of that color in turn.
-    The matched pair gets a mark of its own, and colors are computed anew.
+    The matched pair gets a new mark, and the colors are recomputed.
     """
     order_a, order_b = (sorted(range(len(c)), key=c.__getitem__) for c in (colors_a, colors_b))
     ordered = [colors_a[v] for v in order_a]
@@ -102,5 +102,5 @@ def is_isomorphic(a: Graph, colors_a: list[int], b: Graph, colors_b: list[int]) 
 
 
 def _mark(graph: Graph, colors: list[int], node: int) -> Graph:
-    """Return the graph with the colors as its marks, and a mark of its own for one node."""
+    """Return the graph with its colors as marks, except for one node, which gets a new mark."""
     return graph[0], [c ^ (v == node) for v, c in enumerate(colors)]

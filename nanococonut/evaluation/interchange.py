@@ -1,4 +1,4 @@
-"""Interchange: a question keeps its words and gets what lies in the slots of another question.
+"""Interchange: a question keeps its words and gets the slot contents of another question.
 
 Slots lie between a question and its answer: thoughts, pauses, or a written chain. A question and
 its twin differ in one thing, so that the other answer is right. If the answer follows the twin's
@@ -43,7 +43,7 @@ def kind_of(engine: Engine) -> str:
 
 @dataclass
 class Content:
-    """What lies in the slots of a batch: keys, values and inputs, or the tokens of a chain."""
+    """Slot contents of a batch: keys, values and inputs, or the tokens of a chain."""
 
     slots: Slots | None = None
     inputs: Tensor | None = None  # (B, n, C)
@@ -118,7 +118,7 @@ def interchange(
     """Answer questions with other contents in their slots. Return the log-probabilities (N, m).
 
     own, k0, k1, ...   as they are, and after 0, 1, ... thoughts; twin_own: the twin as it is
-    twin, unrelated    with what lies in the slots of the twin, of another question of the group
+    twin, unrelated    with the slot contents of the twin, or of another question in the group
     mean               with the mean over questions; without any written chain
     slot1, slot2, ...  with one slot of the twin (of a chain: half, its first half)
     same_other, other_other  with those of two reworded questions, for the question and its twin

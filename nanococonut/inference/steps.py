@@ -222,7 +222,7 @@ class Branch:
         return self.model.head(self.state.hidden).float().log_softmax(-1)  # (B, V)
 
     def slots(self, n: int) -> Slots:
-        """Return what lies in the first n slots; the state is the present one."""
+        """Return the contents of the first n slots, with the current state."""
         pos = self.start[:, None] + torch.arange(n, device=self.start.device)  # (B, n)
         return Slots(self.cache.data[:, :, self.cache.batch_index, :, pos], self.state)
 

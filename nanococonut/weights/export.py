@@ -34,7 +34,7 @@ from nanococonut.weights.pretrained import (
 
 # sizes and initialization; any other field of GPTConfig makes a model that transformers lacks
 GPT2_FIELDS = {*CONFIG_KEYS, "vocab_size", "dropout", "wte_init_std", "wpe_init_std"}
-EXAMPLES = {  # task -> the question in the card's program, for a run without a file of its own
+EXAMPLES = {  # task -> the question in the card's program, for a run on generated data
     "prosqa": "Tom is a terpus. Sam is a gorpus. Every terpus is a lempus. "
     "Every gorpus is a zumpus. Is Tom a lempus or zumpus?",
     "prontoqa": "Max is a vumpus. Every vumpus is a lempus. Lempuses are not windy. Each impus is "
