@@ -158,8 +158,8 @@ def readout(
 ) -> tuple[dict[str, Any], dict[int, dict[str, Any]], dict[str, Any]]:
     """Read the thoughts of questions with steps, then write and erase where they can be read.
 
-    Return (fractions by distance, distance -> the thought that names it most, answers after writing).
-    The place to write is chosen on one half of the questions and measured on the other.
+    Return (fractions by distance, distance -> the thought that names it most, answers after it was
+    written). The place to write is chosen on one half of the questions, measured on the other.
     """
     index = f.deep.nonzero()[:, 0]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
