@@ -53,7 +53,7 @@ def answers(run: Run, path: Path) -> None:
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * scale * longest)
-    axes.set_xlabel(f"{unit} an answer, batch 1")
+    axes.set_xlabel(f"{unit} per answer, batch 1")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4)  # hides nothing
     _save(figure, f"Time to a whole answer: {run.title}", path)
 
