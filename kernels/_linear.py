@@ -9,8 +9,8 @@ with one program per block of output columns and fp32 accumulation:
 - `gemm_tile`, for about eight rows or more: tensor cores (`tl.dot`) with rows padded to 16, and W
   streamed through `num_stages` buffers of shared memory.
 
-Large batches use the library's GEMM. Each program recomputes LayerNorm's mean and variance: K
-values per row from the L2 cache cost less than a separate launch.
+Large batches use the library's GEMM. For few rows each program recomputes LayerNorm's mean and
+variance: K values per row from the L2 cache cost less than a launch of layer_norm.py.
 
 `launch_config` depends on static shapes only, so a captured graph replays what an eager call does.
 """
@@ -21,9 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._pdl import await_launches, prefetch_rows
+
 GEMV_MAX_ROWS = 4  # estimate: with more rows, shuffles cost more than tensor cores (not measured)
-LIBRARY_MIN_ROWS = 64  # estimate: LayerNorm in each program gets too expensive (not measured)
-MAX_NORM_ROW_BYTES = 2048  # row that gemm_tile normalizes in registers: GPT-2 medium in bf16
+LIBRARY_MIN_ROWS = 64  # estimate (not measured)
+MAX_NORM_ROWS = 16  # that gemm_tile normalizes itself: more leave one program per multiprocessor
+MAX_NORM_ROW_BYTES = 2048  # that gemm_tile normalizes in registers: GPT-2 medium in bf16
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -33,14 +36,16 @@ def gemv(
     w_ptr,  # weight (N, K), read
     ln_w_ptr,  # LayerNorm weight (K,), read if NORM
     ln_b_ptr,  # LayerNorm bias (K,), read if NORM
+    residual_ptr,  # added to the result (B, N), read; None: nothing
     eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N).
 
     BLOCK_K is a power of two and at least K. All threads lie along K, so rows and weights have the
-    same layout and are multiplied in place; only the final sums cross threads.
+    same layout and are multiplied in place; only the final sums cross threads. The launches before
+    are awaited (_pdl.py) between the loads of the weights and those of the rows.
     """
     offs_m = row0 + tl.arange(0, BLOCK_M)[:, None, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
@@ -50,21 +55,22 @@ def gemv(
     if NORM:
         ln_w = tl.load(ln_w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         ln_b = tl.load(ln_b_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # the compiler would delay the loads above; now all of them are in flight
+    await_launches(PDL)  # the compiler would delay the loads above; now all of them are in flight
     x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & mask_k, other=0.0)
+    residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     x = x.to(tl.float32)  # (BLOCK_M, 1, BLOCK_K)
     if NORM:
         x = tl.where(mask_k, x - tl.sum(x, 2, keep_dims=True) / K, 0.0)
         var = tl.sum(x * x, 2, keep_dims=True) / K
         x = x * tl.rsqrt(var + eps) * ln_w + ln_b
-    return tl.sum(x * w.to(tl.float32), 2)
+    return residual + tl.sum(x * w.to(tl.float32), 2)
 
 
 @triton.jit
 def gemm_tile(
-    x_ptr, w_ptr, ln_w_ptr, ln_b_ptr,  # as in gemv
+    x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr,  # as in gemv
     eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Return the same block as gemv, computed on tensor cores.
@@ -78,6 +84,12 @@ def gemm_tile(
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
     chunk = tl.arange(0, CHUNKS)[:, None, None]
     acc = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
+    if not NORM:
+        prefetch_rows(w_ptr, col0, N, K, BLOCK_N, PDL)
+        await_launches(PDL)
+    residual = 0.0
+    if not NORM:
+        residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     for k0 in range(0, K, CHUNKS * BLOCK_K):
         offs_k = k0 + chunk * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]  # (CHUNKS, 1, BLOCK_K)
         w = tl.load(w_ptr + offs_n * K + offs_k, mask=(offs_n < N) & (offs_k < K), other=0.0)
@@ -87,7 +99,7 @@ def gemm_tile(
             offs_x = tl.broadcast_to(offs_k, (CHUNKS, BLOCK_M, BLOCK_K))
             ln_w = tl.load(ln_w_ptr + offs_x, mask=offs_x < K, other=0.0)
             ln_b = tl.load(ln_b_ptr + offs_x, mask=offs_x < K, other=0.0)
-            tl.debug_barrier()  # issue all loads above before that of x
+            await_launches(PDL)  # issue all loads above before that of x
         x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & (offs_k < K), other=0.0)
         if NORM:
             h = x.to(tl.float32)
@@ -95,24 +107,41 @@ def gemm_tile(
             h = tl.where(offs_k < K, h - mean, 0.0)
             var = tl.sum(tl.sum(h * h, 2, keep_dims=True), 0, keep_dims=True) / K
             h = h * tl.rsqrt(var + eps) * ln_w.to(tl.float32) + ln_b.to(tl.float32)
-            x = h.to(w.dtype)
+            x = h
             # a use this late: without it the compiler waits for w as soon as it is loaded
             w = tl.where(offs_n < N, w, 0.0)
         # "ieee": no TF32 for fp32 inputs
-        acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
-    return tl.sum(acc, 0)
+        acc = tl.dot(x.to(w.dtype), tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
+    return residual + tl.sum(acc, 0)
 
 
-def auto_impl(batch: int, itemsize: int, norm_width: int = 0) -> str:
+@triton.jit
+def _load_residual(
+    residual_ptr, B, row0, col0, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    residual = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if residual_ptr is not None:
+        offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
+        offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
+        mask = (offs_m < B) & (offs_n < N)
+        residual = tl.load(residual_ptr + offs_m * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+    return residual
+
+
+def auto_impl(batch: int, itemsize: int) -> str:
     """Return the implementation for a batch: "gemv", "gemm_tile" or "library".
 
-    gemm_tile needs a two-byte dtype, because tensor cores have no true fp32, and, with a LayerNorm
-    over norm_width numbers, a row that fits into registers.
+    gemm_tile needs a two-byte dtype, because tensor cores have no true fp32.
     """
-    if batch >= LIBRARY_MIN_ROWS:
-        return "library"
-    can_tile = itemsize == 2 and norm_width * itemsize <= MAX_NORM_ROW_BYTES
-    return "gemm_tile" if can_tile and batch > GEMV_MAX_ROWS else "gemv"
+    if batch <= GEMV_MAX_ROWS:
+        return "gemv"
+    return "gemm_tile" if itemsize == 2 and batch < LIBRARY_MIN_ROWS else "library"
+
+
+def fuses_norm(impl: str, batch: int, width: int, itemsize: int) -> bool:
+    """Return whether the implementation applies LayerNorm itself (else layer_norm does)."""
+    is_small = batch <= MAX_NORM_ROWS and width * itemsize <= MAX_NORM_ROW_BYTES
+    return impl == "gemv" or (impl == "gemm_tile" and is_small)
 
 
 @cache
@@ -124,15 +153,11 @@ def launch_config(
         block_k = triton.next_power_of_2(n_in)
         block_m = min(4, triton.next_power_of_2(batch))
         # columns per warp that fit into registers with the rows: at most 128 weights per thread
-        config = dict(BLOCK_M=block_m, BLOCK_N=4 if block_m < 4 else 2, BLOCK_K=block_k, CHUNKS=1)
+        block_n = 4 if block_m < 4 and itemsize == 2 else 2
+        config = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=1)
         # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
         config |= dict(num_warps=min(8, max(1, block_k // 1024)), num_stages=1)
     elif impl == "gemm_tile":
-        if norm and n_in * itemsize > MAX_NORM_ROW_BYTES:
-            raise ValueError(
-                f"impl='gemm_tile': expected rows of at most {MAX_NORM_ROW_BYTES} bytes, "
-                f"got {n_in} x {itemsize}; use 'gemv'"
-            )
         config = _gemm_blocks(batch, n_out, n_in, itemsize, norm)
     else:
         raise ValueError(f"impl: expected auto, gemv, gemm_tile or library, got {impl!r}")
@@ -158,9 +183,9 @@ def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int, norm: bool) -
         return blocks | dict(CHUNKS=padded_k // block_k, num_warps=8, num_stages=1)
     # Three buffers of 32 KiB: 48 programs keep 3 MB in flight, and the 99 KiB of consumer GPUs
     # suffice.
-    elements = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
-    chunks = max(1, min(padded_k, elements) // block_k)
-    return blocks | dict(CHUNKS=chunks, num_warps=4, num_stages=4)
+    elements = min(padded_k, 32768 // itemsize // triton.next_power_of_2(block_m + block_n))
+    blocks["BLOCK_K"] = min(block_k, elements)
+    return blocks | dict(CHUNKS=elements // blocks["BLOCK_K"], num_warps=4, num_stages=4)
 
 
 def check_tensors(like: Tensor | None, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
