@@ -125,8 +125,7 @@ class TrainStep:
         inputs[0].copy_(batch)
         inputs[1].copy_(count_mask, non_blocking=True)
         inputs[2].copy_(scale, non_blocking=True)
-        mutated = [self.totals, *(p.grad for p in self.model.parameters())]
-        self.graphs.run(key, lambda: self._forward_backward(*inputs), mutated)
+        self.graphs.run(key, lambda: self._forward_backward(*inputs))
 
     def _forward_backward(self, batch: Batch, count_mask: Tensor, scale: Tensor) -> None:
         n_labels, fraction, thought_scale = scale

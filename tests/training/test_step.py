@@ -100,7 +100,7 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
             optimizer.step()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         close(q, p)
-    assert 0 < FakeGraphCache.captured < FakeGraphCache.replayed
+    assert FakeGraphCache.captured >= 5 and FakeGraphCache.replayed >= 5
 
 
 @pytest.mark.parametrize("thought_loss", [0.0, 0.5])
