@@ -39,10 +39,6 @@ class StaticBuffers:
         self.noise = torch.ones(batch, config.vocab_size, device=w.device)
         self.temperature = torch.ones((), device=w.device)
 
-    def mutable(self) -> list[Tensor]:
-        """Return what a step must not change twice: all but the cache, which it only appends to."""
-        return [v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "cache"]
-
     @property
     def bytes(self) -> int:
         return sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -109,6 +110,25 @@ def test_training_with_graphs_equals_training_without(kernels, half):
         torch.testing.assert_close(steppers[1].totals[0], steppers[0].totals[0], **close)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(q, p, **close)
+
+
+def test_a_first_run_uses_the_memory_of_graphs():
+    """It took as much memory again as the graphs: forward or backward passes, outside the pool."""
+    weight = torch.zeros(1 << 24, device="cuda", requires_grad=True)  # 64 MB
+
+    def fn():
+        (weight.exp() * 2).exp().sum().backward()
+
+    graphs = GraphCache(8)
+    graphs.run((1,), fn)
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    graphs.run((2,), fn)
+    assert torch.cuda.max_memory_reserved() <= reserved + (4 << 20)
+    graphs.run((1,), fn)
+    graphs.run((2,), fn)
+    torch.testing.assert_close(weight.grad, torch.full_like(weight, 4 * 2 * math.e**2))
 
 
 def test_dropout_in_graphs_follows_the_seed():
