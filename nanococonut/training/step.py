@@ -18,7 +18,7 @@ from nanococonut.batch import Batch
 from nanococonut.model import GPT
 from nanococonut.runtime.graphs import GraphCache, round_up
 
-PREFIX, SUFFIX, LABELS = 64, 16, 256
+PREFIX, SUFFIX, LABELS = 64, 16, 512
 
 
 @dataclass(frozen=True)
