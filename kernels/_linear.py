@@ -24,9 +24,10 @@ from torch import Tensor
 from kernels._pdl import await_launches, prefetch_rows
 
 GEMV_MAX_ROWS = 4  # estimate: with more rows, shuffles cost more than tensor cores (not measured)
-LIBRARY_MIN_ROWS = 64  # estimate (not measured)
+TILE_MAX_ROWS = 32
 MAX_NORM_ROWS = 16  # that gemm_tile normalizes itself: more leave one program per multiprocessor
 MAX_NORM_ROW_BYTES = 2048  # that gemm_tile normalizes in registers: GPT-2 medium in bf16
+GEMM = (64, 32, 64, 4, 4)
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -116,6 +117,57 @@ def gemm_tile(
 
 
 @triton.jit
+def gemm(
+    x_ptr, w_ptr, residual_ptr,  # as in gemv, x in w's dtype
+    B, row0, col0,
+    N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the same block as gemv without LayerNorm, by an ordinary pipelined matrix product."""
+    # rows and columns past the end repeat the last one: loads without a mask are all asynchronous
+    rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), B - 1)[:, None]
+    columns = tl.minimum(col0 + tl.arange(0, BLOCK_N), N - 1)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)
+    prefetch_rows(w_ptr, col0, N, K, BLOCK_N, PDL)
+    await_launches(PDL)
+    residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + offs_k
+        if K % BLOCK_K == 0:
+            x = tl.load(x_ptr + rows * K + k[None, :])
+            w = tl.load(w_ptr + columns * K + k[:, None])
+        else:
+            x = tl.load(x_ptr + rows * K + k[None, :], mask=k[None, :] < K, other=0.0)
+            w = tl.load(w_ptr + columns * K + k[:, None], mask=k[:, None] < K, other=0.0)
+        acc = tl.dot(x.to(w.dtype), w, acc, input_precision="ieee")
+    return residual + acc
+
+
+@triton.jit
+def linear(
+    x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr,  # as in gemv
+    eps, B, row0, col0,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N), in fp32."""
+    if IMPL == "gemv":
+        acc = gemv(
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, NORM, PDL,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif IMPL == "gemm_tile":
+        acc = gemm_tile(
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, NORM, PDL,
+            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+        )  # fmt: skip
+    else:
+        acc = gemm(x_ptr, w_ptr, residual_ptr, B, row0, col0, N, K, PDL, BLOCK_M, BLOCK_N, BLOCK_K)
+    return acc
+
+
+@triton.jit
 def _load_residual(
     residual_ptr, B, row0, col0, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -135,7 +187,9 @@ def auto_impl(batch: int, itemsize: int) -> str:
     """
     if batch <= GEMV_MAX_ROWS:
         return "gemv"
-    return "gemm_tile" if itemsize == 2 and batch < LIBRARY_MIN_ROWS else "library"
+    if itemsize > 2:
+        return "library"
+    return "gemm_tile" if batch <= TILE_MAX_ROWS else "gemm"
 
 
 def fuses_norm(impl: str, batch: int, width: int, itemsize: int) -> bool:
@@ -159,10 +213,13 @@ def launch_config(
         config |= dict(num_warps=min(8, max(1, block_k // 1024)), num_stages=1)
     elif impl == "gemm_tile":
         config = _gemm_blocks(batch, n_out, n_in, itemsize, norm)
+    elif impl == "gemm":
+        config = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), GEMM))
+        config["CHUNKS"] = 1
     else:
-        raise ValueError(f"impl: expected auto, gemv, gemm_tile or library, got {impl!r}")
+        raise ValueError(f"impl: expected auto, gemv, gemm_tile, gemm or library, got {impl!r}")
     grid = (triton.cdiv(n_out, config["BLOCK_N"]), triton.cdiv(batch, config["BLOCK_M"]))
-    return grid, config | dict(DOT=impl == "gemm_tile", enable_fp_fusion=True)
+    return grid, config | dict(IMPL=impl, enable_fp_fusion=True)
 
 
 def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int, norm: bool) -> dict:

@@ -32,9 +32,12 @@ def await_launches(PDL: tl.constexpr):
 
     Loads above this call are issued before it, with PDL and without.
     """
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
         gdc_wait()
+    elif PDL == 2:
+        gdc_wait()
+        gdc_launch_dependents()
     else:
         tl.debug_barrier()
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, fuses_norm, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, fuses_norm, launch_config, linear
 from kernels._pdl import await_launches, pdl
 from kernels.layer_norm import layer_norm
 
@@ -47,7 +47,7 @@ def _append_kernel(
     lengths_ptr,  # valid keys (B,) int64, read
     active_ptr,  # (B,) bool, read; None: all
     eps, B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -56,16 +56,10 @@ def _append_kernel(
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < 3 * C, other=0.0).to(tl.float32)
-    if DOT:
-        acc = gemm_tile(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, NORM, PDL,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
-        )  # fmt: skip
-    else:
-        acc = gemv(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, NORM, PDL,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    acc = linear(
+        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, NORM, PDL, IMPL,
+        BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+    )  # fmt: skip
     # without a mask, so that the compiler can load them during the matrix product
     row = tl.minimum(offs_m, B - 1)
     length = tl.load(lengths_ptr + row)  # int64

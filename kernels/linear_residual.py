@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, launch_config, linear
 from kernels._pdl import pdl
 from kernels.reference import linear_residual_ref
 
@@ -18,7 +18,7 @@ def _linear_residual_kernel(
     w_ptr,  # weight (N, K), read
     bias_ptr,  # bias (N,), read
     x_ptr,  # residual stream (B, N), read and written: each element by one program only
-    B, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, DOT: tl.constexpr,
+    B, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -29,16 +29,10 @@ def _linear_residual_kernel(
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
     # no LayerNorm: y_ptr fills the places of its parameters, which are not read
-    if DOT:
-        acc = gemm_tile(
-            y_ptr, w_ptr, y_ptr, y_ptr, x_ptr, 0.0, B, row0, col0, N, K, False, PDL,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
-        )  # fmt: skip
-    else:
-        acc = gemv(
-            y_ptr, w_ptr, y_ptr, y_ptr, x_ptr, 0.0, B, row0, col0, N, K, False, PDL,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    acc = linear(
+        y_ptr, w_ptr, y_ptr, y_ptr, x_ptr, 0.0, B, row0, col0, N, K, False, PDL, IMPL,
+        BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+    )  # fmt: skip
     # one rounding: product, bias and residual are all fp32 up to here
     tl.store(x_ptr + offs_m * N + offs_n, (acc + bias).to(x_ptr.dtype.element_ty), mask=mask)
 

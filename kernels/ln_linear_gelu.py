@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, fuses_norm, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, fuses_norm, launch_config, linear
 from kernels._pdl import pdl
 from kernels.layer_norm import layer_norm
 
@@ -19,7 +19,7 @@ def _ln_linear_gelu_kernel(
     bias_ptr,  # bias (N,), read
     out_ptr,  # output (B, N), written
     eps, B, N: tl.constexpr, K: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr, DOT: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -28,16 +28,10 @@ def _ln_linear_gelu_kernel(
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    if DOT:
-        acc = gemm_tile(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, NORM, PDL,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
-        )  # fmt: skip
-    else:
-        acc = gemv(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, NORM, PDL,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    acc = linear(
+        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, NORM, PDL, IMPL,
+        BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+    )  # fmt: skip
     h = acc + bias
     # tanh-GELU: h * (1 + tanh(u)) / 2 = h * sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3)
     h = h * tl.sigmoid(1.59576912 * (h + 0.044715 * h * h * h))

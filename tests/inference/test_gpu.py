@@ -93,16 +93,18 @@ def test_training_with_graphs_equals_training_without(kernels, half):
         TrainStep(models[1], think, half, graphs=GraphCache(8)),
     ]
     for step in range(4):
-        batches = [random_batch(10 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
+        batches = [random_batch(30 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
         labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
         for model, one in zip(models, steppers, strict=True):
             ready = [one.prepare(b, [True] * len(b.length), 3) for b in batches]
             one.zero_grad()
-            if step:  # the first captures
-                torch.cuda.set_sync_debug_mode("error")
-            for micro in ready:
-                one(micro, labels, rows)
-            torch.cuda.set_sync_debug_mode("default")
+            # the first step captures
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                for micro in ready:
+                    one(micro, labels, rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 0.01 * p.grad

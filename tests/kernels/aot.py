@@ -182,7 +182,7 @@ def _linear_case(
     options = dict(num_warps=blocks.pop("num_warps"), num_stages=blocks.pop("num_stages"))
     values = dict(B="i32") | values | blocks
     name = f"{impl} B={B} {N}x{K}"
-    return _case(kernel, name, values, **options, wide_loads=True, dots=impl == "gemm_tile")
+    return _case(kernel, name, values, **options, wide_loads=True, dots=impl != "gemv")
 
 
 def _append_cases() -> Iterable[Case]:

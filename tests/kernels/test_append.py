@@ -9,7 +9,7 @@ from helpers import assert_three_way
 from kernels.append import append
 from kernels.reference import append_ref
 
-IMPLS = ["gemv", "gemm_tile", "library"]
+IMPLS = ["gemv", "gemm_tile", "gemm", "library"]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 NAN = float("nan")
 # sequences, heads, head size: heads narrower than a block of columns, C not a power of two
@@ -72,7 +72,7 @@ def test_query_and_slots_match_reference(B, nh, hs, dtype, impl, device, seed, n
     check(B, nh, hs, T, dtype, device, impl, data, lengths, active)
 
 
-@pytest.mark.parametrize("impl", ["gemm_tile", "library"])
+@pytest.mark.parametrize("impl", ["gemm_tile", "gemm", "library"])
 def test_views_of_a_larger_cache(impl, device, seed, nan_memory):
     """Fewer sequences and slots than allocated, another dtype, all sequences full but one."""
     data = torch.full((2, 2, 4, 2, 9, 8), NAN, dtype=torch.float32, device=device)

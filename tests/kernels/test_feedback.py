@@ -161,7 +161,7 @@ def compare(model, cache, state, token, n, active, impl):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "library"])
+@pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "gemm", "library"])
 def test_chain_of_thoughts_equals_the_torch_path(impl, device, seed):
     """A ragged batch with an inactive sequence: every hidden state, key and value."""
     args = prefilled(torch.float32, [5, 1, 9], device, n_embd=12, seed=seed)
@@ -172,7 +172,7 @@ def test_chain_of_thoughts_equals_the_torch_path(impl, device, seed):
 @torch.no_grad()
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "library"])
+@pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "gemm", "library"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_chain_equals_the_eager_one(dtype, impl, seed):
     """A replayed CUDA graph of several thoughts equals the eager run bit for bit."""
