@@ -164,8 +164,8 @@ def compile_case(case: Case, target: str) -> Report:
 def _case(kernel: Any, name: str, values: dict[str, Any], **options: Any) -> Case:
     """Return a case of bf16 pointers; values: the other arguments, a type (string) or a value."""
     values = {a: "*bf16" for a in kernel.arg_names if a.endswith("_ptr")} | values
-    signature = {a: t for a, t in values.items() if isinstance(t, str)}
-    constexprs = {a: v for a, v in values.items() if not isinstance(v, str)}
+    signature = {a: t for a, t in values.items() if isinstance(t, str) and a != "IMPL"}
+    constexprs = {a: v for a, v in values.items() if a not in signature}
     divisible = [a for a in signature if a.endswith("_ptr") or a.startswith("stride")]
     return Case(name, kernel, signature, constexprs, divisible=divisible, **options)
 
@@ -189,8 +189,8 @@ def _append_cases() -> Iterable[Case]:
     values = dict(lengths_ptr="*i64", active_ptr="*i1", B="i32", T="i32")
     values |= dict.fromkeys(("stride_kb", "stride_kh", "stride_kt"), "i32")
     values |= dict(C=768, D=64)
-    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm_tile", 8), ("gemm_tile", 33)]:
-        more = dict(eps="fp32", x_ptr="*fp32" if B < 33 else "*bf16")
+    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm_tile", 8), ("gemm", 64)]:
+        more = dict(eps="fp32", x_ptr="*bf16" if impl == "gemm" else "*fp32")
         yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | more)
     values |= dict(BLOCK_N=1024)
     yield _case(append._append_store_kernel, "store", values, num_warps=2, wide_loads=True)
@@ -254,7 +254,7 @@ def _residual_and_gelu_cases() -> Iterable[Case]:
         ("gemv", 1, 768),
         ("gemv", 4, 3072),
         ("gemm_tile", 8, 3072),
-        ("gemm_tile", 63, 768),
+        ("gemm", 64, 3072),
     ]:
         kernel = linear_residual._linear_residual_kernel
         yield _linear_case(kernel, impl, (B, 768, K), dict(x_ptr="*fp32", N=768, K=K))
