@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, fuses_norm, launch_config, linear
+from kernels._linear import auto_impl, check_tensors, launch_config, linear
 from kernels._pdl import await_launches, pdl
 from kernels.layer_norm import layer_norm
 
@@ -135,8 +135,8 @@ def append(
             f"got {layouts}"
         )
     q, itemsize = weight.new_empty(B, nh, hs), weight.element_size()
-    impl = auto_impl(B, itemsize) if impl == "auto" else impl
-    norm = fuses_norm(impl, B, C, itemsize)
+    impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
+    norm = impl == "gemv"  # which applies LayerNorm itself
     x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
     cache = (q, cache_k, cache_v, lengths, active)
     sizes = (B, T, *cache_k.stride()[:3], C, hs)
@@ -147,7 +147,7 @@ def append(
             BLOCK_N=block, num_warps=2, enable_fp_fusion=True, **pdl(x.device),
         )  # fmt: skip
         return q
-    grid, config = launch_config(impl, B, 3 * C, C, itemsize, norm)
+    grid, config = launch_config(impl, B, 3 * C, C, itemsize)
     _append_kernel[grid](
         x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, norm, **config, **pdl(x.device)
     )

@@ -49,9 +49,9 @@ def linear_residual(
     B, (N, K) = len(y), weight.shape
     check_tensors(y, y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)))
     check_tensors(None, x=(x, (B, N)))
-    impl = auto_impl(B, y.element_size()) if impl == "auto" else impl
+    impl = auto_impl(B, K, y.element_size()) if impl == "auto" else impl
     if impl == "library":
         return linear_residual_ref(y, weight, bias, x)
-    grid, config = launch_config(impl, B, N, K, y.element_size(), norm=False)
+    grid, config = launch_config(impl, B, N, K, y.element_size())
     _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **config, **pdl(x.device))
     return x

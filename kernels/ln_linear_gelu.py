@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, fuses_norm, launch_config, linear
+from kernels._linear import auto_impl, check_tensors, launch_config, linear
 from kernels._pdl import pdl
 from kernels.layer_norm import layer_norm
 
@@ -61,12 +61,12 @@ def ln_linear_gelu(
     )  # fmt: skip
     check_tensors(None, x=(x, (B, K)))
     itemsize = weight.element_size()
-    impl = auto_impl(B, itemsize) if impl == "auto" else impl
-    norm = fuses_norm(impl, B, K, itemsize)
+    impl = auto_impl(B, K, itemsize) if impl == "auto" else impl
+    norm = impl == "gemv"  # which applies LayerNorm itself
     x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
     if impl == "library":
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")  # GPT-2's GELU
-    grid, config = launch_config(impl, B, N, K, itemsize, norm)
+    grid, config = launch_config(impl, B, N, K, itemsize)
     out = weight.new_empty(B, N)
     _ln_linear_gelu_kernel[grid](
         x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, norm, **config, **pdl(x.device)

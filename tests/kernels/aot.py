@@ -174,10 +174,10 @@ def _linear_case(
     kernel: Any, impl: str, shape: tuple[int, int, int], values: dict[str, Any]
 ) -> Case:
     """Return a case of a linear map of shape (B, N, K), with its launcher's block sizes."""
-    (B, N, K), norm = shape, False
+    B, N, K = shape
     if "NORM" in kernel.arg_names:
-        norm = values["NORM"] = _linear.fuses_norm(impl, B, K, 2)
-    blocks = dict(_linear.launch_config(impl, B, N, K, 2, norm)[1])
+        values["NORM"] = impl == "gemv"
+    blocks = dict(_linear.launch_config(impl, B, N, K, 2)[1])
     del blocks["enable_fp_fusion"]
     options = dict(num_warps=blocks.pop("num_warps"), num_stages=blocks.pop("num_stages"))
     values = dict(B="i32") | values | blocks
@@ -189,7 +189,7 @@ def _append_cases() -> Iterable[Case]:
     values = dict(lengths_ptr="*i64", active_ptr="*i1", B="i32", T="i32")
     values |= dict.fromkeys(("stride_kb", "stride_kh", "stride_kt"), "i32")
     values |= dict(C=768, D=64)
-    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm_tile", 8), ("gemm", 64)]:
+    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm", 8), ("gemm", 256)]:
         more = dict(eps="fp32", x_ptr="*bf16" if impl == "gemm" else "*fp32")
         yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | more)
     values |= dict(BLOCK_N=1024)
@@ -258,9 +258,9 @@ def _residual_and_gelu_cases() -> Iterable[Case]:
     ]:
         kernel = linear_residual._linear_residual_kernel
         yield _linear_case(kernel, impl, (B, 768, K), dict(x_ptr="*fp32", N=768, K=K))
-    for impl, B, C in [("gemv", 4, 768), ("gemm_tile", 8, 1024)]:  # these need the most registers
+    for impl, B, C in [("gemv", 4, 768), ("gemm", 8, 1024), ("gemm", 256, 768)]:
         kernel = ln_linear_gelu._ln_linear_gelu_kernel
-        values = dict(x_ptr="*fp32", eps="fp32", N=4 * C, K=C)
+        values = dict(x_ptr="*bf16" if impl == "gemm" else "*fp32", eps="fp32", N=4 * C, K=C)
         yield _linear_case(kernel, impl, (B, 4 * C, C), values)
 
 

@@ -63,6 +63,8 @@ def check(B, nh, hs, T, dtype, device, impl, data, lengths, active):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, nh, hs", SHAPES)
 def test_query_and_slots_match_reference(B, nh, hs, dtype, impl, device, seed, nan_memory):
+    if impl == "gemm" and dtype == torch.float32:
+        pytest.skip("gemm takes two-byte dtypes")
     T = 5
     data = torch.full((2, 2, B, nh, T, hs), NAN, dtype=dtype, device=device)
     lengths = torch.randint(0, T + 1, (B,), device=device)
@@ -72,7 +74,7 @@ def test_query_and_slots_match_reference(B, nh, hs, dtype, impl, device, seed, n
     check(B, nh, hs, T, dtype, device, impl, data, lengths, active)
 
 
-@pytest.mark.parametrize("impl", ["gemm_tile", "gemm", "library"])
+@pytest.mark.parametrize("impl", ["gemm_tile", "library"])
 def test_views_of_a_larger_cache(impl, device, seed, nan_memory):
     """Fewer sequences and slots than allocated, another dtype, all sequences full but one."""
     data = torch.full((2, 2, 4, 2, 9, 8), NAN, dtype=torch.float32, device=device)
@@ -84,7 +86,7 @@ def test_views_of_a_larger_cache(impl, device, seed, nan_memory):
     assert not k[2, :, 6].isnan().any() and k[:2].isnan().all() and v[2, :, :6].isnan().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "library"])
 def test_inactive_sequences_write_nothing(impl, device, seed):
     args = layer(2, 24, torch.float32, device)
     k, v = torch.full((2, 2, 3, 4, 8), NAN, device=device)

@@ -164,7 +164,8 @@ def compare(model, cache, state, token, n, active, impl):
 @pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "gemm", "library"])
 def test_chain_of_thoughts_equals_the_torch_path(impl, device, seed):
     """A ragged batch with an inactive sequence: every hidden state, key and value."""
-    args = prefilled(torch.float32, [5, 1, 9], device, n_embd=12, seed=seed)
+    dtype = torch.float16 if impl == "gemm" else torch.float32
+    args = prefilled(dtype, [5, 1, 9], device, n_embd=12, seed=seed)
     active = torch.tensor([True, False, True], device=device)
     compare(*args, 2, active, impl)
 
@@ -176,6 +177,8 @@ def test_chain_of_thoughts_equals_the_torch_path(impl, device, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_chain_equals_the_eager_one(dtype, impl, seed):
     """A replayed CUDA graph of several thoughts equals the eager run bit for bit."""
+    if impl == "gemm" and dtype == torch.float32:
+        pytest.skip("gemm takes two-byte dtypes")
     args = prefilled(dtype, [5, 1, 9, 30, 2], "cuda", n_embd=96, n_head=6, seed=seed)
     model, cache, state, token = args
     active = torch.tensor([True, False, True, True, True], device="cuda")
