@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Run all that needs a GPU, in one call of at most nine minutes: bash bench/gpu_suite.sh FOLDER
+# Or only parts: bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train
 # Checks (compute-sanitizer, losses), in another call: bash bench/gpu_suite.sh FOLDER checks
 # Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. A part that fails or runs
 # out of time does not end the others. With NANOCOCONUT_RELEASED (a clone of
@@ -14,6 +15,8 @@ mkdir -p "$dir"
   echo "error: $PYTHON has no torch that sees a CUDA GPU. Run this on a GPU, or set PYTHON." >&2
   exit 2
 }
+parts=" ${*:2} "
+has() { [[ "$parts" = "  " || "$parts" = *" $1 "* ]]; }
 failed=0
 # run SECONDS NAME COMMAND...: shown, and kept in FOLDER/NAME.log
 run() {
@@ -27,7 +30,7 @@ finish() {
   exit $failed
 }
 
-if [ "${2:-}" = checks ]; then # the limits' sum is 500 s
+if [[ "$parts" = *" checks "* ]]; then # the limits' sum is 500 s
   # without torch's cache, in which a read after a tensor's end is still within a block
   tests=(tests/kernels/test_{append,latent_attention,prefix_attention}.py -m gpu -q -x -k
     "(query_and_slots or output_matches or gradients_match) and dtype0")
@@ -44,11 +47,13 @@ files=(tests/kernels/test_{append,feedback,latent_attention,prefix_attention,lin
   tests/kernels/test_linear_cross_entropy.py tests/inference/test_gpu.py
   tests/core/test_{coconut,ops}.py tests/bench/test_kernels.py tests/training/test_precision.py)
 pids=()
-for file in "${files[@]}"; do
-  log="$dir/$(basename "$file" .py).log"
-  timeout -s INT 110 "$PYTHON" -m pytest -q -m "gpu and not slow" "$file" > "$log" 2>&1 &
-  pids+=($!)
-done
+if has tests; then
+  for file in "${files[@]}"; do
+    log="$dir/$(basename "$file" .py).log"
+    timeout -s INT 110 "$PYTHON" -m pytest -q -m "gpu and not slow" "$file" > "$log" 2>&1 &
+    pids+=($!)
+  done
+fi
 for i in "${!pids[@]}"; do
   wait "${pids[$i]}" || failed=1
   echo "${files[$i]}: $(tail -n 1 "$dir/$(basename "${files[$i]}" .py).log")"
@@ -57,15 +62,20 @@ released=()
 if [ -n "${NANOCOCONUT_RELEASED:-}" ] && [ -n "${NANOCOCONUT_RELEASED_PYTHON:-}" ]; then
   released=("--released=$NANOCOCONUT_RELEASED" "--released_python=$NANOCOCONUT_RELEASED_PYTHON")
 fi
-run 150 latency "$PYTHON" bench/latency.py "${released[@]}" --out="$dir/latency.jsonl"
-run 60 kernels "$PYTHON" bench/kernels.py --out="$dir/kernels.jsonl"
-run 40 throughput "$PYTHON" bench/throughput.py --out="$dir/throughput.jsonl"
-for options in "" --dtype=bfloat16 "--kernels=torch --graph=off"; do
-  # shellcheck disable=SC2086
-  run 25 "training $options" "$PYTHON" bench/training.py --config=config/prosqa_scratch.py \
-    --batch_size=64 --device=cuda $options --out="$dir/training.jsonl"
-done
+has latency &&
+  run 120 latency "$PYTHON" bench/latency.py "${released[@]}" --out="$dir/latency.jsonl"
+has kernels && run 60 kernels "$PYTHON" bench/kernels.py --out="$dir/kernels.jsonl"
+has throughput && run 50 throughput "$PYTHON" bench/throughput.py --out="$dir/throughput.jsonl"
+if has training; then
+  run 40 "training GPT-2" "$PYTHON" bench/training.py --config=config/prosqa.py --batch_size=128 \
+    --device=cuda --dtype=bfloat16 --out="$dir/training.jsonl"
+  run 20 "training small" "$PYTHON" bench/training.py --config=config/prosqa_scratch.py \
+    --batch_size=64 --device=cuda --dtype=bfloat16 --out="$dir/training.jsonl"
+  [ ${#released[@]} = 0 ] || run 40 "training released" "$PYTHON" bench/training.py \
+    --config=config/prosqa.py --device=cuda "${released[@]}" --out="$dir/training.jsonl"
+fi
 # an unfinished model is not evaluated
-run 90 train "$PYTHON" train.py config/prosqa_small.py --device=cuda --out_dir="$dir/run" &&
-  run 15 accuracy "$PYTHON" bench/accuracy.py --checkpoint="$dir/run" --out="$dir/accuracy.jsonl"
+has train && run 110 train "$PYTHON" train.py config/prosqa_scratch.py --device=cuda \
+  --out_dir="$dir/run" && run 20 accuracy "$PYTHON" bench/accuracy.py --checkpoint="$dir/run" \
+  --out="$dir/accuracy.jsonl"
 finish

@@ -15,20 +15,26 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LINE_BYTES = tl.constexpr(128)  # of the L2 cache
+OFF, EARLY, LATE = 0, 1, 2  # whether a kernel lets the next one begin before or after its own wait
+EARLY_MAX_ROWS = 4  # more programs would keep those of the next launch from a multiprocessor
+LATE_MAX_ROWS = 128  # both measured on an H200
 
 
 @cache
-def pdl(device: torch.device) -> dict[str, bool]:
-    """Return the launch options of a kernel that calls `await_launches`."""
+def pdl(device: torch.device, batch: int, late: bool = False) -> dict[str, int]:
+    """Return the launch options of a kernel that calls `await_launches`.
+
+    late: the next kernel begins late at any batch
+    """
     has_it = device.type == "cuda" and not torch.version.hip
-    if has_it and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}  # Triton's interpreter does not know launch_pdl
+    if not has_it or torch.cuda.get_device_capability(device) < (9, 0) or batch > LATE_MAX_ROWS:
+        return {"PDL": OFF}  # Triton's interpreter does not know launch_pdl
+    return {"PDL": LATE if late or batch > EARLY_MAX_ROWS else EARLY, "launch_pdl": True}
 
 
 @triton.jit
 def await_launches(PDL: tl.constexpr):
-    """Let the next launch begin, and wait until all launches before have ended.
+    """Wait until all launches before have ended, and let the next one begin.
 
     Loads above this call are issued before it, with PDL and without.
     """

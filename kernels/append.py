@@ -144,11 +144,13 @@ def append(
         block = min(1024, triton.next_power_of_2(3 * C))
         _append_store_kernel[(triton.cdiv(3 * C, block), B)](
             F.linear(x, weight, bias), *cache, *sizes,
-            BLOCK_N=block, num_warps=2, enable_fp_fusion=True, **pdl(x.device),
+            BLOCK_N=block, num_warps=2, enable_fp_fusion=True, **pdl(x.device, B),
         )  # fmt: skip
         return q
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
+    # late: the programs of attention could only wait, in the way of these
     _append_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, norm, **config, **pdl(x.device)
-    )
+        x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, norm,
+        **config, **pdl(x.device, B, late=True),
+    )  # fmt: skip
     return q

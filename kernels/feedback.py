@@ -114,7 +114,7 @@ def feedback(
     _feedback_kernel[(B,)](
         x, ln_weight, ln_bias, wpe, lengths, hidden, active, n_taken, thought, eps,
         len(wpe), C, triton.next_power_of_2(C),
-        num_warps=4, enable_fp_fusion=True, **pdl(x.device),
+        num_warps=4, enable_fp_fusion=True, **pdl(x.device, B),
     )  # fmt: skip
 
 
@@ -129,5 +129,5 @@ def embed(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -
     check_tensors(wpe, wte=(wte, (len(wte), C)), wpe=(wpe, (len(wpe), C)))
     _embed_kernel[(B,)](
         wte, token, wpe, lengths, x, len(wpe), C, triton.next_power_of_2(C),
-        num_warps=4, enable_fp_fusion=True, **pdl(x.device),
+        num_warps=4, enable_fp_fusion=True, **pdl(x.device, B),
     )  # fmt: skip

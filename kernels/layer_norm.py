@@ -33,6 +33,6 @@ def layer_norm(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float = 1e-5)
     out = ln_weight.new_empty(B, C)
     _layer_norm_kernel[(B,)](
         x, ln_weight, ln_bias, out, eps, C, triton.next_power_of_2(C),
-        num_warps=4, enable_fp_fusion=True, **pdl(x.device),
+        num_warps=4, enable_fp_fusion=True, **pdl(x.device, B),
     )  # fmt: skip
     return out

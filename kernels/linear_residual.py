@@ -53,5 +53,5 @@ def linear_residual(
     if impl == "library":
         return linear_residual_ref(y, weight, bias, x)
     grid, config = launch_config(impl, B, N, K, y.element_size())
-    _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **config, **pdl(x.device))
+    _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **config, **pdl(x.device, B))
     return x

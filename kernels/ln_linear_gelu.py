@@ -69,6 +69,6 @@ def ln_linear_gelu(
     grid, config = launch_config(impl, B, N, K, itemsize)
     out = weight.new_empty(B, N)
     _ln_linear_gelu_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, norm, **config, **pdl(x.device)
+        x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, norm, **config, **pdl(x.device, B)
     )
     return out

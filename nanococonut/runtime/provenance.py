@@ -1,5 +1,6 @@
 """Where a result or checkpoint comes from."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ def provenance() -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    commit = os.environ.get("NANOCOCONUT_COMMIT", commit)  # of a copy that came without its git
     versions = {"python": platform.python_version()}
     for package in ("nanococonut", "torch", "numpy", "tiktoken", "safetensors", "triton"):
         try:

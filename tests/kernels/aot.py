@@ -40,6 +40,7 @@ import kernels.linear_cross_entropy as linear_cross_entropy
 import kernels.linear_residual as linear_residual
 import kernels.ln_linear_gelu as ln_linear_gelu
 import kernels.prefix_attention as prefix_attention
+from kernels._pdl import EARLY, OFF
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes per block
@@ -127,7 +128,8 @@ def compile_case(case: Case, target: str) -> Report:
     names = case.kernel.arg_names
     constexprs, options = dict(case.constexprs), {}
     if "PDL" in names:  # as _pdl.pdl() on this chip
-        constexprs["PDL"] = options["launch_pdl"] = target == "sm_90"
+        constexprs["PDL"] = EARLY if target == "sm_90" else OFF
+        options["launch_pdl"] = target == "sm_90"
     mismatch = set(names) ^ (set(case.signature) | set(constexprs))
     if mismatch:
         raise ValueError(f"{case.name}: arguments {sorted(mismatch)} do not match the kernel's")
@@ -209,8 +211,11 @@ def _feedback_cases() -> Iterable[Case]:
 def _attention_case(
     kernel: Any, name: str, dtype: str, hs: int, n_splits: int, **pointers: str | None
 ) -> Case:
-    block_n, block_d = latent_attention.block_sizes(hs)
-    stages = latent_attention.NUM_STAGES
+    module = latent_attention
+    elements, warps, stages = module.BLOCK_ELEMENTS, module.NUM_WARPS, module.NUM_STAGES
+    if kernel is module._latent_attention_fwd_kernel:
+        elements, warps, stages = module.launch_form(12 if n_splits > 1 else 768)
+    block_n, block_d = module.block_sizes(hs, elements)
     values = {a: "fp32" if a == "scale" else "i32" for a in kernel.arg_names}
     values |= {a: f"*{dtype}" for a in kernel.arg_names if a.endswith("_ptr")}
     values |= dict(D=hs, SPLITS=n_splits, BLOCK_N=block_n, BLOCK_D=block_d, STAGES=stages, N_NEW=1)
@@ -219,7 +224,6 @@ def _attention_case(
     if n_splits == 1:
         values |= dict(partial_acc_ptr=None, partial_ml_ptr=None, counter_ptr=None)
     values = {a: values[a] for a in kernel.arg_names if a != "PDL"}
-    warps = latent_attention.NUM_WARPS
     return _case(kernel, name, values, num_warps=warps, num_stages=stages, wide_loads=True)
 
 

@@ -23,13 +23,14 @@ def run(*argv, **env):
 
 
 def test_attention_kernel_compiles_for_hopper(tmp_path):
-    only = "_latent_attention_fwd_kernel bf16 hs=64 splits=8"
+    only = "_latent_attention_fwd_kernel bf16 hs=64"
     done = run(AOT, "--target=sm_90", "--only", only, TRITON_CACHE_DIR=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("_latent")).split()
     registers, stack, shared, wide, _, _, _, cp_async = row[row.index("sm_90") + 1 :][:8]
-    assert 16 < int(registers) <= 72 and stack == "0"  # all 768 blocks of batch 64 fit at once
-    assert 0 < int(shared) <= SHARED_LIMIT["sm_90"] / 6 and int(wide) > int(cp_async) > 0
+    # the 768 blocks of batch 64, of two warps each, fit at once
+    assert 16 < int(registers) <= 168 and stack == "0"
+    assert 0 < int(shared) <= SHARED_LIMIT["sm_90"] / 6 and int(wide) >= int(cp_async) > 0
     assert "all checks hold" in done.stdout
 
 

@@ -75,7 +75,9 @@ def test_bad_input_is_named(device):
         latent_attention(q, k, v, lengths, workspace)
 
 
-@pytest.mark.parametrize("B, T, n_splits", [(1, 448, 16), (8, 448, 4), (64, 448, 1), (1, 64, 2)])
+@pytest.mark.parametrize(
+    "B, T, n_splits", [(1, 448, 8), (1, 1024, 16), (8, 448, 2), (64, 448, 1), (1, 64, 1)]
+)
 def test_splits_depend_on_shapes_only(B, T, n_splits, monkeypatch):
     """GPT-2's 12 heads of 64 on 132 multiprocessors."""
     properties = type("Properties", (), {"multi_processor_count": 132})
