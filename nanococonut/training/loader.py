@@ -200,7 +200,7 @@ class TrainLoader:
 
     def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
         fitting, error, block_size = [], "", self.config.block_size
-        is_frontier = self.config.thought_loss > 0 and self.config.thought_labels == "frontier"
+        is_frontier = self.config.thought_labels == "frontier"
         for i, rendered in enumerate(self.task.render(examples, self.config.render)):
             start = repr(examples[i]["question"][:30])
             try:

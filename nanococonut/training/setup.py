@@ -55,10 +55,7 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         stop=config.stop == "classifier",
     )
     scratch = config.init_from == "scratch"
-    model = (_random if scratch else _pretrained)(config, tokenizer, extra)
-    for block in model.h:
-        block.recompute_mlp = config.recompute_mlp
-    return model
+    return (_random if scratch else _pretrained)(config, tokenizer, extra)
 
 
 def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
@@ -71,8 +68,10 @@ def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
 
 
 def _random(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:
-    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "wte_init_std")
+    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
     sizes = {name: getattr(config, name) for name in names}
+    # larger embeddings of few words learn faster (docs/LOG.md); 0.02 is GPT-2's
+    sizes["wte_init_std"] = 0.1 if config.tokenizer == "words" else 0.02
     # smear tells the order of tokens already
     sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
     try:

@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanococonut.config import TrainConfig
+from nanococonut.config import TrainConfig, config_from_saved
 from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
-from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.lock import lock_folder
@@ -52,7 +51,8 @@ OPTIONAL_TYPES = {
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
 RESUMABLE |= {"epochs"}  # Schedule.check_epochs
-ROUNDING = {"kernels", "graph", "micro_batch_size", "recompute_mlp"}  # not to the bit
+RESUMABLE |= {"wte_init_std", "recompute_mlp"}  # of older runs: neither changes a later step
+ROUNDING = {"kernels", "graph", "micro_batch_size"}  # not to the bit
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
@@ -252,9 +252,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if key in manifest and not isinstance(manifest[key], expected):
             raise _damaged(folder, f"{MANIFEST} has a {key!r} of the wrong type")
     try:
-        manifest["config"] = asdict(make_config(TrainConfig, manifest["config"]))
+        config = config_from_saved(manifest["config"])
     except UserError as e:
         raise UserError(f"{folder / MANIFEST}: {e}") from None
+    manifest["config"] |= asdict(config)
     return manifest
 
 
@@ -370,18 +371,17 @@ class RunDir:
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if a setting that matters differs from those the run started with."""
-        config = asdict(self.config)
         # the examples have a digest, except in old checkpoints: there the path has to do
         free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
-            if key in free or saved == config[key]:
+            if key in free or saved == (value := getattr(self.config, key)):
                 continue
             if key in ROUNDING:
                 dropout = " and dropout's draws" if self.config.dropout else ""
-                print(f"{key}={config[key]!r}, not {saved!r} as before: roundings{dropout} differ")
+                print(f"{key}={value!r}, not {saved!r} as before: roundings{dropout} differ")
             else:
                 raise UserError(
-                    f"{self.path} was trained with {key}={saved!r}, not {config[key]!r}.\n"
+                    f"{self.path} was trained with {key}={saved!r}, not {value!r}.\n"
                     "Resume with the settings it started with, or use another --out_dir."
                 )
 

@@ -188,6 +188,24 @@ def test_other_shape_is_named(saved):
         checkpoint.load(folder)
 
 
+def test_options_that_are_gone_still_load(saved):
+    """A bundled model's manifest names them; resuming with other values changes the training."""
+    folder, _, _ = saved
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"progress": {}}
+    old = {"beta2": 0.999, "thought_loss": 0.0, "thought_labels": "path", "wte_init_std": 0.3}
+    style = {"render": "compact", "tokenizer": "words"}
+    manifest["config"] = {"recompute_mlp": True, **old, **style}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.load(folder)[2]["config"]["thought_labels"] == "none"
+    now = TrainConfig(resume=True, **style)
+    assert RunDir(folder.parent, now, Distributed(1, 2)).manifest
+    for key in ("beta2", "thought_loss"):
+        changed = manifest | {"config": manifest["config"] | {key: 0.5}}
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"{key}=0.5, not"):
+            RunDir(folder.parent, now, Distributed(1, 2))
+
+
 def test_format_1_is_refused_in_two_lines(saved):
     """Its settings have other names: a traceback about an unknown keyword."""
     folder, _, _ = saved
