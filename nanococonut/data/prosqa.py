@@ -12,8 +12,8 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import numpy as np
 
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
+from nanococonut.data.generator import BATCH, draw
 from nanococonut.data.search import children_of, distances, parents_of, reachable
-from nanococonut.data.seeds import rng_from_seed
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 
@@ -43,8 +43,6 @@ WORDS = NAMES + CONCEPTS
 SENTENCES = [
     f"{w} is a {v}." if w in NAMES else f"Every {w} is a {v}." for w in WORDS for v in WORDS
 ]
-BATCH = 1024  # graphs drawn at once; constant, so that the first examples do not depend on n
-PATIENCE = 100_000  # graphs drawn for one example before giving up
 FAR = 10_000  # distance of an unreachable node
 
 
@@ -95,43 +93,6 @@ def split_config(name: str, base: GraphConfig) -> GraphConfig:
         "prosqa_dense": {"balanced": True, "parent_rate": base.parent_rate + 1},
     }
     return replace(base, **changes[name])
-
-
-def generate(
-    n: int,
-    seed: int | Sequence[int],
-    config: GraphConfig | None = None,
-    exclude: Collection[Hashable] = frozenset(),
-) -> list[Example]:
-    """Return n examples with the released keys, none whose graph_hash is in `exclude`.
-
-    The same seed gives the same examples, and the first ones do not depend on n. Raise UserError
-    if graphs as configured are too rare.
-    """
-    config = config or GraphConfig()
-    examples: list[Example] = []
-    n_drawn = 0
-    batches = sample_batches(seed, config)
-    while len(examples) < n:
-        batch = next(batches)
-        if exclude:
-            keys = zip(batch, graph_hashes(batch), strict=True)
-            batch = [example for example, key in keys if key not in exclude]
-        examples += batch
-        n_drawn += BATCH
-        if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
-            raise UserError(
-                f"{n_drawn:,} graphs gave {len(examples)} examples with {config}.\n"
-                "Ask for fewer hops or another number of nodes."
-            )
-    return examples[:n]
-
-
-def sample_batches(seed: int | Sequence[int], config: GraphConfig) -> Iterator[list[Example]]:
-    """Yield the examples of BATCH graphs, again and again; there may be none."""
-    rng = rng_from_seed(seed)
-    while True:
-        yield _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
 
 
 class Graphs(NamedTuple):
@@ -267,6 +228,11 @@ def _draw_words(rng: np.random.Generator, graphs: Graphs) -> np.ndarray:
     return np.where(orphan, name, concept)
 
 
+def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]:
+    """Return the examples of BATCH graphs, with the released keys and wording."""
+    return _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
+
+
 def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
     """Write examples in the released wording; draw words, sentence order and option order."""
     parent = q.graphs.parent
@@ -312,23 +278,14 @@ def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
     return examples
 
 
-def graph_hash(example: Example) -> Hashable:
-    """Return a key of graph and question, equal if and only if the graphs are isomorphic.
+def marked_graph(example: Example) -> isomorphism.Graph:
+    """Return the graph with entity, target and distractor marked, for isomorphism.graph_keys.
 
-    Words, node numbers, sentence order and option order do not count; entity, target and distractor
-    do. Raise UserError if the example does not store its graph.
+    Words, node numbers, sentence order and option order do not count. UserError as graph_of.
     """
-    return graph_hashes([example])[0]
-
-
-def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
-    """Return the graph_hash of each example, several times as fast."""
-    graphs = []
-    for example in examples:
-        edges, *query = graph_of(example)
-        marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
-        graphs.append(isomorphism.marked_graph(edges, marks))
-    return isomorphism.graph_keys(graphs)
+    edges, *query = graph_of(example)
+    marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
+    return isomorphism.marked_graph(edges, marks)
 
 
 def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
@@ -341,6 +298,9 @@ def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
             f"an example does not store its graph: {example['question'][:40]!r}...\n"
             "Give examples with edges (pairs of node numbers), root, target and neg_target."
         ) from None
+
+
+generate = partial(draw, sample_batch, marked_graph, GraphConfig())
 
 
 # ---- sentences

@@ -15,6 +15,8 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
 from nanococonut.data.examples import Example, parse_object
 from nanococonut.data.files import read_examples
+from nanococonut.data.generator import sample_batches
+from nanococonut.data.isomorphism import graph_keys
 from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
 from nanococonut.runtime.errors import UserError
 
@@ -27,7 +29,7 @@ class Task:
     """What the loop, the sampler and the benches know of a task.
 
     description      a line for --help
-    module           generate, solve, graph_hash, compact_example, ... of a generated task;
+    module           generate, solve, marked_graph, compact_example, ... of a generated task;
                      from_hub(split, revision, skipped) -> (examples, commit) of any other
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
                      examples are not of this task
@@ -162,7 +164,7 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
 
 
 def test_hashes(config: TrainConfig) -> frozenset[Hashable]:
-    """Return the graph_hash of every test example that a run could generate."""
+    """Return the graph key of every test example that a run could generate."""
     hashes = [_test_hashes(config.task, c) for c in _test_configs(config).values()]
     return frozenset().union(*hashes)
 
@@ -175,13 +177,13 @@ def _test_configs(config: TrainConfig) -> dict[str, GeneratorConfig]:
 
 def _test_examples(task: str, config: GeneratorConfig) -> list[Example]:
     """Return the first N_TEST examples, or fewer if the settings hardly ever give one."""
-    batches = TASKS[task].module.sample_batches(TEST_SEED, config)
+    batches = sample_batches(TASKS[task].module.sample_batch, TEST_SEED, config)
     return list(islice(chain.from_iterable(islice(batches, MAX_TEST_BATCHES)), N_TEST))
 
 
 @cache  # a second, which further runs in the same process save
 def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[Hashable]:
-    return frozenset(TASKS[task].module.graph_hashes(_test_examples(task, config)))
+    return frozenset(graph_keys(map(TASKS[task].module.marked_graph, _test_examples(task, config))))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanococonut.batch import build_prompt
-from nanococonut.config import TrainConfig, config_from_saved
+from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.buffers import BatchView, StaticBuffers
@@ -26,6 +26,7 @@ from nanococonut.inference.steps import Branch, Edit
 from nanococonut.model import GPT
 from nanococonut.ops import choose_backend, choose_graph
 from nanococonut.packed import PackedGPT
+from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.graphs import GraphCache, round_up
@@ -518,7 +519,7 @@ def load(
     """
     model, tokenizer, manifest = checkpoint.load(path, select_device(device))
     model = model.to(dtype)
-    config = config_from_saved(manifest["config"])
+    config = make_config(TrainConfig, manifest["config"])
     engine = Engine.from_config(model, tokenizer, config, kernels=kernels, graph=graph)
     engine.manifest = manifest
     return engine

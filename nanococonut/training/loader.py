@@ -24,6 +24,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example
+from nanococonut.data.isomorphism import graph_keys
 from nanococonut.data.seeds import ORDER, STAGE_STREAM, TRAIN
 from nanococonut.data.tasks import TASKS, Data, test_hashes
 from nanococonut.runtime.distributed import Distributed
@@ -70,7 +71,7 @@ class TrainLoader:
         held_out = [example for split in data.val.values() for example in split]
         self.exclude = frozenset()  # graphs that generated examples must not repeat
         if generates:
-            self.exclude = self._graph_hashes(held_out) | test_hashes(config)
+            self.exclude = self._graph_keys(held_out) | test_hashes(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
         self._next_epoch: tuple[int, Future[list[TokenizedExample]]] | None = None
         self._epoch: tuple[int, list[TokenizedExample]] = (-1, [])
@@ -155,12 +156,12 @@ class TrainLoader:
                 ordered += bucket[i * size :][:size]
         return ordered
 
-    def _graph_hashes(self, examples: list[Example]) -> frozenset[Hashable]:
-        hashes = set()
+    def _graph_keys(self, examples: list[Example]) -> frozenset[Hashable]:
+        graphs = []
         for example in examples:
             with suppress(UserError):  # a validation file may hold another task's examples
-                hashes.add(self.task.module.graph_hash(example))
-        return frozenset(hashes)
+                graphs.append(self.task.module.marked_graph(example))
+        return frozenset(graph_keys(graphs))
 
     def _generate(self, epoch: int) -> list[TokenizedExample]:
         """Return an epoch's examples: plain, without the shortcut, with fewer, with most steps."""

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanococonut.config import TrainConfig, config_from_saved
+from nanococonut.config import REMOVED_OPTIONS, TrainConfig, config_from_saved
 from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.distributed import Distributed
@@ -255,8 +255,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         config = config_from_saved(manifest["config"])
     except UserError as e:
         raise UserError(f"{folder / MANIFEST}: {e}") from None
-    manifest["config"] |= asdict(config)
-    return manifest
+    removed = {k: v for k, v in manifest["config"].items() if k in REMOVED_OPTIONS}
+    return manifest | {"config": asdict(config), "removed": removed}
 
 
 def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
@@ -343,7 +343,7 @@ class RunDir:
                 )
             self.folder = resolve(self.path)
             self.manifest = verify(self.folder, resume=True)
-            self._check_resumable(self.manifest["config"])
+            self._check_resumable(self.manifest["config"] | self.manifest["removed"])
 
     def _claim(self) -> None:
         """Lock the folder. Raise UserError if another process has, or if it holds another run."""
