@@ -154,10 +154,7 @@ def test_symmetric_graphs_are_fast():
 def test_excluding_by_color_alone_is_not_enough():
     """Graphs with an excluded one's color but another form stay."""
     examples, others = (prosqa.generate(50, seed, MINI) for seed in (0, 1))
-    keys, held_out = (
-        graph_keys(map(prosqa.marked_graph, examples)),
-        graph_keys(map(prosqa.marked_graph, others)),
-    )
+    keys, held_out = (graph_keys(map(prosqa.marked_graph, x)) for x in (examples, others))
     for key in (*keys, *held_out):
         key.color = 0
     kept = [x for x, key in zip(examples, keys, strict=True) if key not in set(held_out)]

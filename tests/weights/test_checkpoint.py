@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,11 +200,12 @@ def test_options_that_are_gone_still_load(saved):
     assert checkpoint.load(folder)[2]["config"]["thought_labels"] == "none"
     now = TrainConfig(resume=True, **style)
     assert RunDir(folder.parent, now, Distributed(1, 2)).manifest
-    for key in ("beta2", "thought_loss"):
+    labelled = replace(now, thought_labels="path")
+    for key, other in (("beta2", now), ("thought_loss", labelled)):
         changed = manifest | {"config": manifest["config"] | {key: 0.5}}
         (folder / "manifest.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=f"{key}=0.5, not"):
-            RunDir(folder.parent, now, Distributed(1, 2))
+            RunDir(folder.parent, other, Distributed(1, 2))
 
 
 def test_format_1_is_refused_in_two_lines(saved):
