@@ -36,7 +36,7 @@ class Task:
     splits           name -> settings for a model's TrainConfig. The first is the training split,
                      the second its variant without shortcuts. Empty: never generated
     easier_configs   settings with fewer steps than the task's own, to start the search from
-    longest_config   settings with the most steps, which are rare in the first split (None: alike)
+    longest_configs  settings with the most steps, which are rare in the first split (none: alike)
     """
 
     description: str
@@ -44,7 +44,7 @@ class Task:
     shortcuts: Callable[[Sequence[Example]], dict[str, float]] = lambda examples: {}
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
     easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
-    longest_config: Callable[[TrainConfig], GeneratorConfig] | None = None
+    longest_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
 
     def words(self) -> list[str]:
         """Return the words that a word-level vocabulary needs in addition to those of a file."""
@@ -129,12 +129,14 @@ TASKS: dict[str, Task] = {
             [replace(_graphs(c), min_hops=1, max_hops=c.min_hops - 1)] if c.min_hops > 1 else []
         ),
         # the graphs of the split of longer chains, with the nodes and hops of training
-        longest_config=lambda c: replace(
-            prosqa.split_config("prosqa_long", _graphs(c)),
-            n_nodes=c.n_nodes,
-            min_hops=max(c.min_hops, c.max_hops - 1),
-            max_hops=c.max_hops,
-        ),
+        longest_configs=lambda c: [
+            replace(
+                prosqa.split_config("prosqa_long", _graphs(c)),
+                n_nodes=c.n_nodes,
+                min_hops=max(c.min_hops, c.max_hops - 1),
+                max_hops=c.max_hops,
+            )
+        ],
     ),
     "prontoqa": Task(
         "does a statement follow from a chain of rules?",
