@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, islice
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -60,18 +61,17 @@ class Task:
         An example of a user's file may hold it as "twin": an object like the example. A ValueError
         says what is wrong with it.
         """
-        if "twin" in example:
-            return parse_object(example["twin"])
-        try:
-            return self.module.twin(example) if self.splits else None
-        except UserError:  # an example of another kind
-            return None
+        return parse_object(example["twin"]) if "twin" in example else self._try("twin", example)
 
     def reworded(self, example: Example) -> str | None:
         """Return a question that needs the same search and has another answer; None if unknown."""
+        return self._try("reworded", example)
+
+    def _try(self, name: str, example: Example) -> Any:
+        """Return what a function of the module makes of an example of this task, else None."""
         try:
-            return self.module.reworded(example) if self.splits else None
-        except UserError:
+            return getattr(self.module, name)(example) if self.splits else None
+        except UserError:  # an example of another kind
             return None
 
     def render_question(self, question: str, style: str) -> str:
@@ -84,13 +84,13 @@ class Task:
         sentences   a newline after the question and after each step, as in the released code
         compact     the task's own short form; UserError if an example is not of this task
         """
+        if style == "sentences":
+            return [
+                {**x, "question": x["question"] + "\n", "steps": [s + "\n" for s in x["steps"]]}
+                for x in examples
+            ]
         rendered = []
         for i, example in enumerate(examples):
-            if style == "sentences":
-                texts = {"question": self.render_question(example["question"], style)}
-                texts["steps"] = [step + "\n" for step in example["steps"]]
-                rendered.append(example | texts)
-                continue
             try:
                 rendered.append(self.module.compact_example(example))
             except UserError as e:
@@ -167,25 +167,19 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
 
 def test_hashes(config: TrainConfig) -> frozenset[Hashable]:
     """Return the graph key of every test example that a run could generate."""
-    hashes = [_test_hashes(config.task, c) for c in _test_configs(config).values()]
-    return frozenset().union(*hashes)
-
-
-def _test_configs(config: TrainConfig) -> dict[str, GeneratorConfig]:
-    """Return the splits, without chains that are too long for training to generate (slow, too)."""
-    configs = {name: split(config) for name, split in TASKS[config.task].splits.items()}
-    return {n: c for n, c in configs.items() if getattr(c, "min_hops", 0) <= config.max_hops}
-
-
-def _test_examples(task: str, config: GeneratorConfig) -> list[Example]:
-    """Return the first N_TEST examples, or fewer if the settings hardly ever give one."""
-    batches = sample_batches(TASKS[task].module.sample_batch, TEST_SEED, config)
-    return list(islice(chain.from_iterable(islice(batches, MAX_TEST_BATCHES)), N_TEST))
+    configs = [split(config) for split in TASKS[config.task].splits.values()]
+    # training cannot generate longer chains than its own, and they are slow to make
+    configs = [c for c in configs if getattr(c, "min_hops", 0) <= config.max_hops]
+    return frozenset().union(*(_test_hashes(config.task, c) for c in configs))
 
 
 @cache  # a second, which further runs in the same process save
 def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[Hashable]:
-    return frozenset(graph_keys(map(TASKS[task].module.marked_graph, _test_examples(task, config))))
+    """Return the keys of the first N_TEST examples, or of fewer if one is hardly ever drawn."""
+    module = TASKS[task].module
+    batches = islice(sample_batches(module.sample_batch, TEST_SEED, config), MAX_TEST_BATCHES)
+    examples = islice(chain.from_iterable(batches), N_TEST)
+    return frozenset(graph_keys(map(module.marked_graph, examples)))
 
 
 @dataclass(frozen=True)
