@@ -35,18 +35,14 @@ from nanococonut.tokenizer import Tokenizer
 T = TypeVar("T")
 FORMAT = 2
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
-REQUIRED_TYPES = {
-    **dict.fromkeys(("config", "model", "tokenizer", "files"), dict),
-    **dict.fromkeys(("stage", "n_thoughts", "step", "threads"), int),
-    **dict.fromkeys(("method", "device"), str),
+TYPES = {  # of the manifest's values
+    **dict.fromkeys(("config", "model", "tokenizer", "files", "progress"), dict),
+    **dict.fromkeys(("stage", "n_thoughts", "step", "threads", "best_step"), int),
+    **dict.fromkeys(("method", "device", "examples"), str),
     "minutes": (int, float),
-}
-OPTIONAL_TYPES = {
-    "best_step": int,
-    "progress": dict,
-    "examples": str,
     "hub_commit": (str, NoneType),
 }
+OPTIONAL = {"best_step", "progress", "examples", "hub_commit"}
 # settings that may change when a run is resumed: the mathematics stay the same
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
@@ -216,10 +212,10 @@ def resolve(path: str | Path, best: bool = False) -> Path:
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
     newest = checkpoints[-1]
-    if best:  # by validation accuracy in the final stage, if there was one
-        chosen = path / f"step_{read_manifest(newest).get('best_step', -1):08d}"
-        return chosen if chosen in checkpoints else newest
-    return newest
+    # the best by validation accuracy in the final stage, if there was one
+    step = read_manifest(newest).get("best_step", -1) if best else -1
+    chosen = path / f"step_{step:08d}"
+    return chosen if chosen in checkpoints else newest
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
@@ -238,17 +234,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
-    if isinstance(manifest, dict) and manifest.get("format") == 1:
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version == 1:
         raise UserError(
             f"{folder} was written by nanococonut 0.1, whose settings have other names.\n"
             "Use it with commit a32b7b1, or train again."
         )
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    missing = REQUIRED_TYPES.keys() - manifest.keys()
-    if missing:
+    if missing := TYPES.keys() - OPTIONAL - manifest.keys():
         raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
-    for key, expected in (REQUIRED_TYPES | OPTIONAL_TYPES).items():
+    for key, expected in TYPES.items():
         if key in manifest and not isinstance(manifest[key], expected):
             raise _damaged(folder, f"{MANIFEST} has a {key!r} of the wrong type")
     try:
