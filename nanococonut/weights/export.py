@@ -157,40 +157,25 @@ def _question(config: dict[str, Any]) -> str:
 
 def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
     """Return file name -> text, such that AutoTokenizer gives the same ids as `tokenizer`."""
-    # OpenAI's two files, which tiktoken made the encoding from and keeps in its cache
-    merges, vocab = (
-        tiktoken.load.read_file_cached(OPENAI_URL + name).decode()
-        for name in ("vocab.bpe", "encoder.json")
-    )
     special = {EOS: tokenizer.eos, BOT: tokenizer.bot, EOT: tokenizer.eot, LATENT: tokenizer.latent}
     special = {name: i for name, i in special.items() if i < config.vocab_size}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = True  # GPT-2's own pattern
-    files = {
-        "tokenizer.json": {
-            "version": "1.0",
-            "added_tokens": [
-                {"id": i, "content": name, "special": True, **flags} for name, i in special.items()
-            ],
-            "pre_tokenizer": byte_level,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "vocab": json.loads(vocab),
-                "merges": merges.rstrip().split("\n")[1:],  # the first line is the version
-            },
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "added_tokens_decoder": {
+            str(i): {"content": name, "special": True, **flags} for name, i in special.items()
         },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
-            "model_max_length": config.block_size,
-            "clean_up_tokenization_spaces": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
-            "additional_special_tokens": [name for name in special if name != EOS],
-        },
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
+        "model_max_length": config.block_size,
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
+        "additional_special_tokens": [name for name in special if name != EOS],
     }
-    return {name: _json(data) for name, data in files.items()}
+    files = {"tokenizer_config.json": _json(settings)}
+    # OpenAI's two files, which tiktoken made the encoding from and keeps in its cache
+    for name, source in (("merges.txt", "vocab.bpe"), ("vocab.json", "encoder.json")):
+        files[name] = tiktoken.load.read_file_cached(OPENAI_URL + source).decode()
+    return files
 
 
 def main() -> None:
