@@ -29,7 +29,6 @@ MAX_TEST_BATCHES = 100  # with rarer examples, a run would start minutes later
 class Task:
     """What the loop, the sampler and the benches know of a task.
 
-    description      a line for --help
     module           generate, solve, marked_graph, compact_example, ... of a generated task;
                      from_hub(split, revision, skipped) -> (examples, commit) of any other
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
@@ -40,7 +39,6 @@ class Task:
     longest_configs  settings with the most steps, which are rare in the first split (none: alike)
     """
 
-    description: str
     module: ModuleType
     shortcuts: Callable[[Sequence[Example]], dict[str, float]] = lambda examples: {}
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
@@ -118,7 +116,6 @@ def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
 
 TASKS: dict[str, Task] = {
     "prosqa": Task(
-        "which of two concepts does a chain of facts lead to?",
         prosqa,
         shortcuts.prosqa_shortcuts,
         splits={
@@ -139,7 +136,6 @@ TASKS: dict[str, Task] = {
         ],
     ),
     "prontoqa": Task(
-        "does a statement follow from a chain of rules?",
         prontoqa,
         shortcuts.prontoqa_shortcuts,
         splits={
@@ -150,10 +146,7 @@ TASKS: dict[str, Task] = {
             prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, c.max_hops)
         ],
     ),
-    "gsm8k": Task(
-        "what number answers a question of grade-school mathematics?",
-        gsm8k,
-    ),
+    "gsm8k": Task(gsm8k),
 }
 
 

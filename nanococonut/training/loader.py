@@ -73,8 +73,7 @@ class TrainLoader:
             held_out = [example for split in data.val.values() for example in split]
             self.exclude = self._graph_keys(held_out) | test_hashes(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
-        self._next_epoch: tuple[int, Future[list[TokenizedExample]]] | None = None
-        self._epoch: tuple[int, list[TokenizedExample]] = (-1, [])
+        self._epochs: dict[int, Future[list[TokenizedExample]]] = {}  # this one and the next
         self._prefetched: tuple[tuple[int, int] | None, StepBatch | None] = None, None
         self._fixed: list[TokenizedExample] | None = None  # the same examples every epoch
         if not generates:
@@ -98,9 +97,7 @@ class TrainLoader:
     def _step_batch(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         config, curriculum, tokenizer = self.config, self.curriculum, self.tokenizer
         epoch, i = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:  # steps come in order: one epoch in memory is enough
-            self._epoch = epoch, self.epoch(epoch)
-        examples = self._epoch[1][i * config.batch_size :][: config.batch_size]
+        examples = self.epoch(epoch)[i * config.batch_size :][: config.batch_size]
         # every process samples the same stages, then takes its shard
         rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
         stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
@@ -120,13 +117,12 @@ class TrainLoader:
         return StepBatch(micro_batches, n_labels, len(examples), n_thought_labels)
 
     def epoch(self, epoch: int) -> list[TokenizedExample]:
-        """Return the epoch's examples in order, and start to make the next epoch's."""
-        if self._next_epoch and self._next_epoch[0] == epoch:
-            examples = self._next_epoch[1].result()
-        else:
-            examples = self._make_epoch(epoch)
-        self._next_epoch = epoch + 1, self._worker.submit(self._make_epoch, epoch + 1)
-        return examples
+        """Return the epoch's examples in order; the worker makes the next epoch's meanwhile."""
+        self._epochs = {
+            n: self._epochs.get(n) or self._worker.submit(self._make_epoch, n)
+            for n in (epoch, epoch + 1)
+        }
+        return self._epochs[epoch].result()
 
     def close(self, wait: bool = False) -> None:
         self._worker.shutdown(wait=wait, cancel_futures=not wait)
