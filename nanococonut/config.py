@@ -158,11 +158,14 @@ class TrainConfig:
     @property
     def unused(self) -> set[str]:
         """Return the data options that do not matter, because examples are read or generated."""
-        if not self.data and self.task != "gsm8k":  # generated
-            return {"hub_revision"} | ({"val_examples"} if self.valid_data else set())
-        names = {"train_examples", "n_nodes", "min_hops", "max_hops"}
-        names |= {"matched_fraction", "short_fraction"} | ({"hub_revision"} if self.data else set())
-        return names | (set() if self.data and not self.valid_data else {"val_examples"})
+        from_hub = not self.data and self.task == "gsm8k"
+        names = set() if from_hub else {"hub_revision"}
+        if self.valid_data or from_hub:
+            names |= {"val_examples"}
+        if self.data or from_hub:  # nothing is generated
+            names |= {"train_examples", "grow_epochs", "n_nodes", "min_hops", "max_hops"}
+            names |= {"matched_fraction", "short_fraction", "long_fraction"}
+        return names
 
     @property
     def beta2(self) -> float:
