@@ -9,7 +9,6 @@ import statistics
 import time
 from collections import Counter, deque
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -55,9 +54,9 @@ class RunLog:
 
             # events of steps after the checkpoint are hidden: those steps are logged again
             self._writer = SummaryWriter(run.path / "tensorboard", purge_step=state.step + 1)
-        # when each recent step ended, and with how many examples
-        self._recent = deque([(time.monotonic(), 0)], maxlen=PRINT_INTERVAL)
-        self._next_line = time.monotonic() + FIRST_LINE
+        self._recent: deque[tuple[float, int]] = deque(maxlen=PRINT_INTERVAL)  # seconds, examples
+        self._last_step = time.monotonic()
+        self._next_line = self._last_step + FIRST_LINE
         self._fastest: dict[int, float] = {}  # stage -> examples/s, for the warning
         self._is_warned = False
         self._bar = Progress(
@@ -100,17 +99,19 @@ class RunLog:
 
     def step(self, state: TrainState, loss: float, n_examples: int) -> None:
         """Log the step that was just taken."""
-        self._recent.append((time.monotonic(), n_examples))
-        seconds = self._recent[-1][0] - self._recent[0][0]
-        speed = sum(n for _, n in list(self._recent)[1:]) / max(seconds, 1e-9)
+        now = time.monotonic()
+        self._recent.append((now - self._last_step, n_examples))
+        self._last_step = now
+        seconds, examples = map(sum, zip(*self._recent, strict=True))
+        speed = examples / max(seconds, 1e-9)
         scalars = {"stage": state.stage, "loss": loss, "accuracy": state.accuracy}
         self._bar.update(self._task, completed=state.step, speed=speed, **scalars)
         lr = self.config.learning_rate * self.schedule.lr_scale(state.step - 1)
         events = scalars | {"lr": lr}
         self._write(state.step, scalars | {"examples_per_s": round(speed, 1)}, "train", events)
         self._warn_if_slow(state)
-        now, is_due = self._recent[-1][0], state.step % PRINT_INTERVAL == 0
-        if not console.is_terminal and (is_due or now >= self._next_line):
+        is_due = state.step % PRINT_INTERVAL == 0 or now >= self._next_line
+        if is_due and not console.is_terminal:
             self._next_line = now + LATER_LINES
             n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
             console.print(
@@ -122,12 +123,11 @@ class RunLog:
     def _warn_if_slow(self, state: TrainState) -> None:
         """Print once that the steps of a stage became SLOW_FACTOR times slower."""
         n_steps = state.step - state.stage_start
-        if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) <= SLOW_STEPS:
+        if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) < SLOW_STEPS:
             return
-        recent = list(self._recent)[-SLOW_STEPS - 1 :]
+        recent = list(self._recent)[-SLOW_STEPS:]
         # a median: a validation or a save in between is no slow step
-        seconds = statistics.median((end - start) / n for (start, _), (end, n) in pairwise(recent))
-        speed = 1 / max(1e-9, seconds)
+        speed = statistics.median(n / max(1e-9, seconds) for seconds, n in recent)
         fastest = self._fastest[state.stage] = max(speed, self._fastest.get(state.stage, 0.0))
         if speed * SLOW_FACTOR < fastest and not self._is_warned:
             self._is_warned = True
