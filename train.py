@@ -135,7 +135,8 @@ def main() -> None:
             "graph": use_graphs,
             "progress": asdict(state),
         }
-        run.save(model, optimizers, state.step, manifest)
+        # a GPU takes the next steps while its checkpoint is written
+        run.save(model, optimizers, state.step, manifest, background=device.type == "cuda")
 
     # ---- the loop: one iteration is one optimizer step
     model.train()
@@ -171,6 +172,7 @@ def main() -> None:
                 raise run.diverged("loss", state.step)
             state.advance(stage, n_correct, n_counted)
             log.step(state, loss, step_batch.n_examples)
+            run.end_save(wait=False)  # raises what a save in the background could not do
 
             # validate at the end of a stage, and every eval_interval steps of the last one
             is_last = schedule.is_last_stage(state)

@@ -1,6 +1,7 @@
 """Time a training step, and compare it with the released code's.
 
     python bench/training.py --config=config/prosqa_small.py --batch_size=64
+    python bench/training.py --config=config/prosqa.py --batch_size=128 --device=cuda
     python bench/training.py --released CLONE --released_python VENV/bin/python
 
 The step is train.py's in the final stage: no written steps, --latent thoughts in every sequence.
@@ -42,7 +43,7 @@ from nanococonut.training.setup import init_model, init_optimizers, init_tokeniz
 from nanococonut.training.step import TrainStep
 
 OURS = "nanococonut"
-MODEL_SHAPE = ("n_layer", "n_head", "n_embd")
+OVERRIDES = ("n_layer", "n_head", "n_embd", "micro_batch_size")  # of the training config
 SETTINGS = "tokenizer render smear dropout muon_learning_rate grad_clip seed".split()
 WARMUP = 2  # steps before those that count
 EPOCH = 64  # batches of an epoch: examples are sorted by length among as many as in training
@@ -64,6 +65,7 @@ class StepConfig:
     n_layer: int | None = option(None, "layers, if not the config's")
     n_head: int | None = option(None, "attention heads, if not the config's")
     n_embd: int | None = option(None, "width, if not the config's")
+    micro_batch_size: int | None = option(None, "sequences of a pass, if not the config's", ge=1)
     released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
     released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
     device: str = option("cpu", "where to run", choices=("cpu", "cuda"))
@@ -81,10 +83,10 @@ class StepConfig:
 
 def recipe_of(config: StepConfig) -> TrainConfig:
     """Return the training config with the measured sizes in it."""
-    own: dict[str, Any] = {k: v for k in MODEL_SHAPE if (v := getattr(config, k)) is not None}
+    own: dict[str, Any] = {k: v for k in OVERRIDES if (v := getattr(config, k)) is not None}
     if config.released:  # without what the released code lacks
         own |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
-        own |= {"micro_batch_size": config.batch_size}
+        own.setdefault("micro_batch_size", config.batch_size)
     own |= {"init_from": "scratch", "fallback": None}  # the weights make no difference to the time
     recipe = make_config(TrainConfig, read_config_file(config.config, TrainConfig), own)
     return replace(
@@ -243,6 +245,10 @@ def main() -> None:
     detail = {k: getattr(ours.recipe, k) for k in SETTINGS}
     detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": os.getloadavg()[0]}
     detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    if config.device == "cuda":  # torch counts its own, the driver also graphs and other processes
+        free, total = torch.cuda.mem_get_info()
+        detail |= {"max_reserved": torch.cuda.max_memory_reserved(), "used": total - free}
+        detail |= {"graphs_kept": len(ours.train_step.graphs.graphs) if ours.graph else 0}
     results.add("step", OURS, [1e3 * s for s in seconds[OURS]], "ms", detail=detail)
     if config.released:
         times, versions = seconds["released"], about.pop("versions")

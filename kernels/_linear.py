@@ -1,16 +1,15 @@
 """Building blocks of the linear maps of one step: (B, N) = f(x) W^T, f a LayerNorm or the identity.
 
 A step has one row of x per sequence, so reading the weights dominates and their bytes are the lower
-bound. W is an nn.Linear's, (N, K) with K contiguous. There are two implementations of the sum, both
-with one program per block of output columns and fp32 accumulation:
+bound. W is an nn.Linear's, (N, K) with K contiguous. The implementations have one program per block
+of outputs and fp32 accumulation:
 
 - `gemv`, for a few rows: each warp loads all weights of a few columns at once, before it reads x,
-  and multiplies them with every row while they are in registers. No loop, no shared memory.
-- `gemm_tile`, for about eight rows or more: tensor cores (`tl.dot`) with rows padded to 16, and W
-  streamed through `num_stages` buffers of shared memory.
-
-Large batches use the library's GEMM. Each program recomputes LayerNorm's mean and variance: K
-values per row from the L2 cache cost less than a separate launch.
+  and multiplies them with every row while they are in registers. No loop, no shared memory. It
+  also applies LayerNorm: for K values from the L2 cache that costs less than another launch.
+- `gemm_tile`, for up to 32 rows and a long K: tensor cores (`tl.dot`), warps that share K.
+- `gemm`, for all other rows: the usual pipelined loop over K.
+- "library": PyTorch's, for fp32, which tensor cores do not have.
 
 `launch_config` depends on static shapes only, so a captured graph replays what an eager call does.
 """
@@ -21,10 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GEMV_MAX_ROWS = 4  # estimate: with more rows, shuffles cost more than tensor cores (not measured)
-LIBRARY_MIN_ROWS = 64  # estimate: LayerNorm in each program gets too expensive (not measured)
-MAX_NORM_ROW_BYTES = 2048  # row that gemm_tile normalizes in registers: GPT-2 medium in bf16
+from kernels._pdl import await_launches, prefetch_rows
+
+# all measured on an H200 with GPT-2 124M's sizes
+GEMV_MAX_ROWS = 4
+TILE_MAX_ROWS = 32
+TILE_MIN_INPUTS = 2048
+MAX_PROGRAMS = 96  # of gemm, before it takes larger blocks
 MULTIPROCESSORS = 132  # of an H100 or H200
+SHARED_BYTES = 96 << 10  # of a multiprocessor, that a program may use: consumer GPUs have 99 KiB
 
 
 @triton.jit
@@ -33,14 +37,16 @@ def gemv(
     w_ptr,  # weight (N, K), read
     ln_w_ptr,  # LayerNorm weight (K,), read if NORM
     ln_b_ptr,  # LayerNorm bias (K,), read if NORM
+    residual_ptr,  # added to the result (B, N), read; None: nothing
     eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N).
 
     BLOCK_K is a power of two and at least K. All threads lie along K, so rows and weights have the
-    same layout and are multiplied in place; only the final sums cross threads.
+    same layout and are multiplied in place; only the final sums cross threads. The launches before
+    are awaited (_pdl.py) between the loads of the weights and those of the rows.
     """
     offs_m = row0 + tl.arange(0, BLOCK_M)[:, None, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
@@ -50,117 +56,170 @@ def gemv(
     if NORM:
         ln_w = tl.load(ln_w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         ln_b = tl.load(ln_b_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # the compiler would delay the loads above; now all of them are in flight
+    await_launches(PDL)  # the compiler would delay the loads above; now all of them are in flight
     x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & mask_k, other=0.0)
+    residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     x = x.to(tl.float32)  # (BLOCK_M, 1, BLOCK_K)
     if NORM:
         x = tl.where(mask_k, x - tl.sum(x, 2, keep_dims=True) / K, 0.0)
         var = tl.sum(x * x, 2, keep_dims=True) / K
         x = x * tl.rsqrt(var + eps) * ln_w + ln_b
-    return tl.sum(x * w.to(tl.float32), 2)
+    return residual + tl.sum(x * w.to(tl.float32), 2)
 
 
 @triton.jit
 def gemm_tile(
-    x_ptr, w_ptr, ln_w_ptr, ln_b_ptr,  # as in gemv
-    eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    x_ptr, w_ptr, residual_ptr,  # as in gemv, x in w's dtype
+    B, row0, col0,
+    N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Return the same block as gemv, computed on tensor cores.
+    """Return the same block as gemv without LayerNorm, computed on tensor cores.
 
     The warps share K: each multiplies its own of CHUNKS chunks of BLOCK_K, and the products are
-    added at the end. A pipelined loop covers the rest of K. With NORM there is no rest, because
-    the statistics need the whole row: CHUNKS * BLOCK_K >= K. They are computed while the weights
-    load. Normalized rows are rounded to the weights' dtype, as nn.LayerNorm's output is.
+    added at the end. A pipelined loop covers the rest of K.
     """
     offs_m = row0 + tl.arange(0, BLOCK_M)[None, :, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
     chunk = tl.arange(0, CHUNKS)[:, None, None]
+    prefetch_rows(w_ptr, col0, N, K, BLOCK_N, PDL)
+    await_launches(PDL)
+    residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((CHUNKS, BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, CHUNKS * BLOCK_K):
         offs_k = k0 + chunk * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]  # (CHUNKS, 1, BLOCK_K)
         w = tl.load(w_ptr + offs_n * K + offs_k, mask=(offs_n < N) & (offs_k < K), other=0.0)
-        if NORM:
-            tl.static_assert(CHUNKS * BLOCK_K >= K)
-            # load in x's shape: broadcasting later would convert the layout, which waits
-            offs_x = tl.broadcast_to(offs_k, (CHUNKS, BLOCK_M, BLOCK_K))
-            ln_w = tl.load(ln_w_ptr + offs_x, mask=offs_x < K, other=0.0)
-            ln_b = tl.load(ln_b_ptr + offs_x, mask=offs_x < K, other=0.0)
-            tl.debug_barrier()  # issue all loads above before that of x
         x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & (offs_k < K), other=0.0)
-        if NORM:
-            h = x.to(tl.float32)
-            mean = tl.sum(tl.sum(h, 2, keep_dims=True), 0, keep_dims=True) / K
-            h = tl.where(offs_k < K, h - mean, 0.0)
-            var = tl.sum(tl.sum(h * h, 2, keep_dims=True), 0, keep_dims=True) / K
-            h = h * tl.rsqrt(var + eps) * ln_w.to(tl.float32) + ln_b.to(tl.float32)
-            x = h.to(w.dtype)
-            # a use this late: without it the compiler waits for w as soon as it is loaded
-            w = tl.where(offs_n < N, w, 0.0)
         # "ieee": no TF32 for fp32 inputs
         acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
-    return tl.sum(acc, 0)
+    return residual + tl.sum(acc, 0)
 
 
-def auto_impl(batch: int, itemsize: int, norm_width: int = 0) -> str:
-    """Return the implementation for a batch: "gemv", "gemm_tile" or "library".
+@triton.jit
+def gemm(
+    x_ptr, w_ptr, residual_ptr,  # as in gemv, x in w's dtype
+    B, row0, col0,
+    N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the same block as gemv without LayerNorm, by an ordinary pipelined matrix product."""
+    # rows and columns past the end repeat the last one: loads without a mask are all asynchronous
+    rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), B - 1)[:, None]
+    columns = tl.minimum(col0 + tl.arange(0, BLOCK_N), N - 1)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)
+    prefetch_rows(w_ptr, col0, N, K, BLOCK_N, PDL)
+    await_launches(PDL)
+    residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + offs_k
+        if K % BLOCK_K == 0:
+            x = tl.load(x_ptr + rows * K + k[None, :])
+            w = tl.load(w_ptr + columns * K + k[:, None])
+        else:
+            x = tl.load(x_ptr + rows * K + k[None, :], mask=k[None, :] < K, other=0.0)
+            w = tl.load(w_ptr + columns * K + k[:, None], mask=k[:, None] < K, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    return residual + acc
 
-    gemm_tile needs a two-byte dtype, because tensor cores have no true fp32, and, with a LayerNorm
-    over norm_width numbers, a row that fits into registers.
+
+@triton.jit
+def linear(
+    x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr,  # as in gemv
+    eps, B, row0, col0,
+    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N), in fp32."""
+    if IMPL == "gemv":
+        acc = gemv(
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, NORM, PDL,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif IMPL == "gemm_tile":
+        acc = gemm_tile(
+            x_ptr, w_ptr, residual_ptr, B, row0, col0, N, K, PDL, BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS
+        )
+    else:
+        acc = gemm(x_ptr, w_ptr, residual_ptr, B, row0, col0, N, K, PDL, BLOCK_M, BLOCK_N, BLOCK_K)
+    return acc
+
+
+@triton.jit
+def _load_residual(
+    residual_ptr, B, row0, col0, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    residual = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if residual_ptr is not None:
+        offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
+        offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
+        mask = (offs_m < B) & (offs_n < N)
+        residual = tl.load(residual_ptr + offs_m * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+    return residual
+
+
+def auto_impl(batch: int, n_in: int, itemsize: int) -> str:
+    """Return the implementation for a batch: "gemv", "gemm_tile", "gemm" or "library".
+
+    The middle two need a two-byte dtype, because tensor cores have no true fp32.
     """
-    if batch >= LIBRARY_MIN_ROWS:
+    if batch <= GEMV_MAX_ROWS:
+        return "gemv"
+    if itemsize > 2:
         return "library"
-    can_tile = itemsize == 2 and norm_width * itemsize <= MAX_NORM_ROW_BYTES
-    return "gemm_tile" if can_tile and batch > GEMV_MAX_ROWS else "gemv"
+    return "gemm_tile" if batch <= TILE_MAX_ROWS and n_in >= TILE_MIN_INPUTS else "gemm"
 
 
 @cache
 def launch_config(
-    impl: str, batch: int, n_out: int, n_in: int, itemsize: int, norm: bool
+    impl: str, batch: int, n_out: int, n_in: int, itemsize: int
 ) -> tuple[tuple[int, int], dict]:
-    """Return (grid, block sizes and launch options) of gemv or gemm_tile for (B, K) x (N, K)^T."""
+    """Return (grid, block sizes and launch options) of an implementation for (B, K) x (N, K)^T."""
     if impl == "gemv":
         block_k = triton.next_power_of_2(n_in)
         block_m = min(4, triton.next_power_of_2(batch))
         # columns per warp that fit into registers with the rows: at most 128 weights per thread
-        config = dict(BLOCK_M=block_m, BLOCK_N=4 if block_m < 4 else 2, BLOCK_K=block_k, CHUNKS=1)
+        block_n = 4 if block_m < 4 and itemsize == 2 else 2
+        config = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=1)
         # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
         config |= dict(num_warps=min(8, max(1, block_k // 1024)), num_stages=1)
     elif impl == "gemm_tile":
-        if norm and n_in * itemsize > MAX_NORM_ROW_BYTES:
-            raise ValueError(
-                f"impl='gemm_tile': expected rows of at most {MAX_NORM_ROW_BYTES} bytes, "
-                f"got {n_in} x {itemsize}; use 'gemv'"
-            )
-        config = _gemm_blocks(batch, n_out, n_in, itemsize, norm)
+        config = _tile_blocks(batch, n_out, n_in, itemsize)
+    elif impl == "gemm":
+        if itemsize > 2:  # its long sums in one order would be less exact than the library's
+            raise ValueError("impl='gemm': expected a two-byte dtype; use 'library'")
+        config = _gemm_blocks(batch, n_out, n_in, itemsize)
     else:
-        raise ValueError(f"impl: expected auto, gemv, gemm_tile or library, got {impl!r}")
+        raise ValueError(f"impl: expected auto, gemv, gemm_tile, gemm or library, got {impl!r}")
     grid = (triton.cdiv(n_out, config["BLOCK_N"]), triton.cdiv(batch, config["BLOCK_M"]))
-    return grid, config | dict(DOT=impl == "gemm_tile", enable_fp_fusion=True)
+    return grid, config | dict(IMPL=impl, enable_fp_fusion=True)
 
 
-def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int, norm: bool) -> dict:
-    padded_k = max(16, triton.next_power_of_2(n_in))
-    shapes = [(m, n) for m in (16, 32, 64) for n in (16, 32, 64)]
-    if norm:  # rows and weights pass through registers and 64 KiB of shared memory
-        shapes = [(16, n) for n in (16, 32) if n == 16 or n * padded_k * itemsize <= 65536]
-
+def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
     def cost(shape: tuple[int, int]) -> tuple[int, int]:
         # each program reads (rows + columns) * K; minimize the bytes of the busiest multiprocessor
         programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
         return triton.cdiv(programs, MULTIPROCESSORS) * sum(shape), programs
 
-    block_m, block_n = min(shapes, key=cost)
-    block_k = min(padded_k, 128)
-    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
-    if norm:
-        return blocks | dict(CHUNKS=padded_k // block_k, num_warps=8, num_stages=1)
-    # Three buffers of 32 KiB: 48 programs keep 3 MB in flight, and the 99 KiB of consumer GPUs
-    # suffice.
-    elements = 32768 // itemsize // triton.next_power_of_2(block_m + block_n)
-    chunks = max(1, min(padded_k, elements) // block_k)
-    return blocks | dict(CHUNKS=chunks, num_warps=4, num_stages=4)
+    block_m, block_n = min([(m, n) for m in (16, 32, 64) for n in (16, 32, 64)], key=cost)
+    # three buffers of 32 KiB, which the 99 KiB of consumer GPUs hold
+    elements = SHARED_BYTES // 3 // itemsize // triton.next_power_of_2(block_m + block_n)
+    elements = min(max(16, triton.next_power_of_2(n_in)), elements)
+    block_k = min(elements, 128)
+    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=elements // block_k)
+    return blocks | dict(num_warps=4, num_stages=4)
+
+
+def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
+    # the smallest of these blocks of which MAX_PROGRAMS are enough: measured on an H200
+    block_m = min(64, max(16, triton.next_power_of_2(batch)))
+    for shape in [(block_m, 16), (block_m, 32), (block_m, 64), (2 * block_m, 64)]:
+        if triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1]) <= MAX_PROGRAMS:
+            break
+    block_k = min(128 if sum(shape) <= 128 else 64, max(16, triton.next_power_of_2(n_in)))
+    num_stages = min(4, SHARED_BYTES // (sum(shape) * block_k * itemsize))
+    blocks = dict(BLOCK_M=shape[0], BLOCK_N=shape[1], BLOCK_K=block_k, CHUNKS=1)
+    return blocks | dict(num_warps=8 if shape[0] > 64 else 4, num_stages=num_stages)
 
 
 def check_tensors(like: Tensor | None, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, launch_config, linear
+from kernels._pdl import await_launches, pdl
+from kernels.layer_norm import layer_norm
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def _store_qkv(
 
 @triton.jit
 def _append_kernel(
-    x_ptr,  # residual stream (B, C), read
+    x_ptr,  # residual stream (B, C), normalized already if not NORM, read
     ln_w_ptr,  # LayerNorm weight (C,), read
     ln_b_ptr,  # LayerNorm bias (C,), read
     w_ptr,  # QKV weight (3C, C), read
@@ -45,7 +47,7 @@ def _append_kernel(
     lengths_ptr,  # valid keys (B,) int64, read
     active_ptr,  # (B,) bool, read; None: all
     eps, B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -54,21 +56,16 @@ def _append_kernel(
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < 3 * C, other=0.0).to(tl.float32)
-    length = tl.load(lengths_ptr + offs_m, mask=offs_m < B, other=0)  # int64
+    acc = linear(
+        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, NORM, PDL, IMPL,
+        BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+    )  # fmt: skip
+    # without a mask, so that the compiler can load them during the matrix product
+    row = tl.minimum(offs_m, B - 1)
+    length = tl.load(lengths_ptr + row)  # int64
     is_stored = (offs_m < B) & (length < T)  # a full sequence stores nothing
     if active_ptr is not None:
-        active = tl.load(active_ptr + offs_m, mask=offs_m < B, other=0)
-        is_stored = is_stored & active.to(tl.int1)
-    if DOT:
-        acc = gemm_tile(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, 3 * C, C, True,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
-        )  # fmt: skip
-    else:
-        acc = gemv(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, 3 * C, C, True,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        is_stored = is_stored & tl.load(active_ptr + row).to(tl.int1)
     _store_qkv(
         acc + bias, offs_m, offs_n, q_ptr, k_ptr, v_ptr, length, is_stored,
         B, stride_kb, stride_kh, stride_kt, C, D,
@@ -81,10 +78,11 @@ def _append_store_kernel(
     q_ptr,  # the rest as in _append_kernel
     k_ptr, v_ptr, lengths_ptr, active_ptr,
     B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    await_launches(PDL)
     length = tl.load(lengths_ptr + offs_m)
     is_stored = length < T
     if active_ptr is not None:
@@ -119,35 +117,38 @@ def append(
     impl               "gemv", "gemm_tile", "library" (GEMM, then a kernel that only stores), "auto"
 
     Inactive and full sequences (length T) store nothing; their q is computed but meaningless.
-    x and the parameters are contiguous and of one dtype (fp32, bf16, fp16), which may differ from
-    the cache's. Raise ValueError if not. Only q is allocated ("library": two tensors more), and the
-    GPU is never synchronized.
+    x and the parameters are contiguous, the parameters and q of one dtype (fp32, bf16, fp16), from
+    which x and the cache may differ. Raise ValueError if not. Only q is allocated, and at most two
+    tensors between, and the GPU is never synchronized.
     """
     B, nh, T, hs = cache_k.shape
     C = nh * hs
     check_tensors(
-        x, x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
+        weight, ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
         weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)),
     )  # fmt: skip
-    check_tensors(None, lengths=(lengths, (B,)), active=(active, (B,)))
+    check_tensors(None, x=(x, (B, C)), lengths=(lengths, (B,)), active=(active, (B,)))
     layouts = [(tuple(t.shape), t.stride(), t.dtype) for t in (cache_k, cache_v)]
     if layouts[0] != layouts[1] or cache_k.stride(3) != 1:
         raise ValueError(
             "cache_k, cache_v: expected one shape, dtype and strides, the last of them 1, "
             f"got {layouts}"
         )
-    q = x.new_empty(B, nh, hs)
-    impl = auto_impl(B, x.element_size(), C) if impl == "auto" else impl
+    q, itemsize = weight.new_empty(B, nh, hs), weight.element_size()
+    impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
+    norm = impl == "gemv"  # which applies LayerNorm itself
+    x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
     cache = (q, cache_k, cache_v, lengths, active)
     sizes = (B, T, *cache_k.stride()[:3], C, hs)
     if impl == "library":
-        qkv = F.linear(F.layer_norm(x, (C,), ln_weight, ln_bias, eps), weight, bias)
         block = min(1024, triton.next_power_of_2(3 * C))
-        grid = (triton.cdiv(3 * C, block), B)
-        _append_store_kernel[grid](
-            qkv, *cache, *sizes, BLOCK_N=block, num_warps=2, enable_fp_fusion=True
-        )
+        _append_store_kernel[(triton.cdiv(3 * C, block), B)](
+            F.linear(x, weight, bias), *cache, *sizes,
+            BLOCK_N=block, num_warps=2, enable_fp_fusion=True, **pdl(x.device),
+        )  # fmt: skip
         return q
-    grid, config = launch_config(impl, B, 3 * C, C, x.element_size(), norm=True)
-    _append_kernel[grid](x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, **config)
+    grid, config = launch_config(impl, B, 3 * C, C, itemsize)
+    _append_kernel[grid](
+        x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, norm, **config, **pdl(x.device)
+    )
     return q

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._linear import check_tensors
+from kernels._pdl import await_launches, pdl
 
 
 @triton.jit
@@ -20,31 +21,41 @@ def _feedback_kernel(
     lengths_ptr,  # (B,) int64, read and written
     hidden_ptr,  # (B, C), written if active, read if not
     active_ptr,  # (B,) bool, read; None: all
-    eps, P, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    n_taken_ptr,  # (B,) int64, read and written; None: not counted
+    thought_ptr,  # (B, C), written: a copy of hidden; None: no copy
+    eps, P, C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_c < C
-    length = tl.load(lengths_ptr + b)
-    x = tl.load(x_ptr + b * C + offs_c, mask=mask, other=0.0).to(tl.float32)
     ln_w = tl.load(ln_w_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     ln_b = tl.load(ln_b_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    await_launches(PDL)
+    # all loads first, those that others depend on before the rest
+    length, step = tl.load(lengths_ptr + b), 1
+    if active_ptr is not None:
+        step = tl.load(active_ptr + b).to(tl.int64)
+        before = tl.load(hidden_ptr + b * C + offs_c, mask=mask, other=0.0)
+    if n_taken_ptr is not None:
+        n_taken = tl.load(n_taken_ptr + b)
+    x = tl.load(x_ptr + b * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+    length += step
+    # clamped: a full sequence may not advance, but must not read past wpe
+    position = tl.load(wpe_ptr + tl.minimum(length, P - 1) * C + offs_c, mask=mask, other=0.0)
+    tl.debug_barrier()  # all threads must have read x and the length before they are overwritten
     x = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
     h = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * ln_w + ln_b
     h = h.to(hidden_ptr.dtype.element_ty)  # the next input uses the rounded hidden state
     if active_ptr is not None:
-        active = tl.load(active_ptr + b).to(tl.int1)
-        length += active.to(tl.int64)
-        h = tl.where(active, h, tl.load(hidden_ptr + b * C + offs_c, mask=mask, other=0.0))
-    else:
-        length += 1
-    # clamped: a full sequence may not advance, but must not read past wpe
-    position = tl.load(wpe_ptr + tl.minimum(length, P - 1) * C + offs_c, mask=mask, other=0.0)
-    tl.debug_barrier()  # all threads must have read x and the length before they are overwritten
+        h = tl.where(step == 1, h, before)
     tl.store(hidden_ptr + b * C + offs_c, h, mask=mask)
+    if thought_ptr is not None:
+        tl.store(thought_ptr + b * C + offs_c, h, mask=mask)
     x = h.to(tl.float32) + position.to(tl.float32)
     tl.store(x_ptr + b * C + offs_c, x.to(x_ptr.dtype.element_ty), mask=mask)
     tl.store(lengths_ptr + b, length)
+    if n_taken_ptr is not None:
+        tl.store(n_taken_ptr + b, n_taken + step)
 
 
 @triton.jit
@@ -54,11 +65,12 @@ def _embed_kernel(
     wpe_ptr,  # position embeddings (P, C), read
     lengths_ptr,  # (B,) int64, read
     x_ptr,  # input of the step (B, C), written
-    P, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    P, C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
     mask = offs_c < C
+    await_launches(PDL)
     token = tl.load(token_ptr + b)
     length = tl.minimum(tl.load(lengths_ptr + b), P - 1)
     emb = tl.load(wte_ptr + token * C + offs_c, mask=mask, other=0.0).to(tl.float32)
@@ -75,6 +87,8 @@ def feedback(
     hidden: Tensor,
     active: Tensor | None = None,
     eps: float = 1e-5,
+    n_taken: Tensor | None = None,
+    thought: Tensor | None = None,
 ) -> None:
     """Turn the output of the last layer x into the next step's input, in place.
 
@@ -83,19 +97,24 @@ def feedback(
     x         (B, C) = hidden + wpe[lengths], with the new lengths
     wpe       (P, C); a sequence at its end uses the last position, because it goes no further
     active    (B,) bool; None: all
+    n_taken   (B,) int64 += 1 for active sequences; None: not counted
+    thought   (B, C) = hidden: a copy of what is fed back next; None: no copy
 
-    All tensors are contiguous and, except lengths and active, of one dtype; raise ValueError if
+    All tensors are contiguous and, except x and those with (B,), of one dtype; raise ValueError if
     not. Nothing is allocated, and the GPU is never synchronized.
     """
     B, C = x.shape
-    check_tensors(None, lengths=(lengths, (B,)), active=(active, (B,)))
     check_tensors(
-        x, x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
-        wpe=(wpe, (len(wpe), C)), hidden=(hidden, (B, C)),
+        None, x=(x, (B, C)), lengths=(lengths, (B,)), active=(active, (B,)), n_taken=(n_taken, (B,))
+    )
+    check_tensors(
+        wpe, ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)), wpe=(wpe, (len(wpe), C)),
+        hidden=(hidden, (B, C)), thought=(thought, (B, C)),
     )  # fmt: skip
     _feedback_kernel[(B,)](
-        x, ln_weight, ln_bias, wpe, lengths, hidden, active, eps,
-        len(wpe), C, triton.next_power_of_2(C), num_warps=4, enable_fp_fusion=True,
+        x, ln_weight, ln_bias, wpe, lengths, hidden, active, n_taken, thought, eps,
+        len(wpe), C, triton.next_power_of_2(C),
+        num_warps=4, enable_fp_fusion=True, **pdl(x.device),
     )  # fmt: skip
 
 
@@ -106,9 +125,9 @@ def embed(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -
     Checks and the clamped position are those of `feedback`.
     """
     B, C = x.shape
-    check_tensors(None, lengths=(lengths, (B,)), token=(token, (B,)))
-    check_tensors(x, x=(x, (B, C)), wte=(wte, (len(wte), C)), wpe=(wpe, (len(wpe), C)))
+    check_tensors(None, x=(x, (B, C)), lengths=(lengths, (B,)), token=(token, (B,)))
+    check_tensors(wpe, wte=(wte, (len(wte), C)), wpe=(wpe, (len(wpe), C)))
     _embed_kernel[(B,)](
         wte, token, wpe, lengths, x, len(wpe), C, triton.next_power_of_2(C),
-        num_warps=4, enable_fp_fusion=True,
+        num_warps=4, enable_fp_fusion=True, **pdl(x.device),
     )  # fmt: skip

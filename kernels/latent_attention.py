@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._pdl import await_launches, pdl, prefetch
+
 BLOCK_ELEMENTS = 2048  # elements of K (and of V) per loop iteration: 16 of each per thread
 MAX_SPLITS = 32
 NUM_WARPS = 4
@@ -76,19 +78,25 @@ def _latent_attention_fwd_kernel(
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     N_NEW: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     bh, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = bh // nh, bh % nh
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    if PDL:  # the first keys, by a length that may be one step old
+        lo, hi, n_used = split_range(lengths_ptr, b, split, T, N_NEW, SPLITS, BLOCK_N)
+        first = tl.minimum(lo + offs_n, tl.maximum(hi - 1, 0))
+        prefetch(k_ptr + first * stride_kt, PDL)
+        prefetch(v_ptr + first * stride_vt, PDL)
+    await_launches(PDL)
     lo, hi, n_used = split_range(lengths_ptr, b, split, T, N_NEW, SPLITS, BLOCK_N)
     if split >= n_used:
         return
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + offs_d, mask=mask_d, other=0.0)
     q = q.to(tl.float32) * scale  # (BLOCK_D,)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
 
     # One softmax state per lane, so no reduction across threads inside the loop but q . k itself.
     # The max starts finite: a lane without keys then gives exp(very negative) = 0, not NaN.
@@ -251,6 +259,6 @@ def latent_attention(
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         N_NEW=n_new, D=hs, SPLITS=workspace.n_splits,
         BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True, **pdl(q.device),
     )  # fmt: skip
     return out

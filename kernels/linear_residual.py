@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
+from kernels._linear import auto_impl, check_tensors, launch_config, linear
+from kernels._pdl import pdl
 from kernels.reference import linear_residual_ref
 
 
@@ -17,7 +18,7 @@ def _linear_residual_kernel(
     w_ptr,  # weight (N, K), read
     bias_ptr,  # bias (N,), read
     x_ptr,  # residual stream (B, N), read and written: each element by one program only
-    B, N: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    B, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -27,21 +28,13 @@ def _linear_residual_kernel(
     mask = (offs_m < B) & (offs_n < N)
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + offs_m * N + offs_n, mask=mask, other=0.0).to(tl.float32)
     # no LayerNorm: y_ptr fills the places of its parameters, which are not read
-    if DOT:
-        acc = gemm_tile(
-            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
-        )  # fmt: skip
-    else:
-        acc = gemv(
-            y_ptr, w_ptr, y_ptr, y_ptr, 0.0, B, row0, col0, N, K, False,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    acc = linear(
+        y_ptr, w_ptr, y_ptr, y_ptr, x_ptr, 0.0, B, row0, col0, N, K, False, PDL, IMPL,
+        BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+    )  # fmt: skip
     # one rounding: product, bias and residual are all fp32 up to here
-    x = (x + (acc + bias)).to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + offs_m * N + offs_n, x, mask=mask)
+    tl.store(x_ptr + offs_m * N + offs_n, (acc + bias).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def linear_residual(
@@ -49,15 +42,16 @@ def linear_residual(
 ) -> Tensor:
     """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x.
 
-    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and of one dtype
-    (fp32, bf16, fp16); raise ValueError if not. The result is rounded once, when stored ("library":
-    twice). Nothing is allocated except by "library", and the GPU is never synchronized.
+    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and, except x, of one
+    dtype (fp32, bf16, fp16); raise ValueError if not. The result is rounded once, when stored
+    ("library": twice). Nothing is allocated except by "library", and the GPU is never synchronized.
     """
     B, (N, K) = len(y), weight.shape
-    check_tensors(y, y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)), x=(x, (B, N)))
-    impl = auto_impl(B, y.element_size()) if impl == "auto" else impl
+    check_tensors(y, y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)))
+    check_tensors(None, x=(x, (B, N)))
+    impl = auto_impl(B, K, y.element_size()) if impl == "auto" else impl
     if impl == "library":
         return linear_residual_ref(y, weight, bias, x)
-    grid, config = launch_config(impl, B, N, K, y.element_size(), norm=False)
-    _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **config)
+    grid, config = launch_config(impl, B, N, K, y.element_size())
+    _linear_residual_kernel[grid](y, weight, bias, x, B, N, K, **config, **pdl(x.device))
     return x

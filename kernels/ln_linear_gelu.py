@@ -3,20 +3,23 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, gemm_tile, gemv, launch_config
-from kernels.reference import ln_linear_gelu_ref
+from kernels._linear import auto_impl, check_tensors, launch_config, linear
+from kernels._pdl import pdl
+from kernels.layer_norm import layer_norm
 
 
 @triton.jit
 def _ln_linear_gelu_kernel(
-    x_ptr,  # residual stream (B, K), read
+    x_ptr,  # residual stream (B, K), normalized already if not NORM, read
     ln_w_ptr,  # LayerNorm weight (K,), read
     ln_b_ptr,  # LayerNorm bias (K,), read
     w_ptr,  # weight (N, K), read
     bias_ptr,  # bias (N,), read
     out_ptr,  # output (B, N), written
-    eps, B, N: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    eps, B, N: tl.constexpr, K: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -25,16 +28,10 @@ def _ln_linear_gelu_kernel(
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    if DOT:
-        acc = gemm_tile(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, N, K, True,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
-        )  # fmt: skip
-    else:
-        acc = gemv(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, eps, B, row0, col0, N, K, True,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    acc = linear(
+        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, NORM, PDL, IMPL,
+        BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
+    )  # fmt: skip
     h = acc + bias
     # tanh-GELU: h * (1 + tanh(u)) / 2 = h * sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3)
     h = h * tl.sigmoid(1.59576912 * (h + 0.044715 * h * h * h))
@@ -53,19 +50,25 @@ def ln_linear_gelu(
 ) -> Tensor:
     """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)), a new (B, N); tanh-GELU.
 
-    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and of one dtype
-    (fp32, bf16, fp16); raise ValueError if not. Only the output is allocated ("library": three
-    tensors), and the GPU is never synchronized.
+    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and, except x, of one
+    dtype (fp32, bf16, fp16), which the output has too; raise ValueError if not. Only the output is
+    allocated, and at most two tensors between, and the GPU is never synchronized.
     """
     B, (N, K) = len(x), weight.shape
     check_tensors(
-        x, x=(x, (B, K)), ln_weight=(ln_weight, (K,)), ln_bias=(ln_bias, (K,)),
+        weight, ln_weight=(ln_weight, (K,)), ln_bias=(ln_bias, (K,)),
         weight=(weight, (N, K)), bias=(bias, (N,)),
     )  # fmt: skip
-    impl = auto_impl(B, x.element_size(), K) if impl == "auto" else impl
+    check_tensors(None, x=(x, (B, K)))
+    itemsize = weight.element_size()
+    impl = auto_impl(B, K, itemsize) if impl == "auto" else impl
+    norm = impl == "gemv"  # which applies LayerNorm itself
+    x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
     if impl == "library":
-        return ln_linear_gelu_ref(x, ln_weight, ln_bias, weight, bias, eps)
-    grid, config = launch_config(impl, B, N, K, x.element_size(), norm=True)
-    out = x.new_empty(B, N)
-    _ln_linear_gelu_kernel[grid](x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, **config)
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")  # GPT-2's GELU
+    grid, config = launch_config(impl, B, N, K, itemsize)
+    out = weight.new_empty(B, N)
+    _ln_linear_gelu_kernel[grid](
+        x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, norm, **config, **pdl(x.device)
+    )
     return out

@@ -1,11 +1,17 @@
 """Every kernel's op in plain torch: slow, and correct in any dtype. Tests compare with these.
 
-Two of them also run where no kernel does: linear_residual_ref and ln_linear_gelu_ref.
+The residual stream x may have another dtype than the parameters: fp32 in inference.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def layer_norm_ref(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return the LayerNorm of x (B, C) in the weight's dtype."""
+    weight, bias = ln_weight.to(x.dtype), ln_bias.to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(ln_weight.dtype)
 
 
 def append_ref(
@@ -22,7 +28,7 @@ def append_ref(
 ) -> Tensor:
     """Return q (B, nh, hs) of x (B, C); store k and v at each sequence's length (append.py)."""
     B, nh, T, hs = cache_k.shape
-    qkv = F.linear(F.layer_norm(x, (nh * hs,), ln_weight, ln_bias, eps), weight, bias)
+    qkv = F.linear(layer_norm_ref(x, ln_weight, ln_bias, eps), weight, bias)
     q, k, v = qkv.view(B, 3, nh, hs).unbind(1)  # (B, nh, hs) each
     # one sequence at a time, because each has its own length
     for b, length in enumerate(lengths.tolist()):
@@ -82,7 +88,7 @@ def ln_linear_gelu_ref(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> Tensor:
     """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)): (B, N)."""
-    h = F.linear(F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps), weight, bias)
+    h = F.linear(layer_norm_ref(x, ln_weight, ln_bias, eps), weight, bias)
     return F.gelu(h, approximate="tanh")  # GPT-2's GELU
 
 
@@ -95,18 +101,25 @@ def feedback_ref(
     hidden: Tensor,
     active: Tensor | None = None,
     eps: float = 1e-5,
+    n_taken: Tensor | None = None,
+    thought: Tensor | None = None,
 ) -> None:
-    """Update x (B, C), lengths (B,) and hidden (B, C) in place (feedback.py)."""
+    """Update x (B, C), lengths (B,), hidden (B, C), n_taken (B,) in place, and write thought (B, C)
+    (feedback.py)."""
     active = torch.ones_like(lengths, dtype=torch.bool) if active is None else active
-    h = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
+    h = layer_norm_ref(x, ln_weight, ln_bias, eps)
     # a sequence that has ended keeps its state and its length
     hidden.copy_(torch.where(active[:, None], h, hidden))
+    if n_taken is not None:
+        n_taken += active
+    if thought is not None:
+        thought.copy_(hidden)
     lengths += active  # before wpe: the next input is one position later
     # a full sequence has no next position; what it reads is never used
-    x.copy_(hidden + wpe[lengths.clamp(max=len(wpe) - 1)])
+    x.copy_(hidden.to(x.dtype) + wpe[lengths.clamp(max=len(wpe) - 1)])
 
 
 def embed_ref(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
     """Write x (B, C) = wte[token] + wpe[lengths] in place."""
     # in place, because a CUDA graph reads the input of a step from one address
-    x.copy_(wte[token] + wpe[lengths.clamp(max=len(wpe) - 1)])
+    x.copy_(wte[token].to(x.dtype) + wpe[lengths.clamp(max=len(wpe) - 1)])

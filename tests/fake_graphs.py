@@ -12,19 +12,30 @@ SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # the host re
 class FakeGraph(TorchDispatchMode):
     """Record operations and their tensors, then repeat just these, as a CUDA graph does.
 
-    Python values and shapes are those of the recording.
+    Python values and shapes are those of the recording, which leaves no value changed.
     """
 
     def __init__(self):
         super().__init__()
-        self.recorded = []
+        self.recorded, self.before = [], {}  # before: address -> (storage, its first content)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
         assert name not in SYNCS, f"{name}: a graph cannot sync with the host"
-        out = func(*args, **(kwargs or {}))
-        self.recorded.append((func, args, kwargs or {}, out))
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.is_write and value is not None:
+                for storage in (x.untyped_storage() for x in tree_leaves(value)):
+                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        self.recorded.append((func, args, kwargs, out))
         return out
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for storage, content in self.before.values():
+            storage.copy_(content)
 
     @torch.no_grad()  # the recording may contain a backward pass, as plain operations
     def replay(self):
@@ -43,14 +54,9 @@ class FakeGraph(TorchDispatchMode):
 class FakeGraphCache(GraphCache):
     captured = replayed = 0
 
-    def _warmup(self, fn):
+    def _run_and_capture(self, fn):
         fn()
-
-    def _capture(self, fn, mutated):
-        before = [t.clone() for t in mutated]
         with FakeGraph() as graph:
             fn()
-        for t, value in zip(mutated, before, strict=True):
-            t.copy_(value)  # capturing computes nothing
         FakeGraphCache.captured += 1
         return graph

@@ -39,10 +39,6 @@ class StaticBuffers:
         self.noise = torch.ones(batch, config.vocab_size, device=w.device)
         self.temperature = torch.ones((), device=w.device)
 
-    def mutable(self) -> list[Tensor]:
-        """Return what a step must not change twice: all but the cache, which it only appends to."""
-        return [v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "cache"]
-
     @property
     def bytes(self) -> int:
         return sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
@@ -85,14 +81,19 @@ class BatchView:
         """
         if stop:
             self.active &= self.model.stop_logit(self.hidden) <= 0
-        self.buffers.thoughts[i, : self.batch].copy_(self.hidden)
         active = self.active if stop or self.static else None  # None: all are
+        thoughts = self.buffers.thoughts[:, : self.batch]
         if self.fused is not None:
-            self.fused.latent_step(self.hidden, active, is_first=i == 0)
+            if i == 0:
+                thoughts[0].copy_(self.hidden)
+            # the kernel that makes the next thought also counts and keeps it
+            following = thoughts[i + 1] if i + 1 < len(thoughts) else None
+            self.fused.latent_step(self.hidden, active, i == 0, self.n_taken, following)
         else:
+            thoughts[i].copy_(self.hidden)
             fed = steps.edited_thought(self.model, self.hidden, i, edit)
             self._store(steps.append_step(self.model, self.cache, fed, self._state(), active))
-        self.n_taken += self.active
+            self.n_taken += self.active
 
     def decode_step(self) -> None:
         """Append the last token."""

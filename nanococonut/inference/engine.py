@@ -479,7 +479,7 @@ class Engine:
         if self.graphs is None:
             fn()
         else:
-            self.graphs.run(key, fn, self._buffers.mutable())
+            self.graphs.run(key, fn)
 
     def _weights_key(self) -> tuple:
         is_packed = self.kernels == "packed"  # only copies care for changes in place

@@ -22,15 +22,25 @@ class FusedStep:
         self.workspace = SplitWorkspace.allocate(B, nh, T, hs, cache.data.device)
         self.batch_index = torch.arange(B, device=cache.data.device)
         # (B, C) residual stream; `feedback` leaves the input of the next thought in it
-        self.x = cache.data.new_empty(B, nh * hs)
+        self.x = cache.data.new_empty(B, nh * hs, dtype=torch.float32)
 
-    def latent_step(self, hidden: Tensor, active: Tensor | None, is_first: bool) -> None:
-        """Append one thought. is_first: the step before was not a latent step of this object."""
+    def latent_step(
+        self,
+        hidden: Tensor,
+        active: Tensor | None,
+        is_first: bool,
+        n_taken: Tensor | None = None,
+        thought: Tensor | None = None,
+    ) -> None:
+        """Append one thought. is_first: the step before was not a latent step of this object.
+
+        n_taken, thought: see kernels/feedback.py.
+        """
         from kernels.feedback import embed
 
         if is_first:  # thought plus position: row b of hidden is "token" b
             embed(hidden, self.batch_index, self.model.wpe.weight, self.cache.lengths, self.x)
-        self._blocks(hidden, active)
+        self._blocks(hidden, active, n_taken, thought)
 
     def decode_step(self, token: Tensor, hidden: Tensor) -> None:
         """Append one token, (B,) int64."""
@@ -38,10 +48,16 @@ class FusedStep:
 
         wte, wpe = self.model.wte.weight, self.model.wpe.weight
         embed(wte, token, wpe, self.cache.lengths, self.x)
-        self._blocks(hidden, None)
+        self._blocks(hidden)
 
     @torch.no_grad()
-    def _blocks(self, hidden: Tensor, active: Tensor | None) -> None:
+    def _blocks(
+        self,
+        hidden: Tensor,
+        active: Tensor | None = None,
+        n_taken: Tensor | None = None,
+        thought: Tensor | None = None,
+    ) -> None:
         """Run all layers on x, five launches each, then the final LayerNorm into hidden."""
         from kernels.append import append
         from kernels.feedback import feedback
@@ -61,4 +77,4 @@ class FusedStep:
             h = ln_linear_gelu(x, ln.weight, ln.bias, up.weight, up.bias, ln.eps)
             linear_residual(h, down.weight, down.bias, x)
         ln, wpe = self.model.ln_f, self.model.wpe.weight
-        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, ln.eps)
+        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, ln.eps, n_taken, thought)

@@ -18,7 +18,7 @@ from nanococonut.batch import Batch
 from nanococonut.model import GPT
 from nanococonut.runtime.graphs import GraphCache, round_up
 
-PREFIX, SUFFIX, LABELS = 64, 16, 256
+PREFIX, SUFFIX, LABELS = 64, 16, 512
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TrainStep:
 
     think         coconut.think, with its kernels chosen
     use_bf16      autocast the forward pass to bfloat16
-    graphs        None, or the cache of CUDA graphs; gradients are then zeroed in place, never None
+    graphs        None, or the cache of CUDA graphs; gradients are then zeroed in place
     thought_loss  weight of coconut.thought_loss in the gradient (0: the paper's losses alone)
     totals        (3,) on the device: loss, examples all correct, examples counted
     """
@@ -68,13 +68,13 @@ class TrainStep:
     def zero_grad(self) -> None:
         """Clear gradients and totals, before the first micro-batch of a step."""
         self.totals.zero_()  # in place: graphs have captured this address too
-        for p in self.model.parameters():
-            if self.graphs is None:
-                p.grad = None  # optimizers skip a module that the step does not use
-            elif p.grad is None:
-                p.grad = torch.zeros_like(p)
-            else:
-                p.grad.zero_()  # a graph has captured this address
+        # optimizers skip a parameter without a gradient, such as one that no step used so far
+        used = [p for p in self.model.parameters() if p.grad is not None]
+        if self.graphs is None:
+            for p in used:
+                p.grad = None
+        elif used:
+            torch._foreach_zero_([p.grad for p in used])  # in place, all in one launch
 
     def prepare(self, batch: Batch, counted: Sequence[bool], n_thoughts: int = 0) -> MicroBatch:
         """Return the micro-batch, padded for a graph: host work, while the device is busy.
@@ -125,8 +125,7 @@ class TrainStep:
         inputs[0].copy_(batch)
         inputs[1].copy_(count_mask, non_blocking=True)
         inputs[2].copy_(scale, non_blocking=True)
-        mutated = [self.totals, *(p.grad for p in self.model.parameters())]
-        self.graphs.run(key, lambda: self._forward_backward(*inputs), mutated)
+        self.graphs.run(key, lambda: self._forward_backward(*inputs))
 
     def _forward_backward(self, batch: Batch, count_mask: Tensor, scale: Tensor) -> None:
         n_labels, fraction, thought_scale = scale

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -188,9 +189,15 @@ def save(
     manifest: dict[str, Any],
 ) -> Path:
     """Write run/step_<step>. Keep the last two checkpoints and the best; delete the rest."""
+    return _save_files(run, step, gather_tensors(model, optimizers), manifest)
+
+
+def _save_files(
+    run: Path, step: int, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
+) -> Path:
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
-        write_atomic(folder, gather_tensors(model, optimizers), manifest | {"step": step})
+        write_atomic(folder, files, manifest | {"step": step})
     for old in list_checkpoints(run)[:-2]:  # two, in case the run went wrong at the last one
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
             with suppress(OSError):  # Windows renames no folder that is being read
@@ -325,6 +332,8 @@ class RunDir:
         self.metrics_path = self.path / "metrics.jsonl"
         self.manifest: dict[str, Any] = {}
         self._lock: IO[str] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._saving: Future[Path] | None = None
         if (self.path / MANIFEST).is_file():
             raise UserError(
                 f"--out_dir {path} is a checkpoint, not a run.\nGive the folder that contains it."
@@ -356,7 +365,8 @@ class RunDir:
             )
 
     def close(self) -> None:
-        """End the lock."""
+        """Wait for a save in the background, then end the lock."""
+        self.end_save()
         if self._lock:
             self._lock.close()
 
@@ -442,9 +452,17 @@ class RunDir:
             raise self._unwritable(e) from None
 
     def save(
-        self, model: GPT, optimizers: Sequence[Optimizer], step: int, manifest: dict[str, Any]
+        self,
+        model: GPT,
+        optimizers: Sequence[Optimizer],
+        step: int,
+        manifest: dict[str, Any],
+        background: bool = False,
     ) -> None:
-        """Save the model unless a weight is NaN or infinite. Collective: every rank calls it."""
+        """Save the model unless a weight is NaN or infinite. Collective: every rank calls it.
+
+        background: for a GPU's tensors, which are copied; the files are written while it goes on.
+        """
         is_bad = not all(torch.isfinite(p).all() for p in model.parameters())
         if any(self.dist.all_reduce_sum([is_bad])):
             raise self.diverged("weights", step)
@@ -459,10 +477,22 @@ class RunDir:
             "threads": torch.get_num_threads(),
             "processes": self.dist.world,
         }
-        save(self.path, step, model, optimizers, manifest)
+        self.end_save()  # never two at once
+        files = gather_tensors(model, optimizers)
+        if background:
+            self._saving = self._writer.submit(_save_files, self.path, step, files, manifest)
+        else:  # the CPU's tensors are the model's own, which the next step changes
+            _save_files(self.path, step, files, manifest)
+
+    def end_save(self, wait: bool = True) -> None:
+        """Raise the error of a save in the background; wait: if it still runs, wait for its end."""
+        if self._saving and (wait or self._saving.done()):
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def diverged(self, what: str, step: int) -> UserError:
         """Return the error for a loss or weights that are no longer finite."""
+        self.end_save()
         checkpoints = list_checkpoints(self.path)
         kept = f"the last checkpoint is step {_step(checkpoints[-1])}" if checkpoints else "no save"
         return UserError(

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -70,8 +69,8 @@ def test_more_layers_are_more_parameters(bench):
 def trainer(micro_batch_size=64, **settings):
     """Return the Trainer of a tiny model."""
     own = dict(config=CONFIG, n_layer=2, n_embd=8, batch_size=5, repeats=1)
-    recipe = training.recipe_of(training.StepConfig(**own | settings))
-    return training.Trainer(replace(recipe, micro_batch_size=micro_batch_size))
+    own |= dict(micro_batch_size=micro_batch_size)
+    return training.Trainer(training.recipe_of(training.StepConfig(**own | settings)))
 
 
 @pytest.mark.parametrize("latent, micro", [(0, 5), (2, 2)])

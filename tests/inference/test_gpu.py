@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -92,16 +93,18 @@ def test_training_with_graphs_equals_training_without(kernels, half):
         TrainStep(models[1], think, half, graphs=GraphCache(8)),
     ]
     for step in range(4):
-        batches = [random_batch(10 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
+        batches = [random_batch(30 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
         labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
         for model, one in zip(models, steppers, strict=True):
             ready = [one.prepare(b, [True] * len(b.length), 3) for b in batches]
             one.zero_grad()
-            if step:  # the first captures
-                torch.cuda.set_sync_debug_mode("error")
-            for micro in ready:
-                one(micro, labels, rows)
-            torch.cuda.set_sync_debug_mode("default")
+            # the first step captures
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                for micro in ready:
+                    one(micro, labels, rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 0.01 * p.grad
@@ -109,6 +112,25 @@ def test_training_with_graphs_equals_training_without(kernels, half):
         torch.testing.assert_close(steppers[1].totals[0], steppers[0].totals[0], **close)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(q, p, **close)
+
+
+def test_a_first_run_uses_the_memory_of_graphs():
+    """It took as much memory again as the graphs: forward or backward passes, outside the pool."""
+    weight = torch.zeros(1 << 24, device="cuda", requires_grad=True)  # 64 MB
+
+    def fn():
+        (weight.exp() * 2).exp().sum().backward()
+
+    graphs = GraphCache(8)
+    graphs.run((1,), fn)
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    graphs.run((2,), fn)
+    assert torch.cuda.max_memory_reserved() <= reserved + (4 << 20)
+    graphs.run((1,), fn)
+    graphs.run((2,), fn)
+    torch.testing.assert_close(weight.grad, torch.full_like(weight, 4 * 2 * math.e**2))
 
 
 def test_dropout_in_graphs_follows_the_seed():

@@ -6,7 +6,7 @@ from fake_graphs import FakeGraphCache
 
 
 def test_each_run_does_the_work_once():
-    """Warm-up and capture could each add to the total; the oldest graph could stay."""
+    """First run and capture could each add to the total; the oldest graph could stay."""
     graphs, total, calls = FakeGraphCache(2), torch.zeros(()), []
 
     def add(n):
@@ -17,10 +17,10 @@ def test_each_run_does_the_work_once():
         return fn
 
     for n in (1, 2, 1, 3, 1, 2):  # 3 replaces 2, then 2 replaces 3
-        graphs.run((n,), add(n), [total])
+        graphs.run((n,), add(n))
         assert len(graphs.graphs) <= 2
     assert total == 1 + 2 + 1 + 3 + 1 + 2
-    assert calls == [1, 1, 2, 2, 3, 3, 2, 2]  # warm-up and capture; a replay calls nothing
+    assert calls == [1, 1, 2, 2, 3, 3, 2, 2]  # first run and capture; a replay calls nothing
 
 
 def test_fake_graphs_refuse_a_sync():
@@ -28,4 +28,4 @@ def test_fake_graphs_refuse_a_sync():
     x = torch.zeros(3)
     for sync in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0)):
         with pytest.raises(AssertionError, match="cannot sync"):
-            FakeGraphCache(2).run((0,), sync, [x])
+            FakeGraphCache(2).run((0,), sync)

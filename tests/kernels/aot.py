@@ -35,6 +35,7 @@ import kernels._linear as _linear
 import kernels.append as append
 import kernels.feedback as feedback
 import kernels.latent_attention as latent_attention
+import kernels.layer_norm as layer_norm
 import kernels.linear_cross_entropy as linear_cross_entropy
 import kernels.linear_residual as linear_residual
 import kernels.ln_linear_gelu as ln_linear_gelu
@@ -124,16 +125,19 @@ def _run_tool(name: str, *args: str) -> str:
 def compile_case(case: Case, target: str) -> Report:
     """Compile one case for one of TARGETS and count its instructions."""
     names = case.kernel.arg_names
-    mismatch = set(names) ^ (set(case.signature) | set(case.constexprs))
+    constexprs, options = dict(case.constexprs), {}
+    if "PDL" in names:  # as _pdl.pdl() on this chip
+        constexprs["PDL"] = options["launch_pdl"] = target == "sm_90"
+    mismatch = set(names) ^ (set(case.signature) | set(constexprs))
     if mismatch:
         raise ValueError(f"{case.name}: arguments {sorted(mismatch)} do not match the kernel's")
     source = ASTSource(
         case.kernel,
         signature={n: case.signature.get(n, "constexpr") for n in names},
-        constexprs=case.constexprs,
+        constexprs=constexprs,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible},
     )
-    options = dict(num_warps=case.num_warps, num_stages=case.num_stages, enable_fp_fusion=True)
+    options |= dict(num_warps=case.num_warps, num_stages=case.num_stages, enable_fp_fusion=True)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -160,8 +164,8 @@ def compile_case(case: Case, target: str) -> Report:
 def _case(kernel: Any, name: str, values: dict[str, Any], **options: Any) -> Case:
     """Return a case of bf16 pointers; values: the other arguments, a type (string) or a value."""
     values = {a: "*bf16" for a in kernel.arg_names if a.endswith("_ptr")} | values
-    signature = {a: t for a, t in values.items() if isinstance(t, str)}
-    constexprs = {a: v for a, v in values.items() if not isinstance(v, str)}
+    signature = {a: t for a, t in values.items() if isinstance(t, str) and a != "IMPL"}
+    constexprs = {a: v for a, v in values.items() if a not in signature}
     divisible = [a for a in signature if a.endswith("_ptr") or a.startswith("stride")]
     return Case(name, kernel, signature, constexprs, divisible=divisible, **options)
 
@@ -170,31 +174,36 @@ def _linear_case(
     kernel: Any, impl: str, shape: tuple[int, int, int], values: dict[str, Any]
 ) -> Case:
     """Return a case of a linear map of shape (B, N, K), with its launcher's block sizes."""
-    (B, N, K), norm = shape, "eps" in kernel.arg_names
-    blocks = dict(_linear.launch_config(impl, B, N, K, 2, norm)[1])
+    B, N, K = shape
+    if "NORM" in kernel.arg_names:
+        values["NORM"] = impl == "gemv"
+    blocks = dict(_linear.launch_config(impl, B, N, K, 2)[1])
     del blocks["enable_fp_fusion"]
     options = dict(num_warps=blocks.pop("num_warps"), num_stages=blocks.pop("num_stages"))
     values = dict(B="i32") | values | blocks
     name = f"{impl} B={B} {N}x{K}"
-    return _case(kernel, name, values, **options, wide_loads=True, dots=impl == "gemm_tile")
+    return _case(kernel, name, values, **options, wide_loads=True, dots=impl != "gemv")
 
 
 def _append_cases() -> Iterable[Case]:
     values = dict(lengths_ptr="*i64", active_ptr="*i1", B="i32", T="i32")
     values |= dict.fromkeys(("stride_kb", "stride_kh", "stride_kt"), "i32")
     values |= dict(C=768, D=64)
-    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm_tile", 8)]:
-        yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | dict(eps="fp32"))
+    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm", 8), ("gemm", 256)]:
+        more = dict(eps="fp32", x_ptr="*bf16" if impl == "gemm" else "*fp32")
+        yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | more)
     values |= dict(BLOCK_N=1024)
     yield _case(append._append_store_kernel, "store", values, num_warps=2, wide_loads=True)
 
 
 def _feedback_cases() -> Iterable[Case]:
     # no wide_loads: a row is too short for 128 bits per thread
-    values = dict(lengths_ptr="*i64", P="i32", C=768, BLOCK_C=1024)
-    active = dict(active_ptr="*i1", eps="fp32")
+    values = dict(x_ptr="*fp32", lengths_ptr="*i64", P="i32", C=768, BLOCK_C=1024)
+    active = dict(active_ptr="*i1", n_taken_ptr="*i64", eps="fp32")
     yield _case(feedback._feedback_kernel, "active", values | active)
     yield _case(feedback._embed_kernel, "bf16", values | dict(token_ptr="*i64"))
+    norm = dict(eps="fp32", C=768, BLOCK_C=1024)
+    yield _case(layer_norm._layer_norm_kernel, "bf16", norm)
 
 
 def _attention_case(
@@ -209,7 +218,7 @@ def _attention_case(
     values |= dict(partial_acc_ptr="*fp32", partial_ml_ptr="*fp32") | pointers
     if n_splits == 1:
         values |= dict(partial_acc_ptr=None, partial_ml_ptr=None, counter_ptr=None)
-    values = {a: values[a] for a in kernel.arg_names}
+    values = {a: values[a] for a in kernel.arg_names if a != "PDL"}
     warps = latent_attention.NUM_WARPS
     return _case(kernel, name, values, num_warps=warps, num_stages=stages, wide_loads=True)
 
@@ -245,13 +254,14 @@ def _residual_and_gelu_cases() -> Iterable[Case]:
         ("gemv", 1, 768),
         ("gemv", 4, 3072),
         ("gemm_tile", 8, 3072),
-        ("gemm_tile", 63, 768),
+        ("gemm", 64, 3072),
     ]:
         kernel = linear_residual._linear_residual_kernel
-        yield _linear_case(kernel, impl, (B, 768, K), dict(N=768, K=K))
-    for impl, B, C in [("gemv", 4, 768), ("gemm_tile", 8, 1024)]:  # these need the most registers
+        yield _linear_case(kernel, impl, (B, 768, K), dict(x_ptr="*fp32", N=768, K=K))
+    for impl, B, C in [("gemv", 4, 768), ("gemm", 8, 1024), ("gemm", 256, 768)]:
         kernel = ln_linear_gelu._ln_linear_gelu_kernel
-        yield _linear_case(kernel, impl, (B, 4 * C, C), dict(eps="fp32", N=4 * C, K=C))
+        values = dict(x_ptr="*bf16" if impl == "gemm" else "*fp32", eps="fp32", N=4 * C, K=C)
+        yield _linear_case(kernel, impl, (B, 4 * C, C), values)
 
 
 def all_cases(only: str = "") -> Iterable[Case]:

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import socket
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
@@ -367,3 +368,30 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     lock.lock_folder(tmp_path).close()
     assert "No locks available" in capsys.readouterr().out
+
+
+def test_background_save_ends_and_reports(tmp_path, model, tokenizer, monkeypatch):
+    """Two saves could write at once, an error could be lost, or a run end before its save."""
+    run = RunDir(tmp_path / "run", TrainConfig(), Distributed())
+    run.examples, writing, started = "", threading.Event(), []
+    write_atomic = checkpoint.write_atomic
+
+    def slow(*args):
+        started.append(args[0].name)
+        assert writing.wait(10)
+        write_atomic(*args)
+
+    monkeypatch.setattr(checkpoint, "write_atomic", slow)
+    run.save(model, [], 1, manifest_of(model, tokenizer), background=True)
+    run.end_save(wait=False)
+    assert not checkpoint.list_checkpoints(run.path)  # the loop goes on meanwhile
+    threading.Timer(0.1, writing.set).start()
+    run.save(model, [], 2, manifest_of(model, tokenizer), background=True)  # waits for the first
+    assert (run.path / "step_00000001").is_dir() and started[0] == "step_00000001"
+    run.close()
+    assert [x.name for x in checkpoint.list_checkpoints(run.path)][1:] == ["step_00000002"]
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    run.save(model, [], 3, manifest_of(model, tokenizer), background=True)
+    with pytest.raises(UserError, match="full"):
+        run.close()
+    assert len(checkpoint.list_checkpoints(run.path)) == 2

@@ -1,0 +1,66 @@
+"""Programmatic dependent launch (PDL): a kernel starts while the one before it still runs.
+
+A step is a chain of some sixty launches of a few microseconds each, so the gaps between them count.
+With PDL (Hopper and newer), a kernel is launched early, loads its weights, and only then waits for
+the kernels before it. Every kernel of a step calls `await_launches` once. Before that it may read
+parameters only; whatever another launch has written, it reads after. Since each kernel waits, all
+launches before it have then ended, not only the last one.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LINE_BYTES = tl.constexpr(128)  # of the L2 cache
+
+
+@cache
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Return the launch options of a kernel that calls `await_launches`."""
+    has_it = device.type == "cuda" and not torch.version.hip
+    if has_it and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}  # Triton's interpreter does not know launch_pdl
+
+
+@triton.jit
+def await_launches(PDL: tl.constexpr):
+    """Let the next launch begin, and wait until all launches before have ended.
+
+    Loads above this call are issued before it, with PDL and without.
+    """
+    if PDL == 1:
+        gdc_launch_dependents()
+        gdc_wait()
+    elif PDL == 2:
+        gdc_wait()
+        gdc_launch_dependents()
+    else:
+        tl.debug_barrier()
+
+
+@triton.jit
+def prefetch(ptrs, PDL: tl.constexpr):
+    """Fetch lines into the L2 cache. Safe for data that is still being written, unlike a load."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch_rows(
+    w_ptr, row0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
+):
+    """Fetch rows [row0, row0 + BLOCK_N) of a matrix (N, K) into the L2 cache."""
+    if PDL:
+        PER_LINE: tl.constexpr = LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        N_LINES: tl.constexpr = (K + PER_LINE - 1) // PER_LINE
+        BLOCK: tl.constexpr = triton.next_power_of_2(N_LINES)
+        offs_n = tl.minimum(row0 + tl.arange(0, BLOCK_N), N - 1)[:, None]
+        offs_k = tl.minimum(tl.arange(0, BLOCK), N_LINES - 1)[None, :] * PER_LINE
+        prefetch(w_ptr + offs_n * K + offs_k, PDL)
