@@ -105,7 +105,7 @@ def main() -> None:
     model = init_model(config, tokenizer).to(device)
     optimizers = init_optimizers(config, model)  # [AdamW] or [AdamW, Muon]
     kernels, kernels_reason = ops.choose_training_backend(config.kernels, model)
-    use_graphs = ops.choose_graph("off" if config.ungraphed else config.graph, model)
+    use_graphs = ops.choose_graph(config.graph, model)
     think = partial(coconut.think, kernels=kernels)
     graphs = GraphCache(64) if use_graphs else None
     train_step = TrainStep(model, think, use_bf16, graphs, config.thought_loss)

@@ -176,8 +176,7 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
         "device": manifest["device"],
         "threads": manifest["threads"],
         "commit": manifest.get("trained_with", manifest)["commit"],
-        "thought_loss": (loss := manifest["config"].get("thought_loss", 0.0)),
-        "thought_labels": manifest["config"].get("thought_labels", "path") if loss else None,
+        "thought_labels": manifest["config"]["thought_labels"],
     }
 
 

@@ -112,7 +112,7 @@ class Trainer:
         self.curriculum, self.stage = Curriculum.from_config(recipe), recipe.max_latent_stage + 1
         self.model = init_model(recipe, self.tokenizer).to(select_device(recipe.device)).train()
         self.kernels, self.why_kernels = ops.choose_training_backend(recipe.kernels, self.model)
-        self.graph = ops.choose_graph("off" if recipe.ungraphed else recipe.graph, self.model)
+        self.graph = ops.choose_graph(recipe.graph, self.model)
         self.think = partial(coconut.think, kernels=self.kernels)
         use_bf16 = select_precision(recipe.dtype, self.model.wte.weight.device)
         graphs = GraphCache(64) if self.graph else None

@@ -12,7 +12,6 @@ n_head = 2
 n_embd = 64
 block_size = 160  # room for the longest example
 dropout = 0.0  # every example is new, so there is no overfitting
-wte_init_std = 0.1  # learns faster than 0.02 (docs/LOG.md)
 smear = True  # makes the previous word visible without an attention layer
 
 train_examples = 6_400  # 100 steps per epoch
@@ -34,7 +33,6 @@ batch_size = 64
 micro_batch_size = 64
 learning_rate = 2e-3  # embeddings, biases and LayerNorms, by AdamW
 muon_learning_rate = 7e-3  # matrices, by Muon: learns in fewer steps (docs/LOG.md)
-beta2 = 0.98
 grad_clip = 1.0
 warmup_steps = 50
 decay_fraction = 0.6

@@ -1,7 +1,7 @@
 """ProsQA at its released size, from random weights: 3 to 6 hops in graphs of 23 nodes.
 
 Not the paper's losses alone: a thought is also labelled with the nodes that the search has reached
-(thought_loss). Seed 1, half an hour of one busy CPU thread: 100 % of the released validation
+(thought_labels). Seed 1, half an hour of one busy CPU thread: 100 % of the released validation
 examples, 98.8 % of chains of 7 and 8 hops. docs/LOG.md has more, and what the paper's losses reach.
 """
 
@@ -13,7 +13,6 @@ n_head = 4
 n_embd = 128
 block_size = 256  # room for the longest example
 dropout = 0.0  # every example is new, so there is no overfitting
-wte_init_std = 0.1  # learns faster than 0.02 (docs/LOG.md)
 smear = True  # makes the previous word visible without an attention layer
 
 train_examples = 12_800  # 200 steps per epoch
@@ -24,7 +23,6 @@ short_fraction = 0.2  # examples of one or two hops: search starts with near nod
 long_fraction = 0.15  # examples of five or six hops, which are rare otherwise
 val_examples = 500
 
-thought_loss = 1.0
 thought_labels = "frontier"  # known after the thought before; the path is not (docs/LOG.md)
 max_latent_stage = 0  # these labels need no numbered stages: written steps, then thoughts alone
 final_thoughts = 8  # more than hops, so that longer chains can be searched too
@@ -37,7 +35,6 @@ batch_size = 64
 micro_batch_size = 64
 learning_rate = 2e-3  # embeddings, biases and LayerNorms, by AdamW
 muon_learning_rate = 7e-3  # matrices, by Muon: learns in fewer steps (docs/LOG.md)
-beta2 = 0.98
 grad_clip = 1.0
 warmup_steps = 50
 decay_fraction = 0.6

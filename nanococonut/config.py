@@ -4,10 +4,12 @@ Each field has its default, help text, group in --help, and allowed values. The 
 overrides the config file, which overrides the defaults. All is checked before any work.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nanococonut.curriculum import METHODS
-from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.cli import make_config, option, validate
 from nanococonut.runtime.errors import UserError
 
 
@@ -50,7 +52,6 @@ class TrainConfig:
     block_size: int = option(1024, "maximum sequence length", "model", ge=8)
     dropout: float = option(0.1, "dropout", "model", ge=0, lt=1)
     smear: bool = option(False, "add W times the previous input embedding", "model")
-    wte_init_std: float = option(0.02, "initial std of the token embeddings", "model", ge=0)
     # curriculum
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
     c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0)
@@ -73,10 +74,9 @@ class TrainConfig:
     icot_tokens: float = option(8.0, "icot: tokens dropped per epoch", "curriculum", gt=0)
     soft_temperature: float = option(1.0, "soft_thought: temperature", "curriculum", gt=0)
     soft_top_k: int = option(0, "soft_thought: tokens to average (0: all)", "curriculum", ge=0)
-    thought_loss: float = option(0.0, "weight of labels for the thoughts", "curriculum", ge=0)
     thought_labels: str = option(
-        "path", "a thought names its step's node, or all nodes that many steps away", "curriculum",
-        choices=("path", "frontier"),
+        "none", "a thought names its step's node, or all nodes that many steps away", "curriculum",
+        choices=("none", "path", "frontier"),
     )  # fmt: skip
     stop: str = option(
         "constant", "what ends the thoughts at inference", "curriculum",
@@ -89,7 +89,6 @@ class TrainConfig:
     )
     learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0, alias="lr")
     muon_learning_rate: float = option(0.0, "Muon's, for matrices (0: AdamW)", "optimizer", ge=0)
-    beta2: float = option(0.999, "AdamW's beta2", "optimizer", ge=0, lt=1)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
     decay_fraction: float = option(0.0, "last steps: rate decays to 0", "optimizer", ge=0, le=1)
@@ -110,7 +109,6 @@ class TrainConfig:
         "auto", "of the forward pass (auto: bfloat16 autocast on a GPU)",
         choices=("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
-    recompute_mlp: bool = option(False, "recompute MLPs in backward: less memory, more time")
     kernels: str = option(
         "auto",
         "backend (auto: triton on a GPU without dropout)",
@@ -140,17 +138,15 @@ class TrainConfig:
             "Use --regenerate_each_epoch, or --grow_epochs=0.": (
                 self.grow_epochs and not self.regenerate_each_epoch
             ),
-            "graph='on' does not go with recompute and dropout.\n"
-            "Use --graph=auto, which then turns graphs off.": self.graph == "on" and self.ungraphed,
             "render='compact' is not for gsm8k, whose examples are free text.\n"
             "Use --render=sentences.": is_compact and self.task == "gsm8k",
-            "thought_loss needs steps that end in one token, their node, as only compact ones do.\n"
-            "Use --render=compact (with --tokenizer=words), or --thought_loss=0.": (
-                self.thought_loss and not is_compact
-            ),
             f"thought_labels='frontier' is not for {self.task}, whose questions are no graph.\n"
             "Use --thought_labels=path.": (
                 self.thought_labels == "frontier" and self.task != "prosqa"
+            ),
+            "thought_labels needs steps that end in one token, their node, as only compact ones "
+            "do.\nUse --render=compact (with --tokenizer=words), or --thought_labels=none.": (
+                self.thought_loss and not is_compact
             ),
             "render='compact' needs the word-level vocabulary, but tokenizer='gpt2'.\n"
             "Use --render=sentences or --tokenizer=words.": is_compact and self.tokenizer == "gpt2",
@@ -162,13 +158,33 @@ class TrainConfig:
     @property
     def unused(self) -> set[str]:
         """Return the data options that do not matter, because examples are read or generated."""
-        if not self.data and self.task != "gsm8k":  # generated
-            return {"hub_revision"} | ({"val_examples"} if self.valid_data else set())
-        names = {"train_examples", "n_nodes", "min_hops", "max_hops"}
-        names |= {"matched_fraction", "short_fraction"} | ({"hub_revision"} if self.data else set())
-        return names | (set() if self.data and not self.valid_data else {"val_examples"})
+        from_hub = not self.data and self.task == "gsm8k"
+        names = set() if from_hub else {"hub_revision"}
+        if self.valid_data or from_hub:
+            names |= {"val_examples"}
+        if self.data or from_hub:  # nothing is generated
+            names |= {"train_examples", "grow_epochs", "n_nodes", "min_hops", "max_hops"}
+            names |= {"matched_fraction", "short_fraction", "long_fraction"}
+        return names
 
     @property
-    def ungraphed(self) -> bool:
-        """Return whether CUDA graphs are impossible: a graph cannot restore the RNG for dropout."""
-        return self.recompute_mlp and self.dropout > 0
+    def beta2(self) -> float:
+        """Return AdamW's second beta: the small models that Muon trains learn in few steps."""
+        return 0.98 if self.muon_learning_rate else 0.999
+
+    @property
+    def thought_loss(self) -> float:
+        """Return the weight of the thoughts' labels: that of the answer's, or 0."""
+        return float(self.thought_labels != "none")
+
+
+# options of earlier versions: two follow from others now, two leave a trained model as it is
+REMOVED_OPTIONS = ("beta2", "thought_loss", "wte_init_std", "recompute_mlp")
+
+
+def config_from_saved(saved: Mapping[str, Any]) -> TrainConfig:
+    """Return the config of a manifest, also of earlier versions. UserError if it is unknown."""
+    current = {name: value for name, value in saved.items() if name not in REMOVED_OPTIONS}
+    if saved.get("thought_loss") == 0:
+        current["thought_labels"] = "none"
+    return make_config(TrainConfig, current)

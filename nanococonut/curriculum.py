@@ -161,7 +161,7 @@ def ignored_options(method: Method) -> set[str]:
     if method.n_thoughts_rule == "none":
         names |= {"c_thought", "final_thoughts", "pad_latent_to_max"}
     if method.thought_type in ("", "pause"):
-        names |= {"thought_loss", "thought_labels"}
+        names |= {"thought_labels"}
     if method.drop_rule != "tokens":
         names |= {"icot_tokens"}
     if method.thought_type != "soft":

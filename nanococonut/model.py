@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from nanococonut.cache import KVCache
 
@@ -98,18 +97,13 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.recompute_mlp = False  # recompute in backward: MLP activations dominate memory
 
     def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
         y = self.attn(self.ln_1(x), attend, last_pos)
         if last_pos is not None:
             x = x[torch.arange(len(x), device=x.device), last_pos][:, None]  # (B, 1, C)
         x = x + y
-        h = self.ln_2(x)
-        if self.recompute_mlp and self.training:
-            has_dropout = self.mlp.dropout.p > 0  # without it there is no RNG state to save
-            return x + checkpoint(self.mlp, h, use_reentrant=False, preserve_rng_state=has_dropout)
-        return x + self.mlp(h)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):

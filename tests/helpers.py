@@ -11,7 +11,7 @@ import torch
 from nanococonut import coconut
 from nanococonut.batch import IGNORE, Batch, pad_lists, pad_thought_labels
 from nanococonut.config import TrainConfig
-from nanococonut.inference.engine import Engine, Generation
+from nanococonut.inference.engine import Engine, Generation, Request
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.setup import count_tokens
@@ -33,8 +33,8 @@ def random_gpt(seed: int = 0, smear: bool = False, dtype=torch.float64, **shape)
 
 
 def generate(model: GPT, *args, kernels="torch", graph="off", **kwargs) -> Generation:
-    """Return Engine.run(*args, **kwargs) of a new engine."""
-    return Engine(model, kernels=kernels, graph=graph).run(*args, **kwargs)
+    """Return Engine.run(Request(*args, **kwargs)) of a new engine."""
+    return Engine(model, kernels=kernels, graph=graph).run(Request(*args, **kwargs))
 
 
 def exact_match(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from bench.common.worker import NEEDS, Worker, clone_commit, worker_setup
 from bench.common.workload import THOUGHTS, Workload
-from nanococonut.inference.engine import Engine
+from nanococonut.inference.engine import Engine, Request
 from nanococonut.runtime.errors import UserError
 
 OURS = "nanococonut"
@@ -42,7 +42,7 @@ class EngineProvider:
         self, prompts: list[list[int]], n_thoughts: int, forced_tokens: list[int], n_tokens: int
     ) -> Timing:
         eos = -1  # no token ends a sequence
-        out = self.engine.run(prompts, n_thoughts, forced_tokens, eos, n_tokens)
+        out = self.engine.run(Request(prompts, n_thoughts, forced_tokens, eos, n_tokens))
         return {
             "tokens": out.tokens,
             "prefill": out.seconds_prefill,

@@ -68,12 +68,6 @@ def collect(
     return examples
 
 
-def skipped_summary(n_examples: int, skipped: Sequence[str]) -> str:
-    """Return one line about the skipped examples of a file with `n_examples` valid ones."""
-    n_all = n_examples + len(skipped)
-    return f"{len(skipped)} of {n_all} examples skipped, the first: {skipped[0]}"
-
-
 def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
     """Write a new file: a JSON list, one example per line. UserError if it exists already."""
     text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"

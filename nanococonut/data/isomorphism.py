@@ -5,7 +5,7 @@ node (the entity, an option, or 0). Two graphs are isomorphic if some renumberin
 one into the other, marks included.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -39,8 +39,9 @@ def marked_graph(
     return [(number[a], number[b]) for a, b in edges], [marks.get(node, 0) for node in nodes]
 
 
-def graph_keys(graphs: Sequence[Graph]) -> list[GraphKey]:
+def graph_keys(graphs: Iterable[Graph]) -> list[GraphKey]:
     """Return the key of each graph, fastest for many graphs at once."""
+    graphs = list(graphs)
     if not graphs:
         return []
     per_node, per_graph = node_colors(graphs)

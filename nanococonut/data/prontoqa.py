@@ -12,8 +12,8 @@ entity's fact tells the two apart, so all such rules give 50 %.
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 from zlib import crc32
@@ -22,8 +22,8 @@ import numpy as np
 
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
+from nanococonut.data.generator import BATCH, draw
 from nanococonut.data.search import children_of, distances
-from nanococonut.data.seeds import rng_from_seed
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 
@@ -53,7 +53,6 @@ VOCABULARY = [
     *"Each Every is are a an not True False or false : . ? ###".split(),
 ]
 
-BATCH = 1024  # examples drawn at once; constant, so that the first examples do not depend on n
 WORDS = CONCEPTS + PROPERTIES
 
 
@@ -116,34 +115,6 @@ class OntologyConfig:
             raise UserError(f"hops={self.hops}: matched has at most 5.\nLower hops (--max_hops).")
 
 
-def generate(
-    n: int,
-    seed: int | Sequence[int],
-    config: OntologyConfig | None = None,
-    exclude: Collection[Hashable] = frozenset(),
-) -> list[Example]:
-    """Return n examples, none whose graph_hash is in `exclude`.
-
-    The same seed gives the same examples, and the first ones do not depend on n.
-    """
-    examples: list[Example] = []
-    batches = sample_batches(seed, config or OntologyConfig())
-    while len(examples) < n:
-        batch = next(batches)
-        if exclude:
-            keys = zip(batch, graph_hashes(batch), strict=True)
-            batch = [example for example, key in keys if key not in exclude]
-        examples += batch
-    return examples[:n]
-
-
-def sample_batches(seed: int | Sequence[int], config: OntologyConfig) -> Iterator[list[Example]]:
-    """Yield BATCH examples, again and again."""
-    rng = rng_from_seed(seed)
-    while True:
-        yield _sample_examples(rng, config)
-
-
 def _negated_probability(c: OntologyConfig) -> np.ndarray:
     """Return (P) how likely each property is negated: of concepts 1 to hops, then of all others.
 
@@ -183,7 +154,7 @@ def _rules(c: OntologyConfig) -> tuple[list[tuple[int, int, bool]], int]:
     return rules, 3 * h
 
 
-def _sample_examples(rng: np.random.Generator, c: OntologyConfig) -> list[Example]:
+def sample_batch(rng: np.random.Generator, c: OntologyConfig) -> list[Example]:
     """Draw BATCH examples: B examples, R rules, P properties, 17 concepts, 13 families."""
     rules, second = _rules(c)
     negated_probability = _negated_probability(c)
@@ -305,25 +276,21 @@ def solve(question: str) -> str | None:
     return str(signs == {q.query.negated}) if len(signs) == 1 else None
 
 
-def graph_hash(example: Example) -> Hashable:
-    """Return a key of ontology and query, independent of sentence order, wording and names.
+def marked_graph(example: Example) -> isomorphism.Graph:
+    """Return the ontology with the query marked, for isomorphism.graph_keys.
 
-    Names of the entity and the concepts do not count, properties do. UserError as parse_question.
+    Sentence order, wording and the names of the entity and the concepts do not count, properties
+    do. UserError as parse_question.
     """
-    return graph_hashes([example])[0]
+    facts, rules, query = parse_question(example["question"])
+    # nodes: names, concepts, and properties with their sign, such as " not red"
+    edges = [(c.subject, c.predicate if c.names_concept else c.compact) for c in facts + rules]
+    marks = {node: crc32(node.encode()) for _, node in edges if node.startswith(" ")}
+    marks[query.subject] = crc32(query.compact.encode())
+    return isomorphism.marked_graph(edges, marks)
 
 
-def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
-    """Return the graph_hash of each example, several times as fast."""
-    graphs = []
-    for example in examples:
-        facts, rules, query = parse_question(example["question"])
-        # nodes: names, concepts, and properties with their sign, such as " not red"
-        edges = [(c.subject, c.predicate if c.names_concept else c.compact) for c in facts + rules]
-        marks = {node: crc32(node.encode()) for _, node in edges if node.startswith(" ")}
-        marks[query.subject] = crc32(query.compact.encode())
-        graphs.append(isomorphism.marked_graph(edges, marks))
-    return isomorphism.graph_keys(graphs)
+generate = partial(draw, sample_batch, marked_graph, OntologyConfig())
 
 
 def twin(example: Example) -> Example | None:

@@ -12,8 +12,9 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ import numpy as np
 
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
+from nanococonut.data.generator import BATCH, draw
 from nanococonut.data.search import children_of, distances, parents_of, reachable
-from nanococonut.data.seeds import rng_from_seed
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.errors import UserError
 
@@ -43,26 +44,20 @@ WORDS = NAMES + CONCEPTS
 SENTENCES = [
     f"{w} is a {v}." if w in NAMES else f"Every {w} is a {v}." for w in WORDS for v in WORDS
 ]
-BATCH = 1024  # graphs drawn at once; constant, so that the first examples do not depend on n
-PATIENCE = 100_000  # graphs drawn for one example before giving up
 FAR = 10_000  # distance of an unreachable node
+# fitted: the fractions of nodes whose parents all descend from root 0, and from root 1; all other
+# nodes take parents anywhere, drawn with weight (DEPTH_WEIGHT * depth + 1) ** depth_power
+SHARES, DEPTH_WEIGHT = (0.35, 0.455), 1.5
 
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """Settings of the graphs. The defaults fit the released examples.
-
-    A share is the fraction of nodes whose parents all descend from one root; all other nodes take
-    parents anywhere. Parents are drawn with weight (depth_weight * depth + 1) ** depth_power.
-    """
+    """Settings of the graphs. The defaults fit the released examples."""
 
     n_nodes: int = option(28, "nodes before those without edges go", ge=4, le=len(WORDS))
     min_hops: int = option(3, "fewest steps from the entity to the answer", ge=1)
     max_hops: int = option(6, "most steps from the entity to the answer")
     parent_rate: float = option(1.5, "mean of the Poisson number of parents", ge=0.01, le=20)
-    first_share: float = option(0.35, "share of root 0 (label 1)", ge=0, le=1)
-    second_share: float = option(0.455, "share of root 1 (label 2)", ge=0)
-    depth_weight: float = option(1.5, "0 draws parents regardless of depth", ge=0, le=1000)
     depth_power: float = option(1.0, "higher values give longer chains", ge=0, le=20)
     matched: bool = option(False, "options equally far from their nearest parentless node")
     # the same graph with the other answer is equally likely
@@ -72,66 +67,28 @@ class GraphConfig:
         validate(self)
 
 
-SPLITS = ("prosqa", "prosqa_matched", "prosqa_balanced", "prosqa_long", "prosqa_dense")
+# split -> what it changes in the settings of training
+SPLITS: dict[str, Callable[[GraphConfig], dict[str, Any]]] = {
+    "prosqa": lambda base: {},  # as in training, with all shortcuts
+    "prosqa_matched": lambda base: {"matched": True},
+    "prosqa_balanced": lambda base: {"balanced": True},
+    # one or two hops more than any in training
+    "prosqa_long": lambda base: {
+        "balanced": True,
+        "min_hops": base.max_hops + 1,
+        "max_hops": base.max_hops + 2,
+        # such chains are very rare otherwise, and "farthest" solves them all
+        "n_nodes": min(round(base.n_nodes * 8 / 7), len(WORDS)),
+        "depth_power": 6,
+    },
+    # one more parent per node
+    "prosqa_dense": lambda base: {"balanced": True, "parent_rate": base.parent_rate + 1},
+}
 
 
 def split_config(name: str, base: GraphConfig) -> GraphConfig:
     """Return the settings of a split for a model trained on the graphs of `base`."""
-    base = replace(base, matched=False, balanced=False)
-    changes: dict[str, dict[str, Any]] = {
-        "prosqa": {},  # as in training, with all shortcuts
-        "prosqa_matched": {"matched": True},
-        "prosqa_balanced": {"balanced": True},
-        # one or two hops more than any in training
-        "prosqa_long": {
-            "balanced": True,
-            "min_hops": base.max_hops + 1,
-            "max_hops": base.max_hops + 2,
-            # such chains are very rare otherwise, and "farthest" solves them all
-            "n_nodes": min(round(base.n_nodes * 8 / 7), len(WORDS)),
-            "depth_power": 6,
-        },
-        # one more parent per node
-        "prosqa_dense": {"balanced": True, "parent_rate": base.parent_rate + 1},
-    }
-    return replace(base, **changes[name])
-
-
-def generate(
-    n: int,
-    seed: int | Sequence[int],
-    config: GraphConfig | None = None,
-    exclude: Collection[Hashable] = frozenset(),
-) -> list[Example]:
-    """Return n examples with the released keys, none whose graph_hash is in `exclude`.
-
-    The same seed gives the same examples, and the first ones do not depend on n. Raise UserError
-    if graphs as configured are too rare.
-    """
-    config = config or GraphConfig()
-    examples: list[Example] = []
-    n_drawn = 0
-    batches = sample_batches(seed, config)
-    while len(examples) < n:
-        batch = next(batches)
-        if exclude:
-            keys = zip(batch, graph_hashes(batch), strict=True)
-            batch = [example for example, key in keys if key not in exclude]
-        examples += batch
-        n_drawn += BATCH
-        if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
-            raise UserError(
-                f"{n_drawn:,} graphs gave {len(examples)} examples with {config}.\n"
-                "Ask for fewer hops or another number of nodes."
-            )
-    return examples[:n]
-
-
-def sample_batches(seed: int | Sequence[int], config: GraphConfig) -> Iterator[list[Example]]:
-    """Yield the examples of BATCH graphs, again and again; there may be none."""
-    rng = rng_from_seed(seed)
-    while True:
-        yield _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
+    return replace(replace(base, matched=False, balanced=False), **SPLITS[name](base))
 
 
 class Graphs(NamedTuple):
@@ -152,7 +109,7 @@ def sample_graphs(rng: np.random.Generator, size: int, c: GraphConfig) -> Graphs
     n = c.n_nodes
     n_requested = rng.poisson(c.parent_rate, (size, n))
     u = rng.random((size, n))
-    only = np.where(u < c.first_share, 1, np.where(u < c.first_share + c.second_share, 2, 0))
+    only = np.where(u < SHARES[0], 1, np.where(u < sum(SHARES), 2, 0))
     parent = np.full((size, n, max(1, n_requested.max())), -1, np.int16)
     label = np.zeros((size, n), np.int8)
     label[:, 0], label[:, 1] = 1, 2
@@ -164,7 +121,7 @@ def sample_graphs(rng: np.random.Generator, size: int, c: GraphConfig) -> Graphs
         allowed = (only[:, node, None] == 0) | (label[:, :node] == only[:, node, None])
         n_parents = np.minimum(n_requested[:, node], allowed.sum(1))
         # the smallest Exponential(1) / weight first: weighted sampling without replacement
-        weight = (c.depth_weight * depth[:, :node] + 1) ** c.depth_power
+        weight = (DEPTH_WEIGHT * depth[:, :node] + 1) ** c.depth_power
         key = rng.standard_exponential((size, node)) / weight
         order = np.where(allowed, key, np.inf).argsort(1)
         depth[:, node] = np.where(n_parents > 0, FAR, 0)
@@ -267,6 +224,11 @@ def _draw_words(rng: np.random.Generator, graphs: Graphs) -> np.ndarray:
     return np.where(orphan, name, concept)
 
 
+def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]:
+    """Return the examples of BATCH graphs, with the released keys and wording."""
+    return _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
+
+
 def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
     """Write examples in the released wording; draw words, sentence order and option order."""
     parent = q.graphs.parent
@@ -312,23 +274,14 @@ def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
     return examples
 
 
-def graph_hash(example: Example) -> Hashable:
-    """Return a key of graph and question, equal if and only if the graphs are isomorphic.
+def marked_graph(example: Example) -> isomorphism.Graph:
+    """Return the graph with entity, target and distractor marked, for isomorphism.graph_keys.
 
-    Words, node numbers, sentence order and option order do not count; entity, target and distractor
-    do. Raise UserError if the example does not store its graph.
+    Words, node numbers, sentence order and option order do not count. UserError as graph_of.
     """
-    return graph_hashes([example])[0]
-
-
-def graph_hashes(examples: Sequence[Example]) -> Sequence[Hashable]:
-    """Return the graph_hash of each example, several times as fast."""
-    graphs = []
-    for example in examples:
-        edges, *query = graph_of(example)
-        marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
-        graphs.append(isomorphism.marked_graph(edges, marks))
-    return isomorphism.graph_keys(graphs)
+    edges, *query = graph_of(example)
+    marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
+    return isomorphism.marked_graph(edges, marks)
 
 
 def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
@@ -341,6 +294,9 @@ def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
             f"an example does not store its graph: {example['question'][:40]!r}...\n"
             "Give examples with edges (pairs of node numbers), root, target and neg_target."
         ) from None
+
+
+generate = partial(draw, sample_batch, marked_graph, GraphConfig())
 
 
 # ---- sentences

@@ -68,22 +68,17 @@ def prontoqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
         words = [word for claim in claims for word in (claim.subject, claim.predicate)]
         n_correct["always true"] += is_true
         n_correct['no "not"'] += is_true != query.negated
-        votes: dict[str, list[tuple[float, bool]]] = {}  # rule -> (score, answer) of each claim
-        for position, (subject, negated, predicate) in enumerate(claims):
-            if predicate == query.predicate:
-                scores = {
-                    "first": -position,
-                    "last": position,
-                    "leads on": subject in subjects,
-                    "led to": subject in predicates,
-                    "most often": words.count(subject),
-                    "random": 0,
-                }
-                for rule, score in scores.items():
-                    votes.setdefault(rule, []).append((score, negated == query.negated))
-        for rule, scored in votes.items():
-            best_score = max(scored)[0]
-            n_correct[rule] += fmean(
-                answer == is_true for score, answer in scored if score == best_score
-            )
+        about = [(i, c) for i, c in enumerate(claims) if c.predicate == query.predicate]
+        answers = [claim.negated == query.negated for _, claim in about]
+        scores = {  # rule -> score of each claim
+            "first": [-i for i, _ in about],
+            "last": [i for i, _ in about],
+            "leads on": [claim.subject in subjects for _, claim in about],
+            "led to": [claim.subject in predicates for _, claim in about],
+            "most often": [words.count(claim.subject) for _, claim in about],
+            "random": [0 for _ in about],
+        }
+        for rule, values in scores.items() if about else ():
+            best = [a for a, value in zip(answers, values, strict=True) if value == max(values)]
+            n_correct[rule] += fmean(answer == is_true for answer in best)
     return {rule: n / len(examples) for rule, n in n_correct.items()}

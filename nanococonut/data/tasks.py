@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, islice
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
 from nanococonut.data.examples import Example, parse_object
 from nanococonut.data.files import read_examples
+from nanococonut.data.generator import sample_batches
+from nanococonut.data.isomorphism import graph_keys
 from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
 from nanococonut.runtime.errors import UserError
 
@@ -26,23 +29,21 @@ MAX_TEST_BATCHES = 100  # with rarer examples, a run would start minutes later
 class Task:
     """What the loop, the sampler and the benches know of a task.
 
-    description      a line for --help
-    module           generate, solve, graph_hash, compact_example, ... of a generated task;
+    module           generate, solve, marked_graph, compact_example, ... of a generated task;
                      from_hub(split, revision, skipped) -> (examples, commit) of any other
     shortcuts        examples -> fraction correct of rules that never search; UserError if the
                      examples are not of this task
     splits           name -> settings for a model's TrainConfig. The first is the training split,
                      the second its variant without shortcuts. Empty: never generated
     easier_configs   settings with fewer steps than the task's own, to start the search from
-    longest_config   settings with the most steps, which are rare in the first split (None: alike)
+    longest_configs  settings with the most steps, which are rare in the first split (none: alike)
     """
 
-    description: str
     module: ModuleType
     shortcuts: Callable[[Sequence[Example]], dict[str, float]] = lambda examples: {}
     splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
     easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
-    longest_config: Callable[[TrainConfig], GeneratorConfig] | None = None
+    longest_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
 
     def words(self) -> list[str]:
         """Return the words that a word-level vocabulary needs in addition to those of a file."""
@@ -58,18 +59,17 @@ class Task:
         An example of a user's file may hold it as "twin": an object like the example. A ValueError
         says what is wrong with it.
         """
-        if "twin" in example:
-            return parse_object(example["twin"])
-        try:
-            return self.module.twin(example) if self.splits else None
-        except UserError:  # an example of another kind
-            return None
+        return parse_object(example["twin"]) if "twin" in example else self._try("twin", example)
 
     def reworded(self, example: Example) -> str | None:
         """Return a question that needs the same search and has another answer; None if unknown."""
+        return self._try("reworded", example)
+
+    def _try(self, name: str, example: Example) -> Any:
+        """Return what a function of the module makes of an example of this task, else None."""
         try:
-            return self.module.reworded(example) if self.splits else None
-        except UserError:
+            return getattr(self.module, name)(example) if self.splits else None
+        except UserError:  # an example of another kind
             return None
 
     def render_question(self, question: str, style: str) -> str:
@@ -82,13 +82,13 @@ class Task:
         sentences   a newline after the question and after each step, as in the released code
         compact     the task's own short form; UserError if an example is not of this task
         """
+        if style == "sentences":
+            return [
+                {**x, "question": x["question"] + "\n", "steps": [s + "\n" for s in x["steps"]]}
+                for x in examples
+            ]
         rendered = []
         for i, example in enumerate(examples):
-            if style == "sentences":
-                texts = {"question": self.render_question(example["question"], style)}
-                texts["steps"] = [step + "\n" for step in example["steps"]]
-                rendered.append(example | texts)
-                continue
             try:
                 rendered.append(self.module.compact_example(example))
             except UserError as e:
@@ -116,7 +116,6 @@ def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
 
 TASKS: dict[str, Task] = {
     "prosqa": Task(
-        "which of two concepts does a chain of facts lead to?",
         prosqa,
         shortcuts.prosqa_shortcuts,
         splits={
@@ -127,15 +126,16 @@ TASKS: dict[str, Task] = {
             [replace(_graphs(c), min_hops=1, max_hops=c.min_hops - 1)] if c.min_hops > 1 else []
         ),
         # the graphs of the split of longer chains, with the nodes and hops of training
-        longest_config=lambda c: replace(
-            prosqa.split_config("prosqa_long", _graphs(c)),
-            n_nodes=c.n_nodes,
-            min_hops=max(c.min_hops, c.max_hops - 1),
-            max_hops=c.max_hops,
-        ),
+        longest_configs=lambda c: [
+            replace(
+                prosqa.split_config("prosqa_long", _graphs(c)),
+                n_nodes=c.n_nodes,
+                min_hops=max(c.min_hops, c.max_hops - 1),
+                max_hops=c.max_hops,
+            )
+        ],
     ),
     "prontoqa": Task(
-        "does a statement follow from a chain of rules?",
         prontoqa,
         shortcuts.prontoqa_shortcuts,
         splits={
@@ -146,10 +146,7 @@ TASKS: dict[str, Task] = {
             prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, c.max_hops)
         ],
     ),
-    "gsm8k": Task(
-        "what number answers a question of grade-school mathematics?",
-        gsm8k,
-    ),
+    "gsm8k": Task(gsm8k),
 }
 
 
@@ -162,26 +159,20 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
 
 
 def test_hashes(config: TrainConfig) -> frozenset[Hashable]:
-    """Return the graph_hash of every test example that a run could generate."""
-    hashes = [_test_hashes(config.task, c) for c in _test_configs(config).values()]
-    return frozenset().union(*hashes)
-
-
-def _test_configs(config: TrainConfig) -> dict[str, GeneratorConfig]:
-    """Return the splits, without chains that are too long for training to generate (slow, too)."""
-    configs = {name: split(config) for name, split in TASKS[config.task].splits.items()}
-    return {n: c for n, c in configs.items() if getattr(c, "min_hops", 0) <= config.max_hops}
-
-
-def _test_examples(task: str, config: GeneratorConfig) -> list[Example]:
-    """Return the first N_TEST examples, or fewer if the settings hardly ever give one."""
-    batches = TASKS[task].module.sample_batches(TEST_SEED, config)
-    return list(islice(chain.from_iterable(islice(batches, MAX_TEST_BATCHES)), N_TEST))
+    """Return the graph key of every test example that a run could generate."""
+    configs = [split(config) for split in TASKS[config.task].splits.values()]
+    # training cannot generate longer chains than its own, and they are slow to make
+    configs = [c for c in configs if getattr(c, "min_hops", 0) <= config.max_hops]
+    return frozenset().union(*(_test_hashes(config.task, c) for c in configs))
 
 
 @cache  # a second, which further runs in the same process save
 def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[Hashable]:
-    return frozenset(TASKS[task].module.graph_hashes(_test_examples(task, config)))
+    """Return the keys of the first N_TEST examples, or of fewer if one is hardly ever drawn."""
+    module = TASKS[task].module
+    batches = islice(sample_batches(module.sample_batch, TEST_SEED, config), MAX_TEST_BATCHES)
+    examples = islice(chain.from_iterable(batches), N_TEST)
+    return frozenset(graph_keys(map(module.marked_graph, examples)))
 
 
 @dataclass(frozen=True)

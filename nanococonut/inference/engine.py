@@ -65,18 +65,38 @@ class Generation:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of Engine.run; see there."""
+    """A batch of B prompts for Engine.run. Raise ValueError if it makes no sense.
+
+    prefixes        tokens of each prompt
+    n_thoughts      of each sequence; with `stop`, at most these many
+    forced_tokens   appended after the thoughts, before the first generated token
+    eos             ends a sequence (-1: nothing does)
+    stop            a sequence takes no further thought once the stop classifier says so
+    temperature     below MIN_TEMPERATURE: greedy; else tokens are sampled by `seed`
+    edit            as in Engine.generate; only without kernels and graph
+    """
 
     prefixes: list[list[int]]
     n_thoughts: int
     forced_tokens: list[int]
     eos: int
     max_new_tokens: int
-    stop: bool
-    temperature: float
-    generator: torch.Generator
+    stop: bool = False
+    temperature: float = 0.0
+    seed: int = 0
     edit: Edit | None = None
-    edited: list[Tensor] = field(default_factory=list)  # what `edit` returned for each thought
+
+    def __post_init__(self) -> None:
+        if not self.prefixes or not all(self.prefixes):
+            raise ValueError("prefixes: expected at least one, none of them empty")
+        if self.n_thoughts < 0 or self.max_new_tokens < 1:
+            raise ValueError("expected n_thoughts >= 0 and max_new_tokens >= 1")
+        if not self.temperature >= 0:  # NaN too
+            raise ValueError(f"temperature: expected 0 (greedy) or more, got {self.temperature}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE  # logits over it would overflow
 
     def size(self) -> tuple[int, int, int]:
         """Return (sequences, tokens of the longest prefix, positions of the longest sequence)."""
@@ -114,6 +134,7 @@ class Engine:
         self.kernels, self.reason = choose_backend(kernels, model)
         self._packed: PackedGPT | None = None
         self.graphs = GraphCache(max_graphs) if choose_graph(graph, model) else None
+        self._generator = torch.Generator()  # of the call that holds the lock
         self._lock, self._holder = threading.Lock(), 0  # the holder is a thread's number
         self._reset()
 
@@ -170,10 +191,11 @@ class Engine:
         prefixes, n_thoughts, forced = self._prompts(questions, latent)
         available = self._available(prefixes, n_thoughts + len(forced))
         tokenizer = self.tokenizer
-        out = self.run(
+        request = Request(
             prefixes, n_thoughts, forced, tokenizer.eos, min(max_new_tokens, available),
-            stop=self.model.config.stop, temperature=temperature, seed=seed, edit=edit,
+            self.model.config.stop, temperature, seed, edit,
         )  # fmt: skip
+        out = self.run(request)
         out.text = [tokenizer.decode(tokens) for tokens in out.tokens]
         return out
 
@@ -286,47 +308,16 @@ class Engine:
                 self.model.train(training)
 
     @torch.no_grad()
-    def run(
-        self,
-        prefixes: list[list[int]],
-        n_thoughts: int,
-        forced_tokens: list[int],
-        eos: int,
-        max_new_tokens: int,
-        stop: bool = False,
-        temperature: float = 0.0,
-        seed: int = 0,
-        edit: Edit | None = None,
-    ) -> Generation:
-        """Generate from token prefixes. Raise ValueError, before any work, if they do not fit.
-
-        n_thoughts     of each sequence; with `stop`, at most these many
-        forced_tokens  appended after the thoughts, before the first generated token
-        eos            ends a sequence (-1: nothing does)
-        stop           a sequence takes no further thought once the stop classifier says so
-        temperature    below MIN_TEMPERATURE: greedy; else a generator of this call's seed samples
-        edit           as in generate; only without kernels and graph
-        """
-        block_size = self.model.config.block_size
-        if not prefixes or not all(prefixes) or n_thoughts < 0 or max_new_tokens < 1:
-            raise ValueError("prefixes must not be empty, n_thoughts >= 0, max_new_tokens >= 1")
-        if not temperature >= 0:  # NaN too
-            raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
-        self._check_tokens(prefixes, forced_tokens)
-        if temperature < MIN_TEMPERATURE:  # logits over it overflow
-            temperature = 0.0
-        generator = torch.Generator(self.model.wte.weight.device).manual_seed(seed)
-        request = Request(
-            prefixes, n_thoughts, forced_tokens, eos, max_new_tokens, stop=stop,
-            temperature=temperature, generator=generator, edit=edit,
-        )  # fmt: skip
+    def run(self, request: Request) -> Generation:
+        """Generate from tokens. Raise ValueError, before any work, if they do not fit."""
+        self._check_tokens(request.prefixes, request.forced_tokens)
         _, longest, capacity = request.size()
-        if capacity > block_size:
+        if capacity > (block_size := self.model.config.block_size):
             raise ValueError(
-                f"{longest} tokens + {n_thoughts} thoughts + {len(forced_tokens)} forced tokens + "
-                f"{max_new_tokens} new tokens do not fit in block_size={block_size}"
+                f"{longest} tokens and {capacity - longest} thoughts, forced and new tokens do not "
+                f"fit in block_size={block_size}"
             )
-        if edit is not None and (self.graph or self.kernels != "torch"):
+        if request.edit is not None and (self.graph or self.kernels != "torch"):
             raise ValueError("edit needs Engine(kernels='torch', graph='off'), or generate")
         with self._eval_mode():  # calls share the buffers, too
             if self._weights_key() != self._captured_weights:
@@ -335,18 +326,21 @@ class Engine:
             return self._generate(request)
 
     def _generate(self, request: Request) -> Generation:
+        self._generator = torch.Generator(self.model.wte.weight.device).manual_seed(request.seed)
         start = self._now()
         view = self._prefill(request)
         prefilled = self._now()
-        thoughts = self._append_thoughts(view, request)
+        thoughts, inputs = self._append_thoughts(view, request)
         n_thoughts = view.n_taken[: len(thoughts)].tolist()
         thought = self._now()
-        self._first_token(view, request)
+        for i, token in enumerate(request.forced_tokens):
+            if i:
+                view.decode_step()
+            view.token.fill_(token)
+        self._next_token(view, request, decode=bool(request.forced_tokens))
         first = self._now()
         tokens = self._other_tokens(view, request)
         times = (prefilled - start, thought - prefilled, first - start, self._now() - first)
-        edited = request.edited
-        inputs = torch.stack(edited, 1) if edited else self.model.thought_embedding(thoughts)
         eos, rows = request.eos, tokens.tolist()
         rows = [row[: row.index(eos)] if eos in row else row for row in rows]
         return Generation(rows, thoughts, inputs, n_thoughts, *times)
@@ -377,17 +371,18 @@ class Engine:
         view.n_taken.zero_()
         view.tokens.fill_(request.eos)
         buffers.n_tokens.zero_()
-        buffers.temperature.fill_(request.temperature or 1.0)
+        buffers.temperature.fill_(1.0 if request.is_greedy else request.temperature)
         self._run(("prefill", batch, capacity, width), partial(view.prefill, idx))
         return view
 
-    def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
-        """Append the thoughts. Return their hidden states, (B, n, C)."""
+    def _append_thoughts(self, view: BatchView, request: Request) -> tuple[Tensor, Tensor]:
+        """Append the thoughts. Return (their hidden states, what was fed back), (B, n, C) each."""
         n, stop, model = request.n_thoughts, request.stop, self.model
+        edited: list[Tensor] = []
 
         def edit(i: int, fed: Tensor) -> Tensor:
-            request.edited.append(request.edit(i, fed))
-            return request.edited[-1]
+            edited.append(request.edit(i, fed))
+            return edited[-1]
 
         def chain() -> None:
             for i in range(n):
@@ -402,26 +397,20 @@ class Engine:
                     n = i
                     break
                 view.latent_step(i, stop, edit if request.edit else None)
-        return self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
-
-    def _first_token(self, view: BatchView, request: Request) -> None:
-        for i, token in enumerate(request.forced_tokens):
-            if i:
-                view.decode_step()
-            view.token.fill_(token)
-        self._next_token(view, request, decode=bool(request.forced_tokens))
+        thoughts = self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
+        return thoughts, torch.stack(edited, 1) if edited else model.thought_embedding(thoughts)
 
     def _next_token(self, view: BatchView, request: Request, decode: bool = True) -> None:
         """Append the last token (if `decode`), then choose the next one."""
-        eos, greedy = request.eos, request.temperature == 0
+        eos, greedy = request.eos, request.is_greedy
 
         def step() -> None:
             if decode:
                 view.decode_step()
             view.sample(eos, greedy)
 
-        if not greedy:  # drawn outside of the graph, by the generator of this request
-            view.noise.exponential_(generator=request.generator)
+        if not greedy:  # drawn outside of the graph
+            view.noise.exponential_(generator=self._generator)
         self._run(("token", view.batch, view.capacity, decode, eos, greedy), step)
 
     def _other_tokens(self, view: BatchView, request: Request) -> Tensor:

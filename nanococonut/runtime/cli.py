@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from nanococonut.runtime.errors import UserError
 
 T = TypeVar("T")
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-TYPE_NAMES |= {NoneType: "None"}
+TYPE_NAMES = {
+    int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"
+}  # fmt: skip
 CONSTANTS = {"true": True, "false": False, "none": None}
 BOUNDS = {  # argument of option() -> (words for the error, test)
     "ge": ("at least", operator.ge),
@@ -41,24 +42,23 @@ def option(
     default: Any,
     help: str,
     group: str = "run",
-    ge: float | None = None,
-    le: float | None = None,
-    gt: float | None = None,
-    lt: float | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[str] = (),
     alias: str | None = None,
+    **bounds: float,
 ) -> Any:
-    """Return a dataclass field with its help, its group in --help and its allowed values."""
-    metadata = dict(help=help, group=group, ge=ge, le=le, gt=gt, lt=lt)
-    metadata |= dict(choices=choices, alias=alias)
+    """Return a dataclass field with its help, its group in --help and its allowed values.
+
+    bounds: keys of BOUNDS.
+    """
+    metadata = dict(help=help, group=group, choices=choices, alias=alias, bounds=bounds)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def validate(config: Any) -> None:
     """Raise UserError if a field of this config dataclass has a wrong type or value."""
-    hints = typing.get_type_hints(type(config))
+    types_of = _types(type(config))
     for f in dataclasses.fields(config):
-        value, meta, types = getattr(config, f.name), f.metadata, _types(hints[f.name])
+        value, meta, types = getattr(config, f.name), f.metadata, types_of[f.name]
         shown = f"--{f.name}={_shortened(value)}"
         # type(), not isinstance(): True is no whole number
         if type(value) not in types and not (float in types and type(value) is int):
@@ -72,18 +72,17 @@ def validate(config: Any) -> None:
             )
         if value is None:
             continue
-        for key, (words, holds) in BOUNDS.items():
-            limit = meta.get(key)
-            if limit is not None and not holds(value, limit):  # NaN holds for nothing
+        for key, limit in meta["bounds"].items():
+            words, holds = BOUNDS[key]
+            if not holds(value, limit):  # NaN holds for nothing
                 raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
         largest = {int: 2**63, float: 1e30}.get(type(value))  # torch's; float32 with a margin
         if largest and not abs(value) < largest:
             raise UserError(f"{shown} is out of range.\nUse a smaller number.")
-        choices = meta.get("choices")
-        if choices and value not in choices:
+        if meta["choices"] and value not in meta["choices"]:
             raise UserError(
-                f"{shown} is unknown.{_suggestion(value, choices)}\n"
-                f"Choose one of: {', '.join(choices)}."
+                f"{shown} is unknown.{_suggestion(value, meta['choices'])}\n"
+                f"Choose one of: {', '.join(meta['choices'])}."
             )
 
 
@@ -102,9 +101,10 @@ def _is_text(value: str) -> bool:
         return False
 
 
-def _types(hint: Any) -> tuple[type, ...]:
-    """Return (int, NoneType) for int | None, (int,) for int."""
-    return typing.get_args(hint) or (hint,)
+def _types(cls: type) -> dict[str, tuple[type, ...]]:
+    """Return field name -> (int, NoneType) for int | None, (int,) for int."""
+    hints = typing.get_type_hints(cls)
+    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
@@ -192,12 +192,11 @@ def parse_cli(
     )
     if config_file:
         parser.add_argument("config", nargs="?", help="a file of literal assignments")
-    groups: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        meta, types = f.metadata, _types(hints[f.name])
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+    fields, types_of = dataclasses.fields(cls), _types(cls)  # type: ignore[arg-type]
+    names = dict.fromkeys(f.metadata["group"] for f in fields)  # a set in their order
+    groups = {name: parser.add_argument_group(name) for name in names}
+    for f in fields:
+        meta, types = f.metadata, types_of[f.name]
         choices = f": {', '.join(meta['choices'])}" if meta["choices"] else ""
         groups[meta["group"]].add_argument(
             *(f"--{name}" for name in (f.name, meta["alias"]) if name),
@@ -213,19 +212,18 @@ def parse_cli(
         raise UserError(f"unknown argument {key!r}.{suggestion}\nSee --help for all keys.")
     texts = vars(namespace)
     path = texts.pop("config", None)
-    return {name: _parse_value(text, _types(hints[name])) for name, text in texts.items()}, path
+    return {name: _parse_value(text, types_of[name]) for name, text in texts.items()}, path
 
 
 def _parse_value(text: str, types: tuple[type, ...]) -> Any:
     """Return the value as one of these types, or the text itself, which validate() refuses."""
-    if text.lower() in CONSTANTS and type(CONSTANTS[text.lower()]) in types:
-        return CONSTANTS[text.lower()]
-    if int in types or float in types:
-        try:
-            return ast.literal_eval(text)
-        except LITERAL_ERRORS:
-            pass
-    return text
+    constant = CONSTANTS.get(text.lower(), text)
+    if type(constant) in types:  # also a text
+        return constant
+    try:
+        return ast.literal_eval(text) if int in types or float in types else text
+    except LITERAL_ERRORS:
+        return text
 
 
 def make_config(cls: type[T], *layers: Mapping[str, Any]) -> T:

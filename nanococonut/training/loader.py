@@ -24,8 +24,9 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example
+from nanococonut.data.isomorphism import graph_keys
 from nanococonut.data.seeds import ORDER, STAGE_STREAM, TRAIN
-from nanococonut.data.tasks import TASKS, Data, test_hashes
+from nanococonut.data.tasks import TASKS, Data, GeneratorConfig, test_hashes
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
@@ -67,16 +68,15 @@ class TrainLoader:
         generates = data.train is None
         # a generated example that does not fit is the fault of the settings: always an error
         self.skipped = None if generates else skipped
-        held_out = [example for split in data.val.values() for example in split]
         self.exclude = frozenset()  # graphs that generated examples must not repeat
         if generates:
-            self.exclude = self._graph_hashes(held_out) | test_hashes(config)
+            held_out = [example for split in data.val.values() for example in split]
+            self.exclude = self._graph_keys(held_out) | test_hashes(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
-        self._next_epoch: tuple[int, Future[list[TokenizedExample]]] | None = None
-        self._epoch: tuple[int, list[TokenizedExample]] = (-1, [])
-        self._prefetched: tuple[tuple[int, int], StepBatch] | None = None
+        self._epochs: dict[int, Future[list[TokenizedExample]]] = {}  # this one and the next
+        self._prefetched: tuple[tuple[int, int] | None, StepBatch | None] = None, None
         self._fixed: list[TokenizedExample] | None = None  # the same examples every epoch
-        if data.train is not None:
+        if not generates:
             self._fixed = [tokenized for _, tokenized in self._fitting(data.train)]
         elif not config.regenerate_each_epoch:
             self._fixed = self._generate(0)
@@ -87,9 +87,8 @@ class TrainLoader:
 
     def get(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         """Return the batch of a step, prefetched or made now."""
-        if self._prefetched is None or self._prefetched[0] != (step, stage):
+        if self._prefetched[0] != (step, stage):
             self.prefetch(step, stage, prepare)
-        assert self._prefetched is not None
         return self._prefetched[1]
 
     def prefetch(self, step: int, stage: int, prepare: Prepare) -> None:
@@ -98,9 +97,7 @@ class TrainLoader:
     def _step_batch(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         config, curriculum, tokenizer = self.config, self.curriculum, self.tokenizer
         epoch, i = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:  # steps come in order: one epoch in memory is enough
-            self._epoch = epoch, self.epoch(epoch)
-        examples = self._epoch[1][i * config.batch_size :][: config.batch_size]
+        examples = self.epoch(epoch)[i * config.batch_size :][: config.batch_size]
         # every process samples the same stages, then takes its shard
         rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
         stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
@@ -120,13 +117,12 @@ class TrainLoader:
         return StepBatch(micro_batches, n_labels, len(examples), n_thought_labels)
 
     def epoch(self, epoch: int) -> list[TokenizedExample]:
-        """Return the epoch's examples in order, and start to make the next epoch's."""
-        if self._next_epoch and self._next_epoch[0] == epoch:
-            examples = self._next_epoch[1].result()
-        else:
-            examples = self._make_epoch(epoch)
-        self._next_epoch = epoch + 1, self._worker.submit(self._make_epoch, epoch + 1)
-        return examples
+        """Return the epoch's examples in order; the worker makes the next epoch's meanwhile."""
+        self._epochs = {
+            n: self._epochs.get(n) or self._worker.submit(self._make_epoch, n)
+            for n in (epoch, epoch + 1)
+        }
+        return self._epochs[epoch].result()
 
     def close(self, wait: bool = False) -> None:
         self._worker.shutdown(wait=wait, cancel_futures=not wait)
@@ -155,40 +151,35 @@ class TrainLoader:
                 ordered += bucket[i * size :][:size]
         return ordered
 
-    def _graph_hashes(self, examples: list[Example]) -> frozenset[Hashable]:
-        hashes = set()
+    def _graph_keys(self, examples: list[Example]) -> frozenset[Hashable]:
+        graphs = []
         for example in examples:
             with suppress(UserError):  # a validation file may hold another task's examples
-                hashes.add(self.task.module.graph_hash(example))
-        return frozenset(hashes)
+                graphs.append(self.task.module.marked_graph(example))
+        return frozenset(graph_keys(graphs))
 
     def _generate(self, epoch: int) -> list[TokenizedExample]:
         """Return an epoch's examples: plain, without the shortcut, with fewer, with most steps."""
-        c = self.config
+        c, task = self.config, self.task
         if epoch < c.grow_epochs:  # in small graphs steps are cheaper and search is learned sooner
-            half = {
-                name: (getattr(c, name) + 1) // 2 for name in ("n_nodes", "min_hops", "max_hops")
-            }
-            c = replace(c, **half)
-        plain, matched, *_ = self.task.splits.values()
-        n_matched = round(c.matched_fraction * c.train_examples)
-        # chains shorter than the task's own give the search a start
-        easier = self.task.easier_configs(c)
-        n_short = round(c.short_fraction * c.train_examples) if easier else 0
-        longest = [self.task.longest_config(c)] if self.task.longest_config else []
-        n_long = round(c.long_fraction * c.train_examples) if longest else 0
-        n_each = [len(part) for part in np.array_split(range(n_short), max(1, len(easier)))]
-        parts = [
-            (c.train_examples - n_matched - n_short - n_long, plain(c)),
-            (n_matched, matched(c)),
-            *zip(n_each, easier, strict=False),
-            *((n_long, generator_config) for generator_config in longest),
+            sizes = ("n_nodes", "min_hops", "max_hops")
+            c = replace(c, **{name: (getattr(c, name) + 1) // 2 for name in sizes})
+        plain, matched, *_ = task.splits.values()
+        kinds = [
+            (c.matched_fraction, [matched(c)]),
+            (c.short_fraction, task.easier_configs(c)),  # these give the search a start
+            (c.long_fraction, task.longest_configs(c)),
         ]
+        parts: list[tuple[int, GeneratorConfig]] = []
+        for fraction, configs in kinds:
+            n_each = np.array_split(range(round(fraction * c.train_examples)), max(1, len(configs)))
+            parts += zip(map(len, n_each), configs, strict=False)
+        parts.insert(0, (c.train_examples - sum(n for n, _ in parts), plain(c)))
         examples: list[Example] = []
         for i, (n, generator_config) in enumerate(parts):
             if n:
                 seed = (c.seed, TRAIN, epoch, i)  # no two parts share a stream
-                examples += self.task.module.generate(n, seed, generator_config, self.exclude)
+                examples += task.module.generate(n, seed, generator_config, self.exclude)
         return [tokenized for _, tokenized in self._fitting(examples)]
 
     def drop_too_long(self, examples: list[Example]) -> list[Example]:
@@ -200,26 +191,24 @@ class TrainLoader:
 
     def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
         fitting, error, block_size = [], "", self.config.block_size
-        is_frontier = self.config.thought_loss > 0 and self.config.thought_labels == "frontier"
-        for i, rendered in enumerate(self.task.render(examples, self.config.render)):
-            start = repr(examples[i]["question"][:30])
+        is_frontier = self.config.thought_labels == "frontier"
+        all_rendered = self.task.render(examples, self.config.render)
+        for i, (example, rendered) in enumerate(zip(examples, all_rendered, strict=True)):
             try:
-                labels = prosqa.frontiers(examples[i]["question"]) if is_frontier else None
+                labels = prosqa.frontiers(example["question"]) if is_frontier else None
                 tokenized = tokenize(self.tokenizer, rendered, labels)
                 length = max_length(self.curriculum, tokenized, self.tokenizer)
-                if length <= block_size:
-                    fitting.append((examples[i], tokenized))
-                    continue
-                error = (
-                    f"example {i} needs {length} positions with its thoughts, but "
-                    f"block_size={block_size}: {start}...\n"
-                    "Use a longer --block_size or shorter examples."
-                )
-            except UserError as e:  # a special token in the text
-                error = f"example {i}, {start}...: {e}"
-            if self.skipped is None:
-                raise UserError(error)
-            self.skipped.append(error.split("\n")[0])
+                if length > block_size:
+                    raise UserError(
+                        f"it needs {length} positions with its thoughts, but "
+                        f"block_size={block_size}.\nUse a longer --block_size or shorter examples."
+                    )
+                fitting.append((example, tokenized))
+            except UserError as e:  # also of a special token in the text
+                error = f"example {i}, {example['question'][:30]!r}...: {e}"
+                if self.skipped is None:
+                    raise UserError(error) from None
+                self.skipped.append(error.split("\n")[0])
         if not fitting:
             raise UserError(f"no example can be used, the last: {error}")
         return fitting

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections import Counter, deque
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nanococonut.config import TrainConfig
-from nanococonut.data.files import skipped_summary
 from nanococonut.data.tasks import Data
 from nanococonut.model import GPT
 from nanococonut.runtime.cli import format_config
@@ -56,9 +54,9 @@ class RunLog:
 
             # events of steps after the checkpoint are hidden: those steps are logged again
             self._writer = SummaryWriter(run.path / "tensorboard", purge_step=state.step + 1)
-        # when each recent step ended, and with how many examples
-        self._recent = deque([(time.monotonic(), 0)], maxlen=PRINT_INTERVAL)
-        self._next_line = time.monotonic() + FIRST_LINE
+        self._recent: deque[tuple[float, int]] = deque(maxlen=PRINT_INTERVAL)  # seconds, examples
+        self._last_step = time.monotonic()
+        self._next_line = self._last_step + FIRST_LINE
         self._fastest: dict[int, float] = {}  # stage -> examples/s, for the warning
         self._is_warned = False
         self._bar = Progress(
@@ -72,9 +70,10 @@ class RunLog:
             console=console,
             disable=not console.is_terminal,
         )
-        shown = dict(stage=schedule.stage(state), loss=0.0, accuracy=0.0, speed=0.0)
-        n_steps = schedule.max_steps
-        self._task = self._bar.add_task("", total=n_steps, completed=state.step, **shown)
+        self._task = self._bar.add_task(
+            "", total=schedule.max_steps, completed=state.step, stage=schedule.stage(state),
+            loss=0.0, accuracy=0.0, speed=0.0,
+        )  # fmt: skip
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
@@ -100,17 +99,19 @@ class RunLog:
 
     def step(self, state: TrainState, loss: float, n_examples: int) -> None:
         """Log the step that was just taken."""
-        self._recent.append((time.monotonic(), n_examples))
-        seconds = self._recent[-1][0] - self._recent[0][0]
-        speed = sum(n for _, n in list(self._recent)[1:]) / max(seconds, 1e-9)
+        now = time.monotonic()
+        self._recent.append((now - self._last_step, n_examples))
+        self._last_step = now
+        seconds, examples = map(sum, zip(*self._recent, strict=True))
+        speed = examples / max(seconds, 1e-9)
         scalars = {"stage": state.stage, "loss": loss, "accuracy": state.accuracy}
-        self._write(state.step, scalars | {"examples_per_s": round(speed, 1)})
         self._bar.update(self._task, completed=state.step, speed=speed, **scalars)
         lr = self.config.learning_rate * self.schedule.lr_scale(state.step - 1)
-        self._write_events("train", state.step, scalars | {"lr": lr})
+        events = scalars | {"lr": lr}
+        self._write(state.step, scalars | {"examples_per_s": round(speed, 1)}, "train", events)
         self._warn_if_slow(state)
-        now, is_due = self._recent[-1][0], state.step % PRINT_INTERVAL == 0
-        if not console.is_terminal and (is_due or now >= self._next_line):
+        is_due = state.step % PRINT_INTERVAL == 0 or now >= self._next_line
+        if is_due and not console.is_terminal:
             self._next_line = now + LATER_LINES
             n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
             console.print(
@@ -122,12 +123,11 @@ class RunLog:
     def _warn_if_slow(self, state: TrainState) -> None:
         """Print once that the steps of a stage became SLOW_FACTOR times slower."""
         n_steps = state.step - state.stage_start
-        if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) <= SLOW_STEPS:
+        if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) < SLOW_STEPS:
             return
-        recent = list(self._recent)[-SLOW_STEPS - 1 :]
+        recent = list(self._recent)[-SLOW_STEPS:]
         # a median: a validation or a save in between is no slow step
-        seconds = statistics.median((end - start) / n for (start, _), (end, n) in pairwise(recent))
-        speed = 1 / max(1e-9, seconds)
+        speed = statistics.median(n / max(1e-9, seconds) for seconds, n in recent)
         fastest = self._fastest[state.stage] = max(speed, self._fastest.get(state.stage, 0.0))
         if speed * SLOW_FACTOR < fastest and not self._is_warned:
             self._is_warned = True
@@ -138,9 +138,8 @@ class RunLog:
 
     def validation(self, state: TrainState, validation: dict[str, Any]) -> None:
         """Log the accuracy of every split."""
-        self._write(state.step, validation)
         scores = {k: v for k, v in validation.items() if k.endswith("_accuracy")}
-        self._write_events("validation", state.step, scores)
+        self._write(state.step, validation, "validation", scores)
         scores = [f"{name.removesuffix('_accuracy')} {score:.3f}" for name, score in scores.items()]
         console.print(f"step {state.step} stage {state.stage} validation: {' '.join(scores)}")
         if min(validation.get("thought_similarity", [0])) > COLLAPSED:
@@ -149,7 +148,12 @@ class RunLog:
                 "Try a lower learning rate, --grad_clip=1, or more epochs of the early stages."
             )
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, values: dict[str, Any], group: str, events: dict[str, float]
+    ) -> None:
+        """Write values to metrics.jsonl, and events to TensorBoard under this group."""
+        for name, value in events.items() if self._writer else ():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
         try:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()  # a killed run loses no line
@@ -161,10 +165,6 @@ class RunLog:
                 f"Free some space, then {advice}."
             ) from None
 
-    def _write_events(self, group: str, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items() if self._writer else ():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
-
 
 def print_data(
     config: TrainConfig, loader: TrainLoader, data: Data, skipped: list[str] | None
@@ -172,7 +172,8 @@ def print_data(
     """Print what the config does not tell: skipped, downloaded, held-out and repeated examples."""
     n_val = sum(map(len, loader.val_splits.values()))
     if skipped:
-        summary = skipped_summary(loader.n_examples + n_val, skipped)
+        n_all = loader.n_examples + n_val + len(skipped)
+        summary = f"{len(skipped)} of {n_all} examples skipped, the first: {skipped[0]}"
         console.print(f"  {summary}", markup=False)
     if data.commit:
         console.print(f"  examples of the hub's commit {data.commit}", markup=False)
@@ -196,20 +197,20 @@ def print_summary(
 
     baselines: split -> rule -> accuracy; {} if the task has no such rules.
     """
-    table = Table(title=f"{name}, {state.step} of {schedule.total_steps} steps")
-    splits = [key.removesuffix("_accuracy") for key in (state.validations or [{}])[0]
-              if key.endswith("_accuracy")]  # fmt: skip
-    for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
-        table.add_column(heading, justify="right")
-    for v in state.validations:
-        accuracies = [f"{v[f'{split}_accuracy']:.1%}" for split in splits]
-        rest = [f"{v['valid_tokens']:.1f}", f"{v['minutes']:.1f}"]
-        table.add_row(str(v["stage"]), str(v["thoughts"]), *accuracies, *rest)
+    steps = f"{state.step} of {schedule.total_steps} steps"
     if state.validations:
+        keys = [key for key in state.validations[0] if key.endswith("_accuracy")]
+        splits = [key.removesuffix("_accuracy") for key in keys]
+        table = Table(title=f"{name}, {steps}")
+        for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
+            table.add_column(heading, justify="right")
+        for v in state.validations:
+            rest = [f"{v['valid_tokens']:.1f}", f"{v['minutes']:.1f}"]
+            accuracies = [f"{v[key]:.1%}" for key in keys]
+            table.add_row(str(v["stage"]), str(v["thoughts"]), *accuracies, *rest)
         console.print(table)
     else:
-        console.print(f"no stage ended in {state.step} of {schedule.total_steps} steps, "
-                      "so there is no validation yet")  # fmt: skip
+        console.print(f"no stage ended in {steps}, so there is no validation yet")
     for rule in next(iter(baselines.values()), {}):
         accuracies = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
         console.print(f"  no model, {rule}: {', '.join(accuracies)}")

@@ -47,6 +47,7 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
             f"soft_top_k={config.soft_top_k} is more than the vocabulary of "
             f"{tokenizer.vocab_size} tokens.\nUse a smaller one, or 0 for all."
         )
+    n_tokens = count_tokens(config, tokenizer)
     extra = dict(  # GPTConfig fields that GPT-2 lacks
         smear=config.smear,
         thought=thought_type if feeds_back else "hidden",
@@ -54,10 +55,15 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         soft_top_k=config.soft_top_k,
         stop=config.stop == "classifier",
     )
-    scratch = config.init_from == "scratch"
-    model = (_random if scratch else _pretrained)(config, tokenizer, extra)
-    for block in model.h:
-        block.recompute_mlp = config.recompute_mlp
+    if config.init_from == "scratch":
+        return _random(config, vocab_size=n_tokens, **extra)
+    path = resolve_weights(config.init_from)
+    model = load_gpt2(path, n_tokens, config.dropout, tokenizer.spec, extra)
+    if config.block_size > (n_positions := model.config.block_size):
+        raise UserError(
+            f"block_size={config.block_size}, but {config.init_from} has {n_positions} positions."
+            f"\nUse --block_size={n_positions}."
+        )
     return model
 
 
@@ -70,30 +76,20 @@ def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size if is_used else tokenizer.bot  # the last ids are theirs
 
 
-def _random(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:
-    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "wte_init_std")
+def _random(config: TrainConfig, **others: Any) -> GPT:
+    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
     sizes = {name: getattr(config, name) for name in names}
+    # larger embeddings of few words learn faster (docs/LOG.md); 0.02 is GPT-2's
+    sizes["wte_init_std"] = 0.1 if config.tokenizer == "words" else 0.02
     # smear tells the order of tokens already
     sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
     try:
-        return GPT(GPTConfig(vocab_size=count_tokens(config, tokenizer), **sizes, **extra))
+        return GPT(GPTConfig(**sizes, **others))
     except RuntimeError as e:  # of the allocator
         raise UserError(
             f"the model cannot be made: {str(e).splitlines()[0]}\n"
             "Lower --n_embd, --n_layer or --block_size."
         ) from None
-
-
-def _pretrained(config: TrainConfig, tokenizer: Tokenizer, extra: dict[str, Any]) -> GPT:
-    path, n_tokens = resolve_weights(config.init_from), count_tokens(config, tokenizer)
-    model = load_gpt2(path, n_tokens, config.dropout, tokenizer.spec, extra)
-    n_positions = model.config.block_size
-    if config.block_size > n_positions:
-        raise UserError(
-            f"block_size={config.block_size}, but {config.init_from} has {n_positions} positions."
-            f"\nUse --block_size={n_positions}."
-        )
-    return model
 
 
 def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
@@ -102,9 +98,10 @@ def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimiz
     Muon trains the matrices inside the layers and those that map one stream of embeddings to
     another (smear, projected thoughts); AdamW trains the rest.
     """
-    modules = [m for m in (model.h, model.smear, model.project) if m is not None]
-    matrices = [p for m in modules for p in m.parameters() if p.dim() == 2]
-    matrices = matrices if config.muon_learning_rate > 0 else []
+    matrices = []
+    if config.muon_learning_rate:
+        modules = [m for m in (model.h, model.smear, model.project) if m is not None]
+        matrices = [p for m in modules for p in m.parameters() if p.dim() == 2]
     muon_ids = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
         [p for p in model.parameters() if id(p) not in muon_ids],
@@ -118,7 +115,7 @@ def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimiz
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig, scale: float) -> None:
     """Set the learning rate of every optimizer to its config value times scale."""
-    rates = (config.learning_rate, config.muon_learning_rate)
+    rates = (config.learning_rate, config.muon_learning_rate)  # of [AdamW], or [AdamW, Muon]
     for optimizer, rate in zip(optimizers, rates, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate * scale

@@ -17,7 +17,8 @@ from nanococonut.weights.checkpoint import BUNDLED
 def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     """Write a run's best checkpoint to target, in bfloat16 and without optimizer. Return target."""
     model, _, manifest = checkpoint.load(run)
-    manifest = {k: v for k, v in manifest.items() if k not in ("files", "format", "progress")}
+    own = ("files", "format", "progress", "removed")
+    manifest = {k: v for k, v in manifest.items() if k not in own}
     # write_atomic adds these three of the bundling itself
     manifest["trained_with"] = {k: manifest.pop(k) for k in ("commit", "versions", "platform")}
     manifest["config"] |= {"out_dir": None}  # drop the local path

@@ -24,10 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanococonut.config import TrainConfig
+from nanococonut.config import REMOVED_OPTIONS, TrainConfig, config_from_saved
 from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
-from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.lock import lock_folder
@@ -37,23 +36,20 @@ from nanococonut.tokenizer import Tokenizer
 T = TypeVar("T")
 FORMAT = 2
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
-REQUIRED_TYPES = {
-    **dict.fromkeys(("config", "model", "tokenizer", "files"), dict),
-    **dict.fromkeys(("stage", "n_thoughts", "step", "threads"), int),
-    **dict.fromkeys(("method", "device"), str),
+TYPES = {  # of the manifest's values
+    **dict.fromkeys(("config", "model", "tokenizer", "files", "progress"), dict),
+    **dict.fromkeys(("stage", "n_thoughts", "step", "threads", "best_step"), int),
+    **dict.fromkeys(("method", "device", "examples"), str),
     "minutes": (int, float),
-}
-OPTIONAL_TYPES = {
-    "best_step": int,
-    "progress": dict,
-    "examples": str,
     "hub_commit": (str, NoneType),
 }
+OPTIONAL = {"best_step", "progress", "examples", "hub_commit"}
 # settings that may change when a run is resumed: the mathematics stay the same
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
 RESUMABLE |= {"epochs"}  # Schedule.check_epochs
-ROUNDING = {"kernels", "graph", "micro_batch_size", "recompute_mlp"}  # not to the bit
+RESUMABLE |= {"wte_init_std", "recompute_mlp"}  # of older runs: neither changes a later step
+ROUNDING = {"kernels", "graph", "micro_batch_size"}  # not to the bit
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
@@ -223,10 +219,10 @@ def resolve(path: str | Path, best: bool = False) -> Path:
             f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
     newest = checkpoints[-1]
-    if best:  # by validation accuracy in the final stage, if there was one
-        chosen = path / f"step_{read_manifest(newest).get('best_step', -1):08d}"
-        return chosen if chosen in checkpoints else newest
-    return newest
+    # the best by validation accuracy in the final stage, if there was one
+    step = read_manifest(newest).get("best_step", -1) if best else -1
+    chosen = path / f"step_{step:08d}"
+    return chosen if chosen in checkpoints else newest
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
@@ -245,24 +241,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
-    if isinstance(manifest, dict) and manifest.get("format") == 1:
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version == 1:
         raise UserError(
             f"{folder} was written by nanococonut 0.1, whose settings have other names.\n"
             "Use it with commit a32b7b1, or train again."
         )
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    missing = REQUIRED_TYPES.keys() - manifest.keys()
-    if missing:
+    if missing := TYPES.keys() - OPTIONAL - manifest.keys():
         raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
-    for key, expected in (REQUIRED_TYPES | OPTIONAL_TYPES).items():
+    for key, expected in TYPES.items():
         if key in manifest and not isinstance(manifest[key], expected):
             raise _damaged(folder, f"{MANIFEST} has a {key!r} of the wrong type")
     try:
-        manifest["config"] = asdict(make_config(TrainConfig, manifest["config"]))
+        config = config_from_saved(manifest["config"])
     except UserError as e:
         raise UserError(f"{folder / MANIFEST}: {e}") from None
-    return manifest
+    removed = {k: v for k, v in manifest["config"].items() if k in REMOVED_OPTIONS}
+    return manifest | {"config": asdict(config), "removed": removed}
 
 
 def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
@@ -351,7 +348,7 @@ class RunDir:
                 )
             self.folder = resolve(self.path)
             self.manifest = verify(self.folder, resume=True)
-            self._check_resumable(self.manifest["config"])
+            self._check_resumable(self.manifest["config"] | self.manifest["removed"])
 
     def _claim(self) -> None:
         """Lock the folder. Raise UserError if another process has, or if it holds another run."""
@@ -380,18 +377,17 @@ class RunDir:
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if a setting that matters differs from those the run started with."""
-        config = asdict(self.config)
         # the examples have a digest, except in old checkpoints: there the path has to do
         free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
-            if key in free or saved == config[key]:
+            if key in free or saved == (value := getattr(self.config, key)):
                 continue
             if key in ROUNDING:
                 dropout = " and dropout's draws" if self.config.dropout else ""
-                print(f"{key}={config[key]!r}, not {saved!r} as before: roundings{dropout} differ")
+                print(f"{key}={value!r}, not {saved!r} as before: roundings{dropout} differ")
             else:
                 raise UserError(
-                    f"{self.path} was trained with {key}={saved!r}, not {config[key]!r}.\n"
+                    f"{self.path} was trained with {key}={saved!r}, not {value!r}.\n"
                     "Resume with the settings it started with, or use another --out_dir."
                 )
 

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import tiktoken.load
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +35,7 @@ from nanococonut.weights.pretrained import (
 
 # sizes and initialization; any other field of GPTConfig makes a model that transformers lacks
 GPT2_FIELDS = {*CONFIG_KEYS, "vocab_size", "dropout", "wte_init_std", "wpe_init_std"}
+OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 EXAMPLES = {  # task -> the question in the card's program, for a run on generated data
     "prosqa": "Tom is a terpus. Sam is a gorpus. Every terpus is a lempus. "
     "Every gorpus is a zumpus. Is Tom a lempus or zumpus?",
@@ -41,51 +43,6 @@ EXAMPLES = {  # task -> the question in the card's program, for a run on generat
     "windy. True or false: Max is not windy.",
     "gsm8k": "Tom has 3 apples and buys 2 bags of 4. How many apples does he have?",
 }
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, coconut, nanococonut]
----
-
-# GPT-2 trained by {method}, {slots}: {n_thoughts}
-
-A GPT-2 of {n_params:,} parameters, trained by nanococonut with `--method={method}` (after Coconut,
-[arXiv 2412.06769](https://arxiv.org/abs/2412.06769)): {step} optimizer steps, stage {stage},
-{minutes:.1f} minutes on {device}, commit {commit}.
-
-{how}
-Run this in the folder, and write questions as in the training data:
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
-question = {question!r}
-{program}print(tokenizer.decode(out, skip_special_tokens=True))
-```
-"""
-STOCK = "A stock `generate` runs it{prompt}."
-STOCK_PROGRAM = """\
-ids = tokenizer(question{special}, return_tensors="pt")
-out = model.generate(**ids, max_new_tokens={max_new_tokens})[0, ids["input_ids"].shape[1] :]
-"""
-LOOP = """\
-A stock `generate` **does not run its thoughts**: after `<|start-latent|>` the last hidden state is
-fed back as the next input, {n_thoughts} times, before `<|end-latent|>` and the answer."""
-LOOP_PROGRAM = """\
-ids = tokenizer(question + "<|start-latent|>", return_tensors="pt")["input_ids"]
-end = tokenizer("<|end-latent|>", return_tensors="pt")["input_ids"]
-embed = model.get_input_embeddings()
-with torch.no_grad():
-    x = embed(ids)
-    for _ in range({n_thoughts}):  # a thought: the last hidden state, after the final LayerNorm
-        thought = model.transformer(inputs_embeds=x).last_hidden_state[:, -1:]
-        x = torch.cat([x, thought], dim=1)
-    x = torch.cat([x, embed(end)], dim=1)
-    mask = torch.ones(x.shape[:2], dtype=torch.long)
-    out = model.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens={max_new_tokens})[0]
-"""
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
@@ -171,22 +128,22 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
     config, method = manifest["config"], METHODS[manifest["method"]]
     n, has_pauses = manifest["n_thoughts"], method.thought_type == "pause"
     # exported thoughts are hidden states: _check_exportable refuses soft and projected ones
-    how, program = (LOOP, LOOP_PROGRAM) if n and not has_pauses else (STOCK, STOCK_PROGRAM)
+    template = "card_thoughts.md" if n and not has_pauses else "card.md"
+    slots = "pauses" if has_pauses else "thoughts"
+    fewer = f"\nIn training, examples with fewer steps had fewer {slots}."
     pauses = f' + "{LATENT}" * {n}' if n and has_pauses else ""
     values = {
         **manifest,
         "commit": manifest.get("trained_with", manifest)["commit"],  # a bundled run has two commits
-        "slots": "pauses" if has_pauses else "thoughts",
+        "slots": slots,
         "n_params": model.n_params(),
         "question": _question(config) + "\n",  # never compact: that needs a word vocabulary
         "prompt": " if the prompt holds its pauses and their markers" if pauses else "",
         "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
         "max_new_tokens": config["max_new_tokens"],
+        "note": fewer if n and not config["pad_latent_to_max"] else "",
     }
-    if n and not config.get("pad_latent_to_max", True):
-        how += "\nIn training, examples with fewer steps had fewer {slots}."
-    values |= {"how": how.format(**values), "program": program.format(**values)}
-    return CARD.format(**values)
+    return Path(__file__).with_name(template).read_text(encoding="utf-8").format(**values)
 
 
 def _question(config: dict[str, Any]) -> str:
@@ -198,61 +155,27 @@ def _question(config: dict[str, Any]) -> str:
     return EXAMPLES[config["task"]]
 
 
-# ---- GPT-2's tokenizer, from tiktoken's table of ranks
-
-
-def _byte_letters() -> dict[int, str]:
-    """Return GPT-2's character for each byte: printable Latin-1 as is, others from 256."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)}
-
-
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Return the two tokens that byte-pair encoding merges last to make this one."""
-    pieces = [bytes([b]) for b in token]
-    while len(pieces) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(pieces, pieces[1:], strict=False)]
-        i = pairs.index(min(pairs))
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-    return pieces
-
-
 def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
     """Return file name -> text, such that AutoTokenizer gives the same ids as `tokenizer`."""
-    ranks, letters = tokenizer.encoding._mergeable_ranks, _byte_letters()
-    by_rank = sorted(ranks, key=ranks.__getitem__)
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[b] for b in token)
-
-    merges = [" ".join(map(spell, _last_merge(t, ranks))) for t in by_rank if len(t) > 1]
-    vocab = {spell(token): ranks[token] for token in by_rank} | {EOS: tokenizer.eos}
     special = {EOS: tokenizer.eos, BOT: tokenizer.bot, EOT: tokenizer.eot, LATENT: tokenizer.latent}
     special = {name: i for name, i in special.items() if i < config.vocab_size}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = True  # GPT-2's own pattern
-    files = {
-        "tokenizer.json": {
-            "version": "1.0",
-            "added_tokens": [
-                {"id": i, "content": name, "special": True, **flags} for name, i in special.items()
-            ],
-            "pre_tokenizer": byte_level,
-            "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "added_tokens_decoder": {
+            str(i): {"content": name, "special": True, **flags} for name, i in special.items()
         },
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
-            "model_max_length": config.block_size,
-            "clean_up_tokenization_spaces": False,
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
-            "additional_special_tokens": [name for name in special if name != EOS],
-        },
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
+        "model_max_length": config.block_size,
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
+        "additional_special_tokens": [name for name in special if name != EOS],
     }
-    return {name: _json(data) for name, data in files.items()}
+    files = {"tokenizer_config.json": _json(settings)}
+    # OpenAI's two files, which tiktoken made the encoding from and keeps in its cache
+    for name, source in (("merges.txt", "vocab.bpe"), ("vocab.json", "encoder.json")):
+        files[name] = tiktoken.load.read_file_cached(OPENAI_URL + source).decode()
+    return files
 
 
 def main() -> None:

@@ -187,12 +187,12 @@ def _tensor_problems(weights: Weights, params: dict[str, Tensor]) -> list[str]:
             dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
             expected = tuple(params[name].shape)
             problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
-    missing = [name for name in params if name not in weights.tensors]
-    optional = ("smear.", "project.", "pause.", "stop.")  # start at zero
-    missing = [name for name in missing if not name.startswith(optional)]
-    if not weights.has_biases:
-        missing = [name for name in missing if not name.endswith(".bias")]
-    return problems + [f"{name} is missing" for name in missing]
+    for name in params:
+        starts_at_zero = name.startswith(("smear.", "project.", "pause.", "stop."))
+        starts_at_zero |= name.endswith(".bias") and not weights.has_biases
+        if name not in weights.tensors and not starts_at_zero:
+            problems.append(f"{name} is missing")
+    return problems
 
 
 def _not_gpt2(path: Path, reason: object) -> UserError:
@@ -240,9 +240,7 @@ def _read(path: Path) -> Weights:
         if isinstance(state, dict) and "model_args" in state:
             return _from_nanogpt(state)
         tensors = _rename(state)
-        config_file = file.with_name(CONFIG_NAME)
-        known = {} if config_file.is_file() else _known_sizes(tensors)
-        settings = known or _read_config(config_file)
+        settings = _read_config(file.with_name(CONFIG_NAME), tensors)
         sizes = _read_sizes(settings, CONFIG_KEYS)
     except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
@@ -250,16 +248,6 @@ def _read(path: Path) -> Weights:
     ours = settings.get("nanococonut")  # in an export
     spec = ours.get("tokenizer") if isinstance(ours, dict) else None
     return Weights(config, tensors, spec, is_conv1d=True)
-
-
-def _known_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Return sizes as in config.json if they are one of GPT2_SIZES (so released checkpoints need
-    no file), else {}."""
-    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-    n_embd = tensors["wte.weight"].shape[1]
-    n_head = N_HEADS.get((n_layer, n_embd))
-    sizes = {"n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-    return sizes if n_head else {}
 
 
 def _from_nanogpt(saved: dict[str, Any]) -> Weights:
@@ -322,8 +310,16 @@ def _rename(state: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Return the settings in a config.json. Raise ValueError if GPT does not implement them."""
+def _read_config(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the settings in a config.json. Raise ValueError if GPT does not implement them.
+
+    GPT-2's own sizes, and so released checkpoints, need no file.
+    """
+    n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+    n_embd = tensors["wte.weight"].shape[1]
+    n_head = N_HEADS.get((n_layer, n_embd))
+    if n_head and not file.is_file():
+        return {"n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
     if not file.is_file():
         raise UserError(
             f"{file.parent} has no {CONFIG_NAME} next to its weights, so their sizes are unknown.\n"

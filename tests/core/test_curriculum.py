@@ -373,6 +373,6 @@ def test_ignored_options_change_nothing(tokenizer, method):
     assert ("soft_top_k" in ignored) == (method != "soft_thought")
     assert ("advance_at" in ignored) == (METHODS[method].advance_by == "never")
     labels = thought_targets(Curriculum(method), 1, EXAMPLE)
-    assert ("thought_loss" in ignored) == ("thought_labels" in ignored) == (labels == [])
-    others = {"soft_top_k", "soft_temperature", "advance_at", "thought_loss", "thought_labels"}
+    assert ("thought_labels" in ignored) == (labels == [])
+    others = {"soft_top_k", "soft_temperature", "advance_at", "thought_labels"}
     assert ignored - set(SETTINGS) <= others

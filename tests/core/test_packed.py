@@ -5,7 +5,7 @@ import torch
 from helpers import generate, random_gpt
 
 from nanococonut import ops, packed
-from nanococonut.inference.engine import Engine
+from nanococonut.inference.engine import Engine, Request
 from nanococonut.runtime.errors import UserError
 
 MODEL = {"dtype": torch.float32, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -15,7 +15,7 @@ PREFIXES = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
 
 
 def ask(engine):
-    return engine.run(PREFIXES, 3, [39], -1, 6)
+    return engine.run(Request(PREFIXES, 3, [39], -1, 6))
 
 
 def test_packed_generates_the_same(gpt):

@@ -37,11 +37,11 @@ def scripted(monkeypatch, tokenizer, texts=()):
     """Make Engine.run return these texts. Return the list of its requests."""
     requests, texts = [], list(texts)
 
-    def fake(self, prefixes, n_thoughts, forced_tokens, *_, **__):
-        requests.append((prefixes, n_thoughts, forced_tokens))
-        tokens = [tokenizer.encode(texts.pop(0) if texts else "") for _ in prefixes]
-        nothing = torch.zeros(1, 0, 1)
-        return Generation(tokens, nothing, nothing, [n_thoughts] * len(tokens), 0, 0, 0, 0)
+    def fake(self, request):
+        requests.append((request.prefixes, request.n_thoughts, request.forced_tokens))
+        tokens = [tokenizer.encode(texts.pop(0) if texts else "") for _ in request.prefixes]
+        nothing, n_thoughts = torch.zeros(1, 0, 1), [request.n_thoughts] * len(tokens)
+        return Generation(tokens, nothing, nothing, n_thoughts, 0, 0, 0, 0)
 
     monkeypatch.setattr(Engine, "run", fake)
     return requests

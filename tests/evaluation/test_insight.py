@@ -18,7 +18,7 @@ from nanococonut.evaluation.pairs import generated_pairs, own_pairs
 from nanococonut.evaluation.readout import words_by_step
 from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
-from nanococonut.inference.engine import Engine
+from nanococonut.inference.engine import Engine, Request
 from nanococonut.runtime.errors import UserError
 
 QUESTIONS = ["Tom is a lempus. Is Tom a lempus or wumpus?", "Every Tom is a wumpus. Is a?"]
@@ -75,7 +75,7 @@ def test_an_edit_runs_without_graphs(tokenizer):
     out = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: (seen.append(i), fed)[1])
     assert seen == [0, 1, 2] and out.tokens == plain.tokens and not engine.graphs.graphs
     with pytest.raises(ValueError, match="graph='off'"):
-        engine.run([[1]], 1, [], -1, 1, edit=lambda i, fed: fed)
+        engine.run(Request([[1]], 1, [], -1, 1, edit=lambda i, fed: fed))
 
 
 def test_bad_edits_are_refused(tokenizer):

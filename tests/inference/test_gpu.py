@@ -13,7 +13,7 @@ import torch
 from helpers import forward, generate, random_batch, random_gpt
 
 from nanococonut import coconut
-from nanococonut.inference.engine import Engine
+from nanococonut.inference.engine import Engine, Request
 from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.step import TrainStep
 
@@ -47,9 +47,9 @@ def test_generation_equals_the_cpus(kernels, graph):
     gpu_engine = Engine(copy.deepcopy(model).cuda(), kernels=kernels, graph=graph)
     for n, thoughts, stop in [(3, 4, False), (1, 4, True), (5, 2, True), (3, 4, False)]:
         prefixes = [[(7 * b + t) % 39 for t in range(1 + 3 * b)] for b in range(n)]
-        expected = cpu_engine.run(prefixes, thoughts, [39], 40, 8, stop)
+        expected = cpu_engine.run(Request(prefixes, thoughts, [39], 40, 8, stop))
         for _ in range(2):
-            out = gpu_engine.run(prefixes, thoughts, [39], 40, 8, stop)
+            out = gpu_engine.run(Request(prefixes, thoughts, [39], 40, 8, stop))
             assert (out.tokens, out.n_thoughts) == (expected.tokens, expected.n_thoughts)
     assert bool(gpu_engine.memory()["graphs"]) == (graph == "on")
 
@@ -67,7 +67,7 @@ def test_graphs_equal_eager_steps(kernels, dtype):
     eager = generate(model, *args, kernels=kernels)
     engine = Engine(model, kernels=kernels, graph="on")
     for _ in range(3):
-        replayed = engine.run(*args)
+        replayed = engine.run(Request(*args))
         assert replayed.tokens == eager.tokens
         if kernels == "triton":  # bit for bit; torch's attention has another width
             assert torch.equal(replayed.thoughts, eager.thoughts)
@@ -77,7 +77,7 @@ def test_at_most_max_graphs_are_kept():
     """Graphs of all shapes would fill the memory."""
     engine = Engine(random_gpt(dtype=torch.float32).cuda(), graph="on", max_graphs=4)
     for n in (1, 2, 4, 8, 1, 8):
-        engine.run([[1, 2, 3]] * n, 2, [39], 40, 6)
+        engine.run(Request([[1, 2, 3]] * n, 2, [39], 40, 6))
         assert 0 < engine.memory()["graphs"] <= 4
 
 

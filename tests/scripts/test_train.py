@@ -564,10 +564,6 @@ def test_stop_classifier_does_not_change_the_model(train, tiny):
         (["--method=soft_thought", "--soft_top_k=100000"], "more than the vocabulary"),
         (["--kernels=triton"], "kernels=triton cannot run here"),
         (["--graph=on"], "graph=on cannot run here"),
-        (
-            ["--graph=on", "--recompute_mlp", "--dropout=0.1"],
-            "does not go with recompute and dropout",
-        ),
         (["--task=gsm8k"], "render='compact' is not for gsm8k"),
         (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
     ],

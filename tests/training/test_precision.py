@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from nanococonut.inference.engine import Engine
+from nanococonut.inference.engine import Engine, Request
 from nanococonut.model import GPT, GPTConfig
 
 THOUGHTS = 12
@@ -18,7 +18,7 @@ def think(model, prompts, dtype, kernels):
     """Hidden states (B, THOUGHTS, C) after 1, 2, ... thoughts; the weights are rounded to dtype."""
     engine = Engine(copy.deepcopy(model).to(dtype), kernels=kernels)
     # thought n is the hidden state after n - 1 of them, so generate one more
-    return engine.run(prompts, THOUGHTS + 1, [0], -1, 1).thoughts[:, 1:].double()
+    return engine.run(Request(prompts, THOUGHTS + 1, [0], -1, 1)).thoughts[:, 1:].double()
 
 
 def drifts(seed, std, device="cpu", kinds=("torch",)):

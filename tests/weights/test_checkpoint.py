@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +188,25 @@ def test_other_shape_is_named(saved):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"another shape: wpe.weight is \(5, 24\)"):
         checkpoint.load(folder)
+
+
+def test_options_that_are_gone_still_load(saved):
+    """A bundled model's manifest names them; resuming with other values changes the training."""
+    folder, _, _ = saved
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"progress": {}}
+    old = {"beta2": 0.999, "thought_loss": 0.0, "thought_labels": "path", "wte_init_std": 0.3}
+    style = {"render": "compact", "tokenizer": "words"}
+    manifest["config"] = {"recompute_mlp": True, **old, **style}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.load(folder)[2]["config"]["thought_labels"] == "none"
+    now = TrainConfig(resume=True, **style)
+    assert RunDir(folder.parent, now, Distributed(1, 2)).manifest
+    labelled = replace(now, thought_labels="path")
+    for key, other in (("beta2", now), ("thought_loss", labelled)):
+        changed = manifest | {"config": manifest["config"] | {key: 0.5}}
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"{key}=0.5, not"):
+            RunDir(folder.parent, other, Distributed(1, 2))
 
 
 def test_format_1_is_refused_in_two_lines(saved):
