@@ -205,9 +205,7 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
         console.print(nodes_table(engine, question, config.latent))
 
     # ---- answer
-    text, task = out.text[0], TASKS[engine.config.task]
-    if engine.config.render == "compact":
-        text = task.expand(text, question)
+    text = TASKS[engine.config.task].expand(out.text[0], question, engine.config.render)
     steps, generated_answer = split_answer(text, answer or "")
     missing = "" if generated_answer else ', no answer after "###"'
     if generated_answer is None:

@@ -215,11 +215,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         own["by_steps"] = by_steps(examples, s.correct)
         own["released_accuracy"] = round(s.released_accuracy, 5)
         if shortcuts and trained.task == "prosqa":
-            texts = s.texts
-            if trained.render == "compact":
-                pairs = zip(texts, examples, strict=True)
-                texts = [task.expand(text, example["question"]) for text, example in pairs]
-            own["categories"] = category_fractions(examples, texts, n)
+            own["categories"] = category_fractions(examples, s.texts, n, trained.render)
         low, high = s.interval
         results.add(
             "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,

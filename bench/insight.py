@@ -78,18 +78,18 @@ def evaluate(config: InsightConfig, path: str | None, subject: tuple) -> ResultW
     """Measure one model. Nothing is written yet."""
     progress, engine, plain, pairs = subject
     w, name = engine.model.wte.weight, Path(path).resolve().name if path else "bundled"
-    report, figures = measure(engine, name, plain, pairs, progress)
-    labels = {"method": report.method, "task": report.task, "checkpoint": name}
+    row, figures = measure(engine, name, plain, pairs, progress)
+    labels = {"method": row["method"], "task": row["task"], "checkpoint": name}
     results = ResultWriter("insight", replace(config, out=None), w.device, w.dtype, labels)
-    row = {"schema": 1, "checkpoint": name} | report.row()
-    if report.accuracy and pairs.is_prosqa:
+    row = {"schema": 1, "checkpoint": name} | row
+    if "accuracy" in row and pairs.is_prosqa:
         row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
         if config.more and plain is not None:
             row["paper"] = paper_figures(engine, plain.examples)
     about = {k: results.common[k] for k in ("commit", "device", "command", "date")}
     about |= {"torch": results.versions["torch"], "rows": len(pairs.examples), "seed": config.seed}
     row["provenance"] = about | {"seconds": round(time.perf_counter() - progress.start, 1)}
-    f, shape = row.pop("trained"), {"thoughts": report.thoughts}
+    f, shape = row.pop("trained"), {"thoughts": row["thoughts"]}
     results.add("accuracy", "nanococonut", [f["value"]], "fraction", detail=row, examples=f["n"],
                 spread={"ci_low": f["lo"], "ci_high": f["hi"]}, **shape)  # fmt: skip
     return results

@@ -195,14 +195,19 @@ def _chunks(order: list[int], groups: Sequence[int], size: int) -> Iterator[tupl
 
 def figure(hits: Tensor, where: Tensor, log_p: Tensor | None = None) -> Figure | None:
     """Return the fraction of hits (N,) among `where` (N,); None if there are none."""
-    if not (n := int(where.sum())):
+    if not where.any():
         return None
-    p = hits[where].double().mean().item()
-    lo, hi = wilson(p, n)
-    result = {"value": round(p, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": n}
+    result = fraction(hits[where].tolist())
     if log_p is not None:
         result["mass"] = round(log_p[where].exp().sum(1).mean().item(), 3)
     return result
+
+
+def fraction(hits: Sequence[bool]) -> Figure:
+    """Return the fraction of hits and its 95 % interval."""
+    p, n = sum(hits) / len(hits), len(hits)
+    lo, hi = wilson(p, n)
+    return {"value": round(p, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": n}
 
 
 def mean_figure(x: Tensor) -> dict[str, Any]:
@@ -265,10 +270,8 @@ def count(n: int, word: str) -> str:
     return f"{n} {word}{'s' * (n != 1)}"
 
 
-def tables(
-    f: Figures, plain: Figures | None, trained: int
-) -> tuple[list[Figure], dict[str, Any] | None, dict[str, Any] | None]:
-    """Return (flips by donor, accuracy by thoughts, flips by slot); None for a written chain.
+def tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
+    """Return scale: flips by donor. Of thoughts also accuracy by their number, and flips by slot.
 
     plain    figures of questions as in training (None: none)
     trained  thoughts in training
@@ -279,7 +282,7 @@ def tables(
     columns = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
     slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
     if len(columns) < 2:
-        return scale, None, None
+        return {"scale": scale}
     accuracy, moved = [], []
     if plain is not None:
         cells = [plain.accuracy(f"k{k}", plain.every) for k in columns]
@@ -290,5 +293,8 @@ def tables(
         accuracy.append({"label": count(h, "step"), "cells": cells})
         cells = [f.flips(f"slot{j}", f.right & f.twin_right & same) for j in slots]
         moved.append({"label": count(h, "step"), "cells": cells})
-    by_thoughts = {"columns": columns, "trained": trained, "rows": accuracy}
-    return scale, by_thoughts, {"columns": slots, "rows": moved}
+    return {
+        "scale": scale,
+        "accuracy": {"columns": columns, "trained": trained, "rows": accuracy},
+        "slots": {"columns": slots, "rows": moved},
+    }

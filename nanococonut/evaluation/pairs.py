@@ -12,7 +12,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.interchange import Figure, Figures, figure, interchange
+from nanococonut.evaluation.interchange import Figure, Figures, fraction, interchange
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -201,10 +201,9 @@ def load_pairs(
     return plain, pairs
 
 
-def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure | None, Figure | None]:
+def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure, Figure]:
     """Return how often texts after no thoughts are right, and how often they start with steps."""
     n_new = engine.config.max_new_tokens
     s = score(engine, plain.examples[:n], 0, batch_size=200, max_new_tokens=n_new)
-    every = torch.ones(s.n, dtype=torch.bool)
-    chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
-    return figure(torch.tensor(s.correct), every), figure(torch.tensor(chain), every)
+    wrote_chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
+    return fraction(s.correct), fraction(wrote_chain)
