@@ -25,11 +25,9 @@ from bench.common.workload import (
     WorkloadOptions,
     catch_oom,
     load_model,
-    resolve_dtype,
 )
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli
-from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 
 FASTER = 1.02  # a gain of less than this is none
@@ -65,9 +63,8 @@ def time_batch(
 def main() -> None:
     given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
     config = make_config(ThroughputConfig, given)
-    device = select_device(config.device)
-    workload, lengths = load_model(config, device), TASK_LENGTHS[config.task]
-    dtype = resolve_dtype(config.dtype, device)
+    workload, lengths = load_model(config), TASK_LENGTHS[config.task]
+    device, dtype = workload.device, workload.dtype
     workload.model.to(dtype)
     provider = EngineProvider("nanococonut", workload, config.kernels, config.graph)
     engine = provider.engine

@@ -10,6 +10,7 @@ import torch
 
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
@@ -61,9 +62,14 @@ class WorkloadOptions:
 
 @dataclass
 class Workload:
-    """A model and the ids of its special tokens. name: where the weights come from."""
+    """A model and the ids of its special tokens.
+
+    dtype  of the measurement; the model is in float32 until its providers are compared
+    name   where the weights come from
+    """
 
     model: GPT
+    dtype: torch.dtype
     name: str
     eos: int
     bot: int
@@ -103,20 +109,23 @@ class Workload:
         return batch * length * 2 * c.n_layer * c.n_embd * w.element_size()
 
 
-def load_model(options: WorkloadOptions, device: torch.device) -> Workload:
+def load_model(options: WorkloadOptions) -> Workload:
     """Load options.checkpoint, or make random weights, which are as fast as trained ones."""
+    device = select_device(options.device)
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     if options.checkpoint != "random":
         model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
         name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
         special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
-        return Workload(model, name, *special)
+        return Workload(model, dtype, name, *special)
     torch.manual_seed(0)
     model = GPT(GPT2)
     with torch.no_grad():  # with initial weights, thoughts and positions hardly change the tokens
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3 * GPT2.n_embd**-0.5)
     special = range(GPT2.vocab_size - 4, GPT2.vocab_size)
-    return Workload(model.to(device).eval(), "random weights, GPT-2 124M", *special)
+    return Workload(model.to(device).eval(), dtype, "random weights, GPT-2 124M", *special)
 
 
 def parse_ints(flag: str, text: str) -> list[int]:
@@ -125,12 +134,6 @@ def parse_ints(flag: str, text: str) -> list[int]:
     if not all(p.strip().isdigit() and int(p) for p in pieces):
         raise UserError(f"{flag}={text} is no list of numbers, as in 1,8,64.")
     return sorted({int(p) for p in pieces})
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return --dtype; auto is float32 on a CPU, else bfloat16."""
-    auto = "float32" if device.type == "cpu" else "bfloat16"
-    return getattr(torch, auto if name == "auto" else name)
 
 
 @contextmanager
