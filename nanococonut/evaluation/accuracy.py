@@ -114,6 +114,12 @@ def thoughts_as_trained(engine: Engine, stage: int, examples: Sequence[Example])
     return [engine.curriculum.plan(stage, len(example["steps"]))[1] for example in examples]
 
 
+def in_batches(order: Sequence[int], groups: Sequence[int], size: int) -> list[list[int]]:
+    """Split indices, sorted by their groups, into batches of one group and at most `size`."""
+    same = [list(indices) for _, indices in groupby(order, key=lambda i: groups[i])]
+    return [indices[i : i + size] for indices in same for i in range(0, len(indices), size)]
+
+
 def score(
     engine: Engine,
     examples: Sequence[Example],
@@ -133,10 +139,8 @@ def score(
     counts = [n_thoughts] * len(examples) if isinstance(n_thoughts, int) else n_thoughts
     # a batch has one number of thoughts, and similar lengths: little padding
     order = sorted(range(len(examples)), key=lambda i: (counts[i], len(rendered[i]["question"])))
-    groups = [list(group) for _, group in groupby(order, key=lambda i: counts[i])]
-    batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
     texts, n_tokens, n_taken = [""] * len(examples), 0, 0
-    for indices in batches:
+    for indices in in_batches(order, counts, batch_size):
         questions = [examples[i]["question"] for i in indices]
         out = engine.generate(questions, counts[indices[0]], max_new_tokens)
         for i, text in zip(indices, out.text, strict=True):

@@ -12,7 +12,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.interchange import Figure, Figures, fraction, interchange
+from nanococonut.evaluation.interchange import Figure, Figures, fraction, interchange, n_slots
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -153,9 +153,7 @@ def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
 
 def check_lengths(engine: Engine, pairs: Pairs) -> tuple[Pairs, int]:
     """Return the pairs that fit in block_size, and how many do not. UserError if half do not."""
-    tokenizer, n = engine.tokenizer, engine.manifest["n_thoughts"]
-    if engine.curriculum.rules.drop_rule == "none":
-        n = engine.config.max_new_tokens  # of a written chain
+    tokenizer, n = engine.tokenizer, n_slots(engine)
     room = engine.model.config.block_size - n - 2
     answers = pairs.candidates(engine)
 
