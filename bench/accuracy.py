@@ -202,8 +202,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     labels = {"method": method, "task": trained.task, "data": data, "checkpoint": name}
     results = ResultWriter("accuracy", config, weights.device, weights.dtype, labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
-    detail |= {"kernels": engine.kernels, "graph": engine.graph}
-    detail |= {"generated_seed": seed}
+    detail |= {"kernels": engine.kernels, "graph": engine.graph, "generated_seed": seed}
     counts = [n_thoughts] * len(examples)
     if config.latent is None and is_capped(engine):
         counts = thoughts_as_trained(engine, manifest["stage"], examples)
@@ -223,11 +222,12 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
             examples=len(examples), thoughts=n,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
+        fractions = own.get("categories", {})
         if s.released_accuracy != s.accuracy:
             rule = 'by the released code\'s rule (after the last "#", without commas)'
-            print(f"  {s.released_accuracy:6.1%} {rule}")
-        for category, fraction in own.get("categories", {}).items():
-            print(f"  {fraction:6.1%} {category}")
+            fractions = {rule: s.released_accuracy} | fractions
+        for label, fraction in fractions.items():
+            print(f"  {fraction:6.1%} {label}")
     for rule, fraction in shortcuts.items():
         print(f"no model, {rule}: {fraction:.1%}")
     return results
