@@ -80,11 +80,8 @@ def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, P
     plain, base = next(iter(task.splits.values()))(config), config.max_hops
     if config.task == "prosqa":
         hops = range(1, base + 3)
-        splits = ["prosqa_long" if h > base else "prosqa_balanced" for h in hops]
-        configs = [
-            replace(prosqa.split_config(name, plain), min_hops=h, max_hops=h)
-            for name, h in zip(splits, hops, strict=True)
-        ]
+        balanced, long = (task.splits[x](config) for x in ("prosqa_balanced", "prosqa_long"))
+        configs = [replace(long if h > base else balanced, min_hops=h, max_hops=h) for h in hops]
     else:
         hops = range(1, min(5, base) + 1)
         configs = [prontoqa.OntologyConfig(h, matched=True) for h in hops]
