@@ -100,9 +100,9 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
     whole, steps = [], []
     for task in (t for t in TASK_LENGTHS if t in config.tasks.split(",")):
         lengths, others = TASK_LENGTHS[task], [] if whole else providers[1:]
-        requests = [(providers[0], path, lengths.n_tokens(path)) for path in PATHS]
-        requests += [(p, "thoughts", lengths.answer) for p in others]
-        whole.append(Case(task, 1, lengths.question, requests))
+        requests = [(providers[0], path, lengths[path]) for path in PATHS]
+        requests += [(p, "thoughts", lengths["thoughts"]) for p in others]
+        whole.append(Case(task, 1, lengths["question"], requests))
     for batch, context in sorted(product(batches, contexts), key=math.prod):
         able = [p for p in providers if batch <= (p.max_batch or batch)]
         steps.append(Case("", batch, context, [(p, "thoughts", STEP_TOKENS) for p in able]))

@@ -47,13 +47,13 @@ def time_batch(
 ) -> dict[str, list[float]]:
     """Return the questions per second of every round, by path."""
     lengths = TASK_LENGTHS[config.task]
-    requests = {path: workload.request(path, lengths.n_tokens(path)) for path in PATHS}
+    requests = {path: workload.request(path, lengths[path]) for path in PATHS}
     # on a GPU, what is captured or compiled at first use is not timed; the second time, because a
     # longer request drops the graphs that a shorter one has captured
     n_warmup = 2 if workload.device.type == "cuda" else 0
     rates: dict[str, list[float]] = {path: [] for path in requests}
     for i in range(-n_warmup, config.rounds):
-        prompts = workload.prompts(batch, lengths.question, max(i, 0))
+        prompts = workload.prompts(batch, lengths["question"], max(i, 0))
         for path, request in requests.items():
             rate = batch / provider.generate(prompts, *request)["answer"]
             rates[path] += [rate] if i >= 0 else []
@@ -69,7 +69,7 @@ def main() -> None:
     provider = EngineProvider("nanococonut", workload, config.kernels, config.graph)
     engine = provider.engine
     block_size = workload.model.config.block_size
-    longest = lengths.question + max(lengths.chain, THOUGHTS + 1 + lengths.answer)
+    longest = lengths["question"] + max(lengths["chain"], THOUGHTS + 1 + lengths["thoughts"])
     if longest > block_size:
         raise UserError(
             f"{config.task}'s answers take {longest} positions, the model has {block_size}.\n"

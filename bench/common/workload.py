@@ -17,31 +17,16 @@ from nanococonut.weights import checkpoint
 THOUGHTS = 6  # the paper's, on all three tasks
 GPT2 = GPTConfig()  # 124M
 
-
 PATHS = ("thoughts", "chain", "direct")  # ways to an answer
 
-
-@dataclass(frozen=True)
-class AnswerLengths:
-    """Tokens of a task's question with <bot>, of its written chain with the answer, and of the
-    answer alone. None includes eos."""
-
-    question: int
-    chain: int
-    answer: int
-
-    def n_tokens(self, path: str) -> int:
-        """Return how many tokens are generated on this path, thoughts not counted."""
-        return self.chain if path == "chain" else self.answer
-
-
-# Questions: mean lengths in GPT-2's tokens (362.0 and 56.3 on the released ProsQA and GSM8k
-# validation sets, 204.9 on ProntoQA examples of the public generator), plus <bot>. Generated
-# tokens: the paper's Table 1, CoT and No-CoT: 49.4 / 8.2, 92.5 / 3.0, 25.0 / 2.2.
+# Tokens of a task's question with <bot>, and those generated on each path, thoughts and eos not
+# counted. Questions: mean lengths in GPT-2's tokens (362.0 and 56.3 on the released ProsQA and
+# GSM8k validation sets, 204.9 on ProntoQA examples of the public generator). Generated tokens: the
+# paper's Table 1, CoT and No-CoT: 49.4 / 8.2, 92.5 / 3.0, 25.0 / 2.2.
 TASK_LENGTHS = {
-    "prosqa": AnswerLengths(363, 49, 8),
-    "prontoqa": AnswerLengths(206, 92, 3),
-    "gsm8k": AnswerLengths(57, 25, 2),
+    "prosqa": {"question": 363, "thoughts": 8, "chain": 49, "direct": 8},
+    "prontoqa": {"question": 206, "thoughts": 3, "chain": 92, "direct": 3},
+    "gsm8k": {"question": 57, "thoughts": 2, "chain": 25, "direct": 2},
 }
 
 
