@@ -124,7 +124,9 @@ def unfit(case: Case, workload: Workload) -> str | None:
     return None
 
 
-def time_case(case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth) -> None:
+def time_case(
+    case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth | None = None
+) -> None:
     """Fill in the timings of a case: every request once in each round, in an order that rotates."""
     requests = [(p, path, workload.request(path, n)) for p, path, n in case.requests]
     if workload.device.type == "cuda":  # what is captured or compiled at first use is not timed
@@ -133,7 +135,7 @@ def time_case(case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth)
             for provider, _, request in requests:
                 provider.generate(prompts, *request)
     for i in range(rounds):
-        case.bandwidth.append(bandwidth.measure())
+        case.bandwidth += [bandwidth.measure()] if bandwidth else []
         prompts = workload.prompts(case.batch, case.context, i)
         start = i % len(requests)
         for provider, path, request in requests[start:] + requests[:start]:
