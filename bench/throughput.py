@@ -19,7 +19,6 @@ from bench.common.baselines import OURS, EngineProvider
 from bench.common.results import ResultWriter
 from bench.common.workload import PATHS, TASK_LENGTHS, WorkloadOptions, catch_oom, load_model
 from bench.latency import Case, time_case, unfit
-from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.errors import UserError, run_main
 
@@ -31,8 +30,6 @@ class ThroughputConfig(WorkloadOptions):
     task: str = option("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
     rounds: int = option(3, "repeats of every batch", ge=1)
     max_batch: int = option(65536, "largest batch", ge=1)
-    kernels: str = option("auto", "what runs a step", choices=BACKENDS)
-    graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
 
 
 def main() -> None:
@@ -41,7 +38,7 @@ def main() -> None:
     workload, lengths = load_model(config), TASK_LENGTHS[config.task]
     device, dtype = workload.device, workload.dtype
     workload.model.to(dtype)
-    provider = EngineProvider(OURS, workload, config.kernels, config.graph)
+    provider = EngineProvider(OURS, workload, "auto", "auto")
     requests, engine = [(provider, path, lengths[path]) for path in PATHS], provider.engine
     results = ResultWriter("throughput", config, device, dtype, shape=workload.shape())
     print(f"{workload.name}, kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
