@@ -105,7 +105,7 @@ def main() -> None:
         rows = [r["detail"] for r in read_jsonl(Path(config.redraw)) if "detail" in r]
         if not rows:
             raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
-        checkpoint.replace_text(target, page.render(rows[-1], rows[-1].get("against")))
+        checkpoint.replace_text(target, page.render(rows[-1]))
         return print(f"page: {target}")
 
     # ---- load and check both models, then measure
@@ -120,7 +120,7 @@ def main() -> None:
     row |= {"against": controls[0] | {"view": None, "paper": None}} if controls else {}
 
     # ---- write the page, then the row
-    checkpoint.replace_text(target, page.render(row, *controls))
+    checkpoint.replace_text(target, page.render(row))
     if config.out:
         checkpoint.append_row(Path(config.out), results[0].rows[0])
     lines = [f"[{x['mark']}] {x['title']} {page.sentence(x)}" for x in row["findings"]]

@@ -5,7 +5,7 @@ Texts are generated answers in sentences: steps, then "### " and the answer.
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 
 from nanococonut.data.examples import Example, split_answer
 from nanococonut.data.prosqa import parse_question, parse_sentence
@@ -88,9 +88,7 @@ def heights(edges: Sequence[tuple[str, str]], longest: bool = False) -> dict[str
     children = children_of(edges)
     condition = all if longest else any
     result = {child: 0 for _, child in edges if child not in children}
-    height = 0
-    while True:
-        height += 1
+    for height in count(1):
         level = [
             node
             for node, below in children.items()
