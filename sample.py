@@ -24,7 +24,6 @@ from rich.table import Column, Table
 
 from bench.common.page import view_page
 from nanococonut import Engine
-from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, is_correct, split_answer
 from nanococonut.data.search import reachable
@@ -46,9 +45,6 @@ class SampleConfig:
     latent: int | None = option(None, "thoughts before the answer (None: as trained)", ge=0)
     question: str | None = option(None, "question to ask (None: one of the task's own)")
     out_dir: str | None = option(None, "run or checkpoint (None: newest in out/, else the bundled)")
-    method: str | None = option(
-        None, "token layout of the question (None: as trained)", choices=tuple(METHODS)
-    )
     max_new_tokens: int | None = option(None, "longest answer (None: as in training)", ge=1)
     temperature: float = option(0.0, "0, or below 1e-6: greedy; above: sample tokens", ge=0)
     nodes: bool = option(False, "ProsQA: also show the concepts that each thought encodes")
@@ -81,16 +77,6 @@ def task_questions(engine: Engine, seed: int) -> Iterator[Example]:
     for i in itertools.count(seed):
         drawn = examples or generated(engine.config.task, 1, i, engine.config)
         yield drawn[i % len(drawn)]
-
-
-def use_layout(engine: Engine, method: str) -> None:
-    """Ask by another method's layout. Raise UserError if its thoughts are not this model's."""
-    engine.curriculum = replace(engine.curriculum, method=method)
-    if engine.curriculum.rules.thought_type not in ("", "pause", engine.model.config.thought):
-        raise UserError(
-            f"--method={method} feeds back something else than this model, trained by "
-            f"{engine.manifest['method']}.\nLeave it out, or ask a model trained by {method}."
-        )
 
 
 def is_interactive(config: SampleConfig) -> bool:
@@ -178,12 +164,13 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
     return table
 
 
-def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None) -> None:
+def ask(engine: Engine, config: SampleConfig, example: Example) -> None:
     """Ask one question and print the thoughts, the answer and the times.
 
-    config: latent, max_new_tokens and seed are set. answer: the correct one, if it is known.
+    config: latent, max_new_tokens and seed are set. example: its answer is "" if it is unknown.
     """
     # ---- question
+    question, answer = example["question"], example["answer"]
     console.print(f"\n[bold]question[/]  {escape(question)}")
     if unknown := engine.tokenizer.unknown_words(engine.render(question)):
         names = escape(", ".join(unknown[:8]))
@@ -205,20 +192,18 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
         console.print(nodes_table(engine, question, config.latent))
 
     # ---- answer
-    text, task = out.text[0], TASKS[engine.config.task]
-    if engine.config.render == "compact":
-        text = task.expand(text, question)
-    steps, generated_answer = split_answer(text, answer or "")
+    text = TASKS[engine.config.task].expand(out.text[0], question, engine.config.render)
+    steps, generated_answer = split_answer(text, answer)
     missing = "" if generated_answer else ', no answer after "###"'
     if generated_answer is None:
         steps, generated_answer = "", text.strip()
     for step in steps.splitlines():
         console.print(f"[bold]step[/]      {escape(step)}")
-    verdict = ""
-    if answer is not None:
-        correct = is_correct(text, answer)
-        wrong = f"[red](wrong{missing}: {escape(answer)})[/]"
-        verdict = "[green](correct)[/]" if correct else wrong
+    verdict = "[green](correct)[/]"
+    if not answer:
+        verdict = ""
+    elif not is_correct(text, answer):
+        verdict = f"[red](wrong{missing}: {escape(answer)})[/]"
     console.print(f"[bold]answer[/]    {escape(generated_answer)}  {verdict}")
 
     # ---- times
@@ -231,15 +216,6 @@ def ask(engine: Engine, config: SampleConfig, question: str, answer: str | None)
     )
 
 
-def write_view(engine: Engine, path: Path, question: str, answer: str | None, n: int) -> None:
-    """Write the interactive page about the thoughts of one question."""
-    example = Example(question=question, steps=[], answer=answer or "")
-    view = question_view(engine, example, n)
-    row = {"name": engine.manifest["method"], "noun": NOUNS[kind_of(engine)], "view": [view]}
-    checkpoint.replace_text(path, view_page(row))
-    console.print(f"[bold]view[/]      {escape(str(path))}")
-
-
 def main() -> None:
     overrides, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__)
     config = make_config(SampleConfig, overrides)
@@ -248,53 +224,48 @@ def main() -> None:
     path = find_checkpoint(config.out_dir)
     dtype = getattr(torch, config.dtype)
     engine = nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
-    trained, manifest = engine.config, engine.manifest
+    trained, manifest, n_trained = engine.config, engine.manifest, engine.manifest["n_thoughts"]
+    latent = n_trained if config.latent is None else config.latent
+    has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
+    capped = is_capped(engine)  # an example with fewer steps has fewer thoughts
     if config.nodes and trained.task != "prosqa":
         raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
-
-    # ---- token layout
-    if config.method:
-        use_layout(engine, config.method)
-    has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
-    n_trained = manifest["n_thoughts"]
-    latent = n_trained * has_thoughts if config.latent is None else config.latent
-    capped, as_trained = is_capped(engine), config.latent is None
-    up_to = "up to " * (capped and as_trained)
+    if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
+        raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
+    as_trained = capped and config.latent is None
     console.print(
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
-        f"parameters, {up_to}{latent} thoughts; kernels: {engine.kernels} ({engine.reason}), "
-        f"CUDA graphs {'on' if engine.graph else 'off'}",
+        f"parameters, {'up to ' * as_trained}{latent} thoughts; kernels: {engine.kernels} "
+        f"({engine.reason}), CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
     if latent != n_trained or capped:
         fewer = ", fewer if an example has fewer steps; a question of yours has all" * capped
         console.print(f"[yellow]note[/]      trained with {n_trained} thoughts{fewer}")
-    if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
-        raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
     if latent and not has_thoughts:
-        console.print(f"[yellow]note[/]      {engine.curriculum.method} trains without thoughts")
+        console.print(f"[yellow]note[/]      {manifest['method']} trains without thoughts")
 
-    # ---- settings that were left open
+    # ---- ask
     seed = torch.seed() % 2**32 if config.seed is None else config.seed
     n_new = config.max_new_tokens or trained.max_new_tokens
     config = replace(config, latent=latent, max_new_tokens=n_new, seed=seed)
-
-    # ---- ask
-    task, own = TASKS[trained.task], task_questions(engine, seed)
+    own = task_questions(engine, seed)
     for text in read_questions(config):
-        n_thoughts = config.latent
         if text is None:
             example = next(own)
-            question, answer = example["question"], example["answer"]
-            if capped and as_trained:
-                [n_thoughts] = thoughts_as_trained(engine, manifest["stage"], [example])
+            if as_trained:
+                [latent] = thoughts_as_trained(engine, manifest["stage"], [example])
         else:
-            question, answer = text, task.solve(text)
+            answer = TASKS[trained.task].solve(text) or ""  # "": unknown
+            example, latent = Example(question=text, steps=[], answer=answer), config.latent
         try:
-            ask(engine, replace(config, latent=n_thoughts), question, answer)
+            ask(engine, replace(config, latent=latent), example)
             if config.view:
-                write_view(engine, Path(config.view), question, answer, n_thoughts)
+                row = {"name": manifest["method"], "noun": NOUNS[kind_of(engine)]}
+                row["view"] = [question_view(engine, example, latent)]
+                checkpoint.replace_text(Path(config.view), view_page(row))
+                console.print(f"[bold]view[/]      {escape(config.view)}")
         except UserError as e:
             if not is_interactive(config):
                 raise

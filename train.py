@@ -22,7 +22,7 @@ from nanococonut import coconut, ops
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum, ignored_options
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.splits import evaluate_splits
+from nanococonut.evaluation.accuracy import evaluate_splits
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.runtime.device import Interrupt, keep_freed_memory, select_precision

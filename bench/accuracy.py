@@ -39,7 +39,6 @@ from nanococonut.evaluation.accuracy import (
 )
 from nanococonut.evaluation.categories import category_fractions
 from nanococonut.inference.engine import Engine
-from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
@@ -66,9 +65,7 @@ class AccuracyConfig:
     max_new_tokens: int | None = option(None, "longest answer (None: the run's own)", ge=1)
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    kernels: str = option("auto", "what runs a step", choices=BACKENDS)
     dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
-    graph: str = option("auto", "steps by CUDA graphs", choices=("auto", "on", "off"))
     method: str | None = option(
         None, "of weights without a run, such as the released ones", choices=tuple(METHODS)
     )
@@ -90,7 +87,7 @@ def load_engine(config: AccuracyConfig) -> Engine:
         raise UserError(f"{path} knows its method.\nLeave --method out.")
     has_weights = path.is_file() or (path / CONFIG_NAME).is_file()
     if is_run or not (config.method or has_weights):
-        return nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
+        return nanococonut.load(path, config.device, dtype=dtype)
     has_thoughts = config.method and METHODS[config.method].n_thoughts_rule != "none"
     if not config.method or not config.data or (has_thoughts and config.latent is None):
         raise UserError(
@@ -111,9 +108,7 @@ def load_engine(config: AccuracyConfig) -> Engine:
         )
     trained = TrainConfig(task=find_task(config.data), data=config.data, method=config.method)
     model = model.to(select_device(config.device), dtype).eval()
-    engine = Engine.from_config(
-        model, tokenizer, trained, kernels=config.kernels, graph=config.graph
-    )
+    engine = Engine.from_config(model, tokenizer, trained)
     engine.manifest = {"method": config.method, "n_thoughts": config.latent or 0}
     return engine
 
@@ -201,8 +196,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     labels = {"method": method, "task": trained.task, "data": data, "checkpoint": name}
     results = ResultWriter("accuracy", config, weights.device, weights.dtype, labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
-    detail |= {"kernels": engine.kernels, "graph": engine.graph}
-    detail |= {"generated_seed": seed}
+    detail |= {"kernels": engine.kernels, "graph": engine.graph, "generated_seed": seed}
     counts = [n_thoughts] * len(examples)
     if config.latent is None and is_capped(engine):
         counts = thoughts_as_trained(engine, manifest["stage"], examples)
@@ -214,11 +208,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         own["by_steps"] = by_steps(examples, s.correct)
         own["released_accuracy"] = round(s.released_accuracy, 5)
         if shortcuts and trained.task == "prosqa":
-            texts = s.texts
-            if trained.render == "compact":
-                pairs = zip(texts, examples, strict=True)
-                texts = [task.expand(text, example["question"]) for text, example in pairs]
-            own["categories"] = category_fractions(examples, texts, n)
+            own["categories"] = category_fractions(examples, s.texts, n, trained.render)
         low, high = s.interval
         results.add(
             "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,
@@ -226,11 +216,12 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
             examples=len(examples), thoughts=n,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
+        fractions = own.get("categories", {})
         if s.released_accuracy != s.accuracy:
             rule = 'by the released code\'s rule (after the last "#", without commas)'
-            print(f"  {s.released_accuracy:6.1%} {rule}")
-        for category, fraction in own.get("categories", {}).items():
-            print(f"  {fraction:6.1%} {category}")
+            fractions = {rule: s.released_accuracy} | fractions
+        for label, fraction in fractions.items():
+            print(f"  {fraction:6.1%} {label}")
     for rule, fraction in shortcuts.items():
         print(f"no model, {rule}: {fraction:.1%}")
     return results

@@ -17,7 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut
+import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+from rich.console import Console
+from rich.progress import Progress, TimeRemainingColumn
+
 from bench.common import page
 from bench.common.results import ResultWriter, read_jsonl
 from nanococonut import Engine
@@ -51,45 +54,34 @@ class InsightConfig:
         validate(self)
 
 
-class Progress:
-    """A line on stderr with the time left, rewritten in place."""
-
-    def __init__(self) -> None:
-        self.start, self.shown = time.perf_counter(), 0.0
-
-    def __call__(self, fraction: float) -> None:
-        now = time.perf_counter() - self.start
-        if now - self.shown >= 1 or fraction == 1:
-            self.shown, left = now, now / max(fraction, 0.01) * (1 - fraction)
-            text = f"\r{fraction:4.0%} done, {left:4.0f} s left "
-            print(text, end="\n" * (fraction == 1), file=sys.stderr, flush=True)
-
-
-def load(config: InsightConfig, path: str | None) -> tuple[Progress, Engine, Pairs | None, Pairs]:
-    """Return a plain engine of a checkpoint, pairs as in training, and pairs to measure."""
-    progress, folder = Progress(), path or checkpoint.BUNDLED
+def load(config: InsightConfig, path: str | None) -> tuple[float, Engine, Pairs | None, Pairs]:
+    """Return the time, a plain engine of a checkpoint, pairs as in training, pairs to measure."""
+    began, folder = time.perf_counter(), path or checkpoint.BUNDLED
     engine = nanococonut.load(folder, config.device, kernels="torch", graph="off")
     engine.model.float()
     rows = 100 if config.quick else config.rows
-    return progress, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
+    return began, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
 
 
 def evaluate(config: InsightConfig, path: str | None, subject: tuple) -> ResultWriter:
     """Measure one model. Nothing is written yet."""
-    progress, engine, plain, pairs = subject
+    began, engine, plain, pairs = subject
     w, name = engine.model.wte.weight, Path(path).resolve().name if path else "bundled"
-    report, figures = measure(engine, name, plain, pairs, progress)
-    labels = {"method": report.method, "task": report.task, "checkpoint": name}
+    columns = "{task.percentage:3.0f}% done,", TimeRemainingColumn(), "left"
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1)
+        row, figures = measure(engine, name, plain, pairs, lambda x: bar.update(task, completed=x))
+    labels = {"method": row["method"], "task": row["task"], "checkpoint": name}
     results = ResultWriter("insight", replace(config, out=None), w.device, w.dtype, labels)
-    row = {"schema": 1, "checkpoint": name} | report.row()
-    if report.accuracy and pairs.is_prosqa:
+    row = {"schema": 1, "checkpoint": name} | row
+    if "accuracy" in row and pairs.is_prosqa:
         row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
         if config.more and plain is not None:
             row["paper"] = paper_figures(engine, plain.examples)
     about = {k: results.common[k] for k in ("commit", "device", "command", "date")}
     about |= {"torch": results.versions["torch"], "rows": len(pairs.examples), "seed": config.seed}
-    row["provenance"] = about | {"seconds": round(time.perf_counter() - progress.start, 1)}
-    f, shape = row.pop("trained"), {"thoughts": report.thoughts}
+    row["provenance"] = about | {"seconds": round(time.perf_counter() - began, 1)}
+    f, shape = row.pop("trained"), {"thoughts": row["thoughts"]}
     results.add("accuracy", "nanococonut", [f["value"]], "fraction", detail=row, examples=f["n"],
                 spread={"ci_low": f["lo"], "ci_high": f["hi"]}, **shape)  # fmt: skip
     return results
@@ -113,7 +105,7 @@ def main() -> None:
         rows = [r["detail"] for r in read_jsonl(Path(config.redraw)) if "detail" in r]
         if not rows:
             raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
-        checkpoint.replace_text(target, page.render(rows[-1], rows[-1].get("against")))
+        checkpoint.replace_text(target, page.render(rows[-1]))
         return print(f"page: {target}")
 
     # ---- load and check both models, then measure
@@ -128,7 +120,7 @@ def main() -> None:
     row |= {"against": controls[0] | {"view": None, "paper": None}} if controls else {}
 
     # ---- write the page, then the row
-    checkpoint.replace_text(target, page.render(row, *controls))
+    checkpoint.replace_text(target, page.render(row))
     if config.out:
         checkpoint.append_row(Path(config.out), results[0].rows[0])
     lines = [f"[{x['mark']}] {x['title']} {page.sentence(x)}" for x in row["findings"]]

@@ -42,7 +42,6 @@ class KernelsConfig:
     n_head: int = option(12, "attention heads", ge=1)
     vocab_size: int = option(50260, "vocabulary", ge=2)
     positions: int = option(2048, "supervised positions of a training step", ge=1)
-    only: str = option("", "kernels whose name contains this")
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
@@ -215,8 +214,6 @@ def time_cases(config: KernelsConfig) -> ResultWriter:
     for batch in parse_ints("--batches", config.batches):
         where = config, batch, "cuda", dtype
         for case in (*cases(*where), *training_cases(*where)):
-            if config.only not in case.name:
-                continue
             labels = {"kernel": case.name}
             for provider, fn in (("triton", case.impl), ("torch", case.reference)):
                 times = time_in_graph(case, fn)

@@ -15,12 +15,12 @@ import os
 import statistics
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
 import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
-import torch
 
 from bench.common import baselines, tables
 from bench.common.baselines import OURS, Provider, Timing
@@ -36,10 +36,8 @@ from bench.common.workload import (
     catch_oom,
     load_model,
     parse_ints,
-    resolve_dtype,
 )
 from nanococonut.runtime.cli import make_config, option, parse_cli
-from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 
 STEP_TOKENS = 9  # generated where single steps are measured: 8 token steps
@@ -87,59 +85,48 @@ class Case:
         return f"{what}, batch {self.batch}, context {self.context}"
 
     @property
-    def n_positions(self) -> int:
-        n_new = [n + (THOUGHTS + 1) * (path == "thoughts") for _, path, n in self.requests]
-        return self.context + max(n_new)
-
-    @property
     def shape(self) -> dict[str, int]:
         return {"batch": self.batch, "context": self.context}
 
     def ms(self, provider: str, path: str, metric: str) -> list[float]:
         """Return the milliseconds of every round."""
-        timings = self.timings[provider, path]
-        if metric == "answer_after_prefill":
-            return [1e3 * (t["answer"] - t["prefill"]) for t in timings]
-        return [1e3 * t[metric] for t in timings]
+        return [1e3 * timing[metric] for timing in self.timings[provider, path]]
 
 
 def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> list[Case]:
     """Return everything to measure."""
-
-    tasks = [t for t in TASK_LENGTHS if t in config.tasks.split(",")]
     batches = parse_ints("--batches", config.batches or BATCHES["cuda" if on_gpu else "cpu"])
     contexts = parse_ints("--contexts", config.contexts)
-
-    def answers(task: str) -> Case:
-        lengths, others = TASK_LENGTHS[task], providers[1:] if task == tasks[0] else []
-        requests = [(providers[0], path, lengths.n_tokens(path)) for path in PATHS]
-        requests += [(p, "thoughts", lengths.answer) for p in others]
-        return Case(task, 1, lengths.question, requests)
-
-    def steps(batch: int, context: int) -> Case:
-        others = [p for p in providers[1:] if batch <= (p.max_batch or batch)]
-        requests = [(p, "thoughts", STEP_TOKENS) for p in (providers[0], *others)]
-        return Case("", batch, context, requests)
-
-    whole = [answers(task) for task in tasks]
-    shapes = sorted((b * c, b, c) for b in batches for c in contexts)
-    return [*whole[:1], *(steps(b, c) for _, b, c in shapes), *whole[1:]]
+    whole, steps = [], []
+    for task in (t for t in TASK_LENGTHS if t in config.tasks.split(",")):
+        lengths, others = TASK_LENGTHS[task], [] if whole else providers[1:]
+        requests = [(providers[0], path, lengths[path]) for path in PATHS]
+        requests += [(p, "thoughts", lengths["thoughts"]) for p in others]
+        whole.append(Case(task, 1, lengths["question"], requests))
+    for batch, context in sorted(product(batches, contexts), key=math.prod):
+        able = [p for p in providers if batch <= (p.max_batch or batch)]
+        steps.append(Case("", batch, context, [(p, "thoughts", STEP_TOKENS) for p in able]))
+    return [*whole[:1], *steps, *whole[1:]]
 
 
 def unfit(case: Case, workload: Workload) -> str | None:
     """Return why a case cannot be measured: too many positions, or too little memory."""
-    block_size, free = workload.model.config.block_size, math.inf
-    if case.n_positions > block_size:
-        return f"{case.name}: {case.n_positions} positions, the model has {block_size}"
-    if workload.device.type == "cuda":
-        free = torch.cuda.mem_get_info(workload.device)[0]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+    block_size = workload.model.config.block_size
+    n_new = [n + (THOUGHTS + 1) * (path == "thoughts") for _, path, n in case.requests]
+    n_positions = case.context + max(n_new)
+    if n_positions > block_size:
+        return f"{case.name}: {n_positions} positions, the model has {block_size}"
+    # Linux ends a process that fills the memory; a GPU's, and other systems, raise an error
+    if workload.device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    is_large = workload.cache_bytes(case.batch, case.n_positions) > 0.6 * free
-    return f"{case.name}: memory" if is_large else None
+        if workload.cache_bytes(case.batch, n_positions) > 0.6 * free:
+            return f"{case.name}: memory"
+    return None
 
 
-def time_case(case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth) -> None:
+def time_case(
+    case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth | None = None
+) -> None:
     """Fill in the timings of a case: every request once in each round, in an order that rotates."""
     requests = [(p, path, workload.request(path, n)) for p, path, n in case.requests]
     if workload.device.type == "cuda":  # what is captured or compiled at first use is not timed
@@ -148,11 +135,12 @@ def time_case(case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth)
             for provider, _, request in requests:
                 provider.generate(prompts, *request)
     for i in range(rounds):
-        case.bandwidth.append(bandwidth.measure())
+        case.bandwidth += [bandwidth.measure()] if bandwidth else []
         prompts = workload.prompts(case.batch, case.context, i)
         start = i % len(requests)
         for provider, path, request in requests[start:] + requests[:start]:
             timing = provider.generate(prompts, *request)
+            timing["answer_after_prefill"] = timing["answer"] - timing["prefill"]
             case.timings.setdefault((provider.name, path), []).append(timing)
 
 
@@ -218,9 +206,9 @@ def measure(
 def main() -> None:
     given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__)
     config = make_config(LatencyConfig, given)
-    device = select_device(config.device)
-    load, dtype = os.getloadavg()[0], resolve_dtype(config.dtype, device)
-    workload = load_model(config, device)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan  # not on Windows
+    workload = load_model(config)
+    device, dtype = workload.device, workload.dtype
     results = ResultWriter("latency", config, device, dtype, shape=workload.shape())
     print(f"{workload.name}, {workload.model.n_params():,} parameters")
 

@@ -76,14 +76,6 @@ class Run:
         return self.run_dir / "table1.done"
 
 
-def pairs(text: str | None) -> dict[str, str]:
-    """Return "a=1,b=2" as {"a": "1", "b": "2"}."""
-    pieces = [piece.partition("=") for piece in (text or "").split(",") if piece]
-    if bad := [key for key, sign, _ in pieces if not sign]:
-        raise UserError(f"--set {text}: {bad[0]!r} has no value.\nWrite key=value,key=value.")
-    return {key.strip(): value for key, _, value in pieces}
-
-
 def check_config(config: Table1Config) -> None:
     """Raise UserError for what can be known to fail before any run."""
     names = [Path(f).name for f in config.files]
@@ -93,21 +85,20 @@ def check_config(config: Table1Config) -> None:
         raise UserError(f"{config.task} has no {config.preset} preset.\nSee the folder config/.")
     if not (TASKS[config.task].splits or names):
         raise UserError(f"{config.task} has no generated examples.\nGive --data FILE.")
-    if ours := pairs(config.set).keys() & OURS:
-        raise UserError(f"--set cannot change {min(ours)!r}.\nSee --help.")
 
 
 def plan_runs(config: Table1Config) -> list[Run]:
     """Return every run that the table needs. Raise UserError for a setting train.py refuses."""
     check_config(config)
-    fixed = pairs(config.set) | {"device": config.device}
-    fixed |= {"fallback": "None"} if config.preset == "gpt2" else {}
+    fixed = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
+    if ours := parse_cli(TrainConfig, fixed, "")[0].keys() & OURS:
+        raise UserError(f"--set cannot change {min(ours)!r}.\nSee --help.")
+    fixed += [f"--device={config.device}"] + ["--fallback=None"] * (config.preset == "gpt2")
     runs = []
     for seed, method in itertools.product(range(config.seeds), config.methods.split(",")):
         name = "_".join(filter(None, (method, config.set, f"s{seed}"))).replace("/", "-")
         run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name
-        settings = fixed | {"method": method, "seed": str(seed)}
-        flags = [f"--{k}={v}" for k, v in settings.items()]
+        flags = [*fixed, f"--method={method}", f"--seed={seed}"]
         given, _ = parse_cli(TrainConfig, flags, "")
         make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]

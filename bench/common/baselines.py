@@ -4,7 +4,7 @@ import importlib.util
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -15,17 +15,9 @@ from nanococonut.runtime.errors import UserError
 
 OURS = "nanococonut"
 N_CHECKED = 9  # greedy tokens that are compared
-
-
-class Timing(TypedDict):
-    """Generated tokens, and seconds. first_token, answer: from the start of the request."""
-
-    tokens: list[list[int]]
-    prefill: float
-    latent_step: float
-    first_token: float
-    token_step: float
-    answer: float
+# tokens, and seconds of prefill, latent_step, first_token, token_step and answer, of which
+# first_token and answer count from the start of the request
+Timing = dict[str, Any]
 
 
 class EngineProvider:

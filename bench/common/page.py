@@ -221,9 +221,9 @@ def _names(names: Row, words: Row) -> str:
     return _heats("What do they name?", _fill("names", words | {"n": f"{names['n']:,}"}), grids)
 
 
-def render(row: Row, against: Row | None = None) -> str:
-    """Return the page of a row as HTML. against: a control's row, drawn in grey."""
-    against = against or {}
+def render(row: Row) -> str:
+    """Return the page of a row as HTML. Its "against" is a control's row, drawn in grey."""
+    against = row.get("against") or {}
     noun, is_chain = row["noun"], row["noun"] == "written chain"
     words = {"noun": noun, "one": SINGULAR[noun]}
     title = f"{'Does' if is_chain else 'Do'} the {noun} of {escape(row['name'])} do anything?"

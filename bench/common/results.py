@@ -147,12 +147,10 @@ class ResultWriter:
         text = [metric, *(labels or {}).values()]
         text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
         text += [f"{name} {n}" for name, n in shape.items()]
-        values = [median, *row["spread"].values()]
-        if unit == "fraction":  # shown as percentages, like all others
-            shown, unit = [f"{fmt(100 * v)}%" for v in values], ""
-        else:
-            shown = [fmt(v) for v in values]
+        scale, sign = (100, "%") if unit == "fraction" else (1, "")  # percentages, like all others
+        shown = [f"{fmt(scale * v)}{sign}" for v in (median, *row["spread"].values())]
         ends = " .. ".join(shown[1:])
+        unit = "" if sign else unit
         line = f"{shown[0]:>8} {unit:<11} {provider:<20} {', '.join(text)}"
         print(f"{line} ({ends})" if ends else line)
         return self.rows[-1]

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +142,13 @@ class Run:
     def value(self, metric: str, provider: str = "nanococonut", **where: Any) -> float | None:
         """Return the median of the row with these labels and sizes, None if not measured. A ratio
         is found only if relative_to is given."""
-        where = {"relative_to": None} | where
+        where |= {"relative_to": where.get("relative_to"), "metric": metric, "provider": provider}
         for row in self.rows:
-            if (row["metric"], row["provider"]) == (metric, provider):
-                if where.items() <= ({"relative_to": None} | row["labels"] | row["shape"]).items():
-                    return row["value"]
+            if (
+                where.items()
+                <= ({"relative_to": None} | row | row["labels"] | row["shape"]).items()
+            ):
+                return row["value"]
         return None
 
     def points(self) -> list[tuple[int, int]]:
@@ -170,23 +172,18 @@ class Run:
 
     def tasks(self) -> list[str]:
         """Return the tasks whose whole answers were measured."""
-        return list(
-            dict.fromkeys(r["labels"]["task"] for r in self.rows if r["metric"] == "answer")
-        )
+        answers = (row for row in self.rows if row["metric"] == "answer")
+        return list(dict.fromkeys(row["labels"]["task"] for row in answers))
 
 
 def newest_runs(rows: Rows, bench: str) -> list[Run]:
     """Return the newest run of a script for each device, dtype and size of model."""
-    newest: dict[tuple, list[dict[str, Any]]] = {}
+    by_kind: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["bench"] != bench:
-            continue
-        run = newest.setdefault((row["device"], row["dtype"], row["shape"].get("parameters")), [])
-        if run and row["date"] > run[0]["date"]:
-            run.clear()
-        if not run or row["date"] == run[0]["date"]:
-            run.append(row)
-    return [Run(run) for run in newest.values()]
+        if row["bench"] == bench:
+            by_kind[row["device"], row["dtype"], row["shape"].get("parameters")].append(row)
+    newest = {kind: max(row["date"] for row in own) for kind, own in by_kind.items()}
+    return [Run([r for r in own if r["date"] == newest[kind]]) for kind, own in by_kind.items()]
 
 
 def latency(rows: Rows) -> str:

@@ -10,37 +10,23 @@ import torch
 
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
 THOUGHTS = 6  # the paper's, on all three tasks
 GPT2 = GPTConfig()  # 124M
 
-
 PATHS = ("thoughts", "chain", "direct")  # ways to an answer
 
-
-@dataclass(frozen=True)
-class AnswerLengths:
-    """Tokens of a task's question with <bot>, of its written chain with the answer, and of the
-    answer alone. None includes eos."""
-
-    question: int
-    chain: int
-    answer: int
-
-    def n_tokens(self, path: str) -> int:
-        """Return how many tokens are generated on this path, thoughts not counted."""
-        return self.chain if path == "chain" else self.answer
-
-
-# Questions: mean lengths in GPT-2's tokens (362.0 and 56.3 on the released ProsQA and GSM8k
-# validation sets, 204.9 on ProntoQA examples of the public generator), plus <bot>. Generated
-# tokens: the paper's Table 1, CoT and No-CoT: 49.4 / 8.2, 92.5 / 3.0, 25.0 / 2.2.
+# Tokens of a task's question with <bot>, and those generated on each path, thoughts and eos not
+# counted. Questions: mean lengths in GPT-2's tokens (362.0 and 56.3 on the released ProsQA and
+# GSM8k validation sets, 204.9 on ProntoQA examples of the public generator). Generated tokens: the
+# paper's Table 1, CoT and No-CoT: 49.4 / 8.2, 92.5 / 3.0, 25.0 / 2.2.
 TASK_LENGTHS = {
-    "prosqa": AnswerLengths(363, 49, 8),
-    "prontoqa": AnswerLengths(206, 92, 3),
-    "gsm8k": AnswerLengths(57, 25, 2),
+    "prosqa": {"question": 363, "thoughts": 8, "chain": 49, "direct": 8},
+    "prontoqa": {"question": 206, "thoughts": 3, "chain": 92, "direct": 3},
+    "gsm8k": {"question": 57, "thoughts": 2, "chain": 25, "direct": 2},
 }
 
 
@@ -61,9 +47,14 @@ class WorkloadOptions:
 
 @dataclass
 class Workload:
-    """A model and the ids of its special tokens. name: where the weights come from."""
+    """A model and the ids of its special tokens.
+
+    dtype  of the measurement; the model is in float32 until its providers are compared
+    name   where the weights come from
+    """
 
     model: GPT
+    dtype: torch.dtype
     name: str
     eos: int
     bot: int
@@ -103,20 +94,23 @@ class Workload:
         return batch * length * 2 * c.n_layer * c.n_embd * w.element_size()
 
 
-def load_model(options: WorkloadOptions, device: torch.device) -> Workload:
+def load_model(options: WorkloadOptions) -> Workload:
     """Load options.checkpoint, or make random weights, which are as fast as trained ones."""
+    device = select_device(options.device)
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     if options.checkpoint != "random":
         model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
         name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
         special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
-        return Workload(model, name, *special)
+        return Workload(model, dtype, name, *special)
     torch.manual_seed(0)
     model = GPT(GPT2)
     with torch.no_grad():  # with initial weights, thoughts and positions hardly change the tokens
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3 * GPT2.n_embd**-0.5)
     special = range(GPT2.vocab_size - 4, GPT2.vocab_size)
-    return Workload(model.to(device).eval(), "random weights, GPT-2 124M", *special)
+    return Workload(model.to(device).eval(), dtype, "random weights, GPT-2 124M", *special)
 
 
 def parse_ints(flag: str, text: str) -> list[int]:
@@ -125,12 +119,6 @@ def parse_ints(flag: str, text: str) -> list[int]:
     if not all(p.strip().isdigit() and int(p) for p in pieces):
         raise UserError(f"{flag}={text} is no list of numbers, as in 1,8,64.")
     return sorted({int(p) for p in pieces})
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return --dtype; auto is float32 on a CPU, else bfloat16."""
-    auto = "float32" if device.type == "cpu" else "bfloat16"
-    return getattr(torch, auto if name == "auto" else name)
 
 
 @contextmanager

@@ -98,9 +98,11 @@ class Task:
                 ) from None
         return rendered
 
-    def expand(self, text: str, question: str) -> str:
+    def expand(self, text: str, question: str, style: str = "compact") -> str:
         """Return a compact completion as sentences: " Tom a a b### b" -> a line for each step, and
-        "### Tom is a b."; text that is not compact is kept as it is."""
+        "### Tom is a b."; text that is not compact, or of another style, is kept as it is."""
+        if style != "compact":
+            return text
         steps, *answer = text.rsplit("###", 1)
         lines = self.module.expand_steps(steps, question)
         # an answer without a compact form is the same word in both styles

@@ -7,13 +7,16 @@ steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanococonut.config import TrainConfig
 from nanococonut.data.examples import Example, is_correct, is_correct_as_released
 from nanococonut.data.tasks import TASKS, load_data
 from nanococonut.inference.engine import Engine
+from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
@@ -114,6 +117,12 @@ def thoughts_as_trained(engine: Engine, stage: int, examples: Sequence[Example])
     return [engine.curriculum.plan(stage, len(example["steps"]))[1] for example in examples]
 
 
+def in_batches(order: Sequence[int], groups: Sequence[int], size: int) -> list[list[int]]:
+    """Split indices, sorted by their groups, into batches of one group and at most `size`."""
+    same = [list(indices) for _, indices in groupby(order, key=lambda i: groups[i])]
+    return [indices[i : i + size] for indices in same for i in range(0, len(indices), size)]
+
+
 def score(
     engine: Engine,
     examples: Sequence[Example],
@@ -133,10 +142,8 @@ def score(
     counts = [n_thoughts] * len(examples) if isinstance(n_thoughts, int) else n_thoughts
     # a batch has one number of thoughts, and similar lengths: little padding
     order = sorted(range(len(examples)), key=lambda i: (counts[i], len(rendered[i]["question"])))
-    groups = [list(group) for _, group in groupby(order, key=lambda i: counts[i])]
-    batches = [g[i : i + batch_size] for g in groups for i in range(0, len(g), batch_size)]
     texts, n_tokens, n_taken = [""] * len(examples), 0, 0
-    for indices in batches:
+    for indices in in_batches(order, counts, batch_size):
         questions = [examples[i]["question"] for i in indices]
         out = engine.generate(questions, counts[indices[0]], max_new_tokens)
         for i, text in zip(indices, out.text, strict=True):
@@ -152,3 +159,31 @@ def score(
         geometry=thought_geometry(out.thoughts),
         released_accuracy=sum(map(is_correct_as_released, texts, answers)) / n,
     )
+
+
+def evaluate_splits(
+    engine: Engine,
+    splits: dict[str, list[Example]],
+    stage: int,
+    config: TrainConfig,
+    dist: Distributed,
+) -> dict[str, Any]:
+    """Return accuracy and generated tokens per example of every split, by greedy decoding.
+
+    Each example has as many thoughts as in training at this stage. Also norms and cosines of this
+    rank's thoughts, see thought_geometry. Collective: every rank calls it and scores its
+    own share of the examples.
+    """
+    metrics: dict[str, Any] = {}
+    for name, examples in splits.items():
+        n_correct = n_tokens = 0
+        if local := dist.shard(examples):  # a small split may not reach every rank
+            n_thoughts = thoughts_as_trained(engine, stage, local)
+            result = score(engine, local, n_thoughts, max_new_tokens=config.max_new_tokens)
+            metrics |= result.geometry
+            n_correct = sum(result.correct)
+            n_tokens = round(result.generated_tokens * result.n)  # an integer, so order is free
+        n_correct, n_tokens = dist.all_reduce_sum([n_correct, n_tokens])
+        metrics[f"{name}_accuracy"] = n_correct / len(examples)
+        metrics[f"{name}_tokens"] = n_tokens / len(examples)
+    return metrics

@@ -1,16 +1,16 @@
 """The six categories of ProsQA answers (the paper's section 5.1), and node heights (5.4).
 
-Texts are generated answers in sentences: steps, then "### " and the answer. Task.expand makes them
-from the compact style.
+Texts are generated answers in sentences: steps, then "### " and the answer.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 
 from nanococonut.data.examples import Example, split_answer
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import children_of, reachable
+from nanococonut.data.tasks import TASKS
 from nanococonut.runtime.errors import UserError
 
 CATEGORIES = (
@@ -66,13 +66,16 @@ def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
 
 
 def category_fractions(
-    examples: Sequence[Example], texts: Sequence[str], n_thoughts: int = 0
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    n_thoughts: int = 0,
+    style: str = "sentences",
 ) -> dict[str, float]:
-    """Return the fraction of each category among the generated texts; see classify."""
-    counts = Counter(
-        classify(example["question"], example["answer"], text, n_thoughts)
-        for example, text in zip(examples, texts, strict=True)
-    )
+    """Return the fraction of each category among texts generated in this style; see classify."""
+    counts, expand = Counter(), TASKS["prosqa"].expand
+    for x, text in zip(examples, texts, strict=True):
+        text = expand(text, x["question"], style)
+        counts[classify(x["question"], x["answer"], text, n_thoughts)] += 1
     return {name: counts[name] / len(examples) for name in CATEGORIES}
 
 
@@ -85,9 +88,7 @@ def heights(edges: Sequence[tuple[str, str]], longest: bool = False) -> dict[str
     children = children_of(edges)
     condition = all if longest else any
     result = {child: 0 for _, child in edges if child not in children}
-    height = 0
-    while True:
-        height += 1
+    for height in count(1):
         level = [
             node
             for node, below in children.items()

@@ -6,11 +6,10 @@ or if the candidates together have less than half of the probability. report.py 
 
 from typing import Any
 
-from nanococonut.evaluation.interchange import Figure, Figures, count, interchange, plateau
+from nanococonut.evaluation.interchange import Figure, count, plateau
 from nanococonut.evaluation.pairs import MIN_PAIRS
 from nanococonut.evaluation.readout import MIN_MASS
 
-__all__ = ["Figures", "interchange"]  # and the rules
 Finding = dict[str, Any]
 
 

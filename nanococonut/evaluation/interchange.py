@@ -6,18 +6,16 @@ slots, they carry it; if half of the answers change, they were destroyed. Answer
 to itself, a model can write the steps that its thoughts should hold.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanococonut.evaluation.accuracy import wilson
+from nanococonut.evaluation.accuracy import in_batches, wilson
 from nanococonut.inference.engine import Engine
 from nanococonut.inference.steps import Slots
-from nanococonut.runtime.errors import UserError
 
 Cells = dict[str, Tensor]  # intervention -> log-probability of each candidate, (N, m)
 Figure = dict[str, Any]  # value, lo, hi, n and, of answers, mass: their mean probability
@@ -39,6 +37,12 @@ def kind_of(engine: Engine) -> str:
     if rules.n_thoughts_rule != "none":
         return "pause" if rules.thought_type in ("pause", "fixed") else "thought"
     return "chain" if rules.drop_rule == "none" else "none"
+
+
+def n_slots(engine: Engine) -> int:
+    """Return the thoughts of a question as trained, or the most tokens of a written chain."""
+    is_chain = kind_of(engine) == "chain"
+    return engine.config.max_new_tokens if is_chain else engine.manifest["n_thoughts"]
 
 
 @dataclass
@@ -66,25 +70,22 @@ class Batch:
         n: int, extra: int = 0,
     ) -> None:  # fmt: skip
         """extra: thoughts to sweep after the n trained ones."""
-        self.kind, self.n, self.cells, b = kind_of(engine), n, {}, None
-        if self.kind == "chain":
+        b = self.branch = engine.branch(questions, candidates, n + extra)
+        self.n, self.content, self.cells = n, Content(), {"k0": b.answer()}
+        if kind_of(engine) == "chain":
             mark, out = engine.tokenizer.encode("###")[0], engine.generate(questions, 0, n)
             chains = [t[: t.index(mark)] if mark in t else t for t in out.tokens]
             self.content = Content(tokens=chains)
-        b = self.branch = engine.branch(questions, candidates, self.n + extra)
-        for k in range(n + extra + 1 if self.kind != "chain" else 1):
+            self.cells["own"] = self.answer(self.content)
+            return
+        for k in range(1, n + extra + 1):
+            b.think(1)
             self.cells[f"k{k}"] = b.answer()
-            if k == n and self.kind != "chain":
-                inputs = torch.stack(b.inputs, 1) if n else None
-                self.content = Content(b.slots(n), inputs) if n else Content()
-            if k < n + extra and self.kind != "chain":
-                b.think(1)
+            if k == n:
+                self.content = Content(b.slots(n), torch.stack(b.inputs, 1))
         if b.thoughts:
             self.cells["thoughts"] = torch.stack(b.thoughts, 1)  # (B, n + extra, C)
-        if self.kind == "chain":
-            self.cells["own"] = self.answer(self.content)
-        else:
-            self.cells["own"] = self.cells[f"k{n}"]
+        self.cells["own"] = self.cells[f"k{n}"]
 
     def answer(self, content: Content, only: Sequence[int] | None = None) -> Tensor:
         """Return the answers (B, m) with this content in all slots, or in only some."""
@@ -102,13 +103,25 @@ class Batch:
 
     use_kv = True  # exchange keys and values; else inputs, from which all else is computed
 
+    def exchange(self, twin: "Batch", mean: Content, group: int) -> Cells:
+        """Return the answers with the slots of others, see interchange. group: slots of a step."""
+        B, is_chain = len(self.branch), self.content.tokens is not None
+        cells = {"mean": self.answer(mean.take([0] * B)), "twin": self.answer(twin.content)}
+        if B > 1:
+            cells["unrelated"] = self.answer(self.content.take([*range(1, B), 0]))
+        if is_chain:
+            halves = [t[: len(t) // 2] for t in twin.content.tokens]
+            cells["half"] = self.answer(Content(tokens=halves))
+        for i in range(0, 0 if is_chain else self.n, group):
+            cells[f"slot{i // group + 1}"] = self.answer(twin.content, range(i, i + group))
+        return cells | {"by_inputs": torch.full((B, 1), float(not self.use_kv))}
+
 
 def interchange(
     engine: Engine,
     questions: Sequence[str],
     twins: Sequence[str],
     candidates: Sequence[Sequence[str]],
-    n: int | None = None,
     reworded: Sequence[tuple[str, str] | None] = (),
     groups: Sequence[int] = (),
     full: bool = True,
@@ -125,20 +138,16 @@ def interchange(
     thoughts           hidden states that were fed back, (N, n, C)
 
     candidates  answers of each question: its own, then its twin's, then any others
-    n           thoughts, or most tokens of a written chain (None: as trained)
     groups      a number for each question: only questions of one group are unrelated donors
     full        False: own, k and twin_own only
     """
-    kind, config, N = kind_of(engine), engine.model.config, len(questions)
-    if n is None:
-        n = engine.config.max_new_tokens if kind == "chain" else engine.manifest["n_thoughts"]
-    groups, out = groups or [0] * N, {}
+    kind, config, N, n = kind_of(engine), engine.model.config, len(questions), n_slots(engine)
+    groups, out, done = groups or [0] * N, {}, 0
     texts = [engine.render(q) if engine.render else q for q in questions]
     n_tokens = [len(engine.tokenizer.encode(text)) for text in texts]
     order = sorted(range(N), key=lambda i: (groups[i], n_tokens[i]))
     bytes_per_row = 32 * config.n_layer * config.n_embd * (max(n_tokens) + n)
     size = max(8, min(200, 10**9 // bytes_per_row))
-    group = engine.curriculum.c_thought
 
     def batch(index: list[int], texts: Sequence[str], extra: int = 0) -> Batch:
         return Batch(engine, [texts[i] for i in index], [candidates[i] for i in index], n, extra)
@@ -146,48 +155,24 @@ def interchange(
     mean = Content(tokens=[[]])
     if full and kind in ("thought", "pause"):
         mean = batch(order[:: -(-N // size)], questions).content.map(lambda x: x.mean(0)[None])
-    for done, index in _chunks(order, groups, size):
+    for index in in_batches(order, groups, size):
         row, twin = batch(index, questions, extra), batch(index, twins)
-        part, B = row.cells | {"twin_own": twin.cells["own"]}, len(index)
-        if not all(x.isfinite().all() for x in part.values()):
-            raise UserError(
-                f"question {index[0]} or a later one gives no number: the weights may be NaN.\n"
-                "Use another checkpoint of the run."
-            )
+        part = row.cells | {"twin_own": twin.cells["own"]}
         if full and kind != "none":
             row.use_kv = kind == "pause" or torch.equal(row.branch.start, twin.branch.start)
-            part["mean"] = row.answer(mean.take([0] * B))
-            part["twin"] = row.answer(twin.content)
-            if B > 1:
-                part["unrelated"] = row.answer(row.content.take([*range(1, B), 0]))
-            if kind == "chain":
-                halves = [t[: len(t) // 2] for t in twin.content.tokens]
-                part["half"] = row.answer(Content(tokens=halves))
-            for i in range(0, n if kind != "chain" else 0, group):
-                part[f"slot{i // group + 1}"] = row.answer(twin.content, range(i, i + group))
+            part |= row.exchange(twin, mean, engine.curriculum.c_thought)
             for k, name in enumerate(("same_other", "other_other")):
                 if reworded and kind != "chain" and any(reworded[i] for i in index):
                     texts = {i: (reworded[i] or (questions[i],) * 2)[k] for i in index}
                     has = torch.tensor([reworded[i] is not None for i in index])
                     answers = row.answer(batch(index, texts).content)
                     part[name] = answers.masked_fill(~has.to(answers.device)[:, None], torch.nan)
-            part["by_inputs"] = torch.full((B, 1), float(not row.use_kv))
         for name, value in part.items():
             value = value.float().cpu()
             out.setdefault(name, torch.full((N, *value.shape[1:]), torch.nan))[index] = value
+        done += len(index)
         progress(done / N)
     return out
-
-
-def _chunks(order: list[int], groups: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (questions up to the end of the chunk, chunk): at most `size`, all of one group."""
-    done = 0
-    for _, same in groupby(order, key=lambda i: groups[i]):
-        index = list(same)
-        for start in range(0, len(index), size):
-            chunk = index[start : start + size]
-            done += len(chunk)
-            yield done, chunk
 
 
 # ---- figures of cells
@@ -195,14 +180,19 @@ def _chunks(order: list[int], groups: Sequence[int], size: int) -> Iterator[tupl
 
 def figure(hits: Tensor, where: Tensor, log_p: Tensor | None = None) -> Figure | None:
     """Return the fraction of hits (N,) among `where` (N,); None if there are none."""
-    if not (n := int(where.sum())):
+    if not where.any():
         return None
-    p = hits[where].double().mean().item()
-    lo, hi = wilson(p, n)
-    result = {"value": round(p, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": n}
+    result = fraction(hits[where].tolist())
     if log_p is not None:
         result["mass"] = round(log_p[where].exp().sum(1).mean().item(), 3)
     return result
+
+
+def fraction(hits: Sequence[bool]) -> Figure:
+    """Return the fraction of hits and its 95 % interval."""
+    p, n = sum(hits) / len(hits), len(hits)
+    lo, hi = wilson(p, n)
+    return {"value": round(p, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": n}
 
 
 def mean_figure(x: Tensor) -> dict[str, Any]:
@@ -265,10 +255,8 @@ def count(n: int, word: str) -> str:
     return f"{n} {word}{'s' * (n != 1)}"
 
 
-def tables(
-    f: Figures, plain: Figures | None, trained: int
-) -> tuple[list[Figure], dict[str, Any] | None, dict[str, Any] | None]:
-    """Return (flips by donor, accuracy by thoughts, flips by slot); None for a written chain.
+def tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
+    """Return scale: flips by donor. Of thoughts also accuracy by their number, and flips by slot.
 
     plain    figures of questions as in training (None: none)
     trained  thoughts in training
@@ -279,7 +267,7 @@ def tables(
     columns = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
     slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
     if len(columns) < 2:
-        return scale, None, None
+        return {"scale": scale}
     accuracy, moved = [], []
     if plain is not None:
         cells = [plain.accuracy(f"k{k}", plain.every) for k in columns]
@@ -290,5 +278,8 @@ def tables(
         accuracy.append({"label": count(h, "step"), "cells": cells})
         cells = [f.flips(f"slot{j}", f.right & f.twin_right & same) for j in slots]
         moved.append({"label": count(h, "step"), "cells": cells})
-    by_thoughts = {"columns": columns, "trained": trained, "rows": accuracy}
-    return scale, by_thoughts, {"columns": slots, "rows": moved}
+    return {
+        "scale": scale,
+        "accuracy": {"columns": columns, "trained": trained, "rows": accuracy},
+        "slots": {"columns": slots, "rows": moved},
+    }

@@ -12,7 +12,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.interchange import Figure, Figures, figure, interchange
+from nanococonut.evaluation.interchange import Figure, Figures, fraction, interchange, n_slots
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -80,11 +80,8 @@ def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, P
     plain, base = next(iter(task.splits.values()))(config), config.max_hops
     if config.task == "prosqa":
         hops = range(1, base + 3)
-        splits = ["prosqa_long" if h > base else "prosqa_balanced" for h in hops]
-        configs = [
-            replace(prosqa.split_config(name, plain), min_hops=h, max_hops=h)
-            for name, h in zip(splits, hops, strict=True)
-        ]
+        balanced, long = (task.splits[x](config) for x in ("prosqa_balanced", "prosqa_long"))
+        configs = [replace(long if h > base else balanced, min_hops=h, max_hops=h) for h in hops]
     else:
         hops = range(1, min(5, base) + 1)
         configs = [prontoqa.OntologyConfig(h, matched=True) for h in hops]
@@ -106,22 +103,20 @@ def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -
     twins  the twin of each (None: from the examples, or else from the task; failing that, any two
            examples with as many steps and other answers)
     """
-    if twins is None:
-        try:
-            made = [TASKS[task].twin(x) for x in examples]
-        except ValueError as e:
-            raise UserError(f"a twin is no example: {e}.\nGive question, steps, answer.") from None
-        pairs = [(x, t) for x, t in zip(examples, made, strict=True) if t]
-        twinned = len(pairs) >= MIN_PAIRS
-        if not twinned:
-            pairs = _unpaired(examples)
-    else:
+    if twins is not None:
         if len(twins) != len(examples):
             raise UserError(
                 f"{len(twins)} twins of {len(examples)} examples.\n"
                 "Give one for each: example i of --twins belongs to example i of --data."
             )
-        pairs, twinned = list(zip(examples, twins, strict=True)), True
+        examples = [x | {"twin": twin} for x, twin in zip(examples, twins, strict=True)]
+    try:
+        pairs = [(x, twin) for x in examples if (twin := TASKS[task].twin(x))]
+    except ValueError as e:
+        raise UserError(f"a twin is no example: {e}.\nGive question, steps, answer.") from None
+    twinned = len(pairs) >= MIN_PAIRS
+    if not twinned:
+        pairs = _unpaired(examples)
     for i, (x, t) in enumerate(pairs):
         if x["answer"].strip() == t["answer"].strip():
             raise UserError(
@@ -151,11 +146,9 @@ def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
     return pairs
 
 
-def check_lengths(engine: Engine, pairs: Pairs) -> tuple[Pairs, int]:
-    """Return the pairs that fit in block_size, and how many do not. UserError if half do not."""
-    tokenizer, n = engine.tokenizer, engine.manifest["n_thoughts"]
-    if engine.curriculum.rules.drop_rule == "none":
-        n = engine.config.max_new_tokens  # of a written chain
+def check_lengths(engine: Engine, pairs: Pairs) -> Pairs:
+    """Return the pairs that fit in block_size. UserError if half do not."""
+    tokenizer, n = engine.tokenizer, n_slots(engine)
     room = engine.model.config.block_size - n - 2
     answers = pairs.candidates(engine)
 
@@ -165,13 +158,16 @@ def check_lengths(engine: Engine, pairs: Pairs) -> tuple[Pairs, int]:
         return all(len(tokenizer.encode(engine.render(q))) + longest <= room for q in sides)
 
     keep = [i for i in range(len(answers)) if fits(i)]
+    n_long = len(answers) - len(keep)
     if len(keep) < max(MIN_PAIRS, len(answers) / 2):
         raise UserError(
-            f"{len(answers) - len(keep)} of {len(answers)} pairs do not fit with {n} thoughts into "
+            f"{n_long} of {len(answers)} pairs do not fit with {n} thoughts into "
             f"block_size={engine.model.config.block_size}.\nGive shorter questions."
         )
+    if n_long:
+        print(f"note: {n_long} pairs are left out, for they do not fit into block_size")
     sides = ([side[i] for i in keep] for side in (pairs.examples, pairs.twins, pairs.groups))
-    return Pairs(*sides, pairs.twinned), len(answers) - len(keep)
+    return Pairs(*sides, pairs.twinned)
 
 
 def load_pairs(
@@ -195,16 +191,12 @@ def load_pairs(
         raise UserError(f"a model of {name} needs --data.\nGive a file of its examples.")
     else:
         plain, pairs = generated_pairs(config, rows, seed)
-    pairs, n_long = check_lengths(engine, pairs)
-    if n_long:
-        print(f"note: {n_long} pairs are left out, for they do not fit into block_size")
-    return plain, pairs
+    return plain, check_lengths(engine, pairs)
 
 
-def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure | None, Figure | None]:
+def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure, Figure]:
     """Return how often texts after no thoughts are right, and how often they start with steps."""
     n_new = engine.config.max_new_tokens
     s = score(engine, plain.examples[:n], 0, batch_size=200, max_new_tokens=n_new)
-    every = torch.ones(s.n, dtype=torch.bool)
-    chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
-    return figure(torch.tensor(s.correct), every), figure(torch.tensor(chain), every)
+    wrote_chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
+    return fraction(s.correct), fraction(wrote_chain)

@@ -15,10 +15,9 @@ import torch
 from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
-from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.categories import CATEGORIES, category_fractions, heights
-from nanococonut.evaluation.interchange import figure, mean_figure
+from nanococonut.evaluation.interchange import fraction, mean_figure
 from nanococonut.evaluation.probe import concept_probabilities
 from nanococonut.inference.engine import Engine
 
@@ -33,54 +32,48 @@ def paper_figures(engine: Engine, examples: Sequence[Example], n: int = 200) -> 
     for k in (1, 2):
         raw = [concept_probabilities(engine, x["question"], k) for x in examples]
         mass[k] = [sum(p.values()) for p in raw]
-        values[k] = [
-            {node: v / total for node, v in p.items()}
-            for p, total in zip(raw, mass[k], strict=True)
-        ]
-    named = " and ".join(f"{100 * np.mean(mass[k]):.1f}\xa0%" for k in (1, 2))
-    about = f"The concepts share {named} of the probability after one and two thoughts; {n} graphs."
+        values[k] = [{node: v / sum(p.values()) for node, v in p.items()} for p in raw]
+    about = f"{_shared(*map(np.mean, mass.values()))} after one and two thoughts; {n} graphs."
+    first = [graphs[0] for graphs in values.values()]
+    entity, (a, b) = parse_question(examples[0]["question"])[1:]
+    note = f"Is {entity} a {a} or {b}? {_shared(mass[1][0], mass[2][0])}."
     return {
         "fig5": _categories(engine, examples, numbers),
-        "fig7": _one_question(
-            examples[0], [values[k][0] for k in (1, 2)], [mass[k][0] for k in (1, 2)]
-        ),
+        "fig7": _one_question(examples[0], first) | {"note": note},
         "fig8": _parallelism(values) | {"note": about},
         "fig9": _by_height(examples, values[1]) | {"note": about},
     }
 
 
+def _shared(*mass: float) -> str:
+    named = " and ".join(f"{100 * m:.1f}\xa0%" for m in mass)
+    return f"The concepts share {named} of the probability"
+
+
 def _categories(engine: Engine, examples: Sequence[Example], numbers: Sequence[int]) -> Grid:
     """Figure 5: kinds of answers after each number of thoughts, the model left to itself."""
-    task, config = TASKS["prosqa"], engine.config
+    config = engine.config
     rows: dict[str, list[Any]] = {name: [] for name in (*CATEGORIES, "accuracy")}
     for k in numbers:
         s = score(engine, examples, k, max_new_tokens=config.max_new_tokens)
-        texts = s.texts
-        if config.render == "compact":
-            pairs = zip(texts, examples, strict=True)
-            texts = [task.expand(text, x["question"]) for text, x in pairs]
-        for name, fraction in category_fractions(examples, texts, k).items():
-            rows[name].append({"value": round(fraction, 3), "n": s.n})
-        rows["accuracy"].append(figure(torch.tensor(s.correct), torch.ones(s.n, dtype=torch.bool)))
+        for name, p in category_fractions(examples, s.texts, k, config.render).items():
+            rows[name].append({"value": round(p, 3), "n": s.n})
+        rows["accuracy"].append(fraction(s.correct))
     cells = [{"label": name, "cells": row} for name, row in rows.items()]
     return {"columns": list(numbers), "rows": cells, "note": f"{len(examples)} graphs."}
 
 
-def _one_question(example: Example, values: list[dict[str, float]], mass: list[float]) -> Grid:
+def _one_question(example: Example, values: list[dict[str, float]]) -> Grid:
     """Figure 7: the values of one graph's nodes."""
-    edges, entity, (a, b) = parse_question(example["question"])
+    edges, entity, _ = parse_question(example["question"])
     target, height = parse_sentence(example["answer"])[1], heights(edges)
     steps, rows = reachable(edges, entity), []
     for node in sorted(values[0], key=lambda node: (steps.get(node, 99), node)):
         at = f"step {steps[node]}" if node in steps else "not reached"
         side = "right" if target in reachable(edges, node) else "wrong"
-        cells = [{"value": round(v[node], 3)} for v in values]
-        rows.append(
-            {"label": f"{node} ({side}, {at}, height {height.get(node, '-')})", "cells": cells}
-        )
-    named = " and ".join(f"{100 * m:.1f}\xa0%" for m in mass)
-    note = f"Is {entity} a {a} or {b}? The concepts share {named} of the probability."
-    return {"columns": ["after 1", "after 2"], "rows": rows, "note": note}
+        label = f"{node} ({side}, {at}, height {height.get(node, '-')})"
+        rows.append({"label": label, "cells": [{"value": round(v[node], 3)} for v in values]})
+    return {"columns": ["after 1", "after 2"], "rows": rows}
 
 
 def _parallelism(values: dict[int, list[dict[str, float]]]) -> Grid:

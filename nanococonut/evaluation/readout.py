@@ -35,8 +35,19 @@ class Graph(NamedTuple):
     other: dict[str, int]
     right: set[str]  # concepts that lead to the answer
 
-    def at(self, distances: dict[str, int], d: int) -> list[str]:
-        return [node for node in self.nodes if distances.get(node) == d]
+    def chosen(self, d: int) -> dict[str, list[str]]:
+        """Return the concepts at distance d for each key of WRITTEN and ERASED; [] if none fit."""
+        own, other = ([x for x in self.nodes if steps.get(x) == d] for steps in self[1:3])
+        right = [node for node in own if node in self.right]
+        wrong = [node for node in own if node not in self.right]
+        is_branching = len(right) == 1 and bool(wrong)  # one right branch, and a wrong one
+        return {
+            "own": own if other else [],
+            "other": other if own else [],
+            "control": [x for x in self.nodes if x not in own + other] if own and other else [],
+            "right": right if is_branching else [],
+            "wrong": wrong[:1] if is_branching else [],
+        }
 
 
 def graph(example: Example, twin: Example) -> Graph:
@@ -105,31 +116,17 @@ def write_by_hand(
     Return name -> answers (N, m), NaN if the graph has no such concepts: other, own, control
     (concepts that are written), right, wrong (branches that are erased); and "factor".
     """
-    t, d = place[0] - 1, place[1]
+    t, chosen = place[0] - 1, [g.chosen(place[1]) for g in graphs]
     (N, n, _), model = thoughts.shape, engine.model
     tokens, w = name_tokens(engine, graphs), model.wte.weight.detach()
     mean = model.thought_embedding(thoughts[: N // 2, t].to(w)).mean(0)
 
-    def chosen(i: int, name: str) -> list[str]:
-        g = graphs[i]
-        own, other = g.at(g.own, d), g.at(g.other, d)
-        branches = [node for node in own if node in g.right]
-        wrong = [node for node in own if node not in g.right]
-        is_branching = len(branches) == 1 and bool(wrong)  # one right branch, one wrong one
-        return {
-            "own": own if other else [],
-            "other": other if own else [],
-            "control": [x for x in g.nodes if x not in own + other] if own and other else [],
-            "right": branches if is_branching else [],
-            "wrong": wrong[:1] if is_branching else [],
-        }[name]
-
     def answers(name: str, rows: Sequence[int], factor: float) -> Tensor:
         result = torch.full((N, len(candidates[0])), torch.nan)
-        rows = [i for i in rows if chosen(i, name)]
+        rows = [i for i in rows if chosen[i][name]]
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            ids = [[tokens[node] for node in chosen(i, name)] for i in part]
+            ids = [[tokens[node] for node in chosen[i][name]] for i in part]
             direction = torch.stack([w[x].mean(0) for x in ids])  # (B, C)
             unit = direction / direction.norm(dim=1, keepdim=True)
 
@@ -149,8 +146,7 @@ def write_by_hand(
     first, second = range(N // 2), range(N // 2, N)
     tried = {f: (answers("other", first, f).argmax(1)[: N // 2] == 1).sum() for f in FACTORS}
     factor = max(tried, key=tried.get)
-    names = ("other", "own", "control", "right", "wrong")
-    return {"factor": factor} | {name: answers(name, second, factor) for name in names}
+    return {"factor": factor} | {x: answers(x, second, factor) for x in WRITTEN | ERASED}
 
 
 def readout(
@@ -169,8 +165,7 @@ def readout(
     names = names_by_distance(engine, graphs, thoughts)
     mean = {k: v.mean(0) for k, v in names.items()}
     row = {"distances": DISTANCES, "n": len(index)}
-    row |= {k: [[round(x, 3) for x in line] for line in mean[k].tolist()] for k in ("own", "other")}
-    row |= {k: [round(x, 3) for x in mean[k].tolist()] for k in ("base_own", "base_other", "mass")}
+    row |= {name: v.double().numpy().round(3).tolist() for name, v in mean.items()}
 
     def lift(d: int, rows: slice) -> Tensor:  # (n,), of thoughts that name anything at all
         above = (names["own"] - names["other"])[rows, :n, d - 1].mean(0)

@@ -1,42 +1,20 @@
-"""Run the seven tests on a model, and write down what they show."""
+"""Run the seven tests on a model, and write down what they show.
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+bench/common/page.py says what each part of a row looks like.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanococonut.evaluation import insight
 from nanococonut.evaluation.insight import Finding, decided
-from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, figure, kind_of, tables
+from nanococonut.evaluation.interchange import NOUNS, Figures, figure, kind_of, tables
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
 from nanococonut.evaluation.readout import readout, words_by_step
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
-
-@dataclass
-class Report:
-    """The row of one model; bench/common/page.py says what each part looks like."""
-
-    name: str
-    method: str
-    task: str
-    thoughts: int
-    noun: str
-    parameters: int
-    trained: Figure = field(default_factory=dict)  # accuracy as in training
-    verdict: str = ""
-    findings: list[Finding] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    scale: list[Figure] | None = None
-    accuracy: dict[str, Any] | None = None
-    slots: dict[str, Any] | None = None
-    names: dict[str, Any] | None = None
-    write: dict[str, Any] | None = None
-
-    def row(self) -> dict[str, Any]:
-        """Return it as JSON, without what was not measured."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
+Row = dict[str, Any]  # name, verdict, findings, ... of one model
 
 
 def measure(
@@ -45,101 +23,111 @@ def measure(
     plain: Pairs | None,
     pairs: Pairs,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> tuple[Report, Figures]:
-    """Run the seven tests. Return the report and the figures of `pairs`.
+) -> tuple[Row, Figures]:
+    """Run the seven tests. Return the row, without what was not measured, and figures of `pairs`.
 
     plain  pairs as in training, with their shortcuts (None: none)
     """
-    kind, manifest, model = kind_of(engine), engine.manifest, engine.model
-    n, extra = manifest["n_thoughts"], 2 * (kind in ("thought", "pause"))
-    r = Report(name, manifest["method"], engine.config.task, n, NOUNS[kind], model.n_params())
+    kind, n = kind_of(engine), engine.manifest["n_thoughts"]
+    extra = 2 * (kind in ("thought", "pause"))
     f = p = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
     if plain is not None:
         options = {"full": False, "extra": extra, "progress": lambda x: progress(0.6 + 0.2 * x)}
         p = plain.figures(engine, **options)
-    own, r.trained = f.accuracy("own"), p.accuracy("own", p.every)
+    own, trained = f.accuracy("own"), p.accuracy("own", p.every)
+    row: Row = {
+        "name": name,
+        "method": engine.manifest["method"],
+        "task": engine.config.task,
+        "thoughts": n,
+        "noun": NOUNS[kind],
+        "parameters": engine.model.n_params(),
+        "trained": trained,
+        "findings": (findings := []),
+        "refused": [],
+        "warnings": [],
+    }
     q = p if plain is not None and plain.has_twins else f
     one, both = figure(q.right ^ q.twin_right, q.asked), figure(q.right & q.twin_right, q.asked)
-    shortcut = insight.judge_pairs(r.trained, one, both) if pairs.twinned else None
-    ignores = shortcut is not None and shortcut["mark"] == "no"
+    shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
+    ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
 
-    if max(r.trained["lo"], own["lo"]) <= f.chance + 0.05:
-        r.findings = [insight.judge_unsolved(r.trained, own, f.chance)]
-        r.refused = ["Nothing else can be asked: there is no answer that could be moved."]
+    if max(trained["lo"], own["lo"]) <= f.chance + 0.05:
+        findings.append(insight.judge_unsolved(trained, own, f.chance))
+        row["refused"] = ["Nothing else can be asked: there is no answer that could be moved."]
     elif kind == "none":
-        r.findings = [shortcut] if shortcut else []
-        r.refused = ["There is nothing between question and answer: only test 1 is asked."]
+        findings += shortcut
+        row["refused"] = ["There is nothing between question and answer: only test 1 is asked."]
     else:
-        r.findings = [shortcut] if ignores else []
-        r.findings.append(insight.judge_needed(own, f.accuracy("mean"), f.chance, r.noun))
-        r.scale, r.accuracy, r.slots = tables(f, p if plain is not None else None, n)
+        findings += shortcut if ignores else []
+        findings.append(insight.judge_needed(own, f.accuracy("mean"), f.chance, row["noun"]))
+        row |= tables(f, p if plain is not None else None, n)
         if ignores:
-            r.refused = ["Tests 3 to 7 cannot be asked: no answer follows what is asked."]
+            row["refused"] = ["Tests 3 to 7 cannot be asked: no answer follows what is asked."]
         else:
-            _judge_moved(r, f, pairs)
+            findings += _judge_moved(row, f, pairs)
             if kind == "thought":
-                _judge_readout(r, engine, f, pairs)
+                findings += _judge_readout(row, engine, f, pairs)
                 progress(0.95)
-            r.findings += [shortcut] if shortcut else []
+            findings += shortcut
         if kind != "chain" and plain is not None:
             free, chain = left_alone(engine, plain)
-            r.accuracy |= {"free": free, "wrote_chain": chain}
+            row["accuracy"] |= {"free": free, "wrote_chain": chain}
             forced = p.accuracy("k0", p.every)
-            r.findings.append(insight.judge_trap(free, chain, forced, r.noun))
-        _warn(r, engine, f, pairs)
-    first = r.findings[:1] if ignores or len(r.findings) < 3 else r.findings[:3]
-    r.verdict = ", ".join(x["verdict"] for x in first)
+            findings.append(insight.judge_trap(free, chain, forced, row["noun"]))
+        row["warnings"] += _warnings(engine, f, pairs)
+    first = findings[:1] if ignores or len(findings) < 3 else findings[:3]
+    row["verdict"] = ", ".join(x["verdict"] for x in first)
     progress(1.0)
-    return r, f
+    return row, f
 
 
-def _judge_moved(r: Report, f: Figures, pairs: Pairs) -> None:
-    """Add the findings of tests 3 to 5."""
-    twin = f.flips("twin")
-    unrelated, stays = f.flips("unrelated"), f.stays("twin")
-    r.findings.append(insight.judge_carried(twin, unrelated, stays, r.noun, pairs.twinned))
+def _judge_moved(row: Row, f: Figures, pairs: Pairs) -> list[Finding]:
+    """Return the findings of tests 3 to 5."""
+    noun, twin, stays = row["noun"], f.flips("twin"), f.stays("twin")
+    findings = [insight.judge_carried(twin, f.flips("unrelated"), stays, noun, pairs.twinned)]
     if not twin or twin["n"] < MIN_PAIRS:
-        r.refused.append("There are too few pairs with both answers right for tests 3 to 7.")
+        row["refused"].append("There are too few pairs with both answers right for tests 3 to 7.")
     if "same_other" in f.cells:
-        other, same = f.flips("other_other"), f.flips("same_other")
         asked = "other options"
         if not pairs.is_prosqa:  # ProntoQA
             asked = "the opposite query"
-            for point in r.scale or ():
+            for point in row["scale"]:
                 point["label"] = point["label"].replace("other options", asked)
-        r.findings.append(insight.judge_search(twin, other, same, r.noun, asked))
-    if r.accuracy is None:
-        return
-    offset = len(r.accuracy["rows"]) - len(f.steps)  # of the plain row
-    cells = {h: r.accuracy["rows"][i + offset]["cells"] for i, h in enumerate(f.steps)}
-    slots = {h: r.slots["rows"][i]["cells"] for i, h in enumerate(f.steps)}
-    solved = [h for h in f.steps if decided(cells[h][r.thoughts]) and cells[h][-1]["lo"] > 0.55]
+        other, same = f.flips("other_other"), f.flips("same_other")
+        findings.append(insight.judge_search(twin, other, same, noun, asked))
+    if "accuracy" not in row:  # a written chain
+        return findings
+    last = row["accuracy"]["rows"][-len(f.steps) :]  # without the plain one
+    cells = {h: x["cells"] for h, x in zip(f.steps, last, strict=True)}
+    slots = {h: x["cells"] for h, x in zip(f.steps, row["slots"]["rows"], strict=True)}
+    solved = [h for h, c in cells.items() if decided(c[row["thoughts"]]) and c[-1]["lo"] > 0.55]
     if len(solved) > 1:
         deep = {h: slots[h] for h in solved if h > 1 and all(slots[h])}
-        r.findings.append(insight.judge_depth({h: cells[h] for h in solved}, deep, r.noun))
+        findings.append(insight.judge_depth({h: cells[h] for h in solved}, deep, noun))
+    return findings
 
 
-def _judge_readout(r: Report, engine: Engine, f: Figures, pairs: Pairs) -> None:
-    """Add the findings of tests 6 and 7."""
+def _judge_readout(row: Row, engine: Engine, f: Figures, pairs: Pairs) -> list[Finding]:
+    """Return the findings of tests 6 and 7."""
     if not pairs.is_prosqa or not pairs.twinned:
-        r.warnings.append("Test 7 was left out: it needs ProsQA's graphs and twins.")
-        if found := words_by_step(engine, f, pairs, r.thoughts):
-            r.findings.append(insight.judge_words(found))
-        return
+        row["warnings"].append("Test 7 was left out: it needs ProsQA's graphs and twins.")
+        words = words_by_step(engine, f, pairs, row["thoughts"])
+        return [insight.judge_words(words)] if words else []
     try:
-        r.names, best, r.write = readout(engine, f, pairs, r.thoughts)
-        r.findings += [insight.judge_read(best), insight.judge_write(r.write)]
+        row["names"], best, row["write"] = readout(engine, f, pairs, row["thoughts"])
     except UserError as e:
-        r.warnings.append(f"Tests 6 and 7 were left out: {str(e).splitlines()[0]}")
+        row["warnings"].append(f"Tests 6 and 7 were left out: {str(e).splitlines()[0]}")
+        return []
+    return [insight.judge_read(best), insight.judge_write(row["write"])]
 
 
-def _warn(r: Report, engine: Engine, f: Figures, pairs: Pairs) -> None:
-    """Say what a reader has to know about how it was measured."""
+def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
+    """Yield what a reader has to know about how it was measured."""
     if not pairs.twinned:
-        r.warnings.append("Without twins, only the donor's answer tells moved from destroyed.")
+        yield "Without twins, only the donor's answer tells moved from destroyed."
     if f.cells["by_inputs"].nanmean() > 0:
-        r.warnings.append("Twins of another length: inputs were exchanged, not keys and values.")
+        yield "Twins of another length: inputs were exchanged, not keys and values."
     if engine.model.config.stop:
-        r.warnings.append(
-            f"The stop classifier was not asked: all questions have {r.thoughts} thoughts."
-        )
+        n = engine.manifest["n_thoughts"]
+        yield f"The stop classifier was not asked: all questions have {n} thoughts."

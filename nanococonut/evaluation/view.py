@@ -1,6 +1,7 @@
 """One ProsQA question, thought by thought: what each names, looks at, and makes of the answer."""
 
 from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -111,14 +112,11 @@ def _answer(branch: Branch, slots: Slots | None = None) -> list[float]:
 
 def _fact_tokens(engine: Engine, prompt: str, n_facts: int) -> list[tuple[int, int]] | None:
     """Return the (start, end) of each fact's tokens; None if a token spans two facts."""
-    facts = prompt.split(".")[:n_facts]
-    lengths = [len(engine.tokenizer.encode(fact + ".")) for fact in facts]
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    tokens = engine.tokenizer.encode(prompt)
-    pieces = [t for fact in facts for t in engine.tokenizer.encode(fact + ".")]
-    if tokens[: len(pieces)] != pieces:
+    encode = engine.tokenizer.encode
+    facts = [encode(fact + ".") for fact in prompt.split(".")[:n_facts]]
+    if encode(prompt)[: sum(map(len, facts))] != [*chain.from_iterable(facts)]:
         return None
-    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    return list(pairwise(accumulate(map(len, facts), initial=0)))
 
 
 def _attention(

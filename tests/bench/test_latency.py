@@ -38,7 +38,7 @@ def tiny():
 
     def make(**options):
         config = bench.LatencyConfig(checkpoint="random", device="cpu", **options)
-        return workload.load_model(config, CPU), config
+        return workload.load_model(config), config
 
     return make
 
@@ -99,6 +99,15 @@ def test_case_that_does_not_fit_is_left_out(latency):
     assert any("context 900: 916 positions, the model has 512" in w for w in left_out)
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert any(r["metric"] == "latent_step" for r in rows)  # the main result is measured
+
+
+def test_windows_lacks_load_and_memory(latency, monkeypatch):
+    """os.getloadavg and os.sysconf do not exist there: an AttributeError before any timing."""
+    monkeypatch.delattr(os, "getloadavg")
+    monkeypatch.delattr(os, "sysconf_names")
+    argv = ["--rounds=1", "--peers=False", "--batches=1", "--contexts=16", "--tasks="]
+    code, out, err = latency(*argv)
+    assert code == 0 and "load nan" in out, err
 
 
 def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def tables(page: str) -> str:
 
 def test_page_is_well_formed_and_refers_to_nothing() -> None:
     """A page is one file: to mail, and to open without a network."""
-    page = render(ROW, ROW | {"name": "control"})
+    page = render(ROW | {"against": ROW | {"name": "control"}})
     root = ElementTree.fromstring(page)
     assert not re.findall(r"https?://|//cdn|@import|url\((?!#)", page)
     for element in root.iter():
@@ -168,7 +168,7 @@ def test_page_escapes_names() -> None:
     row["name"] = row["checkpoint"] = row["scale"][0]["label"] = row["findings"][0]["title"] = evil
     row["refused"] = row["warnings"] = [evil]
     control = copy.deepcopy(row)
-    page = render(row, control)
+    page = render(row | {"against": control})
     ElementTree.fromstring(page)
     assert evil not in page and page.count("</script>") == 2
 
@@ -188,7 +188,7 @@ def test_page_shows_the_control_in_grey() -> None:
     control = copy.deepcopy(ROW) | {"name": "pause run"}
     control["findings"][0]["title"] = "The pauses are not needed."
     control["scale"][2] |= fig(0.0)
-    page = render(ROW, control)
+    page = render(ROW | {"against": control})
     assert "pause run: The pauses are not needed." in page
     assert "… of pause run" in tables(page) and 'class="x" fill-opacity' in page
 

@@ -54,7 +54,7 @@ def test_failed_run_does_not_stop_the_table(script):
     [
         (["--methods=coconutt"], "coconutt"),
         (["--task=gsm8k"], "has no small preset"),
-        (["--set=epochs"], "no value"),
+        (["--set=epochs"], "expected one argument"),
         (["--set=c_thout=0"], "Did you mean --c_thought"),
         (["--set=epochs=0"], "at least 1"),
         (["--seeds=0"], "at least 1"),

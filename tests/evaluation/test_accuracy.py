@@ -9,7 +9,7 @@ from helpers import random_gpt
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.evaluation import accuracy as evaluate
-from nanococonut.evaluation.splits import evaluate_splits
+from nanococonut.evaluation.accuracy import evaluate_splits
 from nanococonut.inference.engine import Engine, Generation
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError

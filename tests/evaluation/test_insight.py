@@ -294,10 +294,10 @@ def test_a_random_model_does_not_solve_anything(method):
     plain = type(plain)(*[side[:100] for side in (plain.examples, plain.twins, plain.groups)])
     rows = []
     for _ in range(2):
-        report, _ = measure(engine, "random", plain, pairs)
-        rows.append(json.dumps(report.row()))
+        row, _ = measure(engine, "random", plain, pairs)
+        rows.append(json.dumps(row))
     assert rows[0] == rows[1]
-    assert report.verdict == "does not solve these questions" and len(report.findings) == 1
+    assert row["verdict"] == "does not solve these questions" and len(row["findings"]) == 1
 
 
 @pytest.fixture(scope="module")
@@ -406,10 +406,10 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
     cells = dict.fromkeys(names, first) | {"by_inputs": torch.zeros(N, 1)}
     figures = Figures(cells, torch.tensor(pairs.groups))
     monkeypatch.setattr(type(pairs), "figures", lambda *args, **options: figures)
-    report, _ = measure(engine, "pauses", None, pairs)
-    assert report.verdict == "ignores what is asked" and report.noun == "pauses"
-    assert "cannot be asked" in report.refused[0]
-    assert [f["id"] for f in report.findings] == ["pairs", "needed"]
+    row, _ = measure(engine, "pauses", None, pairs)
+    assert row["verdict"] == "ignores what is asked" and row["noun"] == "pauses"
+    assert "cannot be asked" in row["refused"][0]
+    assert [f["id"] for f in row["findings"]] == ["pairs", "needed"]
 
 
 def test_slots_are_grouped_by_step():

@@ -157,13 +157,6 @@ def test_unknown_words_are_warned_of(sample):
     assert code == 0 and "not in the vocabulary: zonk" in out
 
 
-@pytest.mark.parametrize("method", ["no_cot", "pause", "coconut_no_curriculum"])
-def test_another_token_layout(sample, method):
-    """--method without a feedback of its own works with any model."""
-    code, out, _ = sample(f"--method={method}", "--latent=0", "--seed=3")
-    assert code == 0 and "answer" in out
-
-
 REFUSED = {
     "negative": (["--latent=-1"], "latent=-1"),
     "negative, apart": (["--latent", "-1"], "latent=-1"),
@@ -175,9 +168,6 @@ REFUSED = {
     "special token": (["--question", QUESTION.replace("Sam", "<|latent|>")], "ProsQA"),
     "no device": (["--device=toaster"], "cannot be used"),
     "unknown key": (["--latnt=3"], "Did you mean --latent?"),
-    "other thoughts": (["--method=soft_thought"], "trained by soft_thought"),
-    "thoughts of no map": (["--method=projected"], "something else than this model"),
-    "unknown method": (["--method=cots"], "Did you mean cot?"),
 }
 
 
