@@ -236,17 +236,26 @@ def _others(run: Run) -> str:
 
 def speed(rows: Rows) -> str:
     """Return the README's tables: a ProsQA answer (others relative to six thoughts of ours), and a
-    training step of the released code relative to ours. rows: of latency.py and training.py."""
+    training step (the released code relative to ours). rows: of latency.py and training.py."""
     lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", "transformers", "released")]
     for run in newest_runs(rows, "latency"):
         times = [run.value("answer", task="prosqa", path=path) for path in PATHS]
         ratios = [run.ratios().get(name, {}).get("answer") for name in ("transformers", "released")]
         if None not in times:
-            cells = [f"{t:,.0f} ms" for t in times] + [f"{x:.2g}x" if x else "-" for x in ratios]
+            cells = [f"{fmt(t)} ms" for t in times]
+            cells += [f"{x:.2g}x" if x else "-" for x in ratios]
             lines.append((f"{run.rows[0]['device']}, {run.rows[0]['dtype']}", *cells))
-    steps = [("training step", "batch", "device", "released")]
-    ratios_only = [r for r in rows if r["metric"] == "step" and r["provider"] == "released"]
-    newest = {row["labels"]["config"]: row for row in ratios_only if row["unit"] == "x"}
-    for config, row in newest.items():
-        steps.append((config, str(row["shape"]["batch"]), row["device"], f"{row['value']:.2g}x"))
+    steps = [("training step", "batch", "device", "time", "released")]
+    newest: dict[tuple, dict[str, dict]] = {}  # "ms" of ours and "x", the released code's over it
+    for row in rows:
+        if row["metric"] == "step" and (row["provider"] == "released") == (row["unit"] == "x"):
+            key = row["labels"]["config"], row["shape"]["batch"], f"{row['device']}, {row['dtype']}"
+            newest.setdefault(key, {})[row["unit"]] = row
+    shown = {}  # one for each config and kind of device: the newest with a ratio, or without
+    for (config, batch, device), by_unit in newest.items():
+        place = config, device.startswith("CPU")
+        if "ms" in by_unit and ("x" in by_unit or place not in shown):
+            ratio = f"{by_unit['x']['value']:.2g}x" if "x" in by_unit else "-"
+            shown[place] = config, str(batch), device, f"{fmt(by_unit['ms']['value'])} ms", ratio
+    steps += shown.values()
     return "\n\n".join((_table(*lines), _table(*steps)))
