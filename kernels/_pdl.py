@@ -3,8 +3,8 @@
 A step is a chain of some sixty launches of a few microseconds each, so the gaps between them count.
 With PDL (Hopper and newer), a kernel is launched early, loads its weights, and only then waits for
 the kernels before it. Every kernel of a step calls `await_launches` once. Before that it may read
-parameters only; whatever another launch has written, it reads after. Since each kernel waits, all
-launches before it have then ended, not only the last one.
+parameters only, which no launch of a step writes; whatever another has written, it reads after.
+Since each kernel waits, all launches before it have then ended, not only the last one.
 """
 
 from functools import cache
