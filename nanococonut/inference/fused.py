@@ -58,7 +58,7 @@ class FusedStep:
         n_taken: Tensor | None = None,
         thought: Tensor | None = None,
     ) -> None:
-        """Run all layers on x, five launches each (seven from five rows), then the final LayerNorm into hidden."""
+        """Run all layers on x, five launches each (seven from five rows), then `feedback`."""
         from kernels.append import append
         from kernels.feedback import feedback
         from kernels.latent_attention import latent_attention
