@@ -33,7 +33,7 @@ finish() {
 if [[ "$parts" = *" checks "* ]]; then # the limits' sum is 500 s
   # without torch's cache, in which a read after a tensor's end is still within a block
   tests=(tests/kernels/test_{append,latent_attention,prefix_attention}.py -m gpu -q -x -k
-    "(query_and_slots or output_matches or gradients_match) and dtype0")
+    "(query_and_slots or output_matches or gradients_match) and (dtype0 or float32)")
   for tool in memcheck racecheck; do
     run 150 $tool env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
       --error-exitcode 1 "$PYTHON" -m pytest "${tests[@]}"

@@ -42,6 +42,20 @@ def exact_match(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(dim=1)
 
 
+def impls_and_dtypes() -> list:
+    """Return the implementations of kernels/_linear.py, each with the dtypes that it takes."""
+    pairs = [(impl, torch.float16) for impl in ("gemv", "gemm_tile", "gemm", "library")]
+    pairs += [(impl, torch.bfloat16) for impl, _ in pairs]
+    pairs += [(impl, torch.float32) for impl in ("gemv", "gemm_tile", "library")]
+    return [
+        pytest.param(
+            impl, dtype, id=f"{impl}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.gpu] if dtype == torch.bfloat16 else [],
+        )
+        for impl, dtype in pairs
+    ]  # fmt: skip
+
+
 def assert_three_way(got, in_dtype, truth, floor: float = 4.0) -> None:
     """Assert that a kernel's error is at most twice that of torch, plus `floor` roundings.
 

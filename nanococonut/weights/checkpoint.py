@@ -461,7 +461,7 @@ class RunDir:
     ) -> None:
         """Save the model unless a weight is NaN or infinite. Collective: every rank calls it.
 
-        background: for a GPU's tensors, which are copied; the files are written while it goes on.
+        background: copy the tensors to the CPU and write the files in a thread (for a GPU).
         """
         is_bad = not all(torch.isfinite(p).all() for p in model.parameters())
         if any(self.dist.all_reduce_sum([is_bad])):

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from helpers import assert_three_way
+from helpers import assert_three_way, impls_and_dtypes
 
 from kernels.append import append
 from kernels.reference import append_ref
 
 IMPLS = ["gemv", "gemm_tile", "gemm", "library"]
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 NAN = float("nan")
 # sequences, heads, head size: heads narrower than a block of columns, C not a power of two
 SHAPES = [(1, 3, 8), (3, 5, 5), (17, 1, 8)]
@@ -59,12 +58,9 @@ def check(B, nh, hs, T, dtype, device, impl, data, lengths, active):
     assert torch.equal(again[1, :, rows, :, slots], written[0])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl, dtype", impls_and_dtypes())
 @pytest.mark.parametrize("B, nh, hs", SHAPES)
 def test_query_and_slots_match_reference(B, nh, hs, dtype, impl, device, seed, nan_memory):
-    if impl == "gemm" and dtype == torch.float32:
-        pytest.skip("gemm takes two-byte dtypes")
     T = 5
     data = torch.full((2, 2, B, nh, T, hs), NAN, dtype=dtype, device=device)
     lengths = torch.randint(0, T + 1, (B,), device=device)

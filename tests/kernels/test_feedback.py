@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from helpers import assert_three_way, random_gpt
+from helpers import assert_three_way, impls_and_dtypes, random_gpt
 from torch.nn import functional as F
 
 from kernels.append import append
@@ -173,12 +173,9 @@ def test_chain_of_thoughts_equals_the_torch_path(impl, device, seed):
 @torch.no_grad()
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "gemm", "library"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl, dtype", impls_and_dtypes())
 def test_captured_chain_equals_the_eager_one(dtype, impl, seed):
     """A replayed CUDA graph of several thoughts equals the eager run bit for bit."""
-    if impl == "gemm" and dtype == torch.float32:
-        pytest.skip("gemm takes two-byte dtypes")
     args = prefilled(dtype, [5, 1, 9, 30, 2], "cuda", n_embd=96, n_head=6, seed=seed)
     model, cache, state, token = args
     active = torch.tensor([True, False, True, True, True], device="cuda")

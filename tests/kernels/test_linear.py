@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from helpers import assert_three_way
+from helpers import assert_three_way, impls_and_dtypes
 
 from kernels._linear import auto_impl, launch_config
 from kernels.linear_residual import linear_residual
@@ -12,7 +12,6 @@ from kernels.ln_linear_gelu import ln_linear_gelu
 from kernels.reference import linear_residual_ref, ln_linear_gelu_ref
 
 IMPLS = ["gemv", "gemm_tile", "gemm", "library"]
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # rows, outputs, inputs: not powers of two, less than a block, several chunks, several loops
 SHAPES = [(1, 24, 96), (2, 20, 300), (17, 17, 700)]
 GPT2 = [768, 1024, 1280, 1600]
@@ -20,11 +19,6 @@ GPT2 = [768, 1024, 1280, 1600]
 
 def randn(*shape, dtype, device):
     return torch.randn(*shape, device=device).to(dtype)
-
-
-def skip_unsupported(impl, dtype):
-    if impl == "gemm" and dtype == torch.float32:
-        pytest.skip("gemm takes two-byte dtypes")
 
 
 def layer(B, N, K, dtype, device):
@@ -42,22 +36,18 @@ def double(*tensors):
     return [t.double() for t in tensors]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl, dtype", impls_and_dtypes())
 @pytest.mark.parametrize("B, N, K", SHAPES)
 def test_ln_linear_gelu_matches_reference(B, N, K, dtype, impl, device, seed, nan_memory):
-    skip_unsupported(impl, dtype)
     args = layer(B, N, K, dtype, device)
     out = ln_linear_gelu(*args, impl=impl)
     assert_three_way(out, ln_linear_gelu_ref(*args), ln_linear_gelu_ref(*double(*args)))
     assert torch.equal(out, ln_linear_gelu(*args, impl=impl))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl, dtype", impls_and_dtypes())
 @pytest.mark.parametrize("B, N, K", SHAPES)
 def test_linear_residual_matches_reference(B, N, K, dtype, impl, device, seed):
-    skip_unsupported(impl, dtype)
     x, _, _, w, b = layer(B, N, K, dtype, device)
     y, padded = x.to(dtype), torch.randn(B + 2, N, device=device)
     before, x = padded.clone(), padded[1:-1]
