@@ -10,6 +10,7 @@ no sequence ends early. --out appends results after every batch; the last line i
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
@@ -17,10 +18,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 from bench.common.baselines import OURS, EngineProvider
 from bench.common.results import ResultWriter
-from bench.common.workload import PATHS, TASK_LENGTHS, WorkloadOptions, catch_oom, load_model
-from bench.latency import Case, time_case, unfit
+from bench.common.workload import (
+    PATHS,
+    TASK_LENGTHS,
+    Workload,
+    WorkloadOptions,
+    model_shape,
+    out_of_memory,
+)
+from bench.latency import Case, time_case
 from nanococonut.runtime.cli import make_config, option, parse_cli
-from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.errors import run_main
 
 FASTER = 1.02  # a gain of less than this is none
 
@@ -35,42 +43,33 @@ class ThroughputConfig(WorkloadOptions):
 def main() -> None:
     given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
     config = make_config(ThroughputConfig, given)
-    workload, lengths = load_model(config), TASK_LENGTHS[config.task]
+    workload, lengths = Workload(config), TASK_LENGTHS[config.task]
     device, dtype = workload.device, workload.dtype
     workload.model.to(dtype)
     provider = EngineProvider(OURS, workload, "auto", "auto")
     requests, engine = [(provider, path, lengths[path]) for path in PATHS], provider.engine
-    results = ResultWriter("throughput", config, device, dtype, shape=workload.shape())
-    print(f"{workload.name}, kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
+    results = ResultWriter("throughput", config, device, dtype, shape=model_shape(workload.model))
+    print(f"kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
 
     # ---- measure, batch by batch
     batch, fastest, n_no_faster, ended = 1, 0.0, 0, "the largest batch"
     while batch <= config.max_batch and n_no_faster < 2:
         case = Case(config.task, batch, lengths["question"], requests)
-        why = unfit(case, workload)
-        if why and batch == 1:
-            raise UserError(f"{why}.\nGive another --task or --checkpoint=random.")
-        with catch_oom(device) as failed:
-            if not why:
-                time_case(case, config.rounds, workload)
-        if why or failed:
+        if out_of_memory(partial(time_case, case, config.rounds, workload)):
             ended = "memory"
             break
-        rates = {
-            path: [batch / timing["answer"] for timing in case.timings[OURS, path]]
-            for path in PATHS
-        }
-        for path, values in rates.items():
+        rates = {}
+        for path in PATHS:
+            rates[path] = [batch / timing["answer"] for timing in case.timings[OURS, path]]
             labels = {"task": config.task, "path": path}
-            results.add("throughput", OURS, values, "questions/s", labels=labels, batch=batch)
+            results.add("throughput", OURS, rates[path], "questions/s", labels=labels, batch=batch)
         rate = statistics.median(rates["thoughts"])
         n_no_faster = 0 if rate > FASTER * fastest else n_no_faster + 1
         fastest = max(fastest, rate)
         batch *= 2
     ended = "two batches that were no faster" if n_no_faster == 2 else ended
     print(f"ended by {ended}")
-    about = {"model": workload.name, "kernels": engine.kernels, "graph": engine.graph}
-    print(results.summary(**about, ended=ended))
+    print(results.summary(kernels=engine.kernels, graph=engine.graph, ended=ended))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,30 @@
-"""Providers of bench/latency.py: our engine, and what a user would take instead of it."""
+"""Who is measured: our engine, and what a user would take instead of it, in another process."""
 
 import importlib.util
+import json
+import os
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from bench.common.worker import NEEDS, Worker, clone_commit, worker_setup
-from bench.common.workload import THOUGHTS, Workload
+from bench.common.workload import Workload
 from nanococonut.inference.engine import Engine, Request
+from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
 OURS = "nanococonut"
-N_CHECKED = 9  # greedy tokens that are compared
+SERVE = Path(__file__).parent.parent / "workers/serve.py"
+INSTALL = {  # a peer that is missing -> what to do
+    "released": "give --released and --released_python",
+    "transformers": "pip install transformers",
+}
+N_CONTEXT, N_CHECKED = 48, 9  # tokens of a prompt, and greedy ones after it, that are compared
 # tokens, and seconds of prefill, latent_step, first_token, token_step and answer, of which
 # first_token and answer count from the start of the request
 Timing = dict[str, Any]
@@ -44,14 +54,117 @@ class EngineProvider:
             "answer": out.seconds,
         }
 
-    def cast(self, dtype: torch.dtype) -> None:
-        self.engine.model.to(dtype)
-
     def close(self) -> None:
         pass
 
 
+class Worker:
+    """workers/serve.py under another Python, which answers requests, a JSON line each.
+
+    name     a kind of serve.py
+    model    the worker's has its sizes, dropout, weights, device and dtype
+    special  name of SPECIAL -> id
+    clone    of the released code, for the kinds that run it
+    extra    what else this kind needs
+
+    Every method raises UserError if the process ends early.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        model: GPT,
+        special: dict[str, int],
+        clone: str | None = None,
+        **extra: Any,
+    ) -> None:
+        self.name, self.model = name, model
+        self.max_batch = 1 if name == "released" else None  # its generate takes one question
+        # absolute, since it starts elsewhere; not resolved, since a venv's link would leave it
+        python = os.path.abspath(python) if os.sep in python else python
+        self.stderr = tempfile.TemporaryFile("w+")
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        try:
+            self.process = subprocess.Popen(
+                [python, "-I", str(SERVE)],  # -I: nothing of ours on its path
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.stderr,
+                text=True,
+                cwd=tempfile.gettempdir(),  # finds Hugging Face's `kernels`, not ours
+                env=os.environ | offline,
+                start_new_session=True,  # close() also ends what it started
+            )
+        except OSError as e:
+            raise UserError(
+                f"{python} cannot be run: {e.strerror}.\n"
+                "Give the bin/python of a venv with torch and transformers 4.46.2."
+            ) from None
+        with tempfile.TemporaryDirectory() as folder:
+            setup = gpt2_as_transformers(model, Path(folder) / "model.safetensors") | extra
+            setup |= {"kind": name, "special": special, "threads": torch.get_num_threads()}
+            setup |= {"device": model.wte.weight.device.type}
+            setup |= {"clone": os.path.abspath(clone)} if clone else {}
+            self.versions: dict[str, str] = self.request(setup)["versions"]
+        if clone:
+            self.versions["coconut"] = clone_commit(clone)
+
+    def request(self, message: Any) -> Any:
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+            reply = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):  # it has ended, or does not write JSON
+            self.close()
+            self.stderr.seek(0)
+            text = self.stderr.read().strip() or "no error message (out of memory?)"
+            raise UserError(f"worker {self.name} ended: {text.splitlines()[-1][:200]}") from None
+        if "out_of_memory" in reply:
+            raise torch.OutOfMemoryError(f"worker {self.name} ran out of memory")
+        return reply
+
+    def generate(self, *request: Any) -> Any:
+        """Generate as EngineProvider does, from the same arguments, in our model's dtype."""
+        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
+        dtype = str(self.model.wte.weight.dtype).removeprefix("torch.")
+        return self.request(dict(zip(names, request, strict=True)) | {"dtype": dtype})
+
+    def close(self) -> None:
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
 Provider = EngineProvider | Worker
+
+
+def gpt2_as_transformers(model: GPT, path: Path) -> dict[str, Any]:
+    """Write our weights to `path` and return the sizes, both as transformers' GPT-2 has them."""
+    c = model.config
+    sizes = {k: getattr(c, k) for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    sizes |= {"n_positions": c.block_size}
+    sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    weights = {  # its linear layers are stored transposed
+        name: p.t().contiguous() if name.startswith("h.") and p.dim() == 2 else p.contiguous()
+        for name, p in model.state_dict().items()
+    }
+    save_file(weights, path)
+    return {"gpt2": sizes, "weights": str(path)}
+
+
+def check_released(clone: str | None, python: str | None) -> None:
+    """Raise UserError if --released and --released_python do not go together."""
+    if (clone is None) != (python is None):
+        raise UserError("--released and --released_python go together.\nGive a clone and a Python.")
+    if clone and not (Path(clone) / "coconut.py").is_file():
+        raise UserError(f"--released {clone} holds no coconut.py.\nGive a clone of the code.")
+
+
+def clone_commit(clone: str) -> str:
+    """Return the clone's commit, "-dirty" if it has changed."""
+    git = ["git", "-C", clone, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
@@ -66,42 +179,27 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         providers.append(EngineProvider(f"{OURS}, eager", workload, "torch", "off"))
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
-    config = workload.model.config
-    is_plain = not config.smear and config.thought == "hidden"
-    if not (options.peers and is_plain):
-        why = "runs plain GPT-2s only" if options.peers else "not requested"
-        return providers, dict.fromkeys(NEEDS, why)
-
+    if not options.peers:
+        return providers, dict.fromkeys(INSTALL, "not requested")
     here = sys.executable if importlib.util.find_spec("transformers") else None
-    pythons = {
-        "released": options.released_python,
-        "transformers": options.transformers_python or here,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        setup = worker_setup(workload.model, workload, path, options.released)
-        for name, python in pythons.items():
-            if python is None:
-                missing[name] = "give {} a Python that has {}".format(*NEEDS[name])
-                continue
-            try:
-                worker = Worker(name, python, setup | {"kind": name})
-            except UserError as e:
-                missing[name] = str(e).replace("\n", " ")
-                continue
-            if name == "released":
-                worker.versions["coconut"] = clone_commit(options.released)
-            providers.append(worker)
+    peers = {"released": (options.released_python, options.released), "transformers": (here, None)}
+    for name, (python, clone) in peers.items():
+        if not python:
+            missing[name] = INSTALL[name]
+            continue
+        try:
+            providers.append(Worker(name, python, workload.model, workload.special, clone))
+        except UserError as e:
+            missing[name] = str(e).replace("\n", " ")
     return providers, missing
 
 
-def drop_wrong(
-    providers: list[Provider], workload: Workload, missing: dict[str, str], length: int
-) -> None:
+def drop_wrong(providers: list[Provider], workload: Workload, missing: dict[str, str]) -> None:
     """Remove every provider whose greedy tokens after thoughts differ from those of plain eager
     steps in float32. Raise UserError if it is one of ours."""
     reference = EngineProvider("reference", workload, "torch", "off")
-    request = workload.prompts(1, length, length), THOUGHTS, [workload.eot], N_CHECKED
+    prompts = workload.prompts(1, N_CONTEXT, 0)
+    request = prompts, *workload.request("thoughts", N_CHECKED)
     expected = reference.generate(*request)["tokens"]
     for provider in list(providers):
         try:

@@ -1,13 +1,15 @@
 """One schema for every row that a bench script writes, a JSON line each. Rows are only appended."""
 
 import json
+import math
+import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +18,30 @@ from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.provenance import provenance
 from nanococonut.weights import checkpoint
 
-
-class Result(TypedDict):
-    bench: str  # script: latency, throughput, training, kernels, accuracy
-    metric: str  # latent_step, answer, throughput, step, accuracy, ...
-    provider: str  # who was measured: nanococonut, released, transformers, torch, roofline, ...
-    labels: dict[str, str]  # what identifies the row: task, path, config, method, relative_to, ...
-    shape: dict[str, int]  # sizes that identify it: batch, context, thoughts, n_layer, ...
-    value: float  # the median
-    unit: str  # ms, us, GB/s, questions/s, examples/s, fraction; x: ratio to labels.relative_to
+Row = dict[str, Any]
+FIELDS: dict[str, type] = {  # of a row
+    "bench": str,  # script: latency, throughput, training, kernels, accuracy
+    "metric": str,  # latent_step, answer, throughput, step, accuracy, ...
+    "provider": str,  # who was measured: nanococonut, released, transformers, torch, roofline, ...
+    "labels": dict,  # text that identifies it: task, path, config, method, relative_to, ...
+    "shape": dict,  # integers that identify it: batch, context, thoughts, n_layer, ...
+    "value": float,  # the median
+    "unit": str,  # ms, us, GB/s, questions/s, examples/s, fraction; x: ratio to labels.relative_to
     # p10 and p90, the 95 % interval ci_low and ci_high, or min and max; {} for a derived value
-    spread: dict[str, float]
-    repeats: int
-    detail: dict[str, Any]  # what does not identify it: categories, losses, the evaluated run, ...
-    device: str  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
-    dtype: str  # of weights and cache
-    commit: str  # of this repository, "-dirty" if files had changed
-    versions: dict[str, str]  # of Python and packages in the measured process
-    command: str  # that measures it again; local paths are written as RELEASED, PYTHON, ...
-    date: str  # UTC, when the run began: 2026-01-31T12:00:00Z; some old rows: "unknown"
+    "spread": dict,
+    "repeats": int,
+    "detail": dict,  # what does not identify it: categories, losses, the evaluated run, ...
+    "device": str,  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
+    "dtype": str,  # of weights and cache
+    "commit": str,  # of this repository, "-dirty" if files had changed
+    "versions": dict,  # of Python and packages in the measured process
+    "command": str,  # that measures it again; local paths are written as RELEASED, PYTHON, ...
+    "date": str,  # UTC, when the run began: 2026-01-31T12:00:00Z; some old rows: "unknown"
+}
 
 
-FIELDS = {name: get_origin(hint) or hint for name, hint in get_type_hints(Result).items()}
-
-
-def validate_row(row: Mapping[str, Any]) -> None:
-    """Raise UserError if a row lacks a field, has another, or one of the wrong type."""
+def validate_row(row: Row) -> None:
+    """Raise UserError if a row lacks a field of FIELDS, has another, or one of the wrong type."""
     bad = sorted(row.keys() ^ FIELDS.keys())  # missing or unknown
     bad = bad or [name for name, kind in FIELDS.items() if not isinstance(row[name], kind)]
     if bad:
@@ -80,6 +80,11 @@ def device_name(device: torch.device) -> str:
     return f"CPU {kind}, {n} thread{'s' * (n > 1)}"
 
 
+def load_average() -> float:
+    """Return how many processes want to run; NaN on Windows, which does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
 class ResultWriter:
     """The rows of one run. Each is printed, and appended to the file config.out, at once.
 
@@ -92,15 +97,15 @@ class ResultWriter:
         config: Any,
         device: torch.device,
         dtype: torch.dtype | str,
-        labels: Mapping[str, str] | None = None,
-        shape: Mapping[str, int] | None = None,
+        labels: dict[str, str] | None = None,
+        shape: dict[str, int] | None = None,
     ) -> None:
         about = provenance()
         self.path = Path(config.out) if config.out else None
         if self.path and not self.path.parent.is_dir():
             raise UserError(f"--out {self.path} cannot be written: its folder does not exist.")
-        self.versions, self.rows = about["versions"], []
-        self.labels, self.shape = dict(labels or {}), dict(shape or {})
+        self.versions, self.labels, self.shape = about["versions"], labels or {}, shape or {}
+        self.rows: list[Row] = []
         self.common = {
             "bench": bench,
             "device": device_name(device),
@@ -117,12 +122,12 @@ class ResultWriter:
         values: Sequence[float],
         unit: str,
         *,
-        labels: Mapping[str, str] | None = None,
-        detail: Mapping[str, Any] | None = None,
-        spread: Mapping[str, float] | None = None,
-        versions: Mapping[str, str] | None = None,
+        labels: dict[str, str] | None = None,
+        detail: dict[str, Any] | None = None,
+        spread: dict[str, float] | None = None,
+        versions: dict[str, str] | None = None,
         **shape: int,
-    ) -> dict[str, Any]:
+    ) -> Row:
         """Append, print and return a row of repeated measurements.
 
         spread: instead of p10 and p90; {} for a derived value. versions: of another process.
@@ -131,16 +136,15 @@ class ResultWriter:
         row = self.common | {
             "metric": metric,
             "provider": provider,
-            "labels": self.labels | dict(labels or {}),
+            "labels": self.labels | (labels or {}),
             "shape": self.shape | shape,
             "value": median,
             "unit": unit,
-            "spread": {"p10": low, "p90": high} if spread is None else dict(spread),
+            "spread": {"p10": low, "p90": high} if spread is None else spread,
             "repeats": len(values),
-            "detail": dict(detail or {}),
-            "versions": self.versions if versions is None else dict(versions),
+            "detail": detail or {},
+            "versions": versions or self.versions,
         }
-        validate_row(row)
         self.rows.append({name: row[name] for name in FIELDS})
         if self.path:
             checkpoint.append_row(self.path, self.rows[-1])
@@ -148,11 +152,9 @@ class ResultWriter:
         text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
         text += [f"{name} {n}" for name, n in shape.items()]
         scale, sign = (100, "%") if unit == "fraction" else (1, "")  # percentages, like all others
-        shown = [f"{fmt(scale * v)}{sign}" for v in (median, *row["spread"].values())]
-        ends = " .. ".join(shown[1:])
-        unit = "" if sign else unit
-        line = f"{shown[0]:>8} {unit:<11} {provider:<20} {', '.join(text)}"
-        print(f"{line} ({ends})" if ends else line)
+        value, *ends = (f"{fmt(scale * v)}{sign}" for v in (median, *row["spread"].values()))
+        line = f"{value:>8} {'' if sign else unit:<11} {provider:<20} {', '.join(text)}"
+        print(f"{line} ({' .. '.join(ends)})" if ends else line)
         return self.rows[-1]
 
     def add_ratio(
@@ -173,7 +175,7 @@ class ResultWriter:
 # ---- reading
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[Row]:
     """Read a file of JSON lines; a missing file has none. UserError names a bad line."""
     if not path.is_file():
         return []
@@ -188,7 +190,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def read_results(path: Path) -> list[Row]:
     """Read a file of results. Raise UserError if a row is not valid."""
     rows = read_jsonl(path)
     for row in rows:

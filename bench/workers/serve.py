@@ -180,9 +180,8 @@ def main() -> None:
         request, reply = json.loads(line), {}
         try:
             if "dtype" in request:
-                gpt2.to(getattr(torch, request["dtype"]))
-            else:
-                reply = answer(**request)
+                gpt2.to(getattr(torch, request.pop("dtype")))
+            reply = answer(**request)
         except torch.OutOfMemoryError:
             reply = {"out_of_memory": True}
         if "out_of_memory" in reply:  # after the error, which holds on to tensors
