@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 
 from bench.common import baselines, tables
-from bench.common.baselines import OURS, Provider, Timing
-from bench.common.results import ResultWriter, load_average
+from bench.common.baselines import Provider, Timing
+from bench.common.results import OURS, ResultWriter, load_average
 from bench.common.workload import (
     GPT2,
     PATHS,

@@ -129,8 +129,8 @@ def draw(docs: Path) -> list[Path]:
     if accuracy := read_results(RESULTS / "table1.jsonl"):
         pictures["methods"] = figures.methods, accuracy
     runs = tables.newest_runs(read_results(RESULTS / "latency.jsonl"), "latency")
-    for run in sorted(runs, key=lambda run: run.rows[0]["date"]):  # the newest of a device is last
-        device, shape = run.rows[0]["device"], run.rows[0]["shape"]
+    for run in sorted(runs, key=lambda run: run[0]["date"]):  # the newest of a device is last
+        device, shape = run[0]["device"], run[0]["shape"]
         name = "cpu" if device.startswith("CPU") else device.replace(" ", "_")
         if shape["parameters"] >= GPT2:
             pictures[f"answers_{name}"] = figures.answers, run

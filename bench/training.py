@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
 import torch
 
-from bench.common.baselines import OURS, Worker, check_released
-from bench.common.results import ResultWriter, load_average
+from bench.common.baselines import Worker, check_released
+from bench.common.results import OURS, ResultWriter, load_average
 from bench.common.workload import SPECIAL, model_shape
 from nanococonut import coconut, ops
 from nanococonut.batch import IGNORE, build_sequence

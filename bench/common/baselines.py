@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from bench.common.results import OURS
 from bench.common.workload import Workload
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
-OURS = "nanococonut"
 SERVE = Path(__file__).parent.parent / "workers/serve.py"
 INSTALL = {  # a peer that is missing -> what to do
     "released": "give --released and --released_python",

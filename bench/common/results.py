@@ -18,6 +18,7 @@ from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.provenance import provenance
 from nanococonut.weights import checkpoint
 
+OURS = "nanococonut"  # a row's provider
 Row = dict[str, Any]
 FIELDS: dict[str, type] = {  # of a row
     "bench": str,  # script: latency, throughput, training, kernels, accuracy

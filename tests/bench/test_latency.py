@@ -58,24 +58,25 @@ def test_run_measures_everything(latency, tmp_path):
     *shown, last = out.splitlines()
     line, rows = json.loads(last), read_results(tmp_path / "rows.jsonl")
     [run] = tables.newest_runs(rows, "latency")
-    assert run.rows == rows and len(line["rows"]) == len(rows)
-    assert run.points() == [(1, 20), (1, 40), (3, 20), (3, 40)]
-    for batch, context in run.points():
+    value = partial(tables.value, run)
+    assert run == rows and len(line["rows"]) == len(rows)
+    assert tables.points(run) == [(1, 20), (1, 40), (3, 20), (3, 40)]
+    for batch, context in tables.points(run):
         at = dict(batch=batch, context=context)
-        latent, token = (run.value(m, **at) for m in ("latent_step", "token_step"))
-        assert 0 < latent < run.value("first_token", **at)
-        bounds = [run.value(m, "roofline", **at) for m in ("latent_step", "token_step")]
+        latent, token = (value(m, **at) for m in ("latent_step", "token_step"))
+        assert 0 < latent < value("first_token", **at)
+        bounds = [value(m, "roofline", **at) for m in ("latent_step", "token_step")]
         assert 0 < bounds[0] < bounds[1] and token > 0
-        assert run.value("token_step", relative_to="latent_step", **at) > 0
+        assert value("token_step", relative_to="latent_step", **at) > 0
         numbers = 2 * 2 * 16 * context * batch + 2 * (12 * 16 * 16 + 13 * 16)
         assert bounds[1] / bounds[0] == pytest.approx(1 + 64 * 16 / numbers, rel=1e-3)
     for task in ("prosqa", "gsm8k"):
         for path in ("thoughts", "chain", "direct"):
             where = {"task": task, "path": path}
-            whole, rest = (run.value(m, **where) for m in ("answer", "answer_after_prefill"))
+            whole, rest = (value(m, **where) for m in ("answer", "answer_after_prefill"))
             assert 0 < rest < whole
-        assert run.value("answer", task=task, path="chain", relative_to="thoughts") > 0
-    assert run.value("memory_bandwidth", "torch") > 0
+        assert value("answer", task=task, path="chain", relative_to="thoughts") > 0
+    assert value("memory_bandwidth", "torch") > 0
     assert {row["repeats"] for row in rows if row["unit"] == "x"} == {2}  # rounds are whole
     assert line["left_out"] == [] and line["missing"]["released"] == "not requested"
     assert "| prosqa |" in "\n".join(shown) and str(tmp_path) not in out

@@ -63,13 +63,13 @@ def test_newest_run_of_a_machine_counts():
     old, new = (rows_of("latency", f"2026-01-0{n}T00:00:00Z", n) for n in (1, 2))
     for order in (old + new, new + old):
         [run] = tables.newest_runs(order, "latency")
-        assert run.value("latent_step", batch=8, context=400) == 320
-        assert run.points() == [(1, 100), (1, 400), (8, 400)]
-    assert run.value("latent_step", batch=9) is None
-    assert run.value("token_step", relative_to="latent_step", batch=8) == 1.5
+        assert tables.value(run, "latent_step", batch=8, context=400) == 320
+        assert tables.points(run) == [(1, 100), (1, 400), (8, 400)]
+    assert tables.value(run, "latent_step", batch=9) is None
+    assert tables.value(run, "token_step", relative_to="latent_step", batch=8) == 1.5
     other = [row | {"device": "NVIDIA H200"} for row in old]
     runs = tables.newest_runs(old + other, "latency")
-    assert [run.rows[0]["device"] for run in runs][1:] == ["NVIDIA H200"]
+    assert [run[0]["device"] for run in runs][1:] == ["NVIDIA H200"]
     assert tables.newest_runs(rows_of("throughput", "2026-01-01T00:00:00Z"), "latency") == []
 
 
@@ -98,6 +98,7 @@ def accuracy(method, seed, value, data="prosqa", **labels):
     detail = {"generated_tokens": 8.0 + seed, "trained": {"seed": seed}}
     return {
         "labels": own | labels,
+        "shape": {},
         "value": value,
         "detail": detail | {"shortcuts": {"deeper": 0.875 if data == "prosqa" else 0.5}},
     }
@@ -173,7 +174,7 @@ def test_every_picture_is_drawn(results):
 def test_pictures_are_of_the_newest_large_run(results, monkeypatch):
     figures = pytest.importorskip("bench.common.figures")
     drawn = []
-    monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run.rows[0]["date"]))
+    monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run[0]["date"]))
     for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (4, {"shape": {"parameters": 1000}})):
         rows = rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]
         write(results / "latency.jsonl", [row | own for row in rows])
@@ -242,7 +243,7 @@ def test_insight_table_has_a_line_for_each_method():
 
     def row(method, value, verdict, *findings):
         detail = {"verdict": verdict, "findings": list(findings)}
-        return {"labels": {"method": method}, "value": value, "detail": detail}
+        return {"labels": {"method": method}, "shape": {}, "value": value, "detail": detail}
 
     pairs = {"id": "pairs", "figures": [{"value": 0.9}, {"value": 0.8}, {"value": 0.2}]}
     rows = [row("coconut", 0.9, "needed", pairs), row("coconut", 0.8, "needed"), row("cot", 1, "?")]

@@ -14,7 +14,7 @@ from helpers import ROOT, forward
 
 from bench import training
 from bench.common.results import read_results
-from bench.common.tables import Run
+from bench.common.tables import value
 from bench.workers import serve
 from nanococonut import coconut, ops
 
@@ -52,7 +52,7 @@ def test_run_writes_every_metric(tmp_path):
     assert sizes.items() <= row["shape"].items()
     assert row["detail"]["smear"] and row["detail"]["kernels"] == "torch"
     assert row["repeats"] == 1 and "torch" in row["versions"]
-    assert Run(rows).value("step") > 0
+    assert value(rows, "step") > 0
     assert str(ROOT) not in last and str(tmp_path) not in last
 
 
