@@ -123,20 +123,19 @@ def insight(rows: Rows) -> str:
 # ---- speed: a run is the rows that one command wrote
 
 
-def newest_runs(rows: Rows, bench: str) -> list[Rows]:
-    """Return the newest run of a script for each device, dtype and size of model."""
+def newest_runs(rows: Rows) -> list[Rows]:
+    """Return the newest run of latency.py for each device and dtype."""
     runs: dict[tuple, list[Row]] = defaultdict(list)
-    for row in select(rows, bench=bench):
-        runs[row["device"], row["dtype"], row["shape"].get("parameters")].append(row)
+    for row in select(rows, bench="latency"):
+        runs[row["device"], row["dtype"]].append(row)
     return [select(run, date=max(row["date"] for row in run)) for run in runs.values()]
 
 
 def title(run: Rows) -> str:
     """Return size of the model, machine and day."""
     row = run[0]
-    size = row["shape"].get("parameters")
-    model = f"{size / 1e6:,.0f} M parameters, " if size else ""
-    return f"{model}{row['device']}, {row['dtype']}, {row['date'][:10]}"
+    model = f"{row['shape']['parameters'] / 1e6:,.0f} M parameters"
+    return f"{model}, {row['device']}, {row['dtype']}, {row['date'][:10]}"
 
 
 def value(
@@ -169,7 +168,7 @@ def points(run: Rows) -> list[tuple[int, int]]:
 def latency(rows: Rows) -> str:
     """Return three tables for each machine: whole answers, single steps, other providers."""
     texts = []
-    for run in newest_runs(rows, "latency"):
+    for run in newest_runs(rows):
         texts.append(f"{title(run)}, commit {run[0]['commit']}; ms, batch 1:")
         texts += [_answers(run), _steps(run)]
         texts += [_others(run)] if select(run, metric="answer", relative_to=OURS) else []
@@ -219,7 +218,7 @@ def speed(rows: Rows) -> str:
     """Return the README's tables: a ProsQA answer (others relative to six thoughts of ours), and a
     training step (the released code relative to ours). rows: of latency.py and training.py."""
     lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", "transformers", "released")]
-    for run in newest_runs(rows, "latency"):
+    for run in newest_runs(rows):
         times = [value(run, "answer", task="prosqa", path=path) for path in PATHS]
         where = {"task": "prosqa", "relative_to": OURS}
         slower = [value(run, "answer", name, **where) for name in ("transformers", "released")]

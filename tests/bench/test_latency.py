@@ -57,7 +57,7 @@ def test_run_measures_everything(latency, tmp_path):
     assert code == 0, err
     *shown, last = out.splitlines()
     line, rows = json.loads(last), read_results(tmp_path / "rows.jsonl")
-    [run] = tables.newest_runs(rows, "latency")
+    [run] = tables.newest_runs(rows)
     value = partial(tables.value, run)
     assert run == rows and len(line["rows"]) == len(rows)
     assert tables.points(run) == [(1, 20), (1, 40), (3, 20), (3, 40)]
