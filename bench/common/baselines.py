@@ -54,9 +54,6 @@ class EngineProvider:
             "answer": out.seconds,
         }
 
-    def close(self) -> None:
-        pass
-
 
 class Worker:
     """workers/serve.py under another Python, which answers requests, a JSON line each.
@@ -170,50 +167,42 @@ def clone_commit(clone: str) -> str:
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
     """Start every provider that this machine has. The first is ours, as a user has it by default.
 
-    options: LatencyConfig. Also returns name -> why it is missing.
+    Also return name -> why it is missing: not installed, or its greedy tokens after thoughts differ
+    from those of plain eager steps. Raise UserError if ours differ. options: LatencyConfig.
     """
     ours = EngineProvider(OURS, workload, "auto", "auto")
+    eager = EngineProvider(f"{OURS}, eager", workload, "torch", "off")
     providers: list[Provider] = [ours]
-    missing: dict[str, str] = {}
     if ours.engine.kernels != "torch" or ours.engine.graph:
-        providers.append(EngineProvider(f"{OURS}, eager", workload, "torch", "off"))
+        providers.append(eager)
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
-    if not options.peers:
-        return providers, dict.fromkeys(INSTALL, "not requested")
+    prompts = workload.prompts(1, N_CONTEXT, 0)
+    request = prompts, *workload.request("thoughts", N_CHECKED)
+    expected = eager.generate(*request)["tokens"]
+    for provider in providers:
+        if (tokens := provider.generate(*request)["tokens"]) != expected:
+            raise UserError(
+                f"{provider.name}: expected tokens {expected[0]}, got {tokens[0]}.\n"
+                "This is a bug of ours; nothing was timed."
+            )
+
+    missing: dict[str, str] = {}
     here = sys.executable if importlib.util.find_spec("transformers") else None
     peers = {"released": (options.released_python, options.released), "transformers": (here, None)}
     for name, (python, clone) in peers.items():
-        if not python:
-            missing[name] = INSTALL[name]
+        if not (options.peers and python):
+            missing[name] = INSTALL[name] if options.peers else "not requested"
             continue
         try:
-            providers.append(Worker(name, python, workload.model, workload.special, clone))
+            worker = Worker(name, python, workload.model, workload.special, clone)
+            tokens = worker.generate(*request)["tokens"]
         except UserError as e:
             missing[name] = str(e).replace("\n", " ")
-    return providers, missing
-
-
-def drop_wrong(providers: list[Provider], workload: Workload, missing: dict[str, str]) -> None:
-    """Remove every provider whose greedy tokens after thoughts differ from those of plain eager
-    steps in float32. Raise UserError if it is one of ours."""
-    reference = EngineProvider("reference", workload, "torch", "off")
-    prompts = workload.prompts(1, N_CONTEXT, 0)
-    request = prompts, *workload.request("thoughts", N_CHECKED)
-    expected = reference.generate(*request)["tokens"]
-    for provider in list(providers):
-        try:
-            tokens = provider.generate(*request)["tokens"]
-        except UserError as e:
-            reason = str(e).splitlines()[0]
+            continue
+        if tokens == expected:
+            providers.append(worker)
         else:
-            if tokens == expected:
-                continue
-            reason = f"expected tokens {expected[0][:5]} ..., got {tokens[0][:5]} ..."
-            if isinstance(provider, EngineProvider):
-                raise UserError(
-                    f"{provider.name}: {reason}\nThis is a bug of ours; nothing was timed."
-                )
-        provider.close()
-        providers.remove(provider)
-        missing[provider.name] = f"not timed, {reason}"
+            worker.close()
+            missing[name] = f"not timed, expected tokens {expected[0]}, got {tokens[0]}"
+    return providers, missing

@@ -11,7 +11,7 @@ import torch
 
 from bench import latency as bench
 from bench.common import baselines, tables, workload
-from bench.common.results import read_results
+from bench.common.results import OURS, read_results
 from nanococonut.model import GPTConfig
 from nanococonut.runtime.errors import UserError
 
@@ -166,9 +166,6 @@ def test_others_are_checked_before_timing(tiny, tmp_path, monkeypatch):
     wrong = str(fake(tmp_path, [{"versions": {"torch": "2"}}, wrong_tokens]))
     found, config = tiny(released=str(tmp_path), released_python=wrong)
     providers, missing = baselines.start(found, config)
-    assert [p.name for p in providers] == ["nanococonut", "released"]
-    assert providers[1].versions["coconut"] == "unknown"
-    baselines.drop_wrong(providers, found, missing)
     assert [p.name for p in providers] == ["nanococonut"]
     assert "not timed, expected tokens" in missing["released"]
     ends = str(fake(tmp_path, []))
@@ -197,12 +194,15 @@ def test_closed_worker_leaves_no_process(tiny, tmp_path):
 
 def test_bug_of_ours_is_an_error(tiny, monkeypatch):
     found, config = tiny(peers=False)
-    providers, missing = baselines.start(found, config)
-    generate = providers[0].generate
-    wrong = lambda *a: generate(*a) | {"tokens": [[1] * baselines.N_CHECKED]}  # noqa: E731
-    monkeypatch.setattr(providers[0], "generate", wrong)
+    generate = baselines.EngineProvider.generate
+
+    def wrong(provider, *request):
+        tokens = [[1] * baselines.N_CHECKED]
+        return generate(provider, *request) | ({"tokens": tokens} if provider.name == OURS else {})
+
+    monkeypatch.setattr(baselines.EngineProvider, "generate", wrong)
     with pytest.raises(UserError, match="bug of ours"):
-        baselines.drop_wrong(providers, found, missing)
+        baselines.start(found, config)
 
 
 def test_out_of_memory_is_no_crash():
