@@ -152,21 +152,30 @@ class Trainer:
         loss, *_ = self.train_step.totals.tolist()  # here the host waits for the device
         return {"seconds": time.perf_counter() - began, "loss": loss}
 
-    def plain_batches(self, n: int) -> list[dict[str, list]]:
-        """Return n batches as plain sequences: token ids, labels, position of the thoughts."""
+    def released_batches(self, n: int) -> list[dict[str, list]]:
+        """Return n batches as the released collator pads them: on the left, so that thoughts share
+        their columns, then on the right."""
         batches, size = [], self.recipe.batch_size
+        eos, latent = self.tokenizer.eos, self.tokenizer.latent
         for start in range(0, n * size, size):
-            batch: dict[str, list] = {"ids": [], "labels": [], "first_thought": []}
-            examples = self.examples[start : start + size]
-            for example in sorted(examples, key=lambda example: len(example.question)):
+            sequences = []  # ids, labels, and tokens before the thoughts, 0 if it has none
+            for example in self.examples[start : start + size]:
                 prefix, n_thoughts, suffix, skipped = build_sequence(
                     self.curriculum, self.stage, example, self.tokenizer
                 )
-                batch["ids"].append(prefix + [self.tokenizer.latent] * n_thoughts + suffix)
-                masked = len(prefix) + n_thoughts + skipped
-                batch["labels"].append([IGNORE] * masked + suffix[skipped:])
-                # 0: pad on the right only
-                batch["first_thought"].append(len(prefix) if n_thoughts else 0)
+                ids = prefix + [latent] * n_thoughts + suffix
+                labels = [IGNORE] * (len(ids) - len(suffix) + skipped) + suffix[skipped:]
+                sequences.append((ids, labels, len(prefix) if n_thoughts else 0))
+            longest = max(n_before for _, _, n_before in sequences)
+            width = max(longest - n_before + len(ids) for ids, _, n_before in sequences)
+            batch = {"input_ids": [], "labels": [], "attention_mask": [], "position_ids": []}
+            for ids, labels, n_before in sequences:
+                left = longest - n_before
+                right = width - left - len(ids)
+                batch["input_ids"].append([eos] * left + ids + [eos] * right)
+                batch["labels"].append([IGNORE] * left + labels + [IGNORE] * right)
+                batch["attention_mask"].append([0] * left + [1] * len(ids) + [0] * right)
+                batch["position_ids"].append([0] * left + list(range(len(ids))) + [0] * right)
             batches.append(batch)
         return batches
 
@@ -180,7 +189,7 @@ def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str,
     adamw = ours.optimizers[0].param_groups[0]
     special = {name: getattr(ours.tokenizer, name) for name in SPECIAL}
     extra = {"adamw": {name: adamw[name] for name in ("lr", "betas", "weight_decay")}}
-    extra |= {"batches": ours.plain_batches(WARMUP + config.repeats)}
+    extra |= {"batches": ours.released_batches(WARMUP + config.repeats)}
     os.environ.update(MALLOC)
     python, clone = config.released_python, config.released
     worker = Worker("released_train", python, ours.model, special, clone, **extra)

@@ -106,22 +106,6 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
     return generate
 
 
-def padded(batch: dict[str, list], pad: int, device: str) -> dict[str, torch.Tensor]:
-    """Pad as the released collator does: on the left, so that thoughts share their columns."""
-    start = max(batch["first_thought"])
-    lefts = [start - first for first in batch["first_thought"]]
-    width = max(left + len(ids) for left, ids in zip(lefts, batch["ids"], strict=True))
-    columns = {"input_ids": [], "labels": [], "attention_mask": [], "position_ids": []}
-    for left, ids, labels in zip(lefts, batch["ids"], batch["labels"], strict=True):
-        n = len(ids)
-        right = width - left - n
-        columns["input_ids"].append([pad] * left + ids + [pad] * right)
-        columns["labels"].append([-100] * left + labels + [-100] * right)
-        columns["attention_mask"].append([0] * left + [1] * n + [0] * right)
-        columns["position_ids"].append([0] * left + list(range(n)) + [0] * right)
-    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
-
-
 def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
     sys.path.insert(0, setup["clone"])
     from coconut import Coconut
@@ -129,7 +113,10 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
     device, special = setup["device"], setup["special"]
     model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], special["eos"])
     optimizer = torch.optim.AdamW(model.parameters(), **setup["adamw"])
-    batches = [padded(batch, special["eos"], device) for batch in setup["batches"]]
+    batches = [
+        {name: torch.tensor(values, device=device) for name, values in batch.items()}
+        for batch in setup["batches"]
+    ]
 
     def check() -> dict[str, float]:
         """Return loss and norm of the gradient on the first batch, without dropout."""

@@ -15,7 +15,6 @@ from helpers import ROOT, forward
 from bench import training
 from bench.common.results import read_results
 from bench.common.tables import value
-from bench.workers import serve
 from nanococonut import coconut, ops
 
 SCRIPT = ROOT / "bench" / "training.py"
@@ -114,8 +113,8 @@ def test_released_code_gets_the_same_sequences(latent):
     """Compare with our own blocks: tokens, labels, positions and padding."""
     backend = trainer(latent=latent)
     tokenizer = backend.tokenizer
-    for i, plain in enumerate(backend.plain_batches(2)):
-        theirs = serve.padded(plain, tokenizer.eos, "cpu")
+    for i, batch in enumerate(backend.released_batches(2)):
+        theirs = {name: torch.tensor(values) for name, values in batch.items()}
         step_batch = backend.loader.get(i, backend.stage, backend.train_step.prepare)
         ours = step_batch.micro_batches[0].batch
         real = theirs["attention_mask"] == 1
