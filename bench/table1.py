@@ -51,6 +51,13 @@ class Table1Config:
 
     def __post_init__(self) -> None:
         validate(self)
+        names = [Path(f).name for f in self.files]
+        if len(set(names)) < len(names) or not all(Path(f).is_file() for f in self.files):
+            raise UserError(f"--data {self.data}: expected files that exist, with different names.")
+        if not self.recipe.is_file():
+            raise UserError(f"{self.task} has no {self.preset} preset.\nSee the folder config/.")
+        if not (TASKS[self.task].splits or names):
+            raise UserError(f"{self.task} has no generated examples.\nGive --data FILE.")
 
     @property
     def files(self) -> list[str]:
@@ -76,20 +83,8 @@ class Run:
         return self.run_dir / "table1.done"
 
 
-def check_config(config: Table1Config) -> None:
-    """Raise UserError for what can be known to fail before any run."""
-    names = [Path(f).name for f in config.files]
-    if len(set(names)) < len(names) or not all(Path(f).is_file() for f in config.files):
-        raise UserError(f"--data {config.data}: expected files that exist, with different names.")
-    if not config.recipe.is_file():
-        raise UserError(f"{config.task} has no {config.preset} preset.\nSee the folder config/.")
-    if not (TASKS[config.task].splits or names):
-        raise UserError(f"{config.task} has no generated examples.\nGive --data FILE.")
-
-
 def plan_runs(config: Table1Config) -> list[Run]:
     """Return every run that the table needs. Raise UserError for a setting train.py refuses."""
-    check_config(config)
     fixed = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
     if ours := parse_cli(TrainConfig, fixed, "")[0].keys() & OURS:
         raise UserError(f"--set cannot change {min(ours)!r}.\nSee --help.")
@@ -102,7 +97,7 @@ def plan_runs(config: Table1Config) -> list[Run]:
         given, _ = parse_cli(TrainConfig, flags, "")
         make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
-        runs.append(Run(method, seed, run_dir, command))
+        runs.append(Run(method, seed, run_dir, [*command, f"--out_dir={run_dir}"]))
     return runs
 
 
@@ -111,15 +106,9 @@ def evaluate_run(run: Run, config: Table1Config) -> None:
     own = {"task": config.task, "preset": config.preset, "method": run.method}
     own |= {"setting": config.set or ""}
     rows = select(read_results(Path(config.out)), **own)
-    done = {r["labels"]["data"]: r for r in rows if r["detail"]["trained"]["seed"] == run.seed}
+    done = {r["labels"]["data"] for r in rows if r["detail"]["trained"]["seed"] == run.seed}
     for split in [*TASKS[config.task].splits, *config.files]:
-        if row := done.get(Path(split).name):
-            n = row["shape"]["examples"]
-            if split in TASKS[config.task].splits and n != config.n:
-                raise UserError(
-                    f"{config.out} has {run.run_dir.name} on {split} with {n} examples, not --n "
-                    f"{config.n}.\nGive another --out: all cells of a table have as many."
-                )
+        if Path(split).name in done:
             continue
         print(f"evaluating {run.run_dir.name} on {split}", flush=True)
         # one limit for all cells, whatever a run's own: some written chains never end
@@ -135,9 +124,10 @@ def train(run: Run, seconds: float | None) -> bool:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
     with (run.run_dir / "train.log").open("a") as log:
-        command = [*run.command, f"--out_dir={run.run_dir}", *resume]
         # its own session: Ctrl-C reaches only us, and we ask it to save and end
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*run.command, *resume], stdout=log, stderr=log, start_new_session=True
+        )
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -155,9 +145,24 @@ def train(run: Run, seconds: float | None) -> bool:
     return True
 
 
-def run_all(runs: list[Run], config: Table1Config) -> list[str]:
-    """Evaluate what is trained, then train and evaluate the rest, for at most --minutes. Return the
-    errors: one run that fails does not stop the others."""
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
+    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
+    config = make_config(Table1Config, given)
+    task, preset = config.task, config.preset
+    runs, out = plan_runs(config), Path(config.out)
+    if out.is_dir():
+        raise UserError(f"--out {out} cannot be a folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows, splits = select(read_results(out), task=task, preset=preset), TASKS[task].splits
+    others = {r["shape"]["examples"] for r in rows if r["labels"]["data"] in splits} - {config.n}
+    if others:
+        raise UserError(
+            f"{out} has cells with {min(others)} examples, not --n {config.n}.\n"
+            "Give another --out: all cells of a table have as many."
+        )
+
+    # ---- evaluate what is trained, then train and evaluate the rest
     until, errors = time.monotonic() + 60 * config.minutes, []
     for run in sorted(runs, key=lambda run: not run.done.exists()):
         try:
@@ -167,25 +172,13 @@ def run_all(runs: list[Run], config: Table1Config) -> list[str]:
                 if not train(run, left):
                     break
             evaluate_run(run, config)
-        except UserError as e:
+        except UserError as e:  # one run that fails does not stop the others
             print(f"error: {e}")
             errors.append(str(e))
-    return errors
 
-
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
-    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
-    config = make_config(Table1Config, given)
-    runs, out = plan_runs(config), Path(config.out)
-    if out.is_dir():
-        raise UserError(f"--out {out} cannot be a folder.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    read_results(out)  # errors in it are reported before the work
-
-    errors = run_all(runs, config)
-    table = table1(read_results(out), config.task, config.preset)
-    checkpoint.replace_text(out.with_name(f"table1_{config.task}_{config.preset}.md"), table + "\n")
+    # ---- report
+    table = table1(read_results(out), task, preset)
+    checkpoint.replace_text(out.with_name(f"table1_{task}_{preset}.md"), table + "\n")
     print(table)
     left = sum(not run.done.exists() for run in runs)
     if left:
