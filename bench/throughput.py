@@ -7,7 +7,6 @@ Batches double until memory ends, or until two in a row were no faster. The thre
 no sequence ends early. --out appends results after every batch; the last line is JSON.
 """
 
-import statistics
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +36,6 @@ FASTER = 1.02  # a gain of less than this is none
 class ThroughputConfig(WorkloadOptions):
     task: str = option("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
     rounds: int = option(3, "repeats of every batch", ge=1)
-    max_batch: int = option(65536, "largest batch", ge=1)
 
 
 def main() -> None:
@@ -52,22 +50,18 @@ def main() -> None:
     print(f"kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
 
     # ---- measure, batch by batch
-    batch, fastest, n_no_faster, ended = 1, 0.0, 0, "the largest batch"
-    while batch <= config.max_batch and n_no_faster < 2:
+    batch, rates, ended = 1, [], "two batches that were no faster"
+    while len(rates) < 3 or max(rates[-2:]) > FASTER * max(rates[:-2]):
         case = Case(config.task, batch, lengths["question"], requests)
         if out_of_memory(partial(time_case, case, config.rounds, workload)):
             ended = "memory"
             break
-        rates = {}
         for path in PATHS:
-            rates[path] = [batch / timing["answer"] for timing in case.timings[OURS, path]]
+            values = [batch / timing["answer"] for timing in case.timings[OURS, path]]
             labels = {"task": config.task, "path": path}
-            results.add("throughput", OURS, rates[path], "questions/s", labels=labels, batch=batch)
-        rate = statistics.median(rates["thoughts"])
-        n_no_faster = 0 if rate > FASTER * fastest else n_no_faster + 1
-        fastest = max(fastest, rate)
+            row = results.add("throughput", OURS, values, "questions/s", labels=labels, batch=batch)
+            rates += [row["value"]] if path == "thoughts" else []
         batch *= 2
-    ended = "two batches that were no faster" if n_no_faster == 2 else ended
     print(f"ended by {ended}")
     print(results.summary(kernels=engine.kernels, graph=engine.graph, ended=ended))
 

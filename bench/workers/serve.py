@@ -9,9 +9,11 @@ first line on stdin says what to build; each further one holds the arguments of 
 """
 
 import json
+import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
     return generate
 
 
-def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
+def transformers(gpt2: Any, setup: dict[str, Any]) -> Callable:
     from transformers import DynamicCache
 
     device = setup["device"]
@@ -134,8 +136,8 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        value = loss.item()
-        return {"seconds": now(device) - start, "loss": value}
+        loss.item()  # as after our step, the host waits for it
+        return {"seconds": now(device) - start}
 
     return lambda i=None: check() if i is None else step(i)
 
@@ -144,33 +146,24 @@ def main() -> None:
     setup = json.loads(sys.stdin.readline())
     torch.set_num_threads(setup["threads"])
     torch.set_grad_enabled(setup["kind"] == "released_train")
-    import transformers  # before the clone's path, which holds modules of common names
+    import transformers as hf  # before the clone's path, which holds modules of common names
 
-    transformers.logging.set_verbosity_error()
-    config = transformers.GPT2Config(**setup["gpt2"], bos_token_id=None, eos_token_id=None)
-    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    hf.logging.set_verbosity_error()
+    config = hf.GPT2Config(**setup["gpt2"], bos_token_id=None, eos_token_id=None)
+    gpt2 = hf.GPT2LMHeadModel(config).eval()
     gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied to it
     gpt2.to(setup["device"])
-    kinds = {
-        "released": released,
-        "transformers": transformers_dynamic,
-        "released_train": released_train,
-    }
-    answer = kinds[setup["kind"]](gpt2, setup)
-    versions = {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    kinds = (released, transformers, released_train)
+    answer = {kind.__name__: kind for kind in kinds}[setup["kind"]](gpt2, setup)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"transformers": hf.__version__}
     print(json.dumps({"versions": versions}), flush=True)
     for line in sys.stdin:
-        request, reply = json.loads(line), {}
-        try:
-            if "dtype" in request:
-                gpt2.to(getattr(torch, request.pop("dtype")))
+        request, reply = json.loads(line), {"out_of_memory": True}
+        if "dtype" in request:
+            gpt2.to(getattr(torch, request.pop("dtype")))
+        with suppress(torch.OutOfMemoryError):
             reply = answer(**request)
-        except torch.OutOfMemoryError:
-            reply = {"out_of_memory": True}
         if "out_of_memory" in reply:  # after the error, which holds on to tensors
             torch.cuda.empty_cache()
         print(json.dumps(reply), flush=True)

@@ -218,12 +218,12 @@ def test_out_of_memory_is_no_crash():
 
 
 def test_throughput_ends_when_no_longer_faster(script, tmp_path):
-    argv = ["--task=gsm8k", "--rounds=2", "--max_batch=8", "--device=cpu"]
+    argv = ["--task=gsm8k", "--rounds=2", "--device=cpu"]
     code, out, err = script(*argv, "--out=rows.jsonl", script="bench/throughput.py")
     assert code == 0, err
     rows, line = read_results(tmp_path / "rows.jsonl"), json.loads(out.splitlines()[-1])
     batches = [row["shape"]["batch"] for row in tables.select(rows, path="thoughts")]
-    assert batches == [1, 2, 4, 8][: len(batches)] and len(rows) == 3 * len(batches)
+    assert batches == [2**i for i in range(len(batches))] and len(rows) == 3 * len(batches)
     assert {row["unit"] for row in rows} == {"questions/s"} and line["ended"]
 
 
