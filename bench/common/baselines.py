@@ -18,6 +18,7 @@ from bench.common.workload import Workload
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
+from nanococonut.weights.pretrained import CONFIG_KEYS, CONV1D_WEIGHTS
 
 SERVE = Path(__file__).parent.parent / "workers/serve.py"
 INSTALL = {  # a peer that is missing -> what to do
@@ -98,12 +99,26 @@ class Worker:
                 f"{python} cannot be run: {e.strerror}.\n"
                 "Give the bin/python of a venv with torch and transformers 4.46.2."
             ) from None
+        c = model.config
+        sizes = {key: getattr(c, field) for field, key in CONFIG_KEYS.items()}
+        sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+        weights = {
+            name: (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
+            for name, p in model.state_dict().items()
+        }
         with tempfile.TemporaryDirectory() as folder:
-            setup = gpt2_as_transformers(model, Path(folder) / "model.safetensors") | extra
-            setup |= {"kind": name, "special": special, "threads": torch.get_num_threads()}
-            setup |= {"device": model.wte.weight.device.type}
-            setup |= {"clone": os.path.abspath(clone)} if clone else {}
-            self.versions: dict[str, str] = self.request(setup)["versions"]
+            path = f"{folder}/model.safetensors"
+            save_file(weights, path)
+            setup = {
+                "kind": name,
+                "gpt2": sizes | {"vocab_size": c.vocab_size},
+                "weights": path,
+                "special": special,
+                "threads": torch.get_num_threads(),
+                "device": model.wte.weight.device.type,
+                "clone": clone and os.path.abspath(clone),
+            }
+            self.versions: dict[str, str] = self.request(setup | extra)["versions"]
         if clone:
             self.versions["coconut"] = clone_commit(clone)
 
@@ -134,20 +149,6 @@ class Worker:
 
 
 Provider = EngineProvider | Worker
-
-
-def gpt2_as_transformers(model: GPT, path: Path) -> dict[str, Any]:
-    """Write our weights to `path` and return the sizes, both as transformers' GPT-2 has them."""
-    c = model.config
-    sizes = {k: getattr(c, k) for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    sizes |= {"n_positions": c.block_size}
-    sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
-    weights = {  # its linear layers are stored transposed
-        name: p.t().contiguous() if name.startswith("h.") and p.dim() == 2 else p.contiguous()
-        for name, p in model.state_dict().items()
-    }
-    save_file(weights, path)
-    return {"gpt2": sizes, "weights": str(path)}
 
 
 def check_released(clone: str | None, python: str | None) -> None:
