@@ -190,7 +190,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
     longest, weights = config.max_new_tokens or trained.max_new_tokens, engine.model.wte.weight
     labels = {"method": method, "task": trained.task, "data": data, "checkpoint": name}
-    results = ResultWriter("accuracy", config, weights.device, weights.dtype, labels)
+    results = ResultWriter("accuracy", config, weights.device, weights.dtype, **labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
     detail |= {"kernels": engine.kernels, "graph": engine.graph, "generated_seed": seed}
     counts = [n_thoughts] * len(examples)

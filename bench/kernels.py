@@ -202,12 +202,12 @@ def time_cases(config: KernelsConfig) -> ResultWriter:
     batches = parse_ints("--batches", config.batches)
     by_batch = chain.from_iterable(cases(SIZES, batch, "cuda", dtype) for batch in batches)
     for case in chain(by_batch, [head_case(SIZES, "cuda", dtype)]):
-        labels = {"kernel": case.name}
+        own = {"kernel": case.name} | case.shape
         for provider, fn in (("triton", case.impl), ("torch", case.reference)):
             times = time_in_graph(case, fn)
-            results.add("kernel", provider, times, "us", labels=labels, **case.shape)
+            results.add("kernel", provider, times, "us", **own)
         us = case.n_numbers * dtype.itemsize / statistics.median(rates) / 1e3
-        results.add("kernel", "roofline", [us], "us", labels=labels, spread={}, **case.shape)
+        results.add("kernel", "roofline", [us], "us", spread={}, **own)
     return results
 
 

@@ -125,7 +125,7 @@ def time_case(
 def write_answers(results: ResultWriter, case: Case) -> None:
     """Append the whole answers of a case, and what they are relative to ours with thoughts."""
     for provider, path, n_tokens in case.requests:
-        extra = {"labels": {"task": case.task, "path": path}, "versions": provider.versions}
+        extra = {"task": case.task, "path": path, "versions": provider.versions}
         extra |= {"thoughts": THOUGHTS * (path == "thoughts"), "tokens": n_tokens} | case.shape
         for metric in ("answer", "answer_after_prefill"):
             times = case.ms(provider.name, path, metric)
@@ -181,7 +181,7 @@ def main() -> None:
     load = load_average()
     workload = Workload(config)
     device, dtype = workload.device, workload.dtype
-    results = ResultWriter("latency", config, device, dtype, shape=model_shape(workload.model))
+    results = ResultWriter("latency", config, device, dtype, **model_shape(workload.model))
     print(f"random weights, GPT-2 124M, {workload.model.n_params():,} parameters")
 
     # ---- providers that compute the same, in turns

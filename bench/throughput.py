@@ -46,7 +46,7 @@ def main() -> None:
     workload.model.to(dtype)
     provider = EngineProvider(OURS, workload, "auto", "auto")
     requests, engine = [(provider, path, lengths[path]) for path in PATHS], provider.engine
-    results = ResultWriter("throughput", config, device, dtype, shape=model_shape(workload.model))
+    results = ResultWriter("throughput", config, device, dtype, **model_shape(workload.model))
     print(f"kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
 
     # ---- measure, batch by batch
@@ -58,8 +58,8 @@ def main() -> None:
             break
         for path in PATHS:
             values = [batch / timing["answer"] for timing in case.timings[OURS, path]]
-            labels = {"task": config.task, "path": path}
-            row = results.add("throughput", OURS, values, "questions/s", labels=labels, batch=batch)
+            own = {"task": config.task, "path": path, "batch": batch}
+            row = results.add("throughput", OURS, values, "questions/s", **own)
             rates += [row["value"]] if path == "thoughts" else []
         batch *= 2
     print(f"ended by {ended}")

@@ -211,16 +211,10 @@ def main() -> None:
 
     # ---- warm up
     ours = Trainer(recipe_of(config))
-    shape = {"batch": config.batch_size, "micro_batch": ours.recipe.micro_batch_size}
-    shape |= {"thoughts": config.latent}
-    results = ResultWriter(
-        "training",
-        config,
-        ours.train_step.device,
-        config.dtype,
-        labels={"config": Path(config.config).name},
-        shape=model_shape(ours.model) | shape,
-    )
+    shared = {"config": Path(config.config).name} | model_shape(ours.model)
+    shared |= {"batch": config.batch_size, "micro_batch": ours.recipe.micro_batch_size}
+    shared |= {"thoughts": config.latent}
+    results = ResultWriter("training", config, ours.train_step.device, config.dtype, **shared)
     print(f"{config.config}: batch {config.batch_size}, {config.latent} thoughts")
     print(f"kernels: {ours.kernels} ({ours.why_kernels}), graphs: {'yes' if ours.graph else 'no'}")
     providers = {OURS: ours.step}

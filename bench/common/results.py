@@ -89,7 +89,7 @@ def load_average() -> float:
 class ResultWriter:
     """The rows of one run. Each is printed, and appended to the file config.out, at once.
 
-    bench, config: the script and its options. labels, shape: what all rows share.
+    bench, config: the script and its options. shared: labels (text) and sizes of all rows.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class ResultWriter:
         config: Any,
         device: torch.device,
         dtype: torch.dtype | str,
-        labels: dict[str, str] | None = None,
-        shape: dict[str, int] | None = None,
+        /,  # a label may have the name "config"
+        **shared: str | int,
     ) -> None:
         about = provenance()
         self.path = Path(config.out) if config.out else None
         if self.path and not self.path.parent.is_dir():
             raise UserError(f"--out {self.path} cannot be written: its folder does not exist.")
-        self.versions, self.labels, self.shape = about["versions"], labels or {}, shape or {}
+        self.versions, self.shared = about["versions"], shared
         self.rows: list[Row] = []
         self.common = {
             "bench": bench,
@@ -123,22 +123,23 @@ class ResultWriter:
         values: Sequence[float],
         unit: str,
         *,
-        labels: dict[str, str] | None = None,
         detail: dict[str, Any] | None = None,
         spread: dict[str, float] | None = None,
         versions: dict[str, str] | None = None,
-        **shape: int,
+        **own: str | int,
     ) -> Row:
         """Append, print and return a row of repeated measurements.
 
-        spread: instead of p10 and p90; {} for a derived value. versions: of another process.
+        spread     instead of p10 and p90; {} for a derived value
+        versions   of another process
+        own        labels (text) and sizes of this row
         """
         low, median, high = (float(f"{v:.5g}") for v in np.percentile(values, (10, 50, 90)))
         row = self.common | {
             "metric": metric,
             "provider": provider,
-            "labels": self.labels | (labels or {}),
-            "shape": self.shape | shape,
+            "labels": {k: v for k, v in (self.shared | own).items() if isinstance(v, str)},
+            "shape": {k: v for k, v in (self.shared | own).items() if not isinstance(v, str)},
             "value": median,
             "unit": unit,
             "spread": {"p10": low, "p90": high} if spread is None else spread,
@@ -149,9 +150,9 @@ class ResultWriter:
         self.rows.append({name: row[name] for name in FIELDS})
         if self.path:
             checkpoint.append_row(self.path, self.rows[-1])
-        text = [metric, *(labels or {}).values()]
+        text = [metric, *(v for v in own.values() if isinstance(v, str))]
         text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
-        text += [f"{name} {n}" for name, n in shape.items()]
+        text += [f"{name} {n}" for name, n in own.items() if not isinstance(n, str)]
         scale, sign = (100, "%") if unit == "fraction" else (1, "")  # percentages, like all others
         value, *ends = (f"{fmt(scale * v)}{sign}" for v in (median, *row["spread"].values()))
         line = f"{value:>8} {'' if sign else unit:<11} {provider:<20} {', '.join(text)}"
@@ -164,8 +165,7 @@ class ResultWriter:
     ) -> None:  # fmt: skip
         """Append the ratio of values from the same rounds, pair by pair."""
         ratios = [a / b for a, b in zip(slower, faster, strict=True)]
-        extra["labels"] = extra.get("labels", {}) | {"relative_to": relative_to}
-        self.add(metric, provider, ratios, "x", **extra)
+        self.add(metric, provider, ratios, "x", **extra, relative_to=relative_to)
 
     def summary(self, **extra: Any) -> str:
         """Return all rows as one JSON line; what they share is written once."""

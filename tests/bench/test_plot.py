@@ -20,12 +20,12 @@ OURS = "nanococonut"
 def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
     """Return rows as bench/latency.py and bench/throughput.py write them."""
     cpu, size = torch.device("cpu"), {"parameters": 124_000_000}
-    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, shape=size)
+    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, **size)
     made.common["date"] = date
 
     def add(metric, provider, value, unit="ms", labels=None, **shape):
         value *= scale if unit == "ms" else 1
-        made.add(metric, provider, [value], unit, labels=labels, **shape)
+        made.add(metric, provider, [value], unit, **(labels or {}), **shape)
 
     if bench == "throughput":
         for batch in (1, 2, 4):
