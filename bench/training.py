@@ -17,7 +17,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,26 +77,27 @@ class StepConfig:
 
 def recipe_of(config: StepConfig) -> TrainConfig:
     """Return the training config with the measured sizes in it."""
-    given, _ = parse_cli(TrainConfig, [f"--{x}" for x in (config.set or "").split(",") if x], "")
-    given |= {"init_from": "scratch", "fallback": None}  # weights make no difference to the time
-    recipe = make_config(TrainConfig, read_config_file(config.config, TrainConfig), given)
-    micro_batch_size = min(recipe.micro_batch_size, config.batch_size)
-    if config.released:  # without what the released code lacks
-        recipe = replace(recipe, smear=False, grad_clip=0.0, muon_learning_rate=0.0)
-        micro_batch_size = config.batch_size
-    return replace(
-        recipe,
-        method="coconut",
-        final_thoughts=config.latent,
-        pad_latent_to_max=True,
-        uniform_prob=0.0,  # all examples are of the final stage
-        batch_size=config.batch_size,
-        micro_batch_size=micro_batch_size,
-        data=None,
-        train_examples=max(EPOCH, WARMUP + config.repeats) * config.batch_size,
-        device=config.device,
-        dtype=config.dtype,
-    )
+    flags = [f"--{setting}" for setting in (config.set or "").split(",") if setting]
+    settings = read_config_file(config.config, TrainConfig) | parse_cli(TrainConfig, flags, "")[0]
+    micro_batch_size = settings.get("micro_batch_size", TrainConfig.micro_batch_size)
+    settings |= {
+        "method": "coconut",
+        "init_from": "scratch",  # the weights make no difference to the time
+        "fallback": None,
+        "data": None,
+        "train_examples": max(EPOCH, WARMUP + config.repeats) * config.batch_size,
+        "final_thoughts": config.latent,
+        "pad_latent_to_max": True,
+        "uniform_prob": 0.0,  # all examples are of the final stage
+        "batch_size": config.batch_size,
+        "micro_batch_size": min(micro_batch_size, config.batch_size),
+        "device": config.device,
+        "dtype": config.dtype,
+    }
+    if config.released:  # whole batches, without what the released code lacks
+        settings |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
+        settings |= {"micro_batch_size": config.batch_size}
+    return make_config(TrainConfig, settings)
 
 
 class Trainer:
