@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from bench.common import tables
+from bench.common.results import OURS
 from bench.common.tables import Rows, select
 from nanococonut.curriculum import METHODS
 
@@ -37,8 +38,7 @@ def answers(run: Rows, path: Path) -> None:
     """Draw the time of Time to a whole answer: split into the question (prefill) and the rest."""
     tasks = tables.tasks(run)
     figure, axes = plt.subplots(figsize=(8, 1 + 0.9 * len(tasks)))
-    times = [tables.value(run, "answer", task=t, path=p) for t in tasks for p in PATHS]
-    longest = max(times)
+    longest = max(r["value"] for r in select(run, metric="answer", provider=OURS, unit="ms"))
     scale, unit = (1, "ms") if longest < 2000 else (1e-3, "seconds")
     for i, task in enumerate(tasks):
         for j, (kind, colour) in enumerate(PATHS.items()):
@@ -81,15 +81,14 @@ def curve(row: dict[str, Any], path: Path) -> None:
     below.set_ylabel("fraction")
     below.set_xlabel(f"optimizer steps, batch {row['batch_size']}")
     below.legend(loc="lower right")
-    starts = [0] + [i for i in range(1, len(step)) if stage[i] != stage[i - 1]]
-    for n, i in enumerate(starts):
-        left = step[i - 1] if i else 0
-        end = step[starts[n + 1] - 1] if n + 1 < len(starts) else step[-1]
+    left = 0
+    for n, (name, end) in enumerate(dict(zip(stage, step, strict=True)).items()):  # its last step
         for axes in (above, below) if n % 2 else ():
             axes.axvspan(left, end, color="0.94", zorder=0)
-        name = f"stage {stage[i]}" if n == 0 or end - left > step[-1] / 9 else stage[i]
+        label = f"stage {name}" if n == 0 or end - left > step[-1] / 9 else name
         where = above.get_xaxis_transform()
-        above.text((left + end) / 2, 1.02, name, ha="center", fontsize=8, transform=where)
+        above.text((left + end) / 2, 1.02, label, ha="center", fontsize=8, transform=where)
+        left = end
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
     run = f"{row['name']}: {row['method']}, seed {row['seed']}"
     _save(figure, f"{run}, {row['minutes']:.0f} minutes on {row['device']} ({threads})", path)
