@@ -186,21 +186,16 @@ def main() -> None:
 
     # ---- providers that compute the same, in turns
     providers, missing = baselines.start(workload, config)
-    try:
-        engine = providers[0].engine
-        print(
-            f"{results.common['device']}, {results.common['dtype']}, kernels: {engine.kernels} "
-            f"({engine.reason}), CUDA graphs: {'yes' if engine.graph else 'no'}, load {load:.1f}"
-        )
-        for name, why in missing.items():
-            print(f"without {name}: {why}")
-        workload.model.to(dtype)
-        all_cases = cases(config, providers, device.type == "cuda")
-        left_out = measure(all_cases, config.rounds, workload, results)
-    finally:
-        for worker in providers:
-            if isinstance(worker, baselines.Worker):
-                worker.close()
+    engine = providers[0].engine
+    print(
+        f"{results.common['device']}, {results.common['dtype']}, kernels: {engine.kernels} "
+        f"({engine.reason}), CUDA graphs: {'yes' if engine.graph else 'no'}, load {load:.1f}"
+    )
+    for name, why in missing.items():
+        print(f"without {name}: {why}")
+    workload.model.to(dtype)
+    all_cases = cases(config, providers, device.type == "cuda")
+    left_out = measure(all_cases, config.rounds, workload, results)
 
     # ---- report
     print("\n".join(["", tables.latency(results.rows), "", *(f"left out: {w}" for w in left_out)]))

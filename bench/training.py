@@ -246,7 +246,6 @@ def main() -> None:
         detail |= {"graphs_kept": len(ours.train_step.graphs.graphs) if ours.graph else 0}
     results.add("step", OURS, times[OURS], "ms", detail=detail)
     if config.released:
-        worker.close()
         extra = {"versions": worker.versions}
         results.add("step", "released", times["released"], "ms", detail=checked, **extra)
         results.add_ratio("step", "released", times["released"], times[OURS], OURS, **extra)

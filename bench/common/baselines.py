@@ -1,5 +1,6 @@
 """Who is measured: our engine, and what a user would take instead of it, in another process."""
 
+import atexit
 import importlib.util
 import json
 import os
@@ -106,6 +107,7 @@ class Worker:
             name: (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
             for name, p in model.state_dict().items()
         }
+        atexit.register(self.close)  # or it would still run beside the next measurement
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model.safetensors"
             save_file(weights, path)
