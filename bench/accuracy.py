@@ -98,7 +98,8 @@ def load_engine(config: AccuracyConfig) -> Engine:
         )
     method = METHODS[config.method]
     model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
-    n_tokens, own = tokenizer.vocab_size if method.markers else tokenizer.eos + 1, model.config
+    n_tokens = tokenizer.vocab_size if method.markers else tokenizer.eos + 1
+    own = model.config
     if own.vocab_size < n_tokens or method.thought_type not in ("", "pause", own.thought):
         raise UserError(
             f"{path} has {own.vocab_size} tokens and {own.thought} thoughts, --method="

@@ -31,13 +31,11 @@ STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a short run has fewer steps 
 @dataclass(frozen=True)
 class PlotConfig:
     readme: bool = option(False, "rewrite the marked tables instead of drawing")
-    check: bool = option(False, "with --readme: only compare; exit code 1 if they differ")
+    check: bool = option(False, "only compare the tables; exit code 1 if they differ")
     curve: str | None = option(None, "draw this run's learning curve, not the results")
     out: str | None = option(None, "with --curve: the .png to draw")
 
     def __post_init__(self) -> None:
-        if self.check and not self.readme:
-            raise UserError("--check compares the marked tables.\nGive it with --readme.")
         if (self.curve is None) != (self.out is None):
             raise UserError("--curve and --out go together: --curve out/RUN --out curve.png")
         if self.out and Path(self.out).suffix != ".png":
@@ -136,7 +134,7 @@ def draw(docs: Path) -> list[Path]:
 def main() -> None:
     given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__)
     config = make_config(PlotConfig, given)
-    if config.readme:
+    if config.readme or config.check:
         update_docs(config.check)
     elif config.curve:
         row = curve_of(config.curve)  # errors first: matplotlib takes seconds

@@ -141,8 +141,9 @@ def main() -> None:
     if out.is_dir():
         raise UserError(f"--out {out} cannot be a folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows, splits = select(read_results(out), task=task, preset=preset), TASKS[task].splits
-    others = {r["shape"]["examples"] for r in rows if r["labels"]["data"] in splits} - {config.n}
+    rows = select(read_results(out), task=task, preset=preset)
+    rows = [row for row in rows if row["labels"]["data"] in TASKS[task].splits]
+    others = {row["shape"]["examples"] for row in rows} - {config.n}
     if others:
         raise UserError(
             f"{out} has cells with {min(others)} examples, not --n {config.n}.\n"

@@ -26,7 +26,8 @@ INSTALL = {  # a peer that is missing -> what to do
     "released": "give --released and --released_python",
     "transformers": "pip install transformers",
 }
-N_CONTEXT, N_CHECKED = 48, 9  # tokens of a prompt, and greedy ones after it, that are compared
+N_PROMPT = 48  # tokens of the prompt that all providers have to answer alike
+N_CHECKED = 9  # greedy tokens that are compared
 # tokens, and seconds of prefill, latent_step, first_token, token_step and answer, of which
 # first_token and answer count from the start of the request
 Timing = dict[str, Any]
@@ -180,7 +181,7 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         providers.append(eager)
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
-    prompts = workload.prompts(1, N_CONTEXT, 0)
+    prompts = workload.prompts(1, N_PROMPT, 0)
     request = prompts, *workload.request("thoughts", N_CHECKED)
     expected = eager.generate(*request)["tokens"]
     for provider in providers:

@@ -227,7 +227,6 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--check"], "Give it with --readme"),
         (["--curve=run"], "go together"),
         (["--curve=run", "--out=curve.txt"], "expected a .png"),
         (["--curve=run", "--out=x.png"], "run"),
