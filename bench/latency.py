@@ -106,18 +106,16 @@ def time_case(
     case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth | None = None
 ) -> None:
     """Fill in the timings of a case: every request once in each round, in an order that rotates."""
-    requests = [(p, path, workload.request(path, n)) for p, path, n in case.requests]
     if workload.device.type == "cuda":  # what is captured or compiled at first use is not timed
         prompts = workload.prompts(case.batch, case.context, 0)
-        for _ in range(2):  # a longer request drops the graphs that a shorter one has captured
-            for provider, _, request in requests:
-                provider.generate(prompts, *request)
+        for provider, path, n in 2 * case.requests:  # a longer one drops a shorter one's graphs
+            provider.generate(workload.request(prompts, path, n))
     for i in range(rounds):
         case.bandwidth += [bandwidth.measure()] if bandwidth else []
         prompts = workload.prompts(case.batch, case.context, i)
-        start = i % len(requests)
-        for provider, path, request in requests[start:] + requests[:start]:
-            timing = provider.generate(prompts, *request)
+        start = i % len(case.requests)
+        for provider, path, n in case.requests[start:] + case.requests[:start]:
+            timing = provider.generate(workload.request(prompts, path, n))
             timing["answer_after_prefill"] = timing["answer"] - timing["prefill"]
             case.timings.setdefault((provider.name, path), []).append(timing)
 

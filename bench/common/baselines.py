@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,14 @@ class EngineProvider:
         self.name = name
         self.engine = Engine(workload.model, kernels=kernels, graph=graph)
 
-    def generate(
-        self, prompts: list[list[int]], n_thoughts: int, forced_tokens: list[int], n_tokens: int
-    ) -> Timing:
-        eos = -1  # no token ends a sequence
-        out = self.engine.run(Request(prompts, n_thoughts, forced_tokens, eos, n_tokens))
+    def generate(self, request: Request) -> Timing:
+        out = self.engine.run(request)
         return {
             "tokens": out.tokens,
             "prefill": out.seconds_prefill,
-            "latent_step": out.seconds_thoughts / n_thoughts if n_thoughts else 0.0,
+            "latent_step": out.seconds_thoughts / max(1, request.n_thoughts),
             "first_token": out.seconds_first,
-            "token_step": out.seconds_decode / (n_tokens - 1) if n_tokens > 1 else 0.0,
+            "token_step": out.seconds_decode / max(1, request.max_new_tokens - 1),
             "answer": out.seconds,
         }
 
@@ -139,11 +137,10 @@ class Worker:
             raise torch.OutOfMemoryError(f"worker {self.name} ran out of memory")
         return reply
 
-    def generate(self, *request: Any) -> Any:
-        """Generate as EngineProvider does, from the same arguments, in our model's dtype."""
-        names = ("prompts", "n_thoughts", "forced_tokens", "n_tokens")
+    def generate(self, request: Request) -> Timing:
+        """Generate in our model's dtype."""
         dtype = str(self.model.wte.weight.dtype).removeprefix("torch.")
-        return self.request(dict(zip(names, request, strict=True)) | {"dtype": dtype})
+        return self.request(asdict(request) | {"dtype": dtype})
 
     def close(self) -> None:
         if self.process.returncode is None:
@@ -181,11 +178,10 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         providers.append(eager)
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
-    prompts = workload.prompts(1, N_PROMPT, 0)
-    request = prompts, *workload.request("thoughts", N_CHECKED)
-    expected = eager.generate(*request)["tokens"]
+    request = workload.request(workload.prompts(1, N_PROMPT, 0), "thoughts", N_CHECKED)
+    expected = eager.generate(request)["tokens"]
     for provider in providers:
-        if (tokens := provider.generate(*request)["tokens"]) != expected:
+        if (tokens := provider.generate(request)["tokens"]) != expected:
             raise UserError(
                 f"{provider.name}: expected tokens {expected[0]}, got {tokens[0]}.\n"
                 "This is a bug of ours; nothing was timed."
@@ -200,7 +196,7 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
             continue
         try:
             worker = Worker(name, python, workload.model, workload.special, clone)
-            tokens = worker.generate(*request)["tokens"]
+            tokens = worker.generate(request)["tokens"]
         except UserError as e:
             missing[name] = str(e).replace("\n", " ")
             continue

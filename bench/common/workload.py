@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanococonut.inference.engine import Request
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.device import select_device
@@ -69,10 +70,11 @@ class Workload:
         rng = random.Random(seed)
         return [rng.choices(range(self.n_words), k=length) for _ in range(batch)]
 
-    def request(self, path: str, n_tokens: int) -> tuple[int, list[int], int]:
-        """Return n_thoughts, forced_tokens and n_tokens, as a provider's generate takes them."""
+    def request(self, prompts: list[list[int]], path: str, n_tokens: int) -> Request:
+        """Return a request for n_tokens after each prompt; no token ends a sequence."""
         is_latent = path == "thoughts"
-        return (THOUGHTS, [self.special["eot"]], n_tokens) if is_latent else (0, [], n_tokens)
+        forced = [self.special["eot"]] if is_latent else []
+        return Request(prompts, THOUGHTS * is_latent, forced, -1, n_tokens)
 
     def step_bytes(self, batch: int, context: int, with_head: bool) -> int:
         """Return what a step has to read at least: weights of the layers, of the head if a token is

@@ -39,11 +39,13 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
     gpt2.register_forward_pre_hook(lambda *_: starts.append(now(device)))
     gpt2.register_forward_hook(lambda *_: ends.append(now(device)))
 
-    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+    def generate(request: dict) -> dict:
+        n_thoughts, n_tokens = request["n_thoughts"], request["max_new_tokens"]
         starts.clear()
         ends.clear()
         start = now(device)
-        ids = prompts[0] + [special["latent"]] * n_thoughts + forced_tokens
+        ids = request["prefixes"][0] + [special["latent"]] * n_thoughts
+        ids += request["forced_tokens"]
         ids = torch.tensor([ids], device=device)
         tokens = model.generate(ids, None, max_new_tokens=n_tokens)[0, ids.shape[1] :].tolist()
         end = now(device)
@@ -72,10 +74,11 @@ def transformers(gpt2: Any, setup: dict[str, Any]) -> Callable:
         first.append(now(device))
         return scores
 
-    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+    def generate(request: dict) -> dict:
+        n_thoughts, n_tokens = request["n_thoughts"], request["max_new_tokens"]
         first.clear()
         start = now(device)
-        ids, cache = torch.tensor(prompts, device=device), DynamicCache()
+        ids, cache = torch.tensor(request["prefixes"], device=device), DynamicCache()
         out = gpt2.transformer(input_ids=ids, past_key_values=cache, use_cache=True)
         hidden = out.last_hidden_state[:, -1:]
         prefilled = now(device)
@@ -84,7 +87,8 @@ def transformers(gpt2: Any, setup: dict[str, Any]) -> Callable:
             hidden = out.last_hidden_state
         thought = now(device)
         # ids in the thoughts' places: the cache already holds them, so they are not read
-        ids = torch.cat([ids, ids.new_tensor([[0] * n_thoughts + forced_tokens] * len(ids))], 1)
+        slots = [0] * n_thoughts + request["forced_tokens"]
+        ids = torch.cat([ids, ids.new_tensor([slots] * len(ids))], 1)
         out = gpt2.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -139,7 +143,7 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
         loss.item()  # as after our step, the host waits for it
         return {"seconds": now(device) - start}
 
-    return lambda i=None: check() if i is None else step(i)
+    return lambda request: step(request["i"]) if request else check()
 
 
 def main() -> None:
@@ -163,7 +167,7 @@ def main() -> None:
         if "dtype" in request:
             gpt2.to(getattr(torch, request.pop("dtype")))
         with suppress(torch.OutOfMemoryError):
-            reply = answer(**request)
+            reply = answer(request)
         if "out_of_memory" in reply:  # after the error, which holds on to tensors
             torch.cuda.empty_cache()
         print(json.dumps(reply), flush=True)

@@ -94,10 +94,10 @@ def test_missing_provider_says_how_to_install_it(tiny, monkeypatch):
 def test_case_that_does_not_fit_is_left_out(latency, monkeypatch):
     generate = baselines.EngineProvider.generate
 
-    def of_little_memory(provider, prompts, *request):
-        if len(prompts) > 2:
+    def of_little_memory(provider, request):
+        if len(request.prefixes) > 2:
             raise torch.OutOfMemoryError("too large")
-        return generate(provider, prompts, *request)
+        return generate(provider, request)
 
     monkeypatch.setattr(baselines.EngineProvider, "generate", of_little_memory)
     argv = ["--rounds=1", "--peers=False", "--batches=1,3", "--contexts=16"]
@@ -196,9 +196,9 @@ def test_bug_of_ours_is_an_error(tiny, monkeypatch):
     found, config = tiny(peers=False)
     generate = baselines.EngineProvider.generate
 
-    def wrong(provider, *request):
+    def wrong(provider, request):
         tokens = [[1] * baselines.N_CHECKED]
-        return generate(provider, *request) | ({"tokens": tokens} if provider.name == OURS else {})
+        return generate(provider, request) | ({"tokens": tokens} if provider.name == OURS else {})
 
     monkeypatch.setattr(baselines.EngineProvider, "generate", wrong)
     with pytest.raises(UserError, match="bug of ours"):
