@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, launch_config, linear
-from kernels._pdl import await_launches, pdl
-from kernels.layer_norm import layer_norm
+from kernels._launch import EPS, await_launches, check_tensors, pdl
+from kernels._linear import auto_impl, launch_config, layer_norm, linear
 
 
 @triton.jit
@@ -95,62 +94,47 @@ def _append_store_kernel(
 
 
 def append(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
-    lengths: Tensor,
-    active: Tensor | None = None,
-    eps: float = 1e-5,
-    impl: str = "auto",
-) -> Tensor:
-    """Return q (B, nh, hs), a new tensor; store k and v at [b, :, lengths[b]] of the cache.
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor,
+    cache: Tensor, lengths: Tensor, active: Tensor | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Return q (B, nh, hs), a new tensor; store k and v at [:, b, :, lengths[b]] of the cache.
 
-    x                  (B, C) residual stream
-    weight, bias       (3C, C), (3C,) of an nn.Linear; columns of q, k and v, head by head
-    cache_k, cache_v   (B, nh, T, hs), one layer's views of the cache: same strides, hs contiguous
-    lengths            (B,) int64, read on the device
-    active             (B,) bool, read on the device; None: all
-    impl               "gemv", "gemm_tile", "library" (GEMM, then a kernel that only stores), "auto"
+    x              (B, C) residual stream
+    weight, bias   (3C, C), (3C,) of an nn.Linear; columns of q, k and v, head by head
+    cache          (2, B, nh, T, hs), KVCache.data of one layer; hs contiguous
+    lengths        (B,) int64, read on the device
+    active         (B,) bool, read on the device; None: all
+    impl           "auto" or one of _linear.py ("library": GEMM, then a kernel that only stores)
 
     Inactive and full sequences (length T) store nothing; their q is computed but meaningless.
-    x and the parameters are contiguous, the parameters and q of one dtype (fp32, bf16, fp16), from
-    which x and the cache may differ. Raise ValueError if not. Only q is allocated, and at most two
-    tensors between, and the GPU is never synchronized.
+    x and the parameters are contiguous (else ValueError), the parameters and q of one dtype (fp32,
+    bf16, fp16), from which x and the cache may differ. Only q is allocated, and at most two tensors
+    between, and the GPU is never synchronized.
     """
-    B, nh, T, hs = cache_k.shape
+    _, B, nh, T, hs = cache.shape
     C = nh * hs
     check_tensors(
-        weight, ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
-        weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)),
+        x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
+        weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)), lengths=(lengths, (B,)),
+        active=(active, (B,)), slot=(cache[0, 0, 0, 0], (hs,)),
     )  # fmt: skip
-    check_tensors(None, x=(x, (B, C)), lengths=(lengths, (B,)), active=(active, (B,)))
-    layouts = [(tuple(t.shape), t.stride(), t.dtype) for t in (cache_k, cache_v)]
-    if layouts[0] != layouts[1] or cache_k.stride(3) != 1:
-        raise ValueError(
-            "cache_k, cache_v: expected one shape, dtype and strides, the last of them 1, "
-            f"got {layouts}"
-        )
     q, itemsize = weight.new_empty(B, nh, hs), weight.element_size()
     impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
     norm = impl == "gemv"  # which applies LayerNorm itself
-    x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
-    cache = (q, cache_k, cache_v, lengths, active)
-    sizes = (B, T, *cache_k.stride()[:3], C, hs)
+    x = x if norm else layer_norm(x, ln_weight, ln_bias)
+    state = (q, *cache, lengths, active)
+    sizes = (B, T, *cache.stride()[1:4], C, hs)
     if impl == "library":
         block = min(1024, triton.next_power_of_2(3 * C))
         _append_store_kernel[(triton.cdiv(3 * C, block), B)](
-            F.linear(x, weight, bias), *cache, *sizes,
+            F.linear(x, weight, bias), *state, *sizes,
             BLOCK_N=block, num_warps=2, enable_fp_fusion=True, **pdl(x.device, B),
         )  # fmt: skip
         return q
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
     # late: the programs of attention could only wait, in the way of these
     _append_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, norm,
+        x, ln_weight, ln_bias, weight, bias, *state, EPS, *sizes, norm,
         **config, **pdl(x.device, B, late=True),
     )  # fmt: skip
     return q

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._linear import auto_impl, check_tensors, launch_config, linear
-from kernels._pdl import pdl
+from kernels._launch import check_tensors, pdl
+from kernels._linear import auto_impl, launch_config, linear
 from kernels.reference import linear_residual_ref
 
 
@@ -42,13 +42,12 @@ def linear_residual(
 ) -> Tensor:
     """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x.
 
-    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and, except x, of one
-    dtype (fp32, bf16, fp16); raise ValueError if not. The result is rounded once, when stored
-    ("library": twice). Nothing is allocated except by "library", and the GPU is never synchronized.
+    impl: "auto" or one of _linear.py. All tensors are contiguous (else ValueError) and, except x,
+    of one dtype (fp32, bf16, fp16). The result is rounded once, when stored ("library": twice).
+    Nothing is allocated except by "library", and the GPU is never synchronized.
     """
     B, (N, K) = len(y), weight.shape
-    check_tensors(y, y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)))
-    check_tensors(None, x=(x, (B, N)))
+    check_tensors(y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)), x=(x, (B, N)))
     impl = auto_impl(B, K, y.element_size()) if impl == "auto" else impl
     if impl == "library":
         return linear_residual_ref(y, weight, bias, x)

@@ -5,9 +5,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, launch_config, linear
-from kernels._pdl import pdl
-from kernels.layer_norm import layer_norm
+from kernels._launch import EPS, check_tensors, pdl
+from kernels._linear import auto_impl, launch_config, layer_norm, linear
 
 
 @triton.jit
@@ -40,35 +39,28 @@ def _ln_linear_gelu_kernel(
 
 
 def ln_linear_gelu(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    impl: str = "auto",
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, impl: str = "auto"
 ) -> Tensor:
     """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)), a new (B, N); tanh-GELU.
 
-    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and, except x, of one
-    dtype (fp32, bf16, fp16), which the output has too; raise ValueError if not. Only the output is
-    allocated, and at most two tensors between, and the GPU is never synchronized.
+    impl: "auto" or one of _linear.py. All tensors are contiguous (else ValueError) and, except x,
+    of one dtype (fp32, bf16, fp16), which the output has too. Only the output is allocated, and at
+    most two tensors between, and the GPU is never synchronized.
     """
     B, (N, K) = len(x), weight.shape
     check_tensors(
-        weight, ln_weight=(ln_weight, (K,)), ln_bias=(ln_bias, (K,)),
+        x=(x, (B, K)), ln_weight=(ln_weight, (K,)), ln_bias=(ln_bias, (K,)),
         weight=(weight, (N, K)), bias=(bias, (N,)),
     )  # fmt: skip
-    check_tensors(None, x=(x, (B, K)))
     itemsize = weight.element_size()
     impl = auto_impl(B, K, itemsize) if impl == "auto" else impl
     norm = impl == "gemv"  # which applies LayerNorm itself
-    x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
+    x = x if norm else layer_norm(x, ln_weight, ln_bias)
     if impl == "library":
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")  # GPT-2's GELU
     grid, config = launch_config(impl, B, N, K, itemsize)
     out = weight.new_empty(B, N)
     _ln_linear_gelu_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, norm, **config, **pdl(x.device, B)
+        x, ln_weight, ln_bias, weight, bias, out, EPS, B, N, K, norm, **config, **pdl(x.device, B)
     )
     return out
