@@ -37,11 +37,11 @@ SHARED_BYTES = 96 << 10  # of a multiprocessor, that a program may use: consumer
 def gemv(
     x_ptr,  # input (B, K), read
     w_ptr,  # weight (N, K), read
-    ln_w_ptr,  # LayerNorm weight (K,), read if NORM
-    ln_b_ptr,  # LayerNorm bias (K,), read if NORM
+    ln_w_ptr,  # LayerNorm weight (K,), read; None: no LayerNorm
+    ln_b_ptr,  # LayerNorm bias (K,), read
     residual_ptr,  # added to the result (B, N), read; None: nothing
     eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N).
@@ -55,14 +55,14 @@ def gemv(
     offs_k = tl.arange(0, BLOCK_K)[None, None, :]
     mask_k = offs_k < K
     w = tl.load(w_ptr + offs_n * K + offs_k, mask=(offs_n < N) & mask_k, other=0.0)
-    if NORM:
+    if ln_w_ptr is not None:
         ln_w = tl.load(ln_w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         ln_b = tl.load(ln_b_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     await_launches(PDL)  # the compiler would delay the loads above; now all of them are in flight
     x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & mask_k, other=0.0)
     residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     x = x.to(tl.float32)  # (BLOCK_M, 1, BLOCK_K)
-    if NORM:
+    if ln_w_ptr is not None:
         x = tl.where(mask_k, x - tl.sum(x, 2, keep_dims=True) / K, 0.0)
         var = tl.sum(x * x, 2, keep_dims=True) / K
         x = x * tl.rsqrt(var + eps) * ln_w + ln_b
@@ -129,13 +129,13 @@ def gemm(
 def linear(
     x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr,  # as in gemv
     eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N), in fp32."""
     if IMPL == "gemv":
         acc = gemv(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, NORM, PDL,
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, PDL,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif IMPL == "gemm_tile":

@@ -35,7 +35,7 @@ def _store_qkv(
 
 @triton.jit
 def _append_kernel(
-    x_ptr,  # residual stream (B, C), normalized already if not NORM, read
+    x_ptr,  # residual stream (B, C), normalized already except for gemv, read
     ln_w_ptr,  # LayerNorm weight (C,), read
     ln_b_ptr,  # LayerNorm bias (C,), read
     w_ptr,  # QKV weight (3C, C), read
@@ -46,7 +46,7 @@ def _append_kernel(
     lengths_ptr,  # valid keys (B,) int64, read
     active_ptr,  # (B,) bool, read; None: all
     eps, B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -56,7 +56,7 @@ def _append_kernel(
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < 3 * C, other=0.0).to(tl.float32)
     acc = linear(
-        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, NORM, PDL, IMPL,
+        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
     # without a mask, so that the compiler can load them during the matrix product
@@ -120,8 +120,8 @@ def append(
     )  # fmt: skip
     q, itemsize = weight.new_empty(B, nh, hs), weight.element_size()
     impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
-    norm = impl == "gemv"  # which applies LayerNorm itself
-    x = x if norm else layer_norm(x, ln_weight, ln_bias)
+    if impl != "gemv":  # which applies LayerNorm itself
+        x = layer_norm(x, ln_weight, ln_bias)
     state = (q, *cache, lengths, active)
     sizes = (B, T, *cache.stride()[1:4], C, hs)
     if impl == "library":
@@ -134,7 +134,7 @@ def append(
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
     # late: the programs of attention could only wait, in the way of these
     _append_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, *state, EPS, *sizes, norm,
+        x, ln_weight, ln_bias, weight, bias, *state, EPS, *sizes,
         **config, **pdl(x.device, B, late=True),
     )  # fmt: skip
     return q

@@ -28,9 +28,8 @@ def _linear_residual_kernel(
     mask = (offs_m < B) & (offs_n < N)
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    # no LayerNorm: y_ptr fills the places of its parameters, which are not read
     acc = linear(
-        y_ptr, w_ptr, y_ptr, y_ptr, x_ptr, 0.0, B, row0, col0, N, K, False, PDL, IMPL,
+        y_ptr, w_ptr, None, None, x_ptr, 0.0, B, row0, col0, N, K, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
     # one rounding: product, bias and residual are all fp32 up to here

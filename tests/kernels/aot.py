@@ -176,8 +176,6 @@ def _linear_case(
 ) -> Case:
     """Return a case of a linear map of shape (B, N, K), with its launcher's block sizes."""
     B, N, K = shape
-    if "NORM" in kernel.arg_names:
-        values["NORM"] = impl == "gemv"
     blocks = dict(_linear.launch_config(impl, B, N, K, 2)[1])
     del blocks["enable_fp_fusion"]
     options = dict(num_warps=blocks.pop("num_warps"), num_stages=blocks.pop("num_stages"))
