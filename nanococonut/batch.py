@@ -1,6 +1,6 @@
 """Tokenized examples, and the three padded blocks of a batch (drawn in coconut.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,19 +110,17 @@ class Batch:
     n_labels: int  # at least the number of supervised targets
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        blocks = self.prefix, self.length, self.n_thoughts, self.n_needed, self.suffix
-        return *blocks, self.targets, self.thought_targets
+    def tensors(self) -> list[Tensor]:
+        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch of fn(t) for every tensor t."""
+        return Batch(*map(fn, self.tensors), self.max_thoughts, self.n_labels)
 
     def to(self, device: torch.device) -> "Batch":
         # CUDA keeps pinned memory until the copy is done; MPS may read freed memory
         non_blocking = torch.device(device).type == "cuda"
-        moved = (t.to(device, non_blocking=non_blocking) for t in self.tensors)
-        return Batch(*moved, self.max_thoughts, self.n_labels)
-
-    def pinned(self) -> "Batch":
-        """Return a copy in page-locked memory, from which a GPU copies asynchronously."""
-        return Batch(*(t.pin_memory() for t in self.tensors), self.max_thoughts, self.n_labels)
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def copy_(self, other: "Batch") -> None:
         """Copy the tensors of a batch of the same shape into this one."""

@@ -54,7 +54,7 @@ class ThoughtTrace:
         # contiguous once, or the matrix products of every thought would copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
         if self.triton:
-            self.buffers.append(ops.prefix_buffers(*k.shape, k.device))
+            self.buffers.append(ops.prefix_buffers(k))
         if q.shape[2] > 1:
             return causal_attention(layer, q, k, v, self.dropout)
         # last layer: the only query is the last token of each sequence

@@ -5,6 +5,7 @@ dropped, and s * c_thought thoughts take their place. The final stage, after max
 all steps (paper, section 3; released code, dataset.py). To add a method, add an entry to METHODS.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,28 +15,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Method:
-    """A training method: one entry of METHODS.
+    """A training method: one entry of METHODS."""
 
-    drop_rule        dropped part of the chain of steps: "none", "stage" (the first s steps at
-                     stage s), "all", or "tokens" (the first s * icot_tokens tokens)
-    n_thoughts_rule  number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in
-                     the final stage)
-    thought_type     "hidden" (the last hidden state), "soft" (the mean token embedding), or
-                     "projected" (a learned map of the hidden state), or "fixed" (a learned
-                     embedding, whatever the hidden state): one latent step each;
-                     "pause" (a learned token, read with the question): no latent step
-    advance_by       "stages" (numbered stages, then the final one), "epochs" (one stage per
-                     epoch), or "never" (the final stage throughout)
-    markers          put <bot> and <eot> around the thoughts, even if there are none
-    paper            name of its row in the paper's Table 1; "" if it has none
-    """
-
+    # dropped part of the chain of steps: "none", "stage" (the first s steps at stage s), "all", or
+    # "tokens" (the first s * icot_tokens tokens)
     drop_rule: str
+    # number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in the final stage)
     n_thoughts_rule: str
+    # "hidden" (the last hidden state), "soft" (the mean token embedding), "projected" (a learned
+    # map of the hidden state), or "fixed" (a learned embedding): one latent step each;
+    # "pause" (a learned token, read with the question): no latent step; "": no thoughts
     thought_type: str
+    # "stages" (numbered stages, then the final one), "epochs" (one stage per epoch), or "never"
+    # (the final stage throughout)
     advance_by: str
-    markers: bool
-    paper: str = ""
+    markers: bool  # put <bot> and <eot> around the thoughts, even if there are none
+    paper: str = ""  # name of its row in the paper's Table 1; "" if it has none
 
 
 METHODS: dict[str, Method] = {
@@ -136,18 +131,11 @@ def schedule(
     first_stage_epochs  epochs of stage 0 (None: epochs_per_stage; 0: skip it)
     """
     final = curriculum.max_latent_stage + 1
-    if curriculum.rules.advance_by == "never":
-        return [Stage(final, epochs)]
-    if curriculum.rules.advance_by == "epochs":
-        return [Stage(index, 1) for index in range(epochs)]
-    stages, n_left = [], epochs
-    for index in range(final):
-        is_first = index == 0 and first_stage_epochs is not None
-        n = min(n_left, first_stage_epochs if is_first else epochs_per_stage)
-        if n:
-            stages.append(Stage(index, n))
-        n_left -= n
-    return [*stages, Stage(final, n_left)] if n_left else stages
+    n_first = epochs_per_stage if first_stage_epochs is None else first_stage_epochs
+    numbered = [0] * n_first + [s for s in range(1, final) for _ in range(epochs_per_stage)]
+    starts = {"stages": numbered, "epochs": list(range(epochs)), "never": []}
+    by_epoch = starts[curriculum.rules.advance_by] + [final] * epochs  # the stage of each epoch
+    return [Stage(index, n) for index, n in Counter(by_epoch[:epochs]).items()]
 
 
 def ignored_options(method: Method) -> set[str]:

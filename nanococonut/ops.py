@@ -82,11 +82,11 @@ def choose_graph(graph: str, model: GPT) -> bool:
     return device.type == "cuda" and graph != "off"
 
 
-def prefix_buffers(B: int, nh: int, T: int, hs: int, device: torch.device) -> "PrefixBuffers":
-    """Return the memory that prefix_attention needs for one prefix (B, nh, T, hs)."""
+def prefix_buffers(k: Tensor) -> "PrefixBuffers":
+    """Return the memory that prefix_attention needs for a prefix of keys k (B, nh, T, hs)."""
     from kernels.prefix_attention import PrefixBuffers
 
-    return PrefixBuffers(B, nh, T, hs, device)
+    return PrefixBuffers(*k.shape, k.device)
 
 
 def prefix_attention(
