@@ -225,18 +225,13 @@ def _gemv_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
 
 
 def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
-    def cost(shape: tuple[int, int]) -> tuple[int, int]:
-        # each program reads (rows + columns) * K; minimize the bytes of the busiest multiprocessor
-        programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
-        return triton.cdiv(programs, MULTIPROCESSORS) * sum(shape), programs
-
-    block_m, block_n = min([(m, n) for m in (16, 32, 64) for n in (16, 32, 64)], key=cost)
+    # wider blocks only if a multiprocessor would have several of the small ones to compute
+    is_small = triton.cdiv(batch, 16) * triton.cdiv(n_out, 16) <= MULTIPROCESSORS
     # three buffers of 32 KiB, which the 99 KiB of consumer GPUs hold
-    elements = SHARED_BYTES // 3 // itemsize // triton.next_power_of_2(block_m + block_n)
+    elements = SHARED_BYTES // 3 // itemsize // (32 if is_small else 64)
     elements = min(max(16, triton.next_power_of_2(n_in)), elements)
-    block_k = min(elements, 128)
-    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=elements // block_k)
-    return blocks | dict(num_warps=4, num_stages=4)
+    blocks = dict(BLOCK_M=16, BLOCK_N=16 if is_small else 32, BLOCK_K=min(elements, 128))
+    return blocks | dict(CHUNKS=elements // blocks["BLOCK_K"], num_warps=4, num_stages=4)
 
 
 def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:

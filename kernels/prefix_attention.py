@@ -119,29 +119,6 @@ class PrefixBuffers(SplitWorkspace):
     dv: Tensor | None = None
 
 
-def prefix_attention_backward(
-    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor,
-    out: Tensor, lse: Tensor, buffers: PrefixBuffers,
-) -> Tensor:  # fmt: skip
-    """Return dq (B, nh, hs); add the gradients of k and v to the buffers' dk and dv.
-
-    Only slots [0, lengths[b]) of dk and dv (B, nh, T, hs) are touched; they may have any float
-    dtype. Sums are fp32 in a fixed order.
-    """
-    (B, nh, hs), T, dk, dv = q.shape, k.shape[2], buffers.dk, buffers.dv
-    grad, dq = grad.contiguous(), q.new_empty(q.shape)
-    block_n, block_d = block_sizes(hs)
-    _prefix_attention_bwd_kernel[(B * nh, buffers.n_splits)](
-        grad, grad_lse.contiguous(), q, k, v, lengths, out, lse, dq, dk, dv,
-        buffers.partial_acc, buffers.counter, nh, T, hs**-0.5,
-        *grad.stride()[:2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3],
-        D=hs, SPLITS=buffers.n_splits, BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
-    )  # fmt: skip
-    return dq
-
-
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths, buffers):
@@ -155,13 +132,24 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_lse, dk, dv):
-        saved, buffers = ctx.saved_tensors, ctx.buffers  # a checkpoint unpacks them only once
-        _, k, v, _, out, lse = saved
-        buffers.dk, buffers.dv = _writable(dk, buffers.dk, k), _writable(dv, buffers.dv, v)
-        grad = torch.zeros_like(out) if grad is None else grad
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-        dq = prefix_attention_backward(grad, grad_lse, *saved, buffers)
-        return dq, buffers.dk, buffers.dv, None, None
+        (q, k, v, lengths, out, lse), buffers = ctx.saved_tensors, ctx.buffers
+        (B, nh, hs), T = q.shape, k.shape[2]
+        # the kernel adds to slots [0, lengths[b]) of dk and dv, in fp32 and in a fixed order
+        dk = buffers.dk = _writable(dk, buffers.dk, k)
+        dv = buffers.dv = _writable(dv, buffers.dv, v)
+        grad = torch.zeros_like(out) if grad is None else grad.contiguous()
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+        dq = q.new_empty(q.shape)
+        block_n, block_d = block_sizes(hs)
+        _prefix_attention_bwd_kernel[(B * nh, buffers.n_splits)](
+            grad, grad_lse, q, k, v, lengths, out, lse, dq, dk, dv,
+            buffers.partial_acc, buffers.counter, nh, T, hs**-0.5,
+            *grad.stride()[:2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+            *dk.stride()[:3], *dv.stride()[:3],
+            D=hs, SPLITS=buffers.n_splits, BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
+        )  # fmt: skip
+        return dq, dk, dv, None, None
 
 
 def _writable(grad: Tensor | None, owned: Tensor | None, like: Tensor) -> Tensor:

@@ -10,17 +10,15 @@ from helpers import assert_three_way
 
 import kernels.prefix_attention as module
 from kernels.latent_attention import block_sizes
-from kernels.prefix_attention import PrefixBuffers, prefix_attention, prefix_attention_backward
+from kernels.prefix_attention import PrefixBuffers, prefix_attention
 from kernels.reference import latent_attention_ref
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 NAN = float("nan")
 
 
-def buffers_for(k, n_splits=None, dk=None, dv=None):
-    buffers = PrefixBuffers(*k.shape, k.device, n_splits)
-    buffers.dk, buffers.dv = dk, dv
-    return buffers
+def buffers_for(k, n_splits=None):
+    return PrefixBuffers(*k.shape, k.device, n_splits)
 
 
 def attend(q, k, v, lengths, n_splits=None):
@@ -139,18 +137,19 @@ def test_very_negative_scores_give_finite_gradients(device, seed):
 
 
 def test_backward_adds_within_the_lengths_only(device, seed):
-    """Backward adds to dk and dv, which may be fp32, and leaves slots past the lengths alone."""
+    """Backward adds to dk and dv, and leaves slots past the lengths alone."""
     T = 300
     q, k, v, lengths = random_inputs([T, 2, 131], 1, T, 16, torch.float16, device)
-    dk, dv = torch.randn(2, 3, 1, T + 1, 16, device=device)[:, :, :, :T]
+    dk, dv = torch.randn(2, 3, 1, T, 16, device=device).half()
     unused = (torch.arange(T, device=device) >= lengths[:, None])[:, None, :, None]
     dk.masked_fill_(unused, NAN), dv.masked_fill_(unused, NAN)
     expected = [dk.double(), dv.double()]
-    out, lse = attend(q, k, v, lengths)
-    buffers = buffers_for(k, 2, dk, dv)
-    for _ in range(2):
+    buffers = buffers_for(k, 2)
+    k, v = k.requires_grad_(), v.requires_grad_()
+    for _ in range(2):  # into a copy, then in place
         grad, grad_lse = torch.randn(3, 1, 16, device=device).half(), torch.randn(3, 1).to(device)
-        prefix_attention_backward(grad, grad_lse, q, k, v, lengths, out, lse, buffers)
+        outputs = prefix_attention(q, k, v, lengths, buffers)
+        dk, dv = torch.autograd.grad(outputs, (k, v), (grad, grad_lse, dk, dv))
         inputs = (q.double(), k.double(), v.double(), lengths)
         added = gradients(latent_attention_ref, inputs, (grad, grad_lse))
         expected = [expected[0] + added[1], expected[1] + added[2]]
@@ -219,14 +218,12 @@ def random_leaves(device, dtype=torch.float32):
 def test_chained_calls_share_one_gradient_buffer(dtype, device, seed, monkeypatch):
     """Equal to autograd's own sum, and every call writes to the memory of the call after it."""
     leaves, lengths = random_leaves(device, dtype)
-    buffers = []
+    written, writable = [], module._writable
     monkeypatch.setattr(
-        module,
-        "prefix_attention_backward",
-        lambda *args: buffers.append((args[8].dk, args[8].dv)) or prefix_attention_backward(*args),
+        module, "_writable", lambda *args: written.append(writable(*args)) or written[-1]
     )
     ours = torch.autograd.grad(chained(*leaves, lengths), leaves)
-    assert len({(dk.data_ptr(), dv.data_ptr()) for dk, dv in buffers}) == 1 and len(buffers) == 3
+    assert len({t.data_ptr() for t in written}) == 2 and len(written) == 2 * 3  # dk and dv
     summed = torch.autograd.grad(chain(separate, *leaves, lengths), leaves)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     loss = chain(lambda *a: (*latent_attention_ref(*a), *a[1:3]), *doubles, lengths)
@@ -303,14 +300,13 @@ def test_offsets_beyond_31_bits(seed):
     q = torch.randn(B, nh, hs, device="cuda").bfloat16()
     lengths = torch.randint(0, T + 1, (B,), device="cuda")
     lengths[-1] = T
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     out, lse = attend(q, k, v, lengths)
     last = slice(B - 2, B)
-    inputs = [x[last] for x in (q, k, v, lengths)]
+    inputs = [x[last].detach() for x in (q, k, v, lengths)]
     assert_three_way(out[last], latent_attention_ref(*inputs)[0], exact(*inputs)[0])
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    args = (grad, grad_lse, q, k, v, lengths, out, lse, buffers_for(k, None, dk, dv))
-    dq = prefix_attention_backward(*args)
+    dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (grad, grad_lse))
     grads = grad[last], grad_lse[last]
     doubles = [x.double() for x in inputs[:3]]
     expected = gradients(latent_attention_ref, [*doubles, inputs[3]], grads)
