@@ -1,4 +1,8 @@
-"""What all launchers share: a check of their tensors, and programmatic dependent launch (PDL).
+"""What the launchers of a step share: contracts, and programmatic dependent launch (PDL).
+
+All tensors are contiguous, or a ValueError is raised. The parameters are of one dtype (fp32, bf16
+or fp16), which the outputs have, too; the residual stream x and the cache may have others. Only the
+outputs are allocated, and at most two tensors between. The GPU is never synchronized.
 
 With PDL a kernel starts while the one before it still runs. A step is a chain of some sixty
 launches of a few microseconds each, so the gaps between them count. On Hopper and newer, a kernel

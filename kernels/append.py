@@ -107,9 +107,6 @@ def append(
     impl           "auto" or one of _linear.py ("library": GEMM, then a kernel that only stores)
 
     Inactive and full sequences (length T) store nothing; their q is computed but meaningless.
-    x and the parameters are contiguous (else ValueError), the parameters and q of one dtype (fp32,
-    bf16, fp16), from which x and the cache may differ. Only q is allocated, and at most two tensors
-    between, and the GPU is never synchronized.
     """
     _, B, nh, T, hs = cache.shape
     C = nh * hs

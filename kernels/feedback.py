@@ -90,9 +90,6 @@ def feedback(
     active    (B,) bool; None: all
     n_taken   (B,) int64 += 1 for active sequences; None: not counted
     thought   (B, C) = hidden: a copy of what is fed back next; None: no copy
-
-    All tensors are contiguous (else ValueError) and, except x and those with (B,), of one dtype.
-    Nothing is allocated, and the GPU is never synchronized.
     """
     B, C = x.shape
     check_tensors(

@@ -41,9 +41,7 @@ def linear_residual(
 ) -> Tensor:
     """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x.
 
-    impl: "auto" or one of _linear.py. All tensors are contiguous (else ValueError) and, except x,
-    of one dtype (fp32, bf16, fp16). The result is rounded once, when stored ("library": twice).
-    Nothing is allocated except by "library", and the GPU is never synchronized.
+    impl: "auto" or one of _linear.py. The result is rounded once, when stored ("library": twice).
     """
     B, (N, K) = len(y), weight.shape
     check_tensors(y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)), x=(x, (B, N)))

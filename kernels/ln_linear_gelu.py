@@ -42,9 +42,7 @@ def ln_linear_gelu(
 ) -> Tensor:
     """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)), a new (B, N); tanh-GELU.
 
-    impl: "auto" or one of _linear.py. All tensors are contiguous (else ValueError) and, except x,
-    of one dtype (fp32, bf16, fp16), which the output has too. Only the output is allocated, and at
-    most two tensors between, and the GPU is never synchronized.
+    impl: "auto" or one of _linear.py.
     """
     B, (N, K) = len(x), weight.shape
     check_tensors(

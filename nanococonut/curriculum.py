@@ -59,16 +59,13 @@ class Curriculum:
     uniform_prob: float = 0.0  # probability that an example samples its own stage
     # ours:
     final_thoughts: int | None = None  # final stage; None: max_latent_stage * c_thought
-    up_to_stage: bool = False  # sample no stage that training has not reached
+    advance_at: float = 0.0  # accuracy that ends a stage (0: off)
     icot_tokens: float = 8.0  # tokens that iCoT drops per stage (Deng et al. 2024)
 
     @classmethod
     def from_config(cls, config: Any) -> "Curriculum":
         """Return the curriculum of a TrainConfig, from its fields of the same names."""
-        names = [f.name for f in fields(cls) if f.name != "up_to_stage"]
-        values = {name: getattr(config, name) for name in names}
-        # advance_at decides when a stage ends, so an example must not sample a later one
-        return cls(**values, up_to_stage=config.advance_at > 0)
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
     @property
     def rules(self) -> Method:
@@ -99,11 +96,12 @@ class Curriculum:
         """Return a stage for every example, given its number of steps.
 
         With probability uniform_prob it is uniform over 0..n_steps, as in the released code, or
-        over 0..stage (up_to_stage). Otherwise it is `stage`.
+        over 0..stage (advance_at, or iCoT). Otherwise it is `stage`.
         """
         u, v = rng.random((2, len(n_steps)))
-        # iCoT's stages count tokens, so the number of steps is no limit for them
-        to_stage = self.up_to_stage or self.rules.advance_by == "epochs"
+        # with advance_at, training may not have reached the stage n_steps; iCoT's stages count
+        # tokens, so the number of steps is no limit for them
+        to_stage = self.advance_at > 0 or self.rules.advance_by == "epochs"
         limits = [stage] * len(n_steps) if to_stage else n_steps
         return [
             int(b * (limit + 1)) if a < self.uniform_prob else stage
