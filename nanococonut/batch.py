@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import MARK, Example
+from nanococonut.runtime.graphs import round_up
 from nanococonut.tokenizer import Tokenizer
 
 IGNORE = -100  # ignore_index of cross_entropy: not supervised
@@ -129,22 +129,22 @@ class Batch:
 
     def padded(self, B: int, Tp: int, Ts: int, max_thoughts: int, n_labels: int) -> "Batch":
         """Return this batch padded to a larger shape, so that few CUDA graphs are captured."""
-        n_new, (_, n, K) = B - len(self.length), self.thought_targets.shape
+        K = self.thought_targets.shape[2]
 
-        def pad(t: Tensor, width: int, fill: int = 0) -> Tensor:
-            return F.pad(t, (0, width - t.shape[1], 0, n_new), value=fill)  # (B, width)
+        def pad(t: Tensor, *shape: int, fill: int = 0) -> Tensor:
+            padded = t.new_full((B, *shape), fill)
+            padded[tuple(map(slice, t.shape))] = t
+            return padded
 
         # an added sequence has a prefix of one token, no thoughts and no labels
         return Batch(
             prefix=pad(self.prefix, Tp),
-            length=F.pad(self.length, (0, n_new), value=1),
-            n_thoughts=F.pad(self.n_thoughts, (0, n_new)),
-            n_needed=F.pad(self.n_needed, (0, n_new)),
+            length=pad(self.length, fill=1),
+            n_thoughts=pad(self.n_thoughts),
+            n_needed=pad(self.n_needed),
             suffix=pad(self.suffix, Ts),
-            targets=pad(self.targets, Ts, IGNORE),
-            thought_targets=F.pad(
-                self.thought_targets, (0, -K % 8, 0, max_thoughts - n, 0, n_new), value=IGNORE
-            ),
+            targets=pad(self.targets, Ts, fill=IGNORE),
+            thought_targets=pad(self.thought_targets, max_thoughts, round_up(K, 8), fill=IGNORE),
             max_thoughts=max_thoughts,
             n_labels=n_labels,
         )

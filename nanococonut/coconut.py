@@ -71,14 +71,13 @@ class ThoughtTrace:
         bias        (B, 1, T or 1, keys)  see attention_bias
         is_thought  the new block is a thought, to which later blocks attend; else the suffix
         """
-        prefix, thoughts = self.prefix[layer], self.thoughts[layer]
-        blocks, scored = [prefix], []
+        blocks, scored = [self.prefix[layer]], []
         if is_thought:
-            thoughts.append((k, v))
+            self.thoughts[layer].append((k, v))
             if self.triton:
                 blocks, scored = [], [self._prefix_as_single_key(layer, q)]
-        if thoughts:
-            keys, values = zip(*thoughts, strict=True)
+        if self.thoughts[layer]:
+            keys, values = zip(*self.thoughts[layer], strict=True)
             blocks.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)
         if not is_thought:
             blocks.append((k, v))
