@@ -227,7 +227,7 @@ def _gemv_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
 def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
     # wider blocks only if a multiprocessor would have several of the small ones to compute
     is_small = triton.cdiv(batch, 16) * triton.cdiv(n_out, 16) <= MULTIPROCESSORS
-    # three buffers of 32 KiB, which the 99 KiB of consumer GPUs hold
+    # three buffers of 32 KiB, which the 99 KiB of consumer GPUs hold, each for 32 or 48 (64) rows
     elements = SHARED_BYTES // 3 // itemsize // (32 if is_small else 64)
     elements = min(max(16, triton.next_power_of_2(n_in)), elements)
     blocks = dict(BLOCK_M=16, BLOCK_N=16 if is_small else 32, BLOCK_K=min(elements, 128))

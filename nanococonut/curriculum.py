@@ -138,18 +138,15 @@ def schedule(
 
 def ignored_options(method: Method) -> set[str]:
     """Return the curriculum options of TrainConfig that do not affect training by this method."""
-    names = set()
-    if method.advance_by != "stages":
-        names |= {"first_stage_epochs", "epochs_per_stage"}
-        names |= {"max_latent_stage"} if method.n_thoughts_rule == "none" else set()
-    if method.advance_by == "never":
-        names |= {"uniform_prob", "advance_at"}
-    if method.n_thoughts_rule == "none":
-        names |= {"c_thought", "final_thoughts", "pad_latent_to_max"}
-    if method.thought_type in ("", "pause"):
-        names |= {"thought_labels"}
-    if method.drop_rule != "tokens":
-        names |= {"icot_tokens"}
-    if method.thought_type != "soft":
-        names |= {"soft_temperature", "soft_top_k"}
-    return names
+    feeds_back = method.thought_type not in ("", "pause")
+    no_thoughts = method.n_thoughts_rule == "none"
+    ignored = {  # options: whether the method ignores them
+        "first_stage_epochs epochs_per_stage": method.advance_by != "stages",
+        "max_latent_stage": method.advance_by != "stages" and no_thoughts,
+        "uniform_prob advance_at": method.advance_by == "never",
+        "c_thought final_thoughts pad_latent_to_max": no_thoughts,
+        "thought_labels": not feeds_back,
+        "icot_tokens": method.drop_rule != "tokens",
+        "soft_temperature soft_top_k": method.thought_type != "soft",
+    }
+    return {name for names, applies in ignored.items() if applies for name in names.split()}
