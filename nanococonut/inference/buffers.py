@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nanococonut.inference import steps
-from nanococonut.inference.fused import FusedStep
 from nanococonut.model import GPT
 
 
@@ -58,7 +57,11 @@ class BatchView:
         self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
         self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
         self.token, self.tokens, self.noise = b.token[:n], b.tokens[:n], b.noise[:n]
-        self.fused = FusedStep(model, self.cache) if kernels == "triton" else None
+        self.fused = None
+        if kernels == "triton":
+            from nanococonut.inference.fused import FusedStep  # needs triton
+
+            self.fused = FusedStep(model, self.cache)
         self.span = self.capacity - 1 if static else 0
 
     def _state(self) -> steps.DecodeState:

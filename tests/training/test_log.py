@@ -92,6 +92,6 @@ def test_repeated_questions_are_counted(capsys, train, valid, line):
                     for text in (train, valid))  # fmt: skip
     valid = [{"question": example["question"].replace("  ", " ") + "\n"} for example in valid]
     loader = SimpleNamespace(val_splits={"valid": valid}, n_examples=3)
-    print_data(TrainConfig(), loader, Data(train, {"valid": valid}), None)
+    print_data(TrainConfig(), loader, Data(train, {"valid": valid}))
     out = capsys.readouterr().out
     assert line in out if line else out == ""
