@@ -87,7 +87,7 @@ class TrainConfig:
     micro_batch_size: int = option(
         32, "examples per forward pass (changes roundings and dropout's draws)", "optimizer", ge=1
     )
-    learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0, alias="lr")
+    learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0)
     muon_learning_rate: float = option(0.0, "Muon's, for matrices (0: AdamW)", "optimizer", ge=0)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
