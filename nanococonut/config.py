@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanococonut.curriculum import METHODS
+from nanococonut.curriculum import METHODS, ignored_options
 from nanococonut.runtime.cli import make_config, option, validate
 from nanococonut.runtime.errors import UserError
 
@@ -157,9 +157,11 @@ class TrainConfig:
 
     @property
     def unused(self) -> set[str]:
-        """Return the data options that do not matter, because examples are read or generated."""
+        """Return the options that do not matter with this method and this data."""
+        names = ignored_options(METHODS[self.method])
         from_hub = not self.data and self.task == "gsm8k"
-        names = set() if from_hub else {"hub_revision"}
+        if not from_hub:
+            names |= {"hub_revision"}
         if self.valid_data or from_hub:
             names |= {"val_examples"}
         if self.data or from_hub:  # nothing is generated

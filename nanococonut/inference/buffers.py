@@ -94,8 +94,8 @@ class BatchView:
             self.fused.latent_step(self.hidden, active, i == 0, self.n_taken, following)
         else:
             thoughts[i].copy_(self.hidden)
-            fed = steps.edited_thought(self.model, self.hidden, i, edit)
-            self._store(steps.append_step(self.model, self.cache, fed, self._state(), active))
+            state = self._state()
+            self._store(steps.latent_step(self.model, self.cache, state, active, i, edit))
             self.n_taken += self.active
 
     def decode_step(self) -> None:

@@ -135,7 +135,7 @@ class Engine:
         self._packed: PackedGPT | None = None
         self._buffers: StaticBuffers | None = None
         self._views: dict[tuple[int, int], BatchView] = {}
-        self._captured_weights: tuple = ()
+        self._captured_weights: list[tuple] = []  # address, dtype and version of each
         self._generator = torch.Generator()  # of the call that holds the lock
         self._lock, self._holder = threading.Lock(), 0  # the holder is a thread's number
 
@@ -317,10 +317,13 @@ class Engine:
         if request.edit is not None and (self.graph or self.kernels != "torch"):
             raise ValueError("edit needs Engine(kernels='torch', graph='off'), or generate")
         with self._eval_mode():  # calls share the buffers, too
-            if (key := self._weights_key()) != self._captured_weights:
+            is_packed = self.kernels == "packed"  # only copies care for changes in place
+            weights = self.model.parameters()
+            key = [(p.data_ptr(), p.dtype, p._version if is_packed else 0) for p in weights]
+            if key != self._captured_weights:
                 self._reset()  # weights changed: graphs and packed copies hold the old ones
                 self._captured_weights = key
-                self._packed = PackedGPT(self.model) if self.kernels == "packed" else None
+                self._packed = PackedGPT(self.model) if is_packed else None
             return self._generate(request)
 
     def _generate(self, request: Request) -> Generation:
@@ -377,10 +380,6 @@ class Engine:
         n, stop, model = request.n_thoughts, request.stop, self.model
         edited: list[Tensor] = []
 
-        def edit(i: int, fed: Tensor) -> Tensor:
-            edited.append(request.edit(i, fed))
-            return edited[-1]
-
         def chain() -> None:
             for i in range(n):
                 view.latent_step(i, stop)
@@ -393,7 +392,9 @@ class Engine:
                 if stop and not (view.active & (model.stop_logit(view.hidden) <= 0)).any():
                     n = i
                     break
-                view.latent_step(i, stop, edit if request.edit else None)
+                view.latent_step(i, stop, request.edit)
+                if request.edit:
+                    edited.append(view.prev_embedding.clone())
         thoughts = self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
         return thoughts, torch.stack(edited, 1) if edited else model.thought_embedding(thoughts)
 
@@ -466,11 +467,6 @@ class Engine:
         if self.graph:  # rounded shapes are few
             self._views[shape] = view
         return view
-
-    def _weights_key(self) -> tuple:
-        is_packed = self.kernels == "packed"  # only copies care for changes in place
-        weights = self.model.parameters()
-        return tuple((p.data_ptr(), p.dtype, p._version if is_packed else 0) for p in weights)
 
     def _reset(self) -> None:
         """Drop buffers, views and graphs."""

@@ -78,28 +78,31 @@ def append_step(
 
 
 def latent_step(
-    model: GPT, cache: KVCache, state: DecodeState, active: Tensor | None = None
+    model: GPT,
+    cache: KVCache,
+    state: DecodeState,
+    active: Tensor | None = None,
+    i: int = 0,
+    edit: Edit | None = None,
 ) -> DecodeState:
-    """Append one thought: the last hidden state is the next input, no token is chosen."""
-    return append_step(model, cache, model.thought_embedding(state.hidden), state, active)
+    """Append one thought: the last hidden state is the next input, no token is chosen.
 
-
-def edited_thought(model: GPT, hidden: Tensor, i: int, edit: Edit | None) -> Tensor:
-    """Return the input (B, C) of thought i after `edit`. UserError if it is not a valid input."""
-    fed = model.thought_embedding(hidden)
+    i, edit: number of the thought, and what changes it. UserError if it returns no valid input.
+    """
+    thought = model.thought_embedding(state.hidden)
     if edit is None:
-        return fed
-    new = edit(i, fed.clone())  # a copy: the caller's may be memory of the engine
+        return append_step(model, cache, thought, state, active)
+    new = edit(i, thought.clone())  # a copy: the caller's may be memory of the engine
     expected, actual = (
         f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        for x in (fed, new)
+        for x in (thought, new)
     )
     if actual != expected or not new.isfinite().all():
         actual = actual if actual != expected else "NaN or infinite numbers"
         raise UserError(
             f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
         )
-    return new
+    return append_step(model, cache, new, state, active)
 
 
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -> DecodeState:
@@ -167,13 +170,13 @@ class Branch:
     def think(self, n: int, edit: Edit | None = None) -> None:
         """Append n more thoughts, or pauses. edit: see Engine.generate."""
         for i in range(len(self.inputs), len(self.inputs) + n):
-            if self.pause is None:
-                fed = edited_thought(self.model, self.state.hidden, i, edit)
-            else:
-                fed = self.model.embed(torch.full_like(self.start, self.pause))
             self.thoughts.append(self.state.hidden)
-            self.inputs.append(fed)
-            self.state = append_step(self.model, self.cache, fed, self.state)
+            if self.pause is None:
+                self.state = latent_step(self.model, self.cache, self.state, None, i, edit)
+            else:
+                token = torch.full_like(self.start, self.pause)
+                self.state = decode_step(self.model, self.cache, token, self.state)
+            self.inputs.append(self.state.prev_embedding)
 
     @torch.no_grad()
     def write(self, tokens: Sequence[list[int]]) -> None:

@@ -4,10 +4,7 @@ Every process samples the same examples and stages from the seed and computes ev
 the batch. Its gradient is added to the others' in a single all-reduce, so weights and moments stay
 equal everywhere without being sent.
 
-Why not DistributedDataParallel: it averages, but the loss needs a sum over the labels of the whole
-batch. It needs one forward(), but a step here is embed, backbone (once per thought) and head. It
-fails if a parameter is unused in some stage or on some rank, unless it searches for it every step.
-What it would gain, overlap with the backward pass, is the time of one all-reduce (docs/SCALING.md).
+docs/SCALING.md says why this is not DistributedDataParallel.
 """
 
 import os

@@ -2,13 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.markup import escape
 
 from nanococonut.config import TrainConfig
-from nanococonut.curriculum import METHODS, ignored_options
+from nanococonut.curriculum import METHODS
 from nanococonut.data.examples import Example
 from nanococonut.data.tasks import TASKS
 from nanococonut.model import GPT, GPTConfig
@@ -45,13 +44,9 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
         config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
         path = fallback
     # a config file may serve several methods, but an option on the command line should matter
-    unused = {
-        f"by method {config.method}": ignored_options(METHODS[config.method]),
-        "with this data": config.unused,
-    }
-    for reason, names in unused.items():
-        if ignored := [f"--{k}" for k in overrides if k in names]:
-            console.print(f"[bold red]NOT USED[/] {reason}: {', '.join(ignored)}")
+    if ignored := [f"--{name}" for name in overrides if name in config.unused]:
+        how = f"by method {config.method} with this data"
+        console.print(f"[bold red]NOT USED[/] {how}: {', '.join(ignored)}")
     if config.tensorboard:
         require_tensorboard()
     return config, Path(path).stem if path else "run", fallback_info
@@ -108,7 +103,19 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         stop=config.stop == "classifier",
     )
     if config.init_from == "scratch":
-        return _random(config, vocab_size=n_tokens, **extra)
+        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
+        sizes = {name: getattr(config, name) for name in names}
+        # larger embeddings of few words learn faster (docs/LOG.md); 0.02 is GPT-2's
+        sizes["wte_init_std"] = 0.1 if config.tokenizer == "words" else 0.02
+        # smear tells the order of tokens already
+        sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
+        try:
+            return GPT(GPTConfig(vocab_size=n_tokens, **sizes, **extra))
+        except RuntimeError as e:  # of the allocator
+            raise UserError(
+                f"the model cannot be made: {str(e).splitlines()[0]}\n"
+                "Lower --n_embd, --n_layer or --block_size."
+            ) from None
     path = pretrained.resolve_weights(config.init_from)
     model = pretrained.load_gpt2(path, n_tokens, config.dropout, tokenizer.spec, extra)
     if config.block_size > (n_positions := model.config.block_size):
@@ -126,22 +133,6 @@ def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
     # without them, its random weights (and every result in bench/results) would be others
     is_used = METHODS[config.method].markers or tokenizer.spec["kind"] == "words"
     return tokenizer.vocab_size if is_used else tokenizer.bot  # the last ids are theirs
-
-
-def _random(config: TrainConfig, **others: Any) -> GPT:
-    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
-    sizes = {name: getattr(config, name) for name in names}
-    # larger embeddings of few words learn faster (docs/LOG.md); 0.02 is GPT-2's
-    sizes["wte_init_std"] = 0.1 if config.tokenizer == "words" else 0.02
-    # smear tells the order of tokens already
-    sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
-    try:
-        return GPT(GPTConfig(**sizes, **others))
-    except RuntimeError as e:  # of the allocator
-        raise UserError(
-            f"the model cannot be made: {str(e).splitlines()[0]}\n"
-            "Lower --n_embd, --n_layer or --block_size."
-        ) from None
 
 
 def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
