@@ -340,10 +340,11 @@ class Engine:
             view.token.fill_(token)
         self._next_token(view, request, decode=bool(request.forced_tokens))
         first = self._now()
-        tokens = self._other_tokens(view, request)
+        self._other_tokens(view, request)
         times = (prefilled - start, thought - prefilled, first - start, self._now() - first)
-        eos = request.eos
-        tokens = [ids[: ids.index(eos)] if eos in ids else ids for ids in tokens.tolist()]
+        eos, B = request.eos, len(request.prefixes)
+        tokens = self._buffers.tokens[:B, : request.max_new_tokens].tolist()
+        tokens = [ids[: ids.index(eos)] if eos in ids else ids for ids in tokens]
         return Generation(tokens, thoughts, inputs, n_thoughts, *times)
 
     def _now(self) -> float:
@@ -369,7 +370,8 @@ class Engine:
         view.active.copy_(torch.arange(batch, device=idx.device) < B)
         view.done.copy_(~view.active)
         view.n_taken.zero_()
-        view.tokens.fill_(request.eos)
+        view.place.copy_(torch.arange(batch))
+        buffers.tokens.fill_(request.eos)
         buffers.n_tokens.zero_()
         buffers.temperature.fill_(1.0 if request.is_greedy else request.temperature)
         self.graphs.run(("prefill", batch, capacity, width), partial(view.prefill, idx))
@@ -411,39 +413,27 @@ class Engine:
             view.noise.exponential_(generator=self._generator)
         self.graphs.run(("token", view.batch, view.capacity, decode, eos, greedy), step)
 
-    def _other_tokens(self, view: BatchView, request: Request) -> Tensor:
-        """Generate the rest. Return all tokens, (B, max_new_tokens), padded with eos.
-
-        Once half of the batch is finished, only the unfinished sequences go on.
-        """
-        B, n, device = len(request.prefixes), request.max_new_tokens, view.token.device
-        tokens = torch.full((B, n), request.eos, device=device)
-        index = torch.arange(B, device=device)  # place of each sequence of the view in the B
-        interval = 4 if device.type == "cuda" else 1  # tokens between two checks, which sync
-        for i in range(n - 1):
+    def _other_tokens(self, view: BatchView, request: Request) -> None:
+        """Generate the rest. Once half of the batch is finished, the others go on alone."""
+        interval = 4 if view.done.device.type == "cuda" else 1  # tokens between checks, which sync
+        for i in range(request.max_new_tokens - 1):
             if i % interval == 0:
-                unfinished = (~view.done).nonzero()[:, 0]
-                if not len(unfinished):
-                    break
-                batch = self._batch_size(len(unfinished))
+                n_unfinished = int((~view.done).sum())
+                if n_unfinished == 0:
+                    return
+                batch = self._batch_size(n_unfinished)
                 if 2 * batch <= view.batch:
-                    tokens[index] = view.tokens[: len(index), :n]
-                    index = index[unfinished]
-                    view = self._shrink(view, unfinished, batch)
+                    view = self._shrink(view, batch)
             self._next_token(view, request)
-        tokens[index] = view.tokens[: len(index), :n]
-        return tokens
 
-    def _shrink(self, old: BatchView, unfinished: Tensor, batch: int) -> BatchView:
-        """Return a smaller batch whose first sequences are the unfinished ones, (n,)."""
-        new, n = self._view(batch, old.capacity), len(unfinished)
-        cache = old.cache.data[:, :, unfinished]  # a copy, since old and new share their memory
-        new.cache.data[:, :, :n] = cache
-        for name in ("hidden", "prev_embedding", "token", "tokens", "done"):
-            getattr(new, name)[:n] = getattr(old, name)[unfinished]
-        new.cache.lengths[:n] = old.cache.lengths[unfinished]
-        new.done[n:] = True
-        new.cache.lengths[n:] = 1
+    def _shrink(self, old: BatchView, batch: int) -> BatchView:
+        """Return a smaller batch of all unfinished sequences, filled up with finished ones."""
+        new, order = self._view(batch, old.capacity), old.done.int().argsort(stable=True)[:batch]
+        # indexing copies, since old and new share their memory
+        new.cache.data.copy_(old.cache.data[:, :, order])
+        new.cache.lengths.copy_(old.cache.lengths[order])
+        for name in ("hidden", "prev_embedding", "token", "place", "done"):
+            getattr(new, name).copy_(getattr(old, name)[order])
         new.span = old.span
         return new
 
