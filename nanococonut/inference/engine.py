@@ -232,10 +232,6 @@ class Engine:
         n_slots     most thoughts (or pauses, or other tokens) between question and answer
         """
         prefixes, _, forced = self._prompts(questions, 0)
-        if {len(row) for row in candidates} != {m := len(candidates[0])} or m == 0:
-            raise ValueError("candidates: expected as many answers for each question, at least one")
-        if len(candidates) != len(questions):
-            raise ValueError(f"{len(questions)} questions, but candidates of {len(candidates)}")
         tokenizer, mark = self.tokenizer, self.tokenizer.encode("###")
         answers = [
             [tokenizer.encode("### " + answer)[len(mark) :] for answer in row] for row in candidates

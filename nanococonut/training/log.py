@@ -62,7 +62,8 @@ class RunLog:
         self._live_line = console.status("")
 
     def __enter__(self) -> "RunLog":
-        self._live_line.start()
+        if console.is_terminal:
+            self._live_line.start()
         return self
 
     def __exit__(self, *_: object) -> None:
