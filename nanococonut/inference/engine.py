@@ -206,10 +206,11 @@ class Engine:
         candidates: Sequence[Sequence[str]],
         latent: int,
         edit: Edit | None = None,
+        mark: str = "###",
     ) -> Tensor:
         """Return the log-probability of each candidate answer, (B, m): the answer is forced.
 
-        "###" and the candidate follow the thoughts at once; no step is written between. A stop
+        The mark and the candidate follow the thoughts at once; no step is written between. A stop
         classifier is not asked.
 
         candidates  m answers of each question, as the model writes them
@@ -219,24 +220,29 @@ class Engine:
         if edit is not None:
             self._check_editable(latent)
         with self._eval_mode():
-            branch = self.branch(questions, candidates, latent)
+            branch = self.branch(questions, candidates, latent, mark)
             branch.think(latent, edit)
             return branch.answer()
 
     def branch(
-        self, questions: Sequence[str], candidates: Sequence[Sequence[str]], n_slots: int
+        self,
+        questions: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        n_slots: int,
+        mark: str = "###",
     ) -> Branch:
         """Return a Branch that has read the questions; the model must be in eval mode.
 
-        candidates  as in choose
+        candidates, mark  as in choose
         n_slots     most thoughts (or pauses, or other tokens) between question and answer
         """
         prefixes, _, forced = self._prompts(questions, 0)
-        tokenizer, mark = self.tokenizer, self.tokenizer.encode("###")
+        tokenizer, marked = self.tokenizer, self.tokenizer.encode(mark)
         answers = [
-            [tokenizer.encode("### " + answer)[len(mark) :] for answer in row] for row in candidates
+            [tokenizer.encode(f"{mark} {answer}")[len(marked) :] for answer in row]
+            for row in candidates
         ]
-        forced = [*forced, *mark]
+        forced = [*forced, *marked]
         longest = max(len(tokens) for row in answers for tokens in row)
         self._available(prefixes, forced, n_slots + longest - 1)
         pause = tokenizer.latent if self.curriculum.rules.thought_type == "pause" else None

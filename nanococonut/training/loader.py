@@ -198,7 +198,8 @@ class TrainLoader:
                 if length > block_size:
                     raise UserError(
                         f"it needs {length} positions with its thoughts, but "
-                        f"block_size={block_size}.\nUse a longer --block_size or shorter examples."
+                        f"block_size={block_size}.\nUse a longer --block_size, shorter examples or "
+                        "fewer thoughts."
                     )
                 fitting.append((example, tokenized))
             except UserError as e:  # also of a special token in the text

@@ -76,7 +76,6 @@ def test_config_file_saved_by_notepad_is_read(tmp_path):
         (["--method=coconot"], ["--method='coconot'", "Did you mean coconut?", "no_cot"]),
         (["--n_embd=10", "--n_head=3"], ["n_embd=10", "n_head=3", "multiple"]),
         (["--min_hops=7"], ["min_hops=7", "max_hops=6"]),
-        (["--c_thought=3", "--block_size=20"], ["18 thoughts", "block_size=20"]),
         (["--render=compact"], ["compact", "--tokenizer=words"]),
         (["--thought_labels=path"], ["thought_labels", "--render=compact", "=none"]),
         (["--task=gsm8k", "--thought_labels=frontier"], ["frontier", "gsm8k", "=path"]),
