@@ -41,7 +41,7 @@ def main() -> None:
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, dist)
-    print_data(config, loader, data)
+    print_data(loader, data)
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
@@ -60,7 +60,7 @@ def main() -> None:
     if config.resume:
         schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
-    log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
+    log = RunLog(run, schedule, state)  # metrics.jsonl is cut back to state.step
     log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)
     interrupt, stopping = Interrupt(dist.world), False
 

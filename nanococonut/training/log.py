@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nanococonut.config import TrainConfig
 from nanococonut.data.examples import Example
 from nanococonut.data.tasks import TASKS, Data
 from nanococonut.model import GPT
@@ -43,13 +42,11 @@ def require_tensorboard() -> None:
 class RunLog:
     """Logs every step and validation. As a context it shows a live line on a terminal."""
 
-    def __init__(
-        self, run: RunDir, config: TrainConfig, schedule: Schedule, state: TrainState
-    ) -> None:
-        self.run, self.config, self.schedule = run, config, schedule
+    def __init__(self, run: RunDir, schedule: Schedule, state: TrainState) -> None:
+        self.run, self.config, self.schedule = run, schedule.config, schedule
         self._metrics = run.open_metrics(state.step)
         self._writer = None
-        if config.tensorboard and run.dist.is_master:
+        if self.config.tensorboard and run.dist.is_master:
             from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
             # events of steps after the checkpoint are hidden: those steps are logged again
@@ -160,8 +157,9 @@ class RunLog:
             ) from None
 
 
-def print_data(config: TrainConfig, loader: TrainLoader, data: Data) -> None:
+def print_data(loader: TrainLoader, data: Data) -> None:
     """Print what the config does not tell: skipped, downloaded, held-out and repeated examples."""
+    config = loader.config
     n_val = sum(map(len, loader.val_splits.values()))
     if data.skipped:
         n_all = loader.n_examples + n_val + len(data.skipped)
