@@ -79,13 +79,13 @@ class KernelCase:
 
 
 def plain_append(
-    x: Tensor, ln_w: Tensor, ln_b: Tensor, w: Tensor, b: Tensor, k: Tensor, v: Tensor, n: Tensor
+    x: Tensor, ln_w: Tensor, ln_b: Tensor, w: Tensor, b: Tensor, cache: Tensor, n: Tensor
 ) -> Tensor:
-    B, nh, _, hs = k.shape
+    _, B, nh, _, hs = cache.shape
     qkv = F.linear(F.layer_norm(x, x.shape[-1:], ln_w, ln_b), w, b).view(B, 3, nh, hs)
     b_idx = torch.arange(B, device=x.device)
-    k[b_idx, :, n] = qkv[:, 1]
-    v[b_idx, :, n] = qkv[:, 2]
+    cache[0, b_idx, :, n] = qkv[:, 1]
+    cache[1, b_idx, :, n] = qkv[:, 2]
     return qkv[:, 0]
 
 
@@ -123,8 +123,8 @@ def cases(
         return torch.full((B,), value, device=device)
 
     n_numbers = 3 * C * C + 5 * C + 4 * B * C
-    cache = [randn(B, nh, T, hs), randn(B, nh, T, hs)]
-    args = [randn(B, C), randn(C), randn(C), randn(3 * C, C), randn(3 * C), *cache, full(T - 1)]
+    cache = randn(2, B, nh, T, hs)
+    args = [randn(B, C), randn(C), randn(C), randn(3 * C, C), randn(3 * C), cache, full(T - 1)]
     yield KernelCase("append", append, plain_append, args, n_numbers, shape)
 
     n_numbers = 4 * C * C + C + 6 * B * C
@@ -143,7 +143,7 @@ def cases(
     args = [randn(V, C), tokens, randn(T, C), full(1), randn(B, C)]
     yield KernelCase("embed", embed, embed_ref, args, 3 * B * C, shape)
 
-    workspace = SplitWorkspace.allocate(B, nh, T, hs, torch.device(device))
+    workspace = SplitWorkspace(B, nh, T, hs, torch.device(device))
     attention, n_numbers = partial(latent_attention, workspace=workspace), 2 * B * C * (T + 1)
     args = [randn(B, nh, hs), *cache, full(T)]
     yield KernelCase("latent_attention", attention, plain_attention, args, n_numbers, shape)
@@ -153,16 +153,15 @@ def training_cases(
     config: KernelsConfig, batch: int, device: str, dtype: torch.dtype
 ) -> Iterator[KernelCase]:
     """Yield the kernels of training, with their backward."""
-    from kernels.latent_attention import SplitWorkspace
     from kernels.linear_cross_entropy import linear_cross_entropy
     from kernels.prefix_attention import PrefixBuffers, prefix_attention
 
     B, C, T, V, nh = batch, config.n_embd, config.context, config.vocab_size, config.n_head
     P, hs, randn = config.positions, C // nh, partial(scaled_randn, device=device, dtype=dtype)
-    workspace = SplitWorkspace.allocate(B, nh, T, hs, torch.device(device))
+    buffers = PrefixBuffers(B, nh, T, hs, torch.device(device))
 
     def attention(*args: Tensor) -> Tensor:
-        return prefix_attention(*args, PrefixBuffers(workspace))[0]
+        return prefix_attention(*args, buffers)[0]
 
     qkv = [randn(B, nh, hs), randn(B, nh, T, hs), randn(B, nh, T, hs)]
     args = [*(t.requires_grad_() for t in qkv), torch.full((B,), T, device=device)]
@@ -170,7 +169,7 @@ def training_cases(
     yield KernelCase("prefix_attention", attention, plain_attention, args, n_numbers, shape)
 
     def cross_entropy(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(h, w, targets, P)[0]
+        return linear_cross_entropy(h, w, targets)[0]
 
     if batch == parse_ints("--batches", config.batches)[0]:  # its size is not the batch
         args = [randn(P, C).requires_grad_(), randn(V, C).requires_grad_()]

@@ -105,7 +105,8 @@ class TrainStep:
             batch = batch.padded(padded_B, prefix, suffix, n_thoughts, n_labels)
             count_mask = F.pad(count_mask, (0, padded_B - B))
         if self.device.type == "cuda":  # copies from pinned memory do not block the host
-            return MicroBatch(batch.pinned(), count_mask.pin_memory(), scale.pin_memory())
+            pinned = batch.map(Tensor.pin_memory)
+            return MicroBatch(pinned, count_mask.pin_memory(), scale.pin_memory())
         return MicroBatch(batch, count_mask, scale)
 
     def __call__(self, micro_batch: MicroBatch) -> None:
