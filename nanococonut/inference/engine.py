@@ -285,13 +285,11 @@ class Engine:
 
     def _check_editable(self, latent: int) -> None:
         """Raise UserError if there is no thought that `edit` could change."""
-        if self.curriculum.rules.thought_type == "pause":
+        if latent < 1 or self.curriculum.rules.thought_type == "pause":
             raise UserError(
-                "edit: pauses are tokens, nothing is fed back.\nExchange their keys and values: "
-                "Engine.branch gives a Branch with slots() and put()."
+                "edit: there are no thoughts to edit; pauses are tokens.\n"
+                "Use latent=1 or more. For pauses: Engine.branch, whose slots can be exchanged."
             )
-        if latent < 1:
-            raise UserError("edit: there are no thoughts to edit.\nUse latent=1 or more.")
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
