@@ -8,8 +8,9 @@
 
 The last form is for a released checkpoint, or any other GPT-2's weights without a run.
 Answers are generated greedily. The number of thoughts is the checkpoint's own, or --latent; --sweep
-evaluates with 0, 1, ... up to it. Generated splits have graphs of the size that the checkpoint was
-trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/categories.py).
+evaluates with 0, 1, ... up to it, then lets each example stop once the head's best token repeats.
+Generated splits have graphs of the size that the checkpoint was trained on. ProsQA's texts are also
+sorted into the paper's categories (evaluation/categories.py).
 --out appends a result for each number of thoughts; the last line is JSON.
 """
 
@@ -38,6 +39,7 @@ from nanococonut.evaluation.accuracy import (
     is_capped,
     score,
     thoughts_as_trained,
+    thoughts_until_repeat,
 )
 from nanococonut.evaluation.categories import category_fractions
 from nanococonut.inference.engine import Engine
@@ -198,8 +200,16 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     if config.latent is None and is_capped(engine):
         counts = thoughts_as_trained(engine, manifest["stage"], examples)
         print("note: as in training, examples with fewer steps have fewer thoughts")
-    for n in range(n_thoughts + 1) if config.sweep else [n_thoughts]:
-        s = score(engine, examples, [min(n, count) for count in counts], config.batch_size, longest)
+    numbers = range(n_thoughts + 1) if config.sweep else [n_thoughts]
+    runs = [(n, [min(n, count) for count in counts], {}) for n in numbers]
+    # without a rule of its own, and if thoughts are fed back
+    can_stop = not engine.model.config.stop and min(counts) == n_thoughts > 0
+    can_stop &= engine.curriculum.rules.thought_type not in ("", "pause")
+    if config.sweep and can_stop:
+        counts = thoughts_until_repeat(engine, examples, n_thoughts, config.batch_size)
+        runs.append((n_thoughts, counts, {"stop": "the readout repeats"}))
+    for n, counts, rule in runs:
+        s = score(engine, examples, counts, config.batch_size, longest)
         own = {"generated_tokens": round(s.generated_tokens, 2)}
         own["thoughts_taken"] = round(s.thoughts, 2)  # fewer than n if a classifier stops them
         own["by_steps"] = by_steps(examples, s.correct)
@@ -210,13 +220,13 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         results.add(
             "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,
             spread={"ci_low": round(low, 4), "ci_high": round(high, 4)},
-            examples=len(examples), thoughts=n,
+            examples=len(examples), thoughts=n, **rule,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
         fractions = own.get("categories", {})
         if s.released_accuracy != s.accuracy:
-            rule = 'by the released code\'s rule (after the last "#", without commas)'
-            fractions = {rule: s.released_accuracy} | fractions
+            label = 'by the released code\'s rule (after the last "#", without commas)'
+            fractions = {label: s.released_accuracy} | fractions
         for label, fraction in fractions.items():
             print(f"  {fraction:6.1%} {label}")
     for rule, fraction in shortcuts.items():

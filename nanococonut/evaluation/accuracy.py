@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -158,6 +159,22 @@ def score(
         geometry=thought_geometry(out.thoughts),
         released_accuracy=sum(map(is_correct_as_released, texts, answers)) / n,
     )
+
+
+@torch.no_grad()
+def thoughts_until_repeat(
+    engine: Engine, examples: Sequence[Example], n_thoughts: int, batch_size: int = 100
+) -> list[int]:
+    """Return for each example after how many thoughts the head's best token stays the same: a rule
+    that could end the thoughts without training. At least 1, at most n_thoughts."""
+    counts: list[int] = []
+    for start in range(0, len(examples), batch_size):
+        questions = [x["question"] for x in examples[start : start + batch_size]]
+        thoughts = engine.generate(questions, n_thoughts, max_new_tokens=1).thoughts
+        tokens = engine.model.head(thoughts).argmax(-1)  # (B, n): after 0, 1, ..., n - 1 thoughts
+        repeats = F.pad(tokens[:, 1:] == tokens[:, :-1], (0, 1), value=True)  # (B, n)
+        counts += (repeats.int().argmax(1) + 1).tolist()
+    return counts
 
 
 def evaluate_splits(

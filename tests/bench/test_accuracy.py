@@ -59,8 +59,10 @@ def test_all_fractions_are_shown_as_percentages(accuracy):
 def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
     code, out, err = accuracy("--data=prosqa_balanced", "--n=40", "--sweep", "--latent=3")
     assert (code, err) == (0, "")
-    rows = rows_of(out)
+    *rows, stopped = rows_of(out)
     assert [r["shape"]["thoughts"] for r in rows] == [0, 1, 2, 3]
+    assert stopped["labels"]["stop"] == "the readout repeats"
+    assert 1 <= stopped["detail"]["thoughts_taken"] <= 3
     for row in rows:
         assert tuple(row["detail"]["categories"]) == CATEGORIES
         for name, fraction in row["detail"]["categories"].items():
