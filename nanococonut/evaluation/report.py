@@ -1,6 +1,6 @@
 """Run the seven tests on a model, and write down what they show.
 
-bench/common/page.py says what each part of a row looks like.
+page.py says what each part of a row looks like.
 """
 
 from collections.abc import Callable, Iterator

@@ -31,7 +31,7 @@ def question_views(
 
 
 def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
-    """Return the view of a question after 0, 1, ... n thoughts, as bench/common/page.py draws it.
+    """Return the view of a question after 0, 1, ... n thoughts, as page.py draws it.
 
     With a twin, also with the twin's thoughts in the question's slots. UserError if the text is
     not a ProsQA question.
