@@ -10,7 +10,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.interchange import Figures, figure, mean_figure
+from nanococonut.evaluation.interchange import Figures, chosen, mean_figure
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -190,13 +190,8 @@ def readout(
     base, write = f.base[index], {"thought": t, "distance": d, "factor": answers["factor"]}
 
     def points(labels: dict[str, str], column: int) -> list[dict[str, Any]]:
-        found = []
-        for name, label in labels.items():
-            log_p = answers[name]
-            where = base & ~log_p[:, 0].isnan()
-            if x := figure(log_p.argmax(1) == column, where, log_p):
-                found.append({"id": name, "label": label} | x)
-        return found
+        figures = {name: chosen(answers[name], column, base) for name in labels}
+        return [{"id": name, "label": labels[name]} | x for name, x in figures.items() if x]
 
     write["points"] = points(WRITTEN, 1)
     write["erase"] = points(ERASED, 0)

@@ -11,7 +11,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.interchange import count
+from nanococonut.evaluation.insight import count
 from nanococonut.evaluation.pairs import Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.inference.steps import Branch, Slots
