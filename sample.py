@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from bench.common.page import view_page
 from nanococonut import Engine
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, is_correct, split_answer
@@ -30,6 +29,7 @@ from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import held_out_examples, is_capped, thoughts_as_trained
 from nanococonut.evaluation.interchange import NOUNS, kind_of
+from nanococonut.evaluation.page import view_page
 from nanococonut.evaluation.probe import concept_probabilities
 from nanococonut.evaluation.view import question_view
 from nanococonut.ops import BACKENDS

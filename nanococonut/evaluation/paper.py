@@ -58,7 +58,7 @@ def _categories(engine: Engine, examples: Sequence[Example], numbers: Sequence[i
         s = score(engine, examples, k, max_new_tokens=config.max_new_tokens)
         for name, p in category_fractions(examples, s.texts, k, config.render).items():
             rows[name].append({"value": round(p, 3), "n": s.n})
-        rows["accuracy"].append(fraction(s.correct))
+        rows["accuracy"].append(fraction(torch.tensor(s.correct)))
     cells = [{"label": name, "cells": row} for name, row in rows.items()]
     return {"columns": list(numbers), "rows": cells, "note": f"{len(examples)} graphs."}
 

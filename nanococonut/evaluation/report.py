@@ -1,20 +1,28 @@
 """Run the seven tests on a model, and write down what they show.
 
-bench/common/page.py says what each part of a row looks like.
+page.py says what each part of a row looks like.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanococonut.evaluation import insight
-from nanococonut.evaluation.insight import Finding, decided
-from nanococonut.evaluation.interchange import NOUNS, Figures, figure, kind_of, tables
+from nanococonut.evaluation.insight import Finding, count, decided
+from nanococonut.evaluation.interchange import NOUNS, Figures, fraction, kind_of
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
 from nanococonut.evaluation.readout import readout, words_by_step
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 Row = dict[str, Any]  # name, verdict, findings, ... of one model
+LABELS = {
+    "mean": "averaged over questions",
+    "unrelated": "of an unrelated question",
+    "half": "the first half of the twin's",
+    "same_other": "same question, other options",
+    "other_other": "the twin, other options",
+    "twin": "of the twin",
+}
 
 
 def measure(
@@ -48,7 +56,7 @@ def measure(
         "warnings": [],
     }
     q = p if plain is not None and plain.has_twins else f
-    one, both = figure(q.right ^ q.twin_right, q.asked), figure(q.right & q.twin_right, q.asked)
+    one, both = (fraction(x[q.asked]) for x in (q.right ^ q.twin_right, q.right & q.twin_right))
     shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
 
@@ -131,3 +139,30 @@ def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
     if engine.model.config.stop:
         n = engine.manifest["n_thoughts"]
         yield f"The stop classifier was not asked: all questions have {n} thoughts."
+
+
+def tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
+    """Return scale: flips by donor. Of thoughts also accuracy by their number, and flips by slot.
+
+    plain    figures of questions as in training (None: none)
+    trained  thoughts in training
+    """
+    labels = LABELS | ({"mean": "none at all"} if "half" in f.cells else {})  # a written chain
+    flips = {name: f.flips(name) for name in LABELS}
+    tables = {"scale": [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]}
+    columns = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
+    slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
+    if len(columns) < 2:
+        return tables
+    accuracy, moved = [], []
+    if plain is not None:
+        cells = [plain.accuracy(f"k{k}", plain.every) for k in columns]
+        accuracy.append({"label": "plain", "cells": cells})
+    for h in f.steps:
+        label, same = count(h, "step"), f.groups == h
+        cells = [f.accuracy(f"k{k}", same) for k in columns]
+        accuracy.append({"label": label, "cells": cells})
+        cells = [f.flips(f"slot{j}", f.right & f.twin_right & same) for j in slots]
+        moved.append({"label": label, "cells": cells})
+    tables["accuracy"] = {"columns": columns, "trained": trained, "rows": accuracy}
+    return tables | {"slots": {"columns": slots, "rows": moved}}

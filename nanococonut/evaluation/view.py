@@ -11,7 +11,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.interchange import count
+from nanococonut.evaluation.insight import count
 from nanococonut.evaluation.pairs import Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.inference.steps import Branch, Slots
@@ -25,48 +25,47 @@ def question_views(
     """Return the views of n questions: the first of each depth, then the first wrong ones."""
     first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
     chosen = first + [i for i, x in enumerate(right) if not x and i not in first]
-    return [
-        question_view(engine, pairs.examples[i], engine.manifest["n_thoughts"]) for i in chosen[:n]
-    ]
+    n_thoughts = engine.manifest["n_thoughts"]
+    return [question_view(engine, pairs.examples[i], n_thoughts) for i in chosen[:n]]
 
 
 def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
-    """Return the view of a question after 0, 1, ... n thoughts, as bench/common/page.py draws it.
+    """Return the view of a question after 0, 1, ... n thoughts, as page.py draws it.
 
     With a twin, also with the twin's thoughts in the question's slots. UserError if the text is
     not a ProsQA question.
     """
     edges, entity, options = parse_question(example["question"])
-    nodes = list(dict.fromkeys(node for edge in edges for node in edge))
+    nodes = list(dict.fromkeys(chain.from_iterable(edges)))
     children = {child for _, child in edges}
-    roots = [node for node in nodes if node not in children] or [entity]
-    steps = [reachable(edges, root) for root in roots]
+    steps = [reachable(edges, x) for x in nodes if x not in children] or [reachable(edges, entity)]
     answer = parse_sentence(example["answer"])[1] if example["answer"] else None
-    twin = TASKS["prosqa"].twin(example) if answer else None
-    own = reachable(edges, entity)
+    own, twin = reachable(edges, entity), TASKS["prosqa"].twin(example) if answer else None
     depth = f"{count(own[answer], 'step')}: " if answer in own else ""
-    view: dict[str, Any] = {
+    branch, states, _ = _states(engine, example["question"], nodes, n)
+    other = swapped = None
+    if twin:
+        other = nodes.index(parse_question(twin["question"]).entity)
+        donor, swapped, slots = _states(engine, twin["question"], nodes, n)
+        if torch.equal(branch.start, donor.start):
+            for state, content in zip(swapped, slots, strict=True):
+                branch.restart().put(content)
+                state["answer"] = _answer(branch)
+        else:  # keys and values have other positions
+            swapped = None
+    return {
         "title": f"{depth}{entity}, {options[0]} or {options[1]}",
         "question": f"Is {entity} a {options[0]} or {options[1]}?",
         "nodes": nodes,
         "levels": [min(s.get(node, len(nodes)) for s in steps) for node in nodes],
         "edges": [[nodes.index(a), nodes.index(b)] for a, b in edges],
         "entity": nodes.index(entity) if entity in nodes else None,
-        "other": None,
+        "other": other,
         "candidates": list(options),
         "answer": answer,
-        "swapped": None,
+        "states": states,
+        "swapped": swapped,
     }
-    branch, view["states"], _ = _states(engine, example["question"], nodes, n)
-    if twin:
-        view["other"] = nodes.index(parse_question(twin["question"]).entity)
-        donor, states, slots = _states(engine, twin["question"], nodes, n)
-        if torch.equal(branch.start, donor.start):  # else keys and values have other positions
-            view["swapped"] = [
-                state | {"answer": _answer(branch, donor_slots)}
-                for state, donor_slots in zip(states, slots, strict=True)
-            ]
-    return view
 
 
 @torch.no_grad()
@@ -75,38 +74,32 @@ def _states(
 ) -> tuple[Branch, list[State], list[Slots]]:
     """Return the question's branch, and the state and slots after each number of thoughts."""
     edges, entity, options = parse_question(question)
-    examples = [
-        Example(question=question, steps=[], answer=f"{entity} is a {option}.")
-        for option in options
-    ]
+    answers = [f"{entity} is a {option}." for option in options]
+    examples = [Example(question=question, steps=[], answer=answer) for answer in answers]
     rendered = TASKS["prosqa"].render(examples, engine.config.render)
-    candidates = [x["answer"] for x in rendered]
-    branch = engine.branch([question], [candidates], n)
+    branch = engine.branch([question], [[x["answer"] for x in rendered]], n)
     names = [engine.tokenizer.encode(" " + node) for node in nodes]
     facts = _fact_tokens(engine, rendered[0]["question"], len(edges))
-    attention: list[Tensor] = []
+    queries: list[Tensor] = []
     layer = engine.model.h[0].attn
-    hook = layer.c_attn.register_forward_hook(lambda _, x, qkv: attention.append(qkv))
+    hook = layer.c_attn.register_forward_hook(lambda _, x, qkv: queries.append(qkv.chunk(3, -1)[0]))
     states, slots = [], []
     for k in range(n + 1):
+        if k:
+            branch.think(1)
         state: State = {"p": None, "attention": None}
         if k and all(len(t) == 1 for t in names):  # else none can be named at once
             p = engine.model.head(branch.thoughts[-1]).float().softmax(-1)[0]
             state["p"] = [round(float(p[t[0]]), 3) for t in names]
         if k and facts:
-            state["attention"] = _attention(branch, attention[-1], layer.n_head, facts)
-        state["answer"] = _answer(branch)  # last: it attends, too
-        states.append(state)
+            state["attention"] = _attention(branch, queries[-1].view(layer.n_head, -1), facts)
         slots.append(branch.slots(k))
-        if k < n:
-            branch.think(1)
+        states.append(state | {"answer": _answer(branch)})  # last: it attends, too
     hook.remove()
     return branch, states, slots
 
 
-def _answer(branch: Branch, slots: Slots | None = None) -> list[float]:
-    if slots is not None:
-        branch.restart().put(slots)
+def _answer(branch: Branch) -> list[float]:
     return [round(p, 3) for p in branch.answer()[0].exp().tolist()]
 
 
@@ -119,11 +112,8 @@ def _fact_tokens(engine: Engine, prompt: str, n_facts: int) -> list[tuple[int, i
     return list(pairwise(accumulate(map(len, facts), initial=0)))
 
 
-def _attention(
-    branch: Branch, qkv: Tensor, n_head: int, facts: list[tuple[int, int]]
-) -> list[float]:
-    """Return what the newest position attends to in the first layer: its weight on each fact."""
-    q = qkv.view(3, n_head, -1)[0]  # (nh, hs)
+def _attention(branch: Branch, q: Tensor, facts: Sequence[tuple[int, int]]) -> list[float]:
+    """Return the weight of each fact in the first layer, for the newest position's q (nh, hs)."""
     keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
     weights = (keys @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5  # (nh, T)
     weights = weights.softmax(-1).mean(0)

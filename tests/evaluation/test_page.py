@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.common.page import render, sentence, view_page
+from nanococonut.evaluation.page import render, sentence, view_page
 
 BROWSERS = "chromium-headless-shell", "chromium", "google-chrome"
 

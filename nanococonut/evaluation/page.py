@@ -152,8 +152,8 @@ def _layout(question: Row) -> Row:
 
 
 def _view(row: Row) -> str:
-    words = {"noun": row["noun"], "one": SINGULAR[row["noun"]]}
     questions = [_layout(question) for question in row["view"]]
+    words = row | {"one": SINGULAR[row["noun"]]}
     data = json.dumps({"one": words["one"], "view": questions}, separators=(",", ":"))
     for sign in "<>&":  # so that no name ends the script
         data = data.replace(sign, f"\\u{ord(sign):04x}")
@@ -186,46 +186,45 @@ def _findings(row: Row, against: Row) -> str:
     return f"<ol>{items}</ol>\n"
 
 
-def _scale(row: Row, against: Row, words: Row) -> str:
+def _scale(row: Row, against: Row) -> str:
     controls = {point["id"]: point for point in against.get("scale") or ()}
     points = []
     for point in row["scale"]:
         points.append(point)
-        if point["id"] in controls:
-            label = f"… of {against['name']}"
-            points.append(controls[point["id"]] | {"id": "control", "label": label})
+        if control := controls.get(point["id"]):
+            points.append(control | {"id": "control", "label": f"… of {against['name']}"})
     drawing = _points(points, ("0\xa0%: ignored", "50\xa0%: destroyed", "100\xa0%: carried"))
     lines = [(point["label"], _cell(point)) for point in points]
-    title = f"Whose {words['noun']} does the answer follow?"
-    return _figure(title, _fill("scale", words), drawing, lines)
+    title = f"Whose {row['noun']} does the answer follow?"
+    return _figure(title, _fill("scale", row), drawing, lines)
 
 
-def _write(write: Row, words: Row) -> str:
+def _write(row: Row) -> str:
+    write, words = row["write"], row | row["write"]
     drawing = _points(write["points"], ("0\xa0%: no change", "50\xa0%", "100\xa0%: rewritten"))
     if erase := write.get("erase") or []:
         ends = ("0\xa0%", "50\xa0%: chance", "100\xa0%: unharmed")
-        drawing += f"<p>{_fill('erase', words | write)}</p>{_points(erase, ends)}"
+        drawing += f"<p>{_fill('erase', words)}</p>{_points(erase, ends)}"
     lines = [[point["label"], _cell(point)] for point in (*write["points"], *erase)]
-    return _figure("Can they be written by hand?", _fill("write", words | write), drawing, lines)
+    return _figure("Can they be written by hand?", _fill("write", words), drawing, lines)
 
 
-def _names(names: Row, words: Row) -> str:
-    labels, grids = [*(str(i + 1) for i in range(len(names["mass"]))), "nodes"], []
+def _names(row: Row) -> str:
+    names, grids = row["names"], []
     for side, who in (("own", "the entity asked about"), ("other", "the other entity")):
-        bars = zip(labels, [*names[side], names[f"base_{side}"]], strict=True)
-        rows = [{"label": label, "cells": [{"value": v} for v in bar]} for label, bar in bars]
-        for row, mass in zip(rows, names["mass"], strict=False):
-            row["cells"].append({"value": mass})
+        bars = [[*bar, mass] for bar, mass in zip(names[side], names["mass"], strict=True)]
+        bars = dict(enumerate(bars, 1)) | {"nodes": names[f"base_{side}"]}
+        rows = [{"label": str(x), "cells": [{"value": v} for v in bars[x]]} for x in bars]
         grid = {"columns": [*names["distances"], "mass"], "rows": rows, "grey": 2}
         grids.append((f"steps from {who}", grid, ()))
-    return _heats("What do they name?", _fill("names", words | {"n": f"{names['n']:,}"}), grids)
+    return _heats("What do they name?", _fill("names", row | {"n": f"{names['n']:,}"}), grids)
 
 
 def render(row: Row) -> str:
     """Return the page of a row as HTML. Its "against" is a control's row, drawn in grey."""
-    against = row.get("against") or {}
-    noun, is_chain = row["noun"], row["noun"] == "written chain"
-    words = {"noun": noun, "one": SINGULAR[noun]}
+    against, noun = row.get("against") or {}, row["noun"]
+    is_chain = noun == "written chain"
+    row = row | {"one": SINGULAR[noun]}  # for the captions, like noun
     title = f"{'Does' if is_chain else 'Do'} the {noun} of {escape(row['name'])} do anything?"
     about = [row.get("method"), row.get("task")]
     about += [f"{row[key]:,} {key}" for key in ("thoughts", "parameters") if row.get(key)]
@@ -235,20 +234,21 @@ def render(row: Row) -> str:
     body.append(_findings(row, against))
     body += [f'<p class="dim">{escape(line)}</p>' for line in row.get("warnings") or ()]
     body.append('<div class="pair">')
-    body += [_scale(row, against, words)] if row.get("scale") else []
+    body += [_scale(row, against)] if row.get("scale") else []
     count = "How much of it?" if is_chain else f"How many {noun}?"
     for key, question in (("accuracy", count), ("slots", "Which one carries it?")):
         if grid := row.get(key):
-            figures = {name: _cell(grid.get(name), ("lo", "n")) for name in ("free", "wrote_chain")}
-            text = _fill(key, words) + (_fill("free", words | figures) if figures["free"] else "")
+            text = _fill(key, row)
+            if grid.get("free"):
+                free = {name: _cell(grid[name], ("lo", "n")) for name in ("free", "wrote_chain")}
+                text += _fill("free", row | free)
             grids = [(row["name"] if against else "", grid, STYLES[key])]
             if against.get(key):
                 grids.append((against["name"], against[key], ("x", *STYLES[key][1:])))
             body.append(_heats(question, text, grids))
-    body += [_write(row["write"], words)] if row.get("write") else []
+    body += [_write(row)] if row.get("write") else []
     body.append("</div>\n")
-    body += [_names(row["names"], words)] if row.get("names") else []
-    body += [_view(row)] if row.get("view") else []
+    body += [draw(row) for key, draw in (("names", _names), ("view", _view)) if row.get(key)]
     if paper := row.get("paper"):
         body.append(TEXT["paper"] + '<div class="pair">')
         for key, grid in paper.items():
@@ -256,4 +256,4 @@ def render(row: Row) -> str:
             body.append(_heats(f"Figure {key[-1]}", text, [("", grid, ())]))
         body.append("</div>\n")
     lines = [["checkpoint", row.get("checkpoint")], *row["provenance"].items()]
-    return "".join([*body, _fill("reading", words), _table(lines, "about"), TEXT["tail"]])
+    return "".join([*body, _fill("reading", row), _table(lines, "about"), TEXT["tail"]])
