@@ -18,6 +18,7 @@ from nanococonut.inference.engine import Engine
 from nanococonut.inference.steps import Slots
 
 Cells = dict[str, Tensor]  # intervention -> log-probability of each candidate, (N, m)
+Content = Slots | list[list[int]]  # of the slots of B questions: thoughts, or written tokens
 Figure = dict[str, Any]  # value, lo, hi, n and, of answers, mass: their mean probability
 
 NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
@@ -37,28 +38,17 @@ def n_slots(engine: Engine) -> int:
     return engine.config.max_new_tokens if is_chain else engine.manifest["n_thoughts"]
 
 
-@dataclass
-class Content:
-    """Slot contents of B questions: the tokens of a chain; else keys, values and inputs."""
-
-    tokens: list[list[int]] | None = None
-    slots: Slots | None = None
-    inputs: Tensor | None = None  # (B, n, C)
-
-    def take(self, index: list[int]) -> "Content":
-        """Return the content of other questions of the batch."""
-        if self.tokens is not None:
-            return Content([self.tokens[i] for i in index])
-        return self.map(lambda x: x[index])
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Content":
-        return Content(slots=self.slots.map(fn), inputs=fn(self.inputs))
+def take(content: Content, index: list[int]) -> Content:
+    """Return the slot contents of other questions of the batch."""
+    if isinstance(content, Slots):
+        return content.map(lambda x: x[index])
+    return [content[i] for i in index]
 
 
 class Batch:
     """Questions that were read once; their slots can be filled again and again.
 
-    content  of their own slots
+    content  of their own slots (None: the method has none)
     cells    answers as they are, see interchange
     use_kv   exchange keys and values; else inputs, from which all else is computed
     """
@@ -68,50 +58,49 @@ class Batch:
         n: int, extra: int = 0,
     ) -> None:  # fmt: skip
         """extra: thoughts to sweep after the n trained ones."""
-        self.n, self.content, self.use_kv = n, Content(), True
+        self.n, self.content, self.use_kv = n, None, True
         self.branch = b = engine.branch(questions, candidates, n + extra)
         self.cells = {"k0": b.answer()}
         if kind_of(engine) == "chain":
             mark, out = engine.tokenizer.encode("###")[0], engine.generate(questions, 0, n)
-            self.content.tokens = [t[: t.index(mark)] if mark in t else t for t in out.tokens]
+            self.content = [t[: t.index(mark)] if mark in t else t for t in out.tokens]
             self.cells["own"] = self.answer(self.content)
             return
         for k in range(1, n + extra + 1):
             b.think(1)
             self.cells[f"k{k}"] = b.answer()
             if k == n:
-                self.content = Content(slots=b.slots(n), inputs=torch.stack(b.inputs, 1))
+                self.content = b.slots(n)
         if b.thoughts:
             self.cells["thoughts"] = torch.stack(b.thoughts, 1)  # (B, n + extra, C)
         self.cells["own"] = self.cells[f"k{n}"]
 
     def answer(self, content: Content, only: Sequence[int] | None = None) -> Tensor:
         """Return the answers (B, m) with this content in all slots, or in only some."""
-        b, own = self.branch.restart(), self.content
-        if content.tokens is not None:
-            b.write(content.tokens)
+        b, only = self.branch.restart(), range(self.n) if only is None else only
+        if not isinstance(content, Slots):
+            b.write(content)
         elif self.use_kv:
-            b.put(content.slots if only is None else own.slots)
-            if only is not None:
-                b.put(content.slots, only)
+            b.put(self.content)
+            b.put(content, only)
         else:
-            sources = [content if only is None or i in only else own for i in range(self.n)]
-            b.think(self.n, lambda i, fed: sources[i].inputs[:, i])
+            b.think(self.n, lambda i, _: (content if i in only else self.content).inputs[i])
         return b.answer()
 
     def exchange(self, twin: "Batch", mean: Content, c_thought: int) -> Cells:
         """Return the answers with the slots of others, see interchange."""
         B = len(self.branch)
-        cells = {"mean": self.answer(mean.take([0] * B)), "twin": self.answer(twin.content)}
+        cells = {"by_inputs": torch.full((B, 1), float(not self.use_kv))}
+        contents = {"mean": take(mean, [0] * B), "twin": twin.content}
         if B > 1:
-            cells["unrelated"] = self.answer(self.content.take([*range(1, B), 0]))
-        if chains := twin.content.tokens:
-            cells["half"] = self.answer(Content([t[: len(t) // 2] for t in chains]))
-        else:
+            contents["unrelated"] = take(self.content, [*range(1, B), 0])
+        if isinstance(twin.content, Slots):
             for i in range(0, self.n, c_thought):
                 step = range(i, i + c_thought)
                 cells[f"slot{i // c_thought + 1}"] = self.answer(twin.content, step)
-        return cells | {"by_inputs": torch.full((B, 1), float(not self.use_kv))}
+        else:
+            contents["half"] = [tokens[: len(tokens) // 2] for tokens in twin.content]
+        return cells | {name: self.answer(content) for name, content in contents.items()}
 
 
 def interchange(
@@ -121,7 +110,6 @@ def interchange(
     candidates: Sequence[Sequence[str]],
     donors: Mapping[str, Sequence[str | None]] | None = None,
     groups: Sequence[int] = (),
-    full: bool = True,
     extra: int = 0,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Cells:
@@ -136,11 +124,10 @@ def interchange(
     candidates  answers of each question: its own, then its twin's, then any others
     donors      name -> further questions whose slots are tried (None: NaN), each under its name
     groups      a number for each question: only questions of one group are unrelated donors
-    full        False: own, k and twin_own only
     extra       thoughts to sweep after the trained ones
     """
-    kind, config, N, n = kind_of(engine), engine.model.config, len(questions), n_slots(engine)
-    groups, out, done = groups or [0] * N, {}, 0
+    config, N, n, out = engine.model.config, len(questions), n_slots(engine), {}
+    groups, kind = groups or [0] * N, kind_of(engine)
     texts = [engine.render(q) if engine.render else q for q in questions]
     n_tokens = [len(engine.tokenizer.encode(text)) for text in texts]
     order = sorted(range(N), key=lambda i: (groups[i], n_tokens[i]))
@@ -151,26 +138,26 @@ def interchange(
         texts = [texts[i] or questions[i] for i in index]
         return Batch(engine, texts, [candidates[i] for i in index], n, extra)
 
-    mean = Content([[]])
-    if full and kind in ("thought", "pause"):
-        own = batch(order[:: -(-N // size)], questions).content
-        mean = own.map(lambda x: x.mean(0, keepdim=True))
-    for index in in_batches(order, groups, size):
+    mean: Content = [[]]
+    if kind in ("thought", "pause"):
+        some = batch(order[:: -(-N // size)], questions)
+        mean = some.content.map(lambda x: x.mean(0, keepdim=True))
+    batches = in_batches(order, groups, size)
+    for i_batch, index in enumerate(batches):
         row, twin = batch(index, questions, extra), batch(index, twins)
         part = row.cells | {"twin_own": twin.cells["own"]}
-        if full and kind != "none":
+        if kind != "none":
             row.use_kv = kind == "pause" or torch.equal(row.branch.start, twin.branch.start)
             part |= row.exchange(twin, mean, engine.curriculum.c_thought)
-            for name, others in (donors or {}).items():
-                if known := [j for j, i in enumerate(index) if others[i] is not None]:
-                    answers = row.answer(batch(index, others).content)
-                    part[name] = torch.full_like(answers, torch.nan)
-                    part[name][known] = answers[known]
+        for name, others in (donors or {}).items():
+            if known := [j for j, i in enumerate(index) if others[i] is not None]:
+                answers = row.answer(batch(index, others).content)
+                part[name] = torch.full_like(answers, torch.nan)
+                part[name][known] = answers[known]
         for name, value in part.items():
             value = value.float().cpu()
             out.setdefault(name, torch.full((N, *value.shape[1:]), torch.nan))[index] = value
-        done += len(index)
-        progress(done / N)
+        progress((i_batch + 1) / len(batches))
     return out
 
 

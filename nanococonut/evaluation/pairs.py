@@ -69,7 +69,7 @@ class Pairs:
     def figures(self, engine: Engine, **options: Any) -> Figures:
         """Run an interchange; see there for the options."""
         both, donors = list(zip(self.examples, self.twins, strict=True)), {}
-        if self.twinned and kind_of(engine) != "chain":
+        if self.twinned and kind_of(engine) in ("thought", "pause"):
             reworded = [tuple(map(TASKS[engine.config.task].reworded, pair)) for pair in both]
             for i, name in enumerate(("same_other", "other_other")):
                 donors[name] = [pair[i] if all(pair) else None for pair in reworded]

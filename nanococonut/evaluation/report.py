@@ -40,8 +40,7 @@ def measure(
     extra = 2 * (kind in ("thought", "pause"))
     f = p = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
     if plain is not None:
-        options = {"full": False, "extra": extra, "progress": lambda x: progress(0.6 + 0.2 * x)}
-        p = plain.figures(engine, **options)
+        p = plain.figures(engine, extra=extra, progress=lambda x: progress(0.6 + 0.2 * x))
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
     row: Row = {
         "name": name,

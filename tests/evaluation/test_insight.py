@@ -387,7 +387,7 @@ def test_thoughts_name_the_words_of_their_step(bundled):
     engine, pairs = bundled
     while len(pairs.examples) < 100:  # fewer decide nothing
         pairs = pairs.take([*range(len(pairs.examples))] * 2)
-    found = words_by_step(engine, pairs.figures(engine, full=False), pairs, 6)
+    found = words_by_step(engine, pairs.figures(engine), pairs, 6)
     assert set(found) <= {1, 2, 3} and found[2]["own"]["lo"] > found[2]["other"]["hi"]
     assert insight.judge_words(found)["mark"] in ("yes", "part")
     assert insight.judge_words({1: {"own": HALF, "other": HALF}})["mark"] == "no"
