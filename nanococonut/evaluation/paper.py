@@ -58,7 +58,7 @@ def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
         s = score(engine, examples, k, max_new_tokens=config.max_new_tokens)
         for name, p in category_fractions(examples, s.texts, k, config.render).items():
             cells[name].append({"value": round(p, 3), "n": s.n})
-        cells["accuracy"].append(fraction(torch.tensor(s.correct)))
+        cells["accuracy"].append(fraction(s.correct))
     rows = [{"label": name, "cells": row} for name, row in cells.items()]
     return {"columns": numbers, "rows": rows, "note": f"{len(examples)} graphs."}
 

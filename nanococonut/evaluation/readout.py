@@ -210,7 +210,7 @@ def readout(
     answers = write_by_hand(engine, graphs, pairs, thoughts[:, :n], t, d)
 
     def points(labels: dict[str, str], candidate: int) -> list[dict[str, Any]]:
-        figures = {name: chosen(answers[name], candidate, f.base[index]) for name in labels}
+        figures = {name: chosen(answers[name], candidate, f.both_right[index]) for name in labels}
         return [{"id": name, "label": labels[name]} | x for name, x in figures.items() if x]
 
     write = {"thought": t, "distance": d, "factor": answers["factor"]}
