@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from select import select
@@ -30,7 +31,7 @@ from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import held_out_examples, is_capped, thoughts_as_trained
 from nanococonut.evaluation.interchange import NOUNS, kind_of
 from nanococonut.evaluation.page import view_page
-from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.evaluation.view import question_view
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
@@ -85,22 +86,22 @@ def is_interactive(config: SampleConfig) -> bool:
 
 
 def read_questions(config: SampleConfig) -> Iterator[str | None]:
-    """Yield --question, else the lines of a piped stdin, else what is typed until Ctrl-D.
+    """Yield --question, else what is typed until Ctrl-D, else the lines of a piped stdin.
 
     None means a question of the task: the first one if nothing is piped, or an empty line.
     """
     if config.question is not None:
         yield config.question
-        return
-    lines = piped_lines()
-    yield next(lines, None)
-    yield from lines
-    while is_interactive(config):
-        try:
-            line = console.input("\nquestion (empty: a new one, Ctrl-D: quit) ") or None
-        except (EOFError, KeyboardInterrupt):
-            return
-        yield line
+    elif is_interactive(config):
+        yield None
+        with suppress(EOFError, KeyboardInterrupt):
+            while True:
+                prompt = "\nquestion (empty: a new one, Ctrl-D: quit) "
+                yield console.input(prompt) or None
+    else:
+        lines = piped_lines()
+        yield next(lines, None)
+        yield from lines
 
 
 def piped_lines() -> Iterator[str]:
@@ -124,7 +125,7 @@ def piped_lines() -> Iterator[str]:
         return
 
 
-def new_table(title: str, columns: list[str]) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     # in a narrow terminal texts are wrapped, and no number is cut
     headers = [Column(name, no_wrap=name in ("#", "total")) for name in columns]
     return Table(*headers, title=title, title_justify="left", caption_justify="left")
@@ -132,13 +133,12 @@ def new_table(title: str, columns: list[str]) -> Table:
 
 def thoughts_table(engine: Engine, thoughts: torch.Tensor) -> Table:
     """Return the five most probable tokens at each thought, (n, C): the head applied to it."""
-    columns = ["#", *[f"token {i + 1}" for i in range(5)]]
-    table = new_table("Thoughts, decoded to tokens", columns)
-    for i, p in enumerate(engine.model.head(thoughts).softmax(-1)):
+    table = new_table("Thoughts, decoded to tokens", "#", *(f"token {i}" for i in range(1, 6)))
+    for i, p in enumerate(engine.model.head(thoughts).softmax(-1), 1):
         best = p.topk(min(5, len(p)))
         tokens = [repr(engine.tokenizer.decode([t]))[1:-1].strip() for t in best.indices.tolist()]
         cells = [f"{t} {v:.0%}" for t, v in zip(tokens, best.values.tolist(), strict=True)]
-        table.add_row(str(i + 1), *map(escape, cells))
+        table.add_row(str(i), *map(escape, cells))
     return table
 
 
@@ -150,17 +150,17 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
     """
     edges, entity, _ = prosqa.parse_question(question)
     steps = reachable(edges, entity)  # node -> fewest steps
-    columns = ["#", *[f"concept {i + 1}" for i in range(3)], "total"]
-    table = new_table(f"Concepts after # thoughts (steps from {entity})", columns)
+    title, columns = f"Concepts after # thoughts (steps from {entity})", (1, 2, 3)
+    table = new_table(title, "#", *(f"concept {i}" for i in columns), "total")
     for k in range(n_thoughts + 1):
         values = concept_probabilities(engine, question, k)
-        total = sum(values.values())
+        total = f"{sum(values.values()):.1%}"
         best = sorted(values.items(), key=lambda item: -item[1])[:3]
         cells = [f"{node} ({steps.get(node, '-')}) {p:.1%}" for node, p in best]
-        if f"{total:.1%}" == "0.0%":
+        if total == "0.0%":
             cells = ["no concept", "", ""]
             table.caption = "no concept: the model would write another word, such as ###"
-        table.add_row(str(k), *map(escape, cells), f"{total:.1%}")
+        table.add_row(str(k), *map(escape, cells), total)
     return table
 
 

@@ -168,10 +168,10 @@ def _rounded(value: float, lo: float, hi: float, n: int) -> Figure:
     return {"value": round(value, 3), "lo": round(lo, 3), "hi": round(hi, 3), "n": n}
 
 
-def fraction(hits: Tensor) -> Figure | None:
-    """Return the fraction of hits (N,) and its 95 % interval; None of no hits at all."""
+def fraction(hits: Tensor | Sequence[bool]) -> Figure | None:
+    """Return the fraction of N hits and its 95 % interval; None if N is 0."""
     n = len(hits)
-    p = hits.sum().item() / max(1, n)
+    p = torch.as_tensor(hits).sum().item() / max(1, n)
     return _rounded(p, *wilson(p, n), n) if n else None
 
 
@@ -194,10 +194,10 @@ def chosen(log_p: Tensor | None, candidate: int, where: Tensor) -> Figure | None
 class Figures:
     """Fractions over the cells of an interchange of N questions.
 
-    groups  (N,)       their numbers of steps
-    asked   (N,) bool  twins that both have two steps or more (None: all)
-    deep    (N,) bool  those of two steps or more: fewer may need no thought (all, if none has two)
-    base    (N,) bool  of these, those that are right as their twins are
+    groups      (N,)       their numbers of steps
+    asked       (N,) bool  twins that both have two steps or more (None: all)
+    deep        (N,) bool  two steps or more: fewer may need no thought (all, if none has two)
+    both_right  (N,) bool  the answers of question and twin are right as they are
     """
 
     cells: Cells
@@ -207,20 +207,21 @@ class Figures:
     def __post_init__(self) -> None:
         own, twin = self.cells["own"].argmax(1), self.cells["twin_own"].argmax(1)
         self.right, self.twin_right = own == 0, twin == 1
+        self.both_right = self.right & self.twin_right
         self.every, deep = torch.ones_like(self.right), self.groups >= 2
         self.deep = deep if deep.any() else self.every
         self.asked = self.every if self.asked is None else self.asked
-        self.base = self.right & self.twin_right & self.deep
         self.steps = sorted(set(self.groups.tolist()))
         self.chance = 1 / self.cells["own"].shape[1]
 
     def accuracy(self, name: str, where: Tensor | None = None) -> Figure | None:
         return chosen(self.cells.get(name), 0, self.deep if where is None else where)
 
-    def flips(self, name: str, where: Tensor | None = None) -> Figure | None:
-        """Return how often the answer is the twin's, where both are right as they are."""
-        return chosen(self.cells.get(name), 1, self.base if where is None else where)
+    def flips(self, name: str, where: Tensor | None = None, candidate: int = 1) -> Figure | None:
+        """Return how often the answer becomes the twin's, if both are right as they are."""
+        where = self.deep if where is None else where
+        return chosen(self.cells.get(name), candidate, where & self.both_right)
 
     def stays(self, name: str) -> Figure | None:
         """Return how often the answer is still the question's own, of the same questions."""
-        return chosen(self.cells.get(name), 0, self.base)
+        return self.flips(name, candidate=0)

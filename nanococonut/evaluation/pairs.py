@@ -12,15 +12,7 @@ from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.interchange import (
-    Figure,
-    Figures,
-    fraction,
-    interchange,
-    kind_of,
-    n_slots,
-)
+from nanococonut.evaluation.interchange import Figures, interchange, kind_of, n_slots
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -204,11 +196,3 @@ def load_pairs(
     else:
         plain, pairs = generated_pairs(config, rows, seed)
     return plain, check_lengths(engine, pairs)
-
-
-def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure, Figure]:
-    """Return how often texts after no thoughts are right, and how often they start with steps."""
-    n_new = engine.config.max_new_tokens
-    s = score(engine, plain.examples[:n], 0, batch_size=200, max_new_tokens=n_new)
-    wrote_chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
-    return fraction(torch.tensor(s.correct)), fraction(torch.tensor(wrote_chain))

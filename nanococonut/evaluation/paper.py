@@ -1,8 +1,8 @@
 """Figures 5, 7, 8 and 9 of the paper, for ProsQA, with the probability that their values share.
 
 A node's value is the probability of its name if the model has to speak after k thoughts, divided by
-that of all concepts (probe.py). The values always add up to one, even if the model would rather
-answer: `mass` is what was divided by.
+that of all concepts (concept_probabilities). The values always add up to one, even if the model
+would rather answer: `mass` is what was divided by.
 """
 
 from collections import defaultdict
@@ -13,35 +13,31 @@ import numpy as np
 import torch
 
 from nanococonut.data.examples import Example
-from nanococonut.data.prosqa import parse_question, parse_sentence
-from nanococonut.data.search import reachable
+from nanococonut.data.prosqa import parse_question
 from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.categories import CATEGORIES, category_fractions, heights
 from nanococonut.evaluation.interchange import fraction, mean_figure
-from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.readout import concept_probabilities, graph
 from nanococonut.inference.engine import Engine
 
 Grid = dict[str, Any]  # columns, rows of cells, and a note
+Values = dict[str, float]  # of the nodes of one graph
 
 
 def paper_figures(engine: Engine, examples: Sequence[Example], n: int = 200) -> dict[str, Grid]:
     """Return figures 5, 7, 8 and 9 over n examples as in training."""
-    examples, numbers = examples[:n], range(engine.manifest["n_thoughts"] + 1)
-    values: dict[int, list[dict[str, float]]] = {}
-    mass: dict[int, list[float]] = {}
-    for k in (1, 2):
-        raw = [concept_probabilities(engine, x["question"], k) for x in examples]
-        mass[k] = [sum(p.values()) for p in raw]
-        values[k] = [{node: v / sum(p.values()) for node, v in p.items()} for p in raw]
-    about = f"{_shared(*map(np.mean, mass.values()))} after one and two thoughts; {n} graphs."
-    first = [graphs[0] for graphs in values.values()]
+    examples = examples[:n]
+    raw = [[concept_probabilities(engine, x["question"], k) for x in examples] for k in (1, 2)]
+    mass = [[sum(p.values()) for p in graphs] for graphs in raw]
+    values = [[{x: v / sum(p.values()) for x, v in p.items()} for p in graphs] for graphs in raw]
+    about = f"{_shared(*map(np.mean, mass))} after one and two thoughts; {n} graphs."
     entity, (a, b) = parse_question(examples[0]["question"])[1:]
-    note = f"Is {entity} a {a} or {b}? {_shared(mass[1][0], mass[2][0])}."
+    note = f"Is {entity} a {a} or {b}? {_shared(mass[0][0], mass[1][0])}."
     return {
-        "fig5": _categories(engine, examples, numbers),
-        "fig7": _one_question(examples[0], first) | {"note": note},
+        "fig5": _categories(engine, examples),
+        "fig7": _one_question(examples[0], [graphs[0] for graphs in values]) | {"note": note},
         "fig8": _parallelism(values) | {"note": about},
-        "fig9": _by_height(examples, values[1]) | {"note": about},
+        "fig9": _by_height(examples, values[0]) | {"note": about},
     }
 
 
@@ -50,61 +46,60 @@ def _shared(*mass: float) -> str:
     return f"The concepts share {named} of the probability"
 
 
-def _categories(engine: Engine, examples: Sequence[Example], numbers: Sequence[int]) -> Grid:
+def _row(label: str, values: Sequence[float]) -> dict[str, Any]:
+    return {"label": label, "cells": [{"value": round(float(v), 3)} for v in values]}
+
+
+def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
     """Figure 5: kinds of answers after each number of thoughts, the model left to itself."""
-    config = engine.config
-    rows: dict[str, list[Any]] = {name: [] for name in (*CATEGORIES, "accuracy")}
+    config, numbers = engine.config, list(range(engine.manifest["n_thoughts"] + 1))
+    cells: dict[str, list[Any]] = {name: [] for name in (*CATEGORIES, "accuracy")}
     for k in numbers:
         s = score(engine, examples, k, max_new_tokens=config.max_new_tokens)
         for name, p in category_fractions(examples, s.texts, k, config.render).items():
-            rows[name].append({"value": round(p, 3), "n": s.n})
-        rows["accuracy"].append(fraction(torch.tensor(s.correct)))
-    cells = [{"label": name, "cells": row} for name, row in rows.items()]
-    return {"columns": list(numbers), "rows": cells, "note": f"{len(examples)} graphs."}
+            cells[name].append({"value": round(p, 3), "n": s.n})
+        cells["accuracy"].append(fraction(s.correct))
+    rows = [{"label": name, "cells": row} for name, row in cells.items()]
+    return {"columns": numbers, "rows": rows, "note": f"{len(examples)} graphs."}
 
 
-def _one_question(example: Example, values: list[dict[str, float]]) -> Grid:
+def _one_question(example: Example, values: Sequence[Values]) -> Grid:
     """Figure 7: the values of one graph's nodes."""
-    edges, entity, _ = parse_question(example["question"])
-    target, height = parse_sentence(example["answer"])[1], heights(edges)
-    steps, rows = reachable(edges, entity), []
-    for node in sorted(values[0], key=lambda node: (steps.get(node, 99), node)):
-        at = f"step {steps[node]}" if node in steps else "not reached"
-        side = "right" if target in reachable(edges, node) else "wrong"
+    g, height, rows = graph(example), heights(parse_question(example["question"]).edges), []
+    for node in sorted(g.nodes, key=lambda node: (g.own.get(node, 99), node)):
+        at = f"step {g.own[node]}" if node in g.own else "not reached"
+        side = "right" if node in g.right else "wrong"
         label = f"{node} ({side}, {at}, height {height.get(node, '-')})"
-        rows.append({"label": label, "cells": [{"value": round(v[node], 3)} for v in values]})
+        rows.append(_row(label, [v[node] for v in values]))
     return {"columns": ["after 1", "after 2"], "rows": rows}
 
 
-def _parallelism(values: dict[int, list[dict[str, float]]]) -> Grid:
+def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:
     """Figure 8: cumulative value of the best one, two and three nodes, by percentile of graphs."""
     percentiles, rows = list(range(0, 101, 10)), []
-    for k, graphs in values.items():
-        best = [sorted(v.values(), reverse=True)[:3] for v in graphs]
+    for k, graphs in enumerate(values, 1):
+        best = [sorted(v.values(), reverse=True) for v in graphs]
         for top in (1, 2, 3):
             sums = np.percentile([sum(v[:top]) for v in best], percentiles)
-            cells = [{"value": round(float(x), 3)} for x in sums]
-            rows.append({"label": f"top {top}, after {k}", "cells": cells})
+            rows.append(_row(f"top {top}, after {k}", sums))
     return {"columns": percentiles, "rows": rows}
 
 
-def _by_height(examples: Sequence[Example], values: Sequence[dict[str, float]]) -> Grid:
+def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
     """Figure 9: value of the entity's children by their distance to the nearest, farthest leaf."""
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for x, v in zip(examples, values, strict=True):
-        edges, entity, _ = parse_question(x["question"])
-        target = parse_sentence(x["answer"])[1]
-        children = {b for a, b in edges if a == entity}
+        g, edges = graph(x), parse_question(x["question"]).edges
+        children = [node for node in g.nodes if g.own.get(node) == 1]
         total = sum(v[node] for node in children)
-        for leaf, longest in (("nearest", False), ("farthest", True)):
-            height = heights(edges, longest)
-            for node in children & height.keys():
-                side = "right" if target in reachable(edges, node) else "wrong"
-                found[f"{side}, {leaf} leaf", height[node]].append(v[node] / total)
-    columns = sorted({h for _, h in found})
-    rows = []
-    for label in sorted({name for name, _ in found}):
-        cells = [found.get((label, h)) for h in columns]
-        cells = [mean_figure(torch.tensor(c)) if c and len(c) > 1 else None for c in cells]
+        for leaf in ("nearest", "farthest"):
+            height = heights(edges, longest=leaf == "farthest")
+            for node in height.keys() & children:
+                side = "right" if node in g.right else "wrong"
+                found[f"{side}, {leaf} leaf"][height[node]].append(v[node] / total)
+    columns, rows = sorted({h for heights in found.values() for h in heights}), []
+    for label, by_height in sorted(found.items()):
+        cells = [torch.tensor(by_height[h]) for h in columns]
+        cells = [mean_figure(c) if len(c) > 1 else None for c in cells]
         rows.append({"label": label, "cells": cells})
     return {"columns": columns, "rows": rows}

@@ -1,4 +1,5 @@
-"""What a thought says: nodes that the LM head reads in it, and nodes written into it by hand."""
+"""What a thought says: what the model names after it, what the LM head reads in it, and what is
+written into it by hand. All but words_by_step is for ProsQA."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanococonut.batch import build_prompt
 from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
@@ -16,6 +18,7 @@ from nanococonut.evaluation.accuracy import in_batches
 from nanococonut.evaluation.interchange import Figures, chosen, mean_figure
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.inference.engine import Engine
+from nanococonut.inference.steps import Branch
 from nanococonut.runtime.errors import UserError
 
 DISTANCES = ["1", "2", "3", "4", "5+", "no path"]
@@ -29,6 +32,38 @@ WRITTEN = {
     "control": "other concepts",
 }
 ERASED = {"right": "the right branch erased", "wrong": "a wrong branch erased"}
+
+
+def concepts_of(edges: Sequence[tuple[str, str]]) -> list[str]:
+    return sorted({node for edge in edges for node in edge if node[0].islower()})
+
+
+def concept_probabilities(engine: Engine, question: str, n_thoughts: int) -> dict[str, float]:
+    """Map each concept to the probability that it is named first after n_thoughts (section 5.3).
+
+    This is the node that the search has reached. The name follows the thoughts, <eot> (if the
+    method has it) and the word "Every" (unless the model reads compact examples). Its probability
+    is the product over its tokens. Raise UserError if the text is not a ProsQA question or does
+    not fit in block_size.
+    """
+    model, tokenizer = engine.model, engine.tokenizer
+    names = concepts_of(parse_question(question).edges)
+    prompt = tokenizer.encode(engine.render(question))
+    prefix, n_thoughts, forced = build_prompt(engine.curriculum, prompt, n_thoughts, tokenizer)
+    if engine.config.render == "sentences":
+        forced = [*forced, *tokenizer.encode("Every")]
+    tokens = [tokenizer.encode(" " + name) for name in names]
+    # the last token of a name is scored, not appended
+    n_positions = len(prefix) + n_thoughts + len(forced) + max(map(len, tokens)) - 1
+    if n_positions > model.config.block_size:
+        raise UserError(
+            f"a question of {len(prefix)} tokens with {n_thoughts} thoughts does not fit into the "
+            f"model's block_size={model.config.block_size}.\nAsk a shorter question or use fewer "
+            "thoughts."
+        )
+    branch = Branch(model, [prefix], n_thoughts, forced, [tokens])
+    branch.think(n_thoughts)
+    return dict(zip(names, branch.answer()[0].exp().tolist(), strict=True))
 
 
 class Graph(NamedTuple):
@@ -52,13 +87,12 @@ class Graph(NamedTuple):
         return written | ({"right": right, "wrong": wrong[:1]} if is_branching else {})
 
 
-def graph(example: Example, twin: Example) -> Graph:
+def graph(example: Example, twin: Example | None = None) -> Graph:
     """Return the graph of a question. UserError if it is not ProsQA."""
     edges, entity, _ = parse_question(example["question"])
-    target = parse_sentence(example["answer"])[1]
-    nodes = sorted({node for edge in edges for node in edge if node[0].islower()})
+    target, nodes = parse_sentence(example["answer"])[1], concepts_of(edges)
     right = {node for node in nodes if target in reachable(edges, node)}
-    other = parse_question(twin["question"]).entity
+    other = parse_question(twin["question"]).entity if twin else entity
     return Graph(nodes, reachable(edges, entity), reachable(edges, other), right)
 
 
@@ -176,7 +210,7 @@ def readout(
     answers = write_by_hand(engine, graphs, pairs, thoughts[:, :n], t, d)
 
     def points(labels: dict[str, str], candidate: int) -> list[dict[str, Any]]:
-        figures = {name: chosen(answers[name], candidate, f.base[index]) for name in labels}
+        figures = {name: chosen(answers[name], candidate, f.both_right[index]) for name in labels}
         return [{"id": name, "label": labels[name]} | x for name, x in figures.items() if x]
 
     write = {"thought": t, "distance": d, "factor": answers["factor"]}

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanococonut.evaluation import insight
+from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.insight import Finding, count, decided
-from nanococonut.evaluation.interchange import NOUNS, Figures, fraction, kind_of
-from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
+from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, fraction, kind_of
+from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.evaluation.readout import readout, words_by_step
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -39,7 +40,7 @@ def measure(
     kind, n = kind_of(engine), engine.manifest["n_thoughts"]
     extra = 2 * (kind in ("thought", "pause"))
     f = p = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
-    if plain is not None:
+    if plain:
         p = plain.figures(engine, extra=extra, progress=lambda x: progress(0.6 + 0.2 * x))
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
     row: Row = {
@@ -54,7 +55,7 @@ def measure(
         "refused": [],
         "warnings": [],
     }
-    q = p if plain is not None and plain.has_twins else f
+    q = p if plain and plain.has_twins else f
     one, both = (fraction(x[q.asked]) for x in (q.right ^ q.twin_right, q.right & q.twin_right))
     shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
@@ -68,25 +69,29 @@ def measure(
     else:
         findings += shortcut if ignores else []
         findings.append(insight.judge_needed(own, f.accuracy("mean"), f.chance, row["noun"]))
-        row |= tables(f, p if plain is not None else None, n)
+        row |= _tables(f, plain and p, n)
         if ignores:
             row["refused"] = ["Tests 3 to 7 cannot be asked: no answer follows what is asked."]
         else:
             findings += _judge_moved(row, f, pairs)
-            if kind == "thought":
-                findings += _judge_readout(row, engine, f, pairs)
-                progress(0.95)
+            findings += _judge_readout(row, engine, f, pairs) if kind == "thought" else []
             findings += shortcut
-        if kind != "chain" and plain is not None:
-            free, chain = left_alone(engine, plain)
-            row["accuracy"] |= {"free": free, "wrote_chain": chain}
-            forced = p.accuracy("k0", p.every)
-            findings.append(insight.judge_trap(free, chain, forced, row["noun"]))
+        if plain and kind != "chain":
+            row["accuracy"] |= (free := _left_alone(engine, plain))
+            figures = (*free.values(), p.accuracy("k0", p.every))
+            findings.append(insight.judge_trap(*figures, row["noun"]))
         row["warnings"] += _warnings(engine, f, pairs)
     first = findings[:1] if ignores or len(findings) < 3 else findings[:3]
     row["verdict"] = ", ".join(x["verdict"] for x in first)
     progress(1.0)
     return row, f
+
+
+def _left_alone(engine: Engine, plain: Pairs, n: int = 400) -> dict[str, Figure | None]:
+    """Return how often texts after no thoughts are right, and how often they start with steps."""
+    s = score(engine, plain.examples[:n], 0, 200, engine.config.max_new_tokens)
+    wrote_chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
+    return {"free": fraction(s.correct), "wrote_chain": fraction(wrote_chain)}
 
 
 def _judge_moved(row: Row, f: Figures, pairs: Pairs) -> list[Finding]:
@@ -140,7 +145,7 @@ def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
         yield f"The stop classifier was not asked: all questions have {n} thoughts."
 
 
-def tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
+def _tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
     """Return scale: flips by donor. Of thoughts also accuracy by their number, and flips by slot.
 
     plain    figures of questions as in training (None: none)
@@ -149,19 +154,18 @@ def tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
     labels = LABELS | ({"mean": "none at all"} if "half" in f.cells else {})  # a written chain
     flips = {name: f.flips(name) for name in LABELS}
     tables = {"scale": [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]}
-    columns = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
+    numbers = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
     slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
-    if len(columns) < 2:
+    if len(numbers) < 2:
         return tables
     accuracy, moved = [], []
     if plain is not None:
-        cells = [plain.accuracy(f"k{k}", plain.every) for k in columns]
+        cells = [plain.accuracy(f"k{k}", plain.every) for k in numbers]
         accuracy.append({"label": "plain", "cells": cells})
     for h in f.steps:
         label, same = count(h, "step"), f.groups == h
-        cells = [f.accuracy(f"k{k}", same) for k in columns]
+        cells = [f.accuracy(f"k{k}", same) for k in numbers]
         accuracy.append({"label": label, "cells": cells})
-        cells = [f.flips(f"slot{j}", f.right & f.twin_right & same) for j in slots]
-        moved.append({"label": label, "cells": cells})
-    tables["accuracy"] = {"columns": columns, "trained": trained, "rows": accuracy}
+        moved.append({"label": label, "cells": [f.flips(f"slot{j}", same) for j in slots]})
+    tables["accuracy"] = {"columns": numbers, "trained": trained, "rows": accuracy}
     return tables | {"slots": {"columns": slots, "rows": moved}}
