@@ -190,6 +190,12 @@ def chosen(log_p: Tensor | None, candidate: int, where: Tensor) -> Figure | None
     return result and result | {"mass": round(log_p.exp().sum(1).mean().item(), 3)}
 
 
+def grid(columns: Sequence[Any], rows: Mapping[str, list[Figure | None]]) -> dict[str, Any]:
+    """Return a table of figures as page.py draws it. rows: label -> a figure for each column."""
+    lines = [{"label": label, "cells": cells} for label, cells in rows.items()]
+    return {"columns": list(columns), "rows": lines}
+
+
 @dataclass
 class Figures:
     """Fractions over the cells of an interchange of N questions.

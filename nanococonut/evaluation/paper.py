@@ -16,7 +16,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question
 from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.categories import CATEGORIES, category_fractions, heights
-from nanococonut.evaluation.interchange import fraction, mean_figure
+from nanococonut.evaluation.interchange import Figure, fraction, grid, mean_figure
 from nanococonut.evaluation.readout import concept_probabilities, graph
 from nanococonut.inference.engine import Engine
 
@@ -46,43 +46,42 @@ def _shared(*mass: float) -> str:
     return f"The concepts share {named} of the probability"
 
 
-def _row(label: str, values: Sequence[float]) -> dict[str, Any]:
-    return {"label": label, "cells": [{"value": round(float(v), 3)} for v in values]}
+def _cells(values: Sequence[float]) -> list[Figure]:
+    return [{"value": round(float(v), 3)} for v in values]
 
 
 def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
     """Figure 5: kinds of answers after each number of thoughts, the model left to itself."""
-    config, numbers = engine.config, list(range(engine.manifest["n_thoughts"] + 1))
-    cells: dict[str, list[Any]] = {name: [] for name in (*CATEGORIES, "accuracy")}
+    config, numbers = engine.config, range(engine.manifest["n_thoughts"] + 1)
+    rows: dict[str, list[Figure]] = {name: [] for name in (*CATEGORIES, "accuracy")}
     for k in numbers:
         s = score(engine, examples, k, max_new_tokens=config.max_new_tokens)
         for name, p in category_fractions(examples, s.texts, k, config.render).items():
-            cells[name].append({"value": round(p, 3), "n": s.n})
-        cells["accuracy"].append(fraction(s.correct))
-    rows = [{"label": name, "cells": row} for name, row in cells.items()]
-    return {"columns": numbers, "rows": rows, "note": f"{len(examples)} graphs."}
+            rows[name].append({"value": round(p, 3), "n": s.n})
+        rows["accuracy"].append(fraction(s.correct))
+    return grid(numbers, rows) | {"note": f"{len(examples)} graphs."}
 
 
 def _one_question(example: Example, values: Sequence[Values]) -> Grid:
     """Figure 7: the values of one graph's nodes."""
-    g, height, rows = graph(example), heights(parse_question(example["question"]).edges), []
+    g, height, rows = graph(example), heights(parse_question(example["question"]).edges), {}
     for node in sorted(g.nodes, key=lambda node: (g.own.get(node, 99), node)):
         at = f"step {g.own[node]}" if node in g.own else "not reached"
         side = "right" if node in g.right else "wrong"
         label = f"{node} ({side}, {at}, height {height.get(node, '-')})"
-        rows.append(_row(label, [v[node] for v in values]))
-    return {"columns": ["after 1", "after 2"], "rows": rows}
+        rows[label] = _cells([v[node] for v in values])
+    return grid(["after 1", "after 2"], rows)
 
 
 def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:
     """Figure 8: cumulative value of the best one, two and three nodes, by percentile of graphs."""
-    percentiles, rows = list(range(0, 101, 10)), []
+    percentiles, rows = range(0, 101, 10), {}
     for k, graphs in enumerate(values, 1):
         best = [sorted(v.values(), reverse=True) for v in graphs]
         for top in (1, 2, 3):
             sums = np.percentile([sum(v[:top]) for v in best], percentiles)
-            rows.append(_row(f"top {top}, after {k}", sums))
-    return {"columns": percentiles, "rows": rows}
+            rows[f"top {top}, after {k}"] = _cells(sums)
+    return grid(percentiles, rows)
 
 
 def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
@@ -97,9 +96,8 @@ def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
             for node in height.keys() & children:
                 side = "right" if node in g.right else "wrong"
                 found[f"{side}, {leaf} leaf"][height[node]].append(v[node] / total)
-    columns, rows = sorted({h for heights in found.values() for h in heights}), []
+    columns, rows = sorted({h for heights in found.values() for h in heights}), {}
     for label, by_height in sorted(found.items()):
         cells = [torch.tensor(by_height[h]) for h in columns]
-        cells = [mean_figure(c) if len(c) > 1 else None for c in cells]
-        rows.append({"label": label, "cells": cells})
-    return {"columns": columns, "rows": rows}
+        rows[label] = [mean_figure(c) if len(c) > 1 else None for c in cells]
+    return grid(columns, rows)

@@ -9,21 +9,13 @@ from typing import Any
 from nanococonut.evaluation import insight
 from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.insight import Finding, count, decided
-from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, fraction, kind_of
+from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, fraction, grid, kind_of
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.evaluation.readout import readout, words_by_step
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 Row = dict[str, Any]  # name, verdict, findings, ... of one model
-LABELS = {
-    "mean": "averaged over questions",
-    "unrelated": "of an unrelated question",
-    "half": "the first half of the twin's",
-    "same_other": "same question, other options",
-    "other_other": "the twin, other options",
-    "twin": "of the twin",
-}
 
 
 def measure(
@@ -37,54 +29,49 @@ def measure(
 
     plain  pairs as in training, with their shortcuts (None: none)
     """
-    kind, n = kind_of(engine), engine.manifest["n_thoughts"]
+    kind = kind_of(engine)
     extra = 2 * (kind in ("thought", "pause"))
     f = p = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
     if plain:
         p = plain.figures(engine, extra=extra, progress=lambda x: progress(0.6 + 0.2 * x))
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
+    q = p if plain and plain.has_twins else f
+    one, both = (fraction(x[q.asked]) for x in (q.right ^ q.twin_right, q.both_right))
+    shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
+    ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
     row: Row = {
         "name": name,
         "method": engine.manifest["method"],
         "task": engine.config.task,
-        "thoughts": n,
-        "noun": NOUNS[kind],
+        "thoughts": engine.manifest["n_thoughts"],
+        "noun": (noun := NOUNS[kind]),
         "parameters": engine.model.n_params(),
         "trained": trained,
-        "findings": (findings := []),
         "refused": [],
         "warnings": [],
     }
-    q = p if plain and plain.has_twins else f
-    one, both = (fraction(x[q.asked]) for x in (q.right ^ q.twin_right, q.right & q.twin_right))
-    shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
-    ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
-
     if max(trained["lo"], own["lo"]) <= f.chance + 0.05:
-        findings.append(insight.judge_unsolved(trained, own, f.chance))
+        findings = [insight.judge_unsolved(trained, own, f.chance)]
         row["refused"] = ["Nothing else can be asked: there is no answer that could be moved."]
     elif kind == "none":
-        findings += shortcut
+        findings = shortcut
         row["refused"] = ["There is nothing between question and answer: only test 1 is asked."]
     else:
-        findings += shortcut if ignores else []
-        findings.append(insight.judge_needed(own, f.accuracy("mean"), f.chance, row["noun"]))
-        row |= _tables(f, plain and p, n)
+        needed = insight.judge_needed(own, f.accuracy("mean"), f.chance, noun)
+        moved = _judge_moved(row, f, plain and p, pairs)
         if ignores:
+            findings = [*shortcut, needed]
             row["refused"] = ["Tests 3 to 7 cannot be asked: no answer follows what is asked."]
         else:
-            findings += _judge_moved(row, f, pairs)
-            findings += _judge_readout(row, engine, f, pairs) if kind == "thought" else []
-            findings += shortcut
+            read = _judge_readout(row, engine, f, pairs) if kind == "thought" else []
+            findings = [needed, *moved, *read, *shortcut]
         if plain and kind != "chain":
             row["accuracy"] |= (free := _left_alone(engine, plain))
-            figures = (*free.values(), p.accuracy("k0", p.every))
-            findings.append(insight.judge_trap(*figures, row["noun"]))
+            findings.append(insight.judge_trap(*free.values(), p.accuracy("k0", p.every), noun))
         row["warnings"] += _warnings(engine, f, pairs)
-    first = findings[:1] if ignores or len(findings) < 3 else findings[:3]
-    row["verdict"] = ", ".join(x["verdict"] for x in first)
+    verdicts = [x["verdict"] for x in findings[: 1 if ignores or len(findings) < 3 else 3]]
     progress(1.0)
-    return row, f
+    return row | {"findings": findings, "verdict": ", ".join(verdicts)}, f
 
 
 def _left_alone(engine: Engine, plain: Pairs, n: int = 400) -> dict[str, Figure | None]:
@@ -94,29 +81,45 @@ def _left_alone(engine: Engine, plain: Pairs, n: int = 400) -> dict[str, Figure 
     return {"free": fraction(s.correct), "wrote_chain": fraction(wrote_chain)}
 
 
-def _judge_moved(row: Row, f: Figures, pairs: Pairs) -> list[Finding]:
-    """Return the findings of tests 3 to 5."""
-    noun, twin, stays = row["noun"], f.flips("twin"), f.stays("twin")
-    findings = [insight.judge_carried(twin, f.flips("unrelated"), stays, noun, pairs.twinned)]
+def _judge_moved(row: Row, f: Figures, plain: Figures | None, pairs: Pairs) -> list[Finding]:
+    """Return the findings of tests 3 to 5. Write into the row how often answers move.
+
+    plain  figures of questions as in training (None: none)
+    """
+    noun, twin, n = row["noun"], f.flips("twin"), row["thoughts"]
+    asked = "other options" if pairs.is_prosqa else "the opposite query"  # of ProntoQA
+    labels = {
+        "mean": "none at all" if "half" in f.cells else "averaged over questions",
+        "unrelated": "of an unrelated question",
+        "half": "the first half of the twin's",
+        "same_other": f"same question, {asked}",
+        "other_other": f"the twin, {asked}",
+        "twin": "of the twin",
+    }
+    flips = {name: f.flips(name) for name in labels}
+    row["scale"] = [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]
     if not twin or twin["n"] < MIN_PAIRS:
         row["refused"].append("There are too few pairs with both answers right for tests 3 to 7.")
+    stays = f.stays("twin")
+    findings = [insight.judge_carried(twin, flips["unrelated"], stays, noun, pairs.twinned)]
     if "same_other" in f.cells:
-        asked = "other options"
-        if not pairs.is_prosqa:  # ProntoQA
-            asked = "the opposite query"
-            for point in row["scale"]:
-                point["label"] = point["label"].replace("other options", asked)
-        other, same = f.flips("other_other"), f.flips("same_other")
+        other, same = flips["other_other"], flips["same_other"]
         findings.append(insight.judge_search(twin, other, same, noun, asked))
-    if "accuracy" not in row:  # a written chain
+    if "slot1" not in f.cells:  # a written chain
         return findings
-    last = row["accuracy"]["rows"][-len(f.steps) :]  # without the plain one
-    cells = {h: x["cells"] for h, x in zip(f.steps, last, strict=True)}
-    slots = {h: x["cells"] for h, x in zip(f.steps, row["slots"]["rows"], strict=True)}
-    solved = [h for h, c in cells.items() if decided(c[row["thoughts"]]) and c[-1]["lo"] > 0.55]
+
+    numbers = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
+    slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
+    accuracy = {h: [f.accuracy(f"k{k}", f.groups == h) for k in numbers] for h in f.steps}
+    moved = {h: [f.flips(f"slot{j}", f.groups == h) for j in slots] for h in f.steps}
+    rows = {"plain": [plain.accuracy(f"k{k}", plain.every) for k in numbers]} if plain else {}
+    rows |= {count(h, "step"): cells for h, cells in accuracy.items()}
+    row["accuracy"] = grid(numbers, rows) | {"trained": n}
+    row["slots"] = grid(slots, {count(h, "step"): cells for h, cells in moved.items()})
+    solved = {h: c for h, c in accuracy.items() if decided(c[n]) and c[-1]["lo"] > 0.55}
     if len(solved) > 1:
-        deep = {h: slots[h] for h in solved if h > 1 and all(slots[h])}
-        findings.append(insight.judge_depth({h: cells[h] for h in solved}, deep, noun))
+        deep = {h: moved[h] for h in solved if h > 1 and all(moved[h])}
+        findings.append(insight.judge_depth(solved, deep, noun))
     return findings
 
 
@@ -143,29 +146,3 @@ def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
     if engine.model.config.stop:
         n = engine.manifest["n_thoughts"]
         yield f"The stop classifier was not asked: all questions have {n} thoughts."
-
-
-def _tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
-    """Return scale: flips by donor. Of thoughts also accuracy by their number, and flips by slot.
-
-    plain    figures of questions as in training (None: none)
-    trained  thoughts in training
-    """
-    labels = LABELS | ({"mean": "none at all"} if "half" in f.cells else {})  # a written chain
-    flips = {name: f.flips(name) for name in LABELS}
-    tables = {"scale": [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]}
-    numbers = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
-    slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
-    if len(numbers) < 2:
-        return tables
-    accuracy, moved = [], []
-    if plain is not None:
-        cells = [plain.accuracy(f"k{k}", plain.every) for k in numbers]
-        accuracy.append({"label": "plain", "cells": cells})
-    for h in f.steps:
-        label, same = count(h, "step"), f.groups == h
-        cells = [f.accuracy(f"k{k}", same) for k in numbers]
-        accuracy.append({"label": label, "cells": cells})
-        moved.append({"label": label, "cells": [f.flips(f"slot{j}", same) for j in slots]})
-    tables["accuracy"] = {"columns": numbers, "trained": trained, "rows": accuracy}
-    return tables | {"slots": {"columns": slots, "rows": moved}}
