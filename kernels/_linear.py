@@ -11,6 +11,8 @@ of outputs and fp32 accumulation:
 - `gemm`, for all other rows: the usual pipelined loop over K.
 - "library": PyTorch's, for fp32, which tensor cores do not have.
 
+All but `gemv` take rows that `layer_norm` has normalized.
+
 `launch_config` depends on static shapes only, so a captured graph replays what an eager call does.
 """
 
@@ -20,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._pdl import await_launches, prefetch_rows
+from kernels._launch import EPS, await_launches, pdl, prefetch_rows
 
 # all measured on an H200 with GPT-2 124M's sizes
 GEMV_MAX_ROWS = 4
@@ -35,32 +37,32 @@ SHARED_BYTES = 96 << 10  # of a multiprocessor, that a program may use: consumer
 def gemv(
     x_ptr,  # input (B, K), read
     w_ptr,  # weight (N, K), read
-    ln_w_ptr,  # LayerNorm weight (K,), read if NORM
-    ln_b_ptr,  # LayerNorm bias (K,), read if NORM
+    ln_w_ptr,  # LayerNorm weight (K,), read; None: no LayerNorm
+    ln_b_ptr,  # LayerNorm bias (K,), read
     residual_ptr,  # added to the result (B, N), read; None: nothing
     eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N).
 
     BLOCK_K is a power of two and at least K. All threads lie along K, so rows and weights have the
     same layout and are multiplied in place; only the final sums cross threads. The launches before
-    are awaited (_pdl.py) between the loads of the weights and those of the rows.
+    are awaited (_launch.py) between the loads of the weights and those of the rows.
     """
     offs_m = row0 + tl.arange(0, BLOCK_M)[:, None, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
     offs_k = tl.arange(0, BLOCK_K)[None, None, :]
     mask_k = offs_k < K
     w = tl.load(w_ptr + offs_n * K + offs_k, mask=(offs_n < N) & mask_k, other=0.0)
-    if NORM:
+    if ln_w_ptr is not None:
         ln_w = tl.load(ln_w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         ln_b = tl.load(ln_b_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     await_launches(PDL)  # the compiler would delay the loads above; now all of them are in flight
     x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & mask_k, other=0.0)
     residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     x = x.to(tl.float32)  # (BLOCK_M, 1, BLOCK_K)
-    if NORM:
+    if ln_w_ptr is not None:
         x = tl.where(mask_k, x - tl.sum(x, 2, keep_dims=True) / K, 0.0)
         var = tl.sum(x * x, 2, keep_dims=True) / K
         x = x * tl.rsqrt(var + eps) * ln_w + ln_b
@@ -127,13 +129,13 @@ def gemm(
 def linear(
     x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr,  # as in gemv
     eps, B, row0, col0,
-    N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N), in fp32."""
     if IMPL == "gemv":
         acc = gemv(
-            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, NORM, PDL,
+            x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, PDL,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif IMPL == "gemm_tile":
@@ -158,10 +160,41 @@ def _load_residual(
     return residual
 
 
+@triton.jit
+def _layer_norm_kernel(
+    x_ptr,  # input (B, C), read
+    ln_w_ptr,  # weight (C,), read
+    ln_b_ptr,  # bias (C,), read
+    out_ptr,  # output (B, C), written
+    eps, C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = offs_c < C
+    ln_w = tl.load(ln_w_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    ln_b = tl.load(ln_b_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    await_launches(PDL)
+    x = tl.load(x_ptr + b * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
+    h = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * ln_w + ln_b
+    tl.store(out_ptr + b * C + offs_c, h.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the LayerNorm of x (B, C), a new tensor of the weight's dtype; x may have another."""
+    B, C = x.shape
+    out = weight.new_empty(B, C)
+    _layer_norm_kernel[(B,)](
+        x, weight, bias, out, EPS, C, triton.next_power_of_2(C),
+        num_warps=4, enable_fp_fusion=True, **pdl(x.device, B),
+    )  # fmt: skip
+    return out
+
+
 def auto_impl(batch: int, n_in: int, itemsize: int) -> str:
     """Return the implementation for a batch: "gemv", "gemm_tile", "gemm" or "library".
 
-    The middle two need a two-byte dtype, because tensor cores have no true fp32.
+    The middle two are for two-byte dtypes, because tensor cores have no true fp32.
     """
     if batch <= GEMV_MAX_ROWS:
         return "gemv"
@@ -175,39 +208,30 @@ def launch_config(
     impl: str, batch: int, n_out: int, n_in: int, itemsize: int
 ) -> tuple[tuple[int, int], dict]:
     """Return (grid, block sizes and launch options) of an implementation for (B, K) x (N, K)^T."""
-    if impl == "gemv":
-        block_k = triton.next_power_of_2(n_in)
-        block_m = min(4, triton.next_power_of_2(batch))
-        # columns per warp that fit into registers with the rows: at most 128 weights per thread
-        block_n = 4 if block_m < 4 and itemsize == 2 else 2
-        config = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=1)
-        # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
-        config |= dict(num_warps=min(8, max(1, block_k // 1024)), num_stages=1)
-    elif impl == "gemm_tile":
-        config = _tile_blocks(batch, n_out, n_in, itemsize)
-    elif impl == "gemm":
-        if itemsize > 2:  # its long sums in one order would be less exact than the library's
-            raise ValueError("impl='gemm': expected a two-byte dtype; use 'library'")
-        config = _gemm_blocks(batch, n_out, n_in, itemsize)
-    else:
-        raise ValueError(f"impl: expected auto, gemv, gemm_tile, gemm or library, got {impl!r}")
+    blocks = {"gemv": _gemv_blocks, "gemm_tile": _tile_blocks, "gemm": _gemm_blocks}[impl]
+    config = blocks(batch, n_out, n_in, itemsize)
     grid = (triton.cdiv(n_out, config["BLOCK_N"]), triton.cdiv(batch, config["BLOCK_M"]))
     return grid, config | dict(IMPL=impl, enable_fp_fusion=True)
 
 
-def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
-    def cost(shape: tuple[int, int]) -> tuple[int, int]:
-        # each program reads (rows + columns) * K; minimize the bytes of the busiest multiprocessor
-        programs = triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1])
-        return triton.cdiv(programs, MULTIPROCESSORS) * sum(shape), programs
+def _gemv_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
+    block_k = triton.next_power_of_2(n_in)
+    block_m = min(4, triton.next_power_of_2(batch))
+    # columns per warp that fit into registers with the rows: at most 128 weights per thread
+    block_n = 4 if block_m < 4 and itemsize == 2 else 2
+    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=1)
+    # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
+    return blocks | dict(num_warps=min(8, max(1, block_k // 1024)), num_stages=1)
 
-    block_m, block_n = min([(m, n) for m in (16, 32, 64) for n in (16, 32, 64)], key=cost)
-    # three buffers of 32 KiB, which the 99 KiB of consumer GPUs hold
-    elements = SHARED_BYTES // 3 // itemsize // triton.next_power_of_2(block_m + block_n)
+
+def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
+    # wider blocks only if a multiprocessor would have several of the small ones to compute
+    is_small = triton.cdiv(batch, 16) * triton.cdiv(n_out, 16) <= MULTIPROCESSORS
+    # three buffers of 32 KiB, which the 99 KiB of consumer GPUs hold, each for 32 or 48 (64) rows
+    elements = SHARED_BYTES // 3 // itemsize // (32 if is_small else 64)
     elements = min(max(16, triton.next_power_of_2(n_in)), elements)
-    block_k = min(elements, 128)
-    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=elements // block_k)
-    return blocks | dict(num_warps=4, num_stages=4)
+    blocks = dict(BLOCK_M=16, BLOCK_N=16 if is_small else 32, BLOCK_K=min(elements, 128))
+    return blocks | dict(CHUNKS=elements // blocks["BLOCK_K"], num_warps=4, num_stages=4)
 
 
 def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
@@ -220,16 +244,3 @@ def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
     num_stages = min(4, SHARED_BYTES // (sum(shape) * block_k * itemsize))
     blocks = dict(BLOCK_M=shape[0], BLOCK_N=shape[1], BLOCK_K=block_k, CHUNKS=1)
     return blocks | dict(num_warps=8 if shape[0] > 64 else 4, num_stages=num_stages)
-
-
-def check_tensors(like: Tensor | None, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ValueError unless each tensor is contiguous, of its shape, and of like's dtype."""
-    for name, (t, shape) in expected.items():
-        if t is None:
-            continue
-        dtype, device = (t.dtype, t.device) if like is None else (like.dtype, like.device)
-        if t.shape != shape or not t.is_contiguous() or (t.dtype, t.device) != (dtype, device):
-            raise ValueError(
-                f"{name}: expected contiguous {shape} {dtype} on {device}, "
-                f"got {tuple(t.shape)} {t.dtype} on {t.device}, strides {t.stride()}"
-            )

@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, launch_config, linear
-from kernels._pdl import await_launches, pdl
-from kernels.layer_norm import layer_norm
+from kernels._launch import EPS, await_launches, check_tensors, pdl
+from kernels._linear import auto_impl, launch_config, layer_norm, linear
 
 
 @triton.jit
@@ -36,7 +35,7 @@ def _store_qkv(
 
 @triton.jit
 def _append_kernel(
-    x_ptr,  # residual stream (B, C), normalized already if not NORM, read
+    x_ptr,  # residual stream (B, C), normalized already except for gemv, read
     ln_w_ptr,  # LayerNorm weight (C,), read
     ln_b_ptr,  # LayerNorm bias (C,), read
     w_ptr,  # QKV weight (3C, C), read
@@ -47,7 +46,7 @@ def _append_kernel(
     lengths_ptr,  # valid keys (B,) int64, read
     active_ptr,  # (B,) bool, read; None: all
     eps, B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -57,7 +56,7 @@ def _append_kernel(
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < 3 * C, other=0.0).to(tl.float32)
     acc = linear(
-        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, NORM, PDL, IMPL,
+        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
     # without a mask, so that the compiler can load them during the matrix product
@@ -95,62 +94,44 @@ def _append_store_kernel(
 
 
 def append(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
-    lengths: Tensor,
-    active: Tensor | None = None,
-    eps: float = 1e-5,
-    impl: str = "auto",
-) -> Tensor:
-    """Return q (B, nh, hs), a new tensor; store k and v at [b, :, lengths[b]] of the cache.
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor,
+    cache: Tensor, lengths: Tensor, active: Tensor | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Return q (B, nh, hs), a new tensor; store k and v at [:, b, :, lengths[b]] of the cache.
 
-    x                  (B, C) residual stream
-    weight, bias       (3C, C), (3C,) of an nn.Linear; columns of q, k and v, head by head
-    cache_k, cache_v   (B, nh, T, hs), one layer's views of the cache: same strides, hs contiguous
-    lengths            (B,) int64, read on the device
-    active             (B,) bool, read on the device; None: all
-    impl               "gemv", "gemm_tile", "library" (GEMM, then a kernel that only stores), "auto"
+    x              (B, C) residual stream
+    weight, bias   (3C, C), (3C,) of an nn.Linear; columns of q, k and v, head by head
+    cache          (2, B, nh, T, hs), KVCache.data of one layer; hs contiguous
+    lengths        (B,) int64, read on the device
+    active         (B,) bool, read on the device; None: all
+    impl           "auto" or one of _linear.py ("library": GEMM, then a kernel that only stores)
 
     Inactive and full sequences (length T) store nothing; their q is computed but meaningless.
-    x and the parameters are contiguous, the parameters and q of one dtype (fp32, bf16, fp16), from
-    which x and the cache may differ. Raise ValueError if not. Only q is allocated, and at most two
-    tensors between, and the GPU is never synchronized.
     """
-    B, nh, T, hs = cache_k.shape
+    _, B, nh, T, hs = cache.shape
     C = nh * hs
     check_tensors(
-        weight, ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
-        weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)),
+        x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
+        weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)), lengths=(lengths, (B,)),
+        active=(active, (B,)), slot=(cache[0, 0, 0, 0], (hs,)),
     )  # fmt: skip
-    check_tensors(None, x=(x, (B, C)), lengths=(lengths, (B,)), active=(active, (B,)))
-    layouts = [(tuple(t.shape), t.stride(), t.dtype) for t in (cache_k, cache_v)]
-    if layouts[0] != layouts[1] or cache_k.stride(3) != 1:
-        raise ValueError(
-            "cache_k, cache_v: expected one shape, dtype and strides, the last of them 1, "
-            f"got {layouts}"
-        )
     q, itemsize = weight.new_empty(B, nh, hs), weight.element_size()
     impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
-    norm = impl == "gemv"  # which applies LayerNorm itself
-    x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
-    cache = (q, cache_k, cache_v, lengths, active)
-    sizes = (B, T, *cache_k.stride()[:3], C, hs)
+    if impl != "gemv":  # which applies LayerNorm itself
+        x = layer_norm(x, ln_weight, ln_bias)
+    state = (q, *cache, lengths, active)
+    sizes = (B, T, *cache.stride()[1:4], C, hs)
     if impl == "library":
         block = min(1024, triton.next_power_of_2(3 * C))
         _append_store_kernel[(triton.cdiv(3 * C, block), B)](
-            F.linear(x, weight, bias), *cache, *sizes,
+            F.linear(x, weight, bias), *state, *sizes,
             BLOCK_N=block, num_warps=2, enable_fp_fusion=True, **pdl(x.device, B),
         )  # fmt: skip
         return q
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
     # late: the programs of attention could only wait, in the way of these
     _append_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, *cache, eps, *sizes, norm,
+        x, ln_weight, ln_bias, weight, bias, *state, EPS, *sizes,
         **config, **pdl(x.device, B, late=True),
     )  # fmt: skip
     return q

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._linear import check_tensors
-from kernels._pdl import await_launches, pdl
+from kernels._launch import EPS, await_launches, check_tensors, pdl
 
 
 @triton.jit
@@ -79,17 +78,9 @@ def _embed_kernel(
 
 
 def feedback(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    wpe: Tensor,
-    lengths: Tensor,
-    hidden: Tensor,
-    active: Tensor | None = None,
-    eps: float = 1e-5,
-    n_taken: Tensor | None = None,
-    thought: Tensor | None = None,
-) -> None:
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, wpe: Tensor, lengths: Tensor, hidden: Tensor,
+    active: Tensor | None = None, n_taken: Tensor | None = None, thought: Tensor | None = None,
+) -> None:  # fmt: skip
     """Turn the output of the last layer x into the next step's input, in place.
 
     hidden    (B, C) = layer_norm(x), the head's input; unchanged for inactive sequences
@@ -99,20 +90,15 @@ def feedback(
     active    (B,) bool; None: all
     n_taken   (B,) int64 += 1 for active sequences; None: not counted
     thought   (B, C) = hidden: a copy of what is fed back next; None: no copy
-
-    All tensors are contiguous and, except x and those with (B,), of one dtype; raise ValueError if
-    not. Nothing is allocated, and the GPU is never synchronized.
     """
     B, C = x.shape
     check_tensors(
-        None, x=(x, (B, C)), lengths=(lengths, (B,)), active=(active, (B,)), n_taken=(n_taken, (B,))
-    )
-    check_tensors(
-        wpe, ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)), wpe=(wpe, (len(wpe), C)),
-        hidden=(hidden, (B, C)), thought=(thought, (B, C)),
+        x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
+        wpe=(wpe, (len(wpe), C)), lengths=(lengths, (B,)), hidden=(hidden, (B, C)),
+        active=(active, (B,)), n_taken=(n_taken, (B,)), thought=(thought, (B, C)),
     )  # fmt: skip
     _feedback_kernel[(B,)](
-        x, ln_weight, ln_bias, wpe, lengths, hidden, active, n_taken, thought, eps,
+        x, ln_weight, ln_bias, wpe, lengths, hidden, active, n_taken, thought, EPS,
         len(wpe), C, triton.next_power_of_2(C),
         num_warps=4, enable_fp_fusion=True, **pdl(x.device, B),
     )  # fmt: skip
@@ -125,8 +111,10 @@ def embed(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -
     Checks and the clamped position are those of `feedback`.
     """
     B, C = x.shape
-    check_tensors(None, x=(x, (B, C)), lengths=(lengths, (B,)), token=(token, (B,)))
-    check_tensors(wpe, wte=(wte, (len(wte), C)), wpe=(wpe, (len(wpe), C)))
+    check_tensors(
+        wte=(wte, (len(wte), C)), token=(token, (B,)), wpe=(wpe, (len(wpe), C)),
+        lengths=(lengths, (B,)), x=(x, (B, C)),
+    )  # fmt: skip
     _embed_kernel[(B,)](
         wte, token, wpe, lengths, x, len(wpe), C, triton.next_power_of_2(C),
         num_warps=4, enable_fp_fusion=True, **pdl(x.device, B),

@@ -16,14 +16,12 @@ Memory traffic: K and V up to each length, once. kernels/prefix_attention.py is 
 version for training.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._pdl import await_launches, pdl, prefetch
+from kernels._launch import await_launches, check_tensors, pdl, prefetch
 
 BLOCK_ELEMENTS = 2048  # elements of K (and of V) per loop iteration: 16 of each per thread
 MAX_SPLITS = 32
@@ -166,28 +164,22 @@ def launch_form(n_heads: int) -> tuple[int, int, int]:
     return BLOCK_ELEMENTS, 2 if n_heads <= 1024 else NUM_WARPS, NUM_STAGES
 
 
-@dataclass(frozen=True)
 class SplitWorkspace:
-    """Memory for combining the splits of one attention call.
+    """Memory for combining the splits of one attention call over a cache (B, nh, T, hs).
+
+    n_splits     a power of two; None: enough for two programs per multiprocessor, but no split with
+                 less than one block of keys
+    partial_acc  (B * nh, n_splits, hs) fp32; like the others, None if there is only one split
+    partial_ml   (B * nh, n_splits, 2) fp32
+    counter      (B * nh,) int32
 
     Calls that follow each other on one stream can share it, because every launch leaves the
-    counters at zero. Allocate it before capturing a CUDA graph.
+    counters at zero. Create it before capturing a CUDA graph.
     """
 
-    n_splits: int
-    partial_acc: Tensor | None  # (B * nh, n_splits, hs) fp32
-    partial_ml: Tensor | None  # (B * nh, n_splits, 2) fp32
-    counter: Tensor | None  # (B * nh,) int32
-
-    @classmethod
-    def allocate(
-        cls, B: int, nh: int, T: int, hs: int, device: torch.device, n_splits: int | None = None
-    ) -> "SplitWorkspace":
-        """Allocate the workspace for a cache (B, nh, T, hs).
-
-        n_splits: a power of two. None: enough for two programs per multiprocessor, but no split
-        with less than one block of keys.
-        """
+    def __init__(
+        self, B: int, nh: int, T: int, hs: int, device: torch.device, n_splits: int | None = None
+    ) -> None:
         if n_splits is None:
             n_sms = 1
             if device.type == "cuda":
@@ -196,76 +188,45 @@ class SplitWorkspace:
             most = triton.next_power_of_2(triton.cdiv(T, block_n))
             filling = 1 << (triton.cdiv(2 * n_sms, B * nh).bit_length() - 1)  # rounded down
             n_splits = min(most, filling, MAX_SPLITS)
-        if n_splits == 1:
-            return cls(1, None, None, None)
-        return cls(
-            n_splits,
-            torch.empty(B * nh, n_splits, hs, dtype=torch.float32, device=device),
-            torch.empty(B * nh, n_splits, 2, dtype=torch.float32, device=device),
-            torch.zeros(B * nh, dtype=torch.int32, device=device),
-        )
-
-
-def check_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
-    """Raise ValueError if q (B, nh, hs), k and v (B, nh, T, hs) or lengths (B,) do not match."""
-    B, nh, hs = q.shape
-    if k.shape != v.shape or k.shape[:2] != (B, nh) or k.shape[3] != hs:
-        raise ValueError(
-            f"k and v: expected ({B}, {nh}, T, {hs}) to match q {tuple(q.shape)}, "
-            f"got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.stride(0) != 1:
-        raise ValueError(
-            f"lengths: expected contiguous ({B},) torch.int64, "
-            f"got {tuple(lengths.shape)} {lengths.dtype}"
-        )
-    if torch.float64 in (q.dtype, k.dtype, v.dtype):
-        raise ValueError("q, k, v: expected at most float32, got torch.float64; sums are float32")
-    if hs > 128:
-        raise ValueError(f"head size: expected at most 128, got {hs}")
-    if not all(x.stride(-1) == 1 for x in (q, k, v)):
-        raise ValueError(
-            "q, k, v: expected a contiguous last dimension, "
-            f"got strides {[x.stride(-1) for x in (q, k, v)]}"
-        )
+        self.n_splits = n_splits
+        self.partial_acc = self.partial_ml = self.counter = None
+        if n_splits > 1:
+            options = dict(dtype=torch.float32, device=device)
+            self.partial_acc = torch.empty(B * nh, n_splits, hs, **options)
+            self.partial_ml = torch.empty(B * nh, n_splits, 2, **options)
+            self.counter = torch.zeros(B * nh, dtype=torch.int32, device=device)
 
 
 def latent_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    workspace: SplitWorkspace,
-    n_new: int = 0,
-    lse: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, workspace: SplitWorkspace,
+    n_new: int = 0, lse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new). Not differentiable.
 
-    q           (B, nh, hs)
+    q           (B, nh, hs), hs at most 128
     k, v        (B, nh, T, hs), any strides but the last, such as KVCache.data[layer, 0]
     lengths     (B,) int64, read on the device
-    workspace   SplitWorkspace.allocate(B, nh, T, hs, device)
+    workspace   SplitWorkspace(B, nh, T, hs, device)
     lse         (B, nh) fp32, written: log-sum-exp of the scores; None: not needed
 
-    Safe to capture in a CUDA graph. Raise ValueError if shapes, dtypes or strides do not match.
+    Safe to capture in a CUDA graph. Raise ValueError if shapes or strides do not match.
     """
-    check_attention(q, k, v, lengths)
-    expected = (len(q) * q.shape[1], workspace.n_splits, q.shape[2])
-    if workspace.partial_acc is not None and workspace.partial_acc.shape != expected:
+    (B, nh, hs), T, n_splits = q.shape, k.shape[2], workspace.n_splits
+    if not k.shape == v.shape == (B, nh, T, hs) or {x.stride(-1) for x in (q, k, v)} != {1}:
         raise ValueError(
-            f"workspace: expected {expected} for q {tuple(q.shape)}, "
-            f"got {tuple(workspace.partial_acc.shape)}"
+            "q, k, v: expected (B, nh, hs), twice (B, nh, T, hs), contiguous last dimensions, "
+            f"got {[(tuple(x.shape), x.stride()) for x in (q, k, v)]}"
         )
-    (B, nh, hs), T = q.shape, k.shape[2]
+    check_tensors(lengths=(lengths, (B,)), workspace=(workspace.counter, (B * nh,)))
     out = q.new_empty(q.shape)
     elements, num_warps, num_stages = launch_form(B * nh)
     block_n, block_d = block_sizes(hs, elements)
-    _latent_attention_fwd_kernel[(B * nh, workspace.n_splits)](
+    _latent_attention_fwd_kernel[(B * nh, n_splits)](
         q, k, v, lengths, out, lse,
         workspace.partial_acc, workspace.partial_ml, workspace.counter,
         nh, T, hs**-0.5,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        N_NEW=n_new, D=hs, SPLITS=workspace.n_splits,
+        N_NEW=n_new, D=hs, SPLITS=n_splits,
         BLOCK_N=block_n, BLOCK_D=block_d, STAGES=num_stages,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **pdl(q.device, B),
     )  # fmt: skip

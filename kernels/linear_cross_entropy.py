@@ -1,4 +1,4 @@
-"""The LM head and its cross-entropy over the supervised positions, one chunk of logits at a time.
+"""The LM head and its cross-entropy, one chunk of logits at a time.
 
 The matrix products are cuBLAS's: at 768 x 50,260 no Triton kernel is faster. One kernel between
 them reads a chunk of logits twice (the second time from L2). It returns each position's loss and
@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # target of an unsupervised position
 CHUNK = 1024  # rows of logits at once: enough to keep cuBLAS busy
 BLOCK_V = 2048  # logits per loop iteration: 16 per thread
 NUM_WARPS = 4
@@ -23,12 +22,12 @@ NUM_STAGES = 3  # loads are pipelined through shared memory, see latent_attentio
 
 @triton.jit
 def _softmax_cross_entropy_kernel(
-    x_ptr,  # logits (rows, V), padded to stride_x, read; with GRAD replaced by d loss / d logits
+    x_ptr,  # logits (rows, V), padded to stride_x, read; replaced by d loss / d logits
     label_ptr,  # targets (rows,) int64, read
     loss_ptr,  # loss of each row (rows,) fp32, written
     correct_ptr,  # whether the label is the first argmax (rows,) bool, written
     V, stride_x,
-    GRAD: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_x
@@ -56,15 +55,14 @@ def _softmax_cross_entropy_kernel(
     tl.store(loss_ptr + row, tl.where(supervised, m - x_label + tl.log(l_i), 0.0))
     tl.store(correct_ptr + row, (first == label) | ~supervised)
 
-    if GRAD:
-        inv_l = 1.0 / l_i
-        tl.debug_barrier()  # all threads must have read the label's logit before it is overwritten
-        for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
-            x = _load_logits(x_ptr, start + offs_v, V, stride_x)
-            grad = tl.exp(x - m) * inv_l - tl.where(start + offs_v == label, 1.0, 0.0)
-            grad = tl.where(supervised, grad, 0.0)
-            mask = start + offs_v < stride_x
-            tl.store(x_ptr + start + offs_v, grad.to(x_ptr.dtype.element_ty), mask=mask)
+    inv_l = 1.0 / l_i
+    tl.debug_barrier()  # all threads must have read the label's logit before it is overwritten
+    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
+        x = _load_logits(x_ptr, start + offs_v, V, stride_x)
+        grad = tl.exp(x - m) * inv_l - tl.where(start + offs_v == label, 1.0, 0.0)
+        grad = tl.where(supervised, grad, 0.0)
+        mask = start + offs_v < stride_x
+        tl.store(x_ptr + start + offs_v, grad.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -76,40 +74,32 @@ def _load_logits(x_ptr, offs_v, V, stride_x):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, w, targets, n_labels, chunk, grad_h, grad_w):
-        V = w.shape[0]
+    def forward(ctx, h, w, labels, chunk):
+        N, V = len(h), len(w)
         w_h = w.to(h.dtype)
-        # supervised positions first, in order; a fixed number of them, so the GPU is not queried
-        index = (targets == IGNORE).int().argsort(stable=True)[:n_labels]
-        rows, labels = h[index], targets[index]
-        correct = torch.ones(len(h), dtype=torch.bool, device=h.device)
-        # of the supervised positions; the kernel writes both
-        losses = h.new_empty(len(index), dtype=torch.float32)
-        hits = h.new_empty(len(index), dtype=torch.bool)
-        dh = torch.zeros_like(h) if grad_h else None
+        losses = h.new_empty(N, dtype=torch.float32)
+        correct = h.new_empty(N, dtype=torch.bool)
+        dh = torch.empty_like(h)
         # fp32 also for a bf16 head: it accumulates over chunks
-        dw = torch.zeros_like(w, dtype=torch.float32) if grad_w else None
+        dw = torch.zeros_like(w, dtype=torch.float32)
         # row starts are multiples of 16 elements, for 128-bit loads and for cuBLAS
-        buffer = h.new_empty(min(chunk, len(index)), triton.cdiv(V, 16) * 16)
-        for start in range(0, len(index), chunk):
+        buffer = h.new_empty(min(chunk, N), triton.cdiv(V, 16) * 16)
+        for start in range(0, N, chunk):
             part = slice(start, start + chunk)
-            x = rows[part]
+            x = h[part]
             logits = buffer[: len(x), :V]
             torch.mm(x, w_h.t(), out=logits)
             _softmax_cross_entropy_kernel[(len(x),)](
-                logits, labels[part], losses[part], hits[part], V, logits.stride(0),
-                GRAD=grad_h or grad_w, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)),
-                STAGES=NUM_STAGES, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-                enable_fp_fusion=True,
+                logits, labels[part], losses[part], correct[part], V, logits.stride(0),
+                BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)), STAGES=NUM_STAGES,
+                num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
             )  # fmt: skip
-            if grad_h:
-                dh[index[part]] = logits @ w_h
-            if grad_w and dw.dtype == x.dtype:
+            dh[part] = logits @ w_h  # the kernel has replaced the logits by their gradient
+            if dw.dtype == x.dtype:
                 dw.addmm_(logits.t(), x)
-            elif grad_w:
+            else:
                 dw += logits.t() @ x
-        correct[index] = hits
-        ctx.save_for_backward(dh, dw.to(w.dtype) if grad_w else None)
+        ctx.save_for_backward(dh, dw.to(w.dtype))
         ctx.mark_non_differentiable(correct)
         return losses.sum(), correct
 
@@ -117,42 +107,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         dh, dw = ctx.saved_tensors
-        dh = None if dh is None else (dh * grad).to(dh.dtype)
-        dw = None if dw is None else (dw * grad).to(dw.dtype)
-        return dh, dw, None, None, None, None, None
+        return (dh * grad).to(dh.dtype), (dw * grad).to(dw.dtype), None, None
 
 
 def linear_cross_entropy(
-    h: Tensor, w: Tensor, targets: Tensor, n_labels: int, chunk: int = CHUNK
+    h: Tensor, w: Tensor, labels: Tensor, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Return (summed cross-entropy () fp32, correct (N,) bool: the label is the first argmax).
 
-    h          (N, C) hidden states
-    w          (V, C) LM head; fp32 weights under autocast are cast, their gradient is fp32
-    targets    (N,) int64, -100 where unsupervised: no loss, no cost, counted as correct
-    n_labels   number of supervised targets, or more; a host integer avoids a GPU synchronization
-    chunk      rows of logits that exist at once
+    h        (N, C) hidden states
+    w        (V, C) LM head; fp32 weights under autocast are cast, their gradient is fp32
+    labels   (N,) int64; -100: no loss, no gradient, counted as correct
+    chunk    rows of logits that exist at once
 
     Products use h's dtype (autocast's under autocast) and accumulate in fp32. A label outside the
-    vocabulary gives a loss of NaN. Gradients are computed in this call unless grad mode is off:
-    evaluate under torch.no_grad(). The gradient of the logits is in h's dtype, before any scaling
-    of the loss.
+    vocabulary gives a loss of NaN. Gradients are computed in this call. The gradient of the logits
+    is in h's dtype, before any scaling of the loss.
     """
-    if h.dim() != 2 or w.shape[1:] != h.shape[1:] or targets.shape != h.shape[:1]:
-        raise ValueError(
-            "h, w, targets: expected (N, C), (V, C), (N,), "
-            f"got {tuple(h.shape)}, {tuple(w.shape)}, {tuple(targets.shape)}"
-        )
-    if h.dtype == torch.float64:
-        raise ValueError("h: expected at most float32, got torch.float64; sums are float32")
-    if chunk < 1:
-        raise ValueError(f"chunk: expected at least 1, got {chunk}")
-    # not checked on a GPU, which would have to be synchronized
-    if not h.is_cuda and n_labels < (n_found := int((targets != IGNORE).sum())):
-        raise ValueError(f"n_labels: expected at least {n_found} (supervised), got {n_labels}")
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
-    grads = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
-        h, w, targets, n_labels, chunk, grads and h.requires_grad, grads and w.requires_grad
-    )
+    return _LinearCrossEntropy.apply(h, w, labels, chunk)

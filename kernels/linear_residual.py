@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._linear import auto_impl, check_tensors, launch_config, linear
-from kernels._pdl import pdl
+from kernels._launch import check_tensors, pdl
+from kernels._linear import auto_impl, launch_config, linear
 from kernels.reference import linear_residual_ref
 
 
@@ -28,9 +28,8 @@ def _linear_residual_kernel(
     mask = (offs_m < B) & (offs_n < N)
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    # no LayerNorm: y_ptr fills the places of its parameters, which are not read
     acc = linear(
-        y_ptr, w_ptr, y_ptr, y_ptr, x_ptr, 0.0, B, row0, col0, N, K, False, PDL, IMPL,
+        y_ptr, w_ptr, None, None, x_ptr, 0.0, B, row0, col0, N, K, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
     # one rounding: product, bias and residual are all fp32 up to here
@@ -42,13 +41,10 @@ def linear_residual(
 ) -> Tensor:
     """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x.
 
-    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and, except x, of one
-    dtype (fp32, bf16, fp16); raise ValueError if not. The result is rounded once, when stored
-    ("library": twice). Nothing is allocated except by "library", and the GPU is never synchronized.
+    impl: "auto" or one of _linear.py. The result is rounded once, when stored ("library": twice).
     """
     B, (N, K) = len(y), weight.shape
-    check_tensors(y, y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)))
-    check_tensors(None, x=(x, (B, N)))
+    check_tensors(y=(y, (B, K)), weight=(weight, (N, K)), bias=(bias, (N,)), x=(x, (B, N)))
     impl = auto_impl(B, K, y.element_size()) if impl == "auto" else impl
     if impl == "library":
         return linear_residual_ref(y, weight, bias, x)

@@ -5,21 +5,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._linear import auto_impl, check_tensors, launch_config, linear
-from kernels._pdl import pdl
-from kernels.layer_norm import layer_norm
+from kernels._launch import EPS, check_tensors, pdl
+from kernels._linear import auto_impl, launch_config, layer_norm, linear
 
 
 @triton.jit
 def _ln_linear_gelu_kernel(
-    x_ptr,  # residual stream (B, K), normalized already if not NORM, read
+    x_ptr,  # residual stream (B, K), normalized already except for gemv, read
     ln_w_ptr,  # LayerNorm weight (K,), read
     ln_b_ptr,  # LayerNorm bias (K,), read
     w_ptr,  # weight (N, K), read
     bias_ptr,  # bias (N,), read
     out_ptr,  # output (B, N), written
-    eps, B, N: tl.constexpr, K: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
+    eps, B, N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row0 = tl.program_id(1) * BLOCK_M
@@ -29,7 +27,7 @@ def _ln_linear_gelu_kernel(
     # load before the matrix product, which hides the latency
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
     acc = linear(
-        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, NORM, PDL, IMPL,
+        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
     h = acc + bias
@@ -40,35 +38,26 @@ def _ln_linear_gelu_kernel(
 
 
 def ln_linear_gelu(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    impl: str = "auto",
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, impl: str = "auto"
 ) -> Tensor:
     """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)), a new (B, N); tanh-GELU.
 
-    impl: "gemv", "gemm_tile", "library" or "auto". All tensors are contiguous and, except x, of one
-    dtype (fp32, bf16, fp16), which the output has too; raise ValueError if not. Only the output is
-    allocated, and at most two tensors between, and the GPU is never synchronized.
+    impl: "auto" or one of _linear.py.
     """
     B, (N, K) = len(x), weight.shape
     check_tensors(
-        weight, ln_weight=(ln_weight, (K,)), ln_bias=(ln_bias, (K,)),
+        x=(x, (B, K)), ln_weight=(ln_weight, (K,)), ln_bias=(ln_bias, (K,)),
         weight=(weight, (N, K)), bias=(bias, (N,)),
     )  # fmt: skip
-    check_tensors(None, x=(x, (B, K)))
     itemsize = weight.element_size()
     impl = auto_impl(B, K, itemsize) if impl == "auto" else impl
-    norm = impl == "gemv"  # which applies LayerNorm itself
-    x = x if norm else layer_norm(x, ln_weight, ln_bias, eps)
+    if impl != "gemv":  # which applies LayerNorm itself
+        x = layer_norm(x, ln_weight, ln_bias)
     if impl == "library":
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")  # GPT-2's GELU
     grid, config = launch_config(impl, B, N, K, itemsize)
     out = weight.new_empty(B, N)
     _ln_linear_gelu_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, out, eps, B, N, K, norm, **config, **pdl(x.device, B)
+        x, ln_weight, ln_bias, weight, bias, out, EPS, B, N, K, **config, **pdl(x.device, B)
     )
     return out

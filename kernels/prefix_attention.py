@@ -6,8 +6,6 @@ backward call adds to one dK, dV buffer in place instead: 3 times (read K and V,
 and dV).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,6 @@ from kernels.latent_attention import (
     NUM_WARPS,
     SplitWorkspace,
     block_sizes,
-    check_attention,
     is_last_split,
     latent_attention,
     split_range,
@@ -110,50 +107,14 @@ def _prefix_attention_bwd_kernel(
     tl.store(dq_ptr + bh * D + offs_d, acc.to(dq_ptr.dtype.element_ty), mask=mask_d)
 
 
-def prefix_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    workspace: SplitWorkspace,
-) -> Tensor:
-    """Return dq (B, nh, hs); add the gradients of k and v to dk and dv (B, nh, T, hs).
-
-    Only slots [0, lengths[b]) of dk and dv are touched; they may have any float dtype. Sums are
-    fp32 in a fixed order.
-    """
-    check_attention(q, dk, dv, lengths)  # forward has checked k and v
-    (B, nh, hs), T = q.shape, k.shape[2]
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    dq = q.new_empty(q.shape)
-    block_n, block_d = block_sizes(hs)
-    _prefix_attention_bwd_kernel[(B * nh, workspace.n_splits)](
-        grad, grad_lse.contiguous(), q, k, v, lengths, out, lse, dq, dk, dv,
-        workspace.partial_acc, workspace.counter, nh, T, hs**-0.5,
-        *grad.stride()[:2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3],
-        D=hs, SPLITS=workspace.n_splits, BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
-    )  # fmt: skip
-    return dq
-
-
-@dataclass
-class PrefixBuffers:
-    """Memory shared by all calls of prefix_attention over one prefix.
+class PrefixBuffers(SplitWorkspace):
+    """Memory shared by all calls of prefix_attention over one prefix (B, nh, T, hs).
 
     dk and dv are the gradients that the last backward call returned, and None before the first.
     The next one may add to them in place only if autograd hands on these very tensors: a sum that
     autograd made, or a gradient from another reader of k and v, belongs to somebody else.
     """
 
-    workspace: SplitWorkspace
     dk: Tensor | None = None
     dv: Tensor | None = None
 
@@ -162,7 +123,7 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths, buffers):
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        out = latent_attention(q, k, v, lengths, buffers.workspace, lse=lse)
+        out = latent_attention(q, k, v, lengths, buffers, lse=lse)
         ctx.buffers = buffers
         ctx.save_for_backward(q, k, v, lengths, out, lse)
         ctx.set_materialize_grads(False)  # None instead of zeros the size of the prefix
@@ -171,15 +132,23 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_lse, dk, dv):
-        q, k, v, lengths, out, lse = ctx.saved_tensors
-        buffers = ctx.buffers
-        dk, dv = _writable(dk, buffers.dk, k), _writable(dv, buffers.dv, v)
-        grad = torch.zeros_like(out) if grad is None else grad
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-        dq = prefix_attention_backward(
-            grad, grad_lse, q, k, v, lengths, out, lse, dk, dv, buffers.workspace
-        )
-        buffers.dk, buffers.dv = dk, dv
+        (q, k, v, lengths, out, lse), buffers = ctx.saved_tensors, ctx.buffers
+        (B, nh, hs), T = q.shape, k.shape[2]
+        # the kernel adds to slots [0, lengths[b]) of dk and dv, in fp32 and in a fixed order
+        dk = buffers.dk = _writable(dk, buffers.dk, k)
+        dv = buffers.dv = _writable(dv, buffers.dv, v)
+        grad = torch.zeros_like(out) if grad is None else grad.contiguous()
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+        dq = q.new_empty(q.shape)
+        block_n, block_d = block_sizes(hs)
+        _prefix_attention_bwd_kernel[(B * nh, buffers.n_splits)](
+            grad, grad_lse, q, k, v, lengths, out, lse, dq, dk, dv,
+            buffers.partial_acc, buffers.counter, nh, T, hs**-0.5,
+            *grad.stride()[:2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+            *dk.stride()[:3], *dv.stride()[:3],
+            D=hs, SPLITS=buffers.n_splits, BLOCK_N=block_n, BLOCK_D=block_d, STAGES=NUM_STAGES,
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
+        )  # fmt: skip
         return dq, dk, dv, None, None
 
 

@@ -8,39 +8,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def layer_norm_ref(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm_ref(x: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> Tensor:
     """Return the LayerNorm of x (B, C) in the weight's dtype."""
     weight, bias = ln_weight.to(x.dtype), ln_bias.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(ln_weight.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias).to(ln_weight.dtype)
 
 
 def append_ref(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
-    lengths: Tensor,
-    active: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor,
+    cache: Tensor, lengths: Tensor, active: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return q (B, nh, hs) of x (B, C); store k and v at each sequence's length (append.py)."""
-    B, nh, T, hs = cache_k.shape
-    qkv = F.linear(layer_norm_ref(x, ln_weight, ln_bias, eps), weight, bias)
-    q, k, v = qkv.view(B, 3, nh, hs).unbind(1)  # (B, nh, hs) each
+    _, B, nh, T, hs = cache.shape
+    qkv = F.linear(layer_norm_ref(x, ln_weight, ln_bias), weight, bias).view(B, 3, nh, hs)
     # one sequence at a time, because each has its own length
     for b, length in enumerate(lengths.tolist()):
         if length < T and (active is None or active[b]):  # a full cache keeps what it has
-            cache_k[b, :, length] = k[b]
-            cache_v[b, :, length] = v[b]
-    return q
+            cache[:, b, :, length] = qkv[b, 1:]  # (2, nh, hs)
+    return qkv[:, 0]
 
 
-def latent_attention_lse_ref(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
+def latent_attention_ref(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return (out (B, nh, hs), lse (B, nh)) of q (B, nh, hs) over keys [0, lengths[b]).
 
     k and v are (B, nh, T, hs); lse is the log-sum-exp of the scaled scores. Without keys out is
@@ -57,13 +45,6 @@ def latent_attention_lse_ref(
     p = scores.masked_fill(empty, 0).softmax(dim=-1).masked_fill(empty, 0)
     # (B, nh, 1, T) @ (B, nh, T, hs) -> (B, nh, hs)
     return (p[:, :, None] @ v)[:, :, 0], scores.logsumexp(dim=-1)
-
-
-def latent_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_new: int = 0
-) -> Tensor:
-    """Return attention (B, nh, hs) of q over keys [0, lengths[b] + n_new)."""
-    return latent_attention_lse_ref(q, k, v, lengths + n_new)[0]
 
 
 def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,35 +66,22 @@ def linear_residual_ref(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> T
 
 
 def ln_linear_gelu_ref(
-    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """Return gelu(layer_norm(x (B, K)) @ weight (N, K)^T + bias (N,)): (B, N)."""
-    h = F.linear(layer_norm_ref(x, ln_weight, ln_bias, eps), weight, bias)
+    h = F.linear(layer_norm_ref(x, ln_weight, ln_bias), weight, bias)
     return F.gelu(h, approximate="tanh")  # GPT-2's GELU
 
 
 def feedback_ref(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    wpe: Tensor,
-    lengths: Tensor,
-    hidden: Tensor,
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, wpe: Tensor, lengths: Tensor, hidden: Tensor,
     active: Tensor | None = None,
-    eps: float = 1e-5,
-    n_taken: Tensor | None = None,
-    thought: Tensor | None = None,
-) -> None:
-    """Update x (B, C), lengths (B,), hidden (B, C), n_taken (B,) in place, and write thought (B, C)
-    (feedback.py)."""
+) -> None:  # fmt: skip
+    """Update x (B, C), lengths (B,) and hidden (B, C) in place (feedback.py)."""
     active = torch.ones_like(lengths, dtype=torch.bool) if active is None else active
-    h = layer_norm_ref(x, ln_weight, ln_bias, eps)
     # a sequence that has ended keeps its state and its length
+    h = layer_norm_ref(x, ln_weight, ln_bias)
     hidden.copy_(torch.where(active[:, None], h, hidden))
-    if n_taken is not None:
-        n_taken += active
-    if thought is not None:
-        thought.copy_(hidden)
     lengths += active  # before wpe: the next input is one position later
     # a full sequence has no next position; what it reads is never used
     x.copy_(hidden.to(x.dtype) + wpe[lengths.clamp(max=len(wpe) - 1)])

@@ -1,14 +1,14 @@
 """Tokenized examples, and the three padded blocks of a batch (drawn in coconut.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.examples import MARK, Example
+from nanococonut.runtime.graphs import round_up
 from nanococonut.tokenizer import Tokenizer
 
 IGNORE = -100  # ignore_index of cross_entropy: not supervised
@@ -110,19 +110,17 @@ class Batch:
     n_labels: int  # at least the number of supervised targets
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        blocks = self.prefix, self.length, self.n_thoughts, self.n_needed, self.suffix
-        return *blocks, self.targets, self.thought_targets
+    def tensors(self) -> list[Tensor]:
+        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch of fn(t) for every tensor t."""
+        return Batch(*map(fn, self.tensors), self.max_thoughts, self.n_labels)
 
     def to(self, device: torch.device) -> "Batch":
         # CUDA keeps pinned memory until the copy is done; MPS may read freed memory
         non_blocking = torch.device(device).type == "cuda"
-        moved = (t.to(device, non_blocking=non_blocking) for t in self.tensors)
-        return Batch(*moved, self.max_thoughts, self.n_labels)
-
-    def pinned(self) -> "Batch":
-        """Return a copy in page-locked memory, from which a GPU copies asynchronously."""
-        return Batch(*(t.pin_memory() for t in self.tensors), self.max_thoughts, self.n_labels)
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def copy_(self, other: "Batch") -> None:
         """Copy the tensors of a batch of the same shape into this one."""
@@ -131,22 +129,22 @@ class Batch:
 
     def padded(self, B: int, Tp: int, Ts: int, max_thoughts: int, n_labels: int) -> "Batch":
         """Return this batch padded to a larger shape, so that few CUDA graphs are captured."""
-        n_new, (_, n, K) = B - len(self.length), self.thought_targets.shape
+        K = self.thought_targets.shape[2]
 
-        def pad(t: Tensor, width: int, fill: int = 0) -> Tensor:
-            return F.pad(t, (0, width - t.shape[1], 0, n_new), value=fill)  # (B, width)
+        def pad(t: Tensor, *shape: int, fill: int = 0) -> Tensor:
+            padded = t.new_full((B, *shape), fill)
+            padded[tuple(map(slice, t.shape))] = t
+            return padded
 
         # an added sequence has a prefix of one token, no thoughts and no labels
         return Batch(
             prefix=pad(self.prefix, Tp),
-            length=F.pad(self.length, (0, n_new), value=1),
-            n_thoughts=F.pad(self.n_thoughts, (0, n_new)),
-            n_needed=F.pad(self.n_needed, (0, n_new)),
+            length=pad(self.length, fill=1),
+            n_thoughts=pad(self.n_thoughts),
+            n_needed=pad(self.n_needed),
             suffix=pad(self.suffix, Ts),
-            targets=pad(self.targets, Ts, IGNORE),
-            thought_targets=F.pad(
-                self.thought_targets, (0, -K % 8, 0, max_thoughts - n, 0, n_new), value=IGNORE
-            ),
+            targets=pad(self.targets, Ts, fill=IGNORE),
+            thought_targets=pad(self.thought_targets, max_thoughts, round_up(K, 8), fill=IGNORE),
             max_thoughts=max_thoughts,
             n_labels=n_labels,
         )

@@ -9,7 +9,6 @@ n_thoughts[b] <= n thoughts. After them it is inactive: its later thoughts are m
 suffix follows its last valid position directly.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,23 +22,26 @@ from nanococonut.model import GPT, causal_attention
 KV = tuple[Tensor, Tensor]  # keys and values, (B, nh, T, hs) each
 
 
-class BlockKV:
-    """Keys and values of the blocks so far, and the attention of a new block to them and itself.
+class ThoughtTrace:
+    """The blocks so far, and the attention of a new block to them and itself.
 
-    Each block has its own tensors, so nothing saved for backward is overwritten.
-    kernels: "torch" or "triton"; the Triton kernel has no dropout (ValueError).
+    hidden  list of (B, C): hidden states after 0, 1, ... thoughts
+    inputs  list of (B, C): the input embeddings that led to them
+            A sequence without further thoughts repeats its last ones.
+
+    Each block has its own keys and values, so nothing saved for backward is overwritten.
     """
 
     def __init__(self, model: GPT, batch: Batch, kernels: str) -> None:
-        self.dropout, self.triton = model.attn_dropout, kernels == "triton"
-        if self.triton and self.dropout:
-            raise ValueError(f"attention dropout={self.dropout} needs kernels='torch'")
         Tp, device = batch.prefix.shape[1], batch.prefix.device
+        self.dropout, self.triton = model.attn_dropout, kernels == "triton"
         self.length, self.n_thoughts = batch.length, batch.n_thoughts  # (B,) each
         self.prefix_mask = torch.arange(Tp, device=device) < batch.length[:, None]  # (B, Tp)
         self.prefix: list[KV] = []  # per layer
         self.buffers: list[ops.PrefixBuffers] = []  # per layer, Triton only
         self.thoughts: list[list[KV]] = [[] for _ in model.h]  # per layer and thought, T = 1
+        self.hidden: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def key_mask(self, n: int, prefix_as_single_key: bool = False) -> Tensor:
         """Return (B, Tp + n) bool, or (B, 1 + n): the valid keys of the prefix and n thoughts."""
@@ -48,54 +50,51 @@ class BlockKV:
         return torch.cat([prefix, thoughts], dim=1)
 
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention of the prefix to itself, (B, nh, T, hs)."""
         # contiguous once, or the matrix products of every thought would copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
         if self.triton:
-            self.buffers.append(ops.prefix_buffers(*k.shape, k.device))
+            self.buffers.append(ops.prefix_buffers(k))
         if q.shape[2] > 1:
             return causal_attention(layer, q, k, v, self.dropout)
         # last layer: the only query is the last token of each sequence
         if self.triton:
-            return self._attend_prefix_fused(layer, q)[1]
+            return self._prefix_as_single_key(layer, q)[1]
         mask = self.prefix_mask[:, None, None]  # (B, 1, 1, Tp)
         return F.scaled_dot_product_attention(q, k, v, mask, self.dropout)
 
-    def attend_thought(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.thoughts[layer].append((k, v))
-        prefix = self._attend_prefix_fused(layer, q) if self.triton else None
-        return self._attend(bias, layer, q, prefix, suffix=None)
-
-    def attend_suffix(self, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(bias, layer, q, prefix=None, suffix=(k, v))
-
-    def _attend_prefix_fused(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prefix as a single key: its score (B, nh, 1, 1), its value (B, nh, 1, hs)."""
-        k, v = self.prefix[layer]
-        out, lse, k, v = ops.prefix_attention(q[:, :, 0], k, v, self.length, self.buffers[layer])
-        self.prefix[layer] = k, v  # for the next reader: backward adds all gradients in one buffer
-        return lse[..., None, None], out[:, :, None]
-
-    def _attend(
-        self, bias: Tensor, layer: int, q: Tensor, prefix: KV | None, suffix: KV | None
+    def attend(
+        self, bias: Tensor, is_thought: bool, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Return softmax(q k^T / sqrt(hs) + bias) v, (B, nh, T, hs), over all blocks.
+        """Return softmax(q k^T / sqrt(hs) + bias) v, (B, nh, T, hs), over the blocks and this one.
 
-        bias    (B, 1, T or 1, keys)  see attention_bias
-        prefix                        score and value of the prefix as a single key
+        bias        (B, 1, T or 1, keys)  see attention_bias
+        is_thought  the new block is a thought, to which later blocks attend; else the suffix
         """
-        q = q * q.shape[-1] ** -0.5
-        blocks = [self.prefix[layer]] if prefix is None else []
+        blocks, scored = [self.prefix[layer]], []
+        if is_thought:
+            self.thoughts[layer].append((k, v))
+            if self.triton:
+                blocks, scored = [], [self._prefix_as_single_key(layer, q)]
         if self.thoughts[layer]:
-            k, v = zip(*self.thoughts[layer], strict=True)
-            blocks.append((torch.cat(k, dim=2), torch.cat(v, dim=2)))
-        blocks += [] if suffix is None else [suffix]
+            keys, values = zip(*self.thoughts[layer], strict=True)
+            blocks.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)
+        if not is_thought:
+            blocks.append((k, v))
+        q = q * q.shape[-1] ** -0.5
         # concatenate scores, never keys: the prefix is by far the largest block
-        scored = [] if prefix is None else [prefix]
         scored += [(q @ k.transpose(2, 3), v) for k, v in blocks]
         scores = torch.cat([s for s, _ in scored], dim=-1) + bias  # (B, nh, T, keys)
         p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
         pieces = p.split([s.shape[-1] for s, _ in scored], dim=-1)
         return sum(piece @ v for piece, (_, v) in zip(pieces, scored, strict=True))
+
+    def _prefix_as_single_key(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the score (B, nh, 1, 1) and the value (B, nh, 1, hs) of the whole prefix."""
+        k, v = self.prefix[layer]
+        out, lse, k, v = ops.prefix_attention(q[:, :, 0], k, v, self.length, self.buffers[layer])
+        self.prefix[layer] = k, v  # for the next reader: backward adds all gradients in one buffer
+        return lse[..., None, None], out[:, :, None]
 
 
 def attention_bias(mask: Tensor) -> Tensor:
@@ -103,38 +102,29 @@ def attention_bias(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-@dataclass
-class ThoughtTrace:
-    """The batch after prefill and all latent steps."""
-
-    kv: BlockKV
-    # n + 1 tensors (B, C) each; a sequence with fewer than n thoughts repeats its last ones
-    hidden: list[Tensor]  # hidden states after 0, 1, ..., n thoughts
-    inputs: list[Tensor]  # the input embeddings that led to them
-
-
 def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
     """Run prefill and all latent steps. Differentiable; shapes depend on batch shapes only.
 
-    kernels: "torch" or "triton", see ops.choose_training_backend.
+    kernels: "torch" or "triton" (no dropout), see ops.choose_training_backend.
     """
     (B, Tp), device = batch.prefix.shape, batch.prefix.device
-    kv, last_pos = BlockKV(model, batch, kernels), batch.length - 1
+    trace, last_pos = ThoughtTrace(model, batch, kernels), batch.length - 1
     emb, pos = model.embed(batch.prefix), torch.arange(Tp, device=device)  # (B, Tp, C), (Tp,)
-    h = model.backbone(emb, pos, kv.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
-    hidden, inputs = [h], [emb[torch.arange(B, device=device), last_pos]]
+    h = model.backbone(emb, pos, trace.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
+    trace.hidden.append(h)
+    trace.inputs.append(emb[torch.arange(B, device=device), last_pos])  # (B, C)
     for i in range(batch.max_thoughts):
         active = (i < batch.n_thoughts)[:, None]  # (B, 1)
         # an inactive sequence masks its own key but sees its prefix: no empty softmax, no NaN
-        bias = attention_bias(kv.key_mask(i + 1, prefix_as_single_key=kv.triton))[:, None, None]
-        thought = model.thought_embedding(hidden[-1])  # (B, C)
+        mask = trace.key_mask(i + 1, prefix_as_single_key=trace.triton)  # (B, keys)
         # only the positions of inactive sequences can exceed block_size
         pos = (batch.length + i).clamp(max=model.config.block_size - 1)[:, None]  # (B, 1)
-        attend = partial(kv.attend_thought, bias)
-        h = model.backbone(thought[:, None], pos, attend, inputs[-1])[:, 0]  # (B, C)
-        hidden.append(torch.where(active, h, hidden[-1]))
-        inputs.append(torch.where(active, thought, inputs[-1]))
-    return ThoughtTrace(kv, hidden, inputs)
+        attend = partial(trace.attend, attention_bias(mask)[:, None, None], True)
+        thought = model.thought_embedding(trace.hidden[-1])  # (B, C)
+        h = model.backbone(thought[:, None], pos, attend, trace.inputs[-1])[:, 0]  # (B, C)
+        trace.hidden.append(torch.where(active, h, trace.hidden[-1]))
+        trace.inputs.append(torch.where(active, thought, trace.inputs[-1]))
+    return trace
 
 
 def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
@@ -144,11 +134,11 @@ def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     if T == 0:
         return h
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    mask = trace.kv.key_mask(batch.max_thoughts)[:, None].expand(-1, T, -1)  # (B, T, Tp + n)
+    mask = trace.key_mask(batch.max_thoughts)[:, None].expand(-1, T, -1)  # (B, T, Tp + n)
     mask = torch.cat([mask, causal.expand(len(mask), -1, -1)], dim=2)  # (B, T, Tp + n + T)
     pos = (batch.length + batch.n_thoughts)[:, None] + torch.arange(T, device=device)  # (B, T)
     pos = pos.clamp(max=model.config.block_size - 1)  # only padding exceeds block_size
-    attend = partial(trace.kv.attend_suffix, attention_bias(mask)[:, None])
+    attend = partial(trace.attend, attention_bias(mask)[:, None], False)
     out = model.backbone(model.embed(batch.suffix[:, :-1]), pos, attend, trace.inputs[-1])
     return torch.cat([h, out], dim=1)
 
@@ -167,17 +157,19 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
     """
     h = suffix_hidden(model, batch, trace).flatten(0, 1)  # (B * Ts, C)
     targets = batch.targets.flatten()  # (B * Ts,)
-    if trace.kv.triton:
+    # supervised positions first, in order; n_labels is known without a GPU sync
+    index = (targets == IGNORE).int().argsort(stable=True)[: batch.n_labels]  # (n_labels,)
+    h, labels = h[index], targets[index]
+    if trace.triton:
         # logits in chunks; their gradients are computed here, in the forward pass
-        total, correct = ops.linear_cross_entropy(h, model.wte.weight, targets, batch.n_labels)
+        total, is_label = ops.linear_cross_entropy(h, model.wte.weight, labels)
     else:
-        # logits at supervised positions only, in order; n_labels is known without a GPU sync
-        index = (targets == IGNORE).int().argsort(stable=True)[: batch.n_labels]  # (n_labels,)
-        logits, labels = model.head(h[index]), targets[index]
+        logits = model.head(h)
         total = loss_sum(logits, labels)
-        correct = torch.ones_like(targets, dtype=torch.bool)
         # a padded batch has n_labels above the true number: the rest is not supervised
-        correct[index] = (logits.argmax(-1) == labels) | (labels == IGNORE)
+        is_label = (logits.argmax(-1) == labels) | (labels == IGNORE)
+    correct = torch.ones_like(targets, dtype=torch.bool)
+    correct[index] = is_label
     return total, correct.view(batch.targets.shape).all(dim=1)
 
 

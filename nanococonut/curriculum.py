@@ -5,6 +5,7 @@ dropped, and s * c_thought thoughts take their place. The final stage, after max
 all steps (paper, section 3; released code, dataset.py). To add a method, add an entry to METHODS.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,28 +15,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Method:
-    """A training method: one entry of METHODS.
+    """A training method: one entry of METHODS."""
 
-    drop_rule        dropped part of the chain of steps: "none", "stage" (the first s steps at
-                     stage s), "all", or "tokens" (the first s * icot_tokens tokens)
-    n_thoughts_rule  number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in
-                     the final stage)
-    thought_type     "hidden" (the last hidden state), "soft" (the mean token embedding), or
-                     "projected" (a learned map of the hidden state), or "fixed" (a learned
-                     embedding, whatever the hidden state): one latent step each;
-                     "pause" (a learned token, read with the question): no latent step
-    advance_by       "stages" (numbered stages, then the final one), "epochs" (one stage per
-                     epoch), or "never" (the final stage throughout)
-    markers          put <bot> and <eot> around the thoughts, even if there are none
-    paper            name of its row in the paper's Table 1; "" if it has none
-    """
-
+    # dropped part of the chain of steps: "none", "stage" (the first s steps at stage s), "all", or
+    # "tokens" (the first s * icot_tokens tokens)
     drop_rule: str
+    # number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in the final stage)
     n_thoughts_rule: str
+    # "hidden" (the last hidden state), "soft" (the mean token embedding), "projected" (a learned
+    # map of the hidden state), or "fixed" (a learned embedding): one latent step each;
+    # "pause" (a learned token, read with the question): no latent step; "": no thoughts
     thought_type: str
+    # "stages" (numbered stages, then the final one), "epochs" (one stage per epoch), or "never"
+    # (the final stage throughout)
     advance_by: str
-    markers: bool
-    paper: str = ""
+    markers: bool  # put <bot> and <eot> around the thoughts, even if there are none
+    paper: str = ""  # name of its row in the paper's Table 1; "" if it has none
 
 
 METHODS: dict[str, Method] = {
@@ -64,16 +59,13 @@ class Curriculum:
     uniform_prob: float = 0.0  # probability that an example samples its own stage
     # ours:
     final_thoughts: int | None = None  # final stage; None: max_latent_stage * c_thought
-    up_to_stage: bool = False  # sample no stage that training has not reached
+    advance_at: float = 0.0  # accuracy that ends a stage (0: off)
     icot_tokens: float = 8.0  # tokens that iCoT drops per stage (Deng et al. 2024)
 
     @classmethod
     def from_config(cls, config: Any) -> "Curriculum":
         """Return the curriculum of a TrainConfig, from its fields of the same names."""
-        names = [f.name for f in fields(cls) if f.name != "up_to_stage"]
-        values = {name: getattr(config, name) for name in names}
-        # advance_at decides when a stage ends, so an example must not sample a later one
-        return cls(**values, up_to_stage=config.advance_at > 0)
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
     @property
     def rules(self) -> Method:
@@ -104,11 +96,12 @@ class Curriculum:
         """Return a stage for every example, given its number of steps.
 
         With probability uniform_prob it is uniform over 0..n_steps, as in the released code, or
-        over 0..stage (up_to_stage). Otherwise it is `stage`.
+        over 0..stage (advance_at, or iCoT). Otherwise it is `stage`.
         """
         u, v = rng.random((2, len(n_steps)))
-        # iCoT's stages count tokens, so the number of steps is no limit for them
-        to_stage = self.up_to_stage or self.rules.advance_by == "epochs"
+        # with advance_at, training may not have reached the stage n_steps; iCoT's stages count
+        # tokens, so the number of steps is no limit for them
+        to_stage = self.advance_at > 0 or self.rules.advance_by == "epochs"
         limits = [stage] * len(n_steps) if to_stage else n_steps
         return [
             int(b * (limit + 1)) if a < self.uniform_prob else stage
@@ -136,34 +129,24 @@ def schedule(
     first_stage_epochs  epochs of stage 0 (None: epochs_per_stage; 0: skip it)
     """
     final = curriculum.max_latent_stage + 1
-    if curriculum.rules.advance_by == "never":
-        return [Stage(final, epochs)]
-    if curriculum.rules.advance_by == "epochs":
-        return [Stage(index, 1) for index in range(epochs)]
-    stages, n_left = [], epochs
-    for index in range(final):
-        is_first = index == 0 and first_stage_epochs is not None
-        n = min(n_left, first_stage_epochs if is_first else epochs_per_stage)
-        if n:
-            stages.append(Stage(index, n))
-        n_left -= n
-    return [*stages, Stage(final, n_left)] if n_left else stages
+    n_first = epochs_per_stage if first_stage_epochs is None else first_stage_epochs
+    numbered = [0] * n_first + [s for s in range(1, final) for _ in range(epochs_per_stage)]
+    starts = {"stages": numbered, "epochs": list(range(epochs)), "never": []}
+    by_epoch = starts[curriculum.rules.advance_by] + [final] * epochs  # the stage of each epoch
+    return [Stage(index, n) for index, n in Counter(by_epoch[:epochs]).items()]
 
 
 def ignored_options(method: Method) -> set[str]:
     """Return the curriculum options of TrainConfig that do not affect training by this method."""
-    names = set()
-    if method.advance_by != "stages":
-        names |= {"first_stage_epochs", "epochs_per_stage"}
-        names |= {"max_latent_stage"} if method.n_thoughts_rule == "none" else set()
-    if method.advance_by == "never":
-        names |= {"uniform_prob", "advance_at"}
-    if method.n_thoughts_rule == "none":
-        names |= {"c_thought", "final_thoughts", "pad_latent_to_max"}
-    if method.thought_type in ("", "pause"):
-        names |= {"thought_labels"}
-    if method.drop_rule != "tokens":
-        names |= {"icot_tokens"}
-    if method.thought_type != "soft":
-        names |= {"soft_temperature", "soft_top_k"}
-    return names
+    feeds_back = method.thought_type not in ("", "pause")
+    no_thoughts = method.n_thoughts_rule == "none"
+    ignored = {  # options: whether the method ignores them
+        "first_stage_epochs epochs_per_stage": method.advance_by != "stages",
+        "max_latent_stage": method.advance_by != "stages" and no_thoughts,
+        "uniform_prob advance_at": method.advance_by == "never",
+        "c_thought final_thoughts pad_latent_to_max": no_thoughts,
+        "thought_labels": not feeds_back,
+        "icot_tokens": method.drop_rule != "tokens",
+        "soft_temperature soft_top_k": method.thought_type != "soft",
+    }
+    return {name for names, applies in ignored.items() if applies for name in names.split()}

@@ -82,12 +82,11 @@ def choose_graph(graph: str, model: GPT) -> bool:
     return device.type == "cuda" and graph != "off"
 
 
-def prefix_buffers(B: int, nh: int, T: int, hs: int, device: torch.device) -> "PrefixBuffers":
-    """Return the memory that prefix_attention needs for one prefix (B, nh, T, hs)."""
-    from kernels.latent_attention import SplitWorkspace
+def prefix_buffers(k: Tensor) -> "PrefixBuffers":
+    """Return the memory that prefix_attention needs for a prefix of keys k (B, nh, T, hs)."""
     from kernels.prefix_attention import PrefixBuffers
 
-    return PrefixBuffers(SplitWorkspace.allocate(B, nh, T, hs, device))
+    return PrefixBuffers(*k.shape, k.device)
 
 
 def prefix_attention(
@@ -99,10 +98,8 @@ def prefix_attention(
     return prefix_attention(q, k, v, lengths, buffers)
 
 
-def linear_cross_entropy(
-    h: Tensor, w: Tensor, targets: Tensor, n_labels: int
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return (loss sum, correct): see kernels/linear_cross_entropy.py. Triton only."""
     from kernels.linear_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(h, w, targets, n_labels)
+    return linear_cross_entropy(h, w, labels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanococonut.model import GPT, MLP
+from nanococonut.model import GPT
 
 MIN_PARAMS = 10_000_000  # smaller models stay in the CPU's caches: nothing to gain
 MIN_SPEEDUP = 1.05
@@ -32,18 +32,6 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
 
 
-class PackedMLP(nn.Module):
-    """The MLP of a block at inference, its GELU fused into the first layer."""
-
-    def __init__(self, mlp: MLP) -> None:
-        super().__init__()
-        self.c_fc = PackedLinear(mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
-        self.c_proj = PackedLinear(mlp.c_proj.weight, mlp.c_proj.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.c_fc(x))
-
-
 class PackedGPT(GPT):
     """A GPT for inference that shares all parameters of `model` and has packed copies of the large
     ones. The copies do not follow later changes of the weights."""
@@ -52,10 +40,12 @@ class PackedGPT(GPT):
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
         self.__dict__.update(copy.deepcopy(model, shared).__dict__)  # new modules, same tensors
         for block in self.h:
-            for name in ("c_attn", "c_proj"):
-                linear = getattr(block.attn, name)
-                setattr(block.attn, name, PackedLinear(linear.weight, linear.bias))
-            block.mlp = PackedMLP(block.mlp)
+            attn, mlp = block.attn, block.mlp
+            attn.c_attn = PackedLinear(attn.c_attn.weight, attn.c_attn.bias)
+            attn.c_proj = PackedLinear(attn.c_proj.weight, attn.c_proj.bias)
+            mlp.c_fc = PackedLinear(mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
+            mlp.gelu = nn.Identity()  # c_fc applies it
+            mlp.c_proj = PackedLinear(mlp.c_proj.weight, mlp.c_proj.bias)
         self.packed_head = PackedLinear(model.wte.weight)
 
     def head(self, hidden: Tensor) -> Tensor:

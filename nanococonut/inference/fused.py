@@ -19,7 +19,7 @@ class FusedStep:
 
         _, _, B, nh, T, hs = cache.data.shape
         self.model, self.cache = model, cache
-        self.workspace = SplitWorkspace.allocate(B, nh, T, hs, cache.data.device)
+        self.workspace = SplitWorkspace(B, nh, T, hs, cache.data.device)
         self.batch_index = torch.arange(B, device=cache.data.device)
         # (B, C) residual stream; `feedback` leaves the input of the next thought in it
         self.x = cache.data.new_empty(B, nh * hs, dtype=torch.float32)
@@ -67,14 +67,13 @@ class FusedStep:
 
         x, lengths = self.x, self.cache.lengths
         for layer, block in enumerate(self.model.h):
-            k, v = self.cache.data[layer]
-            ln, qkv = block.ln_1, block.attn.c_attn
-            q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, k, v, lengths, active, ln.eps)
-            y = latent_attention(q, k, v, lengths, self.workspace, n_new=1)
+            cache, ln, qkv = self.cache.data[layer], block.ln_1, block.attn.c_attn
+            q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, cache, lengths, active)
+            y = latent_attention(q, *cache, lengths, self.workspace, n_new=1)
             out = block.attn.c_proj
             linear_residual(y.flatten(1), out.weight, out.bias, x)
             ln, up, down = block.ln_2, block.mlp.c_fc, block.mlp.c_proj
-            h = ln_linear_gelu(x, ln.weight, ln.bias, up.weight, up.bias, ln.eps)
+            h = ln_linear_gelu(x, ln.weight, ln.bias, up.weight, up.bias)
             linear_residual(h, down.weight, down.bias, x)
         ln, wpe = self.model.ln_f, self.model.wpe.weight
-        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, ln.eps, n_taken, thought)
+        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, n_taken, thought)

@@ -93,7 +93,7 @@ class TrainStep:
             batch = batch.padded(padded_B, prefix, suffix, n_thoughts, n_labels)
             count_mask = F.pad(count_mask, (0, padded_B - B))
         if self.device.type == "cuda":  # copies from pinned memory do not block the host
-            batch, count_mask = batch.pinned(), count_mask.pin_memory()
+            batch, count_mask = batch.map(Tensor.pin_memory), count_mask.pin_memory()
         return MicroBatch(batch, count_mask, B)
 
     def __call__(

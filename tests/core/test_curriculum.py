@@ -188,7 +188,7 @@ def test_uniform_prob_samples_up_to_own_steps():
     always = Curriculum("coconut", uniform_prob=1.0).sample_stages(5, n_steps, rng)
     assert sorted(set(always)) == [0, 1, 2, 3]
     assert max(abs(always.count(s) / 30_000 - 0.25) for s in range(4)) < 0.02
-    to_stage = Curriculum("coconut", uniform_prob=1.0, up_to_stage=True)
+    to_stage = Curriculum("coconut", uniform_prob=1.0, advance_at=0.9)
     assert sorted(set(to_stage.sample_stages(1, n_steps, rng))) == [0, 1]
     some = Curriculum("coconut", uniform_prob=0.3).sample_stages(5, n_steps, rng)
     assert abs(some.count(5) / 30_000 - 0.7) < 0.02

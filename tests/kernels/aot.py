@@ -35,12 +35,11 @@ import kernels._linear as _linear
 import kernels.append as append
 import kernels.feedback as feedback
 import kernels.latent_attention as latent_attention
-import kernels.layer_norm as layer_norm
 import kernels.linear_cross_entropy as linear_cross_entropy
 import kernels.linear_residual as linear_residual
 import kernels.ln_linear_gelu as ln_linear_gelu
 import kernels.prefix_attention as prefix_attention
-from kernels._pdl import EARLY, OFF
+from kernels._launch import EARLY, OFF
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes per block
@@ -127,7 +126,7 @@ def compile_case(case: Case, target: str) -> Report:
     """Compile one case for one of TARGETS and count its instructions."""
     names = case.kernel.arg_names
     constexprs, options = dict(case.constexprs), {}
-    if "PDL" in names:  # as _pdl.pdl() on this chip
+    if "PDL" in names:  # as _launch.pdl() on this chip
         constexprs["PDL"] = EARLY if target == "sm_90" else OFF
         options["launch_pdl"] = target == "sm_90"
     mismatch = set(names) ^ (set(case.signature) | set(constexprs))
@@ -177,8 +176,6 @@ def _linear_case(
 ) -> Case:
     """Return a case of a linear map of shape (B, N, K), with its launcher's block sizes."""
     B, N, K = shape
-    if "NORM" in kernel.arg_names:
-        values["NORM"] = impl == "gemv"
     blocks = dict(_linear.launch_config(impl, B, N, K, 2)[1])
     del blocks["enable_fp_fusion"]
     options = dict(num_warps=blocks.pop("num_warps"), num_stages=blocks.pop("num_stages"))
@@ -205,7 +202,7 @@ def _feedback_cases() -> Iterable[Case]:
     yield _case(feedback._feedback_kernel, "active", values | active)
     yield _case(feedback._embed_kernel, "bf16", values | dict(token_ptr="*i64"))
     norm = dict(eps="fp32", C=768, BLOCK_C=1024)
-    yield _case(layer_norm._layer_norm_kernel, "bf16", norm)
+    yield _case(_linear._layer_norm_kernel, "bf16", norm)
 
 
 def _attention_case(
@@ -244,13 +241,11 @@ def _attention_cases() -> Iterable[Case]:
 def _cross_entropy_cases() -> Iterable[Case]:
     module = linear_cross_entropy
     options = dict(num_warps=module.NUM_WARPS, num_stages=module.NUM_STAGES, wide_loads=True)
-    for name, dtype, grad in [
-        ("bf16", "bf16", True), ("bf16 no grad", "bf16", False), ("fp32", "fp32", True),
-    ]:  # fmt: skip
+    for dtype in ("bf16", "fp32"):
         values = dict(x_ptr=f"*{dtype}", label_ptr="*i64", loss_ptr="*fp32", correct_ptr="*i1")
         values |= dict(V="i32", stride_x="i32")
-        values |= dict(GRAD=grad, BLOCK_V=module.BLOCK_V, STAGES=module.NUM_STAGES)
-        yield _case(module._softmax_cross_entropy_kernel, name, values, **options)
+        values |= dict(BLOCK_V=module.BLOCK_V, STAGES=module.NUM_STAGES)
+        yield _case(module._softmax_cross_entropy_kernel, dtype, values, **options)
 
 
 def _residual_and_gelu_cases() -> Iterable[Case]:

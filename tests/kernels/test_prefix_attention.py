@@ -9,26 +9,26 @@ from attention_inputs import random_inputs, slow
 from helpers import assert_three_way
 
 import kernels.prefix_attention as module
-from kernels.latent_attention import SplitWorkspace, block_sizes
-from kernels.prefix_attention import PrefixBuffers, prefix_attention, prefix_attention_backward
-from kernels.reference import latent_attention_lse_ref, latent_attention_ref
+from kernels.latent_attention import block_sizes
+from kernels.prefix_attention import PrefixBuffers, prefix_attention
+from kernels.reference import latent_attention_ref
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 NAN = float("nan")
 
 
-def workspace_for(k, n_splits=None):
-    return SplitWorkspace.allocate(*k.shape, k.device, n_splits)
+def buffers_for(k, n_splits=None):
+    return PrefixBuffers(*k.shape, k.device, n_splits)
 
 
 def attend(q, k, v, lengths, n_splits=None):
     """Return (out, lse) of one call with a dK and dV of its own."""
-    buffers = PrefixBuffers(workspace_for(k, n_splits))
+    buffers = buffers_for(k, n_splits)
     return prefix_attention(q, k, v, lengths, buffers)[:2]
 
 
 def exact(q, k, v, lengths):
-    return latent_attention_lse_ref(q.double(), k.double(), v.double(), lengths)
+    return latent_attention_ref(q.double(), k.double(), v.double(), lengths)
 
 
 def gradients(op, inputs, grads, **kwargs):
@@ -104,9 +104,7 @@ def test_gradients_match_reference(hs, dtype, n_splits, device, seed):
     grad_lse = torch.randn(3, nh, device=device)
     grads = torch.randn(3, nh, hs, device=device).to(dtype), grad_lse
     ours = gradients(attend, (q, k, v, lengths), grads, n_splits=n_splits)
-    expected = gradients(
-        latent_attention_lse_ref, (q.double(), k.double(), v.double(), lengths), grads
-    )
+    expected = gradients(latent_attention_ref, (q.double(), k.double(), v.double(), lengths), grads)
     assert_within(ours, expected, gradient_bounds(q, k, v, lengths, grads))
     again = gradients(attend, (q, k, v, lengths), grads, n_splits=n_splits)
     assert all(map(torch.equal, ours, again))
@@ -130,7 +128,7 @@ def test_very_negative_scores_give_finite_gradients(device, seed):
     ours = gradients(attend, (q, k, v, lengths), grads)
     doubles = (q.double(), k.double(), v.double(), lengths)
     assert (exact(*doubles)[1] < -100).all()
-    expected = gradients(latent_attention_lse_ref, doubles, grads)
+    expected = gradients(latent_attention_ref, doubles, grads)
     for x, y in zip(ours, expected, strict=True):  # scores near -1000 leave four digits
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-4)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -139,20 +137,21 @@ def test_very_negative_scores_give_finite_gradients(device, seed):
 
 
 def test_backward_adds_within_the_lengths_only(device, seed):
-    """Backward adds to dk and dv, which may be fp32, and leaves slots past the lengths alone."""
+    """Backward adds to dk and dv, and leaves slots past the lengths alone."""
     T = 300
     q, k, v, lengths = random_inputs([T, 2, 131], 1, T, 16, torch.float16, device)
-    dk, dv = torch.randn(2, 3, 1, T + 1, 16, device=device)[:, :, :, :T]
+    dk, dv = torch.randn(2, 3, 1, T, 16, device=device).half()
     unused = (torch.arange(T, device=device) >= lengths[:, None])[:, None, :, None]
     dk.masked_fill_(unused, NAN), dv.masked_fill_(unused, NAN)
     expected = [dk.double(), dv.double()]
-    out, lse = attend(q, k, v, lengths)
-    workspace = workspace_for(k, 2)
-    for _ in range(2):
+    buffers = buffers_for(k, 2)
+    k, v = k.requires_grad_(), v.requires_grad_()
+    for _ in range(2):  # into a copy, then in place
         grad, grad_lse = torch.randn(3, 1, 16, device=device).half(), torch.randn(3, 1).to(device)
-        prefix_attention_backward(grad, grad_lse, q, k, v, lengths, out, lse, dk, dv, workspace)
+        outputs = prefix_attention(q, k, v, lengths, buffers)
+        dk, dv = torch.autograd.grad(outputs, (k, v), (grad, grad_lse, dk, dv))
         inputs = (q.double(), k.double(), v.double(), lengths)
-        added = gradients(latent_attention_lse_ref, inputs, (grad, grad_lse))
+        added = gradients(latent_attention_ref, inputs, (grad, grad_lse))
         expected = [expected[0] + added[1], expected[1] + added[2]]
     for x, y in zip((dk, dv), expected, strict=True):
         assert x.isnan().equal(unused.expand_as(x))
@@ -177,7 +176,7 @@ def test_lse_joins_two_parts(device, seed):
         return [x[:1], torch.cat([x[1:, :, : a - 4], x[1:, :, a : a + 6]], dim=2)]
 
     whole = [
-        latent_attention_ref(q[i : i + 1], *kv, torch.tensor([n], device=device))
+        latent_attention_ref(q[i : i + 1], *kv, torch.tensor([n], device=device))[0]
         for i, (kv, n) in enumerate(
             zip(zip(concatenated(k), concatenated(v), strict=True), (T, a + 2), strict=True)
         )
@@ -201,7 +200,7 @@ def chain(op, q, k, v, lengths):
 
 def chained(q, k, v, lengths, op=prefix_attention):
     """Return the loss of a chain of calls that share buffers."""
-    buffers = PrefixBuffers(workspace_for(k))
+    buffers = buffers_for(k)
     return chain(lambda *args: op(*args, buffers), q, k, v, lengths)
 
 
@@ -219,17 +218,15 @@ def random_leaves(device, dtype=torch.float32):
 def test_chained_calls_share_one_gradient_buffer(dtype, device, seed, monkeypatch):
     """Equal to autograd's own sum, and every call writes to the memory of the call after it."""
     leaves, lengths = random_leaves(device, dtype)
-    buffers = []
+    written, writable = [], module._writable
     monkeypatch.setattr(
-        module,
-        "prefix_attention_backward",
-        lambda *args: buffers.append(args[8:10]) or prefix_attention_backward(*args),
+        module, "_writable", lambda *args: written.append(writable(*args)) or written[-1]
     )
     ours = torch.autograd.grad(chained(*leaves, lengths), leaves)
-    assert len({(dk.data_ptr(), dv.data_ptr()) for dk, dv in buffers}) == 1 and len(buffers) == 3
+    assert len({t.data_ptr() for t in written}) == 2 and len(written) == 2 * 3  # dk and dv
     summed = torch.autograd.grad(chain(separate, *leaves, lengths), leaves)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    loss = chain(lambda *a: (*latent_attention_lse_ref(*a), *a[1:3]), *doubles, lengths)
+    loss = chain(lambda *a: (*latent_attention_ref(*a), *a[1:3]), *doubles, lengths)
     for x, y, z in zip(ours, summed, torch.autograd.grad(loss, doubles), strict=True):
         assert_three_way(x, y, z)
         assert x.isfinite().all()
@@ -265,7 +262,7 @@ def test_two_graphs_may_share_buffers(device, seed):
     """Shared by mistake, buffers of another graph are copied, not added to."""
     leaves, lengths = random_leaves(device)
     expected = torch.autograd.grad(chained(*leaves, lengths), leaves)
-    buffers = PrefixBuffers(workspace_for(leaves[1]))
+    buffers = buffers_for(leaves[1])
     losses = [chain(lambda *a: prefix_attention(*a, buffers), *leaves, lengths) for _ in range(2)]
     results = [torch.autograd.grad(loss, leaves) for loss in losses]
     for grads in results:
@@ -275,7 +272,7 @@ def test_two_graphs_may_share_buffers(device, seed):
 def test_foreign_gradients_are_not_written_to(device, seed):
     """Autograd hands one tensor to both terms of a sum, and an expanded one to every element."""
     (q, k, v), lengths = random_leaves(device)
-    buffers = PrefixBuffers(workspace_for(k))
+    buffers = buffers_for(k)
     for read in (lambda k, v: (k + v).square().sum(), lambda k, v: k.sum() + 3 * v.sum()):
         grads = []
         for op in (lambda *args: prefix_attention(*args, buffers), separate):
@@ -303,15 +300,14 @@ def test_offsets_beyond_31_bits(seed):
     q = torch.randn(B, nh, hs, device="cuda").bfloat16()
     lengths = torch.randint(0, T + 1, (B,), device="cuda")
     lengths[-1] = T
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     out, lse = attend(q, k, v, lengths)
     last = slice(B - 2, B)
-    inputs = [x[last] for x in (q, k, v, lengths)]
-    assert_three_way(out[last], latent_attention_lse_ref(*inputs)[0], exact(*inputs)[0])
+    inputs = [x[last].detach() for x in (q, k, v, lengths)]
+    assert_three_way(out[last], latent_attention_ref(*inputs)[0], exact(*inputs)[0])
     grad, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    args = (grad, grad_lse, q, k, v, lengths, out, lse, dk, dv, workspace_for(k))
-    dq = prefix_attention_backward(*args)
+    dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (grad, grad_lse))
     grads = grad[last], grad_lse[last]
     doubles = [x.double() for x in inputs[:3]]
-    expected = gradients(latent_attention_lse_ref, [*doubles, inputs[3]], grads)
+    expected = gradients(latent_attention_ref, [*doubles, inputs[3]], grads)
     assert_within((dq[last], dk[last], dv[last]), expected, gradient_bounds(*inputs, grads))

@@ -1,10 +1,15 @@
-"""Programmatic dependent launch (PDL): a kernel starts while the one before it still runs.
+"""What the launchers of a step share: contracts, and programmatic dependent launch (PDL).
 
-A step is a chain of some sixty launches of a few microseconds each, so the gaps between them count.
-With PDL (Hopper and newer), a kernel is launched early, loads its weights, and only then waits for
-the kernels before it. Every kernel of a step calls `await_launches` once. Before that it may read
-parameters only, which no launch of a step writes; whatever another has written, it reads after.
-Since each kernel waits, all launches before it have then ended, not only the last one.
+All tensors are contiguous, or a ValueError is raised. The parameters are of one dtype (fp32, bf16
+or fp16), which the outputs have, too; the residual stream x and the cache may have others. Only the
+outputs are allocated, and at most two tensors between. The GPU is never synchronized.
+
+With PDL a kernel starts while the one before it still runs. A step is a chain of some sixty
+launches of a few microseconds each, so the gaps between them count. On Hopper and newer, a kernel
+is launched early, loads its weights, and only then waits for the kernels before it. Every kernel of
+a step calls `await_launches` once. Before that it may read parameters only, which no launch of a
+step writes; whatever another has written, it reads after. Since each kernel waits, all launches
+before it have then ended, not only the last one.
 """
 
 from functools import cache
@@ -12,12 +17,25 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+EPS = 1e-5  # of every LayerNorm: GPT-2's, and nn.LayerNorm's default
 LINE_BYTES = tl.constexpr(128)  # of the L2 cache
 OFF, EARLY, LATE = 0, 1, 2  # whether a kernel lets the next one begin before or after its own wait
 EARLY_MAX_ROWS = 4  # more programs would keep those of the next launch from a multiprocessor
 LATE_MAX_ROWS = 128  # both measured on an H200
+
+
+def check_tensors(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError unless each tensor is contiguous and of its shape. None is not checked.
+
+    Kernels compute addresses from the sizes alone, so another shape would read foreign memory.
+    """
+    for name, (t, shape) in expected.items():
+        if t is not None and (t.shape != shape or not t.is_contiguous()):
+            actual = f"{tuple(t.shape)}, strides {t.stride()}"
+            raise ValueError(f"{name}: expected contiguous {shape}, got {actual}")
 
 
 @cache
