@@ -79,7 +79,7 @@ def measure(
             findings += shortcut
         if plain and kind != "chain":
             row["accuracy"] |= (free := _left_alone(engine, plain))
-            figures = (*free.values(), p.accuracy("k0", p.every))
+            figures = (*free.values(), p.accuracy("k0"))
             findings.append(insight.judge_trap(*figures, row["noun"]))
         row["warnings"] += _warnings(engine, f, pairs)
     first = findings[:1] if ignores or len(findings) < 3 else findings[:3]
@@ -161,7 +161,7 @@ def _tables(f: Figures, plain: Figures | None, trained: int) -> dict[str, Any]:
         return tables
     accuracy, moved = [], []
     if plain is not None:
-        cells = [plain.accuracy(f"k{k}", plain.every) for k in numbers]
+        cells = [plain.accuracy(f"k{k}") for k in numbers]
         accuracy.append({"label": "plain", "cells": cells})
     for h in f.steps:
         label, same = count(h, "step"), f.groups == h
