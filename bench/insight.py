@@ -106,12 +106,15 @@ def main() -> None:
     about = [f"{e.config.task} with {e.manifest['n_thoughts']} thoughts" for _, e, *_ in subjects]
     if about[0] != about[-1]:
         raise UserError(f"--against is of {about[1]}, not of {about[0]}.\nGive another control.")
-    weight = subjects[0][1].model.wte.weight
-    results = ResultWriter("insight", config, weight.device, weight.dtype)
+    name, engine, _, pairs = subjects[0]
+    w = engine.model.wte.weight
+    labels = {"method": engine.manifest["method"], "task": engine.config.task, "checkpoint": name}
+    results = ResultWriter("insight", config, w.device, w.dtype, **labels)
     row, *controls = [evaluate(config, *subject) for subject in subjects]
-    row |= {"against": controls[0] | {"view": None, "paper": None}} if controls else {}
+    for control in controls:  # at most one
+        row["against"] = {k: control[k] for k in control if k not in ("trained", "view", "paper")}
     origin = {k: results.common[k] for k in ("commit", "device", "command", "date")}
-    origin |= {"torch": results.versions["torch"], "rows": len(subjects[0][-1].examples)}
+    origin |= {"torch": results.versions["torch"], "rows": len(pairs.examples)}
     seconds = round(time.perf_counter() - began, 1)
     row["provenance"] = origin | {"seed": config.seed, "seconds": seconds}
 
@@ -122,7 +125,6 @@ def main() -> None:
     print("\n".join([*lines, *row["refused"], *row["warnings"], f"page: {target}"]))
     results.add(
         "accuracy", "nanococonut", [trained["value"]], "fraction", detail=row,
-        labels={name: row[name] for name in ("method", "task", "checkpoint")},
         spread={"ci_low": trained["lo"], "ci_high": trained["hi"]},
         examples=trained["n"], thoughts=row["thoughts"],
     )  # fmt: skip

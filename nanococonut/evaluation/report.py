@@ -67,7 +67,7 @@ def measure(
             findings = [needed, *moved, *read, *shortcut]
         if plain and kind != "chain":
             row["accuracy"] |= (free := _left_alone(engine, plain))
-            findings.append(insight.judge_trap(*free.values(), p.accuracy("k0", p.every), noun))
+            findings.append(insight.judge_trap(*free.values(), p.accuracy("k0"), noun))
         row["warnings"] += _warnings(engine, f, pairs)
     verdicts = [x["verdict"] for x in findings[: 1 if ignores or len(findings) < 3 else 3]]
     progress(1.0)
@@ -112,7 +112,7 @@ def _judge_moved(row: Row, f: Figures, plain: Figures | None, pairs: Pairs) -> l
     slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
     accuracy = {h: [f.accuracy(f"k{k}", f.groups == h) for k in numbers] for h in f.steps}
     moved = {h: [f.flips(f"slot{j}", f.groups == h) for j in slots] for h in f.steps}
-    rows = {"plain": [plain.accuracy(f"k{k}", plain.every) for k in numbers]} if plain else {}
+    rows = {"plain": [plain.accuracy(f"k{k}") for k in numbers]} if plain else {}
     rows |= {count(h, "step"): cells for h, cells in accuracy.items()}
     row["accuracy"] = grid(numbers, rows) | {"trained": n}
     row["slots"] = grid(slots, {count(h, "step"): cells for h, cells in moved.items()})

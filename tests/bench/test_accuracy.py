@@ -233,7 +233,7 @@ def test_a_released_checkpoint_needs_no_run(accuracy, scored, tmp_path, method, 
         (["--method=cot", "--data=rows.json", "--checkpoint=rows.json"], "holds no GPT-2"),
         (["--method=cot", "--checkpoint=run"], "run knows its method"),
         (["--checkpoint=."], "Give --method"),  # a folder with config.json
-        (["--method=soft_thought", "--data=rows.json", "--latent=6"], "else than hidden states"),
+        (["--method=soft_thought", "--data=rows.json", "--latent=6"], "needs 50260 and soft"),
     ],
 )
 def test_a_released_checkpoint_used_wrongly(accuracy, tmp_path, argv, words):
