@@ -165,7 +165,7 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
 
 
 def ask(engine: Engine, config: SampleConfig, example: Example) -> None:
-    """Ask one question and print the thoughts, the answer and the times.
+    """Ask one question, print the thoughts, the answer and the times, and write --view.
 
     config: latent, max_new_tokens and seed are set. example: its answer is "" if it is unknown.
     """
@@ -193,18 +193,15 @@ def ask(engine: Engine, config: SampleConfig, example: Example) -> None:
 
     # ---- answer
     text = TASKS[engine.config.task].expand(out.text[0], question, engine.config.render)
-    steps, generated_answer = split_answer(text, answer)
-    missing = "" if generated_answer else ', no answer after "###"'
-    if generated_answer is None:
-        steps, generated_answer = "", text.strip()
-    for step in steps.splitlines():
+    steps, generated = split_answer(text, answer)
+    for step in steps.splitlines() if generated is not None else ():
         console.print(f"[bold]step[/]      {escape(step)}")
-    verdict = "[green](correct)[/]"
-    if not answer:
-        verdict = ""
-    elif not is_correct(text, answer):
+    verdict = "[green](correct)[/]" if answer else ""
+    if answer and not is_correct(text, answer):
+        missing = "" if generated else ', no answer after "###"'
         verdict = f"[red](wrong{missing}: {escape(answer)})[/]"
-    console.print(f"[bold]answer[/]    {escape(generated_answer)}  {verdict}")
+    shown = text.strip() if generated is None else generated
+    console.print(f"[bold]answer[/]    {escape(shown)}  {verdict}")
 
     # ---- times
     thought_ms = 1e3 * out.seconds_thoughts / max(1, n_thoughts)
@@ -214,6 +211,11 @@ def ask(engine: Engine, config: SampleConfig, example: Example) -> None:
         f"[dim]first token after {1e3 * out.seconds_first:.1f} ms, {per_thought}"
         f"{token_ms:.2f} ms per token, {n_tokens} tokens[/]"
     )
+    if config.view:
+        row = {"name": engine.manifest["method"], "noun": NOUNS[kind_of(engine)]}
+        row["view"] = [question_view(engine, example, config.latent)]
+        checkpoint.replace_text(Path(config.view), view_page(row))
+        console.print(f"[bold]view[/]      {escape(config.view)}")
 
 
 def main() -> None:
@@ -221,22 +223,22 @@ def main() -> None:
     config = make_config(SampleConfig, overrides)
 
     # ---- model
-    path = find_checkpoint(config.out_dir)
-    dtype = getattr(torch, config.dtype)
+    path, dtype = find_checkpoint(config.out_dir), getattr(torch, config.dtype)
     engine = nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
     trained, manifest, n_trained = engine.config, engine.manifest, engine.manifest["n_thoughts"]
-    latent = n_trained if config.latent is None else config.latent
+    as_trained = config.latent is None
+    latent = n_trained if as_trained else config.latent
     has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
     capped = is_capped(engine)  # an example with fewer steps has fewer thoughts
-    if config.nodes and trained.task != "prosqa":
-        raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
-    if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
-        raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
-    as_trained = capped and config.latent is None
+    if (config.nodes or config.view) and trained.task != "prosqa":
+        raise UserError("--nodes and --view need a model of prosqa.\nLeave them out.")
+    if config.view and not (latent and has_thoughts):
+        raise UserError("--view needs a thought or more.\nLeave it out.")
+    up_to = "up to " if capped and as_trained else ""
     console.print(
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
-        f"parameters, {'up to ' * as_trained}{latent} thoughts; kernels: {engine.kernels} "
+        f"parameters, {up_to}{latent} thoughts; kernels: {engine.kernels} "
         f"({engine.reason}), CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
@@ -249,23 +251,19 @@ def main() -> None:
     # ---- ask
     seed = torch.seed() % 2**32 if config.seed is None else config.seed
     n_new = config.max_new_tokens or trained.max_new_tokens
-    config = replace(config, latent=latent, max_new_tokens=n_new, seed=seed)
+    config = replace(config, max_new_tokens=n_new, seed=seed)
     own = task_questions(engine, seed)
     for text in read_questions(config):
+        counts = [latent]
         if text is None:
             example = next(own)
             if as_trained:
-                [latent] = thoughts_as_trained(engine, manifest["stage"], [example])
+                counts = thoughts_as_trained(engine, manifest["stage"], [example])
         else:
             answer = TASKS[trained.task].solve(text) or ""  # "": unknown
-            example, latent = Example(question=text, steps=[], answer=answer), config.latent
+            example = Example(question=text, steps=[], answer=answer)
         try:
-            ask(engine, replace(config, latent=latent), example)
-            if config.view:
-                row = {"name": manifest["method"], "noun": NOUNS[kind_of(engine)]}
-                row["view"] = [question_view(engine, example, latent)]
-                checkpoint.replace_text(Path(config.view), view_page(row))
-                console.print(f"[bold]view[/]      {escape(config.view)}")
+            ask(engine, replace(config, latent=counts[0]), example)
         except UserError as e:
             if not is_interactive(config):
                 raise

@@ -223,9 +223,9 @@ def _names(row: Row) -> str:
 def render(row: Row) -> str:
     """Return the page of a row as HTML. Its "against" is a control's row, drawn in grey."""
     against, noun = row.get("against") or {}, row["noun"]
-    is_chain = noun == "written chain"
     row = row | {"one": SINGULAR[noun]}  # for the captions, like noun
-    title = f"{'Does' if is_chain else 'Do'} the {noun} of {escape(row['name'])} do anything?"
+    do = "Does" if noun == "written chain" else "Do"
+    title = f"{do} the {noun} of {escape(row['name'])} do anything?"
     about = [row.get("method"), row.get("task")]
     about += [f"{row[key]:,} {key}" for key in ("thoughts", "parameters") if row.get(key)]
     body = [_fill("head", {"title": title}), f"<h1>{title}</h1>"]
@@ -235,8 +235,7 @@ def render(row: Row) -> str:
     body += [f'<p class="dim">{escape(line)}</p>' for line in row.get("warnings") or ()]
     body.append('<div class="pair">')
     body += [_scale(row, against)] if row.get("scale") else []
-    count = "How much of it?" if is_chain else f"How many {noun}?"
-    for key, question in (("accuracy", count), ("slots", "Which one carries it?")):
+    for key, title in (("accuracy", f"How many {noun}?"), ("slots", "Which one carries it?")):
         if grid := row.get(key):
             text = _fill(key, row)
             if grid.get("free"):
@@ -245,7 +244,7 @@ def render(row: Row) -> str:
             grids = [(row["name"] if against else "", grid, STYLES[key])]
             if against.get(key):
                 grids.append((against["name"], against[key], ("x", *STYLES[key][1:])))
-            body.append(_heats(question, text, grids))
+            body.append(_heats(title, text, grids))
     body += [_write(row)] if row.get("write") else []
     body.append("</div>\n")
     body += [draw(row) for key, draw in (("names", _names), ("view", _view)) if row.get(key)]
