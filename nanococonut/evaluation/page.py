@@ -1,7 +1,7 @@
-"""Write a row of insight.py as one HTML page: inline SVG, and every figure's numbers in a table.
+"""Write a row of insight.py as one HTML page, every figure's numbers in a table.
 
-Nothing is measured or fetched here. page.html has the style, all captions, and the script of the
-interactive view. Colours are Okabe and Ito's, marks differ in shape; 400 units suit a phone.
+Nothing is measured or fetched here. page.html has the style of all figures, all captions, and the
+script of the interactive view. Colours are Okabe and Ito's, marks differ in shape.
 """
 
 import json
@@ -17,11 +17,6 @@ Row = dict[str, Any]
 PARTS = re.split(r"<!-- (\w+) -->\n", (Path(__file__).parent / "page.html").read_text("utf-8"))
 TEXT = dict(zip(["head", *PARTS[1::2]], PARTS[::2], strict=True))  # each part of page.html by name
 SINGULAR = {"thoughts": "thought", "pauses": "pause", "written chain": "word"}
-DIAMOND, SQUARE = ("t", "M0-7L7 0 0 7-7 0Z"), ("s", "M-5-5H5V5H-5Z")  # colour and outline
-DISC = "M-5 0A5 5 0 0 1 5 0A5 5 0 0 1-5 0Z"
-SHAPES = {"twin": DIAMOND, "other_other": DIAMOND, "other": DIAMOND, "same_other": SQUARE}
-SHAPES |= {"control": ("h", DISC), "dashed": ("o", DISC)}  # by a point's id; else a grey disc
-STYLES = {"accuracy": ("s", 0.5, False), "slots": ("t", 0.0, True)}  # colour, zero, whether framed
 
 
 def _fill(name: str, words: Mapping[str, Any]) -> str:
@@ -64,67 +59,42 @@ def _figure(title: str, text: str, drawing: str, lines: Sequence[Sequence[Any]])
 """
 
 
-def _text(x: float, y: float, text: object, kind: str = "") -> str:
-    return f'<text x="{x:.0f}" y="{y}" class="{kind}">{escape(str(text))}</text>'
-
-
-def _svg(height: float, label: str, parts: Sequence[str]) -> str:
-    head = f'<svg viewBox="0 0 400 {height}" role="img" aria-label="{escape(label)}">'
-    return head + "".join(parts) + "</svg>"
-
-
 def _points(points: Sequence[Row], ends: Sequence[str]) -> str:
     """Draw shares from 0 to 100 % with their intervals, one line each."""
-    height, parts = 40 * len(points) + 24, []
-    for x, side, end in zip((10, 200, 390), ("", "c", "e"), ends, strict=True):
-        parts += [_text(x, 12, end, f"d {side}"), f'<path d="M{x} 18V{height}" class="g"/>']
-    for y, point in zip(range(38, height, 40), points, strict=True):
-        dashed = point.get("mass", 1) < 0.5
-        kind, outline = SHAPES.get("dashed" if dashed else point["id"], ("x", DISC))
-        x, lo, hi = (10 + 380 * point.get(key, point["value"]) for key in ("value", "lo", "hi"))
-        parts += [
-            _text(16, y, point["label"], "halo"),
-            _text(384, y, _cell(point, ("lo",)), f"halo e {kind}l"),
-            f'<path d="M{lo:.1f} {y + 12}H{hi:.1f}" class="ci {kind}"/>',
-            f'<path transform="translate({x:.1f} {y + 12})" d="{outline}" class="{kind}"/>',
-        ]
-    return _svg(height, "; ".join(f"{p['label']} {_percent(p['value'])}" for p in points), parts)
+    lines = "".join(f"<span>{end}</span>" for end in ends)
+    lines = f"<div>{lines}</div>"
+    for point in points:
+        kind = "dashed" if point.get("mass", 1) < 0.5 else point["id"]
+        value, lo, hi = (100 * point.get(key, point["value"]) for key in ("value", "lo", "hi"))
+        text = f"<span>{escape(point['label'])}</span> <span>{_cell(point, ('lo',))}</span>"
+        interval = f'<i style="left:{lo:.1f}%;width:{hi - lo:.1f}%"></i>'
+        lines += f'<div class="{kind}">{text}{interval}<b style="left:{value:.1f}%"></b></div>'
+    return f'<div class="points">{lines}</div>'
 
 
-def _heat(grid: Row, kind: str = "s", zero: float = 0.0, frame: bool = False) -> str:
-    """Draw a grid of figures, from no colour at `zero` to full colour at 100 %."""
-    left = 12 + 6.5 * max(len(row["label"]) for row in grid["rows"])
-    width, parts, aria = (400 - left) / len(grid["columns"]), [], []
-    for j, column in enumerate(grid["columns"]):
-        bold = "b" if column == grid.get("trained") else "d"
-        parts.append(_text(left + width * (j + 0.5), 12, column, f"c {bold}"))
-    for y, row in zip(range(20, 9999, 26), grid["rows"], strict=False):
-        cells = [(j, fig) for j, fig in enumerate(row["cells"]) if fig]
-        best = max((fig["value"] for _, fig in cells), default=0)
-        parts.append(_text(left - 8, y + 17, row["label"], "e"))
-        aria += [row["label"], *(f"{100 * fig['value']:.0f}" for _, fig in cells)]
-        for j, fig in cells:
-            value, hollow = fig["value"], fig.get("mass", 1) < 0.5
-            grey = j >= len(grid["columns"]) - grid.get("grey", 0)
-            shade = 0 if hollow else max(0, (value - zero) / (1 - zero))
-            tint = "o" if hollow else "x" if grey else kind
-            tone = "d" if hollow else "on" if shade > 0.6 else ""
-            x = left + width * j + 1
-            rect = f'<rect x="{x:.1f}" y="{y + 1}" width="{width - 2:.1f}" height="24" class='
-            parts += [
-                f"<g><title>{_cell(fig)}</title>",
-                f'{rect}"{tint}" fill-opacity="{shade:.2f}"/>',
-                f'{rect}"f"/>' if frame and 0.1 < best == value else "",
-                _text(x + width / 2 - 1, y + 17, f"{100 * value:.0f}", f"c {tone}") + "</g>",
-            ]
-    return _svg(22 + 26 * len(grid["rows"]), " ".join(aria), parts)
+def _heat(grid: Row, kind: str) -> str:
+    """Draw a grid of figures as a table, a cell's colour by its value."""
+    names = (f"<b>{x}</b>" if x == grid.get("trained") else x for x in grid["columns"])
+    lines = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
+    for row in grid["rows"]:
+        best = max([0.1, *(fig["value"] for fig in row["cells"] if fig)])
+        lines += f"<tr><th>{escape(row['label'])}</th>"
+        for fig in row["cells"]:
+            if fig is None:
+                lines += "<td></td>"
+                continue
+            mark = "dashed" if fig.get("mass", 1) < 0.5 else "best" if fig["value"] == best else ""
+            about = f'class="{mark}" style="--v:{fig["value"]}" title="{_cell(fig)}"'
+            lines += f"<td {about}>{100 * fig['value']:.0f}</td>"
+        lines += "</tr>"
+    return f'<table class="heat {kind}">{lines}</table>'
 
 
-def _heats(title: str, text: str, grids: Sequence[tuple[str, Row, Sequence[Any]]]) -> str:
-    """Return a figure of heat maps side by side: (heading, grid, style) each."""
+def _heats(title: str, text: str, *grids: tuple[str, Row, str]) -> str:
+    """Return a figure of heat maps side by side: (heading, grid, class) each."""
     drawing, lines = "", []
-    for heading, grid, style in grids:
-        drawing += f"<div><h3>{escape(heading)}</h3>{_heat(grid, *style)}</div>"
+    for heading, grid, kind in grids:
+        drawing += f"<div><h3>{escape(heading)}</h3>{_heat(grid, kind)}</div>"
         lines.append([heading, *grid["columns"]])
         lines += [[row["label"], *map(_cell, row["cells"])] for row in grid["rows"]]
         lines += [[key, _cell(grid[key])] for key in ("free", "wrote_chain") if grid.get(key)]
@@ -215,9 +185,9 @@ def _names(row: Row) -> str:
         bars = [[*bar, mass] for bar, mass in zip(names[side], names["mass"], strict=True)]
         bars = dict(enumerate(bars, 1)) | {"nodes": names[f"base_{side}"]}
         rows = [{"label": str(x), "cells": [{"value": v} for v in bars[x]]} for x in bars]
-        grid = {"columns": [*names["distances"], "mass"], "rows": rows, "grey": 2}
-        grids.append((f"steps from {who}", grid, ()))
-    return _heats("What do they name?", _fill("names", row | {"n": f"{names['n']:,}"}), grids)
+        grid = {"columns": [*names["distances"], "mass"], "rows": rows}
+        grids.append((f"steps from {who}", grid, "names"))
+    return _heats("What do they name?", _fill("names", row | {"n": f"{names['n']:,}"}), *grids)
 
 
 def render(row: Row) -> str:
@@ -241,10 +211,10 @@ def render(row: Row) -> str:
             if grid.get("free"):
                 free = {name: _cell(grid[name], ("lo", "n")) for name in ("free", "wrote_chain")}
                 text += _fill("free", row | free)
-            grids = [(row["name"] if against else "", grid, STYLES[key])]
+            grids = [(row["name"] if against else "", grid, key)]
             if against.get(key):
-                grids.append((against["name"], against[key], ("x", *STYLES[key][1:])))
-            body.append(_heats(title, text, grids))
+                grids.append((against["name"], against[key], f"{key} grey"))
+            body.append(_heats(title, text, *grids))
     body += [_write(row)] if row.get("write") else []
     body.append("</div>\n")
     body += [draw(row) for key, draw in (("names", _names), ("view", _view)) if row.get(key)]
@@ -252,7 +222,7 @@ def render(row: Row) -> str:
         body.append(TEXT["paper"] + '<div class="pair">')
         for key, grid in paper.items():
             text = f"{TEXT[key]} {escape(grid.get('note') or '')}"
-            body.append(_heats(f"Figure {key[-1]}", text, [("", grid, ())]))
+            body.append(_heats(f"Figure {key[-1]}", text, ("", grid, "")))
         body.append("</div>\n")
     lines = [["checkpoint", row.get("checkpoint")], *row["provenance"].items()]
     return "".join([*body, _fill("reading", row), _table(lines, "about"), TEXT["tail"]])
