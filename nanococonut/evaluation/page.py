@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -103,22 +102,15 @@ def _heats(title: str, text: str, *grids: tuple[str, Row, str]) -> str:
 
 def _layout(question: Row) -> Row:
     """Return the question with each node's place in its level: x from 0 to 1, and rank."""
-    levels, n = question["levels"], len(question["nodes"])
-    x, rank = [0.0] * n, [0] * n
+    levels, x, rank = question["levels"], {}, {}
     for level in sorted(set(levels)):
-        members = [i for i in range(n) if levels[i] == level]
-        for j, i in enumerate(members):  # below its parents
-            above = [x[a] for a, b in question["edges"] if b == i and levels[a] < level]
-            x[i] = mean(above or [j / len(members)])
-        members.sort(key=x.__getitem__)
-        center = mean([x[i] for i in members])
-        for a, b in pairwise(members):
-            x[b] = max(x[b], x[a] + 0.9 / max(4, len(members)))
-        shift = mean([x[i] for i in members]) - center
+        members = [i for i, other in enumerate(levels) if other == level]
+        parents = {i: [x[a] for a, b in question["edges"] if b == i and a in x] for i in members}
+        members.sort(key=lambda i: mean(parents[i] or [0]))  # children below their parents
         for j, i in enumerate(members):
-            x[i], rank[i] = x[i] - shift, j
-    low, wide = min(x), max(x) - min(x) or 1
-    return question | {"x": [round((v - low) / wide, 3) for v in x], "rank": rank}
+            x[i], rank[i] = round((j + 0.5) / len(members), 3), j
+    nodes = range(len(levels))
+    return question | {"x": [x[i] for i in nodes], "rank": [rank[i] for i in nodes]}
 
 
 def _view(row: Row) -> str:
@@ -157,12 +149,9 @@ def _findings(row: Row, against: Row) -> str:
 
 
 def _scale(row: Row, against: Row) -> str:
-    controls = {point["id"]: point for point in against.get("scale") or ()}
-    points = []
-    for point in row["scale"]:
-        points.append(point)
-        if control := controls.get(point["id"]):
-            points.append(control | {"id": "control", "label": f"… of {against['name']}"})
+    label = f"… of {against.get('name')}"
+    controls = {p["id"]: p | {"id": "control", "label": label} for p in against.get("scale") or ()}
+    points = [x for p in row["scale"] for x in (p, controls.get(p["id"])) if x]
     drawing = _points(points, ("0\xa0%: ignored", "50\xa0%: destroyed", "100\xa0%: carried"))
     lines = [(point["label"], _cell(point)) for point in points]
     title = f"Whose {row['noun']} does the answer follow?"
