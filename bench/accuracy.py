@@ -9,7 +9,7 @@
 The last form is for a released checkpoint, or any other GPT-2's weights without a run.
 Answers are generated greedily. The number of thoughts is the checkpoint's own, or --latent; --sweep
 evaluates with 0, 1, ... up to it. Generated splits have graphs of the size that the checkpoint was
-trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/categories.py).
+trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/paper.py).
 --out appends a result for each number of thoughts; the last line is JSON.
 """
 
@@ -39,7 +39,7 @@ from nanococonut.evaluation.accuracy import (
     score,
     thoughts_as_trained,
 )
-from nanococonut.evaluation.categories import category_fractions
+from nanococonut.evaluation.paper import category_fractions
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.device import select_device

@@ -1,7 +1,6 @@
 """One ProsQA question, thought by thought: what each names, looks at, and makes of the answer."""
 
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
     not a ProsQA question.
     """
     edges, entity, options = parse_question(example["question"])
-    nodes = list(dict.fromkeys(chain.from_iterable(edges)))
+    nodes = list(dict.fromkeys(node for edge in edges for node in edge))
     children = {child for _, child in edges}
     steps = [reachable(edges, x) for x in nodes if x not in children] or [reachable(edges, entity)]
     answer = parse_sentence(example["answer"])[1] if example["answer"] else None
@@ -77,22 +76,27 @@ def _states(
     answers = [f"{entity} is a {option}." for option in options]
     examples = [Example(question=question, steps=[], answer=answer) for answer in answers]
     rendered = TASKS["prosqa"].render(examples, engine.config.render)
+    encode = engine.tokenizer.encode
     branch = engine.branch([question], [[x["answer"] for x in rendered]], n)
-    names = [engine.tokenizer.encode(" " + node) for node in nodes]
-    facts = _fact_tokens(engine, rendered[0]["question"], len(edges))
+    names = [encode(" " + node) for node in nodes]
+    facts = rendered[0]["question"].split(".")[: len(edges)]
+    n_tokens = [len(encode(fact + ".")) for fact in facts]
     queries: list[Tensor] = []
     layer = engine.model.h[0].attn
     hook = layer.c_attn.register_forward_hook(lambda _, x, qkv: queries.append(qkv.chunk(3, -1)[0]))
     states, slots = [], []
     for k in range(n + 1):
+        state: State = {"p": None, "attention": None}
         if k:
             branch.think(1)
-        state: State = {"p": None, "attention": None}
+            q = queries[-1].view(layer.n_head, -1, 1)  # (nh, hs, 1), of the newest position
+            keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
+            weights = ((keys @ q)[..., 0] / keys.shape[-1] ** 0.5).softmax(-1).mean(0)  # (T,)
+            of_facts = weights[: sum(n_tokens)].split(n_tokens)
+            state["attention"] = [round(float(w.sum()), 3) for w in of_facts]
         if k and all(len(t) == 1 for t in names):  # else none can be named at once
             p = engine.model.head(branch.thoughts[-1]).float().softmax(-1)[0]
             state["p"] = [round(float(p[t[0]]), 3) for t in names]
-        if k and facts:
-            state["attention"] = _attention(branch, queries[-1].view(layer.n_head, -1), facts)
         slots.append(branch.slots(k))
         states.append(state | {"answer": _answer(branch)})  # last: it attends, too
     hook.remove()
@@ -101,20 +105,3 @@ def _states(
 
 def _answer(branch: Branch) -> list[float]:
     return [round(p, 3) for p in branch.answer()[0].exp().tolist()]
-
-
-def _fact_tokens(engine: Engine, prompt: str, n_facts: int) -> list[tuple[int, int]] | None:
-    """Return the (start, end) of each fact's tokens; None if a token spans two facts."""
-    encode = engine.tokenizer.encode
-    facts = [encode(fact + ".") for fact in prompt.split(".")[:n_facts]]
-    if encode(prompt)[: sum(map(len, facts))] != [*chain.from_iterable(facts)]:
-        return None
-    return list(pairwise(accumulate(map(len, facts), initial=0)))
-
-
-def _attention(branch: Branch, q: Tensor, facts: Sequence[tuple[int, int]]) -> list[float]:
-    """Return the weight of each fact in the first layer, for the newest position's q (nh, hs)."""
-    keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
-    weights = (keys @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5  # (nh, T)
-    weights = weights.softmax(-1).mean(0)
-    return [round(float(weights[start:end].sum()), 3) for start, end in facts]
