@@ -20,6 +20,7 @@ from nanococonut.inference.steps import Slots
 Cells = dict[str, Tensor]  # intervention -> log-probability of each candidate, (N, m)
 Content = Slots | list[list[int]]  # of the slots of B questions: thoughts, or written tokens
 Figure = dict[str, Any]  # value, lo, hi, n and, of answers, mass: their mean probability
+EXTRA = 2  # thoughts to try after as many as in training
 
 NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 
@@ -55,24 +56,23 @@ class Batch:
 
     def __init__(
         self, engine: Engine, questions: Sequence[str], candidates: Sequence[Sequence[str]],
-        n: int, extra: int = 0,
+        n: int,
     ) -> None:  # fmt: skip
-        """extra: thoughts to sweep after the n trained ones."""
         self.n, self.content, self.use_kv = n, None, True
-        self.branch = b = engine.branch(questions, candidates, n + extra)
+        self.branch = b = engine.branch(questions, candidates, n + EXTRA)
         self.cells = {"k0": b.answer()}
         if kind_of(engine) == "chain":
             mark, out = engine.tokenizer.encode("###")[0], engine.generate(questions, 0, n)
             self.content = [t[: t.index(mark)] if mark in t else t for t in out.tokens]
             self.cells["own"] = self.answer(self.content)
             return
-        for k in range(1, n + extra + 1):
+        for k in range(1, n + EXTRA + 1) if n else ():
             b.think(1)
             self.cells[f"k{k}"] = b.answer()
             if k == n:
                 self.content = b.slots(n)
         if b.thoughts:
-            self.cells["thoughts"] = torch.stack(b.thoughts, 1)  # (B, n + extra, C)
+            self.cells["thoughts"] = torch.stack(b.thoughts, 1)  # (B, n + EXTRA, C)
         self.cells["own"] = self.cells[f"k{n}"]
 
     def answer(self, content: Content, only: Sequence[int] | None = None) -> Tensor:
@@ -110,7 +110,6 @@ def interchange(
     candidates: Sequence[Sequence[str]],
     donors: Mapping[str, Sequence[str | None]] | None = None,
     groups: Sequence[int] = (),
-    extra: int = 0,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Cells:
     """Answer questions with other contents in their slots. Return the log-probabilities (N, m).
@@ -124,7 +123,6 @@ def interchange(
     candidates  answers of each question: its own, then its twin's, then any others
     donors      name -> further questions whose slots are tried (None: NaN), each under its name
     groups      a number for each question: only questions of one group are unrelated donors
-    extra       thoughts to sweep after the trained ones
     """
     config, N, n, out = engine.model.config, len(questions), n_slots(engine), {}
     groups, kind = groups or [0] * N, kind_of(engine)
@@ -134,9 +132,9 @@ def interchange(
     bytes_per_row = 32 * config.n_layer * config.n_embd * (max(n_tokens) + n)
     size = max(8, min(200, 10**9 // bytes_per_row))
 
-    def batch(index: list[int], texts: Sequence[str | None], extra: int = 0) -> Batch:
+    def batch(index: list[int], texts: Sequence[str | None]) -> Batch:
         texts = [texts[i] or questions[i] for i in index]
-        return Batch(engine, texts, [candidates[i] for i in index], n, extra)
+        return Batch(engine, texts, [candidates[i] for i in index], n)
 
     mean: Content = [[]]
     if kind in ("thought", "pause"):
@@ -144,7 +142,7 @@ def interchange(
         mean = some.content.map(lambda x: x.mean(0, keepdim=True))
     batches = in_batches(order, groups, size)
     for i_batch, index in enumerate(batches):
-        row, twin = batch(index, questions, extra), batch(index, twins)
+        row, twin = batch(index, questions), batch(index, twins)
         part = row.cells | {"twin_own": twin.cells["own"]}
         if kind != "none":
             row.use_kv = kind == "pause" or torch.equal(row.branch.start, twin.branch.start)

@@ -1,9 +1,8 @@
 """Questions and their twins, for the tests of insight.py: generated, or from a user's file."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.interchange import Figures, interchange, kind_of, n_slots
+from nanococonut.evaluation.interchange import EXTRA, Figures, interchange, kind_of, n_slots
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -48,26 +47,25 @@ class Pairs:
         return [(x["answer"], t["answer"]) for x, t in zip(own, twin, strict=True)]
 
     @property
-    def has_twins(self) -> bool:
-        return self.examples[0]["question"] != self.twins[0]["question"]
-
-    @property
     def is_prosqa(self) -> bool:
         try:
             return bool(prosqa.parse_question(self.examples[0]["question"]))
         except UserError:
             return False
 
-    def figures(self, engine: Engine, **options: Any) -> Figures:
-        """Run an interchange; see there for the options."""
+    def figures(
+        self, engine: Engine, progress: Callable[[float], None] = lambda fraction: None
+    ) -> Figures:
+        """Run an interchange and return its figures."""
         both, donors = list(zip(self.examples, self.twins, strict=True)), {}
         if self.twinned and kind_of(engine) in ("thought", "pause"):
             reworded = [tuple(map(TASKS[engine.config.task].reworded, pair)) for pair in both]
             for i, name in enumerate(("same_other", "other_other")):
                 donors[name] = [pair[i] if all(pair) else None for pair in reworded]
         cells = interchange(
-            engine, *self.questions(), self.candidates(engine), donors, self.groups, **options
-        )
+            engine, *self.questions(), self.candidates(engine),
+            donors=donors, groups=self.groups, progress=progress,
+        )  # fmt: skip
         if not self.twinned:  # a third column for all other answers: moved or destroyed?
             for name in cells.keys() - {"thoughts", "by_inputs"}:
                 rest = (1 - cells[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()
@@ -155,14 +153,11 @@ def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
 def check_lengths(engine: Engine, pairs: Pairs) -> Pairs:
     """Return the pairs that fit in block_size. UserError if half do not."""
     n, block_size = n_slots(engine), engine.model.config.block_size
-
-    def longest(texts: Iterable[str]) -> int:
-        return max(len(engine.tokenizer.encode(text)) for text in texts)
-
-    keep, answers = [], pairs.candidates(engine)
+    answers, keep = pairs.candidates(engine), []
     for i, questions in enumerate(zip(*pairs.questions(), strict=True)):
-        length = longest(map(engine.render, questions)) + longest("### " + a for a in answers[i])
-        keep += [i] if length + n + 2 <= block_size else []  # 2: <bot> and <eot>
+        texts = [f"{engine.render(q)}### {a}" for q in questions for a in answers[i]]
+        longest = max(len(engine.tokenizer.encode(text)) for text in texts)
+        keep += [i] if longest + n + EXTRA + 2 <= block_size else []  # 2: <bot> and <eot>
     n_long = len(answers) - len(keep)
     if len(keep) < max(MIN_PAIRS, len(answers) / 2):
         raise UserError(

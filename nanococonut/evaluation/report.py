@@ -30,12 +30,12 @@ def measure(
     plain  pairs as in training, with their shortcuts (None: none)
     """
     kind = kind_of(engine)
-    extra = 2 * (kind in ("thought", "pause"))
-    f = p = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
+    f = p = pairs.figures(engine, lambda x: progress(0.6 * x))
     if plain:
-        p = plain.figures(engine, extra=extra, progress=lambda x: progress(0.6 + 0.2 * x))
+        p = plain.figures(engine, lambda x: progress(0.6 + 0.2 * x))
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
-    q = p if plain and plain.has_twins else f
+    questions, twins = (plain or pairs).questions()
+    q = p if questions != twins else f  # ProntoQA as in training has no twins
     one, both = (fraction(x[q.asked]) for x in (q.right ^ q.twin_right, q.both_right))
     shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"

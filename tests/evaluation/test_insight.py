@@ -416,7 +416,7 @@ def test_slots_are_grouped_by_step():
     engine.curriculum = Curriculum("coconut", c_thought=2)
     _, pairs = generated_pairs(engine.config, 50, 3)
     pairs = pairs.take(range(8))
-    cells = pairs.figures(engine, extra=1).cells
+    cells = pairs.figures(engine).cells
     assert {name for name in cells if name.startswith("slot")} == {"slot1", "slot2"}
-    assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(6)}
-    assert torch.equal(cells["own"], cells["k4"]) and cells["thoughts"].shape[:2] == (8, 5)
+    assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(7)}
+    assert torch.equal(cells["own"], cells["k4"]) and cells["thoughts"].shape[:2] == (8, 6)
