@@ -18,7 +18,6 @@ import random
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import torch
 from bench.common.baselines import Worker, check_released
 from bench.common.results import OURS, ResultWriter, load_average
 from bench.common.workload import SPECIAL, model_shape
-from nanococonut import coconut, ops
+from nanococonut import ops
 from nanococonut.batch import IGNORE, build_sequence
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
@@ -110,10 +109,9 @@ class Trainer:
         self.model = init_model(recipe, self.tokenizer).to(select_device(recipe.device)).train()
         self.kernels, self.why_kernels = ops.choose_training_backend(recipe.kernels, self.model)
         self.graph = ops.choose_graph(recipe.graph, self.model)
-        self.think = partial(coconut.think, kernels=self.kernels)
         use_bf16 = select_precision(recipe.dtype, self.model.wte.weight.device)
-        graphs = GraphCache(64) if self.graph else None
-        self.train_step = TrainStep(self.model, self.think, use_bf16, graphs)
+        graphs = GraphCache(64 if self.graph else 0)
+        self.train_step = TrainStep(self.model, self.kernels, use_bf16, graphs)
         self.optimizers = init_optimizers(recipe, self.model)
         self.loader = TrainLoader(recipe, self.curriculum, self.tokenizer, Data(None, {}))
         self.examples = self.loader.epoch(0)
@@ -123,10 +121,10 @@ class Trainer:
     def check(self) -> dict[str, float]:
         """Return loss and norm of the gradient on the first batch, without dropout. Call it before
         the first step, as graphs write to the gradients that they find."""
-        plain = TrainStep(self.model.eval(), self.think)
+        plain = TrainStep(self.model.eval(), self.kernels)
         batch = self.loader.get(0, self.stage, plain.prepare)
         for micro_batch in batch.micro_batches:
-            plain(micro_batch, batch.n_labels, batch.n_examples)
+            plain(micro_batch)
         norms = torch.stack([p.grad.norm() for p in self.model.train().parameters()])
         checked = {"loss": plain.totals[0].item(), "gradient": norms.norm().item()}
         plain.zero_grad()
@@ -143,7 +141,7 @@ class Trainer:
         torch.manual_seed(self.recipe.seed + i)
         self.train_step.zero_grad()
         for micro_batch in batch.micro_batches:
-            self.train_step(micro_batch, batch.n_labels, batch.n_examples)
+            self.train_step(micro_batch)
         if self.recipe.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
         for optimizer in self.optimizers:

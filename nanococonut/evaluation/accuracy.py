@@ -90,9 +90,8 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     if TASKS[config.task].splits and not config.data and not config.valid_data:
         return []
     revision = engine.manifest.get("hub_commit") or config.hub_revision
-    skipped: list[str] | None = [] if config.skip_bad_rows else None
     try:
-        data = load_data(replace(config, hub_revision=revision), skipped)
+        data = load_data(replace(config, hub_revision=revision))
     except UserError as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"no example of this run's data: {reason}\n{advice}") from None

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.batch import build_prompt
 from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
@@ -18,7 +17,6 @@ from nanococonut.evaluation.accuracy import in_batches
 from nanococonut.evaluation.interchange import Figures, chosen, mean_figure
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.inference.engine import Engine
-from nanococonut.inference.steps import Branch
 from nanococonut.runtime.errors import UserError
 
 DISTANCES = ["1", "2", "3", "4", "5+", "no path"]
@@ -46,24 +44,10 @@ def concept_probabilities(engine: Engine, question: str, n_thoughts: int) -> dic
     is the product over its tokens. Raise UserError if the text is not a ProsQA question or does
     not fit in block_size.
     """
-    model, tokenizer = engine.model, engine.tokenizer
     names = concepts_of(parse_question(question).edges)
-    prompt = tokenizer.encode(engine.render(question))
-    prefix, n_thoughts, forced = build_prompt(engine.curriculum, prompt, n_thoughts, tokenizer)
-    if engine.config.render == "sentences":
-        forced = [*forced, *tokenizer.encode("Every")]
-    tokens = [tokenizer.encode(" " + name) for name in names]
-    # the last token of a name is scored, not appended
-    n_positions = len(prefix) + n_thoughts + len(forced) + max(map(len, tokens)) - 1
-    if n_positions > model.config.block_size:
-        raise UserError(
-            f"a question of {len(prefix)} tokens with {n_thoughts} thoughts does not fit into the "
-            f"model's block_size={model.config.block_size}.\nAsk a shorter question or use fewer "
-            "thoughts."
-        )
-    branch = Branch(model, [prefix], n_thoughts, forced, [tokens])
-    branch.think(n_thoughts)
-    return dict(zip(names, branch.answer()[0].exp().tolist(), strict=True))
+    mark = "Every" if engine.config.render == "sentences" else ""
+    [log_p] = engine.choose([question], [names], n_thoughts, mark=mark)
+    return dict(zip(names, log_p.exp().tolist(), strict=True))
 
 
 class Graph(NamedTuple):

@@ -145,7 +145,7 @@ def test_released_code_gets_the_same_sequences(latent):
         (["--config=nowhere.py"], "nowhere.py does not exist"),
         (["--set=n_head=3"], "is not a multiple"),
         (["--set=n_heads=3"], "Did you mean --n_head?"),
-        (["--latent=500"], "500 thoughts"),
+        (["--latent=500"], "fewer thoughts"),
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
         (["--out=nowhere/rows.jsonl"], "cannot be written"),
