@@ -128,16 +128,17 @@ def write_by_hand(
     Return name -> answers (N, m), NaN if the graph has no such concepts: other, own, control
     (concepts that are written), right, wrong (branches that are erased); and "factor".
     """
-    concepts, (N, n, _), model = [g.chosen(d) for g in graphs], thoughts.shape, engine.model
-    tokens, w, candidates = name_tokens(engine, graphs), model.wte.weight, pairs.candidates(engine)
-    mean = model.thought_embedding(thoughts[: N // 2, t - 1].to(w)).mean(0).detach()
+    concepts, (N, n, _) = [g.chosen(d) for g in graphs], thoughts.shape
+    tokens = name_tokens(engine, graphs)
+    w = engine.model.wte.weight.detach()
+    mean = engine.model.thought_embedding(thoughts[: N // 2, t - 1].to(w)).mean(0).detach()
 
     def answers(name: str, rows: Sequence[int], factor: float) -> Tensor:
-        result = torch.full((N, len(candidates[0])), torch.nan)
+        result = torch.full((N, 2), torch.nan)
         rows = [i for i in rows if concepts[i].get(name)]
         for part in in_batches(rows, [0] * N, BATCH_SIZE):
             ids = [[tokens[node] for node in concepts[i][name]] for i in part]
-            direction = torch.stack([w[x].mean(0) for x in ids]).detach()  # (B, C)
+            direction = torch.stack([w[x].mean(0) for x in ids])  # (B, C)
             unit = F.normalize(direction)
 
             def edit(i: int, fed: Tensor, direction: Tensor = direction, unit: Tensor = unit):
@@ -147,9 +148,9 @@ def write_by_hand(
                     return fed - ERASE * (fed * unit).sum(1, keepdim=True) * unit
                 return mean + factor * direction
 
-            questions = [pairs.examples[i]["question"] for i in part]
-            own = [candidates[i] for i in part]
-            result[part] = engine.choose(questions, own, n, edit).cpu()
+            some = pairs.take(part)
+            questions, candidates = some.questions()[0], some.candidates(engine)
+            result[part] = engine.choose(questions, candidates, n, edit).cpu()
         return result
 
     first, second = range(N // 2), range(N // 2, N)
@@ -168,10 +169,7 @@ def readout(
     """
     index = f.deep.nonzero()[:, 0]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
-    pairs, thoughts = (
-        pairs.take(index.tolist()),
-        f.cells["thoughts"][index],
-    )  # (M, K, C), in random order
+    pairs, thoughts = pairs.take(index.tolist()), f.cells["thoughts"][index]  # (M, K, C)
     graphs = [graph(x, t) for x, t in zip(pairs.examples, pairs.twins, strict=True)]
     names = names_by_distance(engine, graphs, thoughts)
     mean = {k: v.mean(0) for k, v in names.items()}
