@@ -10,7 +10,7 @@ One loop, in view below: examples -> three blocks -> loss -> optimizer -> valida
 import math
 import sys
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 import torch
 
 from nanococonut import ops

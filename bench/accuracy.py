@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # first: sets how OpenMP waits
 import torch
 
 from bench.common.results import ResultWriter

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # first: sets how OpenMP waits
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 
 from bench.common import baselines, tables
 from bench.common.baselines import Provider, Timing

@@ -23,10 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 import torch
 
-from bench.common.baselines import Worker, check_released
+from bench.common.baselines import OPENMP, Worker, check_released
 from bench.common.results import OURS, ResultWriter, load_average
 from bench.common.workload import SPECIAL, model_shape
 from nanococonut import ops
@@ -237,7 +237,7 @@ def main() -> None:
     # ---- results
     detail = {k: getattr(ours.recipe, k) for k in SETTINGS}
     detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": load_average()}
-    detail |= {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    detail |= {"openmp": {name: os.environ.get(name) for name in OPENMP}}
     if config.device == "cuda":  # torch counts its own, the driver also graphs and other processes
         free, total = torch.cuda.mem_get_info()
         detail |= {"max_reserved": torch.cuda.max_memory_reserved(), "used": total - free}

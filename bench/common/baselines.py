@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ INSTALL = {  # a peer that is missing -> what to do
     "released": "give --released and --released_python",
     "transformers": "pip install transformers",
 }
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set by nanococonut/__init__.py
 N_PROMPT = 48  # tokens of the prompt that all providers have to answer alike
 N_CHECKED = 9  # greedy tokens that are compared
 # tokens, and seconds of prefill, latent_step, first_token, token_step and answer, of which
@@ -83,6 +85,8 @@ class Worker:
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        # its threads wait as they do for others: our setting is not inherited
+        env = {k: v for k, v in os.environ.items() if k not in OPENMP} | offline
         try:
             self.process = subprocess.Popen(
                 [python, "-I", str(SERVE)],  # -I: nothing of ours on its path
@@ -91,7 +95,7 @@ class Worker:
                 stderr=self.stderr,
                 text=True,
                 cwd=tempfile.gettempdir(),  # finds Hugging Face's `kernels`, not ours
-                env=os.environ | offline,
+                env=env,
                 start_new_session=True,  # close() also ends what it started
             )
         except OSError as e:
@@ -135,6 +139,7 @@ class Worker:
             raise UserError(f"worker {self.name} ended: {text.splitlines()[-1][:200]}") from None
         if "out_of_memory" in reply:
             raise torch.OutOfMemoryError(f"worker {self.name} ran out of memory")
+        time.sleep(0.05)  # its waiting threads still spin, which would slow whoever is next
         return reply
 
     def generate(self, request: Request) -> Timing:
