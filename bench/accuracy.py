@@ -38,6 +38,7 @@ from nanococonut.evaluation.accuracy import (
     is_capped,
     score,
     thoughts_as_trained,
+    wilson,
 )
 from nanococonut.evaluation.paper import category_fractions
 from nanococonut.inference.engine import Engine
@@ -206,7 +207,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         own["released_accuracy"] = round(s.released_accuracy, 5)
         if shortcuts and trained.task == "prosqa":
             own["categories"] = category_fractions(examples, s.texts, n, trained.render)
-        low, high = s.interval
+        low, high = wilson(s.accuracy, s.n)
         results.add(
             "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,
             spread={"ci_low": round(low, 4), "ci_high": round(high, 4)},
