@@ -23,10 +23,6 @@ def _fill(name: str, words: Mapping[str, Any]) -> str:
     return re.sub(r"\[\[(\w+)\]\]", lambda match: str(words[match[1]]), TEXT[name])
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}\xa0%"
-
-
 def _cell(fig: Row | None, keys: Sequence[str] = ("lo", "n", "mass")) -> str:
     """Return "91.1 % (89.5 to 92.5, n = 1,400, mass 98.0 %)", as far as measured."""
     if fig is None:
@@ -34,7 +30,7 @@ def _cell(fig: Row | None, keys: Sequence[str] = ("lo", "n", "mass")) -> str:
     text = {"lo": "{lo:.1f} to {hi:.1f}", "n": "n\xa0=\xa0{n:,}", "mass": "mass {mass:.1f}\xa0%"}
     values = {k: v if k == "n" else 100 * v for k, v in fig.items() if isinstance(v, int | float)}
     extra = ", ".join(text[key].format(**values) for key in keys if key in values)
-    return _percent(fig["value"]) + (f" ({extra})" if extra else "")
+    return f"{100 * fig['value']:.1f}\xa0%" + (f" ({extra})" if extra else "")
 
 
 def sentence(finding: Row) -> str:
@@ -58,10 +54,9 @@ def _figure(title: str, text: str, drawing: str, lines: Sequence[Sequence[Any]])
 """
 
 
-def _points(points: Sequence[Row], ends: Sequence[str]) -> str:
+def _points(points: Sequence[Row], *ends: str) -> str:
     """Draw shares from 0 to 100 % with their intervals, one line each."""
-    lines = "".join(f"<span>{end}</span>" for end in ends)
-    lines = f"<div>{lines}</div>"
+    lines = "<div>" + "".join(f"<span>{end}</span>" for end in ends) + "</div>"
     for point in points:
         kind = "dashed" if point.get("mass", 1) < 0.5 else point["id"]
         value, lo, hi = (100 * point.get(key, point["value"]) for key in ("value", "lo", "hi"))
@@ -152,18 +147,18 @@ def _scale(row: Row, against: Row) -> str:
     label = f"… of {against.get('name')}"
     controls = {p["id"]: p | {"id": "control", "label": label} for p in against.get("scale") or ()}
     points = [x for p in row["scale"] for x in (p, controls.get(p["id"])) if x]
-    drawing = _points(points, ("0\xa0%: ignored", "50\xa0%: destroyed", "100\xa0%: carried"))
+    drawing = _points(points, "0\xa0%: ignored", "50\xa0%: destroyed", "100\xa0%: carried")
     lines = [(point["label"], _cell(point)) for point in points]
     title = f"Whose {row['noun']} does the answer follow?"
     return _figure(title, _fill("scale", row), drawing, lines)
 
 
 def _write(row: Row) -> str:
-    write, words = row["write"], row | row["write"]
-    drawing = _points(write["points"], ("0\xa0%: no change", "50\xa0%", "100\xa0%: rewritten"))
-    if erase := write.get("erase") or []:
-        ends = ("0\xa0%", "50\xa0%: chance", "100\xa0%: unharmed")
-        drawing += f"<p>{_fill('erase', words)}</p>{_points(erase, ends)}"
+    write, erase, words = row["write"], row["write"].get("erase") or [], row | row["write"]
+    drawing = _points(write["points"], "0\xa0%: no change", "50\xa0%", "100\xa0%: rewritten")
+    if erase:
+        drawing += f"<p>{_fill('erase', words)}</p>"
+        drawing += _points(erase, "0\xa0%", "50\xa0%: chance", "100\xa0%: unharmed")
     lines = [[point["label"], _cell(point)] for point in (*write["points"], *erase)]
     return _figure("Can they be written by hand?", _fill("write", words), drawing, lines)
 
