@@ -218,17 +218,6 @@ def judge_write(w: dict[str, Any]) -> Finding:
     )  # fmt: skip
 
 
-def judge_trap(free: Figure, chain: Figure, forced: Figure, noun: str) -> Finding:
-    """Say what the model does without thoughts if no answer is forced."""
-    return finding(
-        "trap",
-        f"Without {noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
-        "{1}. Made to answer at once, as in all tests here, it is right in {2}.",
-        [free, chain, forced],
-        (True, "note", "", "A trap avoided."),
-    )
-
-
 def judge_unsolved(trained: Figure, own: Figure, chance: float) -> Finding:
     """Say that the other tests cannot be asked."""
     return finding(

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanococonut.evaluation import insight
 from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.insight import Finding, count, decided
+from nanococonut.evaluation.insight import Finding, count, decided, finding
 from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, fraction, grid, kind_of
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.evaluation.readout import readout, words_by_step
@@ -66,19 +66,25 @@ def measure(
             read = _judge_readout(row, engine, f, pairs) if kind == "thought" else []
             findings = [needed, *moved, *read, *shortcut]
         if plain and kind != "chain":
-            row["accuracy"] |= (free := _left_alone(engine, plain))
-            findings.append(insight.judge_trap(*free.values(), p.accuracy("k0"), noun))
+            findings.append(_judge_trap(row, engine, plain, p.accuracy("k0")))
         row["warnings"] += _warnings(engine, f, pairs)
     verdicts = [x["verdict"] for x in findings[: 1 if ignores or len(findings) < 3 else 3]]
     progress(1.0)
     return row | {"findings": findings, "verdict": ", ".join(verdicts)}, f
 
 
-def _left_alone(engine: Engine, plain: Pairs, n: int = 400) -> dict[str, Figure | None]:
-    """Return how often texts after no thoughts are right, and how often they start with steps."""
-    s = score(engine, plain.examples[:n], 0, 200, engine.config.max_new_tokens)
-    wrote_chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
-    return {"free": fraction(s.correct), "wrote_chain": fraction(wrote_chain)}
+def _judge_trap(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
+    """Write into the row what the model does without thoughts if no answer is forced; say it."""
+    s = score(engine, plain.examples[:400], 0, 200, engine.config.max_new_tokens)
+    wrote_chain = fraction([bool(text.partition("#")[0].strip()) for text in s.texts])
+    row["accuracy"] |= {"free": fraction(s.correct), "wrote_chain": wrote_chain}
+    return finding(
+        "trap",
+        f"Without {row['noun']}, but left to itself, it is right in {{0}}, for it writes steps "
+        "first in {1}. Made to answer at once, as in all tests here, it is right in {2}.",
+        [row["accuracy"]["free"], wrote_chain, forced],
+        (True, "note", "", "A trap avoided."),
+    )
 
 
 def _judge_moved(row: Row, f: Figures, plain: Figures | None, pairs: Pairs) -> list[Finding]:
