@@ -29,7 +29,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
-from nanococonut.data.seeds import TEST_SEED
+from nanococonut.data.generator import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import (
     held_out_examples,
