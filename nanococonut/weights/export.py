@@ -6,8 +6,6 @@ All files are written here as plain JSON and text; transformers is not needed.
 """
 
 import json
-import os
-import shutil
 import sys
 from contextlib import suppress
 from dataclasses import fields
@@ -15,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken.load
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from nanococonut.curriculum import METHODS
 from nanococonut.data.files import read_examples
@@ -66,7 +62,10 @@ def export(run: str | Path, folder: str | Path) -> Path:
         f"transformer.{name}": (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
         for name, p in model.state_dict().items()
     }
-    _write(folder, weights, texts)
+    with checkpoint.new_folder(folder) as new:
+        save_file(weights, new / WEIGHTS_NAME, metadata={"format": "pt"})
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -85,24 +84,6 @@ def _check_exportable(run: str | Path, model: GPT, tokenizer: Tokenizer) -> None
             f"{run} is not a plain GPT-2, it has {', '.join(extra)}: transformers cannot run it.\n"
             "Train without these settings, or share the checkpoint folder itself."
         )
-
-
-def _write(folder: Path, weights: dict[str, Tensor], texts: dict[str, str]) -> None:
-    """Write all files to a temporary folder, then rename it: an export is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        shutil.copymode(temporary / CONFIG_NAME, temporary / WEIGHTS_NAME)  # safetensors: 0600
-        os.rename(temporary, folder)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{folder} could not be written: {e}.\nMake room or choose another folder."
-        ) from None
 
 
 def _json(data: Any) -> str:

@@ -1,7 +1,7 @@
 """bench/accuracy.py: the bundled checkpoint on every split, with the categories of its texts."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -110,8 +110,8 @@ def like_the_bundled(run, stop=None, **changes):
         watched.stop.bias.data.fill_(stop)
         model = watched
     manifest["config"] |= changes.pop("config", {})
-    manifest |= changes | {"model": checkpoint.describe_model(model)}
-    checkpoint.save(run, manifest["step"], model, [], manifest)
+    manifest |= changes | {"model": asdict(model.config)}
+    checkpoint.save(run, manifest["step"], checkpoint.gather_tensors(model), manifest)
 
 
 @pytest.mark.parametrize("logit, taken", [(1.0, 0), (-1.0, 6)])
