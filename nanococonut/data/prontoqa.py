@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import pairwise
 from typing import NamedTuple
 from zlib import crc32
 
@@ -311,36 +310,31 @@ def twin(example: Example) -> Example | None:
     None if there is no other name, as without OntologyConfig(matched=True), or if nothing opposite
     follows.
     """
-    sentences, query = split_question(example["question"])
-    claims = [parse_sentence(sentence) for sentence in sentences]
-    q = parse_question(example["question"])
-    entity, prop = q.query.subject, q.query.predicate
-    concepts = {claim.subject: claim.predicate for claim in q.facts}
+    facts, rules, (entity, _, prop) = parse_question(example["question"])
+    concepts = {fact.subject: fact.predicate for fact in facts}
     if len(concepts) != 2 or entity not in concepts:
         return None
     concepts = dict(zip(concepts, reversed(concepts.values()), strict=True))
-    texts = [
-        _sentence(Claim(c.subject, False, concepts[c.subject])) if c.is_fact else f"{sentence}."
-        for c, sentence in zip(claims, sentences, strict=True)
-    ]
+    sentences, query = split_question(example["question"])
+    texts = [f"{sentence}." for sentence in sentences]
+    for i, claim in enumerate(map(parse_sentence, sentences)):
+        if claim.is_fact:
+            texts[i] = _sentence(claim._replace(predicate=concepts[claim.subject]))
     question = " ".join([*texts, "True or false:", query])
     answer = solve(question)
     if answer is None or answer == example["answer"]:
         return None
     # up from the entity's concept to the nearest one with the property
-    rule_of = {claim.subject: claim for claim in q.rules if claim.predicate == prop}
-    paths = [[concepts[entity]]]
-    for path in paths:  # grows during the loop
-        if path[-1] in rule_of:
+    rule_of = {rule.subject: rule for rule in rules if rule.predicate == prop}
+    proofs: list[list[Claim]] = [[Claim(entity, False, concepts[entity])]]
+    for proof in proofs:  # grows during the loop
+        concept = proof[-1].predicate
+        if concept in rule_of:
             break
-        paths += [
-            [*path, c.predicate] for c in q.rules if c.subject == path[-1] and c.names_concept
-        ]
-    last = rule_of[path[-1]]
-    proof = [*(Claim(a, False, b) for a, b in pairwise(path)), last]
-    text_of = dict(zip(claims, texts, strict=True))
-    steps = [f"{_sentence(Claim(entity, False, c.subject))} {text_of[c]}" for c in proof]
-    steps.append(_sentence(Claim(entity, last.negated, prop)))
+        proofs += [[*proof, r] for r in rules if r.subject == concept and r.names_concept]
+    last = rule_of[concept]
+    compact = "".join(f" {rule.subject}{rule.compact}" for rule in [*proof[1:], last])
+    steps = expand_steps(compact + last.compact, question)
     return {**example, "question": question, "steps": steps, "answer": answer}
 
 

@@ -261,23 +261,19 @@ def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]
 def marked_graph(example: Example) -> isomorphism.Graph:
     """Return the graph with entity, target and distractor marked, for isomorphism.graph_keys.
 
-    Words, node numbers, sentence order and option order do not count. UserError as graph_of.
+    Words, node numbers, sentence order and option order do not count. UserError if the example
+    does not store its graph.
     """
-    edges, *query = graph_of(example)
-    marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
-    return isomorphism.marked_graph(edges, marks)
-
-
-def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
-    """Return (edges, root, target, neg_target). UserError if the example does not store them."""
     try:
         edges = [(int(parent), int(child)) for parent, child in example["edges"]]  # type: ignore
-        return edges, *(int(example[key]) for key in ("root", "target", "neg_target"))  # type: ignore
+        query = [int(example[key]) for key in ("root", "target", "neg_target")]  # type: ignore
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"an example does not store its graph: {example['question'][:40]!r}...\n"
             "Give examples with edges (pairs of node numbers), root, target and neg_target."
         ) from None
+    marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
+    return isomorphism.marked_graph(edges, marks)
 
 
 generate = partial(draw, sample_batch, marked_graph, GraphConfig())
@@ -346,10 +342,8 @@ def twin(example: Example) -> Example | None:
     if not others or entity in others:
         return None
     # a third name can lead there too: the generator's root, else the one farthest away
-    symbols, root = example.get("idx_to_symbol", []), example.get("root")
-    other = max(others, key=lambda name: steps[name][option])
-    if root in (0, 1) and symbols[1 - root] in others:  # type: ignore
-        other = symbols[1 - root]  # type: ignore
+    symbols: list[str] = example.get("idx_to_symbol", [])  # type: ignore
+    other = max(others, key=lambda name: (name in symbols[:2], steps[name][option]))
     parents, path = parents_of(edges), [option]
     while path[-1] != other:
         path.append(min(parents[path[-1]], key=lambda node: steps[other].get(node, FAR)))

@@ -7,7 +7,6 @@ All files are written here as plain JSON and text; transformers is not needed.
 
 import json
 import sys
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import tiktoken.load
 from safetensors.torch import save_file
 
 from nanococonut.curriculum import METHODS
-from nanococonut.data.files import read_examples
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import BOT, EOS, EOT, LATENT, Tokenizer
@@ -107,6 +105,9 @@ def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[
 def _card(model: GPT, manifest: dict[str, Any]) -> str:
     """Return the README.md: what the model is and a program that runs it."""
     config, method = manifest["config"], METHODS[manifest["method"]]
+    question = "a question, written as in the training data"
+    if not config["data"] and not config.get("valid_data"):
+        question = EXAMPLES[config["task"]]
     n, has_pauses = manifest["n_thoughts"], method.thought_type == "pause"
     # exported thoughts are hidden states: _check_exportable refuses soft and projected ones
     template = "card_thoughts.md" if n and not has_pauses else "card.md"
@@ -118,22 +119,13 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
         "commit": manifest.get("trained_with", manifest)["commit"],  # a bundled run has two commits
         "slots": slots,
         "n_params": model.n_params(),
-        "question": _question(config) + "\n",  # never compact: that needs a word vocabulary
+        "question": question + "\n",  # never compact: that needs a word vocabulary
         "prompt": " if the prompt holds its pauses and their markers" if pauses else "",
         "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
         "max_new_tokens": config["max_new_tokens"],
         "note": fewer if n and not config["pad_latent_to_max"] else "",
     }
     return Path(__file__).with_name(template).read_text(encoding="utf-8").format(**values)
-
-
-def _question(config: dict[str, Any]) -> str:
-    """Return a question as the model was trained on: of its file, if that is still there."""
-    if path := config.get("valid_data") or config["data"]:
-        with suppress(UserError):
-            return read_examples(path)[0]["question"]
-        return "a question, written as in the training data"
-    return EXAMPLES[config["task"]]
 
 
 def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
