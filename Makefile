@@ -8,8 +8,8 @@ lint:
 	ruff format --check .
 
 bench:  ## GPT-2 124M with random weights: speed does not depend on their values
-	python bench/latency.py --checkpoint=random
-	python bench/throughput.py --checkpoint=random
+	python bench/latency.py
+	python bench/throughput.py
 	python bench/training.py
 
 plots:  ## pictures, and the tables of README.md and docs/, from bench/results/

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from select import select
 
-import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # first: sets how OpenMP waits
 import torch
 from rich.console import Console
 from rich.markup import escape

@@ -9,83 +9,27 @@ One loop, in view below: examples -> three blocks -> loss -> optimizer -> valida
 
 import math
 import sys
-from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 import torch
-from rich.markup import escape
 
-from nanococonut import coconut, ops
-from nanococonut.config import TrainConfig
-from nanococonut.curriculum import METHODS, Curriculum, ignored_options
-from nanococonut.data.tasks import TASKS
+from nanococonut import ops
+from nanococonut.curriculum import Curriculum
 from nanococonut.evaluation.accuracy import evaluate_splits
 from nanococonut.inference.engine import Engine
-from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.runtime.device import Interrupt, keep_freed_memory, select_precision
 from nanococonut.runtime.distributed import Distributed, run_distributed
-from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.loader import TrainLoader
-from nanococonut.training.log import RunLog, console, print_data, print_summary, require_tensorboard
-from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer, set_lr
+from nanococonut.training.log import RunLog, console, print_data, print_summary
+from nanococonut.training.setup import init_model, init_optimizers, init_tokenizer, load_config
 from nanococonut.training.state import Schedule, TrainState
 from nanococonut.training.step import TrainStep
 from nanococonut.weights.checkpoint import RunDir
-from nanococonut.weights.pretrained import GPT2_SIZES, WeightsUnavailable, resolve_weights
-
-
-def load_config(argv: list[str]) -> tuple[TrainConfig, str, dict[str, str]]:
-    """Return (config, run name, why the fallback config is trained instead, {} if it is not)."""
-    overrides, path = parse_cli(TrainConfig, argv, __doc__, config_file=True)
-    config = make_config(
-        TrainConfig, read_config_file(path, TrainConfig) if path else {}, overrides
-    )
-    fallback_info = {}
-    if reason := _fallback_reason(config):
-        if "init_from" in overrides and "fallback" not in overrides:  # what is typed is meant
-            raise UserError(
-                f"--init_from={config.init_from}: {reason}.\n"
-                f"Leave it out to train {config.fallback}, or insist on it with --fallback=None."
-            )
-        fallback = str(Path(path or ".").parent / config.fallback)
-        console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
-        console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To insist: --fallback=None")
-        fallback_info = {"instead_of": path, "because": reason}
-        overrides = {k: v for k, v in overrides.items() if k not in ("init_from", "fallback")}
-        config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
-        path = fallback
-    # a config file may serve several methods, but an option on the command line should matter
-    unused = {f"by method {config.method}": ignored_options(METHODS[config.method])}
-    unused |= {"with this data": config.unused}
-    for reason, names in unused.items():
-        if ignored := [f"--{k}" for k in overrides if k in names]:
-            console.print(f"[bold red]NOT USED[/] {reason}: {', '.join(ignored)}")
-    if config.tensorboard:
-        require_tensorboard()
-    return config, Path(path).stem if path else "run", fallback_info
-
-
-def _fallback_reason(config: TrainConfig) -> str:
-    """Return why init_from cannot be trained here; "" if it can. Raise if there is no fallback."""
-    no_gpu = not torch.cuda.is_available() and config.device in ("auto", "cpu")
-    if config.init_from in GPT2_SIZES and no_gpu and config.fallback:
-        return f"no GPU to train {config.init_from!r} on"  # before a download that would be in vain
-    if config.init_from != "scratch":
-        try:
-            resolve_weights(config.init_from)
-        except WeightsUnavailable as e:
-            if not config.fallback:
-                raise
-            return str(e).split("\n")[0].rstrip(".")
-    return ""
 
 
 def main() -> None:
-    config, run_name, fallback_info = load_config(sys.argv[1:])  # defaults < file < flags
+    config, run_name, fallback_info = load_config(sys.argv[1:], __doc__)  # defaults < file < flags
     keep_freed_memory()
     dist = Distributed.from_env()  # one process unless torchrun started more
     device = dist.device(config.device)
@@ -93,12 +37,11 @@ def main() -> None:
     run = RunDir(config.out_dir or f"out/{run_name}", config, dist)  # never overwrites a run
 
     # ---- data: examples -> tokens, the next epoch made in a worker thread
-    skipped: list[str] | None = [] if config.skip_bad_rows else None
-    data = run.load_data(skipped)  # refuses to resume with other examples
+    data = run.load_data()  # refuses to resume with other examples
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
-    loader = TrainLoader(config, curriculum, tokenizer, data, skipped, dist)
-    print_data(config, loader, data, skipped)
+    loader = TrainLoader(config, curriculum, tokenizer, data, dist)
+    print_data(loader, data)
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
@@ -106,9 +49,8 @@ def main() -> None:
     optimizers = init_optimizers(config, model)  # [AdamW] or [AdamW, Muon]
     kernels, kernels_reason = ops.choose_training_backend(config.kernels, model)
     use_graphs = ops.choose_graph(config.graph, model)
-    think = partial(coconut.think, kernels=kernels)
-    graphs = GraphCache(64) if use_graphs else None
-    train_step = TrainStep(model, think, use_bf16, graphs, config.thought_loss)
+    graphs = GraphCache(64 if use_graphs else 0)
+    train_step = TrainStep(model, kernels, use_bf16, graphs, config.thought_loss)
     # the stop classifier only watches, so its gradient must not change how the others are clipped
     clipped = [p for name, p in model.named_parameters() if not name.startswith("stop.")]
 
@@ -118,22 +60,19 @@ def main() -> None:
     if config.resume:
         schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
-    log = RunLog(run, config, schedule, state)  # metrics.jsonl is cut back to state.step
+    log = RunLog(run, schedule, state)  # metrics.jsonl is cut back to state.step
     log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)
     interrupt, stopping = Interrupt(dist.world), False
 
     def save() -> None:
         manifest = {
             "tokenizer": tokenizer.spec,
-            "stage": state.stage,
             "n_thoughts": curriculum.n_thoughts(state.stage),
-            "best_step": state.best_step,
             "hub_commit": data.commit,
             "fell_back": fallback_info,
-            "minutes": state.seconds / 60,
             "kernels": kernels,
             "graph": use_graphs,
-            "progress": asdict(state),
+            **state.manifest(),
         }
         # a GPU takes the next steps while its checkpoint is written
         run.save(model, optimizers, state.step, manifest, background=device.type == "cuda")
@@ -145,7 +84,7 @@ def main() -> None:
             stage = schedule.stage(state)
             if schedule.resets_optimizer(state):
                 optimizers = init_optimizers(config, model)
-            set_lr(optimizers, config, schedule.lr_scale(state.step))
+            schedule.set_lr(optimizers, state.step)
 
             # forward and backward: the gradients of the micro-batches add up
             step_batch = loader.get(state.step, stage, train_step.prepare)
@@ -153,8 +92,7 @@ def main() -> None:
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:
-                counts = step_batch.n_labels, step_batch.n_examples, step_batch.n_thought_labels
-                train_step(micro_batch, *counts)
+                train_step(micro_batch)
             # an interrupt travels along, so that all processes stop after the same step
             totals, stopping = dist.all_reduce_gradients(
                 model.parameters(), train_step.totals, interrupt.received
@@ -199,11 +137,7 @@ def main() -> None:
     if stopping:
         print(f"stopped at step {state.step}, saved in {run.path}; continue with --resume")
         sys.exit(interrupt.exit_code)
-    baselines = {}
-    with suppress(UserError):  # examples of your own have no such rules
-        shortcuts = TASKS[config.task].shortcuts
-        baselines = {name: shortcuts(examples) for name, examples in loader.val_splits.items()}
-    print_summary(f"{run_name}: {config.method}", schedule, state, baselines)
+    print_summary(run_name, schedule, state, loader.val_splits)
     # without padding, the number depends on the example
     latent = f" --latent {curriculum.n_thoughts(state.stage)}" if config.pad_latent_to_max else ""
     print(f"try it: python sample.py --out_dir {run.path}{latent}")

@@ -1,1 +1,1 @@
-import nanococonut  # noqa: F401  # sets OMP_WAIT_POLICY, which torch reads when imported
+import nanococonut  # noqa: F401  # sets how OpenMP waits, which torch reads when imported

@@ -8,20 +8,23 @@
 
 The last form is for a released checkpoint, or any other GPT-2's weights without a run.
 Answers are generated greedily. The number of thoughts is the checkpoint's own, or --latent; --sweep
-evaluates with 0, 1, ... up to it. Generated splits have graphs of the size that the checkpoint was
-trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/categories.py).
+evaluates with 0, 1, ... up to it, then lets each example stop once the head's best token repeats.
+Generated splits have graphs of the size that the checkpoint was trained on. ProsQA's texts are also
+sorted into the paper's categories (evaluation/categories.py).
 --out appends a result for each number of thoughts; the last line is JSON.
 """
 
 import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # first: sets how OpenMP waits
 import torch
 
 from bench.common.results import ResultWriter
@@ -36,6 +39,7 @@ from nanococonut.evaluation.accuracy import (
     is_capped,
     score,
     thoughts_as_trained,
+    thoughts_until_repeat,
 )
 from nanococonut.evaluation.categories import category_fractions
 from nanococonut.inference.engine import Engine
@@ -94,17 +98,15 @@ def load_engine(config: AccuracyConfig) -> Engine:
             f"{path} belongs to no run, so it does not say how it was trained.\nGive --method, "
             "--data and --latent, such as --method=coconut --data=FILE --latent=6."
         )
+    method = METHODS[config.method]
     model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
-    if METHODS[config.method].thought_type not in ("", "pause", model.config.thought):
+    n_tokens = tokenizer.vocab_size if method.markers else tokenizer.eos + 1
+    own = model.config
+    if own.vocab_size < n_tokens or method.thought_type not in ("", "pause", own.thought):
         raise UserError(
-            f"--method={config.method} feeds back something else than hidden states, which plain "
-            "GPT-2 weights do not have.\nGive the run that was trained by it."
-        )
-    n_tokens = tokenizer.vocab_size if METHODS[config.method].markers else tokenizer.eos + 1
-    if model.config.vocab_size < n_tokens:
-        raise UserError(
-            f"{path} has {model.config.vocab_size} tokens, --method={config.method} needs "
-            f"{n_tokens}.\nGive the weights that were trained by it."
+            f"{path} has {own.vocab_size} tokens and {own.thought} thoughts, --method="
+            f"{config.method} needs {n_tokens} and {method.thought_type or 'no'} ones.\n"
+            "Give the run or the weights that were trained by it."
         )
     trained = TrainConfig(task=find_task(config.data), data=config.data, method=config.method)
     model = model.to(select_device(config.device), dtype).eval()
@@ -115,13 +117,15 @@ def load_engine(config: AccuracyConfig) -> Engine:
 
 def find_task(data: str) -> str:
     """Return the task of a split or of a file's examples; free text counts as gsm8k."""
-    tasks = [name for name, task in TASKS.items() if data in task.splits]
-    if not tasks:
-        examples = read_examples(data)
-        for name, task in TASKS.items():
-            with suppress(UserError):  # examples of another kind
-                tasks += [name] if task.shortcuts(examples) else []
-    return tasks[0] if tasks else "gsm8k"
+    for name, task in TASKS.items():
+        if data in task.splits:
+            return name
+    examples = read_examples(data)
+    for name, task in TASKS.items():
+        with suppress(UserError):  # examples of another kind
+            if task.shortcuts(examples):
+                return name
+    return "gsm8k"
 
 
 def choose_examples(
@@ -132,32 +136,28 @@ def choose_examples(
     Without --data they are the run's own: held out from its file, or its task's first split. Raise
     UserError if --data is another task's split.
     """
-    trained, task = engine.config, TASKS[engine.config.task]
+    trained, splits = engine.config, TASKS[engine.config.task].splits
     held_out = [] if config.data else held_out_examples(engine, "Give --data: a file of examples.")
     if held_out:
-        source = trained.valid_data or trained.data
-        return held_out, f"{Path(source).name if source else trained.task}, held out", None
-    name = config.data or next(iter(task.splits))
-    if any(name in other.splits for other in TASKS.values() if other != task):
-        splits = f", or one of {', '.join(task.splits)}" if task.splits else ""
-        raise UserError(
-            f"the checkpoint is of {trained.data or trained.task}, --data is {name}.\nGive --data: "
-            f"a file of its examples{splits}."
-        )
+        source = trained.valid_data or trained.data or trained.task
+        return held_out, f"{Path(source).name}, held out", None
+    name = config.data or next(iter(splits))
     drawn = generated(name, config.n, config.seed, trained)
-    if drawn is None:
-        return read_examples(name), Path(name).name, None
-    return drawn, name, config.seed
+    if drawn is not None:
+        return drawn, name, config.seed
+    if any(name in other.splits for other in TASKS.values()):
+        raise UserError(
+            f"the checkpoint is of {trained.task}, --data is {name}.\n"
+            f"Give --data: {', '.join((*splits, 'a file of its examples'))}."
+        )
+    return read_examples(name), Path(name).name, None
 
 
 def by_steps(examples: list[Example], correct: list[bool]) -> dict[str, list[int]]:
     """Return number of written steps -> [correct, examples]."""
-    counts: dict[int, list[int]] = {}
-    for example, is_correct in zip(examples, correct, strict=True):
-        count = counts.setdefault(len(example["steps"]), [0, 0])
-        count[0] += is_correct
-        count[1] += 1
-    return {str(n): counts[n] for n in sorted(counts)}
+    n_steps = [len(example["steps"]) for example in examples]
+    n_examples, n_correct = Counter(n_steps), Counter(compress(n_steps, correct))
+    return {str(n): [n_correct[n], n_examples[n]] for n in sorted(n_examples)}
 
 
 def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -180,10 +180,9 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     engine = load_engine(config)
     trained, manifest, method = engine.config, engine.manifest, engine.manifest["method"]
     task, (examples, data, seed) = TASKS[trained.task], choose_examples(config, engine)
-    try:
+    shortcuts: dict[str, float] = {}
+    with suppress(UserError):  # examples of another kind
         shortcuts = task.shortcuts(examples)
-    except UserError:  # examples of another kind
-        shortcuts = {}
     n_thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
     step = f", step {manifest['step']}" if "step" in manifest else ""
@@ -194,15 +193,23 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
     longest, weights = config.max_new_tokens or trained.max_new_tokens, engine.model.wte.weight
     labels = {"method": method, "task": trained.task, "data": data, "checkpoint": name}
-    results = ResultWriter("accuracy", config, weights.device, weights.dtype, labels)
+    results = ResultWriter("accuracy", config, weights.device, weights.dtype, **labels)
     detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
     detail |= {"kernels": engine.kernels, "graph": engine.graph, "generated_seed": seed}
     counts = [n_thoughts] * len(examples)
     if config.latent is None and is_capped(engine):
         counts = thoughts_as_trained(engine, manifest["stage"], examples)
         print("note: as in training, examples with fewer steps have fewer thoughts")
-    for n in range(n_thoughts + 1) if config.sweep else [n_thoughts]:
-        s = score(engine, examples, [min(n, count) for count in counts], config.batch_size, longest)
+    numbers = range(n_thoughts + 1) if config.sweep else [n_thoughts]
+    runs = [(n, [min(n, count) for count in counts], {}) for n in numbers]
+    # without a rule of its own, and if thoughts are fed back
+    can_stop = not engine.model.config.stop and min(counts) == n_thoughts > 0
+    can_stop &= engine.curriculum.rules.thought_type not in ("", "pause")
+    if config.sweep and can_stop:
+        counts = thoughts_until_repeat(engine, examples, n_thoughts, config.batch_size)
+        runs.append((n_thoughts, counts, {"stop": "the readout repeats"}))
+    for n, counts, rule in runs:
+        s = score(engine, examples, counts, config.batch_size, longest)
         own = {"generated_tokens": round(s.generated_tokens, 2)}
         own["thoughts_taken"] = round(s.thoughts, 2)  # fewer than n if a classifier stops them
         own["by_steps"] = by_steps(examples, s.correct)
@@ -213,13 +220,13 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         results.add(
             "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,
             spread={"ci_low": round(low, 4), "ci_high": round(high, 4)},
-            examples=len(examples), thoughts=n,
+            examples=len(examples), thoughts=n, **rule,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
         fractions = own.get("categories", {})
         if s.released_accuracy != s.accuracy:
-            rule = 'by the released code\'s rule (after the last "#", without commas)'
-            fractions = {rule: s.released_accuracy} | fractions
+            label = 'by the released code\'s rule (after the last "#", without commas)'
+            fractions = {label: s.released_accuracy} | fractions
         for label, fraction in fractions.items():
             print(f"  {fraction:6.1%} {label}")
     for rule, fraction in shortcuts.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # first: sets how OpenMP waits
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
@@ -72,7 +72,7 @@ def evaluate(config: InsightConfig, path: str | None, subject: tuple) -> ResultW
         task = bar.add_task("", total=1)
         row, figures = measure(engine, name, plain, pairs, lambda x: bar.update(task, completed=x))
     labels = {"method": row["method"], "task": row["task"], "checkpoint": name}
-    results = ResultWriter("insight", replace(config, out=None), w.device, w.dtype, labels)
+    results = ResultWriter("insight", replace(config, out=None), w.device, w.dtype, **labels)
     row = {"schema": 1, "checkpoint": name} | row
     if "accuracy" in row and pairs.is_prosqa:
         row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)

@@ -13,22 +13,25 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bench.common.results import ResultWriter
-from bench.common.roofline import Bandwidth
-from bench.common.workload import parse_ints
+from bench.common.workload import Bandwidth, parse_ints
+from nanococonut.model import GPTConfig
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
-from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.errors import run_main
 
+SIZES = GPTConfig(block_size=400)  # GPT-2 124M's; a step attends to block_size keys
+POSITIONS = 2048  # supervised ones of a training step
 REPEATS = 20  # calls in a CUDA graph, so that the host's time hardly counts
 SAMPLES = 20  # replays of that graph
 CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
@@ -37,17 +40,10 @@ CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 @dataclass(frozen=True)
 class KernelsConfig:
     batches: str = option("1,8,64,256", "batch sizes, with commas")
-    context: int = option(400, "keys that a step attends to", ge=1)
-    n_embd: int = option(768, "width", ge=16)
-    n_head: int = option(12, "attention heads", ge=1)
-    vocab_size: int = option(50260, "vocabulary", ge=2)
-    positions: int = option(2048, "supervised positions of a training step", ge=1)
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} does not divide into {self.n_head} heads.")
         parse_ints("--batches", self.batches)
 
 
@@ -103,19 +99,18 @@ def scaled_randn(*size: int, device: str, dtype: torch.dtype) -> Tensor:
     return (torch.randn(size, device=device) * std).to(dtype)
 
 
-def cases(
-    config: KernelsConfig, batch: int, device: str, dtype: torch.dtype
-) -> Iterator[KernelCase]:
-    """Return the kernels of inference at one batch."""
+def cases(sizes: GPTConfig, batch: int, device: str, dtype: torch.dtype) -> Iterator[KernelCase]:
+    """Yield the kernels that see each sequence of a batch: of inference, then of training."""
     from kernels.append import append
     from kernels.feedback import embed, feedback
     from kernels.latent_attention import SplitWorkspace, latent_attention
     from kernels.linear_residual import linear_residual
     from kernels.ln_linear_gelu import ln_linear_gelu
+    from kernels.prefix_attention import PrefixBuffers, prefix_attention
     from kernels.reference import embed_ref, feedback_ref, linear_residual_ref, ln_linear_gelu_ref
 
     torch.manual_seed(0)
-    B, C, T, V, nh = batch, config.n_embd, config.context, config.vocab_size, config.n_head
+    B, C, T, V, nh = batch, sizes.n_embd, sizes.block_size, sizes.vocab_size, sizes.n_head
     hs, shape = C // nh, dict(batch=B, context=T, n_embd=C)
     randn = partial(scaled_randn, device=device, dtype=dtype)
 
@@ -148,35 +143,31 @@ def cases(
     args = [randn(B, nh, hs), *cache, full(T)]
     yield KernelCase("latent_attention", attention, plain_attention, args, n_numbers, shape)
 
-
-def training_cases(
-    config: KernelsConfig, batch: int, device: str, dtype: torch.dtype
-) -> Iterator[KernelCase]:
-    """Yield the kernels of training, with their backward."""
-    from kernels.linear_cross_entropy import linear_cross_entropy
-    from kernels.prefix_attention import PrefixBuffers, prefix_attention
-
-    B, C, T, V, nh = batch, config.n_embd, config.context, config.vocab_size, config.n_head
-    P, hs, randn = config.positions, C // nh, partial(scaled_randn, device=device, dtype=dtype)
     buffers = PrefixBuffers(B, nh, T, hs, torch.device(device))
 
-    def attention(*args: Tensor) -> Tensor:
+    def attend_prefix(*args: Tensor) -> Tensor:
         return prefix_attention(*args, buffers)[0]
 
+    n_numbers = 6 * B * C * T + 5 * B * C
     qkv = [randn(B, nh, hs), randn(B, nh, T, hs), randn(B, nh, T, hs)]
-    args = [*(t.requires_grad_() for t in qkv), torch.full((B,), T, device=device)]
-    n_numbers, shape = 6 * B * C * T + 5 * B * C, dict(batch=B, context=T, n_embd=C)
-    yield KernelCase("prefix_attention", attention, plain_attention, args, n_numbers, shape)
+    args = [*(t.requires_grad_() for t in qkv), full(T)]
+    yield KernelCase("prefix_attention", attend_prefix, plain_attention, args, n_numbers, shape)
+
+
+def head_case(sizes: GPTConfig, device: str, dtype: torch.dtype) -> KernelCase:
+    """Return the kernel of the loss, whose size is not the batch."""
+    from kernels.linear_cross_entropy import linear_cross_entropy
+
+    P, C, V = POSITIONS, sizes.n_embd, sizes.vocab_size
 
     def cross_entropy(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(h, w, targets)[0]
 
-    if batch == parse_ints("--batches", config.batches)[0]:  # its size is not the batch
-        args = [randn(P, C).requires_grad_(), randn(V, C).requires_grad_()]
-        args.append(torch.randint(V, (P,), device=device))
-        n_numbers, shape = 2 * C * (P + V), dict(positions=P, n_embd=C, vocab_size=V)
-        name = "linear_cross_entropy"
-        yield KernelCase(name, cross_entropy, plain_cross_entropy, args, n_numbers, shape)
+    args = [scaled_randn(n, C, device=device, dtype=dtype).requires_grad_() for n in (P, V)]
+    args.append(torch.randint(V, (P,), device=device))
+    n_numbers, shape = 2 * C * (P + V), dict(positions=P, n_embd=C, vocab_size=V)
+    name = "linear_cross_entropy"
+    return KernelCase(name, cross_entropy, plain_cross_entropy, args, n_numbers, shape)
 
 
 def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:
@@ -210,15 +201,15 @@ def time_cases(config: KernelsConfig) -> ResultWriter:
     results = ResultWriter("kernels", config, torch.device("cuda"), dtype)
     rates = [bandwidth.measure() for _ in range(10)]
     results.add("memory_bandwidth", "torch", rates, "GB/s")
-    for batch in parse_ints("--batches", config.batches):
-        where = config, batch, "cuda", dtype
-        for case in (*cases(*where), *training_cases(*where)):
-            labels = {"kernel": case.name}
-            for provider, fn in (("triton", case.impl), ("torch", case.reference)):
-                times = time_in_graph(case, fn)
-                results.add("kernel", provider, times, "us", labels=labels, **case.shape)
-            us = case.n_numbers * dtype.itemsize / statistics.median(rates) / 1e3
-            results.add("kernel", "roofline", [us], "us", labels=labels, spread={}, **case.shape)
+    batches = parse_ints("--batches", config.batches)
+    by_batch = chain.from_iterable(cases(SIZES, batch, "cuda", dtype) for batch in batches)
+    for case in chain(by_batch, [head_case(SIZES, "cuda", dtype)]):
+        own = {"kernel": case.name} | case.shape
+        for provider, fn in (("triton", case.impl), ("torch", case.reference)):
+            times = time_in_graph(case, fn)
+            results.add("kernel", provider, times, "us", **own)
+        us = case.n_numbers * dtype.itemsize / statistics.median(rates) / 1e3
+        results.add("kernel", "roofline", [us], "us", spread={}, **own)
     return results
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 from bench.common import tables
 from bench.common.results import read_jsonl, read_results
 from nanococonut.runtime.cli import make_config, option, parse_cli
@@ -26,19 +26,16 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 DOCS = ("README.md", "docs/RESULTS.md")
 STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a short run has fewer steps per point
-GPT2 = 100e6  # parameters; speed pictures are of models at least about as large as the paper's
 
 
 @dataclass(frozen=True)
 class PlotConfig:
     readme: bool = option(False, "rewrite the marked tables instead of drawing")
-    check: bool = option(False, "with --readme: only compare; exit code 1 if they differ")
+    check: bool = option(False, "only compare the tables; exit code 1 if they differ")
     curve: str | None = option(None, "draw this run's learning curve, not the results")
     out: str | None = option(None, "with --curve: the .png to draw")
 
     def __post_init__(self) -> None:
-        if self.check and not self.readme:
-            raise UserError("--check compares the marked tables.\nGive it with --readme.")
         if (self.curve is None) != (self.out is None):
             raise UserError("--curve and --out go together: --curve out/RUN --out curve.png")
         if self.out and Path(self.out).suffix != ".png":
@@ -98,7 +95,7 @@ def update_docs(check: bool) -> None:
 
 
 def curve_of(run: str) -> dict[str, Any]:
-    """Return the learning curve of a run: a point for every STEPS_PER_POINT steps, or fewer."""
+    """Return a run's settings and its points: one for every STEPS_PER_POINT steps, or fewer."""
     folder = checkpoint.resolve(run)
     manifest = checkpoint.read_manifest(folder)
     logged = read_jsonl(folder.parent / "metrics.jsonl")
@@ -112,37 +109,32 @@ def curve_of(run: str) -> dict[str, Any]:
         chunk = steps[start : start + size]
         loss, last = sum(r["loss"] for r in chunk) / len(chunk), chunk[-1]
         points.append([last["step"], last["stage"], loss, last["accuracy"]])
-    return {
-        "name": Path(run).resolve().name,
-        **{k: manifest["config"][k] for k in ("method", "seed", "batch_size")},
-        **{k: manifest[k] for k in ("device", "threads", "minutes")},
-        "points": points,
-        "validations": [r for r in logged if "valid_accuracy" in r],
-    }
+    validations = [r for r in logged if "valid_accuracy" in r]
+    curve = {"name": Path(run).resolve().name, "points": points, "validations": validations}
+    return manifest["config"] | manifest | curve
 
 
 def draw(docs: Path) -> list[Path]:
     """Draw every picture that has rows and return their paths."""
     from bench.common import figures  # matplotlib, which nothing else needs
 
-    pictures: dict[str, tuple] = {}  # name -> function, what it draws
+    drawn = []
     if accuracy := read_results(RESULTS / "table1.jsonl"):
-        pictures["methods"] = figures.methods, accuracy
-    runs = tables.newest_runs(read_results(RESULTS / "latency.jsonl"), "latency")
-    for run in sorted(runs, key=lambda run: run.rows[0]["date"]):  # the newest of a device is last
-        device, shape = run.rows[0]["device"], run.rows[0]["shape"]
+        drawn.append(docs / "methods.png")
+        figures.methods(accuracy, drawn[-1])
+    runs = tables.newest_runs(read_results(RESULTS / "latency.jsonl"))
+    newest = {run[0]["device"]: run for run in sorted(runs, key=lambda run: run[0]["date"])}
+    for device, run in newest.items():
         name = "cpu" if device.startswith("CPU") else device.replace(" ", "_")
-        if shape["parameters"] >= GPT2:
-            pictures[f"answers_{name}"] = figures.answers, run
-    for name, (function, what) in pictures.items():
-        function(what, docs / f"{name}.png")
-    return [docs / f"{name}.png" for name in pictures]
+        drawn.append(docs / f"answers_{name}.png")
+        figures.answers(run, drawn[-1])
+    return drawn
 
 
 def main() -> None:
     given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__)
     config = make_config(PlotConfig, given)
-    if config.readme:
+    if config.readme or config.check:
         update_docs(config.check)
     elif config.curve:
         row = curve_of(config.curve)  # errors first: matplotlib takes seconds

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 from bench.accuracy import AccuracyConfig, evaluate
 from bench.common.results import command_line, read_results
 from bench.common.tables import select, table1
@@ -33,6 +33,7 @@ from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
 OURS = {"method", "seed", "device", "out_dir", "resume"}  # settings of train.py made here
+DONE = "table1.done"  # in the folder of a run that has ended
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Table1Config:
 
     def __post_init__(self) -> None:
         validate(self)
+        names = [Path(f).name for f in self.files]
+        if len(set(names)) < len(names) or not all(Path(f).is_file() for f in self.files):
+            raise UserError(f"--data {self.data}: expected files that exist, with different names.")
+        if not self.recipe.is_file():
+            raise UserError(f"{self.task} has no {self.preset} preset.\nSee the folder config/.")
+        if not (TASKS[self.task].splits or names):
+            raise UserError(f"{self.task} has no generated examples.\nGive --data FILE.")
 
     @property
     def files(self) -> list[str]:
@@ -62,82 +70,51 @@ class Table1Config:
         return ROOT / "config" / f"{self.task}{suffix}.py"
 
 
-@dataclass
-class Run:
-    """One train.py of one method."""
-
-    method: str
-    seed: int
-    run_dir: Path
-    command: list[str]
-
-    @property
-    def done(self) -> Path:
-        return self.run_dir / "table1.done"
-
-
-def check_config(config: Table1Config) -> None:
-    """Raise UserError for what can be known to fail before any run."""
-    names = [Path(f).name for f in config.files]
-    if len(set(names)) < len(names) or not all(Path(f).is_file() for f in config.files):
-        raise UserError(f"--data {config.data}: expected files that exist, with different names.")
-    if not config.recipe.is_file():
-        raise UserError(f"{config.task} has no {config.preset} preset.\nSee the folder config/.")
-    if not (TASKS[config.task].splits or names):
-        raise UserError(f"{config.task} has no generated examples.\nGive --data FILE.")
-
-
-def plan_runs(config: Table1Config) -> list[Run]:
-    """Return every run that the table needs. Raise UserError for a setting train.py refuses."""
-    check_config(config)
+def plan_runs(config: Table1Config) -> dict[Path, list[str]]:
+    """Return folder -> command of every run that the table needs. Raise UserError for a setting
+    that train.py refuses."""
     fixed = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
     if ours := parse_cli(TrainConfig, fixed, "")[0].keys() & OURS:
         raise UserError(f"--set cannot change {min(ours)!r}.\nSee --help.")
     fixed += [f"--device={config.device}"] + ["--fallback=None"] * (config.preset == "gpt2")
-    runs = []
+    runs = {}
     for seed, method in itertools.product(range(config.seeds), config.methods.split(",")):
         name = "_".join(filter(None, (method, config.set, f"s{seed}"))).replace("/", "-")
-        run_dir = Path(config.runs) / f"{config.task}_{config.preset}" / name
+        folder = Path(config.runs) / f"{config.task}_{config.preset}" / name
         flags = [*fixed, f"--method={method}", f"--seed={seed}"]
         given, _ = parse_cli(TrainConfig, flags, "")
         make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
-        runs.append(Run(method, seed, run_dir, command))
+        runs[folder] = [*command, f"--out_dir={folder}"]
     return runs
 
 
-def evaluate_run(run: Run, config: Table1Config) -> None:
+def evaluate_run(folder: Path, config: Table1Config) -> None:
     """Append one result for each split that has none yet."""
-    own = {"task": config.task, "preset": config.preset, "method": run.method}
-    own |= {"setting": config.set or ""}
-    rows = select(read_results(Path(config.out)), **own)
-    done = {r["labels"]["data"]: r for r in rows if r["detail"]["trained"]["seed"] == run.seed}
+    own = {"task": config.task, "preset": config.preset, "setting": config.set or ""}
+    rows = select(read_results(Path(config.out)), **own, checkpoint=folder.name)
+    done = {row["labels"]["data"] for row in rows}
     for split in [*TASKS[config.task].splits, *config.files]:
-        if row := done.get(Path(split).name):
-            n = row["shape"]["examples"]
-            if split in TASKS[config.task].splits and n != config.n:
-                raise UserError(
-                    f"{config.out} has {run.run_dir.name} on {split} with {n} examples, not --n "
-                    f"{config.n}.\nGive another --out: all cells of a table have as many."
-                )
+        if Path(split).name in done:
             continue
-        print(f"evaluating {run.run_dir.name} on {split}", flush=True)
+        print(f"evaluating {folder.name} on {split}", flush=True)
         # one limit for all cells, whatever a run's own: some written chains never end
         options = dict(n=config.n, device=config.device, max_new_tokens=128)
-        [row] = evaluate(AccuracyConfig(str(run.run_dir), split, **options)).rows
+        [row] = evaluate(AccuracyConfig(str(folder), split, **options)).rows
         row["labels"] |= own
         row["command"] = command_line(config, "bench/table1.py")
         checkpoint.append_row(Path(config.out), row)
 
 
-def train(run: Run, seconds: float | None) -> bool:
+def train(folder: Path, command: list[str], seconds: float | None) -> bool:
     """Train a run. Return False if it takes longer, UserError if train.py fails."""
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if checkpoint.list_checkpoints(run.run_dir) else []
-    with (run.run_dir / "train.log").open("a") as log:
-        command = [*run.command, f"--out_dir={run.run_dir}", *resume]
+    folder.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if checkpoint.list_checkpoints(folder) else []
+    with (folder / "train.log").open("a") as log:
         # its own session: Ctrl-C reaches only us, and we ask it to save and end
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, *resume], stdout=log, stderr=log, start_new_session=True
+        )
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -146,48 +123,52 @@ def train(run: Run, seconds: float | None) -> bool:
         process.terminate()  # it saves, then ends
         process.wait()
     if code:
-        lines = (run.run_dir / "train.log").read_text().strip().splitlines()
+        lines = (folder / "train.log").read_text().strip().splitlines()
         raise UserError(
-            f"{run.run_dir.name} ended with code {code}: {' '.join(lines[-2:])}\n"
-            f"The other runs are kept; see {run.run_dir}/train.log, then give the same command."
+            f"{folder.name} ended with code {code}: {' '.join(lines[-2:])}\n"
+            f"The other runs are kept; see {folder}/train.log, then give the same command."
         )
-    run.done.touch()
+    (folder / DONE).touch()
     return True
-
-
-def run_all(runs: list[Run], config: Table1Config) -> list[str]:
-    """Evaluate what is trained, then train and evaluate the rest, for at most --minutes. Return the
-    errors: one run that fails does not stop the others."""
-    until, errors = time.monotonic() + 60 * config.minutes, []
-    for run in sorted(runs, key=lambda run: not run.done.exists()):
-        try:
-            if not run.done.exists():
-                print(f"training {run.run_dir.name}", flush=True)
-                left = max(0.0, until - time.monotonic()) if config.minutes else None
-                if not train(run, left):
-                    break
-            evaluate_run(run, config)
-        except UserError as e:
-            print(f"error: {e}")
-            errors.append(str(e))
-    return errors
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
     given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
     config = make_config(Table1Config, given)
+    task, preset = config.task, config.preset
     runs, out = plan_runs(config), Path(config.out)
     if out.is_dir():
         raise UserError(f"--out {out} cannot be a folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    read_results(out)  # errors in it are reported before the work
+    rows = select(read_results(out), task=task, preset=preset)
+    rows = [row for row in rows if row["labels"]["data"] in TASKS[task].splits]
+    others = {row["shape"]["examples"] for row in rows} - {config.n}
+    if others:
+        raise UserError(
+            f"{out} has cells with {min(others)} examples, not --n {config.n}.\n"
+            "Give another --out: all cells of a table have as many."
+        )
 
-    errors = run_all(runs, config)
-    table = table1(read_results(out), config.task, config.preset)
-    checkpoint.replace_text(out.with_name(f"table1_{config.task}_{config.preset}.md"), table + "\n")
+    # ---- evaluate what is trained, then train and evaluate the rest
+    until, errors = time.monotonic() + 60 * config.minutes, []
+    for folder in sorted(runs, key=lambda folder: not (folder / DONE).exists()):
+        try:
+            if not (folder / DONE).exists():
+                print(f"training {folder.name}", flush=True)
+                left = max(0.0, until - time.monotonic()) if config.minutes else None
+                if not train(folder, runs[folder], left):
+                    break
+            evaluate_run(folder, config)
+        except UserError as e:  # one run that fails does not stop the others
+            print(f"error: {e}")
+            errors.append(str(e))
+
+    # ---- report
+    table = table1(read_results(out), task, preset)
+    checkpoint.replace_text(out.with_name(f"table1_{task}_{preset}.md"), table + "\n")
     print(table)
-    left = sum(not run.done.exists() for run in runs)
+    left = sum(not (folder / DONE).exists() for folder in runs)
     if left:
         print(f"{left} of {len(runs)} runs are not done: give the same command to continue")
     print(json.dumps({"bench": "table1", "runs": len(runs), "left": left}))

@@ -7,20 +7,27 @@ Batches double until memory ends, or until two in a row were no faster. The thre
 no sequence ends early. --out appends results after every batch; the last line is JSON.
 """
 
-import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets OMP_WAIT_POLICY
-from bench.common.baselines import OURS, EngineProvider
-from bench.common.results import ResultWriter
-from bench.common.workload import PATHS, TASK_LENGTHS, WorkloadOptions, catch_oom, load_model
-from bench.latency import Case, time_case, unfit
+import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
+from bench.common.baselines import EngineProvider
+from bench.common.results import OURS, ResultWriter
+from bench.common.workload import (
+    PATHS,
+    TASK_LENGTHS,
+    Workload,
+    WorkloadOptions,
+    model_shape,
+    out_of_memory,
+)
+from bench.latency import Case, time_case
 from nanococonut.runtime.cli import make_config, option, parse_cli
-from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.errors import run_main
 
 FASTER = 1.02  # a gain of less than this is none
 
@@ -29,48 +36,34 @@ FASTER = 1.02  # a gain of less than this is none
 class ThroughputConfig(WorkloadOptions):
     task: str = option("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
     rounds: int = option(3, "repeats of every batch", ge=1)
-    max_batch: int = option(65536, "largest batch", ge=1)
 
 
 def main() -> None:
     given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
     config = make_config(ThroughputConfig, given)
-    workload, lengths = load_model(config), TASK_LENGTHS[config.task]
+    workload, lengths = Workload(config), TASK_LENGTHS[config.task]
     device, dtype = workload.device, workload.dtype
     workload.model.to(dtype)
     provider = EngineProvider(OURS, workload, "auto", "auto")
     requests, engine = [(provider, path, lengths[path]) for path in PATHS], provider.engine
-    results = ResultWriter("throughput", config, device, dtype, shape=workload.shape())
-    print(f"{workload.name}, kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
+    results = ResultWriter("throughput", config, device, dtype, **model_shape(workload.model))
+    print(f"kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
 
     # ---- measure, batch by batch
-    batch, fastest, n_no_faster, ended = 1, 0.0, 0, "the largest batch"
-    while batch <= config.max_batch and n_no_faster < 2:
+    batch, rates, ended = 1, [], "two batches that were no faster"
+    while len(rates) < 3 or max(rates[-2:]) > FASTER * max(rates[:-2]):
         case = Case(config.task, batch, lengths["question"], requests)
-        why = unfit(case, workload)
-        if why and batch == 1:
-            raise UserError(f"{why}.\nGive another --task or --checkpoint=random.")
-        with catch_oom(device) as failed:
-            if not why:
-                time_case(case, config.rounds, workload)
-        if why or failed:
+        if out_of_memory(partial(time_case, case, config.rounds, workload)):
             ended = "memory"
             break
-        rates = {
-            path: [batch / timing["answer"] for timing in case.timings[OURS, path]]
-            for path in PATHS
-        }
-        for path, values in rates.items():
-            labels = {"task": config.task, "path": path}
-            results.add("throughput", OURS, values, "questions/s", labels=labels, batch=batch)
-        rate = statistics.median(rates["thoughts"])
-        n_no_faster = 0 if rate > FASTER * fastest else n_no_faster + 1
-        fastest = max(fastest, rate)
+        for path in PATHS:
+            values = [batch / timing["answer"] for timing in case.timings[OURS, path]]
+            own = {"task": config.task, "path": path, "batch": batch}
+            row = results.add("throughput", OURS, values, "questions/s", **own)
+            rates += [row["value"]] if path == "thoughts" else []
         batch *= 2
-    ended = "two batches that were no faster" if n_no_faster == 2 else ended
     print(f"ended by {ended}")
-    about = {"model": workload.name, "kernels": engine.kernels, "graph": engine.graph}
-    print(results.summary(**about, ended=ended))
+    print(results.summary(kernels=engine.kernels, graph=engine.graph, ended=ended))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import os
 
-# torch's waiting threads would spin, and a busy neighbour slow them 20 to 45 times. libgomp reads
-# this when torch is loaded, so every script imports nanococonut first.
+# A waiting thread of torch's would spin for long, and a busy neighbour slow both 20 to 45 times.
+# One that sleeps at once is slow to wake: two threads trained slower than one. So it spins for
+# about as long as waking takes (docs/LOG.md). libgomp reads this when torch is loaded, so every
+# script imports nanococonut first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from nanococonut.inference.engine import Engine, Generation, load
 from nanococonut.weights.pretrained import load_pretrained

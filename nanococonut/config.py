@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanococonut.curriculum import METHODS
+from nanococonut.curriculum import METHODS, ignored_options
 from nanococonut.runtime.cli import make_config, option, validate
 from nanococonut.runtime.errors import UserError
 
@@ -54,12 +54,13 @@ class TrainConfig:
     smear: bool = option(False, "add W times the previous input embedding", "model")
     # curriculum
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
-    c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0)
+    c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0, le=100)
     max_latent_stage: int = option(6, "last numbered stage", "curriculum", ge=0, le=100)
     pad_latent_to_max: bool = option(True, "final stage: equal thoughts for all", "curriculum")
     final_thoughts: int | None = option(
-        None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum", ge=0
-    )
+        None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum",
+        ge=0, le=10_000,
+    )  # fmt: skip
     uniform_prob: float = option(
         0.0, "probability that an example samples its own stage", "curriculum", ge=0, le=1
     )
@@ -87,7 +88,7 @@ class TrainConfig:
     micro_batch_size: int = option(
         32, "examples per forward pass (changes roundings and dropout's draws)", "optimizer", ge=1
     )
-    learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0, alias="lr")
+    learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0)
     muon_learning_rate: float = option(0.0, "Muon's, for matrices (0: AdamW)", "optimizer", ge=0)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
@@ -118,7 +119,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        n_thoughts = max(self.c_thought * self.max_latent_stage, self.final_thoughts or 0)
         is_compact = self.render == "compact"
         problems = {  # message: whether it applies
             "init_from='resume' names no weights.\n"
@@ -127,9 +127,6 @@ class TrainConfig:
             "Choose n_embd as a multiple of n_head.": self.n_embd % self.n_head,
             f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\n"
             "Swap them.": self.task == "prosqa" and self.min_hops > self.max_hops,
-            # the shortest sequence also has one token of text, <bot>, <eot> and eos
-            f"{n_thoughts} thoughts do not fit into block_size={self.block_size}.\n"
-            "Lower c_thought or final_thoughts.": n_thoughts + 4 > self.block_size,
             f"matched_fraction={self.matched_fraction}, short_fraction={self.short_fraction} and "
             f"long_fraction={self.long_fraction} add up to more than 1.\nLower one.": (
                 self.matched_fraction + self.short_fraction + self.long_fraction > 1
@@ -157,9 +154,11 @@ class TrainConfig:
 
     @property
     def unused(self) -> set[str]:
-        """Return the data options that do not matter, because examples are read or generated."""
+        """Return the options that do not matter with this method and this data."""
+        names = ignored_options(METHODS[self.method])
         from_hub = not self.data and self.task == "gsm8k"
-        names = set() if from_hub else {"hub_revision"}
+        if not from_hub:
+            names |= {"hub_revision"}
         if self.valid_data or from_hub:
             names |= {"val_examples"}
         if self.data or from_hub:  # nothing is generated

@@ -1,19 +1,35 @@
-"""Providers of bench/latency.py: our engine, and what a user would take instead of it."""
+"""Who is measured: our engine, and what a user would take instead of it, in another process."""
 
+import atexit
 import importlib.util
+import json
+import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from bench.common.worker import NEEDS, Worker, clone_commit, worker_setup
-from bench.common.workload import THOUGHTS, Workload
+from bench.common.results import OURS
+from bench.common.workload import Workload
 from nanococonut.inference.engine import Engine, Request
+from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
+from nanococonut.weights.pretrained import CONFIG_KEYS, CONV1D_WEIGHTS
 
-OURS = "nanococonut"
+SERVE = Path(__file__).parent.parent / "workers/serve.py"
+INSTALL = {  # a peer that is missing -> what to do
+    "released": "give --released and --released_python",
+    "transformers": "pip install transformers",
+}
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set by nanococonut/__init__.py
+N_PROMPT = 48  # tokens of the prompt that all providers have to answer alike
 N_CHECKED = 9  # greedy tokens that are compared
 # tokens, and seconds of prefill, latent_step, first_token, token_step and answer, of which
 # first_token and answer count from the start of the request
@@ -30,92 +46,168 @@ class EngineProvider:
         self.name = name
         self.engine = Engine(workload.model, kernels=kernels, graph=graph)
 
-    def generate(
-        self, prompts: list[list[int]], n_thoughts: int, forced_tokens: list[int], n_tokens: int
-    ) -> Timing:
-        eos = -1  # no token ends a sequence
-        out = self.engine.run(Request(prompts, n_thoughts, forced_tokens, eos, n_tokens))
+    def generate(self, request: Request) -> Timing:
+        out = self.engine.run(request)
         return {
             "tokens": out.tokens,
             "prefill": out.seconds_prefill,
-            "latent_step": out.seconds_thoughts / n_thoughts if n_thoughts else 0.0,
+            "latent_step": out.seconds_thoughts / max(1, request.n_thoughts),
             "first_token": out.seconds_first,
-            "token_step": out.seconds_decode / (n_tokens - 1) if n_tokens > 1 else 0.0,
+            "token_step": out.seconds_decode / max(1, request.max_new_tokens - 1),
             "answer": out.seconds,
         }
 
-    def cast(self, dtype: torch.dtype) -> None:
-        self.engine.model.to(dtype)
+
+class Worker:
+    """workers/serve.py under another Python, which answers requests, a JSON line each.
+
+    name     a kind of serve.py
+    model    the worker's has its sizes, dropout, weights, device and dtype
+    special  name of SPECIAL -> id
+    clone    of the released code, for the kinds that run it
+    extra    what else this kind needs
+
+    Every method raises UserError if the process ends early.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        model: GPT,
+        special: dict[str, int],
+        clone: str | None = None,
+        **extra: Any,
+    ) -> None:
+        self.name, self.model = name, model
+        self.max_batch = 1 if name == "released" else None  # its generate takes one question
+        # absolute, since it starts elsewhere; not resolved, since a venv's link would leave it
+        python = os.path.abspath(python) if os.sep in python else python
+        self.stderr = tempfile.TemporaryFile("w+")
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        # its threads wait as they do for others: our setting is not inherited
+        env = {k: v for k, v in os.environ.items() if k not in OPENMP} | offline
+        try:
+            self.process = subprocess.Popen(
+                [python, "-I", str(SERVE)],  # -I: nothing of ours on its path
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.stderr,
+                text=True,
+                cwd=tempfile.gettempdir(),  # finds Hugging Face's `kernels`, not ours
+                env=env,
+                start_new_session=True,  # close() also ends what it started
+            )
+        except OSError as e:
+            raise UserError(
+                f"{python} cannot be run: {e.strerror}.\n"
+                "Give the bin/python of a venv with torch and transformers 4.46.2."
+            ) from None
+        c = model.config
+        sizes = {key: getattr(c, field) for field, key in CONFIG_KEYS.items()}
+        sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+        weights = {
+            name: (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
+            for name, p in model.state_dict().items()
+        }
+        atexit.register(self.close)  # or it would still run beside the next measurement
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/model.safetensors"
+            save_file(weights, path)
+            setup = {
+                "kind": name,
+                "gpt2": sizes | {"vocab_size": c.vocab_size},
+                "weights": path,
+                "special": special,
+                "threads": torch.get_num_threads(),
+                "device": model.wte.weight.device.type,
+                "clone": clone and os.path.abspath(clone),
+            }
+            self.versions: dict[str, str] = self.request(setup | extra)["versions"]
+        if clone:
+            self.versions["coconut"] = clone_commit(clone)
+
+    def request(self, message: Any) -> Any:
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+            reply = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):  # it has ended, or does not write JSON
+            self.close()
+            self.stderr.seek(0)
+            text = self.stderr.read().strip() or "no error message (out of memory?)"
+            raise UserError(f"worker {self.name} ended: {text.splitlines()[-1][:200]}") from None
+        if "out_of_memory" in reply:
+            raise torch.OutOfMemoryError(f"worker {self.name} ran out of memory")
+        time.sleep(0.05)  # its waiting threads still spin, which would slow whoever is next
+        return reply
+
+    def generate(self, request: Request) -> Timing:
+        """Generate in our model's dtype."""
+        dtype = str(self.model.wte.weight.dtype).removeprefix("torch.")
+        return self.request(asdict(request) | {"dtype": dtype})
 
     def close(self) -> None:
-        pass
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 Provider = EngineProvider | Worker
 
 
+def check_released(clone: str | None, python: str | None) -> None:
+    """Raise UserError if --released and --released_python do not go together."""
+    if (clone is None) != (python is None):
+        raise UserError("--released and --released_python go together.\nGive a clone and a Python.")
+    if clone and not (Path(clone) / "coconut.py").is_file():
+        raise UserError(f"--released {clone} holds no coconut.py.\nGive a clone of the code.")
+
+
+def clone_commit(clone: str) -> str:
+    """Return the clone's commit, "-dirty" if it has changed."""
+    git = ["git", "-C", clone, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
     """Start every provider that this machine has. The first is ours, as a user has it by default.
 
-    options: LatencyConfig. Also returns name -> why it is missing.
+    Also return name -> why it is missing: not installed, or its greedy tokens after thoughts differ
+    from those of plain eager steps. Raise UserError if ours differ. options: LatencyConfig.
     """
     ours = EngineProvider(OURS, workload, "auto", "auto")
+    eager = EngineProvider(f"{OURS}, eager", workload, "torch", "off")
     providers: list[Provider] = [ours]
-    missing: dict[str, str] = {}
     if ours.engine.kernels != "torch" or ours.engine.graph:
-        providers.append(EngineProvider(f"{OURS}, eager", workload, "torch", "off"))
+        providers.append(eager)
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
-    config = workload.model.config
-    is_plain = not config.smear and config.thought == "hidden"
-    if not (options.peers and is_plain):
-        why = "runs plain GPT-2s only" if options.peers else "not requested"
-        return providers, dict.fromkeys(NEEDS, why)
+    request = workload.request(workload.prompts(1, N_PROMPT, 0), "thoughts", N_CHECKED)
+    expected = eager.generate(request)["tokens"]
+    for provider in providers:
+        if (tokens := provider.generate(request)["tokens"]) != expected:
+            raise UserError(
+                f"{provider.name}: expected tokens {expected[0]}, got {tokens[0]}.\n"
+                "This is a bug of ours; nothing was timed."
+            )
 
+    missing: dict[str, str] = {}
     here = sys.executable if importlib.util.find_spec("transformers") else None
-    pythons = {
-        "released": options.released_python,
-        "transformers": options.transformers_python or here,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        setup = worker_setup(workload.model, workload, path, options.released)
-        for name, python in pythons.items():
-            if python is None:
-                missing[name] = "give {} a Python that has {}".format(*NEEDS[name])
-                continue
-            try:
-                worker = Worker(name, python, setup | {"kind": name})
-            except UserError as e:
-                missing[name] = str(e).replace("\n", " ")
-                continue
-            if name == "released":
-                worker.versions["coconut"] = clone_commit(options.released)
-            providers.append(worker)
-    return providers, missing
-
-
-def drop_wrong(
-    providers: list[Provider], workload: Workload, missing: dict[str, str], length: int
-) -> None:
-    """Remove every provider whose greedy tokens after thoughts differ from those of plain eager
-    steps in float32. Raise UserError if it is one of ours."""
-    reference = EngineProvider("reference", workload, "torch", "off")
-    request = workload.prompts(1, length, length), THOUGHTS, [workload.eot], N_CHECKED
-    expected = reference.generate(*request)["tokens"]
-    for provider in list(providers):
+    peers = {"released": (options.released_python, options.released), "transformers": (here, None)}
+    for name, (python, clone) in peers.items():
+        if not (options.peers and python):
+            missing[name] = INSTALL[name] if options.peers else "not requested"
+            continue
         try:
-            tokens = provider.generate(*request)["tokens"]
+            worker = Worker(name, python, workload.model, workload.special, clone)
+            tokens = worker.generate(request)["tokens"]
         except UserError as e:
-            reason = str(e).splitlines()[0]
+            missing[name] = str(e).replace("\n", " ")
+            continue
+        if tokens == expected:
+            providers.append(worker)
         else:
-            if tokens == expected:
-                continue
-            reason = f"expected tokens {expected[0][:5]} ..., got {tokens[0][:5]} ..."
-            if isinstance(provider, EngineProvider):
-                raise UserError(
-                    f"{provider.name}: {reason}\nThis is a bug of ours; nothing was timed."
-                )
-        provider.close()
-        providers.remove(provider)
-        missing[provider.name] = f"not timed, {reason}"
+            worker.close()
+            missing[name] = f"not timed, expected tokens {expected[0]}, got {tokens[0]}"
+    return providers, missing

@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, which everybody can tell apart; lines also differ i
 """
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from bench.common.tables import Run, select
+from bench.common import tables
+from bench.common.results import OURS
+from bench.common.tables import Rows, select
 from nanococonut.curriculum import METHODS
 
 BLUE, RED, GREEN, GREY = "#0072B2 #D55E00 #009E73 #7F7F7F".split()
 PATHS = {"thoughts": BLUE, "chain": RED, "direct": GREEN}
 NAMES = {"thoughts": "6 thoughts", "chain": "written chain", "direct": "direct answer"}
-Rows = Sequence[dict[str, Any]]
 
 plt.rcParams.update(
     {"legend.fontsize": 8, "legend.frameon": False, "font.size": 9, "figure.dpi": 110}
@@ -34,17 +34,16 @@ def _save(figure: Figure, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def answers(run: Run, path: Path) -> None:
+def answers(run: Rows, path: Path) -> None:
     """Draw the time of Time to a whole answer: split into the question (prefill) and the rest."""
-    tasks = run.tasks()
+    tasks = tables.tasks(run)
     figure, axes = plt.subplots(figsize=(8, 1 + 0.9 * len(tasks)))
-    times = [run.value("answer", task=t, path=p) for t in tasks for p in PATHS]
-    longest = max(times)
+    longest = max(r["value"] for r in select(run, metric="answer", provider=OURS, unit="ms"))
     scale, unit = (1, "ms") if longest < 2000 else (1e-3, "seconds")
     for i, task in enumerate(tasks):
         for j, (kind, colour) in enumerate(PATHS.items()):
-            whole = scale * run.value("answer", task=task, path=kind)
-            rest = scale * run.value("answer_after_prefill", task=task, path=kind)
+            whole = scale * tables.value(run, "answer", task=task, path=kind)
+            rest = scale * tables.value(run, "answer_after_prefill", task=task, path=kind)
             y = i + (j - 1) * 0.27
             axes.barh(y, whole - rest, 0.24, color="0.8", label=None if i or j else "question")
             name = None if i else NAMES[kind]
@@ -55,7 +54,7 @@ def answers(run: Run, path: Path) -> None:
     axes.set_xlim(0, 1.12 * scale * longest)
     axes.set_xlabel(f"{unit} per answer, batch 1")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4)  # hides nothing
-    _save(figure, f"Time to a whole answer: {run.title}", path)
+    _save(figure, f"Time to a whole answer: {tables.title(run)}", path)
 
 
 def curve(row: dict[str, Any], path: Path) -> None:
@@ -82,15 +81,14 @@ def curve(row: dict[str, Any], path: Path) -> None:
     below.set_ylabel("fraction")
     below.set_xlabel(f"optimizer steps, batch {row['batch_size']}")
     below.legend(loc="lower right")
-    starts = [0] + [i for i in range(1, len(step)) if stage[i] != stage[i - 1]]
-    for n, i in enumerate(starts):
-        left = step[i - 1] if i else 0
-        end = step[starts[n + 1] - 1] if n + 1 < len(starts) else step[-1]
+    left = 0
+    for n, (name, end) in enumerate(dict(zip(stage, step, strict=True)).items()):  # its last step
         for axes in (above, below) if n % 2 else ():
             axes.axvspan(left, end, color="0.94", zorder=0)
-        name = f"stage {stage[i]}" if n == 0 or end - left > step[-1] / 9 else stage[i]
+        label = f"stage {name}" if n == 0 or end - left > step[-1] / 9 else name
         where = above.get_xaxis_transform()
-        above.text((left + end) / 2, 1.02, name, ha="center", fontsize=8, transform=where)
+        above.text((left + end) / 2, 1.02, label, ha="center", fontsize=8, transform=where)
+        left = end
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
     run = f"{row['name']}: {row['method']}, seed {row['seed']}"
     _save(figure, f"{run}, {row['minutes']:.0f} minutes on {row['device']} ({threads})", path)

@@ -1,13 +1,15 @@
 """One schema for every row that a bench script writes, a JSON line each. Rows are only appended."""
 
 import json
+import math
+import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypedDict, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +18,31 @@ from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.provenance import provenance
 from nanococonut.weights import checkpoint
 
-
-class Result(TypedDict):
-    bench: str  # script: latency, throughput, training, kernels, accuracy
-    metric: str  # latent_step, answer, throughput, step, accuracy, ...
-    provider: str  # who was measured: nanococonut, released, transformers, torch, roofline, ...
-    labels: dict[str, str]  # what identifies the row: task, path, config, method, relative_to, ...
-    shape: dict[str, int]  # sizes that identify it: batch, context, thoughts, n_layer, ...
-    value: float  # the median
-    unit: str  # ms, us, GB/s, questions/s, examples/s, fraction; x: ratio to labels.relative_to
+OURS = "nanococonut"  # a row's provider
+Row = dict[str, Any]
+FIELDS: dict[str, type] = {  # of a row
+    "bench": str,  # script: latency, throughput, training, kernels, accuracy
+    "metric": str,  # latent_step, answer, throughput, step, accuracy, ...
+    "provider": str,  # who was measured: nanococonut, released, transformers, torch, roofline, ...
+    "labels": dict,  # text that identifies it: task, path, config, method, relative_to, ...
+    "shape": dict,  # integers that identify it: batch, context, thoughts, n_layer, ...
+    "value": float,  # the median
+    "unit": str,  # ms, us, GB/s, questions/s, examples/s, fraction; x: ratio to labels.relative_to
     # p10 and p90, the 95 % interval ci_low and ci_high, or min and max; {} for a derived value
-    spread: dict[str, float]
-    repeats: int
-    detail: dict[str, Any]  # what does not identify it: categories, losses, the evaluated run, ...
-    device: str  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
-    dtype: str  # of weights and cache
-    commit: str  # of this repository, "-dirty" if files had changed
-    versions: dict[str, str]  # of Python and packages in the measured process
-    command: str  # that measures it again; local paths are written as RELEASED, PYTHON, ...
-    date: str  # UTC, when the run began: 2026-01-31T12:00:00Z; some old rows: "unknown"
+    "spread": dict,
+    "repeats": int,
+    "detail": dict,  # what does not identify it: categories, losses, the evaluated run, ...
+    "device": str,  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
+    "dtype": str,  # of weights and cache
+    "commit": str,  # of this repository, "-dirty" if files had changed
+    "versions": dict,  # of Python and packages in the measured process
+    "command": str,  # that measures it again; local paths are written as RELEASED, PYTHON, ...
+    "date": str,  # UTC, when the run began: 2026-01-31T12:00:00Z; some old rows: "unknown"
+}
 
 
-FIELDS = {name: get_origin(hint) or hint for name, hint in get_type_hints(Result).items()}
-
-
-def validate_row(row: Mapping[str, Any]) -> None:
-    """Raise UserError if a row lacks a field, has another, or one of the wrong type."""
+def validate_row(row: Row) -> None:
+    """Raise UserError if a row lacks a field of FIELDS, has another, or one of the wrong type."""
     bad = sorted(row.keys() ^ FIELDS.keys())  # missing or unknown
     bad = bad or [name for name, kind in FIELDS.items() if not isinstance(row[name], kind)]
     if bad:
@@ -80,10 +81,15 @@ def device_name(device: torch.device) -> str:
     return f"CPU {kind}, {n} thread{'s' * (n > 1)}"
 
 
+def load_average() -> float:
+    """Return how many processes want to run; NaN on Windows, which does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
 class ResultWriter:
     """The rows of one run. Each is printed, and appended to the file config.out, at once.
 
-    bench, config: the script and its options. labels, shape: what all rows share.
+    bench, config: the script and its options. shared: labels (text) and sizes of all rows.
     """
 
     def __init__(
@@ -92,15 +98,15 @@ class ResultWriter:
         config: Any,
         device: torch.device,
         dtype: torch.dtype | str,
-        labels: Mapping[str, str] | None = None,
-        shape: Mapping[str, int] | None = None,
+        /,  # a label may have the name "config"
+        **shared: str | int,
     ) -> None:
         about = provenance()
         self.path = Path(config.out) if config.out else None
         if self.path and not self.path.parent.is_dir():
             raise UserError(f"--out {self.path} cannot be written: its folder does not exist.")
-        self.versions, self.rows = about["versions"], []
-        self.labels, self.shape = dict(labels or {}), dict(shape or {})
+        self.versions, self.shared = about["versions"], shared
+        self.rows: list[Row] = []
         self.common = {
             "bench": bench,
             "device": device_name(device),
@@ -117,42 +123,40 @@ class ResultWriter:
         values: Sequence[float],
         unit: str,
         *,
-        labels: Mapping[str, str] | None = None,
-        detail: Mapping[str, Any] | None = None,
-        spread: Mapping[str, float] | None = None,
-        versions: Mapping[str, str] | None = None,
-        **shape: int,
-    ) -> dict[str, Any]:
+        detail: dict[str, Any] | None = None,
+        spread: dict[str, float] | None = None,
+        versions: dict[str, str] | None = None,
+        **own: str | int,
+    ) -> Row:
         """Append, print and return a row of repeated measurements.
 
-        spread: instead of p10 and p90; {} for a derived value. versions: of another process.
+        spread     instead of p10 and p90; {} for a derived value
+        versions   of another process
+        own        labels (text) and sizes of this row
         """
         low, median, high = (float(f"{v:.5g}") for v in np.percentile(values, (10, 50, 90)))
         row = self.common | {
             "metric": metric,
             "provider": provider,
-            "labels": self.labels | dict(labels or {}),
-            "shape": self.shape | shape,
+            "labels": {k: v for k, v in (self.shared | own).items() if isinstance(v, str)},
+            "shape": {k: v for k, v in (self.shared | own).items() if not isinstance(v, str)},
             "value": median,
             "unit": unit,
-            "spread": {"p10": low, "p90": high} if spread is None else dict(spread),
+            "spread": {"p10": low, "p90": high} if spread is None else spread,
             "repeats": len(values),
-            "detail": dict(detail or {}),
-            "versions": self.versions if versions is None else dict(versions),
+            "detail": detail or {},
+            "versions": versions or self.versions,
         }
-        validate_row(row)
         self.rows.append({name: row[name] for name in FIELDS})
         if self.path:
             checkpoint.append_row(self.path, self.rows[-1])
-        text = [metric, *(labels or {}).values()]
+        text = [metric, *(v for v in own.values() if isinstance(v, str))]
         text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
-        text += [f"{name} {n}" for name, n in shape.items()]
+        text += [f"{name} {n}" for name, n in own.items() if not isinstance(n, str)]
         scale, sign = (100, "%") if unit == "fraction" else (1, "")  # percentages, like all others
-        shown = [f"{fmt(scale * v)}{sign}" for v in (median, *row["spread"].values())]
-        ends = " .. ".join(shown[1:])
-        unit = "" if sign else unit
-        line = f"{shown[0]:>8} {unit:<11} {provider:<20} {', '.join(text)}"
-        print(f"{line} ({ends})" if ends else line)
+        value, *ends = (f"{fmt(scale * v)}{sign}" for v in (median, *row["spread"].values()))
+        line = f"{value:>8} {'' if sign else unit:<11} {provider:<20} {', '.join(text)}"
+        print(f"{line} ({' .. '.join(ends)})" if ends else line)
         return self.rows[-1]
 
     def add_ratio(
@@ -161,8 +165,7 @@ class ResultWriter:
     ) -> None:  # fmt: skip
         """Append the ratio of values from the same rounds, pair by pair."""
         ratios = [a / b for a, b in zip(slower, faster, strict=True)]
-        extra["labels"] = extra.get("labels", {}) | {"relative_to": relative_to}
-        self.add(metric, provider, ratios, "x", **extra)
+        self.add(metric, provider, ratios, "x", **extra, relative_to=relative_to)
 
     def summary(self, **extra: Any) -> str:
         """Return all rows as one JSON line; what they share is written once."""
@@ -173,7 +176,7 @@ class ResultWriter:
 # ---- reading
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[Row]:
     """Read a file of JSON lines; a missing file has none. UserError names a bad line."""
     if not path.is_file():
         return []
@@ -188,7 +191,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def read_results(path: Path) -> list[Row]:
     """Read a file of results. Raise UserError if a row is not valid."""
     rows = read_jsonl(path)
     for row in rows:

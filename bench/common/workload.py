@@ -1,21 +1,21 @@
-"""What latency.py and throughput.py measure: a model, prompts, and the lengths of real answers."""
+"""What is measured: a model, prompts, the lengths of real answers; and the bandwidth of memory."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from nanococonut.inference.engine import Request
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
-from nanococonut.weights import checkpoint
 
 THOUGHTS = 6  # the paper's, on all three tasks
 GPT2 = GPTConfig()  # 124M
+SPECIAL = ("eos", "bot", "eot", "latent")  # the last ids of the vocabulary
 
 PATHS = ("thoughts", "chain", "direct")  # ways to an answer
 
@@ -28,13 +28,13 @@ TASK_LENGTHS = {
     "prontoqa": {"question": 206, "thoughts": 3, "chain": 92, "direct": 3},
     "gsm8k": {"question": 57, "thoughts": 2, "chain": 25, "direct": 2},
 }
+BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # more than fits into most caches
 
 
 @dataclass(frozen=True)
 class WorkloadOptions:
     """Options of every script that measures inference."""
 
-    checkpoint: str = option("random", "a run or checkpoint, or random: a GPT-2 124M")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
@@ -45,72 +45,51 @@ class WorkloadOptions:
         validate(self)
 
 
-@dataclass
 class Workload:
-    """A model and the ids of its special tokens.
+    """GPT-2 124M with random weights, which is as fast as a trained one.
 
-    dtype  of the measurement; the model is in float32 until its providers are compared
-    name   where the weights come from
+    dtype    of the measurement; the model is in float32 until its providers are compared
+    special  name -> id of a special token
     """
 
-    model: GPT
-    dtype: torch.dtype
-    name: str
-    eos: int
-    bot: int
-    eot: int
-    latent: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.wte.weight.device
-
-    def shape(self) -> dict[str, int]:
-        """Return the model's sizes, as results hold them."""
-        shape = {k: getattr(self.model.config, k) for k in ("n_layer", "n_embd", "vocab_size")}
-        return shape | {"parameters": self.model.n_params()}
+    def __init__(self, options: WorkloadOptions) -> None:
+        self.device = select_device(options.device)
+        auto = "float32" if self.device.type == "cpu" else "bfloat16"
+        self.dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
+        torch.manual_seed(0)
+        model = GPT(GPT2)
+        with torch.no_grad():  # with initial weights, thoughts and positions hardly change tokens
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.3 * GPT2.n_embd**-0.5)
+        self.model = model.to(self.device).eval()
+        self.n_words = GPT2.vocab_size - len(SPECIAL)
+        self.special = {name: self.n_words + i for i, name in enumerate(SPECIAL)}
 
     def prompts(self, batch: int, length: int, seed: int) -> list[list[int]]:
         """Return prompts of random tokens, none of them special."""
-        rng, special = random.Random(seed), {self.eos, self.bot, self.eot, self.latent}
-        tokens = [t for t in range(self.model.config.vocab_size) if t not in special]
-        return [rng.choices(tokens, k=length) for _ in range(batch)]
+        rng = random.Random(seed)
+        return [rng.choices(range(self.n_words), k=length) for _ in range(batch)]
 
-    def request(self, path: str, n_tokens: int) -> tuple[int, list[int], int]:
-        """Return n_thoughts, forced_tokens and n_tokens, as a provider's generate takes them."""
-        return (THOUGHTS, [self.eot], n_tokens) if path == "thoughts" else (0, [], n_tokens)
+    def request(self, prompts: list[list[int]], path: str, n_tokens: int) -> Request:
+        """Return a request for n_tokens after each prompt; no token ends a sequence."""
+        is_latent = path == "thoughts"
+        forced = [self.special["eot"]] if is_latent else []
+        return Request(prompts, THOUGHTS * is_latent, forced, -1, n_tokens)
 
     def step_bytes(self, batch: int, context: int, with_head: bool) -> int:
         """Return what a step has to read at least: weights of the layers, of the head if a token is
         predicted, and the keys and values that it attends to."""
-        w = self.model.wte.weight
+        c, w = self.model.config, self.model.wte.weight
         numbers = sum(p.numel() for p in self.model.h.parameters())
         numbers += w.numel() if with_head else 0
-        return numbers * w.element_size() + self.cache_bytes(batch, context)
-
-    def cache_bytes(self, batch: int, length: int) -> int:
-        """Return the size of the keys and values of so many tokens."""
-        c, w = self.model.config, self.model.wte.weight
-        return batch * length * 2 * c.n_layer * c.n_embd * w.element_size()
+        numbers += batch * context * 2 * c.n_layer * c.n_embd
+        return numbers * w.element_size()
 
 
-def load_model(options: WorkloadOptions) -> Workload:
-    """Load options.checkpoint, or make random weights, which are as fast as trained ones."""
-    device = select_device(options.device)
-    auto = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
-    if options.checkpoint != "random":
-        model, tokenizer, manifest = checkpoint.load(options.checkpoint, device)
-        name = f"{Path(options.checkpoint).resolve().name} (step {manifest['step']})"
-        special = (tokenizer.eos, tokenizer.bot, tokenizer.eot, tokenizer.latent)
-        return Workload(model, dtype, name, *special)
-    torch.manual_seed(0)
-    model = GPT(GPT2)
-    with torch.no_grad():  # with initial weights, thoughts and positions hardly change the tokens
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.3 * GPT2.n_embd**-0.5)
-    special = range(GPT2.vocab_size - 4, GPT2.vocab_size)
-    return Workload(model.to(device).eval(), dtype, "random weights, GPT-2 124M", *special)
+def model_shape(model: GPT) -> dict[str, int]:
+    """Return the model's sizes, as results hold them."""
+    shape = {k: getattr(model.config, k) for k in ("n_layer", "n_embd", "vocab_size")}
+    return shape | {"parameters": model.n_params()}
 
 
 def parse_ints(flag: str, text: str) -> list[int]:
@@ -121,17 +100,49 @@ def parse_ints(flag: str, text: str) -> list[int]:
     return sorted({int(p) for p in pieces})
 
 
-@contextmanager
-def catch_oom(device: torch.device) -> Iterator[list[bool]]:
-    """Catch running out of memory: `with catch_oom(device) as failed:` leaves `failed` non-empty,
-    and the memory is free again."""
-    failed: list[bool] = []
+def out_of_memory(work: Callable[[], object]) -> bool:
+    """Do the work. Return whether memory ran out; it is free again then."""
     try:
-        yield failed
+        work()
+        return False
     except (MemoryError, RuntimeError) as e:  # the CPU's allocator raises a plain RuntimeError
         known = isinstance(e, MemoryError | torch.OutOfMemoryError)
         if not known and "can't allocate memory" not in str(e):
             raise
-        failed.append(True)
-    if failed and device.type == "cuda":
-        torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # after the error, which holds on to tensors
+    return True
+
+
+# ---- the roofline
+
+
+class Bandwidth:
+    """GB/s of memory: of a sum, which reads as a step does, and on a GPU also of a copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.a = torch.ones(BUFFER_BYTES[device.type] // 4, device=device)
+        # a CPU's copy reads what it overwrites, too: no bound for a step
+        self.b = torch.ones_like(self.a) if device.type == "cuda" else None
+        self.measure()  # touches every page
+
+    def measure(self) -> float:
+        read = self._rate(self.a.sum, self.a.nbytes)
+        if self.b is None:
+            return read
+        return max(read, self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes))
+
+    def _rate(self, work: Callable[[], object], n_bytes: int) -> float:
+        repeats = 8 if self.device.type == "cuda" else 1  # so that synchronizing hardly counts
+        began = now(self.device)
+        for _ in range(repeats):
+            work()
+        return repeats * n_bytes / (now(self.device) - began) / 1e9
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds after all work on the device has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

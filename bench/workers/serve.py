@@ -9,9 +9,11 @@ first line on stdin says what to build; each further one holds the arguments of 
 """
 
 import json
+import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,11 +39,13 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
     gpt2.register_forward_pre_hook(lambda *_: starts.append(now(device)))
     gpt2.register_forward_hook(lambda *_: ends.append(now(device)))
 
-    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+    def generate(request: dict) -> dict:
+        n_thoughts, n_tokens = request["n_thoughts"], request["max_new_tokens"]
         starts.clear()
         ends.clear()
         start = now(device)
-        ids = prompts[0] + [special["latent"]] * n_thoughts + forced_tokens
+        ids = request["prefixes"][0] + [special["latent"]] * n_thoughts
+        ids += request["forced_tokens"]
         ids = torch.tensor([ids], device=device)
         tokens = model.generate(ids, None, max_new_tokens=n_tokens)[0, ids.shape[1] :].tolist()
         end = now(device)
@@ -60,7 +64,7 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
     return generate
 
 
-def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
+def transformers(gpt2: Any, setup: dict[str, Any]) -> Callable:
     from transformers import DynamicCache
 
     device = setup["device"]
@@ -70,10 +74,11 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
         first.append(now(device))
         return scores
 
-    def generate(prompts: list, n_thoughts: int, forced_tokens: list, n_tokens: int) -> dict:
+    def generate(request: dict) -> dict:
+        n_thoughts, n_tokens = request["n_thoughts"], request["max_new_tokens"]
         first.clear()
         start = now(device)
-        ids, cache = torch.tensor(prompts, device=device), DynamicCache()
+        ids, cache = torch.tensor(request["prefixes"], device=device), DynamicCache()
         out = gpt2.transformer(input_ids=ids, past_key_values=cache, use_cache=True)
         hidden = out.last_hidden_state[:, -1:]
         prefilled = now(device)
@@ -82,7 +87,8 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
             hidden = out.last_hidden_state
         thought = now(device)
         # ids in the thoughts' places: the cache already holds them, so they are not read
-        ids = torch.cat([ids, ids.new_tensor([[0] * n_thoughts + forced_tokens] * len(ids))], 1)
+        slots = [0] * n_thoughts + request["forced_tokens"]
+        ids = torch.cat([ids, ids.new_tensor([slots] * len(ids))], 1)
         out = gpt2.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -106,22 +112,6 @@ def transformers_dynamic(gpt2: Any, setup: dict[str, Any]) -> Callable:
     return generate
 
 
-def padded(batch: dict[str, list], pad: int, device: str) -> dict[str, torch.Tensor]:
-    """Pad as the released collator does: on the left, so that thoughts share their columns."""
-    start = max(batch["first_thought"])
-    lefts = [start - first for first in batch["first_thought"]]
-    width = max(left + len(ids) for left, ids in zip(lefts, batch["ids"], strict=True))
-    columns = {"input_ids": [], "labels": [], "attention_mask": [], "position_ids": []}
-    for left, ids, labels in zip(lefts, batch["ids"], batch["labels"], strict=True):
-        n = len(ids)
-        right = width - left - n
-        columns["input_ids"].append([pad] * left + ids + [pad] * right)
-        columns["labels"].append([-100] * left + labels + [-100] * right)
-        columns["attention_mask"].append([0] * left + [1] * n + [0] * right)
-        columns["position_ids"].append([0] * left + list(range(n)) + [0] * right)
-    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
-
-
 def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
     sys.path.insert(0, setup["clone"])
     from coconut import Coconut
@@ -129,7 +119,10 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
     device, special = setup["device"], setup["special"]
     model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], special["eos"])
     optimizer = torch.optim.AdamW(model.parameters(), **setup["adamw"])
-    batches = [padded(batch, special["eos"], device) for batch in setup["batches"]]
+    batches = [
+        {name: torch.tensor(values, device=device) for name, values in batch.items()}
+        for batch in setup["batches"]
+    ]
 
     def check() -> dict[str, float]:
         """Return loss and norm of the gradient on the first batch, without dropout."""
@@ -147,44 +140,34 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        value = loss.item()
-        return {"seconds": now(device) - start, "loss": value}
+        loss.item()  # as after our step, the host waits for it
+        return {"seconds": now(device) - start}
 
-    return lambda i=None: check() if i is None else step(i)
+    return lambda request: step(request["i"]) if request else check()
 
 
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     torch.set_num_threads(setup["threads"])
     torch.set_grad_enabled(setup["kind"] == "released_train")
-    import transformers  # before the clone's path, which holds modules of common names
+    import transformers as hf  # before the clone's path, which holds modules of common names
 
-    transformers.logging.set_verbosity_error()
-    config = transformers.GPT2Config(**setup["gpt2"], bos_token_id=None, eos_token_id=None)
-    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    hf.logging.set_verbosity_error()
+    config = hf.GPT2Config(**setup["gpt2"], bos_token_id=None, eos_token_id=None)
+    gpt2 = hf.GPT2LMHeadModel(config).eval()
     gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied to it
     gpt2.to(setup["device"])
-    kinds = {
-        "released": released,
-        "transformers": transformers_dynamic,
-        "released_train": released_train,
-    }
-    answer = kinds[setup["kind"]](gpt2, setup)
-    versions = {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    kinds = (released, transformers, released_train)
+    answer = {kind.__name__: kind for kind in kinds}[setup["kind"]](gpt2, setup)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"transformers": hf.__version__}
     print(json.dumps({"versions": versions}), flush=True)
     for line in sys.stdin:
-        request, reply = json.loads(line), {}
-        try:
-            if "dtype" in request:
-                gpt2.to(getattr(torch, request["dtype"]))
-            else:
-                reply = answer(**request)
-        except torch.OutOfMemoryError:
-            reply = {"out_of_memory": True}
+        request, reply = json.loads(line), {"out_of_memory": True}
+        if "dtype" in request:
+            gpt2.to(getattr(torch, request.pop("dtype")))
+        with suppress(torch.OutOfMemoryError):
+            reply = answer(request)
         if "out_of_memory" in reply:  # after the error, which holds on to tensors
             torch.cuda.empty_cache()
         print(json.dumps(reply), flush=True)

@@ -145,30 +145,33 @@ class Data:
     train    None: generated, see training/loader
     val      name of the split -> examples
     commit   of the data set on the hub, None for files and generated examples
+    skipped  with skip_bad_rows: why each bad example was dropped; None: a bad one is an error
     """
 
     train: list[Example] | None
     val: dict[str, list[Example]]
     commit: str | None = None
+    skipped: list[str] | None = None
 
 
-def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
-    """Read or generate the data of a run; skipped: as in read_examples.
+def load_data(config: TrainConfig) -> Data:
+    """Read or generate the data of a run.
 
     A file without valid_data loses a tenth, at most val_examples, to validation. Generated
     validation examples come with a split without shortcuts.
     """
     task = TASKS[config.task]
     train = commit = None
+    skipped: list[str] | None = [] if config.skip_bad_rows else None
     if config.data:
         train = read_examples(config.data, skipped)
     elif not task.splits:
         load_split = partial(task.module.from_hub, skipped=skipped)
         train, commit = load_split("train", revision=config.hub_revision)
     if config.valid_data:
-        return Data(train, {"valid": read_examples(config.valid_data, skipped)}, commit)
+        return Data(train, {"valid": read_examples(config.valid_data, skipped)}, commit, skipped)
     if commit:
-        return Data(train, {"valid": load_split("validation", revision=commit)[0]}, commit)
+        return Data(train, {"valid": load_split("validation", revision=commit)[0]}, commit, skipped)
     if train is not None:
         if len(train) < 2:
             raise UserError(
@@ -177,7 +180,8 @@ def load_data(config: TrainConfig, skipped: list[str] | None = None) -> Data:
             )
         n = min(config.val_examples, max(1, len(train) // 10))
         order = np.random.default_rng((config.seed, VALID)).permutation(len(train))
-        return Data([train[i] for i in order[n:]], {"valid": [train[i] for i in order[:n]]})
+        train, valid = ([train[i] for i in part] for part in (order[n:], order[:n]))
+        return Data(train, {"valid": valid}, skipped=skipped)
     plain, matched, *_ = task.splits.values()
     n, generate = config.val_examples, task.module.generate
     val = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,9 +91,8 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     if TASKS[config.task].splits and not config.data and not config.valid_data:
         return []
     revision = engine.manifest.get("hub_commit") or config.hub_revision
-    skipped: list[str] | None = [] if config.skip_bad_rows else None
     try:
-        data = load_data(replace(config, hub_revision=revision), skipped)
+        data = load_data(replace(config, hub_revision=revision))
     except UserError as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"no example of this run's data: {reason}\n{advice}") from None
@@ -159,6 +159,22 @@ def score(
         geometry=thought_geometry(out.thoughts),
         released_accuracy=sum(map(is_correct_as_released, texts, answers)) / n,
     )
+
+
+@torch.no_grad()
+def thoughts_until_repeat(
+    engine: Engine, examples: Sequence[Example], n_thoughts: int, batch_size: int = 100
+) -> list[int]:
+    """Return for each example after how many thoughts the head's best token stays the same: a rule
+    that could end the thoughts without training. At least 1, at most n_thoughts."""
+    counts: list[int] = []
+    for start in range(0, len(examples), batch_size):
+        questions = [x["question"] for x in examples[start : start + batch_size]]
+        thoughts = engine.generate(questions, n_thoughts, max_new_tokens=1).thoughts
+        tokens = engine.model.head(thoughts).argmax(-1)  # (B, n): after 0, 1, ..., n - 1 thoughts
+        repeats = F.pad(tokens[:, 1:] == tokens[:, :-1], (0, 1), value=True)  # (B, n)
+        counts += (repeats.int().argmax(1) + 1).tolist()
+    return counts
 
 
 def evaluate_splits(

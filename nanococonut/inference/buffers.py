@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nanococonut.inference import steps
-from nanococonut.inference.fused import FusedStep
 from nanococonut.model import GPT
 
 
@@ -32,6 +31,7 @@ class StaticBuffers:
         self.cache, self.idx = w.new_zeros(cache_size), ints(idx_size)  # flat: any shape fits in
         self.lengths, self.n_taken, self.token = ints(batch), ints(batch), ints(batch)
         self.tokens, self.n_tokens = ints(batch, config.block_size), ints()
+        self.place = ints(batch)  # row of `tokens` for each sequence
         self.hidden, self.prev_embedding = w.new_zeros(2, batch, config.n_embd)
         self.thoughts = w.new_zeros(n_thoughts, batch, config.n_embd)
         self.active, self.done = torch.zeros(2, batch, dtype=torch.bool, device=w.device)
@@ -57,8 +57,12 @@ class BatchView:
         self.cache = model.new_cache(n, self.capacity, b.cache, b.lengths[:n])
         self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
         self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
-        self.token, self.tokens, self.noise = b.token[:n], b.tokens[:n], b.noise[:n]
-        self.fused = FusedStep(model, self.cache) if kernels == "triton" else None
+        self.token, self.place, self.noise = b.token[:n], b.place[:n], b.noise[:n]
+        self.fused = None
+        if kernels == "triton":
+            from nanococonut.inference.fused import FusedStep  # needs triton
+
+            self.fused = FusedStep(model, self.cache)
         self.span = self.capacity - 1 if static else 0
 
     def _state(self) -> steps.DecodeState:
@@ -91,8 +95,8 @@ class BatchView:
             self.fused.latent_step(self.hidden, active, i == 0, self.n_taken, following)
         else:
             thoughts[i].copy_(self.hidden)
-            fed = steps.edited_thought(self.model, self.hidden, i, edit)
-            self._store(steps.append_step(self.model, self.cache, fed, self._state(), active))
+            state = self._state()
+            self._store(steps.latent_step(self.model, self.cache, state, active, i, edit))
             self.n_taken += self.active
 
     def decode_step(self) -> None:
@@ -108,7 +112,7 @@ class BatchView:
         if not greedy:  # with q ~ Exp(1), p / q is largest at token t with probability p[t]
             logits = (logits.float() / self.buffers.temperature).softmax(-1) / self.noise
         self.token.copy_(logits.argmax(-1).masked_fill(self.done, eos))
-        column = self.buffers.n_tokens.expand(self.batch, 1)
-        self.tokens.scatter_(1, column, self.token[:, None])
+        column = self.buffers.n_tokens.expand(self.batch)
+        self.buffers.tokens[self.place, column] = self.token
         self.buffers.n_tokens += 1
         self.done |= self.token == eos  # the first token may already be eos

@@ -34,6 +34,7 @@ from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
 
 MIN_TEMPERATURE = 1e-6  # greedy below
+MAX_GRAPHS = 24  # over all batch sizes and lengths
 
 
 @dataclass
@@ -113,7 +114,6 @@ class Engine:
     curriculum  decides the token layout of a prompt (None: Coconut's)
     kernels     "auto", "triton", "packed" or "torch", see ops.choose_backend
     graph       "auto", "on" or "off", see ops.choose_graph
-    max_graphs  CUDA graphs to keep, over all batch sizes and lengths
     render      question -> prompt text as in training (None: questions are prompts already)
     """
 
@@ -124,7 +124,6 @@ class Engine:
         curriculum: Curriculum | None = None,
         kernels: str = "auto",
         graph: str = "auto",
-        max_graphs: int = 24,
         render: Callable[[str], str] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.render = model, tokenizer, render
@@ -132,11 +131,13 @@ class Engine:
         self.config: TrainConfig | None = None  # of the run that trained the model
         self.manifest: dict[str, Any] = {}  # of its checkpoint
         self.kernels, self.reason = choose_backend(kernels, model)
+        self.graphs = GraphCache(MAX_GRAPHS if choose_graph(graph, model) else 0)
         self._packed: PackedGPT | None = None
-        self.graphs = GraphCache(max_graphs) if choose_graph(graph, model) else None
+        self._buffers: StaticBuffers | None = None
+        self._views: dict[tuple[int, int], BatchView] = {}
+        self._captured_weights: list[tuple] = []  # address, dtype and version of each
         self._generator = torch.Generator()  # of the call that holds the lock
         self._lock, self._holder = threading.Lock(), 0  # the holder is a thread's number
-        self._reset()
 
     @classmethod
     def from_config(
@@ -152,16 +153,16 @@ class Engine:
     @property
     def graph(self) -> bool:
         """Whether steps are replayed from CUDA graphs."""
-        return self.graphs is not None
+        return self.graphs.max_graphs > 0
 
     def memory(self) -> dict[str, int]:
         """Return the number of graphs, and the bytes of them, of all buffers and packed weights."""
-        buffers, graphs = self._buffers, self.graphs
+        buffers = self._buffers
         return {
             "cache": buffers.cache.nbytes if buffers else 0,
             "buffers": buffers.bytes - buffers.cache.nbytes if buffers else 0,
-            "graphs": len(graphs.graphs) if graphs else 0,
-            "graph_bytes": graphs.bytes if graphs else 0,
+            "graphs": len(self.graphs.graphs),
+            "graph_bytes": self.graphs.bytes,
             "packed": self._packed.nbytes if self._packed else 0,
         }
 
@@ -186,10 +187,10 @@ class Engine:
             self._check_editable(latent)
             if self.graph or self.kernels != "torch":
                 plain = Engine(self.model, self.tokenizer, self.curriculum, "torch", "off",
-                               render=self.render)  # fmt: skip
+                               self.render)  # fmt: skip
                 return plain.generate(questions, latent, max_new_tokens, temperature, seed, edit)
         prefixes, n_thoughts, forced = self._prompts(questions, latent)
-        available = self._available(prefixes, n_thoughts + len(forced))
+        available = self._available(prefixes, forced, n_thoughts)
         tokenizer = self.tokenizer
         request = Request(
             prefixes, n_thoughts, forced, tokenizer.eos, min(max_new_tokens, available),
@@ -205,10 +206,11 @@ class Engine:
         candidates: Sequence[Sequence[str]],
         latent: int,
         edit: Edit | None = None,
+        mark: str = "###",
     ) -> Tensor:
         """Return the log-probability of each candidate answer, (B, m): the answer is forced.
 
-        "###" and the candidate follow the thoughts at once; no step is written between. A stop
+        The mark and the candidate follow the thoughts at once; no step is written between. A stop
         classifier is not asked.
 
         candidates  m answers of each question, as the model writes them
@@ -218,33 +220,32 @@ class Engine:
         if edit is not None:
             self._check_editable(latent)
         with self._eval_mode():
-            branch = self.branch(questions, candidates, latent)
+            branch = self.branch(questions, candidates, latent, mark)
             branch.think(latent, edit)
             return branch.answer()
 
     def branch(
-        self, questions: Sequence[str], candidates: Sequence[Sequence[str]], n_slots: int
+        self,
+        questions: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        n_slots: int,
+        mark: str = "###",
     ) -> Branch:
         """Return a Branch that has read the questions; the model must be in eval mode.
 
-        candidates  as in choose
+        candidates, mark  as in choose
         n_slots     most thoughts (or pauses, or other tokens) between question and answer
         """
         prefixes, _, forced = self._prompts(questions, 0)
-        self._check_tokens(prefixes, forced)
-        if {len(row) for row in candidates} != {m := len(candidates[0])} or m == 0:
-            raise ValueError("candidates: expected as many answers for each question, at least one")
-        if len(candidates) != len(questions):
-            raise ValueError(f"{len(questions)} questions, but candidates of {len(candidates)}")
-        tokenizer, mark = self.tokenizer, self.tokenizer.encode("###")
+        tokenizer, marked = self.tokenizer, self.tokenizer.encode(mark)
         answers = [
-            [tokenizer.encode("### " + answer)[len(mark) :] for answer in row] for row in candidates
+            [tokenizer.encode(f"{mark} {answer}")[len(marked) :] for answer in row]
+            for row in candidates
         ]
-        forced = [*forced, *mark]
+        forced = [*forced, *marked]
         longest = max(len(tokens) for row in answers for tokens in row)
-        self._available(prefixes, n_slots + len(forced) + longest - 1)
-        is_pause = self.curriculum.rules.thought_type == "pause"
-        pause = tokenizer.latent if is_pause else None
+        self._available(prefixes, forced, n_slots + longest - 1)
+        pause = tokenizer.latent if self.curriculum.rules.thought_type == "pause" else None
         return Branch(self.model, prefixes, n_slots, forced, answers, pause)
 
     def _prompts(
@@ -263,9 +264,17 @@ class Engine:
         prefixes, (n_thoughts, *_), (forced, *_) = (list(x) for x in zip(*prompts, strict=True))
         return prefixes, n_thoughts, forced
 
-    def _available(self, prefixes: list[list[int]], n_forced: int) -> int:
-        """Return how many tokens can follow thoughts and forced tokens. UserError if none can."""
+    def _available(self, prefixes: list[list[int]], forced: list[int], n_thoughts: int) -> int:
+        """Return how many tokens can follow thoughts and forced tokens. UserError if none can, or
+        if the model has no special tokens: on a GPU, the process would die."""
         block_size, longest = self.model.config.block_size, max(map(len, prefixes))
+        # special tokens end a prefix or are forced
+        if max(p[-1] for p in [*prefixes, forced or [0]]) >= self.model.config.vocab_size:
+            raise UserError(
+                "the model has no tokens for thoughts, as its method uses none.\n"
+                "Ask it by the method it was trained by, or give a run trained with thoughts."
+            )
+        n_forced = n_thoughts + len(forced)
         if block_size - longest - n_forced < 1:
             raise UserError(
                 f"a question of {longest} tokens with {n_forced} thoughts and marks does not fit "
@@ -274,24 +283,13 @@ class Engine:
             )
         return block_size - longest - n_forced
 
-    def _check_tokens(self, prefixes: list[list[int]], forced_tokens: list[int]) -> None:
-        """Raise UserError if the model has no special tokens: on a GPU, the process would die."""
-        # they end a prefix or are forced
-        if max(p[-1] for p in [*prefixes, forced_tokens or [0]]) >= self.model.config.vocab_size:
-            raise UserError(
-                "the model has no tokens for thoughts, as its method uses none.\n"
-                "Ask it by the method it was trained by, or give a run trained with thoughts."
-            )
-
     def _check_editable(self, latent: int) -> None:
         """Raise UserError if there is no thought that `edit` could change."""
-        if self.curriculum.rules.thought_type == "pause":
+        if latent < 1 or self.curriculum.rules.thought_type == "pause":
             raise UserError(
-                "edit: pauses are tokens, nothing is fed back.\nExchange their keys and values: "
-                "Engine.branch gives a Branch with slots() and put()."
+                "edit: there are no thoughts to edit; pauses are tokens.\n"
+                "Use latent=1 or more. For pauses: Engine.branch, whose slots can be exchanged."
             )
-        if latent < 1:
-            raise UserError("edit: there are no thoughts to edit.\nUse latent=1 or more.")
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
@@ -309,20 +307,23 @@ class Engine:
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
-        """Generate from tokens. Raise ValueError, before any work, if they do not fit."""
-        self._check_tokens(request.prefixes, request.forced_tokens)
-        _, longest, capacity = request.size()
-        if capacity > (block_size := self.model.config.block_size):
+        """Generate from tokens. Raise ValueError or UserError before any work that cannot fit."""
+        available = self._available(request.prefixes, request.forced_tokens, request.n_thoughts)
+        if request.max_new_tokens > available:
             raise ValueError(
-                f"{longest} tokens and {capacity - longest} thoughts, forced and new tokens do not "
-                f"fit in block_size={block_size}"
+                f"max_new_tokens={request.max_new_tokens}, but block_size="
+                f"{self.model.config.block_size} leaves room for {available}"
             )
         if request.edit is not None and (self.graph or self.kernels != "torch"):
             raise ValueError("edit needs Engine(kernels='torch', graph='off'), or generate")
         with self._eval_mode():  # calls share the buffers, too
-            if self._weights_key() != self._captured_weights:
+            is_packed = self.kernels == "packed"  # only copies care for changes in place
+            weights = self.model.parameters()
+            key = [(p.data_ptr(), p.dtype, p._version if is_packed else 0) for p in weights]
+            if key != self._captured_weights:
                 self._reset()  # weights changed: graphs and packed copies hold the old ones
-                self._packed = None
+                self._captured_weights = key
+                self._packed = PackedGPT(self.model) if is_packed else None
             return self._generate(request)
 
     def _generate(self, request: Request) -> Generation:
@@ -339,11 +340,12 @@ class Engine:
             view.token.fill_(token)
         self._next_token(view, request, decode=bool(request.forced_tokens))
         first = self._now()
-        tokens = self._other_tokens(view, request)
+        self._other_tokens(view, request)
         times = (prefilled - start, thought - prefilled, first - start, self._now() - first)
-        eos, rows = request.eos, tokens.tolist()
-        rows = [row[: row.index(eos)] if eos in row else row for row in rows]
-        return Generation(rows, thoughts, inputs, n_thoughts, *times)
+        eos, B = request.eos, len(request.prefixes)
+        tokens = self._buffers.tokens[:B, : request.max_new_tokens].tolist()
+        tokens = [ids[: ids.index(eos)] if eos in ids else ids for ids in tokens]
+        return Generation(tokens, thoughts, inputs, n_thoughts, *times)
 
     def _now(self) -> float:
         if self.model.wte.weight.device.type == "cuda":
@@ -353,14 +355,13 @@ class Engine:
     def _prefill(self, request: Request) -> BatchView:
         """Return a batch with the prefixes in its cache and no thoughts yet."""
         block_size, (B, width, capacity) = self.model.config.block_size, request.size()
-        batch = B
-        if self.graph:  # few shapes, so few graphs
-            batch = 1 << (B - 1).bit_length()
+        batch = self._batch_size(B)
+        if self.graph:
             width, capacity = (
                 min(round_up(n, m), block_size) for n, m in ((width, 64), (capacity, 128))
             )
-        self._grow(batch, capacity, width, request.n_thoughts)
-        view, buffers, extra = self._view(batch, capacity), self._buffers, batch - B
+        view = self._view(batch, capacity, width, request.n_thoughts)
+        buffers, extra = self._buffers, batch - B
         # extra sequences fill the batch: one token, no thoughts, done from the start
         padded = [p + [0] * (width - len(p)) for p in request.prefixes] + [[0] * width] * extra
         idx = buffers.idx[: batch * width].view(batch, width)
@@ -369,10 +370,11 @@ class Engine:
         view.active.copy_(torch.arange(batch, device=idx.device) < B)
         view.done.copy_(~view.active)
         view.n_taken.zero_()
-        view.tokens.fill_(request.eos)
+        view.place.copy_(torch.arange(batch))
+        buffers.tokens.fill_(request.eos)
         buffers.n_tokens.zero_()
         buffers.temperature.fill_(1.0 if request.is_greedy else request.temperature)
-        self._run(("prefill", batch, capacity, width), partial(view.prefill, idx))
+        self.graphs.run(("prefill", batch, capacity, width), partial(view.prefill, idx))
         return view
 
     def _append_thoughts(self, view: BatchView, request: Request) -> tuple[Tensor, Tensor]:
@@ -380,23 +382,21 @@ class Engine:
         n, stop, model = request.n_thoughts, request.stop, self.model
         edited: list[Tensor] = []
 
-        def edit(i: int, fed: Tensor) -> Tensor:
-            edited.append(request.edit(i, fed))
-            return edited[-1]
-
         def chain() -> None:
             for i in range(n):
                 view.latent_step(i, stop)
 
         if n and self.graph:
-            self._run(("thoughts", view.batch, view.capacity, n, stop), chain)
+            self.graphs.run(("thoughts", view.batch, view.capacity, n, stop), chain)
         else:
             for i in range(n):
                 # without a graph the chain ends as soon as every sequence has stopped
                 if stop and not (view.active & (model.stop_logit(view.hidden) <= 0)).any():
                     n = i
                     break
-                view.latent_step(i, stop, edit if request.edit else None)
+                view.latent_step(i, stop, request.edit)
+                if request.edit:
+                    edited.append(view.prev_embedding.clone())
         thoughts = self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
         return thoughts, torch.stack(edited, 1) if edited else model.thought_embedding(thoughts)
 
@@ -411,88 +411,57 @@ class Engine:
 
         if not greedy:  # drawn outside of the graph
             view.noise.exponential_(generator=self._generator)
-        self._run(("token", view.batch, view.capacity, decode, eos, greedy), step)
+        self.graphs.run(("token", view.batch, view.capacity, decode, eos, greedy), step)
 
-    def _other_tokens(self, view: BatchView, request: Request) -> Tensor:
-        """Generate the rest. Return all tokens, (B, max_new_tokens), padded with eos.
-
-        Once half of the batch is finished, only the unfinished sequences go on.
-        """
-        B, n, device = len(request.prefixes), request.max_new_tokens, view.token.device
-        tokens = torch.full((B, n), request.eos, device=device)
-        index = torch.arange(B, device=device)  # place of each sequence of the view in the B
-        interval = 4 if device.type == "cuda" else 1  # tokens between two checks, which sync
-        for i in range(n - 1):
+    def _other_tokens(self, view: BatchView, request: Request) -> None:
+        """Generate the rest. Once half of the batch is finished, the others go on alone."""
+        interval = 4 if view.done.device.type == "cuda" else 1  # tokens between checks, which sync
+        for i in range(request.max_new_tokens - 1):
             if i % interval == 0:
-                unfinished = (~view.done).nonzero()[:, 0]
-                if not len(unfinished):
-                    break
-                batch = len(unfinished)
-                batch = 1 << (batch - 1).bit_length() if self.graph else batch
+                n_unfinished = int((~view.done).sum())
+                if n_unfinished == 0:
+                    return
+                batch = self._batch_size(n_unfinished)
                 if 2 * batch <= view.batch:
-                    tokens[index] = view.tokens[: len(index), :n]
-                    index = index[unfinished]
-                    view = self._shrink(view, unfinished, batch)
+                    view = self._shrink(view, batch)
             self._next_token(view, request)
-        tokens[index] = view.tokens[: len(index), :n]
-        return tokens
 
-    def _shrink(self, old: BatchView, unfinished: Tensor, batch: int) -> BatchView:
-        """Return a smaller batch whose first sequences are the unfinished ones, (n,)."""
-        new, n = self._view(batch, old.capacity), len(unfinished)
-        cache = old.cache.data[:, :, unfinished]  # a copy, since old and new share their memory
-        new.cache.data[:, :, :n] = cache
-        for name in ("hidden", "prev_embedding", "token", "tokens", "done"):
-            getattr(new, name)[:n] = getattr(old, name)[unfinished]
-        new.cache.lengths[:n] = old.cache.lengths[unfinished]
-        new.done[n:] = True
-        new.cache.lengths[n:] = 1
+    def _shrink(self, old: BatchView, batch: int) -> BatchView:
+        """Return a smaller batch of all unfinished sequences, filled up with finished ones."""
+        new, order = self._view(batch, old.capacity), old.done.int().argsort(stable=True)[:batch]
+        # indexing copies, since old and new share their memory
+        new.cache.data.copy_(old.cache.data[:, :, order])
+        new.cache.lengths.copy_(old.cache.lengths[order])
+        for name in ("hidden", "prev_embedding", "token", "place", "done"):
+            getattr(new, name).copy_(getattr(old, name)[order])
         new.span = old.span
         return new
 
-    def _grow(self, batch: int, capacity: int, width: int, n_thoughts: int) -> None:
-        """Grow the static buffers to fit this batch. Growing invalidates every captured graph."""
+    def _batch_size(self, n: int) -> int:
+        """Return the sequences of a batch that holds n: graphs need few shapes."""
+        return 1 << (n - 1).bit_length() if self.graph else n
+
+    def _view(self, batch: int, capacity: int, width: int = 0, n_thoughts: int = 0) -> BatchView:
+        """Return the view of this shape. Growing the buffers invalidates every captured graph."""
         c = self.model.config
         size = (batch, batch * capacity * 2 * c.n_layer * c.n_embd, batch * width, n_thoughts)
-        if self._buffers is not None:
-            if all(map(le, size, self._buffers.size)):
-                return
-            size = tuple(map(max, size, self._buffers.size))
+        old_size = self._buffers.size if self._buffers else (0, 0, 0, 0)
+        if not all(map(le, size, old_size)):
             self._reset()  # frees the old buffers before the new ones are allocated
-        self._buffers = StaticBuffers(self.model, *size)
-
-    def _view(self, batch: int, capacity: int) -> BatchView:
-        """Return the view of this shape; kept with graphs only, since rounded shapes are few."""
+            self._buffers = StaticBuffers(self.model, *map(max, size, old_size))
         shape = (batch, capacity)
         if shape in self._views:
             return self._views[shape]
-        if self.kernels == "packed" and self._packed is None:
-            self._packed = PackedGPT(self.model)
         model = self._packed or self.model
         view = BatchView(model, self._buffers, shape, self.kernels, static=self.graph)
-        if self.graph:
+        if self.graph:  # rounded shapes are few
             self._views[shape] = view
         return view
 
-    def _run(self, key: tuple, fn: Callable[[], None]) -> None:
-        """Call fn, or replay its CUDA graph."""
-        if self.graphs is None:
-            fn()
-        else:
-            self.graphs.run(key, fn)
-
-    def _weights_key(self) -> tuple:
-        is_packed = self.kernels == "packed"  # only copies care for changes in place
-        weights = self.model.parameters()
-        return tuple((p.data_ptr(), p.dtype, p._version if is_packed else 0) for p in weights)
-
     def _reset(self) -> None:
         """Drop buffers, views and graphs."""
-        self._buffers: StaticBuffers | None = None
-        self._views: dict[tuple[int, int], BatchView] = {}
-        if self.graphs is not None:
-            self.graphs = type(self.graphs)(self.graphs.max_graphs)
-        self._captured_weights = self._weights_key()
+        self._buffers, self._views = None, {}
+        self.graphs.clear()
 
 
 def load(

@@ -1,8 +1,13 @@
-"""One step of inference by the Triton kernels."""
+"""One step of inference by the Triton kernels. It needs triton, so it is imported when used."""
 
 import torch
 from torch import Tensor
 
+from kernels.append import append
+from kernels.feedback import embed, feedback
+from kernels.latent_attention import SplitWorkspace, latent_attention
+from kernels.linear_residual import linear_residual
+from kernels.ln_linear_gelu import ln_linear_gelu
 from nanococonut.cache import KVCache
 from nanococonut.model import GPT
 
@@ -15,8 +20,6 @@ class FusedStep:
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        from kernels.latent_attention import SplitWorkspace
-
         _, _, B, nh, T, hs = cache.data.shape
         self.model, self.cache = model, cache
         self.workspace = SplitWorkspace(B, nh, T, hs, cache.data.device)
@@ -36,16 +39,12 @@ class FusedStep:
 
         n_taken, thought: see kernels/feedback.py.
         """
-        from kernels.feedback import embed
-
         if is_first:  # thought plus position: row b of hidden is "token" b
             embed(hidden, self.batch_index, self.model.wpe.weight, self.cache.lengths, self.x)
         self._blocks(hidden, active, n_taken, thought)
 
     def decode_step(self, token: Tensor, hidden: Tensor) -> None:
         """Append one token, (B,) int64."""
-        from kernels.feedback import embed
-
         wte, wpe = self.model.wte.weight, self.model.wpe.weight
         embed(wte, token, wpe, self.cache.lengths, self.x)
         self._blocks(hidden)
@@ -59,12 +58,6 @@ class FusedStep:
         thought: Tensor | None = None,
     ) -> None:
         """Run all layers on x, five launches each (seven from five rows), then `feedback`."""
-        from kernels.append import append
-        from kernels.feedback import feedback
-        from kernels.latent_attention import latent_attention
-        from kernels.linear_residual import linear_residual
-        from kernels.ln_linear_gelu import ln_linear_gelu
-
         x, lengths = self.x, self.cache.lengths
         for layer, block in enumerate(self.model.h):
             cache, ln, qkv = self.cache.data[layer], block.ln_1, block.attn.c_attn

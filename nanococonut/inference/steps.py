@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanococonut.batch import pad_lists
 from nanococonut.cache import KVCache
 from nanococonut.model import GPT, cached_attention, causal_attention
 from nanococonut.runtime.errors import UserError
@@ -77,28 +78,31 @@ def append_step(
 
 
 def latent_step(
-    model: GPT, cache: KVCache, state: DecodeState, active: Tensor | None = None
+    model: GPT,
+    cache: KVCache,
+    state: DecodeState,
+    active: Tensor | None = None,
+    i: int = 0,
+    edit: Edit | None = None,
 ) -> DecodeState:
-    """Append one thought: the last hidden state is the next input, no token is chosen."""
-    return append_step(model, cache, model.thought_embedding(state.hidden), state, active)
+    """Append one thought: the last hidden state is the next input, no token is chosen.
 
-
-def edited_thought(model: GPT, hidden: Tensor, i: int, edit: Edit | None) -> Tensor:
-    """Return the input (B, C) of thought i after `edit`. UserError if it is not a valid input."""
-    fed = model.thought_embedding(hidden)
+    i, edit: number of the thought, and what changes it. UserError if it returns no valid input.
+    """
+    thought = model.thought_embedding(state.hidden)
     if edit is None:
-        return fed
-    new = edit(i, fed.clone())  # a copy: the caller's may be memory of the engine
+        return append_step(model, cache, thought, state, active)
+    new = edit(i, thought.clone())  # a copy: the caller's may be memory of the engine
     expected, actual = (
         f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        for x in (fed, new)
+        for x in (thought, new)
     )
     if actual != expected or not new.isfinite().all():
         actual = actual if actual != expected else "NaN or infinite numbers"
         raise UserError(
             f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
         )
-    return new
+    return append_step(model, cache, new, state, active)
 
 
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -> DecodeState:
@@ -116,14 +120,6 @@ class Slots:
 
     kv: Tensor
     state: DecodeState
-
-    def take(self, index: Sequence[int]) -> "Slots":
-        """Return the slots of other sequences of the batch: sequence b gets those of index[b]."""
-        return self.map(lambda x: x[list(index)])
-
-    def mean(self) -> "Slots":
-        """Return the mean over the batch, for each sequence."""
-        return self.map(lambda x: x.mean(0, keepdim=True).expand_as(x))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Slots":
         state = DecodeState(fn(self.state.hidden), fn(self.state.prev_embedding), self.state.span)
@@ -147,14 +143,12 @@ class Branch:
         candidates: Sequence[Sequence[list[int]]], pause: int | None = None,
     ) -> None:  # fmt: skip
         self.model, self.forced, self.candidates, self.pause = model, forced, candidates, pause
-        device, lengths = model.wte.weight.device, list(map(len, prefixes))
+        idx = pad_lists(prefixes).to(model.wte.weight.device)  # (B, T)
         longest = max(len(tokens) for row in candidates for tokens in row)
         # the last token of an answer is scored, not appended
-        capacity = max(lengths) + n_slots + len(forced) + longest - 1
+        capacity = idx.shape[1] + n_slots + len(forced) + longest - 1
         self.cache = model.new_cache(len(prefixes), capacity)
-        padded = [p + [0] * (max(lengths) - len(p)) for p in prefixes]
-        self.start = torch.tensor(lengths, device=device)  # (B,), position of the first slot
-        idx = torch.tensor(padded, device=device)
+        self.start = torch.tensor(list(map(len, prefixes))).to(idx)  # (B,), of the first slot
         self._read = self.state = prefill(model, self.cache, idx, self.start)
         self.inputs: list[Tensor] = []  # what was fed back: n of (B, C)
         self.thoughts: list[Tensor] = []  # hidden states before it
@@ -176,23 +170,23 @@ class Branch:
     def think(self, n: int, edit: Edit | None = None) -> None:
         """Append n more thoughts, or pauses. edit: see Engine.generate."""
         for i in range(len(self.inputs), len(self.inputs) + n):
-            if self.pause is None:
-                fed = edited_thought(self.model, self.state.hidden, i, edit)
-            else:
-                fed = self.model.embed(torch.full_like(self.start, self.pause))
             self.thoughts.append(self.state.hidden)
-            self.inputs.append(fed)
-            self.state = append_step(self.model, self.cache, fed, self.state)
+            if self.pause is None:
+                self.state = latent_step(self.model, self.cache, self.state, None, i, edit)
+            else:
+                token = torch.full_like(self.start, self.pause)
+                self.state = decode_step(self.model, self.cache, token, self.state)
+            self.inputs.append(self.state.prev_embedding)
 
     @torch.no_grad()
     def write(self, tokens: Sequence[list[int]]) -> None:
         """Append other tokens to each sequence, any number of them."""
-        for i in range(max(map(len, tokens))):
-            active = torch.tensor([i < len(t) for t in tokens], device=self.start.device)
-            token = torch.tensor([t[i] if i < len(t) else 0 for t in tokens]).to(self.start)
-            self.state = append_step(
-                self.model, self.cache, self.model.embed(token), self.state, active
-            )
+        for token in pad_lists(tokens, -1).to(self.start).T:  # (B,)
+            self._append(token, active=token >= 0)
+
+    def _append(self, token: Tensor, active: Tensor) -> None:
+        emb = self.model.embed(token.clamp(min=0))  # (B, C)
+        self.state = append_step(self.model, self.cache, emb, self.state, active)
 
     @torch.no_grad()
     def answer(self) -> Tensor:
@@ -207,10 +201,10 @@ class Branch:
         for candidate in zip(*self.candidates, strict=True):  # B lists of tokens
             self._crop(*asked)
             log_p = self.state.hidden.new_zeros(len(self), dtype=torch.float32)
-            for i in range(max(map(len, candidate))):
+            tokens = pad_lists(candidate, -1).to(self.start).T  # (longest, B)
+            for i, token in enumerate(tokens):
                 if i:
-                    self.write([[t[i - 1]] if i < len(t) else [] for t in candidate])
-                token = torch.tensor([t[i] if i < len(t) else -1 for t in candidate]).to(self.start)
+                    self._append(tokens[i - 1], active=token >= 0)
                 log_all = self._log_probs() if i else first
                 log_token = log_all.gather(1, token.clamp(min=0)[:, None])[:, 0]
                 log_p += torch.where(token >= 0, log_token, 0.0)

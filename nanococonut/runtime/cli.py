@@ -27,9 +27,10 @@ BOUNDS = {  # argument of option() -> (words for the error, test)
     "gt": ("more than", operator.gt),
     "lt": ("less than", operator.lt),
 }
-NANOGPT_OPTIONS = {  # nanoGPT's name -> what exists here, where the spelling does not tell
+OTHER_NAMES = {  # what users type, most from nanoGPT -> what exists here
     "compile": "kernels",
     "gradient_accumulation_steps": "micro_batch_size",
+    "lr": "learning_rate",
     "lr_decay_iters": "decay_fraction",
     "min_lr": "decay_fraction",
     "start": "question",
@@ -43,14 +44,13 @@ def option(
     help: str,
     group: str = "run",
     choices: Sequence[str] = (),
-    alias: str | None = None,
     **bounds: float,
 ) -> Any:
     """Return a dataclass field with its help, its group in --help and its allowed values.
 
     bounds: keys of BOUNDS.
     """
-    metadata = dict(help=help, group=group, choices=choices, alias=alias, bounds=bounds)
+    metadata = dict(help=help, group=group, choices=choices, bounds=bounds)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -109,21 +109,14 @@ def _types(cls: type) -> dict[str, tuple[type, ...]]:
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
     name = word.removeprefix("--")
-    word = word.removesuffix(name) + NANOGPT_OPTIONS.get(name, name)
+    word = word.removesuffix(name) + OTHER_NAMES.get(name, name)
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _spellings(cls: type) -> dict[str, str]:
-    """Return spelling -> field name, for names and aliases."""
-    fields = dataclasses.fields(cls)
-    aliases = {f.metadata["alias"]: f.name for f in fields if f.metadata["alias"]}
-    return {f.name: f.name for f in fields} | aliases
-
-
 def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
     """Return the assignments of a config file. Only literals: nothing in it is executed."""
-    path, spellings = Path(path), _spellings(cls)
+    path, names = Path(path), [f.name for f in dataclasses.fields(cls)]
     try:
         body = ast.parse(path.read_text(encoding="utf-8-sig")).body
     except (OSError, UnicodeDecodeError) as e:
@@ -153,13 +146,12 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
                     f"{at}: only assignments of literals are allowed.\n"
                     "Write name = value, such as n_layer = 2."
                 )
-        if name not in spellings:
+        if name not in names:
             raise UserError(
-                f"{at}: unknown key {name!r}.{_suggestion(name, spellings)}\n"
-                "See --help for all keys."
+                f"{at}: unknown key {name!r}.{_suggestion(name, names)}\nSee --help for all keys."
             )
         try:
-            values[spellings[name]] = ast.literal_eval(value)
+            values[name] = ast.literal_eval(value)
         except LITERAL_ERRORS:
             raise UserError(
                 f"{at}: the value of {name} is not a literal.\n"
@@ -199,8 +191,7 @@ def parse_cli(
         meta, types = f.metadata, types_of[f.name]
         choices = f": {', '.join(meta['choices'])}" if meta["choices"] else ""
         groups[meta["group"]].add_argument(
-            *(f"--{name}" for name in (f.name, meta["alias"]) if name),
-            dest=f.name,
+            f"--{f.name}",
             metavar=types[0].__name__.upper(),
             help=f"{meta['help']}{choices} [{f.default}]".replace("%", "%%"),
             **(dict(nargs="?", const="True") if types == (bool,) else {}),
@@ -208,7 +199,7 @@ def parse_cli(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        suggestion = _suggestion(key, [f"--{name}" for name in _spellings(cls)])
+        suggestion = _suggestion(key, [f"--{f.name}" for f in fields])
         raise UserError(f"unknown argument {key!r}.{suggestion}\nSee --help for all keys.")
     texts = vars(namespace)
     path = texts.pop("config", None)

@@ -4,10 +4,7 @@ Every process samples the same examples and stages from the seed and computes ev
 the batch. Its gradient is added to the others' in a single all-reduce, so weights and moments stay
 equal everywhere without being sent.
 
-Why not DistributedDataParallel: it averages, but the loss needs a sum over the labels of the whole
-batch. It needs one forward(), but a step here is embed, backbone (once per thought) and head. It
-fails if a parameter is unused in some stage or on some rank, unless it searches for it every step.
-What it would gain, overlap with the backward pass, is the time of one all-reduce (docs/SCALING.md).
+docs/SCALING.md says why this is not DistributedDataParallel.
 """
 
 import os
@@ -23,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanococonut.runtime.device import select_device
-from nanococonut.runtime.errors import UserError, run_main
+from nanococonut.runtime.errors import UserError, run_main, user_message
 
 # between the seeds of two processes; odd, because torch's CPU generator reads 32 bits
 SEED_STRIDE = 0x9E3779B1
@@ -173,17 +170,14 @@ def run_distributed(main: Callable[[], None]) -> None:
         try:
             main()
         except Exception as e:
-            # run_main prints these in a line or two
-            is_users = isinstance(e, UserError) or (
-                isinstance(e, OSError) and e.filename is not None
-            )
+            is_users = bool(user_message(e))
             if store.add("failed", 1) > 1:  # not the first one
                 # torchrun kills all once one exits, so the first one has to print before that
                 with suppress(RuntimeError):
                     store.wait(["reported"], timedelta(seconds=10))
                 sys.exit(2 if is_users else 1)
             if is_users:
-                raise
+                raise  # run_main prints it
             traceback.print_exc()
             sys.exit(1)
 

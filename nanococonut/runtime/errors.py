@@ -49,6 +49,13 @@ class _Output:
             ) from None
 
 
+def user_message(e: Exception) -> str:
+    """Return what to print in place of a traceback; "" if the error is a bug."""
+    if isinstance(e, OSError) and e.filename is not None:  # too long, no permission, a disk is gone
+        return f"{e.filename} cannot be used: {e.strerror}."
+    return str(e) if isinstance(e, UserError) else ""
+
+
 def run_main(main: Callable[[], None], goes_on: bool = False) -> None:
     """Run a script's main(). Exit with code 2 on a UserError, with 130 on Ctrl-C.
 
@@ -61,15 +68,12 @@ def run_main(main: Callable[[], None], goes_on: bool = False) -> None:
     try:
         main()
         sys.stdout.flush()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as e:  # a path that is too long, without permission, on a disk that is gone
-        if e.filename is None:
+    except Exception as e:
+        if not (message := user_message(e)):
             raise
-        print(f"error: {e.filename} cannot be used: {e.strerror}.", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         for stream in (sys.stderr, sys.stdout):

@@ -17,7 +17,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class GraphCache:
-    """CUDA graphs by key, at most max_graphs; the least recently used is dropped.
+    """CUDA graphs by key, at most max_graphs; the least recently used is dropped. 0: no graphs.
 
     All graphs share one memory pool: they run one after another and keep nothing in it in between.
     """
@@ -33,6 +33,9 @@ class GraphCache:
 
     def run(self, key: tuple, fn: Callable[[], None]) -> None:
         """Do the work of `fn`: call it on first use and capture it, replay its graph later."""
+        if self.max_graphs == 0:
+            fn()
+            return
         if key in self.graphs:
             self.graphs.move_to_end(key)
             self.graphs[key].replay()
@@ -40,6 +43,11 @@ class GraphCache:
         while len(self.graphs) >= self.max_graphs:
             self.graphs.popitem(last=False)
         self.graphs[key] = self._run_and_capture(fn)
+
+    def clear(self) -> None:
+        """Drop all graphs and their memory."""
+        self.graphs.clear()
+        self.bytes, self.pool = 0, None
 
     def _run_and_capture(self, fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Call `fn`, which triggers lazy compilation, then return its graph: capturing it computes

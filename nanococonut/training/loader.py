@@ -7,8 +7,9 @@ came before, so a run resumed anywhere sees the same examples in the same order.
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,22 +37,18 @@ BUCKET_SIZE = 16  # batches whose examples are sorted by length together
 Prepare = Callable[..., MicroBatch]  # TrainStep.prepare
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """One optimizer step. The counts are of all processes, the micro-batches of this one."""
+class StepBatch(NamedTuple):
+    """One optimizer step: the micro-batches of this process, and the examples of all processes."""
 
     micro_batches: list[MicroBatch]
-    n_labels: int
     n_examples: int
-    n_thought_labels: int
 
 
 class TrainLoader:
     """The batches of every step; a worker thread makes the next epoch in advance.
 
-    data       train=None: examples are generated, and never repeat a graph of data.val
-    skipped    a list: examples of files that do not fit into block_size are dropped, and the
-               reasons appended; None: they are a UserError
+    data   train=None: examples are generated, and never repeat a graph of data.val
+           skipped: a list gets why examples of files do not fit into block_size, which are dropped
     """
 
     def __init__(
@@ -60,39 +57,41 @@ class TrainLoader:
         curriculum: Curriculum,
         tokenizer: Tokenizer,
         data: Data,
-        skipped: list[str] | None = None,
         dist: Distributed | None = None,
     ) -> None:
         self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
         self.task, self.dist = TASKS[config.task], dist or Distributed()
         generates = data.train is None
         # a generated example that does not fit is the fault of the settings: always an error
-        self.skipped = None if generates else skipped
+        self.skipped = None if generates else data.skipped
         self.exclude = frozenset()  # graphs that generated examples must not repeat
         if generates:
             held_out = [example for split in data.val.values() for example in split]
             self.exclude = self._graph_keys(held_out) | test_hashes(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
         self._epochs: dict[int, Future[list[TokenizedExample]]] = {}  # this one and the next
-        self._prefetched: tuple[tuple[int, int] | None, StepBatch | None] = None, None
+        self._prefetched: dict[tuple[int, int], StepBatch] = {}  # by step and stage, the last one
         self._fixed: list[TokenizedExample] | None = None  # the same examples every epoch
         if not generates:
             self._fixed = [tokenized for _, tokenized in self._fitting(data.train)]
         elif not config.regenerate_each_epoch:
             self._fixed = self._generate(0)
         # an example that does not fit is refused now, not at the first validation
-        self.val_splits = {name: self.drop_too_long(split) for name, split in data.val.items()}
+        self.val_splits = {
+            name: [example for example, _ in self._fitting(split)]
+            for name, split in data.val.items()
+        }
         self.n_examples = len(self._fixed) if self._fixed else config.train_examples
         self.steps_per_epoch = -(-self.n_examples // config.batch_size)  # the last may be short
 
     def get(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         """Return the batch of a step, prefetched or made now."""
-        if self._prefetched[0] != (step, stage):
+        if (step, stage) not in self._prefetched:
             self.prefetch(step, stage, prepare)
-        return self._prefetched[1]
+        return self._prefetched[step, stage]
 
     def prefetch(self, step: int, stage: int, prepare: Prepare) -> None:
-        self._prefetched = (step, stage), self._step_batch(step, stage, prepare)
+        self._prefetched = {(step, stage): self._step_batch(step, stage, prepare)}
 
     def _step_batch(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         config, curriculum, tokenizer = self.config, self.curriculum, self.tokenizer
@@ -105,6 +104,7 @@ class TrainLoader:
         n_labels = count_labels(curriculum, stages, examples, tokenizer)
         thought_labels = map(partial(thought_targets, curriculum), stages, examples)
         n_thought_labels = sum(bool(ids) for labels in thought_labels for ids in labels)
+        counts = n_labels, len(examples), n_thought_labels
         # like lengths share a micro-batch, so that little is padding
         pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
         pairs, size, micro_batches = self.dist.shard(pairs), config.micro_batch_size, []
@@ -113,8 +113,8 @@ class TrainLoader:
             batch = collate(curriculum, own_stages, own_examples, tokenizer)
             # examples sampled at another stage say nothing about this one's accuracy
             counted = [own_stage == stage for own_stage in own_stages]
-            micro_batches.append(prepare(batch, counted, curriculum.n_thoughts(stage)))
-        return StepBatch(micro_batches, n_labels, len(examples), n_thought_labels)
+            micro_batches.append(prepare(batch, counted, counts, curriculum.n_thoughts(stage)))
+        return StepBatch(micro_batches, len(examples))
 
     def epoch(self, epoch: int) -> list[TokenizedExample]:
         """Return the epoch's examples in order; the worker makes the next epoch's meanwhile."""
@@ -182,14 +182,11 @@ class TrainLoader:
                 examples += task.module.generate(n, seed, generator_config, self.exclude)
         return [tokenized for _, tokenized in self._fitting(examples)]
 
-    def drop_too_long(self, examples: list[Example]) -> list[Example]:
-        """Return the examples that fit into block_size at every stage.
+    def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
+        """Return the examples that fit into block_size at every stage, with their tokens.
 
         Raise UserError if one does not fit and `skipped` is None, or if none fits.
         """
-        return [example for example, _ in self._fitting(examples)]
-
-    def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
         fitting, error, block_size = [], "", self.config.block_size
         is_frontier = self.config.thought_labels == "frontier"
         all_rendered = self.task.render(examples, self.config.render)
@@ -201,7 +198,8 @@ class TrainLoader:
                 if length > block_size:
                     raise UserError(
                         f"it needs {length} positions with its thoughts, but "
-                        f"block_size={block_size}.\nUse a longer --block_size or shorter examples."
+                        f"block_size={block_size}.\nUse a longer --block_size, shorter examples or "
+                        "fewer thoughts."
                     )
                 fitting.append((example, tokenized))
             except UserError as e:  # also of a special token in the text

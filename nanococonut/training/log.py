@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from nanococonut.config import TrainConfig
-from nanococonut.data.tasks import Data
+from nanococonut.data.examples import Example
+from nanococonut.data.tasks import TASKS, Data
 from nanococonut.model import GPT
 from nanococonut.runtime.cli import format_config
 from nanococonut.runtime.errors import UserError
@@ -43,13 +43,11 @@ def require_tensorboard() -> None:
 class RunLog:
     """Logs every step and validation. As a context it shows a progress bar on a terminal."""
 
-    def __init__(
-        self, run: RunDir, config: TrainConfig, schedule: Schedule, state: TrainState
-    ) -> None:
-        self.run, self.config, self.schedule = run, config, schedule
+    def __init__(self, run: RunDir, schedule: Schedule, state: TrainState) -> None:
+        self.run, self.config, self.schedule = run, schedule.config, schedule
         self._metrics = run.open_metrics(state.step)
         self._writer = None
-        if config.tensorboard and run.dist.is_master:
+        if self.config.tensorboard and run.dist.is_master:
             from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
             # events of steps after the checkpoint are hidden: those steps are logged again
@@ -59,21 +57,9 @@ class RunLog:
         self._next_line = self._last_step + FIRST_LINE
         self._fastest: dict[int, float] = {}  # stage -> examples/s, for the warning
         self._is_warned = False
-        self._bar = Progress(
-            TextColumn("stage {task.fields[stage]}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]:.3f} accuracy {task.fields[accuracy]:.2f}"),
-            TextColumn("{task.fields[speed]:.0f} examples/s,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(
-            "", total=schedule.max_steps, completed=state.step, stage=schedule.stage(state),
-            loss=0.0, accuracy=0.0, speed=0.0,
-        )  # fmt: skip
+        columns = BarColumn(), TextColumn("{task.description}")
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=schedule.max_steps, completed=state.step)
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
@@ -104,21 +90,26 @@ class RunLog:
         self._last_step = now
         seconds, examples = map(sum, zip(*self._recent, strict=True))
         speed = examples / max(seconds, 1e-9)
-        scalars = {"stage": state.stage, "loss": loss, "accuracy": state.accuracy}
-        self._bar.update(self._task, completed=state.step, speed=speed, **scalars)
-        lr = self.config.learning_rate * self.schedule.lr_scale(state.step - 1)
-        events = scalars | {"lr": lr}
-        self._write(state.step, scalars | {"examples_per_s": round(speed, 1)}, "train", events)
+        values = {
+            "stage": state.stage,
+            "loss": loss,
+            "accuracy": state.accuracy,
+            "lr": self.config.learning_rate * self.schedule.lr_scale(state.step - 1),
+            "examples_per_s": round(speed, 1),
+        }
+        self._write(state.step, "train", values)
         self._warn_if_slow(state)
+        n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
+        line = (
+            f"step {state.step}/{self.schedule.max_steps} stage {state.stage} loss {loss:.3f} "
+            f"accuracy {state.accuracy:.2f} {speed:.0f} examples/s, "
+            f"{n_left / speed / 60:.1f} min left"
+        )
+        self._bar.update(self._task, completed=state.step, description=line)
         is_due = state.step % PRINT_INTERVAL == 0 or now >= self._next_line
         if is_due and not console.is_terminal:
             self._next_line = now + LATER_LINES
-            n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
-            console.print(
-                f"step {state.step}/{self.schedule.max_steps} stage {state.stage} loss {loss:.3f} "
-                f"accuracy {state.accuracy:.2f} {speed:.0f} examples/s, "
-                f"{n_left / speed / 60:.1f} min left"
-            )
+            console.print(line)
 
     def _warn_if_slow(self, state: TrainState) -> None:
         """Print once that the steps of a stage became SLOW_FACTOR times slower."""
@@ -138,9 +129,12 @@ class RunLog:
 
     def validation(self, state: TrainState, validation: dict[str, Any]) -> None:
         """Log the accuracy of every split."""
-        scores = {k: v for k, v in validation.items() if k.endswith("_accuracy")}
-        self._write(state.step, validation, "validation", scores)
-        scores = [f"{name.removesuffix('_accuracy')} {score:.3f}" for name, score in scores.items()]
+        self._write(state.step, "validation", validation)
+        scores = [
+            f"{name.removesuffix('_accuracy')} {score:.3f}"
+            for name, score in validation.items()
+            if name.endswith("_accuracy")
+        ]
         console.print(f"step {state.step} stage {state.stage} validation: {' '.join(scores)}")
         if min(validation.get("thought_similarity", [0])) > COLLAPSED:
             console.print(
@@ -148,12 +142,11 @@ class RunLog:
                 "Try a lower learning rate, --grad_clip=1, or more epochs of the early stages."
             )
 
-    def _write(
-        self, step: int, values: dict[str, Any], group: str, events: dict[str, float]
-    ) -> None:
-        """Write values to metrics.jsonl, and events to TensorBoard under this group."""
-        for name, value in events.items() if self._writer else ():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+    def _write(self, step: int, group: str, values: dict[str, Any]) -> None:
+        """Write values to metrics.jsonl, and the numbers to TensorBoard under this group."""
+        for name, value in values.items() if self._writer else ():
+            if not isinstance(value, list):
+                self._writer.add_scalar(f"{group}/{name}", value, step)
         try:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()  # a killed run loses no line
@@ -166,14 +159,13 @@ class RunLog:
             ) from None
 
 
-def print_data(
-    config: TrainConfig, loader: TrainLoader, data: Data, skipped: list[str] | None
-) -> None:
+def print_data(loader: TrainLoader, data: Data) -> None:
     """Print what the config does not tell: skipped, downloaded, held-out and repeated examples."""
+    config = loader.config
     n_val = sum(map(len, loader.val_splits.values()))
-    if skipped:
-        n_all = loader.n_examples + n_val + len(skipped)
-        summary = f"{len(skipped)} of {n_all} examples skipped, the first: {skipped[0]}"
+    if data.skipped:
+        n_all = loader.n_examples + n_val + len(data.skipped)
+        summary = f"{len(data.skipped)} of {n_all} examples skipped, the first: {data.skipped[0]}"
         console.print(f"  {summary}", markup=False)
     if data.commit:
         console.print(f"  examples of the hub's commit {data.commit}", markup=False)
@@ -191,18 +183,18 @@ def print_data(
 
 
 def print_summary(
-    name: str, schedule: Schedule, state: TrainState, baselines: dict[str, dict[str, float]]
+    name: str, schedule: Schedule, state: TrainState, splits: dict[str, list[Example]]
 ) -> None:
     """Print a table of the stages that ended, and the accuracy of rules without a model.
 
-    baselines: split -> rule -> accuracy; {} if the task has no such rules.
+    splits: name -> validation examples
     """
     steps = f"{state.step} of {schedule.total_steps} steps"
     if state.validations:
         keys = [key for key in state.validations[0] if key.endswith("_accuracy")]
-        splits = [key.removesuffix("_accuracy") for key in keys]
-        table = Table(title=f"{name}, {steps}")
-        for heading in ("stage", "thoughts", *splits, "generated tokens", "minutes"):
+        names = [key.removesuffix("_accuracy") for key in keys]
+        table = Table(title=f"{name}: {schedule.config.method}, {steps}")
+        for heading in ("stage", "thoughts", *names, "generated tokens", "minutes"):
             table.add_column(heading, justify="right")
         for v in state.validations:
             rest = [f"{v['valid_tokens']:.1f}", f"{v['minutes']:.1f}"]
@@ -211,6 +203,9 @@ def print_summary(
         console.print(table)
     else:
         console.print(f"no stage ended in {steps}, so there is no validation yet")
-    for rule in next(iter(baselines.values()), {}):
-        accuracies = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
-        console.print(f"  no model, {rule}: {', '.join(accuracies)}")
+    with suppress(UserError):  # examples of your own have no such rules
+        shortcuts = TASKS[schedule.config.task].shortcuts
+        baselines = {split: shortcuts(examples) for split, examples in splits.items()}
+        for rule in next(iter(baselines.values())):
+            accuracies = [f"{scores[rule]:.1%} {split}" for split, scores in baselines.items()]
+            console.print(f"  no model, {rule}: {', '.join(accuracies)}")

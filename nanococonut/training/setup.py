@@ -1,23 +1,70 @@
-"""From a config to a tokenizer, a model and its optimizers, for training and for measuring it."""
+"""From a command line to a config, a tokenizer, a model and its optimizers."""
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
 from nanococonut.data.examples import Example
 from nanococonut.data.tasks import TASKS
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
+from nanococonut.training.log import console, require_tensorboard
 from nanococonut.training.muon import Muon
-from nanococonut.weights.pretrained import load_gpt2, resolve_weights
+from nanococonut.weights import pretrained
 
 BETA1 = 0.9  # AdamW's first beta; every recipe uses this one
 WEIGHT_DECAY = 0.01  # the released code's, and torch's default
+
+
+def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dict[str, str]]:
+    """Return (config, run name, why the fallback config is trained instead, {} if it is not).
+
+    doc: the script's __doc__, for --help.
+    """
+    overrides, path = parse_cli(TrainConfig, argv, doc, config_file=True)
+    values = read_config_file(path, TrainConfig) if path else {}
+    config, fallback_info = make_config(TrainConfig, values, overrides), {}
+    if reason := _fallback_reason(config):
+        if "init_from" in overrides and "fallback" not in overrides:  # what is typed is meant
+            raise UserError(
+                f"--init_from={config.init_from}: {reason}.\n"
+                f"Leave it out to train {config.fallback}, or insist on it with --fallback=None."
+            )
+        fallback = str(Path(path or ".").parent / config.fallback)
+        console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
+        console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To insist: --fallback=None")
+        fallback_info = {"instead_of": path, "because": reason}
+        overrides = {k: v for k, v in overrides.items() if k not in ("init_from", "fallback")}
+        config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
+        path = fallback
+    # a config file may serve several methods, but an option on the command line should matter
+    if ignored := [f"--{name}" for name in overrides if name in config.unused]:
+        how = f"by method {config.method} with this data"
+        console.print(f"[bold red]NOT USED[/] {how}: {', '.join(ignored)}")
+    if config.tensorboard:
+        require_tensorboard()
+    return config, Path(path).stem if path else "run", fallback_info
+
+
+def _fallback_reason(config: TrainConfig) -> str:
+    """Return why init_from cannot be trained here; "" if it can. Raise if there is no fallback."""
+    no_gpu = not torch.cuda.is_available() and config.device in ("auto", "cpu")
+    if config.init_from in pretrained.GPT2_SIZES and no_gpu and config.fallback:
+        return f"no GPU to train {config.init_from!r} on"  # before a download that would be in vain
+    if config.init_from != "scratch":
+        try:
+            pretrained.resolve_weights(config.init_from)
+        except pretrained.WeightsUnavailable as e:
+            if not config.fallback:
+                raise
+            return str(e).split("\n")[0].rstrip(".")
+    return ""
 
 
 def init_tokenizer(config: TrainConfig, examples: list[Example] | None) -> Tokenizer:
@@ -56,9 +103,21 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
         stop=config.stop == "classifier",
     )
     if config.init_from == "scratch":
-        return _random(config, vocab_size=n_tokens, **extra)
-    path = resolve_weights(config.init_from)
-    model = load_gpt2(path, n_tokens, config.dropout, tokenizer.spec, extra)
+        names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
+        sizes = {name: getattr(config, name) for name in names}
+        # larger embeddings of few words learn faster (docs/LOG.md); 0.02 is GPT-2's
+        sizes["wte_init_std"] = 0.1 if config.tokenizer == "words" else 0.02
+        # smear tells the order of tokens already
+        sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
+        try:
+            return GPT(GPTConfig(vocab_size=n_tokens, **sizes, **extra))
+        except RuntimeError as e:  # of the allocator
+            raise UserError(
+                f"the model cannot be made: {str(e).splitlines()[0]}\n"
+                "Lower --n_embd, --n_layer or --block_size."
+            ) from None
+    path = pretrained.resolve_weights(config.init_from)
+    model = pretrained.load_gpt2(path, n_tokens, config.dropout, tokenizer.spec, extra)
     if config.block_size > (n_positions := model.config.block_size):
         raise UserError(
             f"block_size={config.block_size}, but {config.init_from} has {n_positions} positions."
@@ -74,22 +133,6 @@ def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
     # without them, its random weights (and every result in bench/results) would be others
     is_used = METHODS[config.method].markers or tokenizer.spec["kind"] == "words"
     return tokenizer.vocab_size if is_used else tokenizer.bot  # the last ids are theirs
-
-
-def _random(config: TrainConfig, **others: Any) -> GPT:
-    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
-    sizes = {name: getattr(config, name) for name in names}
-    # larger embeddings of few words learn faster (docs/LOG.md); 0.02 is GPT-2's
-    sizes["wte_init_std"] = 0.1 if config.tokenizer == "words" else 0.02
-    # smear tells the order of tokens already
-    sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
-    try:
-        return GPT(GPTConfig(**sizes, **others))
-    except RuntimeError as e:  # of the allocator
-        raise UserError(
-            f"the model cannot be made: {str(e).splitlines()[0]}\n"
-            "Lower --n_embd, --n_layer or --block_size."
-        ) from None
 
 
 def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
@@ -111,11 +154,3 @@ def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimiz
         weight_decay=WEIGHT_DECAY,
     )
     return [adamw, Muon(matrices, config.muon_learning_rate, WEIGHT_DECAY)] if matrices else [adamw]
-
-
-def set_lr(optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig, scale: float) -> None:
-    """Set the learning rate of every optimizer to its config value times scale."""
-    rates = (config.learning_rate, config.muon_learning_rate)  # of [AdamW], or [AdamW, Muon]
-    for optimizer, rate in zip(optimizers, rates, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * scale

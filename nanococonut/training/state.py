@@ -4,8 +4,11 @@ A schedule counts steps and examples, never time, so a run can be repeated and r
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from torch.optim import Optimizer
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum, schedule
@@ -48,20 +51,19 @@ class TrainState:
         Raise TypeError, KeyError or ValueError if one is not as we save it.
         """
         state = cls(**saved)
-        for name, default in asdict(cls()).items():
-            # a float may be saved as 1; True is no number
-            kinds = (int, float) if type(default) is float else (type(default),)
-            if type(value := getattr(state, name)) not in kinds:
-                raise ValueError(f"{name} is {value!r:.40}")
+        integers = {"step", "stage", "stage_index", "stage_start", "best_step"}
+        if any(type(saved[name]) is not int for name in integers & saved.keys()):
+            raise ValueError("a step or stage is no whole number")
         if not 0 <= state.stage_start <= state.step or state.stage_index < 0:
             raise ValueError("its steps or stages are out of order")
+        numbers = [state.best_accuracy, state.seconds]
+        numbers += [x for correct, counted in state.window for x in (correct, counted)]
         shown = {"stage", "thoughts", "valid_accuracy", "valid_tokens", "minutes"}
-        numbers = [x for correct, counted in state.window for x in (correct, counted)]
         for validation in state.validations:
             shown |= {key for key in validation if key.endswith("_accuracy")}
             numbers += [validation[key] for key in shown]
         if any(type(x) not in (int, float) for x in numbers):
-            raise ValueError("window or validations hold more than numbers")
+            raise ValueError("accuracy, window or validations hold more than numbers")
         return state
 
     @property
@@ -104,6 +106,15 @@ class TrainState:
             self.validations.append(validation)
         return validation
 
+    def manifest(self) -> dict[str, Any]:
+        """Return what the manifest of a checkpoint says of the state."""
+        return {
+            "stage": self.stage,
+            "best_step": self.best_step,
+            "minutes": self.seconds / 60,
+            "progress": asdict(self),
+        }
+
     def next_stage(self) -> None:
         self.stage_index, self.stage_start = self.stage_index + 1, self.step
         self.window.clear()  # another stage, another task
@@ -127,12 +138,11 @@ class Schedule:
             replace(self.config, epochs=epochs), self.curriculum, self.steps_per_epoch
         )
         i, last_step = state.stage_index, max(0, state.step - 1)
-        same_stages = before.stages[:i] == self.stages[:i] and len(self.stages) > i
-        if (
-            same_stages
-            and before.is_last_stage(state) == self.is_last_stage(state)
-            and before.lr_scale(last_step) == self.lr_scale(last_step)
-        ):
+        taken = [
+            (x.stages[:i], len(x.stages) > i, x.is_last_stage(state), x.lr_scale(last_step))
+            for x in (before, self)
+        ]
+        if taken[0] == taken[1]:
             return
         options = ""
         if self.rules.advance_by == "stages":  # start in the final stage
@@ -157,6 +167,14 @@ class Schedule:
         warmup = (step + 1) / max(1, self.config.warmup_steps)
         decay = (self.total_steps - step) / max(1, self.total_steps * self.config.decay_fraction)
         return min(1.0, warmup, decay)
+
+    def set_lr(self, optimizers: Sequence[Optimizer], step: int) -> None:
+        """Set the learning rate of every optimizer: its config value times lr_scale."""
+        # of [AdamW], or [AdamW, Muon]
+        rates = (self.config.learning_rate, self.config.muon_learning_rate)
+        for optimizer, rate in zip(optimizers, rates, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self.lr_scale(step)
 
     def resets_optimizer(self, state: TrainState) -> bool:
         """Return whether the next step starts from fresh moments."""

@@ -358,14 +358,11 @@ class RunDir:
                     "Resume with the settings it started with, or use another --out_dir."
                 )
 
-    def load_data(self, skipped: list[str] | None = None) -> Data:
-        """Return the examples of this run; skipped: as in read_examples.
-
-        Raise UserError if a resumed run was trained on others.
-        """
+    def load_data(self) -> Data:
+        """Return the examples of this run. UserError if a resumed run was trained on others."""
         # a branch on the hub may move, so a resumed run reads the commit it started with
         revision = self.manifest.get("hub_commit") or self.config.hub_revision
-        data = load_data(replace(self.config, hub_revision=revision), skipped)
+        data = load_data(replace(self.config, hub_revision=revision))
         self.examples = digest_examples(data)
         if self.manifest.get("examples", self.examples) != self.examples:
             paths = [p for p in (self.config.data, self.config.valid_data) if p]

@@ -59,8 +59,10 @@ def test_all_fractions_are_shown_as_percentages(accuracy):
 def test_sweep_has_a_row_for_each_number_of_thoughts(accuracy):
     code, out, err = accuracy("--data=prosqa_balanced", "--n=40", "--sweep", "--latent=3")
     assert (code, err) == (0, "")
-    rows = rows_of(out)
+    *rows, stopped = rows_of(out)
     assert [r["shape"]["thoughts"] for r in rows] == [0, 1, 2, 3]
+    assert stopped["labels"]["stop"] == "the readout repeats"
+    assert 1 <= stopped["detail"]["thoughts_taken"] <= 3
     for row in rows:
         assert tuple(row["detail"]["categories"]) == CATEGORIES
         for name, fraction in row["detail"]["categories"].items():
@@ -233,7 +235,7 @@ def test_a_released_checkpoint_needs_no_run(accuracy, scored, tmp_path, method, 
         (["--method=cot", "--data=rows.json", "--checkpoint=rows.json"], "holds no GPT-2"),
         (["--method=cot", "--checkpoint=run"], "run knows its method"),
         (["--checkpoint=."], "Give --method"),  # a folder with config.json
-        (["--method=soft_thought", "--data=rows.json", "--latent=6"], "else than hidden states"),
+        (["--method=soft_thought", "--data=rows.json", "--latent=6"], "needs 50260 and soft"),
     ],
 )
 def test_a_released_checkpoint_used_wrongly(accuracy, tmp_path, argv, words):

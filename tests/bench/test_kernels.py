@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import kernels as bench
+from nanococonut.model import GPTConfig
 
 pytest.importorskip("triton")
 
@@ -21,13 +22,12 @@ def test_without_a_gpu_nothing_is_timed(kernels):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_case_compares_equals(batch, device):
+def test_every_case_compares_equals(batch, device, monkeypatch):
     """A kernel and plain torch must do the same work, or their times could not be compared."""
-    config = bench.KernelsConfig(
-        n_embd=32, n_head=2, context=20, vocab_size=50, positions=7, batches=str(batch)
-    )
-    where = config, batch, device, torch.float32
-    cases = [*bench.cases(*where), *bench.training_cases(*where)]
+    monkeypatch.setattr(bench, "POSITIONS", 7)
+    sizes = GPTConfig(n_embd=32, n_head=2, block_size=20, vocab_size=50)
+    dtype = torch.float32
+    cases = [*bench.cases(sizes, batch, device, dtype), bench.head_case(sizes, device, dtype)]
     assert len({case.name for case in cases}) == len(cases) == 8
     for case in cases:
         ours, plain = (case.run(fn, case.copy_args()) for fn in (case.impl, case.reference))
@@ -37,16 +37,13 @@ def test_every_case_compares_equals(batch, device):
         assert case.n_numbers > 0
 
 
-@pytest.mark.parametrize(
-    "argv, message", [(["--batches=x"], "no list of numbers"), (["--n_head=7"], "does not divide")]
-)
-def test_mistakes_take_two_lines(kernels, argv, message):
-    code, _, err = kernels(*argv)
-    assert code == 2 and message in err and len(err.splitlines()) <= 2
+def test_mistake_takes_two_lines(kernels):
+    code, _, err = kernels("--batches=x")
+    assert code == 2 and "no list of numbers" in err and len(err.splitlines()) <= 2
 
 
 @pytest.mark.gpu
 def test_times_on_a_gpu(kernels, tmp_path):
-    code, out, err = kernels("--batches=1", "--context=64", "--positions=64", "--out=rows.jsonl")
+    code, out, err = kernels("--batches=1", "--out=rows.jsonl")
     assert code == 0, err
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1 + 3 * 8

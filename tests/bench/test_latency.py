@@ -2,21 +2,20 @@
 
 import json
 import os
-import sys
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import latency as bench
-from bench.common import baselines, roofline, tables, workload
-from bench.common.results import read_results
+from bench.common import baselines, tables, workload
+from bench.common.results import OURS, read_results
 from nanococonut.model import GPTConfig
 from nanococonut.runtime.errors import UserError
 
-TINY = GPTConfig(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=512)
+TINY = GPTConfig(n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=1024)
 CPU = torch.device("cpu")
 
 
@@ -24,7 +23,7 @@ CPU = torch.device("cpu")
 def small(monkeypatch):
     """A small model, and little memory to measure the bandwidth of."""
     monkeypatch.setattr(workload, "GPT2", TINY)
-    monkeypatch.setitem(roofline.BUFFER_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(workload.BUFFER_BYTES, "cpu", 1 << 16)
 
 
 @pytest.fixture
@@ -37,8 +36,8 @@ def tiny():
     """Return (workload, config) with options; nothing is started."""
 
     def make(**options):
-        config = bench.LatencyConfig(checkpoint="random", device="cpu", **options)
-        return workload.load_model(config), config
+        config = bench.LatencyConfig(device="cpu", **options)
+        return workload.Workload(config), config
 
     return make
 
@@ -58,25 +57,26 @@ def test_run_measures_everything(latency, tmp_path):
     assert code == 0, err
     *shown, last = out.splitlines()
     line, rows = json.loads(last), read_results(tmp_path / "rows.jsonl")
-    [run] = tables.newest_runs(rows, "latency")
-    assert run.rows == rows and len(line["rows"]) == len(rows)
-    assert run.points() == [(1, 20), (1, 40), (3, 20), (3, 40)]
-    for batch, context in run.points():
+    [run] = tables.newest_runs(rows)
+    value = partial(tables.value, run)
+    assert run == rows and len(line["rows"]) == len(rows)
+    assert tables.points(run) == [(1, 20), (1, 40), (3, 20), (3, 40)]
+    for batch, context in tables.points(run):
         at = dict(batch=batch, context=context)
-        latent, token = (run.value(m, **at) for m in ("latent_step", "token_step"))
-        assert 0 < latent < run.value("first_token", **at)
-        bounds = [run.value(m, "roofline", **at) for m in ("latent_step", "token_step")]
+        latent, token = (value(m, **at) for m in ("latent_step", "token_step"))
+        assert 0 < latent < value("first_token", **at)
+        bounds = [value(m, "roofline", **at) for m in ("latent_step", "token_step")]
         assert 0 < bounds[0] < bounds[1] and token > 0
-        assert run.value("token_step", relative_to="latent_step", **at) > 0
+        assert value("token_step", relative_to="latent_step", **at) > 0
         numbers = 2 * 2 * 16 * context * batch + 2 * (12 * 16 * 16 + 13 * 16)
         assert bounds[1] / bounds[0] == pytest.approx(1 + 64 * 16 / numbers, rel=1e-3)
     for task in ("prosqa", "gsm8k"):
         for path in ("thoughts", "chain", "direct"):
             where = {"task": task, "path": path}
-            whole, rest = (run.value(m, **where) for m in ("answer", "answer_after_prefill"))
+            whole, rest = (value(m, **where) for m in ("answer", "answer_after_prefill"))
             assert 0 < rest < whole
-        assert run.value("answer", task=task, path="chain", relative_to="thoughts") > 0
-    assert run.value("memory_bandwidth", "torch") > 0
+        assert value("answer", task=task, path="chain", relative_to="thoughts") > 0
+    assert value("memory_bandwidth", "torch") > 0
     assert {row["repeats"] for row in rows if row["unit"] == "x"} == {2}  # rounds are whole
     assert line["left_out"] == [] and line["missing"]["released"] == "not requested"
     assert "| prosqa |" in "\n".join(shown) and str(tmp_path) not in out
@@ -88,23 +88,30 @@ def test_missing_provider_says_how_to_install_it(tiny, monkeypatch):
     providers, missing = baselines.start(found, config)
     assert [p.name for p in providers] == ["nanococonut"]
     assert "--released_python" in missing["released"]
-    assert "transformers 5" in missing["transformers"]
+    assert "pip install transformers" in missing["transformers"]
 
 
-def test_case_that_does_not_fit_is_left_out(latency):
-    argv = ["--rounds=1", "--peers=False", "--batches=1", "--contexts=16,900"]
+def test_case_that_does_not_fit_is_left_out(latency, monkeypatch):
+    generate = baselines.EngineProvider.generate
+
+    def of_little_memory(provider, request):
+        if len(request.prefixes) > 2:
+            raise torch.OutOfMemoryError("too large")
+        return generate(provider, request)
+
+    monkeypatch.setattr(baselines.EngineProvider, "generate", of_little_memory)
+    argv = ["--rounds=1", "--peers=False", "--batches=1,3", "--contexts=16"]
     code, out, err = latency(*argv, "--tasks=prosqa")
     assert code == 0, err
-    left_out = json.loads(out.splitlines()[-1])["left_out"]
-    assert any("context 900: 916 positions, the model has 512" in w for w in left_out)
-    rows = json.loads(out.splitlines()[-1])["rows"]
-    assert any(r["metric"] == "latent_step" for r in rows)  # the main result is measured
+    line = json.loads(out.splitlines()[-1])
+    assert line["left_out"] == ["batch 3, context 16: out of memory"]
+    steps = [r for r in line["rows"] if r["metric"] == "latent_step"]
+    assert {r["shape"]["batch"] for r in steps} == {1}  # the main result is measured
 
 
-def test_windows_lacks_load_and_memory(latency, monkeypatch):
-    """os.getloadavg and os.sysconf do not exist there: an AttributeError before any timing."""
+def test_windows_lacks_the_load(latency, monkeypatch):
+    """os.getloadavg does not exist there: an AttributeError before any timing."""
     monkeypatch.delattr(os, "getloadavg")
-    monkeypatch.delattr(os, "sysconf_names")
     argv = ["--rounds=1", "--peers=False", "--batches=1", "--contexts=16", "--tasks="]
     code, out, err = latency(*argv)
     assert code == 0 and "load nan" in out, err
@@ -142,9 +149,8 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
         (["--rounds=0"], "rounds=0"),
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
-        (["--checkpoint=nowhere"], "does not exist"),
         (["--out=nowhere/rows.jsonl"], "folder does not exist"),
-        (["--contexts=9000", "--tasks=", "--peers=False"], "nothing fits"),
+        (["--contexts=9000"], "does not fit"),
     ],
 )
 def test_mistakes_take_two_lines(latency, argv, message):
@@ -160,27 +166,24 @@ def test_others_are_checked_before_timing(tiny, tmp_path, monkeypatch):
     wrong = str(fake(tmp_path, [{"versions": {"torch": "2"}}, wrong_tokens]))
     found, config = tiny(released=str(tmp_path), released_python=wrong)
     providers, missing = baselines.start(found, config)
-    assert [p.name for p in providers] == ["nanococonut", "released"]
-    assert providers[1].versions["coconut"] == "unknown"
-    baselines.drop_wrong(providers, found, missing, 8)
     assert [p.name for p in providers] == ["nanococonut"]
     assert "not timed, expected tokens" in missing["released"]
     ends = str(fake(tmp_path, []))
-    options = dict(released=str(tmp_path), released_python=ends, transformers_python=ends)
-    found, config = tiny(**options)
+    found, config = tiny(released=str(tmp_path), released_python=ends)
     providers, missing = baselines.start(found, config)
     assert [p.name for p in providers] == ["nanococonut"]
-    assert "worker transformers ended" in missing["transformers"]
-    found, config = tiny(transformers_python=str(tmp_path / "nothing"))
-    assert "cannot be run" in baselines.start(found, config)[1]["transformers"]
+    assert "worker released ended" in missing["released"]
+    found, config = tiny(released=str(tmp_path), released_python=str(tmp_path / "nothing"))
+    assert "cannot be run" in baselines.start(found, config)[1]["released"]
 
 
-def test_closed_worker_leaves_no_process(tmp_path):
+def test_closed_worker_leaves_no_process(tiny, tmp_path):
     """A compiler that a killed worker had started used to run on, beside the next measurement."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nsleep 20 &\necho '{\"versions\": {}}'\nwait\n")
     python.chmod(0o755)
-    worker = baselines.Worker("released", str(python), {})
+    found, _ = tiny()
+    worker = baselines.Worker("released", str(python), found.model, found.special)
     assert worker.versions == {}
     began = time.monotonic()
     worker.close()
@@ -191,41 +194,37 @@ def test_closed_worker_leaves_no_process(tmp_path):
 
 def test_bug_of_ours_is_an_error(tiny, monkeypatch):
     found, config = tiny(peers=False)
-    providers, missing = baselines.start(found, config)
-    generate = providers[0].generate
-    wrong = lambda *a: generate(*a) | {"tokens": [[1] * baselines.N_CHECKED]}  # noqa: E731
-    monkeypatch.setattr(providers[0], "generate", wrong)
+    generate = baselines.EngineProvider.generate
+
+    def wrong(provider, request):
+        tokens = [[1] * baselines.N_CHECKED]
+        return generate(provider, request) | ({"tokens": tokens} if provider.name == OURS else {})
+
+    monkeypatch.setattr(baselines.EngineProvider, "generate", wrong)
     with pytest.raises(UserError, match="bug of ours"):
-        baselines.drop_wrong(providers, found, missing, 8)
+        baselines.start(found, config)
 
 
 def test_out_of_memory_is_no_crash():
-    for error in (
-        torch.OutOfMemoryError("x"),
-        MemoryError(),
-        RuntimeError("can't allocate memory"),
-    ):
-        with workload.catch_oom(CPU) as failed:
-            raise error
-        assert failed
-    with pytest.raises(RuntimeError, match="other"), workload.catch_oom(CPU):
-        raise RuntimeError("another thing")
-    with workload.catch_oom(CPU) as failed:
-        pass
-    assert not failed
+    def fail(error):
+        raise error
+
+    cpu_allocator = RuntimeError("can't allocate memory")
+    for error in (torch.OutOfMemoryError("x"), MemoryError(), cpu_allocator):
+        assert workload.out_of_memory(partial(fail, error))
+    with pytest.raises(RuntimeError, match="other"):
+        workload.out_of_memory(partial(fail, RuntimeError("another thing")))
+    assert not workload.out_of_memory(lambda: None)
 
 
-def test_throughput_ends_when_no_longer_faster(script, tmp_path, monkeypatch):
-    argv = ["--task=gsm8k", "--rounds=2", "--max_batch=8", "--device=cpu"]
+def test_throughput_ends_when_no_longer_faster(script, tmp_path):
+    argv = ["--task=gsm8k", "--rounds=2", "--device=cpu"]
     code, out, err = script(*argv, "--out=rows.jsonl", script="bench/throughput.py")
     assert code == 0, err
     rows, line = read_results(tmp_path / "rows.jsonl"), json.loads(out.splitlines()[-1])
     batches = [row["shape"]["batch"] for row in tables.select(rows, path="thoughts")]
-    assert batches == [1, 2, 4, 8][: len(batches)] and len(rows) == 3 * len(batches)
+    assert batches == [2**i for i in range(len(batches))] and len(rows) == 3 * len(batches)
     assert {row["unit"] for row in rows} == {"questions/s"} and line["ended"]
-    monkeypatch.setattr(workload, "GPT2", replace(TINY, block_size=64))
-    code, _, err = script("--device=cpu", script="bench/throughput.py")
-    assert code == 2 and "the model has 64" in err
 
 
 @pytest.mark.slow
@@ -237,7 +236,7 @@ def test_transformers_generates_the_same(latency):
     if released and python:
         argv += [f"--released={released}", f"--released_python={python}"]
         expected.add("released")
-    code, out, err = latency(*argv, f"--transformers_python={sys.executable}")
+    code, out, err = latency(*argv)
     assert code == 0, err
     line = json.loads(out.splitlines()[-1])
     rows = {(r["metric"], r["provider"]): r for r in line["rows"]}

@@ -20,12 +20,12 @@ OURS = "nanococonut"
 def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
     """Return rows as bench/latency.py and bench/throughput.py write them."""
     cpu, size = torch.device("cpu"), {"parameters": 124_000_000}
-    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, shape=size)
+    made = ResultWriter(bench, WorkloadOptions(), cpu, torch.float32, **size)
     made.common["date"] = date
 
     def add(metric, provider, value, unit="ms", labels=None, **shape):
         value *= scale if unit == "ms" else 1
-        made.add(metric, provider, [value], unit, labels=labels, **shape)
+        made.add(metric, provider, [value], unit, **(labels or {}), **shape)
 
     if bench == "throughput":
         for batch in (1, 2, 4):
@@ -62,15 +62,15 @@ def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
 def test_newest_run_of_a_machine_counts():
     old, new = (rows_of("latency", f"2026-01-0{n}T00:00:00Z", n) for n in (1, 2))
     for order in (old + new, new + old):
-        [run] = tables.newest_runs(order, "latency")
-        assert run.value("latent_step", batch=8, context=400) == 320
-        assert run.points() == [(1, 100), (1, 400), (8, 400)]
-    assert run.value("latent_step", batch=9) is None
-    assert run.value("token_step", relative_to="latent_step", batch=8) == 1.5
+        [run] = tables.newest_runs(order)
+        assert tables.value(run, "latent_step", batch=8, context=400) == 320
+        assert tables.points(run) == [(1, 100), (1, 400), (8, 400)]
+    assert tables.value(run, "latent_step", batch=9) is None
+    assert tables.value(run, "token_step", relative_to="latent_step", batch=8) == 1.5
     other = [row | {"device": "NVIDIA H200"} for row in old]
-    runs = tables.newest_runs(old + other, "latency")
-    assert [run.rows[0]["device"] for run in runs][1:] == ["NVIDIA H200"]
-    assert tables.newest_runs(rows_of("throughput", "2026-01-01T00:00:00Z"), "latency") == []
+    runs = tables.newest_runs(old + other)
+    assert [run[0]["device"] for run in runs][1:] == ["NVIDIA H200"]
+    assert tables.newest_runs(rows_of("throughput", "2026-01-01T00:00:00Z")) == []
 
 
 def test_latency_table_agrees_with_the_rows():
@@ -98,6 +98,7 @@ def accuracy(method, seed, value, data="prosqa", **labels):
     detail = {"generated_tokens": 8.0 + seed, "trained": {"seed": seed}}
     return {
         "labels": own | labels,
+        "shape": {},
         "value": value,
         "detail": detail | {"shortcuts": {"deeper": 0.875 if data == "prosqa" else 0.5}},
     }
@@ -170,11 +171,11 @@ def test_every_picture_is_drawn(results):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-def test_pictures_are_of_the_newest_large_run(results, monkeypatch):
+def test_pictures_are_of_the_newest_run(results, monkeypatch):
     figures = pytest.importorskip("bench.common.figures")
     drawn = []
-    monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run.rows[0]["date"]))
-    for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (4, {"shape": {"parameters": 1000}})):
+    monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run[0]["date"]))
+    for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (2, {})):
         rows = rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]
         write(results / "latency.jsonl", [row | own for row in rows])
     assert [path.name for path in plot.draw(results)] == ["answers_cpu.png"]
@@ -226,7 +227,6 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--check"], "Give it with --readme"),
         (["--curve=run"], "go together"),
         (["--curve=run", "--out=curve.txt"], "expected a .png"),
         (["--curve=run", "--out=x.png"], "run"),
@@ -242,7 +242,7 @@ def test_insight_table_has_a_line_for_each_method():
 
     def row(method, value, verdict, *findings):
         detail = {"verdict": verdict, "findings": list(findings)}
-        return {"labels": {"method": method}, "value": value, "detail": detail}
+        return {"labels": {"method": method}, "shape": {}, "value": value, "detail": detail}
 
     pairs = {"id": "pairs", "figures": [{"value": 0.9}, {"value": 0.8}, {"value": 0.2}]}
     rows = [row("coconut", 0.9, "needed", pairs), row("coconut", 0.8, "needed"), row("cot", 1, "?")]

@@ -21,15 +21,13 @@ class Config:
 
 
 def writer(path=None):
-    cpu, shape = torch.device("cpu"), {"n_layer": 2}
-    return results.ResultWriter("latency", Config(out=path), cpu, torch.float32, shape=shape)
+    cpu = torch.device("cpu")
+    return results.ResultWriter("latency", Config(out=path), cpu, torch.float32, n_layer=2)
 
 
 def row(**own):
-    labels = {"path": "thoughts"}
-    return (
-        writer().add("answer", "nanococonut", [3.0, 1.0, 2.0], "ms", labels=labels, batch=4) | own
-    )
+    values, labels = [3.0, 1.0, 2.0], {"path": "thoughts"}
+    return writer().add("answer", "nanococonut", values, "ms", **labels, batch=4) | own
 
 
 def test_row_holds_median_and_spread():

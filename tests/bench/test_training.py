@@ -14,14 +14,13 @@ from helpers import ROOT, forward
 
 from bench import training
 from bench.common.results import read_results
-from bench.common.tables import Run
-from bench.workers import serve
+from bench.common.tables import value
 from nanococonut import coconut, ops
 
 SCRIPT = ROOT / "bench" / "training.py"
 CONFIG = str(ROOT / "config" / "prosqa_small.py")
-TINY = [f"--config={CONFIG}", "--n_layer=1", "--n_embd=8"]
-TINY += ["--n_head=2", "--batch_size=3", "--repeats=1"]
+SIZES = "n_layer=1,n_embd=8,n_head=2"
+TINY = [f"--config={CONFIG}", f"--set={SIZES}", "--batch_size=3", "--repeats=1"]
 OURS = training.OURS
 
 
@@ -52,13 +51,13 @@ def test_run_writes_every_metric(tmp_path):
     assert sizes.items() <= row["shape"].items()
     assert row["detail"]["smear"] and row["detail"]["kernels"] == "torch"
     assert row["repeats"] == 1 and "torch" in row["versions"]
-    assert Run(rows).value("step") > 0
+    assert value(rows, "step") > 0
     assert str(ROOT) not in last and str(tmp_path) not in last
 
 
 def test_more_layers_are_more_parameters(bench):
     runs = []
-    for own in (["--latent=0"], ["--latent=0", "--n_layer=2"]):
+    for own in (["--latent=0"], ["--latent=0", f"--set={SIZES},n_layer=2"]):
         code, out, err = bench(*own)
         assert code == 0, err
         runs.append(json.loads(out.splitlines()[-1])["rows"][0])
@@ -68,8 +67,8 @@ def test_more_layers_are_more_parameters(bench):
 
 def trainer(micro_batch_size=64, **settings):
     """Return the Trainer of a tiny model."""
-    own = dict(config=CONFIG, n_layer=2, n_embd=8, batch_size=5, repeats=1)
-    own |= dict(micro_batch_size=micro_batch_size)
+    sizes = f"n_layer=2,n_embd=8,micro_batch_size={micro_batch_size}"
+    own = dict(config=CONFIG, set=sizes, batch_size=5, repeats=1)
     return training.Trainer(training.recipe_of(training.StepConfig(**own | settings)))
 
 
@@ -114,8 +113,8 @@ def test_released_code_gets_the_same_sequences(latent):
     """Compare with our own blocks: tokens, labels, positions and padding."""
     backend = trainer(latent=latent)
     tokenizer = backend.tokenizer
-    for i, plain in enumerate(backend.plain_batches(2)):
-        theirs = serve.padded(plain, tokenizer.eos, "cpu")
+    for i, batch in enumerate(backend.released_batches(2)):
+        theirs = {name: torch.tensor(values) for name, values in batch.items()}
         step_batch = backend.loader.get(i, backend.stage, backend.train_step.prepare)
         ours = step_batch.micro_batches[0].batch
         real = theirs["attention_mask"] == 1
@@ -144,8 +143,9 @@ def test_released_code_gets_the_same_sequences(latent):
     [
         (["--repeats=0"], "repeats=0"),
         (["--config=nowhere.py"], "nowhere.py does not exist"),
-        (["--n_head=3"], "is not a multiple"),
-        (["--latent=500"], "500 thoughts"),
+        (["--set=n_head=3"], "is not a multiple"),
+        (["--set=n_heads=3"], "Did you mean --n_head?"),
+        (["--latent=500"], "fewer thoughts"),
         (["--released=."], "go together"),
         (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
         (["--out=nowhere/rows.jsonl"], "cannot be written"),
@@ -163,7 +163,7 @@ def test_python_that_cannot_be_run(bench, clone):
 
 def test_worker_that_dies(bench, clone):
     code, _, err = bench(f"--released={clone}", f"--released_python={shutil.which('false')}")
-    assert code == 2 and "worker released ended" in err and len(err.splitlines()) <= 2
+    assert code == 2 and "worker released_train ended" in err and len(err.splitlines()) <= 2
 
 
 def test_worker_that_computes_something_else(bench, clone):
@@ -191,4 +191,5 @@ def test_released_code_computes_the_same(bench):
     assert not line["rows"][0]["detail"]["smear"]
     step, ratio = (row["value"] for row in rows)
     assert ratio == pytest.approx(step / line["rows"][0]["value"], rel=0.01)
-    assert about["commit"] != "unknown" and released not in last and python not in last
+    assert rows[0]["versions"]["coconut"] != "unknown"
+    assert released not in last and python not in last

@@ -30,9 +30,11 @@ def write_config(tmp_path, text):
     return path
 
 
-def test_cli_spellings_aliases_and_bare_flags():
-    """--key=value, --key value, --lr for learning_rate, --resume for True, None as a value."""
-    config, path = cli("config/x.py", "--lr=3e-4", "--n_layer", "3", "--resume", "--fallback=None")
+def test_cli_spellings_and_bare_flags():
+    """--key=value, --key value, --resume for True, None as a value."""
+    config, path = cli(
+        "config/x.py", "--learning_rate=3e-4", "--n_layer", "3", "--resume", "--fallback=None"
+    )
     assert path == "config/x.py"
     assert (config.learning_rate, config.n_layer, config.resume) == (3e-4, 3, True)
     assert config.fallback is None
@@ -41,7 +43,9 @@ def test_cli_spellings_aliases_and_bare_flags():
 
 def test_command_line_overrides_config_file(tmp_path):
     """Defaults merged too early would override the file."""
-    path = write_config(tmp_path, '"""why"""\nn_layer = 3  # because\nlr = 0.5\ndata = None\n')
+    path = write_config(
+        tmp_path, '"""why"""\nn_layer = 3  # because\nlearning_rate = 0.5\ndata = None\n'
+    )
     values = read_config_file(path, TrainConfig)
     assert values == {"n_layer": 3, "learning_rate": 0.5, "data": None}
     overrides, _ = parse_cli(TrainConfig, ["--n_layer=4"], "", config_file=True)
@@ -64,14 +68,14 @@ def test_config_file_saved_by_notepad_is_read(tmp_path):
         (["--n_layer"], ["--n_layer", "expected one argument"]),
         (["--n_layer=0"], ["--n_layer=0", "at least 1"]),
         (["--dropout=1"], ["dropout=1", "less than 1"]),
-        (["--lr=0"], ["learning_rate=0", "more than 0"]),
-        (["--lr=nan"], ["learning_rate", "number"]),
+        (["--learning_rate=0"], ["learning_rate=0", "more than 0"]),
+        (["--learning_rate=nan"], ["learning_rate", "number"]),
+        (["--lr=3e-4"], ["--lr", "Did you mean --learning_rate?"]),
         (["--max_steps=-1"], ["max_steps=-1", "at least 0"]),
         (["--resume=perhaps"], ["resume", "True or False"]),
         (["--method=coconot"], ["--method='coconot'", "Did you mean coconut?", "no_cot"]),
         (["--n_embd=10", "--n_head=3"], ["n_embd=10", "n_head=3", "multiple"]),
         (["--min_hops=7"], ["min_hops=7", "max_hops=6"]),
-        (["--c_thought=3", "--block_size=20"], ["18 thoughts", "block_size=20"]),
         (["--render=compact"], ["compact", "--tokenizer=words"]),
         (["--thought_labels=path"], ["thought_labels", "--render=compact", "=none"]),
         (["--task=gsm8k", "--thought_labels=frontier"], ["frontier", "gsm8k", "=path"]),

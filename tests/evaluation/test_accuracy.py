@@ -158,6 +158,19 @@ def test_thought_geometry_equals_a_loop(model, tokenizer):
     )
 
 
+def test_thoughts_stop_once_the_readout_repeats(model, tokenizer):
+    """The rule is compared with a loop over single questions, one more thought at a time."""
+    engine = Engine(model, tokenizer, Curriculum("coconut"))
+    examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
+    expected = []
+    for question in QUESTIONS:
+        thoughts = engine.generate([question], 5, max_new_tokens=1).thoughts[0]
+        tokens = [int(model.head(h).argmax()) for h in thoughts]
+        repeats = [i for i in range(1, 5) if tokens[i] == tokens[i - 1]]
+        expected.append(repeats[0] if repeats else 5)
+    assert evaluate.thoughts_until_repeat(engine, examples, 5, batch_size=2) == expected
+
+
 def test_training_mode_is_left_as_it_was(model, tokenizer):
     """Validation could turn dropout off for the rest of the run."""
     examples = [{"question": "Tom", "steps": [], "answer": "x"}]

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,7 +74,8 @@ def test_graphs_equal_eager_steps(kernels, dtype):
 
 def test_at_most_max_graphs_are_kept():
     """Graphs of all shapes would fill the memory."""
-    engine = Engine(random_gpt(dtype=torch.float32).cuda(), graph="on", max_graphs=4)
+    engine = Engine(random_gpt(dtype=torch.float32).cuda(), graph="on")
+    engine.graphs = GraphCache(4)
     for n in (1, 2, 4, 8, 1, 8):
         engine.run(Request([[1, 2, 3]] * n, 2, [39], 40, 6))
         assert 0 < engine.memory()["graphs"] <= 4
@@ -87,22 +87,22 @@ def test_training_with_graphs_equals_training_without(kernels, half):
     """SGD over micro-batches of several shapes, without a single device sync."""
     models = [random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32).cuda().train()]
     models.append(copy.deepcopy(models[0]))
-    think = partial(coconut.think, kernels=kernels)
     steppers = [
-        TrainStep(models[0], think, half),
-        TrainStep(models[1], think, half, graphs=GraphCache(8)),
+        TrainStep(models[0], kernels, half),
+        TrainStep(models[1], kernels, half, graphs=GraphCache(8)),
     ]
     for step in range(4):
         batches = [random_batch(30 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
         labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
         for model, one in zip(models, steppers, strict=True):
-            ready = [one.prepare(b, [True] * len(b.length), 3) for b in batches]
+            counts = labels, rows, 0
+            ready = [one.prepare(b, [True] * len(b.length), counts, 3) for b in batches]
             one.zero_grad()
             # the first step captures
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             try:
                 for micro in ready:
-                    one(micro, labels, rows)
+                    one(micro)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             with torch.no_grad():
@@ -142,7 +142,7 @@ def test_dropout_in_graphs_follows_the_seed():
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
         one.zero_grad()
-        one(one.prepare(batch, [True] * 3), batch.n_labels, 3)
+        one(one.prepare(batch, [True] * 3, (batch.n_labels, 3, 0)))
         losses.append(one.totals[0].item())
     assert losses[0] == losses[2] != losses[1]
 

@@ -22,7 +22,7 @@ def new_log(path, metrics):
         path=path, metrics_path=path / "metrics.jsonl", open_metrics=lambda _: metrics
     )
     state = TrainState()
-    return RunLog(run, config, schedule, state), state
+    return RunLog(run, schedule, state), state
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_repeated_questions_are_counted(capsys, train, valid, line):
     train, valid = ([{"question": f"Is  it {c}?"} for c in text] if text else None
                     for text in (train, valid))  # fmt: skip
     valid = [{"question": example["question"].replace("  ", " ") + "\n"} for example in valid]
-    loader = SimpleNamespace(val_splits={"valid": valid}, n_examples=3)
-    print_data(TrainConfig(), loader, Data(train, {"valid": valid}), None)
+    loader = SimpleNamespace(config=TrainConfig(), val_splits={"valid": valid}, n_examples=3)
+    print_data(loader, Data(train, {"valid": valid}))
     out = capsys.readouterr().out
     assert line in out if line else out == ""

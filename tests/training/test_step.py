@@ -89,7 +89,7 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
             for batch in batches:
                 even = [b % 2 == 0 for b in range(len(batch.length))]
                 counts = n_labels, n_examples, n_thought_labels
-                train_step(train_step.prepare(batch, even, 3), *counts)
+                train_step(train_step.prepare(batch, even, counts, 3))
         loss, _ = plain(copy.deepcopy(models[0]), batches, n_labels)
         close(train_steps[0].totals[0], loss.detach())
         close(train_steps[1].totals, train_steps[0].totals)
@@ -116,7 +116,7 @@ def test_graphs_leave_unused_parameters_alone():
         batch, _ = random_batch(7, [n_thoughts] * 3)
         for train_step, optimizer in zip(train_steps, optimizers, strict=True):
             train_step.zero_grad()
-            train_step(train_step.prepare(batch, [True] * 3), batch.n_labels, 3)
+            train_step(train_step.prepare(batch, [True] * 3, (batch.n_labels, 3, 0)))
             optimizer.step()
         is_used = n_thoughts > 0
         assert all((p.grad is not None) == is_used for p in models[1].project.parameters())
@@ -134,8 +134,8 @@ def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
     train_step = TrainStep(gpt, thought_loss=thought_loss)
     train_step.zero_grad()
     for batch in batches:
-        micro_batch = train_step.prepare(batch, [True] * len(batch.length))
-        train_step(micro_batch, n_labels, 4, n_thought_labels)
+        counts = n_labels, 4, n_thought_labels
+        train_step(train_step.prepare(batch, [True] * len(batch.length), counts))
     close(train_step.totals[0], loss.detach())
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
 
@@ -153,7 +153,7 @@ def test_micro_batches_change_what_dropout_draws(dropout):
         for start in range(0, 4, size):
             rows = [t[start : start + size] for t in batch.tensors]
             piece = Batch(*rows, batch.max_thoughts, batch.n_labels)
-            train_step(train_step.prepare(piece, [True] * size), batch.n_labels, 4)
+            train_step(train_step.prepare(piece, [True] * size, (batch.n_labels, 4, 0)))
         grads.append(model.wte.weight.grad.clone())
     assert torch.allclose(*grads) == (dropout == 0)
     (help_text,) = (

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import signal
 from dataclasses import replace
@@ -19,7 +18,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
-from nanococonut.training.setup import init_model
+from nanococonut.training.setup import init_model, load_config
 from nanococonut.weights import checkpoint, pretrained
 from nanococonut.weights.export import export
 from nanococonut.weights.pretrained import (
@@ -488,8 +487,7 @@ def settings(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "small.py"\n')
     (tmp_path / "small.py").write_text("n_layer = 1\n")
-    train = runpy.run_path(str(checkpoint.BUNDLED.parents[2] / "train.py"))
-    return lambda *argv: train["load_config"](["big.py", *argv])
+    return lambda *argv: load_config(["big.py", *argv], None)
 
 
 def test_without_gpu_nothing_is_downloaded(settings, monkeypatch):
