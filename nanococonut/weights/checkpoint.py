@@ -57,14 +57,26 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def digest_examples(data: Data) -> str:
-    """Return the digest of what the examples say, in order, whatever the format of their file."""
-    sha = hashlib.sha256()
+def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, str]:
+    """Return the examples of a run and the digest of what they say, in order, in any format.
+
+    manifest: of the run, {} for a new one. Raise UserError if it was trained on other examples.
+    """
+    # a branch on the hub may move, so the commit that the run started with is read
+    revision = manifest.get("hub_commit") or config.hub_revision
+    data, sha = load_data(replace(config, hub_revision=revision)), hashlib.sha256()
     for split, examples in ({"train": data.train or []} | data.val).items():
         for x in examples:
             line = json.dumps([split, x["question"], x["steps"], x["answer"]])
             sha.update(line.encode() + b"\n")
-    return sha.hexdigest()
+    if manifest.get("examples", sha.hexdigest()) != sha.hexdigest():  # old manifests have none
+        paths = [p for p in (config.data, config.valid_data) if p]
+        raise UserError(
+            f"{' and '.join(paths) or 'the generator'} now gives other examples than this run "
+            "was trained on.\nResume with the --data and --valid_data it started with (the path is "
+            "free), or use another --out_dir."
+        )
+    return data, sha.hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -360,18 +372,7 @@ class RunDir:
 
     def load_data(self) -> Data:
         """Return the examples of this run. UserError if a resumed run was trained on others."""
-        # a branch on the hub may move, so a resumed run reads the commit it started with
-        revision = self.manifest.get("hub_commit") or self.config.hub_revision
-        data = load_data(replace(self.config, hub_revision=revision))
-        self.examples = digest_examples(data)
-        if self.manifest.get("examples", self.examples) != self.examples:
-            paths = [p for p in (self.config.data, self.config.valid_data) if p]
-            raise UserError(
-                f"{self.path} was trained on other examples than those "
-                f"{'of ' + ' and '.join(paths) if paths else 'that are generated now'}.\n"
-                "Resume with the --data and --valid_data it started with (the path is free), "
-                "or use another --out_dir."
-            )
+        data, self.examples = load_run_data(self.config, self.manifest)
         return data
 
     def restore(

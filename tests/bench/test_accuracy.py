@@ -269,7 +269,7 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     assert row["labels"]["data"] == "valid.json, held out" and row["shape"]["examples"] == 9
     like_the_bundled(tmp_path / "run3", config=config, examples="a digest of others")
     code, _, err = accuracy("--checkpoint=run3")
-    assert code == 2 and "rows.json holds other examples than this run" in err
+    assert code == 2 and "rows.json now gives other examples than this run" in err
     (tmp_path / "rows.json").unlink()
     code, _, err = accuracy("--checkpoint=run")
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err
@@ -281,13 +281,13 @@ def test_changed_file_holds_out_no_examples(accuracy, tmp_path):
     path, grown = tmp_path / "rows.json", tmp_path / "grown.json"
     write_examples(path, examples[:50])
     config = {"data": str(path)}
-    digest = checkpoint.digest_examples(load_data(TrainConfig(**config)))
+    _, digest = checkpoint.load_run_data(TrainConfig(**config), {})
     like_the_bundled(tmp_path / "run", config=config, examples=digest)
     assert accuracy("--checkpoint=run", "--max_new_tokens=2")[0] == 0
     write_examples(grown, examples)
     grown.replace(path)
     code, _, err = accuracy("--checkpoint=run")
-    assert code == 2 and "rows.json holds other examples" in err and err.count("\n") == 2
+    assert code == 2 and "rows.json now gives other examples" in err and err.count("\n") == 2
 
 
 def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):
