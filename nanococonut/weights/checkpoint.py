@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import NoneType
 from typing import IO, Any, TypeVar
 
 import torch
@@ -39,8 +38,8 @@ TYPES = {  # of the manifest's values
     **dict.fromkeys(("config", "model", "tokenizer", "files", "progress"), dict),
     **dict.fromkeys(("stage", "n_thoughts", "step", "threads", "best_step"), int),
     **dict.fromkeys(("method", "device", "examples"), str),
-    "minutes": (int, float),
-    "hub_commit": (str, NoneType),
+    "minutes": int | float,
+    "hub_commit": str | None,
 }
 OPTIONAL = {"best_step", "progress", "examples", "hub_commit"}
 # settings that may change when a run is resumed: the mathematics stay the same
@@ -233,11 +232,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    if missing := TYPES.keys() - OPTIONAL - manifest.keys():
-        raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
-    for key, expected in TYPES.items():
-        if key in manifest and not isinstance(manifest[key], expected):
-            raise _damaged(folder, f"{MANIFEST} has a {key!r} of the wrong type")
+    for key in TYPES.keys() - (OPTIONAL - manifest.keys()):
+        if not isinstance(manifest.get(key), TYPES[key]):
+            raise _damaged(folder, f"{MANIFEST} has no valid {key!r}")
     try:
         config = config_from_saved(manifest["config"])
     except UserError as e:
@@ -333,8 +330,7 @@ class RunDir:
                     f"{path} holds no checkpoint to resume.\n"
                     "Leave --resume out to start there, or give the --out_dir of a run."
                 )
-            self.folder = resolve(self.path)
-            self.manifest = verify(self.folder, resume=True)
+            self.manifest = verify(resolve(self.path), resume=True)
             self._check_resumable(self.manifest["config"] | self.manifest["removed"])
 
     def _claim(self) -> None:
@@ -384,14 +380,15 @@ class RunDir:
         """
         if not self.manifest:
             return parse({})
+        folder = resolve(self.path)
         try:
             state = parse(progress := self.manifest["progress"])
             if progress["step"] != self.manifest["step"]:
                 raise ValueError(f"step {progress['step']}, not {self.manifest['step']}")
         except (TypeError, KeyError, ValueError) as e:
-            raise _damaged(self.folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
-        load_weights(model, self.folder)
-        load_optimizers(optimizers, self.folder)
+            raise _damaged(folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
+        load_weights(model, folder)
+        load_optimizers(optimizers, folder)
         return state
 
     def open_metrics(self, step: int) -> IO[str]:
