@@ -52,7 +52,7 @@ Spec = dict[str, Any]  # a tokenizer's description, as in a manifest
 
 
 class Weights(NamedTuple):
-    """The weights in a file, by GPT's own names and in its layout."""
+    """The weights in a file, by the names and in the layout of our GPT."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
@@ -179,7 +179,10 @@ def _from_hub(name: str) -> Path:
     if all(isinstance(file, str) for file in cached):
         return Path(cached[0]).parent  # without asking the network for a newer one
     try:
-        return Path(snapshot_download(repo, allow_patterns=files))
+        folder = Path(snapshot_download(repo, allow_patterns=files))
+        for file in files:
+            (folder / file).stat()  # without a network, half a download is returned
+        return folder
     except Exception as e:  # the hub raises whatever its HTTP client raises
         raise WeightsUnavailable(
             f"no weights of {name!r}: not in {constants.HF_HUB_CACHE}, and the hub cannot be "
