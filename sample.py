@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from select import select
@@ -22,7 +23,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from bench.common.page import view_page
 from nanococonut import Engine
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, is_correct, split_answer
@@ -30,7 +30,8 @@ from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import held_out_examples, is_capped, thoughts_as_trained
 from nanococonut.evaluation.interchange import NOUNS, kind_of
-from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.page import view_page
+from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.evaluation.view import question_view
 from nanococonut.ops import BACKENDS
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
@@ -85,22 +86,22 @@ def is_interactive(config: SampleConfig) -> bool:
 
 
 def read_questions(config: SampleConfig) -> Iterator[str | None]:
-    """Yield --question, else the lines of a piped stdin, else what is typed until Ctrl-D.
+    """Yield --question, else what is typed until Ctrl-D, else the lines of a piped stdin.
 
     None means a question of the task: the first one if nothing is piped, or an empty line.
     """
     if config.question is not None:
         yield config.question
-        return
-    lines = piped_lines()
-    yield next(lines, None)
-    yield from lines
-    while is_interactive(config):
-        try:
-            line = console.input("\nquestion (empty: a new one, Ctrl-D: quit) ") or None
-        except (EOFError, KeyboardInterrupt):
-            return
-        yield line
+    elif is_interactive(config):
+        yield None
+        with suppress(EOFError, KeyboardInterrupt):
+            while True:
+                prompt = "\nquestion (empty: a new one, Ctrl-D: quit) "
+                yield console.input(prompt) or None
+    else:
+        lines = piped_lines()
+        yield next(lines, None)
+        yield from lines
 
 
 def piped_lines() -> Iterator[str]:
@@ -124,7 +125,7 @@ def piped_lines() -> Iterator[str]:
         return
 
 
-def new_table(title: str, columns: list[str]) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     # in a narrow terminal texts are wrapped, and no number is cut
     headers = [Column(name, no_wrap=name in ("#", "total")) for name in columns]
     return Table(*headers, title=title, title_justify="left", caption_justify="left")
@@ -132,13 +133,12 @@ def new_table(title: str, columns: list[str]) -> Table:
 
 def thoughts_table(engine: Engine, thoughts: torch.Tensor) -> Table:
     """Return the five most probable tokens at each thought, (n, C): the head applied to it."""
-    columns = ["#", *[f"token {i + 1}" for i in range(5)]]
-    table = new_table("Thoughts, decoded to tokens", columns)
-    for i, p in enumerate(engine.model.head(thoughts).softmax(-1)):
+    table = new_table("Thoughts, decoded to tokens", "#", *(f"token {i}" for i in range(1, 6)))
+    for i, p in enumerate(engine.model.head(thoughts).softmax(-1), 1):
         best = p.topk(min(5, len(p)))
         tokens = [repr(engine.tokenizer.decode([t]))[1:-1].strip() for t in best.indices.tolist()]
         cells = [f"{t} {v:.0%}" for t, v in zip(tokens, best.values.tolist(), strict=True)]
-        table.add_row(str(i + 1), *map(escape, cells))
+        table.add_row(str(i), *map(escape, cells))
     return table
 
 
@@ -150,22 +150,22 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
     """
     edges, entity, _ = prosqa.parse_question(question)
     steps = reachable(edges, entity)  # node -> fewest steps
-    columns = ["#", *[f"concept {i + 1}" for i in range(3)], "total"]
-    table = new_table(f"Concepts after # thoughts (steps from {entity})", columns)
+    title, columns = f"Concepts after # thoughts (steps from {entity})", (1, 2, 3)
+    table = new_table(title, "#", *(f"concept {i}" for i in columns), "total")
     for k in range(n_thoughts + 1):
         values = concept_probabilities(engine, question, k)
-        total = sum(values.values())
+        total = f"{sum(values.values()):.1%}"
         best = sorted(values.items(), key=lambda item: -item[1])[:3]
         cells = [f"{node} ({steps.get(node, '-')}) {p:.1%}" for node, p in best]
-        if f"{total:.1%}" == "0.0%":
+        if total == "0.0%":
             cells = ["no concept", "", ""]
             table.caption = "no concept: the model would write another word, such as ###"
-        table.add_row(str(k), *map(escape, cells), f"{total:.1%}")
+        table.add_row(str(k), *map(escape, cells), total)
     return table
 
 
 def ask(engine: Engine, config: SampleConfig, example: Example) -> None:
-    """Ask one question and print the thoughts, the answer and the times.
+    """Ask one question, print the thoughts, the answer and the times, and write --view.
 
     config: latent, max_new_tokens and seed are set. example: its answer is "" if it is unknown.
     """
@@ -193,18 +193,15 @@ def ask(engine: Engine, config: SampleConfig, example: Example) -> None:
 
     # ---- answer
     text = TASKS[engine.config.task].expand(out.text[0], question, engine.config.render)
-    steps, generated_answer = split_answer(text, answer)
-    missing = "" if generated_answer else ', no answer after "###"'
-    if generated_answer is None:
-        steps, generated_answer = "", text.strip()
-    for step in steps.splitlines():
+    steps, generated = split_answer(text, answer)
+    for step in steps.splitlines() if generated is not None else ():
         console.print(f"[bold]step[/]      {escape(step)}")
-    verdict = "[green](correct)[/]"
-    if not answer:
-        verdict = ""
-    elif not is_correct(text, answer):
+    verdict = "[green](correct)[/]" if answer else ""
+    if answer and not is_correct(text, answer):
+        missing = "" if generated else ', no answer after "###"'
         verdict = f"[red](wrong{missing}: {escape(answer)})[/]"
-    console.print(f"[bold]answer[/]    {escape(generated_answer)}  {verdict}")
+    shown = text.strip() if generated is None else generated
+    console.print(f"[bold]answer[/]    {escape(shown)}  {verdict}")
 
     # ---- times
     thought_ms = 1e3 * out.seconds_thoughts / max(1, n_thoughts)
@@ -214,6 +211,11 @@ def ask(engine: Engine, config: SampleConfig, example: Example) -> None:
         f"[dim]first token after {1e3 * out.seconds_first:.1f} ms, {per_thought}"
         f"{token_ms:.2f} ms per token, {n_tokens} tokens[/]"
     )
+    if config.view:
+        row = {"name": engine.manifest["method"], "noun": NOUNS[kind_of(engine)]}
+        row["view"] = [question_view(engine, example, config.latent)]
+        checkpoint.replace_text(Path(config.view), view_page(row))
+        console.print(f"[bold]view[/]      {escape(config.view)}")
 
 
 def main() -> None:
@@ -221,22 +223,22 @@ def main() -> None:
     config = make_config(SampleConfig, overrides)
 
     # ---- model
-    path = find_checkpoint(config.out_dir)
-    dtype = getattr(torch, config.dtype)
+    path, dtype = find_checkpoint(config.out_dir), getattr(torch, config.dtype)
     engine = nanococonut.load(path, config.device, config.kernels, config.graph, dtype)
     trained, manifest, n_trained = engine.config, engine.manifest, engine.manifest["n_thoughts"]
-    latent = n_trained if config.latent is None else config.latent
+    as_trained = config.latent is None
+    latent = n_trained if as_trained else config.latent
     has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
     capped = is_capped(engine)  # an example with fewer steps has fewer thoughts
-    if config.nodes and trained.task != "prosqa":
-        raise UserError(f"--nodes is for prosqa, this is a model of {trained.task}.\nLeave it out.")
-    if config.view and (trained.task != "prosqa" or not latent or not has_thoughts):
-        raise UserError("--view needs a model of prosqa, and a thought or more.\nLeave it out.")
-    as_trained = capped and config.latent is None
+    if (config.nodes or config.view) and trained.task != "prosqa":
+        raise UserError("--nodes and --view need a model of prosqa.\nLeave them out.")
+    if config.view and not (latent and has_thoughts):
+        raise UserError("--view needs a thought or more.\nLeave it out.")
+    up_to = "up to " if capped and as_trained else ""
     console.print(
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
-        f"parameters, {'up to ' * as_trained}{latent} thoughts; kernels: {engine.kernels} "
+        f"parameters, {up_to}{latent} thoughts; kernels: {engine.kernels} "
         f"({engine.reason}), CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
@@ -249,23 +251,19 @@ def main() -> None:
     # ---- ask
     seed = torch.seed() % 2**32 if config.seed is None else config.seed
     n_new = config.max_new_tokens or trained.max_new_tokens
-    config = replace(config, latent=latent, max_new_tokens=n_new, seed=seed)
+    config = replace(config, max_new_tokens=n_new, seed=seed)
     own = task_questions(engine, seed)
     for text in read_questions(config):
+        counts = [latent]
         if text is None:
             example = next(own)
             if as_trained:
-                [latent] = thoughts_as_trained(engine, manifest["stage"], [example])
+                counts = thoughts_as_trained(engine, manifest["stage"], [example])
         else:
             answer = TASKS[trained.task].solve(text) or ""  # "": unknown
-            example, latent = Example(question=text, steps=[], answer=answer), config.latent
+            example = Example(question=text, steps=[], answer=answer)
         try:
-            ask(engine, replace(config, latent=latent), example)
-            if config.view:
-                row = {"name": manifest["method"], "noun": NOUNS[kind_of(engine)]}
-                row["view"] = [question_view(engine, example, latent)]
-                checkpoint.replace_text(Path(config.view), view_page(row))
-                console.print(f"[bold]view[/]      {escape(config.view)}")
+            ask(engine, replace(config, latent=counts[0]), example)
         except UserError as e:
             if not is_interactive(config):
                 raise

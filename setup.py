@@ -19,7 +19,7 @@ setup(
     # bench/, config/ and tests/ stay in the checkout
     package_dir={"": "."},  # editable: a path, so that the checkout's folder is not taken for it
     packages=find_packages(include=["nanococonut*", "kernels"]),
-    package_data={"nanococonut": ["py.typed", "bundled/*/*", "weights/*.md"]},
+    package_data={"nanococonut": ["py.typed", "bundled/*/*", "evaluation/*.html", "weights/*.md"]},
     install_requires=[  # lower bounds only
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

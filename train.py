@@ -121,7 +121,7 @@ def main() -> None:
                     engine = Engine.from_config(
                         model, tokenizer, config, kernels="torch", graph="off"
                     )
-                    scores = evaluate_splits(engine, loader.val_splits, stage, config, dist)
+                    scores = evaluate_splits(engine, loader.val_splits, stage, dist)
                 validation = state.record(scores, n_thoughts, is_last, stage_done)
                 log.validation(state, validation)
             if stage_done and not is_last:

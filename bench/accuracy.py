@@ -10,7 +10,9 @@ The last form is for a released checkpoint, or any other GPT-2's weights without
 Answers are generated greedily. The number of thoughts is the checkpoint's own, or --latent; --sweep
 evaluates with 0, 1, ... up to it, then lets each example stop once the head's best token repeats.
 Generated splits have graphs of the size that the checkpoint was trained on. ProsQA's texts are also
-sorted into the paper's categories (evaluation/categories.py).
+sorted into the paper's categories (evaluation/paper.py).
+evaluates with 0, 1, ... up to it. Generated splits have graphs of the size that the checkpoint was
+trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/paper.py).
 --out appends a result for each number of thoughts; the last line is JSON.
 """
 
@@ -40,8 +42,9 @@ from nanococonut.evaluation.accuracy import (
     score,
     thoughts_as_trained,
     thoughts_until_repeat,
+    wilson,
 )
-from nanococonut.evaluation.categories import category_fractions
+from nanococonut.evaluation.paper import category_fractions
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.device import select_device
@@ -216,7 +219,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         own["released_accuracy"] = round(s.released_accuracy, 5)
         if shortcuts and trained.task == "prosqa":
             own["categories"] = category_fractions(examples, s.texts, n, trained.render)
-        low, high = s.interval
+        low, high = wilson(s.accuracy, s.n)
         results.add(
             "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,
             spread={"ci_low": round(low, 4), "ci_high": round(high, 4)},

@@ -12,7 +12,7 @@ else. evaluation/insight.py has the rules. The last line of the output is the ro
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
@@ -21,13 +21,13 @@ import nanococonut  # isort: skip  # first: sets how OpenMP waits
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 
-from bench.common import page
 from bench.common.results import ResultWriter, read_jsonl
 from nanococonut import Engine
 from nanococonut.data.generator import TEST_SEED
+from nanococonut.evaluation import page
 from nanococonut.evaluation.pairs import Pairs, load_pairs
 from nanococonut.evaluation.paper import paper_figures
-from nanococonut.evaluation.report import measure
+from nanococonut.evaluation.report import Row, measure
 from nanococonut.evaluation.view import question_views
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import UserError, run_main
@@ -54,37 +54,28 @@ class InsightConfig:
         validate(self)
 
 
-def load(config: InsightConfig, path: str | None) -> tuple[float, Engine, Pairs | None, Pairs]:
-    """Return the time, a plain engine of a checkpoint, pairs as in training, pairs to measure."""
-    began, folder = time.perf_counter(), path or checkpoint.BUNDLED
-    engine = nanococonut.load(folder, config.device, kernels="torch", graph="off")
+def load(config: InsightConfig, path: str | None) -> tuple[str, Engine, Pairs | None, Pairs]:
+    """Return a checkpoint's name and plain engine, pairs as in training, and pairs to measure."""
+    engine = nanococonut.load(path or checkpoint.BUNDLED, config.device, "torch", "off")
     engine.model.float()
     rows = 100 if config.quick else config.rows
-    return began, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
+    name = Path(path).resolve().name if path else "bundled"
+    return name, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
 
 
-def evaluate(config: InsightConfig, path: str | None, subject: tuple) -> ResultWriter:
-    """Measure one model. Nothing is written yet."""
-    began, engine, plain, pairs = subject
-    w, name = engine.model.wte.weight, Path(path).resolve().name if path else "bundled"
+def evaluate(
+    config: InsightConfig, name: str, engine: Engine, plain: Pairs | None, pairs: Pairs
+) -> Row:
+    """Return the row of one model."""
     columns = "{task.percentage:3.0f}% done,", TimeRemainingColumn(), "left"
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=1)
         row, figures = measure(engine, name, plain, pairs, lambda x: bar.update(task, completed=x))
-    labels = {"method": row["method"], "task": row["task"], "checkpoint": name}
-    results = ResultWriter("insight", replace(config, out=None), w.device, w.dtype, **labels)
-    row = {"schema": 1, "checkpoint": name} | row
     if "accuracy" in row and pairs.is_prosqa:
         row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
         if config.more and plain is not None:
             row["paper"] = paper_figures(engine, plain.examples)
-    about = {k: results.common[k] for k in ("commit", "device", "command", "date")}
-    about |= {"torch": results.versions["torch"], "rows": len(pairs.examples), "seed": config.seed}
-    row["provenance"] = about | {"seconds": round(time.perf_counter() - began, 1)}
-    f, shape = row.pop("trained"), {"thoughts": row["thoughts"]}
-    results.add("accuracy", "nanococonut", [f["value"]], "fraction", detail=row, examples=f["n"],
-                spread={"ci_low": f["lo"], "ci_high": f["hi"]}, **shape)  # fmt: skip
-    return results
+    return {"schema": 1, "checkpoint": name} | row
 
 
 def main() -> None:
@@ -108,24 +99,36 @@ def main() -> None:
         checkpoint.replace_text(target, page.render(rows[-1]))
         return print(f"page: {target}")
 
-    # ---- load and check both models, then measure
+    # ---- load and check the model and its control, then measure
     print("plain torch steps in float32: kernels and graphs cannot be edited", file=sys.stderr)
-    checkpoints = [config.checkpoint, *filter(None, [config.against])]
-    subjects = [load(config, path) for path in checkpoints]
+    began, paths = time.perf_counter(), [config.checkpoint, *filter(None, [config.against])]
+    subjects = [load(config, path) for path in paths]
     about = [f"{e.config.task} with {e.manifest['n_thoughts']} thoughts" for _, e, *_ in subjects]
     if about[0] != about[-1]:
         raise UserError(f"--against is of {about[1]}, not of {about[0]}.\nGive another control.")
-    results = [evaluate(config, path, x) for path, x in zip(checkpoints, subjects, strict=True)]
-    row, *controls = [r.rows[0]["detail"] for r in results]
-    row |= {"against": controls[0] | {"view": None, "paper": None}} if controls else {}
+    name, engine, _, pairs = subjects[0]
+    w = engine.model.wte.weight
+    labels = {"method": engine.manifest["method"], "task": engine.config.task, "checkpoint": name}
+    results = ResultWriter("insight", config, w.device, w.dtype, **labels)
+    row, *controls = [evaluate(config, *subject) for subject in subjects]
+    for control in controls:  # at most one
+        row["against"] = {k: control[k] for k in control if k not in ("trained", "view", "paper")}
+    origin = {k: results.common[k] for k in ("commit", "device", "command", "date")}
+    origin |= {"torch": results.versions["torch"], "rows": len(pairs.examples)}
+    seconds = round(time.perf_counter() - began, 1)
+    row["provenance"] = origin | {"seed": config.seed, "seconds": seconds}
 
     # ---- write the page, then the row
+    trained = row.pop("trained")
     checkpoint.replace_text(target, page.render(row))
-    if config.out:
-        checkpoint.append_row(Path(config.out), results[0].rows[0])
     lines = [f"[{x['mark']}] {x['title']} {page.sentence(x)}" for x in row["findings"]]
     print("\n".join([*lines, *row["refused"], *row["warnings"], f"page: {target}"]))
-    print(results[0].summary())
+    results.add(
+        "accuracy", "nanococonut", [trained["value"]], "fraction", detail=row,
+        spread={"ci_low": trained["lo"], "ci_high": trained["hi"]},
+        examples=trained["n"], thoughts=row["thoughts"],
+    )  # fmt: skip
+    print(results.summary())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanococonut.config import TrainConfig
 from nanococonut.data.examples import Example, is_correct, is_correct_as_released
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
@@ -44,11 +43,6 @@ class Score:
     @property
     def accuracy(self) -> float:
         return sum(self.correct) / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the accuracy."""
-        return wilson(self.accuracy, self.n)
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
@@ -173,11 +167,7 @@ def thoughts_until_repeat(
 
 
 def evaluate_splits(
-    engine: Engine,
-    splits: dict[str, list[Example]],
-    stage: int,
-    config: TrainConfig,
-    dist: Distributed,
+    engine: Engine, splits: dict[str, list[Example]], stage: int, dist: Distributed
 ) -> dict[str, Any]:
     """Return accuracy and generated tokens per example of every split, by greedy decoding.
 
@@ -190,7 +180,8 @@ def evaluate_splits(
         n_correct = n_tokens = 0
         if local := dist.shard(examples):  # a small split may not reach every rank
             n_thoughts = thoughts_as_trained(engine, stage, local)
-            result = score(engine, local, n_thoughts, max_new_tokens=config.max_new_tokens)
+            longest = engine.config.max_new_tokens
+            result = score(engine, local, n_thoughts, max_new_tokens=longest)
             metrics |= result.geometry
             n_correct = sum(result.correct)
             n_tokens = round(result.generated_tokens * result.n)  # an integer, so order is free

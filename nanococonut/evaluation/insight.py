@@ -6,7 +6,7 @@ or if the candidates together have less than half of the probability. report.py 
 
 from typing import Any
 
-from nanococonut.evaluation.interchange import Figure, count, plateau
+from nanococonut.evaluation.interchange import Figure
 from nanococonut.evaluation.pairs import MIN_PAIRS
 from nanococonut.evaluation.readout import MIN_MASS
 
@@ -32,6 +32,17 @@ def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -
 
 def percent(p: float) -> str:
     return f"{100 * p:.0f}\xa0%"
+
+
+def count(n: int, word: str) -> str:
+    return f"{n} {word}{'s' * (n != 1)}"
+
+
+def plateau(cells: list[Figure]) -> int:
+    """Return after how many thoughts four fifths of the gain in accuracy are there."""
+    values = [f["value"] for f in cells]
+    gain = max(values) - values[0]
+    return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
 
 
 def judge_pairs(plain: Figure, one: Figure, both: Figure) -> Finding:
@@ -205,17 +216,6 @@ def judge_write(w: dict[str, Any]) -> Finding:
          "They can be written by hand in part."),
         (True, "no", "not writable", "They cannot be written by hand in this way."),
     )  # fmt: skip
-
-
-def judge_trap(free: Figure, chain: Figure, forced: Figure, noun: str) -> Finding:
-    """Say what the model does without thoughts if no answer is forced."""
-    return finding(
-        "trap",
-        f"Without {noun}, but left to itself, it is right in {{0}}, for it writes steps first in "
-        "{1}. Made to answer at once, as in all tests here, it is right in {2}.",
-        [free, chain, forced],
-        (True, "note", "", "A trap avoided."),
-    )
 
 
 def judge_unsolved(trained: Figure, own: Figure, chance: float) -> Finding:

@@ -1,8 +1,8 @@
 """Questions and their twins, for the tests of insight.py: generated, or from a user's file."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -11,8 +11,7 @@ from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.interchange import Figure, Figures, fraction, interchange, n_slots
+from nanococonut.evaluation.interchange import EXTRA, Figures, interchange, kind_of, n_slots
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -32,17 +31,20 @@ class Pairs:
     groups: list[int] = field(default_factory=list)
     twinned: bool = True
 
+    def take(self, index: Sequence[int]) -> "Pairs":
+        """Return only these of the pairs."""
+        sides = ([side[i] for i in index] for side in (self.examples, self.twins, self.groups))
+        return Pairs(*sides, self.twinned)
+
+    def questions(self) -> tuple[list[str], list[str]]:
+        """Return the questions, and those of their twins."""
+        return [x["question"] for x in self.examples], [x["question"] for x in self.twins]
+
     def candidates(self, engine: Engine) -> list[tuple[str, ...]]:
         """Return the answers of each question, as the model writes them: its own, its twin's."""
         task, style = TASKS[engine.config.task], engine.config.render
-        own, twin = (
-            [x["answer"] for x in task.render(side, style)] for side in (self.examples, self.twins)
-        )
-        return list(zip(own, twin, strict=True))
-
-    @property
-    def has_twins(self) -> bool:
-        return self.examples[0]["question"] != self.twins[0]["question"]
+        own, twin = (task.render(side, style) for side in (self.examples, self.twins))
+        return [(x["answer"], t["answer"]) for x, t in zip(own, twin, strict=True)]
 
     @property
     def is_prosqa(self) -> bool:
@@ -51,21 +53,23 @@ class Pairs:
         except UserError:
             return False
 
-    def figures(self, engine: Engine, **options: Any) -> Figures:
-        """Run an interchange; see there for the options."""
-        task, pairs = TASKS[engine.config.task], zip(self.examples, self.twins, strict=True)
-        reworded = [tuple(map(task.reworded, pair)) for pair in pairs]
-        reworded = [r if all(r) else None for r in reworded] if self.twinned else []
-        questions, twins = ([x["question"] for x in side] for side in (self.examples, self.twins))
+    def figures(
+        self, engine: Engine, progress: Callable[[float], None] = lambda fraction: None
+    ) -> Figures:
+        """Run an interchange and return its figures."""
+        both, donors = list(zip(self.examples, self.twins, strict=True)), {}
+        if self.twinned and kind_of(engine) in ("thought", "pause"):
+            reworded = [tuple(map(TASKS[engine.config.task].reworded, pair)) for pair in both]
+            for i, name in enumerate(("same_other", "other_other")):
+                donors[name] = [pair[i] if all(pair) else None for pair in reworded]
         cells = interchange(
-            engine, questions, twins, self.candidates(engine), reworded=reworded,
-            groups=self.groups, **options,
+            engine, *self.questions(), self.candidates(engine),
+            donors=donors, groups=self.groups, progress=progress,
         )  # fmt: skip
         if not self.twinned:  # a third column for all other answers: moved or destroyed?
             for name in cells.keys() - {"thoughts", "by_inputs"}:
                 rest = (1 - cells[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()
                 cells[name] = torch.cat([cells[name], rest], 1)
-        both = zip(self.examples, self.twins, strict=True)
         asked = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in both])
         f = Figures(cells, torch.tensor(self.groups), asked if asked.any() else None)
         if not self.twinned:
@@ -148,26 +152,21 @@ def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
 
 def check_lengths(engine: Engine, pairs: Pairs) -> Pairs:
     """Return the pairs that fit in block_size. UserError if half do not."""
-    tokenizer, n = engine.tokenizer, n_slots(engine)
-    room = engine.model.config.block_size - n - 2
-    answers = pairs.candidates(engine)
-
-    def fits(i: int) -> bool:
-        longest = max(len(tokenizer.encode("### " + a)) for a in answers[i])
-        sides = (pairs.examples[i]["question"], pairs.twins[i]["question"])
-        return all(len(tokenizer.encode(engine.render(q))) + longest <= room for q in sides)
-
-    keep = [i for i in range(len(answers)) if fits(i)]
+    n, block_size = n_slots(engine), engine.model.config.block_size
+    answers, keep = pairs.candidates(engine), []
+    for i, questions in enumerate(zip(*pairs.questions(), strict=True)):
+        texts = [f"{engine.render(q)}### {a}" for q in questions for a in answers[i]]
+        longest = max(len(engine.tokenizer.encode(text)) for text in texts)
+        keep += [i] if longest + n + EXTRA + 2 <= block_size else []  # 2: <bot> and <eot>
     n_long = len(answers) - len(keep)
     if len(keep) < max(MIN_PAIRS, len(answers) / 2):
         raise UserError(
             f"{n_long} of {len(answers)} pairs do not fit with {n} thoughts into "
-            f"block_size={engine.model.config.block_size}.\nGive shorter questions."
+            f"block_size={block_size}.\nGive shorter questions."
         )
     if n_long:
         print(f"note: {n_long} pairs are left out, for they do not fit into block_size")
-    sides = ([side[i] for i in keep] for side in (pairs.examples, pairs.twins, pairs.groups))
-    return Pairs(*sides, pairs.twinned)
+    return pairs.take(keep)
 
 
 def load_pairs(
@@ -192,11 +191,3 @@ def load_pairs(
     else:
         plain, pairs = generated_pairs(config, rows, seed)
     return plain, check_lengths(engine, pairs)
-
-
-def left_alone(engine: Engine, plain: Pairs, n: int = 400) -> tuple[Figure, Figure]:
-    """Return how often texts after no thoughts are right, and how often they start with steps."""
-    n_new = engine.config.max_new_tokens
-    s = score(engine, plain.examples[:n], 0, batch_size=200, max_new_tokens=n_new)
-    wrote_chain = [bool(text.partition("#")[0].strip()) for text in s.texts]
-    return fraction(s.correct), fraction(wrote_chain)

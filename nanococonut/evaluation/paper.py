@@ -1,47 +1,55 @@
-"""Figures 5, 7, 8 and 9 of the paper, for ProsQA, with the probability that their values share.
+"""The paper's figures 5, 7, 8 and 9, for ProsQA.
 
-A node's value is the probability of its name if the model has to speak after k thoughts, divided by
-that of all concepts (probe.py). The values always add up to one, even if the model would rather
+Figure 5 counts six categories of answers (section 5.1). The others show values of nodes (5.3, 5.4):
+the probability of a node's name if the model has to speak after k thoughts, divided by that of all
+concepts (concept_probabilities). The values always add up to one, even if the model would rather
 answer: `mass` is what was divided by.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanococonut.data.examples import Example
+from nanococonut.data.examples import Example, split_answer
 from nanococonut.data.prosqa import parse_question, parse_sentence
-from nanococonut.data.search import reachable
+from nanococonut.data.search import children_of, reachable
+from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.categories import CATEGORIES, category_fractions, heights
-from nanococonut.evaluation.interchange import fraction, mean_figure
-from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.interchange import Figure, fraction, grid, mean_figure
+from nanococonut.evaluation.readout import concept_probabilities, graph
 from nanococonut.inference.engine import Engine
+from nanococonut.runtime.errors import UserError
 
 Grid = dict[str, Any]  # columns, rows of cells, and a note
+Values = dict[str, float]  # of the nodes of one graph
+CATEGORIES = (
+    "Correct Path",
+    "Longer Path",
+    "Hallucination",
+    "Wrong Target",
+    "Correct Label",
+    "Incorrect Label",
+)
 
 
 def paper_figures(engine: Engine, examples: Sequence[Example], n: int = 200) -> dict[str, Grid]:
     """Return figures 5, 7, 8 and 9 over n examples as in training."""
-    examples, numbers = examples[:n], range(engine.manifest["n_thoughts"] + 1)
-    values: dict[int, list[dict[str, float]]] = {}
-    mass: dict[int, list[float]] = {}
-    for k in (1, 2):
-        raw = [concept_probabilities(engine, x["question"], k) for x in examples]
-        mass[k] = [sum(p.values()) for p in raw]
-        values[k] = [{node: v / sum(p.values()) for node, v in p.items()} for p in raw]
-    about = f"{_shared(*map(np.mean, mass.values()))} after one and two thoughts; {n} graphs."
-    first = [graphs[0] for graphs in values.values()]
+    examples = examples[:n]
+    raw = [[concept_probabilities(engine, x["question"], k) for x in examples] for k in (1, 2)]
+    mass = [[sum(p.values()) for p in graphs] for graphs in raw]
+    values = [[{x: v / sum(p.values()) for x, v in p.items()} for p in graphs] for graphs in raw]
+    about = f"{_shared(*map(np.mean, mass))} after one and two thoughts; {n} graphs."
     entity, (a, b) = parse_question(examples[0]["question"])[1:]
-    note = f"Is {entity} a {a} or {b}? {_shared(mass[1][0], mass[2][0])}."
+    note = f"Is {entity} a {a} or {b}? {_shared(mass[0][0], mass[1][0])}."
     return {
-        "fig5": _categories(engine, examples, numbers),
-        "fig7": _one_question(examples[0], first) | {"note": note},
+        "fig5": _categories(engine, examples),
+        "fig7": _one_question(examples[0], [graphs[0] for graphs in values]) | {"note": note},
         "fig8": _parallelism(values) | {"note": about},
-        "fig9": _by_height(examples, values[1]) | {"note": about},
+        "fig9": _by_height(examples, values[0]) | {"note": about},
     }
 
 
@@ -50,61 +58,134 @@ def _shared(*mass: float) -> str:
     return f"The concepts share {named} of the probability"
 
 
-def _categories(engine: Engine, examples: Sequence[Example], numbers: Sequence[int]) -> Grid:
+def _cells(values: Sequence[float]) -> list[Figure]:
+    return [{"value": round(float(v), 3)} for v in values]
+
+
+def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
     """Figure 5: kinds of answers after each number of thoughts, the model left to itself."""
-    config = engine.config
-    rows: dict[str, list[Any]] = {name: [] for name in (*CATEGORIES, "accuracy")}
+    config, numbers = engine.config, range(engine.manifest["n_thoughts"] + 1)
+    rows: dict[str, list[Figure]] = {name: [] for name in (*CATEGORIES, "accuracy")}
     for k in numbers:
         s = score(engine, examples, k, max_new_tokens=config.max_new_tokens)
         for name, p in category_fractions(examples, s.texts, k, config.render).items():
             rows[name].append({"value": round(p, 3), "n": s.n})
         rows["accuracy"].append(fraction(s.correct))
-    cells = [{"label": name, "cells": row} for name, row in rows.items()]
-    return {"columns": list(numbers), "rows": cells, "note": f"{len(examples)} graphs."}
+    return grid(numbers, rows) | {"note": f"{len(examples)} graphs."}
 
 
-def _one_question(example: Example, values: list[dict[str, float]]) -> Grid:
+def _one_question(example: Example, values: Sequence[Values]) -> Grid:
     """Figure 7: the values of one graph's nodes."""
-    edges, entity, _ = parse_question(example["question"])
-    target, height = parse_sentence(example["answer"])[1], heights(edges)
-    steps, rows = reachable(edges, entity), []
-    for node in sorted(values[0], key=lambda node: (steps.get(node, 99), node)):
-        at = f"step {steps[node]}" if node in steps else "not reached"
-        side = "right" if target in reachable(edges, node) else "wrong"
+    g, height, rows = graph(example), heights(parse_question(example["question"]).edges), {}
+    for node in sorted(g.nodes, key=lambda node: (g.own.get(node, 99), node)):
+        at = f"step {g.own[node]}" if node in g.own else "not reached"
+        side = "right" if node in g.right else "wrong"
         label = f"{node} ({side}, {at}, height {height.get(node, '-')})"
-        rows.append({"label": label, "cells": [{"value": round(v[node], 3)} for v in values]})
-    return {"columns": ["after 1", "after 2"], "rows": rows}
+        rows[label] = _cells([v[node] for v in values])
+    return grid(["after 1", "after 2"], rows)
 
 
-def _parallelism(values: dict[int, list[dict[str, float]]]) -> Grid:
+def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:
     """Figure 8: cumulative value of the best one, two and three nodes, by percentile of graphs."""
-    percentiles, rows = list(range(0, 101, 10)), []
-    for k, graphs in values.items():
-        best = [sorted(v.values(), reverse=True)[:3] for v in graphs]
+    percentiles, rows = range(0, 101, 10), {}
+    for k, graphs in enumerate(values, 1):
+        best = [sorted(v.values(), reverse=True) for v in graphs]
         for top in (1, 2, 3):
             sums = np.percentile([sum(v[:top]) for v in best], percentiles)
-            cells = [{"value": round(float(x), 3)} for x in sums]
-            rows.append({"label": f"top {top}, after {k}", "cells": cells})
-    return {"columns": percentiles, "rows": rows}
+            rows[f"top {top}, after {k}"] = _cells(sums)
+    return grid(percentiles, rows)
 
 
-def _by_height(examples: Sequence[Example], values: Sequence[dict[str, float]]) -> Grid:
+def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
     """Figure 9: value of the entity's children by their distance to the nearest, farthest leaf."""
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for x, v in zip(examples, values, strict=True):
-        edges, entity, _ = parse_question(x["question"])
-        target = parse_sentence(x["answer"])[1]
-        children = {b for a, b in edges if a == entity}
+        g, edges = graph(x), parse_question(x["question"]).edges
+        children = [node for node in g.nodes if g.own.get(node) == 1]
         total = sum(v[node] for node in children)
-        for leaf, longest in (("nearest", False), ("farthest", True)):
-            height = heights(edges, longest)
-            for node in children & height.keys():
-                side = "right" if target in reachable(edges, node) else "wrong"
-                found[f"{side}, {leaf} leaf", height[node]].append(v[node] / total)
-    columns = sorted({h for _, h in found})
-    rows = []
-    for label in sorted({name for name, _ in found}):
-        cells = [found.get((label, h)) for h in columns]
-        cells = [mean_figure(torch.tensor(c)) if c and len(c) > 1 else None for c in cells]
-        rows.append({"label": label, "cells": cells})
-    return {"columns": columns, "rows": rows}
+        for leaf in ("nearest", "farthest"):
+            height = heights(edges, longest=leaf == "farthest")
+            for node in height.keys() & children:
+                side = "right" if node in g.right else "wrong"
+                found[f"{side}, {leaf} leaf"][height[node]].append(v[node] / total)
+    columns, rows = sorted({h for heights in found.values() for h in heights}), {}
+    for label, by_height in sorted(found.items()):
+        cells = [torch.tensor(by_height[h]) for h in columns]
+        rows[label] = [mean_figure(c) if len(c) > 1 else None for c in cells]
+    return grid(columns, rows)
+
+
+def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
+    """Return the category of a text in sentences that was generated after n_thoughts thoughts.
+
+    The chain is the part before the first "#"; if it is empty, the part after the mark decides:
+
+    Correct Label     it is the known answer
+    Incorrect Label   it is something else, or missing
+
+    Without thoughts, a chain has to start at the entity. With thoughts, its first steps were
+    latent: it may start at any node that the entity leads to, and a shortest path from the entity
+    completes it, however many thoughts there were. A chain decides alone, whatever answer follows:
+
+    Hallucination     it has a sentence that is not ProsQA or not an edge of the graph, is broken,
+                      or cannot be completed
+    Wrong Target      it does not end at the answer
+    Correct Path      it ends at the answer and, once completed, is a shortest path
+    Longer Path       it ends at the answer and is longer than that
+
+    Raise UserError if the question or the known answer is not ProsQA.
+    """
+    edges, entity, _ = parse_question(question)
+    target = parse_sentence(answer)[1]
+    try:
+        sentences = text.partition("#")[0].split(".")
+        chain = [parse_sentence(sentence) for sentence in sentences if sentence.strip()]
+    except UserError:
+        return "Hallucination"
+    if not chain:
+        is_correct = split_answer(text, answer)[1] == answer.strip()
+        return "Correct Label" if is_correct else "Incorrect Label"
+    start, end = chain[0][0], chain[-1][1]
+    steps = reachable(edges, entity)  # node -> fewest steps
+    is_broken = any(step[1] != next_step[0] for step, next_step in pairwise(chain))
+    starts_well = start in steps if n_thoughts else start == entity
+    if is_broken or not set(chain) <= set(edges) or not starts_well:
+        return "Hallucination"
+    if end != target:
+        return "Wrong Target"
+    is_shortest = steps[start] + len(chain) == steps[target]
+    return "Correct Path" if is_shortest else "Longer Path"
+
+
+def category_fractions(
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    n_thoughts: int = 0,
+    style: str = "sentences",
+) -> dict[str, float]:
+    """Return the fraction of each category among texts generated in this style; see classify."""
+    counts, expand = Counter(), TASKS["prosqa"].expand
+    for x, text in zip(examples, texts, strict=True):
+        text = expand(text, x["question"], style)
+        counts[classify(x["question"], x["answer"], text, n_thoughts)] += 1
+    return {name: counts[name] / len(examples) for name in CATEGORIES}
+
+
+def heights(edges: Sequence[tuple[str, str]], longest: bool = False) -> dict[str, int]:
+    """Map each node to the fewest steps down to a leaf (section 5.4), or the most (figure 7).
+
+    A node that leads only into a cycle has no height. With `longest`, one path into a cycle is
+    enough for that.
+    """
+    children = children_of(edges)
+    condition = all if longest else any
+    result = {child: 0 for _, child in edges if child not in children}
+    for height in count(1):
+        level = [
+            node
+            for node, below in children.items()
+            if node not in result and condition(child in result for child in below)
+        ]
+        if not level:
+            return result
+        result |= dict.fromkeys(level, height)

@@ -1,16 +1,20 @@
-"""What a thought says: nodes that the LM head reads in it, and nodes written into it by hand."""
+"""What a thought says: what the model names after it, what the LM head reads in it, and what is
+written into it by hand. All but words_by_step is for ProsQA."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.interchange import Figures, figure, mean_figure
+from nanococonut.evaluation.accuracy import in_batches
+from nanococonut.evaluation.interchange import Figures, chosen, mean_figure
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -18,6 +22,7 @@ from nanococonut.runtime.errors import UserError
 DISTANCES = ["1", "2", "3", "4", "5+", "no path"]
 FACTORS = (4, 8, 12, 16)  # of embeddings that are written; the best on the first half is taken
 ERASE = 1.5  # 1 is a plain projection
+BATCH_SIZE = 200
 MIN_MASS = 0.1  # thoughts with less probability on concepts name none
 WRITTEN = {
     "other": "concepts of the twin's entity",
@@ -25,6 +30,24 @@ WRITTEN = {
     "control": "other concepts",
 }
 ERASED = {"right": "the right branch erased", "wrong": "a wrong branch erased"}
+
+
+def concepts_of(edges: Sequence[tuple[str, str]]) -> list[str]:
+    return sorted({node for edge in edges for node in edge if node[0].islower()})
+
+
+def concept_probabilities(engine: Engine, question: str, n_thoughts: int) -> dict[str, float]:
+    """Map each concept to the probability that it is named first after n_thoughts (section 5.3).
+
+    This is the node that the search has reached. The name follows the thoughts, <eot> (if the
+    method has it) and the word "Every" (unless the model reads compact examples). Its probability
+    is the product over its tokens. Raise UserError if the text is not a ProsQA question or does
+    not fit in block_size.
+    """
+    names = concepts_of(parse_question(question).edges)
+    mark = "Every" if engine.config.render == "sentences" else ""
+    [log_p] = engine.choose([question], [names], n_thoughts, mark=mark)
+    return dict(zip(names, log_p.exp().tolist(), strict=True))
 
 
 class Graph(NamedTuple):
@@ -36,27 +59,24 @@ class Graph(NamedTuple):
     right: set[str]  # concepts that lead to the answer
 
     def chosen(self, d: int) -> dict[str, list[str]]:
-        """Return the concepts at distance d for each key of WRITTEN and ERASED; [] if none fit."""
+        """Return the concepts at distance d for each key of WRITTEN and ERASED; {} if none fit."""
         own, other = ([x for x in self.nodes if steps.get(x) == d] for steps in self[1:3])
+        if not own or not other:
+            return {}
+        control = [x for x in self.nodes if x not in own + other]
         right = [node for node in own if node in self.right]
         wrong = [node for node in own if node not in self.right]
+        written = {"own": own, "other": other, "control": control}
         is_branching = len(right) == 1 and bool(wrong)  # one right branch, and a wrong one
-        return {
-            "own": own if other else [],
-            "other": other if own else [],
-            "control": [x for x in self.nodes if x not in own + other] if own and other else [],
-            "right": right if is_branching else [],
-            "wrong": wrong[:1] if is_branching else [],
-        }
+        return written | ({"right": right, "wrong": wrong[:1]} if is_branching else {})
 
 
-def graph(example: Example, twin: Example) -> Graph:
+def graph(example: Example, twin: Example | None = None) -> Graph:
     """Return the graph of a question. UserError if it is not ProsQA."""
     edges, entity, _ = parse_question(example["question"])
-    target = parse_sentence(example["answer"])[1]
-    nodes = sorted({node for edge in edges for node in edge if node[0].islower()})
+    target, nodes = parse_sentence(example["answer"])[1], concepts_of(edges)
     right = {node for node in nodes if target in reachable(edges, node)}
-    other = parse_question(twin["question"]).entity
+    other = parse_question(twin["question"]).entity if twin else entity
     return Graph(nodes, reachable(edges, entity), reachable(edges, other), right)
 
 
@@ -83,69 +103,59 @@ def names_by_distance(
     base_own, base_other  (N, D)     of the concepts
     mass                  (N, K)     probability on all concepts
     """
-    tokens, D = name_tokens(engine, graphs), len(DISTANCES)
-    (N, K, _), w = thoughts.shape, engine.model.wte.weight
-    out = {name: torch.zeros(N, K, D) for name in ("own", "other")}
-    out |= {name: torch.zeros(N, D) for name in ("base_own", "base_other")}
-    out["mass"] = torch.zeros(N, K)
-    for i, g in enumerate(graphs):
-        p = engine.model.head(thoughts[i].to(w)).float().softmax(-1)
+    tokens, D, w = name_tokens(engine, graphs), len(DISTANCES), engine.model.wte.weight
+    found = defaultdict(list)
+    for g, hidden in zip(graphs, thoughts, strict=True):
+        p = engine.model.head(hidden.to(w)).float().softmax(-1)
         p = p[:, [tokens[node] for node in g.nodes]].cpu()  # (K, nodes)
-        out["mass"][i] = p.sum(1)
-        for name, distances in (("own", g.own), ("other", g.other)):
-            column = torch.tensor([min(distances.get(node, D), D - 1 + (node not in distances)) - 1
-                                   for node in g.nodes])  # fmt: skip
-            out[name][i].index_add_(1, column, p / p.sum(1, keepdim=True))
-            out[f"base_{name}"][i] = torch.bincount(column, minlength=D) / len(column)
-    return out
+        found["mass"].append(p.sum(1))
+        for name, steps in (("own", g.own), ("other", g.other)):
+            columns = [min(steps[x], D - 1) - 1 if x in steps else D - 1 for x in g.nodes]
+            is_column = F.one_hot(torch.tensor(columns), D).float()  # (nodes, D)
+            found[name].append(p / p.sum(1, keepdim=True) @ is_column)
+            found[f"base_{name}"].append(is_column.mean(0))
+    return {name: torch.stack(x) for name, x in found.items()}
 
 
 def write_by_hand(
-    engine: Engine,
-    graphs: Sequence[Graph],
-    questions: Sequence[str],
-    candidates: Sequence[Sequence[str]],
-    thoughts: Tensor,
-    place: tuple[int, int],
-    batch_size: int = 200,
+    engine: Engine, graphs: Sequence[Graph], pairs: Pairs, thoughts: Tensor, t: int, d: int
 ) -> dict[str, Any]:
     """Write concepts into a thought, or erase one; all that follows is computed from it.
 
-    place     (thought, distance of the concepts), both counted from 1
     thoughts  (N, n, C) of the questions as they are
+    t         thought that is changed, from 1
+    d         distance of the concepts
     Return name -> answers (N, m), NaN if the graph has no such concepts: other, own, control
     (concepts that are written), right, wrong (branches that are erased); and "factor".
     """
-    t, chosen = place[0] - 1, [g.chosen(place[1]) for g in graphs]
-    (N, n, _), model = thoughts.shape, engine.model
-    tokens, w = name_tokens(engine, graphs), model.wte.weight.detach()
-    mean = model.thought_embedding(thoughts[: N // 2, t].to(w)).mean(0)
+    concepts, (N, n, _) = [g.chosen(d) for g in graphs], thoughts.shape
+    tokens = name_tokens(engine, graphs)
+    w = engine.model.wte.weight.detach()
+    mean = engine.model.thought_embedding(thoughts[: N // 2, t - 1].to(w)).mean(0).detach()
 
     def answers(name: str, rows: Sequence[int], factor: float) -> Tensor:
-        result = torch.full((N, len(candidates[0])), torch.nan)
-        rows = [i for i in rows if chosen[i][name]]
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            ids = [[tokens[node] for node in chosen[i][name]] for i in part]
+        result = torch.full((N, 2), torch.nan)
+        rows = [i for i in rows if concepts[i].get(name)]
+        for part in in_batches(rows, [0] * N, BATCH_SIZE):
+            ids = [[tokens[node] for node in concepts[i][name]] for i in part]
             direction = torch.stack([w[x].mean(0) for x in ids])  # (B, C)
-            unit = direction / direction.norm(dim=1, keepdim=True)
+            unit = F.normalize(direction)
 
             def edit(i: int, fed: Tensor, direction: Tensor = direction, unit: Tensor = unit):
-                if i != t:
+                if i != t - 1:
                     return fed
-                if name in ("right", "wrong"):
+                if name in ERASED:
                     return fed - ERASE * (fed * unit).sum(1, keepdim=True) * unit
                 return mean + factor * direction
 
-            out = engine.choose(
-                [questions[i] for i in part], [candidates[i] for i in part], n, edit
-            )
-            result[part] = out.cpu()
+            some = pairs.take(part)
+            questions, candidates = some.questions()[0], some.candidates(engine)
+            result[part] = engine.choose(questions, candidates, n, edit).cpu()
         return result
 
     first, second = range(N // 2), range(N // 2, N)
-    tried = {f: (answers("other", first, f).argmax(1)[: N // 2] == 1).sum() for f in FACTORS}
-    factor = max(tried, key=tried.get)
+    flips = {f: (answers("other", first, f).argmax(1) == 1).sum() for f in FACTORS}
+    factor = max(flips, key=flips.get)
     return {"factor": factor} | {x: answers(x, second, factor) for x in WRITTEN | ERASED}
 
 
@@ -159,9 +169,8 @@ def readout(
     """
     index = f.deep.nonzero()[:, 0]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
-    examples, twins = ([side[i] for i in index] for side in (pairs.examples, pairs.twins))
-    graphs = [graph(x, t) for x, t in zip(examples, twins, strict=True)]
-    thoughts, half = f.cells["thoughts"][index], len(index) // 2  # (M, K, C), in random order
+    pairs, thoughts = pairs.take(index.tolist()), f.cells["thoughts"][index]  # (M, K, C)
+    graphs = [graph(x, t) for x, t in zip(pairs.examples, pairs.twins, strict=True)]
     names = names_by_distance(engine, graphs, thoughts)
     mean = {k: v.mean(0) for k, v in names.items()}
     row = {"distances": DISTANCES, "n": len(index)}
@@ -174,33 +183,20 @@ def readout(
     best = {}
     for d in (1, 2):
         k = int(lift(d, slice(None)).argmax())
-        best[d] = {
-            "thought": k + 1,
-            "base": float(mean["base_own"][d - 1]),
-            "mass": float(mean["mass"][k]),
-            "own": mean_figure(names["own"][:, k, d - 1]),
-            "other": mean_figure(names["other"][:, k, d - 1]),
-        }
-    d = max((1, 2), key=lambda d: lift(d, slice(half)).max())
-    t, candidates = int(lift(d, slice(half)).argmax()) + 1, pairs.candidates(engine)
-    answers = write_by_hand(
-        engine, graphs, [x["question"] for x in examples], [candidates[i] for i in index],
-        thoughts[:, :n], (t, d),
-    )  # fmt: skip
-    base, write = f.base[index], {"thought": t, "distance": d, "factor": answers["factor"]}
+        about = {"thought": k + 1, "mass": float(mean["mass"][k])}
+        about |= {name: mean_figure(names[name][:, k, d - 1]) for name in ("own", "other")}
+        best[d] = about | {"base": float(mean["base_own"][d - 1])}
+    half = slice(len(index) // 2)
+    d = max((1, 2), key=lambda d: lift(d, half).max())
+    t = int(lift(d, half).argmax()) + 1
+    answers = write_by_hand(engine, graphs, pairs, thoughts[:, :n], t, d)
 
-    def points(labels: dict[str, str], column: int) -> list[dict[str, Any]]:
-        found = []
-        for name, label in labels.items():
-            log_p = answers[name]
-            where = base & ~log_p[:, 0].isnan()
-            if x := figure(log_p.argmax(1) == column, where, log_p):
-                found.append({"id": name, "label": label} | x)
-        return found
+    def points(labels: dict[str, str], candidate: int) -> list[dict[str, Any]]:
+        figures = {name: chosen(answers[name], candidate, f.both_right[index]) for name in labels}
+        return [{"id": name, "label": labels[name]} | x for name, x in figures.items() if x]
 
-    write["points"] = points(WRITTEN, 1)
-    write["erase"] = points(ERASED, 0)
-    return row, best, write
+    write = {"thought": t, "distance": d, "factor": answers["factor"]}
+    return row, best, write | {"points": points(WRITTEN, 1), "erase": points(ERASED, 0)}
 
 
 @torch.no_grad()
@@ -211,22 +207,19 @@ def words_by_step(
 
     other  the words of step i of another question
     """
-    task, style = TASKS[engine.config.task], engine.config.render
-    steps = [
-        [set(engine.tokenizer.encode(step)) for step in x["steps"]]
-        for x in task.render(pairs.examples, style)
-    ]
-    found, c, w = {}, engine.curriculum.c_thought, engine.model.wte.weight
+    task, c, found = TASKS[engine.config.task], engine.curriculum.c_thought, {}
+    rendered = task.render(pairs.examples, engine.config.render)
+    words = [[set(engine.tokenizer.encode(step)) for step in x["steps"]] for x in rendered]
     for i in range(n // c):
-        rows = [row for row, x in enumerate(steps) if len(x) > i]
+        rows = [row for row, steps in enumerate(words) if len(steps) > i]
         if len(rows) < MIN_PAIRS:
             break
         hidden = f.cells["thoughts"][rows, (i + 1) * c - 1]  # the last thought of the step
-        p = engine.model.head(hidden.to(w)).float().softmax(-1).cpu()
-        sides = {"own": rows, "other": [*rows[1:], *rows[:1]]}
-        sums = {
-            name: [p[k, list(steps[row][i])].sum() for k, row in enumerate(side)]
+        p = engine.model.head(hidden.to(engine.model.wte.weight)).float().softmax(-1).cpu()
+        own = [list(words[row][i]) for row in rows]
+        sides = {"own": own, "other": [*own[1:], *own[:1]]}
+        found[i + 1] = {
+            name: mean_figure(torch.stack([p[k, ids].sum() for k, ids in enumerate(side)]))
             for name, side in sides.items()
         }
-        found[i + 1] = {name: mean_figure(torch.stack(x)) for name, x in sums.items()}
     return found

@@ -1,15 +1,16 @@
 """Run the seven tests on a model, and write down what they show.
 
-bench/common/page.py says what each part of a row looks like.
+page.py says what each part of a row looks like.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanococonut.evaluation import insight
-from nanococonut.evaluation.insight import Finding, decided
-from nanococonut.evaluation.interchange import NOUNS, Figures, figure, kind_of, tables
-from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs, left_alone
+from nanococonut.evaluation.accuracy import score
+from nanococonut.evaluation.insight import Finding, count, decided, finding
+from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, fraction, grid, kind_of
+from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.evaluation.readout import readout, words_by_step
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -28,83 +29,103 @@ def measure(
 
     plain  pairs as in training, with their shortcuts (None: none)
     """
-    kind, n = kind_of(engine), engine.manifest["n_thoughts"]
-    extra = 2 * (kind in ("thought", "pause"))
-    f = p = pairs.figures(engine, extra=extra, progress=lambda x: progress(0.6 * x))
-    if plain is not None:
-        options = {"full": False, "extra": extra, "progress": lambda x: progress(0.6 + 0.2 * x)}
-        p = plain.figures(engine, **options)
+    kind = kind_of(engine)
+    f = p = pairs.figures(engine, lambda x: progress(0.6 * x))
+    if plain:
+        p = plain.figures(engine, lambda x: progress(0.6 + 0.2 * x))
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
+    questions, twins = (plain or pairs).questions()
+    q = p if questions != twins else f  # ProntoQA as in training has no twins
+    one, both = (fraction(x[q.asked]) for x in (q.right ^ q.twin_right, q.both_right))
+    shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
+    ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
     row: Row = {
         "name": name,
         "method": engine.manifest["method"],
         "task": engine.config.task,
-        "thoughts": n,
-        "noun": NOUNS[kind],
+        "thoughts": engine.manifest["n_thoughts"],
+        "noun": (noun := NOUNS[kind]),
         "parameters": engine.model.n_params(),
         "trained": trained,
-        "findings": (findings := []),
         "refused": [],
         "warnings": [],
     }
-    q = p if plain is not None and plain.has_twins else f
-    one, both = figure(q.right ^ q.twin_right, q.asked), figure(q.right & q.twin_right, q.asked)
-    shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
-    ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
-
     if max(trained["lo"], own["lo"]) <= f.chance + 0.05:
-        findings.append(insight.judge_unsolved(trained, own, f.chance))
+        findings = [insight.judge_unsolved(trained, own, f.chance)]
         row["refused"] = ["Nothing else can be asked: there is no answer that could be moved."]
     elif kind == "none":
-        findings += shortcut
+        findings = shortcut
         row["refused"] = ["There is nothing between question and answer: only test 1 is asked."]
     else:
-        findings += shortcut if ignores else []
-        findings.append(insight.judge_needed(own, f.accuracy("mean"), f.chance, row["noun"]))
-        row |= tables(f, p if plain is not None else None, n)
+        needed = insight.judge_needed(own, f.accuracy("mean"), f.chance, noun)
+        moved = _judge_moved(row, f, plain and p, pairs)
         if ignores:
+            findings = [*shortcut, needed]
             row["refused"] = ["Tests 3 to 7 cannot be asked: no answer follows what is asked."]
         else:
-            findings += _judge_moved(row, f, pairs)
-            if kind == "thought":
-                findings += _judge_readout(row, engine, f, pairs)
-                progress(0.95)
-            findings += shortcut
-        if kind != "chain" and plain is not None:
-            free, chain = left_alone(engine, plain)
-            row["accuracy"] |= {"free": free, "wrote_chain": chain}
-            forced = p.accuracy("k0", p.every)
-            findings.append(insight.judge_trap(free, chain, forced, row["noun"]))
+            read = _judge_readout(row, engine, f, pairs) if kind == "thought" else []
+            findings = [needed, *moved, *read, *shortcut]
+        if plain and kind != "chain":
+            findings.append(_judge_trap(row, engine, plain, p.accuracy("k0")))
         row["warnings"] += _warnings(engine, f, pairs)
-    first = findings[:1] if ignores or len(findings) < 3 else findings[:3]
-    row["verdict"] = ", ".join(x["verdict"] for x in first)
+    verdicts = [x["verdict"] for x in findings[: 1 if ignores or len(findings) < 3 else 3]]
     progress(1.0)
-    return row, f
+    return row | {"findings": findings, "verdict": ", ".join(verdicts)}, f
 
 
-def _judge_moved(row: Row, f: Figures, pairs: Pairs) -> list[Finding]:
-    """Return the findings of tests 3 to 5."""
-    noun, twin, stays = row["noun"], f.flips("twin"), f.stays("twin")
-    findings = [insight.judge_carried(twin, f.flips("unrelated"), stays, noun, pairs.twinned)]
+def _judge_trap(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
+    """Write into the row what the model does without thoughts if no answer is forced; say it."""
+    s = score(engine, plain.examples[:400], 0, 200, engine.config.max_new_tokens)
+    wrote_chain = fraction([bool(text.partition("#")[0].strip()) for text in s.texts])
+    row["accuracy"] |= {"free": fraction(s.correct), "wrote_chain": wrote_chain}
+    return finding(
+        "trap",
+        f"Without {row['noun']}, but left to itself, it is right in {{0}}, for it writes steps "
+        "first in {1}. Made to answer at once, as in all tests here, it is right in {2}.",
+        [row["accuracy"]["free"], wrote_chain, forced],
+        (True, "note", "", "A trap avoided."),
+    )
+
+
+def _judge_moved(row: Row, f: Figures, plain: Figures | None, pairs: Pairs) -> list[Finding]:
+    """Return the findings of tests 3 to 5. Write into the row how often answers move.
+
+    plain  figures of questions as in training (None: none)
+    """
+    noun, twin, n = row["noun"], f.flips("twin"), row["thoughts"]
+    asked = "other options" if pairs.is_prosqa else "the opposite query"  # of ProntoQA
+    labels = {
+        "mean": "none at all" if "half" in f.cells else "averaged over questions",
+        "unrelated": "of an unrelated question",
+        "half": "the first half of the twin's",
+        "same_other": f"same question, {asked}",
+        "other_other": f"the twin, {asked}",
+        "twin": "of the twin",
+    }
+    flips = {name: f.flips(name) for name in labels}
+    row["scale"] = [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]
     if not twin or twin["n"] < MIN_PAIRS:
         row["refused"].append("There are too few pairs with both answers right for tests 3 to 7.")
+    stays = f.stays("twin")
+    findings = [insight.judge_carried(twin, flips["unrelated"], stays, noun, pairs.twinned)]
     if "same_other" in f.cells:
-        asked = "other options"
-        if not pairs.is_prosqa:  # ProntoQA
-            asked = "the opposite query"
-            for point in row["scale"]:
-                point["label"] = point["label"].replace("other options", asked)
-        other, same = f.flips("other_other"), f.flips("same_other")
+        other, same = flips["other_other"], flips["same_other"]
         findings.append(insight.judge_search(twin, other, same, noun, asked))
-    if "accuracy" not in row:  # a written chain
+    if "slot1" not in f.cells:  # a written chain
         return findings
-    last = row["accuracy"]["rows"][-len(f.steps) :]  # without the plain one
-    cells = {h: x["cells"] for h, x in zip(f.steps, last, strict=True)}
-    slots = {h: x["cells"] for h, x in zip(f.steps, row["slots"]["rows"], strict=True)}
-    solved = [h for h, c in cells.items() if decided(c[row["thoughts"]]) and c[-1]["lo"] > 0.55]
+
+    numbers = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
+    slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
+    accuracy = {h: [f.accuracy(f"k{k}", f.groups == h) for k in numbers] for h in f.steps}
+    moved = {h: [f.flips(f"slot{j}", f.groups == h) for j in slots] for h in f.steps}
+    rows = {"plain": [plain.accuracy(f"k{k}") for k in numbers]} if plain else {}
+    rows |= {count(h, "step"): cells for h, cells in accuracy.items()}
+    row["accuracy"] = grid(numbers, rows) | {"trained": n}
+    row["slots"] = grid(slots, {count(h, "step"): cells for h, cells in moved.items()})
+    solved = {h: c for h, c in accuracy.items() if decided(c[n]) and c[-1]["lo"] > 0.55}
     if len(solved) > 1:
-        deep = {h: slots[h] for h in solved if h > 1 and all(slots[h])}
-        findings.append(insight.judge_depth({h: cells[h] for h in solved}, deep, noun))
+        deep = {h: moved[h] for h in solved if h > 1 and all(moved[h])}
+        findings.append(insight.judge_depth(solved, deep, noun))
     return findings
 
 

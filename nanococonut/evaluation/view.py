@@ -1,7 +1,6 @@
 """One ProsQA question, thought by thought: what each names, looks at, and makes of the answer."""
 
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.interchange import count
+from nanococonut.evaluation.insight import count
 from nanococonut.evaluation.pairs import Pairs
 from nanococonut.inference.engine import Engine
 from nanococonut.inference.steps import Branch, Slots
@@ -25,13 +24,12 @@ def question_views(
     """Return the views of n questions: the first of each depth, then the first wrong ones."""
     first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
     chosen = first + [i for i, x in enumerate(right) if not x and i not in first]
-    return [
-        question_view(engine, pairs.examples[i], engine.manifest["n_thoughts"]) for i in chosen[:n]
-    ]
+    n_thoughts = engine.manifest["n_thoughts"]
+    return [question_view(engine, pairs.examples[i], n_thoughts) for i in chosen[:n]]
 
 
 def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
-    """Return the view of a question after 0, 1, ... n thoughts, as bench/common/page.py draws it.
+    """Return the view of a question after 0, 1, ... n thoughts, as page.py draws it.
 
     With a twin, also with the twin's thoughts in the question's slots. UserError if the text is
     not a ProsQA question.
@@ -39,34 +37,34 @@ def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
     edges, entity, options = parse_question(example["question"])
     nodes = list(dict.fromkeys(node for edge in edges for node in edge))
     children = {child for _, child in edges}
-    roots = [node for node in nodes if node not in children] or [entity]
-    steps = [reachable(edges, root) for root in roots]
+    steps = [reachable(edges, x) for x in nodes if x not in children] or [reachable(edges, entity)]
     answer = parse_sentence(example["answer"])[1] if example["answer"] else None
-    twin = TASKS["prosqa"].twin(example) if answer else None
-    own = reachable(edges, entity)
+    own, twin = reachable(edges, entity), TASKS["prosqa"].twin(example) if answer else None
     depth = f"{count(own[answer], 'step')}: " if answer in own else ""
-    view: dict[str, Any] = {
+    branch, states, _ = _states(engine, example["question"], nodes, n)
+    other = swapped = None
+    if twin:
+        other = nodes.index(parse_question(twin["question"]).entity)
+        donor, swapped, slots = _states(engine, twin["question"], nodes, n)
+        if torch.equal(branch.start, donor.start):
+            for state, content in zip(swapped, slots, strict=True):
+                branch.restart().put(content)
+                state["answer"] = _answer(branch)
+        else:  # keys and values have other positions
+            swapped = None
+    return {
         "title": f"{depth}{entity}, {options[0]} or {options[1]}",
         "question": f"Is {entity} a {options[0]} or {options[1]}?",
         "nodes": nodes,
         "levels": [min(s.get(node, len(nodes)) for s in steps) for node in nodes],
         "edges": [[nodes.index(a), nodes.index(b)] for a, b in edges],
         "entity": nodes.index(entity) if entity in nodes else None,
-        "other": None,
+        "other": other,
         "candidates": list(options),
         "answer": answer,
-        "swapped": None,
+        "states": states,
+        "swapped": swapped,
     }
-    branch, view["states"], _ = _states(engine, example["question"], nodes, n)
-    if twin:
-        view["other"] = nodes.index(parse_question(twin["question"]).entity)
-        donor, states, slots = _states(engine, twin["question"], nodes, n)
-        if torch.equal(branch.start, donor.start):  # else keys and values have other positions
-            view["swapped"] = [
-                state | {"answer": _answer(branch, donor_slots)}
-                for state, donor_slots in zip(states, slots, strict=True)
-            ]
-    return view
 
 
 @torch.no_grad()
@@ -75,56 +73,35 @@ def _states(
 ) -> tuple[Branch, list[State], list[Slots]]:
     """Return the question's branch, and the state and slots after each number of thoughts."""
     edges, entity, options = parse_question(question)
-    examples = [
-        Example(question=question, steps=[], answer=f"{entity} is a {option}.")
-        for option in options
-    ]
+    answers = [f"{entity} is a {option}." for option in options]
+    examples = [Example(question=question, steps=[], answer=answer) for answer in answers]
     rendered = TASKS["prosqa"].render(examples, engine.config.render)
-    candidates = [x["answer"] for x in rendered]
-    branch = engine.branch([question], [candidates], n)
-    names = [engine.tokenizer.encode(" " + node) for node in nodes]
-    facts = _fact_tokens(engine, rendered[0]["question"], len(edges))
-    attention: list[Tensor] = []
+    encode = engine.tokenizer.encode
+    branch = engine.branch([question], [[x["answer"] for x in rendered]], n)
+    names = [encode(" " + node) for node in nodes]
+    facts = rendered[0]["question"].split(".")[: len(edges)]
+    n_tokens = [len(encode(fact + ".")) for fact in facts]
+    queries: list[Tensor] = []
     layer = engine.model.h[0].attn
-    hook = layer.c_attn.register_forward_hook(lambda _, x, qkv: attention.append(qkv))
+    hook = layer.c_attn.register_forward_hook(lambda _, x, qkv: queries.append(qkv.chunk(3, -1)[0]))
     states, slots = [], []
     for k in range(n + 1):
         state: State = {"p": None, "attention": None}
+        if k:
+            branch.think(1)
+            q = queries[-1].view(layer.n_head, -1, 1)  # (nh, hs, 1), of the newest position
+            keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
+            weights = ((keys @ q)[..., 0] / keys.shape[-1] ** 0.5).softmax(-1).mean(0)  # (T,)
+            of_facts = weights[: sum(n_tokens)].split(n_tokens)
+            state["attention"] = [round(float(w.sum()), 3) for w in of_facts]
         if k and all(len(t) == 1 for t in names):  # else none can be named at once
             p = engine.model.head(branch.thoughts[-1]).float().softmax(-1)[0]
             state["p"] = [round(float(p[t[0]]), 3) for t in names]
-        if k and facts:
-            state["attention"] = _attention(branch, attention[-1], layer.n_head, facts)
-        state["answer"] = _answer(branch)  # last: it attends, too
-        states.append(state)
         slots.append(branch.slots(k))
-        if k < n:
-            branch.think(1)
+        states.append(state | {"answer": _answer(branch)})  # last: it attends, too
     hook.remove()
     return branch, states, slots
 
 
-def _answer(branch: Branch, slots: Slots | None = None) -> list[float]:
-    if slots is not None:
-        branch.restart().put(slots)
+def _answer(branch: Branch) -> list[float]:
     return [round(p, 3) for p in branch.answer()[0].exp().tolist()]
-
-
-def _fact_tokens(engine: Engine, prompt: str, n_facts: int) -> list[tuple[int, int]] | None:
-    """Return the (start, end) of each fact's tokens; None if a token spans two facts."""
-    encode = engine.tokenizer.encode
-    facts = [encode(fact + ".") for fact in prompt.split(".")[:n_facts]]
-    if encode(prompt)[: sum(map(len, facts))] != [*chain.from_iterable(facts)]:
-        return None
-    return list(pairwise(accumulate(map(len, facts), initial=0)))
-
-
-def _attention(
-    branch: Branch, qkv: Tensor, n_head: int, facts: list[tuple[int, int]]
-) -> list[float]:
-    """Return what the newest position attends to in the first layer: its weight on each fact."""
-    q = qkv.view(3, n_head, -1)[0]  # (nh, hs)
-    keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
-    weights = (keys @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5  # (nh, T)
-    weights = weights.softmax(-1).mean(0)
-    return [round(float(weights[start:end].sum()), 3) for start, end in facts]

@@ -114,16 +114,18 @@ def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -
 class Slots:
     """What a batch holds at the positions of its thoughts, and the state after the last of them.
 
-    kv     (B, n, n_layer, 2, n_head, head_dim)  keys and values
-    state  after the last slot; prev_embedding is what the smear adds to the next token
+    kv      (B, n, n_layer, 2, n_head, head_dim)  keys and values
+    inputs  n of (B, C), what was fed back
+    state   after the last slot; prev_embedding is what the smear adds to the next token
     """
 
     kv: Tensor
+    inputs: list[Tensor]
     state: DecodeState
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Slots":
         state = DecodeState(fn(self.state.hidden), fn(self.state.prev_embedding), self.state.span)
-        return Slots(fn(self.kv), state)
+        return Slots(fn(self.kv), [fn(x) for x in self.inputs], state)
 
 
 class Branch:
@@ -218,7 +220,8 @@ class Branch:
     def slots(self, n: int) -> Slots:
         """Return the contents of the first n slots, with the current state."""
         pos = self.start[:, None] + torch.arange(n, device=self.start.device)  # (B, n)
-        return Slots(self.cache.data[:, :, self.cache.batch_index, :, pos], self.state)
+        kv = self.cache.data[:, :, self.cache.batch_index, :, pos]
+        return Slots(kv, self.inputs[:n], self.state)
 
     def put(self, slots: Slots, only: Sequence[int] | None = None) -> None:
         """Replace the slots, or only some of them; the sequence then ends after the last one.

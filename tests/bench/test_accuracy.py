@@ -14,7 +14,7 @@ from nanococonut.data import prosqa
 from nanococonut.data.files import write_examples
 from nanococonut.data.tasks import load_data
 from nanococonut.evaluation.accuracy import score
-from nanococonut.evaluation.categories import CATEGORIES
+from nanococonut.evaluation.paper import CATEGORIES
 from nanococonut.inference.engine import Engine
 from nanococonut.model import GPT
 from nanococonut.runtime.cli import make_config

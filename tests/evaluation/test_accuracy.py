@@ -85,7 +85,7 @@ def test_unpadded_thoughts_are_asked_as_trained(model, tokenizer, monkeypatch):
     ]
     for stage, expected in (4, [2, 6, 0, 2, 4]), (1, [2] * 5):  # a numbered stage has no cap
         requests = scripted(monkeypatch, tokenizer)
-        metrics = evaluate_splits(engine, {"valid": examples}, stage, config, dist)
+        metrics = evaluate_splits(engine, {"valid": examples}, stage, dist)
         asked = {prefix.count(tokenizer.encode("?")[0]): n for p, n, _ in requests for prefix in p}
         assert [asked[i + 1] for i in range(5)] == expected
         assert metrics["valid_tokens"] == sum(expected) / 5
@@ -131,9 +131,9 @@ def test_answers_are_rendered_as_questions_are(model, tokenizer, monkeypatch):
 
 def test_the_interval_is_wilsons():
     """The normal approximation has no width at 10 of 10. Values were computed by hand."""
-    low, high = evaluate.Score([True] * 95 + [False] * 5, 0, 0, []).interval
+    low, high = evaluate.wilson(0.95, 100)
     assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
-    low, high = evaluate.Score([True] * 10, 0, 0, []).interval
+    low, high = evaluate.wilson(1.0, 10)
     assert (round(low, 4), round(high, 12)) == (0.7225, 1.0)
 
 

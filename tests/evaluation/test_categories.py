@@ -7,7 +7,7 @@ import pytest
 from nanococonut.data import prosqa
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.categories import CATEGORIES, category_fractions, classify, heights
+from nanococonut.evaluation.paper import CATEGORIES, category_fractions, classify, heights
 from nanococonut.runtime.errors import UserError
 
 # Tom - a - b - c - t          Sam - d - s         the shortest: Tom a c t

@@ -5,7 +5,7 @@ import pytest
 from nanococonut.data import prosqa
 from nanococonut.evaluation import paper
 from nanococonut.evaluation.accuracy import Score
-from nanococonut.evaluation.categories import CATEGORIES
+from nanococonut.evaluation.paper import CATEGORIES
 
 
 class FakeEngine:

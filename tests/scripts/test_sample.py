@@ -11,7 +11,7 @@ import pytest
 from helpers import save_random_run
 
 import nanococonut
-from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.weights import checkpoint
 
 QUESTION = (

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.common.page import render, sentence, view_page
+from nanococonut.evaluation.page import render, sentence, view_page
 
 BROWSERS = "chromium-headless-shell", "chromium", "google-chrome"
 
@@ -156,9 +156,9 @@ def test_page_fills_in_figures_with_intervals() -> None:
 def test_page_draws_cells_without_mass_hollow() -> None:
     """Accuracy among two options that the model does not say decides nothing."""
     page = render(ROW)
-    assert page.count('class="o"') == 2  # a point and a cell
-    cell = page[: page.rindex('class="o"')].rpartition("<title>")[2]
-    assert cell.startswith("49.2") and "mass 31.0" in cell
+    assert page.count('class="dashed"') == 2  # a point and a cell
+    cell = page[page.rindex('class="dashed"') :].partition("</td>")[0]
+    assert 'title="49.2' in cell and "mass 31.0" in cell
 
 
 def test_page_escapes_names() -> None:
@@ -179,7 +179,7 @@ def test_page_needs_only_findings(noun: str) -> None:
     row = {key: ROW[key] for key in ("name", "findings", "provenance")}
     page = render(row | {"noun": noun, "refused": ["Does not solve these questions."]})
     root = ElementTree.fromstring(page)
-    assert not list(root.iter("svg")) and not list(root.iter("script"))
+    assert not [x for x in root.iter() if x.tag in ("svg", "figure", "script")]
     assert noun in "".join(root.find("head/title").itertext())  # type: ignore[union-attr]
     assert "[[" not in page and "Does not solve" in page
 
@@ -190,7 +190,7 @@ def test_page_shows_the_control_in_grey() -> None:
     control["scale"][2] |= fig(0.0)
     page = render(ROW | {"against": control})
     assert "pause run: The pauses are not needed." in page
-    assert "… of pause run" in tables(page) and 'class="x" fill-opacity' in page
+    assert "… of pause run" in tables(page) and 'class="heat slots grey"' in page
 
 
 # ---- in a browser

@@ -9,7 +9,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import prosqa
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import generated
-from nanococonut.evaluation.probe import concept_probabilities
+from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
