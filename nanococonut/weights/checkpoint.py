@@ -71,9 +71,10 @@ def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, 
     if manifest.get("examples", sha.hexdigest()) != sha.hexdigest():  # old manifests have none
         paths = [p for p in (config.data, config.valid_data) if p]
         raise UserError(
-            f"{' and '.join(paths) or 'the generator'} now gives other examples than this run "
-            "was trained on.\nResume with the --data and --valid_data it started with (the path is "
-            "free), or use another --out_dir."
+            "this run was trained on other examples than those "
+            f"{'of ' + ' and '.join(paths) if paths else 'that are generated now'}.\n"
+            "Resume with the --data and --valid_data it started with (the path is free), "
+            "or use another --out_dir."
         )
     return data, sha.hexdigest()
 
