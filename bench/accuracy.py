@@ -34,7 +34,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
-from nanococonut.data.seeds import TEST_SEED
+from nanococonut.data.generator import TEST_SEED
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import (
     held_out_examples,
@@ -89,7 +89,7 @@ def load_engine(config: AccuracyConfig) -> Engine:
     path, dtype = Path(config.checkpoint or checkpoint.BUNDLED), getattr(torch, config.dtype)
     if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file():
         path = path.parent  # the weights of a checkpoint of ours
-    is_run = (path / checkpoint.MANIFEST).is_file() or bool(checkpoint.list_checkpoints(path))
+    is_run = checkpoint.is_run(path)
     if is_run and config.method:
         raise UserError(f"{path} knows its method.\nLeave --method out.")
     has_weights = path.is_file() or (path / CONFIG_NAME).is_file()

@@ -23,7 +23,7 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from bench.common.results import ResultWriter, read_jsonl
 from nanococonut import Engine
-from nanococonut.data.seeds import TEST_SEED
+from nanococonut.data.generator import TEST_SEED
 from nanococonut.evaluation import page
 from nanococonut.evaluation.pairs import Pairs, load_pairs
 from nanococonut.evaluation.paper import paper_figures

@@ -122,7 +122,7 @@ def save_random_run(
     )  # fmt: skip
     manifest = {
         "config": asdict(config),
-        "model": checkpoint.describe_model(model),
+        "model": asdict(model.config),
         "tokenizer": tokenizer.spec,
         "method": method,
         "stage": 3,
@@ -131,7 +131,7 @@ def save_random_run(
         "device": "cpu",
         "threads": 1,
     }
-    checkpoint.save(path, 7, model, [], manifest)
+    checkpoint.save(path, 7, checkpoint.gather_tensors(model), manifest)
     return model
 
 

@@ -25,7 +25,7 @@ class Options:
     n_nodes: int = option(28, "ProsQA: nodes per graph")
     min_hops: int = option(3, "ProsQA: fewest steps")
     max_hops: int = option(6, "ProsQA: most steps; ProntoQA: exactly this many")
-    split: str = option("test", "GSM8k-Aug: split of the data set", choices=gsm8k.SPLITS)
+    split: str = option("test", "GSM8k-Aug: split of the data set", choices=gsm8k.HUB_SPLITS)
     revision: str = option("main", "GSM8k-Aug: branch, tag or commit")
 
     def __post_init__(self) -> None:

@@ -103,9 +103,9 @@ def parse_gsm8k_line(line: str) -> Example:
 
 def parse_gsm8k_columns(columns: dict[str, Any]) -> Example:
     """Return the example in the columns question, steps, answer, without blanks around texts."""
-    question, steps, answer = (parse_object(columns)[k] for k in ("question", "steps", "answer"))
-    steps = [step.strip() for step in steps if step.strip()]  # "" is no step
-    return {"question": question.strip(), "steps": steps, "answer": answer.strip()}
+    x = parse_object(columns)
+    steps = [step.strip() for step in x["steps"] if step.strip()]  # "" is no step
+    return {"question": x["question"].strip(), "steps": steps, "answer": x["answer"].strip()}
 
 
 def parse_row(row: Any) -> Example:

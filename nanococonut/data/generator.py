@@ -7,8 +7,13 @@ import numpy as np
 
 from nanococonut.data.examples import Example
 from nanococonut.data.isomorphism import Graph, graph_keys
-from nanococonut.data.seeds import rng_from_seed
 from nanococonut.runtime.errors import UserError
+
+# the random streams of one seed, none of which overlap: training examples, both validation splits,
+# the order of an epoch, an example's stage, and generate() with a plain integer
+TRAIN, VALID, MATCHED, ORDER, STAGE_STREAM, USER_STREAM = range(6)
+# a user's seed: training repeats no graph of the first N_TEST examples of a split by this seed
+TEST_SEED, N_TEST = 1_000_003, 2000
 
 BATCH = 1024  # examples drawn at once; constant, so that the first examples do not depend on n
 PATIENCE = 100_000  # examples drawn for one that is kept before giving up
@@ -20,8 +25,12 @@ SampleBatch = Callable[[np.random.Generator, Any], list[Example]]
 def sample_batches(
     sample_batch: SampleBatch, seed: int | Sequence[int], config: Any
 ) -> Iterator[list[Example]]:
-    """Yield batches of examples, again and again; one may be empty."""
-    rng = rng_from_seed(seed)
+    """Yield batches of examples, again and again; one may be empty.
+
+    seed   (seed, stream, ...), or a user's integer
+    """
+    # numpy pads seeds with zeros: S alone would equal (S, TRAIN, 0), the training stream
+    rng = np.random.default_rng((seed, USER_STREAM) if isinstance(seed, int) else seed)
     while True:
         yield sample_batch(rng, config)
 
@@ -43,18 +52,16 @@ def draw(
     """
     config = config or default_config
     examples: list[Example] = []
-    n_drawn = 0
-    for batch in sample_batches(sample_batch, seed, config):
+    for n_batches, batch in enumerate(sample_batches(sample_batch, seed, config), 1):
         if exclude:
             keys = zip(batch, graph_keys(map(marked_graph, batch)), strict=True)
             batch = [example for example, key in keys if key not in exclude]
         examples += batch
-        n_drawn += BATCH
-        if len(examples) < n and n_drawn >= PATIENCE * (len(examples) + 1):
-            raise UserError(
-                f"{n_drawn:,} graphs gave {len(examples)} examples with {config}.\n"
-                "Ask for fewer hops or another number of nodes."
-            )
         if len(examples) >= n:
             break
+        if n_batches * BATCH >= PATIENCE * (len(examples) + 1):
+            raise UserError(
+                f"{n_batches * BATCH:,} graphs gave {len(examples)} examples with {config}.\n"
+                "Ask for fewer hops or another number of nodes."
+            )
     return examples[:n]

@@ -7,13 +7,16 @@ preprocessing gives them an empty one instead.
 """
 
 from pathlib import Path
+from typing import Any
 
 from nanococonut.data.examples import Example
 from nanococonut.data.files import OBJECT, collect, parse_gsm8k_columns
 from nanococonut.runtime.errors import UserError
 
 HUB = "whynlp/gsm8k-aug"  # columns: question, steps (a list), answer
-SPLITS = ("train", "validation", "test")
+HUB_SPLITS = ("train", "validation", "test")
+SPLITS: dict[str, Any] = {}  # none is generated
+VOCABULARY = ["###"]  # in addition to the words of the examples
 
 
 def from_hub(

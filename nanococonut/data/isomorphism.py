@@ -7,6 +7,7 @@ one into the other, marks included.
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
+from operator import eq
 
 import numpy as np
 
@@ -16,7 +17,10 @@ ROUNDS = 4  # steps that a color looks up and down; fewer only make more graphs 
 
 
 class GraphKey:
-    """A graph as a member of a set: equal if and only if isomorphic, so a set holds it once."""
+    """A graph as a member of a set: equal if and only if isomorphic, so a set holds it once.
+
+    colors   of its nodes, color: of the graph, equal for isomorphic graphs; see graph_keys
+    """
 
     def __init__(self, graph: Graph, colors: list[int], color: int) -> None:
         self.graph, self.colors, self.color = graph, colors, color
@@ -24,10 +28,28 @@ class GraphKey:
     def __hash__(self) -> int:
         return self.color
 
-    def __eq__(self, other: object) -> bool:  # called for equal colors only: rarely
+    def __eq__(self, other: object) -> bool:  # beyond the first line for equal colors only: rarely
         if not isinstance(other, GraphKey) or self.color != other.color:
             return False
-        return is_isomorphic(self.graph, self.colors, other.graph, other.colors)
+        order_a, order_b = (
+            sorted(range(len(c)), key=c.__getitem__) for c in (self.colors, other.colors)
+        )
+        ordered = [self.colors[v] for v in order_a]
+        if ordered != [other.colors[v] for v in order_b]:
+            return False
+        tied = next((i for i in range(1, len(ordered)) if ordered[i] == ordered[i - 1]), None)
+        if tied is None:  # one way to match nodes of one color is left
+            match = dict(zip(order_a, order_b, strict=True))
+            edges = sorted((match[v], match[w]) for v, w in self.graph[0])
+            return edges == sorted(other.graph[0])
+        # match the first node that shares its color with each node of that color in turn
+        v = order_a[tied]
+        candidates = [w for w in order_b if other.colors[w] == self.colors[v]]
+        return any(eq(*graph_keys([self._mark(v), other._mark(w)])) for w in candidates)
+
+    def _mark(self, node: int) -> Graph:
+        """Return the graph with its colors as marks, except for one node, which gets a new mark."""
+        return self.graph[0], [c ^ (v == node) for v, c in enumerate(self.colors)]
 
 
 def marked_graph(
@@ -40,22 +62,14 @@ def marked_graph(
 
 
 def graph_keys(graphs: Iterable[Graph]) -> list[GraphKey]:
-    """Return the key of each graph, fastest for many graphs at once."""
+    """Return the key of each graph, fastest for many graphs at once.
+
+    The colors, uint64, are of Weisfeiler-Lehman refinement: a node's is mixed with the sum of its
+    parents' colors and the sum of its children's, a few times.
+    """
     graphs = list(graphs)
     if not graphs:
         return []
-    per_node, per_graph = node_colors(graphs)
-    ends = np.cumsum([len(marks) for _, marks in graphs])
-    colors = (part.tolist() for part in np.split(per_node, ends[:-1]))
-    return [GraphKey(*key) for key in zip(graphs, colors, per_graph.tolist(), strict=True)]
-
-
-def node_colors(graphs: Sequence[Graph]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (colors of all nodes, colors of the graphs), uint64, equal for isomorphic graphs.
-
-    Weisfeiler-Lehman refinement: a node's color is mixed with the sum of its parents' colors and
-    the sum of its children's, a few times.
-    """
     n_nodes = np.array([len(marks) for _, marks in graphs])
     n_edges = [len(edges) for edges, _ in graphs]
     flat = np.fromiter(chain.from_iterable(chain.from_iterable(e for e, _ in graphs)), np.int64)
@@ -67,7 +81,9 @@ def node_colors(graphs: Sequence[Graph]) -> tuple[np.ndarray, np.ndarray]:
         np.add.at(above, child, color[parent])  # wraps around, as intended
         np.add.at(below, parent, color[child])
         color = _mix(_mix(color + np.uint64(2) * _mix(above)) + below)
-    return color, _mix(np.add.reduceat(color, first_node))
+    per_node = [part.tolist() for part in np.split(color, first_node[1:])]
+    per_graph = _mix(np.add.reduceat(color, first_node)).tolist()
+    return [GraphKey(*key) for key in zip(graphs, per_node, per_graph, strict=True)]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -76,32 +92,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def is_isomorphic(a: Graph, colors_a: list[int], b: Graph, colors_b: list[int]) -> bool:
-    """Search for a renumbering that turns graph a into b. A node may only become one of its color.
-
-    The first node of a that shares its color is matched with each node of b of that color in turn.
-    The matched pair gets a new mark, and the colors are recomputed.
-    """
-    order_a, order_b = (sorted(range(len(c)), key=c.__getitem__) for c in (colors_a, colors_b))
-    ordered = [colors_a[v] for v in order_a]
-    if ordered != [colors_b[v] for v in order_b]:
-        return False
-    tied = next((i for i in range(1, len(ordered)) if ordered[i] == ordered[i - 1]), None)
-    if tied is None:  # one way to match the nodes is left
-        match = dict(zip(order_a, order_b, strict=True))
-        return sorted((match[v], match[w]) for v, w in a[0]) == sorted(b[0])
-    v = order_a[tied]
-    for w in (w for w in order_b if colors_b[w] == colors_a[v]):
-        graphs = _mark(a, colors_a, v), _mark(b, colors_b, w)
-        both, _ = node_colors(graphs)
-        n = len(colors_a)
-        if is_isomorphic(graphs[0], both[:n].tolist(), graphs[1], both[n:].tolist()):
-            return True
-    return False
-
-
-def _mark(graph: Graph, colors: list[int], node: int) -> Graph:
-    """Return the graph with its colors as marks, except for one node, which gets a new mark."""
-    return graph[0], [c ^ (v == node) for v, c in enumerate(colors)]

@@ -12,14 +12,15 @@ entity's fact tells the two apart, so all such rules give 50 %.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from functools import lru_cache, partial
 from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 
+from nanococonut.config import TrainConfig
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
@@ -53,7 +54,7 @@ VOCABULARY = [
     *"Each Every is are a an not True False or false : . ? ###".split(),
 ]
 
-WORDS = CONCEPTS + PROPERTIES
+WORDINGS = ("Each", "Every", "plural", "plural")  # half of all rules are plural
 
 
 class Claim(NamedTuple):
@@ -81,8 +82,9 @@ def _a(concept: str) -> str:
     return f"{'an' if concept[0] in 'aeiou' else 'a'} {concept}"
 
 
+@lru_cache(10_000)  # a lookup is faster than formatting
 def _sentence(claim: Claim, wording: str = "Every") -> str:
-    """Write a claim. Wording is Each, Every or plural; facts have only one."""
+    """Write a claim. Wording is one of WORDINGS; facts have only one."""
     subject, negated, predicate = claim
     no = "not " if negated else ""
     if wording == "plural" and not claim.is_fact:
@@ -90,16 +92,6 @@ def _sentence(claim: Claim, wording: str = "Every") -> str:
         return f"{subject.capitalize()}es are {no}{plural}."
     subject = subject if claim.is_fact else f"{wording} {subject}"
     return f"{subject} is {no}{_a(predicate) if claim.names_concept else predicate}."
-
-
-# (wording, subject, negated, predicate); plural twice: half of all rules are
-SENTENCES = np.array(
-    [
-        [[[_sentence(Claim(s, no, p), w) for p in WORDS] for no in (False, True)] for s in CONCEPTS]
-        for w in ("Each", "Every", "plural", "plural")
-    ],
-    dtype=object,
-)
 
 
 @dataclass(frozen=True)
@@ -113,6 +105,23 @@ class OntologyConfig:
         validate(self)
         if self.matched and self.hops > 5:  # a twin needs more concepts
             raise UserError(f"hops={self.hops}: matched has at most 5.\nLower hops (--max_hops).")
+
+
+# split -> its settings for a model that is trained on ontologies of some size
+SPLITS: dict[str, Callable[[TrainConfig], OntologyConfig]] = {
+    "prontoqa": lambda trained: OntologyConfig(trained.max_hops),
+    "prontoqa_matched": lambda trained: OntologyConfig(trained.max_hops, matched=True),
+}
+
+
+def easier_configs(trained: TrainConfig) -> list[OntologyConfig]:
+    """Return settings with fewer steps than the task's own, to start the search from."""
+    return [OntologyConfig(hops, matched=True) for hops in range(1, trained.max_hops)]
+
+
+def longest_configs(trained: TrainConfig) -> list[OntologyConfig]:
+    """Return no settings: all examples have as many steps."""
+    return []
 
 
 def _negated_probability(c: OntologyConfig) -> np.ndarray:
@@ -158,37 +167,39 @@ def sample_batch(rng: np.random.Generator, c: OntologyConfig) -> list[Example]:
     """Draw BATCH examples: B examples, R rules, P properties, 17 concepts, 13 families."""
     rules, second = _rules(c)
     negated_probability = _negated_probability(c)
-    concept = rng.random((BATCH, len(CONCEPTS))).argsort(1)  # (B, 17) word of each concept
+    concepts = rng.random((BATCH, len(CONCEPTS))).argsort(1).tolist()  # (B, 17)
     family = rng.random((BATCH, len(FAMILIES))).argsort(1)[:, : len(negated_probability)]  # (B, P)
-    size = np.array([len(f) for f in FAMILIES])
-    member = (rng.random(family.shape) * size[family]).astype(int)
-    word = np.hstack([concept, len(CONCEPTS) + (size.cumsum() - size)[family] + member])
-    negated = np.zeros(word.shape, bool)  # (B, 17 + P), concepts never
-    negated[:, len(CONCEPTS) :] = rng.random(family.shape) < negated_probability
-
-    subject, predicate, opposite = np.array(rules).T  # (R)
-    wording = rng.integers(4, size=(BATCH, len(rules)))
-    no = negated[:, predicate] ^ opposite.astype(bool)
-    sentences = SENTENCES[wording, word[:, subject], no.astype(int), word[:, predicate]]  # (B, R)
-    order = rng.random(sentences.shape).argsort(1)
-    shuffled = np.take_along_axis(sentences, order, 1).tolist()
-    # the rules of the steps: from concept `hops` up to 1, then its property
-    proof = sentences[:, [*range(4 * (c.hops - 1), 0, -4), 2]].tolist()
-    name = rng.random((BATCH, len(NAMES))).argsort(1)[:, :2].tolist()
+    n_members = np.array([len(f) for f in FAMILIES])
+    member = (rng.random(family.shape) * n_members[family]).astype(int).tolist()
+    is_negated = (rng.random(family.shape) < negated_probability).tolist()
+    wording = rng.integers(4, size=(BATCH, len(rules))).tolist()
+    order = rng.random((BATCH, len(rules))).argsort(1).tolist()
+    names = rng.random((BATCH, len(NAMES))).argsort(1)[:, :2].tolist()
     second_first, is_true = (rng.random((2, BATCH)) < 0.5).tolist()
     examples: list[Example] = []
-    for i, (first_name, second_name) in enumerate(name):
-        entity, other = NAMES[first_name], NAMES[second_name if c.matched else first_name]
-        above = [CONCEPTS[k] for k in concept[i, c.hops : 0 : -1]]
-        facts = [f"{entity} is {_a(above[0])}.", f"{other} is {_a(CONCEPTS[concept[i, second]])}."]
+    for i, families in enumerate(family.tolist()):
+        words = [CONCEPTS[k] for k in concepts[i]]
+        words += [FAMILIES[f][m] for f, m in zip(families, member[i], strict=True)]
+        negated = [False] * len(CONCEPTS) + is_negated[i]
+        sentences = [
+            _sentence(Claim(words[s], negated[p] ^ opposite, words[p]), WORDINGS[w])
+            for (s, p, opposite), w in zip(rules, wording[i], strict=True)
+        ]
+        first_name, second_name = (NAMES[k] for k in names[i])
+        entity, other = first_name, second_name if c.matched else first_name
+        chain = words[c.hops : 0 : -1]  # the entity's concept first
+        facts = [f"{entity} is {_a(chain[0])}.", f"{other} is {_a(words[second])}."]
         if second_first[i]:
             facts.reverse()
-        prop, no = WORDS[word[i, len(CONCEPTS)]], bool(negated[i, len(CONCEPTS)])
+        prop, no = words[len(CONCEPTS)], negated[len(CONCEPTS)]
         query = _sentence(Claim(entity, no == is_true[i], prop))
-        steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(above, proof[i], strict=True)]
+        # the rules of the steps: from each concept to the next, then its property
+        proof = [sentences[rule] for rule in (*range(4 * (c.hops - 1), 0, -4), 2)]
+        steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(chain, proof, strict=True)]
+        context = [sentences[rule] for rule in order[i]]
         examples.append(
             {
-                "question": " ".join([*shuffled[i], *facts, "True or false:", query]),
+                "question": " ".join([*context, *facts, "True or false:", query]),
                 "steps": [*steps, _sentence(Claim(entity, no, prop))],
                 "answer": str(is_true[i]),
             }
@@ -299,36 +310,31 @@ def twin(example: Example) -> Example | None:
     None if there is no other name, as without OntologyConfig(matched=True), or if nothing opposite
     follows.
     """
-    sentences, query = split_question(example["question"])
-    claims = [parse_sentence(sentence) for sentence in sentences]
-    q = parse_question(example["question"])
-    entity, prop = q.query.subject, q.query.predicate
-    concepts = {claim.subject: claim.predicate for claim in q.facts}
+    facts, rules, (entity, _, prop) = parse_question(example["question"])
+    concepts = {fact.subject: fact.predicate for fact in facts}
     if len(concepts) != 2 or entity not in concepts:
         return None
     concepts = dict(zip(concepts, reversed(concepts.values()), strict=True))
-    texts = [
-        _sentence(Claim(c.subject, False, concepts[c.subject])) if c.is_fact else f"{sentence}."
-        for c, sentence in zip(claims, sentences, strict=True)
-    ]
+    sentences, query = split_question(example["question"])
+    texts = [f"{sentence}." for sentence in sentences]
+    for i, claim in enumerate(map(parse_sentence, sentences)):
+        if claim.is_fact:
+            texts[i] = _sentence(claim._replace(predicate=concepts[claim.subject]))
     question = " ".join([*texts, "True or false:", query])
     answer = solve(question)
     if answer is None or answer == example["answer"]:
         return None
     # up from the entity's concept to the nearest one with the property
-    rule_of = {claim.subject: claim for claim in q.rules if claim.predicate == prop}
-    paths = [[concepts[entity]]]
-    for path in paths:  # grows during the loop
-        if path[-1] in rule_of:
+    rule_of = {rule.subject: rule for rule in rules if rule.predicate == prop}
+    proofs: list[list[Claim]] = [[Claim(entity, False, concepts[entity])]]
+    for proof in proofs:  # grows during the loop
+        concept = proof[-1].predicate
+        if concept in rule_of:
             break
-        paths += [
-            [*path, c.predicate] for c in q.rules if c.subject == path[-1] and c.names_concept
-        ]
-    last = rule_of[path[-1]]
-    proof = [*(Claim(a, False, b) for a, b in pairwise(path)), last]
-    text_of = dict(zip(claims, texts, strict=True))
-    steps = [f"{_sentence(Claim(entity, False, c.subject))} {text_of[c]}" for c in proof]
-    steps.append(_sentence(Claim(entity, last.negated, prop)))
+        proofs += [[*proof, r] for r in rules if r.subject == concept and r.names_concept]
+    last = rule_of[concept]
+    compact = "".join(f" {rule.subject}{rule.compact}" for rule in [*proof[1:], last])
+    steps = expand_steps(compact + last.compact, question)
     return {**example, "question": question, "steps": steps, "answer": answer}
 
 

@@ -13,13 +13,14 @@ decides which root is the entity, so no rule that ignores the entity beats 50 %.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanococonut.config import TrainConfig
 from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
@@ -36,14 +37,10 @@ CONCEPTS = (
     "shumpus sterpus storpus terpus timpus tumpus vumpus worpus wumpus yerpus yimpus yumpus "
     "zhorpus zumpus"
 ).split()
-# every word and sign of both styles, and the mark before the answer
-VOCABULARY = [*NAMES, *CONCEPTS, "Every", "is", "a", "Is", "or", ".", "?", "###"]
-
 WORDS = NAMES + CONCEPTS
-# "w is a v." for every pair of words, at 55 * w + v: a lookup is faster than formatting
-SENTENCES = [
-    f"{w} is a {v}." if w in NAMES else f"Every {w} is a {v}." for w in WORDS for v in WORDS
-]
+# every word and sign of both styles, and the mark before the answer
+VOCABULARY = [*WORDS, "Every", "is", "a", "Is", "or", ".", "?", "###"]
+
 FAR = 10_000  # distance of an unreachable node
 # fitted: the fractions of nodes whose parents all descend from root 0, and from root 1; all other
 # nodes take parents anywhere, drawn with weight (DEPTH_WEIGHT * depth + 1) ** depth_power
@@ -67,28 +64,38 @@ class GraphConfig:
         validate(self)
 
 
-# split -> what it changes in the settings of training
-SPLITS: dict[str, Callable[[GraphConfig], dict[str, Any]]] = {
-    "prosqa": lambda base: {},  # as in training, with all shortcuts
-    "prosqa_matched": lambda base: {"matched": True},
-    "prosqa_balanced": lambda base: {"balanced": True},
-    # one or two hops more than any in training
-    "prosqa_long": lambda base: {
-        "balanced": True,
-        "min_hops": base.max_hops + 1,
-        "max_hops": base.max_hops + 2,
-        # such chains are very rare otherwise, and "farthest" solves them all
-        "n_nodes": min(round(base.n_nodes * 8 / 7), len(WORDS)),
-        "depth_power": 6,
-    },
-    # one more parent per node
-    "prosqa_dense": lambda base: {"balanced": True, "parent_rate": base.parent_rate + 1},
+def _graphs(trained: TrainConfig | GraphConfig, **changes: Any) -> GraphConfig:
+    return GraphConfig(trained.n_nodes, trained.min_hops, trained.max_hops, **changes)
+
+
+def _longer_graphs(trained: TrainConfig | GraphConfig) -> GraphConfig:
+    hops = dict(min_hops=trained.max_hops + 1, max_hops=trained.max_hops + 2)
+    n_nodes = min(round(trained.n_nodes * 8 / 7), len(WORDS))
+    return GraphConfig(n_nodes, **hops, **LONG_CHAINS)
+
+
+# long chains are very rare otherwise, and "farthest" solves them all
+LONG_CHAINS: dict[str, Any] = dict(depth_power=6, balanced=True)
+# split -> its settings for a model that is trained on graphs of some size
+SPLITS: dict[str, Callable[[TrainConfig | GraphConfig], GraphConfig]] = {
+    "prosqa": _graphs,  # as in training, with all shortcuts
+    "prosqa_matched": partial(_graphs, matched=True),
+    "prosqa_balanced": partial(_graphs, balanced=True),
+    "prosqa_long": _longer_graphs,  # one or two hops more than any in training
+    "prosqa_dense": partial(_graphs, balanced=True, parent_rate=2.5),  # one more parent per node
 }
 
 
-def split_config(name: str, base: GraphConfig) -> GraphConfig:
-    """Return the settings of a split for a model trained on the graphs of `base`."""
-    return replace(replace(base, matched=False, balanced=False), **SPLITS[name](base))
+def easier_configs(trained: TrainConfig) -> list[GraphConfig]:
+    """Return settings with fewer steps than the task's own, to start the search from."""
+    n = trained.min_hops
+    return [GraphConfig(trained.n_nodes, min_hops=1, max_hops=n - 1)] if n > 1 else []
+
+
+def longest_configs(trained: TrainConfig) -> list[GraphConfig]:
+    """Return settings with the most steps, which are rare in the first split."""
+    min_hops = max(trained.min_hops, trained.max_hops - 1)
+    return [GraphConfig(trained.n_nodes, min_hops, trained.max_hops, **LONG_CHAINS)]
 
 
 class Graphs(NamedTuple):
@@ -136,17 +143,16 @@ def sample_graphs(rng: np.random.Generator, size: int, c: GraphConfig) -> Graphs
     return Graphs(parent, label, depth, hops, leaf)
 
 
-class GraphQuestions(NamedTuple):
-    """Accepted graphs and the question about each, (G) nodes."""
+def pick_question(
+    rng: np.random.Generator, graphs: Graphs, c: GraphConfig
+) -> tuple[Graphs, np.ndarray, np.ndarray, np.ndarray]:
+    """Draw entity and options. Drop graphs that allow none, or not within the limits.
 
-    graphs: Graphs
-    root: np.ndarray  # the entity: 0 or 1
-    target: np.ndarray  # the entity's deepest leaf among those the other root does not lead to
-    neg_target: np.ndarray  # a leaf that only the other root leads to
-
-
-def pick_question(rng: np.random.Generator, graphs: Graphs, c: GraphConfig) -> GraphQuestions:
-    """Draw entity and options. Drop graphs that allow none, or not within the limits."""
+    Return the other graphs and a node of each, (G):
+    root        the entity: 0 or 1
+    target      the entity's deepest leaf among those the other root does not lead to
+    neg_target  a leaf that only the other root leads to
+    """
     # (G, 2, N) steps from a root to its exclusive leaves, -1 for all other nodes
     exclusive = graphs.leaf[:, None] & (graphs.label[:, None] == np.array([[1], [2]]))
     reach = np.where(exclusive, graphs.hops, -1)
@@ -154,7 +160,7 @@ def pick_question(rng: np.random.Generator, graphs: Graphs, c: GraphConfig) -> G
     coin = rng.random(len(deepest)) < 0.5
     root = np.where(deepest[:, 0] == deepest[:, 1], coin, deepest[:, 1] > deepest[:, 0]).astype(int)
     n_hops = deepest.max(1)
-    orphan = graphs.parent[:, :, 0] < 0
+    orphan = graphs.depth == 0
     # a root that is a leaf has no exclusive leaf
     ok = (deepest.min(1) >= 1) & (c.min_hops <= n_hops) & (n_hops <= c.max_hops)
     ok &= (orphan & ~graphs.leaf).sum(1) <= len(NAMES)
@@ -170,7 +176,7 @@ def pick_question(rng: np.random.Generator, graphs: Graphs, c: GraphConfig) -> G
         others &= graphs.depth == graphs.depth[np.arange(len(g)), target][:, None]
     neg_target = random_true(rng, others)
     ok = others.any(1)
-    return GraphQuestions(graphs.take(ok), root[ok], target[ok], neg_target[ok])
+    return graphs.take(ok), root[ok], target[ok], neg_target[ok]
 
 
 def random_true(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
@@ -178,122 +184,96 @@ def random_true(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, rng.random(mask.shape), -1).argmax(1)
 
 
-def _shortest_paths(
-    rng: np.random.Generator, q: GraphQuestions, g: np.ndarray, above: np.ndarray, below: np.ndarray
+def shortest_paths(
+    rng: np.random.Generator, graphs: Graphs, root: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
-    """Draw one shortest path per graph: (G, longest + 1) nodes, target first, entity repeated.
+    """Draw one shortest path per graph: (G, longest + 1) nodes, target first, root repeated.
 
-    The edges above -> below of graph g are sorted by graph and lower node. All shortest paths
-    are equally likely, as in the released examples (131 of 300 have several; of the 96 with two,
-    46 state the first).
+    All shortest paths are equally likely, as in the released examples (131 of 300 have several; of
+    the 96 with two, 46 state the first).
     """
-    size, n = q.graphs.leaf.shape
-    first_node = np.arange(size) * n  # node i of graph g is g * n + i from here on
-    steps = q.graphs.hops[np.arange(size), q.root].ravel()  # (G * N)
-    above, below = g * n + above, g * n + below
-    on_path = steps[above] + 1 == steps[below]
-    above, below = above[on_path], below[on_path]
-    n_paths = np.zeros(size * n)  # shortest paths from the entity
-    n_paths[first_node + q.root] = 1
-    longest = steps[first_node + q.target].max(initial=0)
-    for step in range(1, longest + 1):
-        level = steps[below] == step
-        n_paths += np.bincount(below[level], n_paths[above[level]], minlength=len(n_paths))
-    # upward from the target: take an edge with probability n_paths[above] / n_paths[below]
-    cumulative = np.concatenate([[0], n_paths[above].cumsum()]).astype(np.int64)
-    path = np.tile(first_node + q.target, (longest + 1, 1))  # (longest + 1, G)
-    for step in range(longest):
-        unfinished = np.flatnonzero(steps[path[step]] > 0)
-        low = cumulative[np.searchsorted(below, path[step, unfinished], "left")]
-        high = cumulative[np.searchsorted(below, path[step, unfinished], "right")]
-        edge = np.searchsorted(cumulative, rng.integers(low, high), "right") - 1
-        path[step + 1 :, unfinished] = above[edge]
-    return path.T % n
-
-
-def _draw_words(rng: np.random.Generator, graphs: Graphs) -> np.ndarray:
-    """Draw a word for every node, persons for parentless ones: (G, N) indices into WORDS."""
-    size = len(graphs.leaf)
-    orphan = graphs.parent[:, :, 0] < 0
-    names = rng.random((size, len(NAMES))).argsort(1)
-    concepts = rng.random((size, len(CONCEPTS))).argsort(1) + len(NAMES)
-    nth_person = np.minimum((orphan & ~graphs.leaf).cumsum(1) - 1, len(NAMES) - 1)
-    nth_concept = np.maximum((~orphan).cumsum(1) - 1, 0)
-    name = np.take_along_axis(names, nth_person, 1)
-    concept = np.take_along_axis(concepts, nth_concept, 1)
-    return np.where(orphan, name, concept)
+    parent, g = graphs.parent, np.arange(len(root))
+    hops = graphs.hops[g, root]  # (G, N)
+    n_paths = np.zeros(hops.shape, int)  # shortest paths from the root
+    n_paths[g, root] = 1
+    through = np.zeros(parent.shape, int)  # (G, N, K) those of n_paths by each parent
+    for node in range(2, hops.shape[1]):
+        above = parent[:, node]  # (G, K)
+        nearer = (above >= 0) & (hops[g[:, None], above] + 1 == hops[:, node, None])
+        through[:, node] = np.where(nearer, n_paths[g[:, None], above], 0)
+        n_paths[:, node] += through[:, node].sum(1)
+    path = [target]
+    for _ in range(hops[g, target].max(initial=0)):
+        node = path[-1].copy()
+        unfinished = np.flatnonzero(node != root)
+        below = node[unfinished]
+        cumulative = through[unfinished, below].cumsum(1)  # (U, K)
+        drawn = rng.integers(cumulative[:, -1])
+        k = (cumulative <= drawn[:, None]).sum(1)
+        node[unfinished] = parent[unfinished, below, k]
+        path.append(node)
+    return np.stack(path, 1)
 
 
 def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]:
     """Return the examples of BATCH graphs, with the released keys and wording."""
-    return _render(rng, pick_question(rng, sample_graphs(rng, BATCH, config), config))
-
-
-def _render(rng: np.random.Generator, q: GraphQuestions) -> list[Example]:
-    """Write examples in the released wording; draw words, sentence order and option order."""
-    parent = q.graphs.parent
-    index = np.arange(len(parent))
-    keep = ~((parent[:, :, 0] < 0) & q.graphs.leaf)  # nodes without edges are removed
-    number = keep.cumsum(1) - 1  # (G, N)
-    word = _draw_words(rng, q.graphs)
-
-    g, below, k = np.nonzero(parent >= 0)  # (E) all edges of all graphs
-    above = parent[g, below, k]
-    edges = np.stack([number[g, above], number[g, below]], 1).tolist()
-    n_edges = np.bincount(g, minlength=len(index))
-    is_edge = np.arange(n_edges.max(initial=0)) < n_edges[:, None]  # (G, most edges)
-    order = np.where(is_edge, rng.random(is_edge.shape), 2).argsort(1)
-    order = (order + (n_edges.cumsum() - n_edges)[:, None])[is_edge]  # (E)
-    facts = (word[g, above] * len(WORDS) + word[g, below])[order].tolist()
-    path = np.take_along_axis(word, _shortest_paths(rng, q, g, above, below), 1)
-    steps = (path[:, 1:] * len(WORDS) + path[:, :-1]).tolist()  # last step first
-    hops = q.graphs.hops[index, q.root, q.target].tolist()
-    target_first = (rng.random(len(index)) < 0.5).tolist()
-    all_symbols = [WORDS[w] for w in word[keep].tolist()]
-    edge_ends, symbol_ends = n_edges.cumsum().tolist(), keep.sum(1).cumsum().tolist()
-    nodes = [number[index, node].tolist() for node in (q.root, q.target, q.neg_target)]
+    graphs, *query = pick_question(rng, sample_graphs(rng, BATCH, config), config)
+    orphan = graphs.depth == 0
+    size = len(orphan)
+    names = rng.random((size, len(NAMES))).argsort(1).tolist()
+    concepts = rng.random((size, len(CONCEPTS))).argsort(1).tolist()
+    n_edges = (graphs.parent >= 0).sum((1, 2))
+    places = rng.random((size, n_edges.max(initial=0))).tolist()  # of the sentences in the text
+    paths = shortest_paths(rng, graphs, *query[:2]).tolist()
+    target_first = (rng.random(size) < 0.5).tolist()
+    kept = ~(orphan & graphs.leaf)  # nodes without edges are removed
+    numbers = kept.cumsum(1) - 1  # (G, N)
     examples: list[Example] = []
-    edge = symbol = 0
-    for i, (root, target, neg_target) in enumerate(zip(*nodes, strict=True)):
-        symbols = all_symbols[symbol : symbol_ends[i]]
-        text = " ".join([SENTENCES[s] for s in facts[edge : edge_ends[i]]])
+    for i in range(size):
+        number, parents = numbers[i].tolist(), graphs.parent[i].tolist()
+        root, target, neg_target = (number[nodes[i]] for nodes in query)
+        name, concept = iter(names[i]), iter(concepts[i])
+        symbols = [  # persons for parentless nodes
+            NAMES[next(name)] if is_orphan else CONCEPTS[next(concept)]
+            for is_orphan in orphan[i, kept[i]].tolist()
+        ]
+        edges = [[number[p], number[v]] for v, ps in enumerate(parents) for p in ps if p >= 0]
+        facts = [_sentence(symbols[parent], symbols[child]) for parent, child in edges]
+        text = " ".join([facts[j] for j in sorted(range(len(facts)), key=places[i].__getitem__)])
         first, second = (target, neg_target) if target_first[i] else (neg_target, target)
+        path = [number[v] for v in paths[i]]
+        path = path[path.index(root) :: -1]  # the entity first
         examples.append(
             {  # type: ignore[typeddict-unknown-key]
                 "question": f"{text} Is {symbols[root]} a {symbols[first]} or {symbols[second]}?",
-                "answer": f"{symbols[root]} is a {symbols[target]}.",
-                "steps": [SENTENCES[s] for s in steps[i][hops[i] - 1 :: -1]],
+                "answer": _sentence(symbols[root], symbols[target]),
+                "steps": [_sentence(symbols[a], symbols[b]) for a, b in pairwise(path)],
                 "idx_to_symbol": symbols,
-                "edges": edges[edge : edge_ends[i]],
+                "edges": edges,
                 "root": root,
                 "target": target,
                 "neg_target": neg_target,
             }
         )
-        edge, symbol = edge_ends[i], symbol_ends[i]
     return examples
 
 
 def marked_graph(example: Example) -> isomorphism.Graph:
     """Return the graph with entity, target and distractor marked, for isomorphism.graph_keys.
 
-    Words, node numbers, sentence order and option order do not count. UserError as graph_of.
+    Words, node numbers, sentence order and option order do not count. UserError if the example
+    does not store its graph.
     """
-    edges, *query = graph_of(example)
-    marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
-    return isomorphism.marked_graph(edges, marks)
-
-
-def graph_of(example: Example) -> tuple[list[tuple[int, int]], int, int, int]:
-    """Return (edges, root, target, neg_target). UserError if the example does not store them."""
     try:
         edges = [(int(parent), int(child)) for parent, child in example["edges"]]  # type: ignore
-        return edges, *(int(example[key]) for key in ("root", "target", "neg_target"))  # type: ignore
+        query = [int(example[key]) for key in ("root", "target", "neg_target")]  # type: ignore
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"an example does not store its graph: {example['question'][:40]!r}...\n"
             "Give examples with edges (pairs of node numbers), root, target and neg_target."
         ) from None
+    marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
+    return isomorphism.marked_graph(edges, marks)
 
 
 generate = partial(draw, sample_batch, marked_graph, GraphConfig())
@@ -362,10 +342,8 @@ def twin(example: Example) -> Example | None:
     if not others or entity in others:
         return None
     # a third name can lead there too: the generator's root, else the one farthest away
-    symbols, root = example.get("idx_to_symbol", []), example.get("root")
-    other = max(others, key=lambda name: steps[name][option])
-    if root in (0, 1) and symbols[1 - root] in others:  # type: ignore
-        other = symbols[1 - root]  # type: ignore
+    symbols: list[str] = example.get("idx_to_symbol", [])  # type: ignore
+    other = max(others, key=lambda name: (name in symbols[:2], steps[name][option]))
     parents, path = parents_of(edges), [option]
     while path[-1] != other:
         path.append(min(parents[path[-1]], key=lambda node: steps[other].get(node, FAR)))
@@ -447,5 +425,6 @@ def expand_answer(text: str, question: str) -> str:
     return _sentence(parse_question(question).entity, words[0]) if len(words) == 1 else text
 
 
+@lru_cache(len(WORDS) ** 2)  # a lookup is faster than formatting
 def _sentence(parent: str, child: str) -> str:
     return f"{parent} is a {child}." if parent[0].isupper() else f"Every {parent} is a {child}."

@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.search import distances, parents_of
 from nanococonut.runtime.errors import UserError
+
+
+def _guess(scores: Sequence[Any], correct: Sequence[bool]) -> float:
+    """Return the chance that one of the highest scores is of a correct choice."""
+    return fmean(c for score, c in zip(scores, correct, strict=True) if score == max(scores))
 
 
 def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
@@ -35,10 +41,8 @@ def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
                 f"the answer {example['answer']!r} is none of the options: {', '.join(options)}.\n"
                 "Give examples as generated or released."
             )
-        if correct_option == options[1]:
-            scores.reverse()
-        for rule, correct, wrong in zip(rules, *scores, strict=True):
-            n_correct[rule] += (correct > wrong) + 0.5 * (correct == wrong)
+        for rule, values in zip(rules, zip(*scores, strict=True), strict=True):
+            n_correct[rule] += _guess(values, [option == correct_option for option in options])
     return {rule: n / len(examples) for rule, n in n_correct.items()}
 
 
@@ -69,7 +73,7 @@ def prontoqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
         n_correct["always true"] += is_true
         n_correct['no "not"'] += is_true != query.negated
         about = [(i, c) for i, c in enumerate(claims) if c.predicate == query.predicate]
-        answers = [claim.negated == query.negated for _, claim in about]
+        correct = [(claim.negated == query.negated) == is_true for _, claim in about]
         scores = {  # rule -> score of each claim
             "first": [-i for i, _ in about],
             "last": [i for i, _ in about],
@@ -79,6 +83,5 @@ def prontoqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
             "random": [0 for _ in about],
         }
         for rule, values in scores.items() if about else ():
-            best = [a for a, value in zip(answers, values, strict=True) if value == max(values)]
-            n_correct[rule] += fmean(answer == is_true for answer in best)
+            n_correct[rule] += _guess(values, correct)
     return {rule: n / len(examples) for rule, n in n_correct.items()}

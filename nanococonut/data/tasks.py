@@ -3,8 +3,8 @@
 Another task is another entry. A file of your own needs none: --data=FILE trains on any.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, islice
 from types import ModuleType
@@ -16,9 +16,8 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
 from nanococonut.data.examples import Example, parse_object
 from nanococonut.data.files import read_examples
-from nanococonut.data.generator import sample_batches
+from nanococonut.data.generator import MATCHED, N_TEST, TEST_SEED, VALID, sample_batches
 from nanococonut.data.isomorphism import graph_keys
-from nanococonut.data.seeds import MATCHED, N_TEST, TEST_SEED, VALID
 from nanococonut.runtime.errors import UserError
 
 GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig
@@ -29,25 +28,22 @@ MAX_TEST_BATCHES = 100  # with rarer examples, a run would start minutes later
 class Task:
     """What the loop, the sampler and the benches know of a task.
 
-    module           generate, solve, marked_graph, compact_example, ... of a generated task;
-                     from_hub(split, revision, skipped) -> (examples, commit) of any other
-    shortcuts        examples -> fraction correct of rules that never search; UserError if the
-                     examples are not of this task
-    splits           name -> settings for a model's TrainConfig. The first is the training split,
-                     the second its variant without shortcuts. Empty: never generated
-    easier_configs   settings with fewer steps than the task's own, to start the search from
-    longest_configs  settings with the most steps, which are rare in the first split (none: alike)
+    module      SPLITS, VOCABULARY; generate, solve, marked_graph, compact_example, ... of a task
+                with splits; from_hub(split, revision, skipped) -> (examples, commit) of any other
+    shortcuts   examples -> fraction correct of rules that never search; UserError if the examples
+                are not of this task
     """
 
     module: ModuleType
     shortcuts: Callable[[Sequence[Example]], dict[str, float]] = lambda examples: {}
-    splits: Mapping[str, Callable[[TrainConfig], GeneratorConfig]] = field(default_factory=dict)
-    easier_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
-    longest_configs: Callable[[TrainConfig], Sequence[GeneratorConfig]] = lambda config: ()
 
-    def words(self) -> list[str]:
-        """Return the words that a word-level vocabulary needs in addition to those of a file."""
-        return getattr(self.module, "VOCABULARY", ["###"])
+    @property
+    def splits(self) -> dict[str, Callable[[TrainConfig], GeneratorConfig]]:
+        """Map names to settings for a model's TrainConfig; empty if nothing is generated.
+
+        The first is the training split, the second its variant without shortcuts.
+        """
+        return self.module.SPLITS
 
     def solve(self, question: str) -> str | None:
         """Return the correct answer by search, or None if there is none."""
@@ -110,44 +106,9 @@ class Task:
         return "\n".join([*lines, *(f"### {expand(text, question)}" for text in answer)])
 
 
-def _graphs(config: TrainConfig) -> prosqa.GraphConfig:
-    return prosqa.GraphConfig(
-        n_nodes=config.n_nodes, min_hops=config.min_hops, max_hops=config.max_hops
-    )
-
-
 TASKS: dict[str, Task] = {
-    "prosqa": Task(
-        prosqa,
-        shortcuts.prosqa_shortcuts,
-        splits={
-            name: partial(lambda name, config: prosqa.split_config(name, _graphs(config)), name)
-            for name in prosqa.SPLITS
-        },
-        easier_configs=lambda c: (
-            [replace(_graphs(c), min_hops=1, max_hops=c.min_hops - 1)] if c.min_hops > 1 else []
-        ),
-        # the graphs of the split of longer chains, with the nodes and hops of training
-        longest_configs=lambda c: [
-            replace(
-                prosqa.split_config("prosqa_long", _graphs(c)),
-                n_nodes=c.n_nodes,
-                min_hops=max(c.min_hops, c.max_hops - 1),
-                max_hops=c.max_hops,
-            )
-        ],
-    ),
-    "prontoqa": Task(
-        prontoqa,
-        shortcuts.prontoqa_shortcuts,
-        splits={
-            "prontoqa": lambda c: prontoqa.OntologyConfig(c.max_hops),
-            "prontoqa_matched": lambda c: prontoqa.OntologyConfig(c.max_hops, matched=True),
-        },
-        easier_configs=lambda c: [
-            prontoqa.OntologyConfig(hops, matched=True) for hops in range(1, c.max_hops)
-        ],
-    ),
+    "prosqa": Task(prosqa, shortcuts.prosqa_shortcuts),
+    "prontoqa": Task(prontoqa, shortcuts.prontoqa_shortcuts),
     "gsm8k": Task(gsm8k),
 }
 
@@ -162,10 +123,11 @@ def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example
 
 def test_hashes(config: TrainConfig) -> frozenset[Hashable]:
     """Return the graph key of every test example that a run could generate."""
-    configs = [split(config) for split in TASKS[config.task].splits.values()]
     # training cannot generate longer chains than its own, and they are slow to make
-    configs = [c for c in configs if getattr(c, "min_hops", 0) <= config.max_hops]
-    return frozenset().union(*(_test_hashes(config.task, c) for c in configs))
+    splits = {k: v for k, v in TASKS[config.task].splits.items() if k != "prosqa_long"}
+    return frozenset().union(
+        *(_test_hashes(config.task, split(config)) for split in splits.values())
+    )
 
 
 @cache  # a second, which further runs in the same process save

@@ -5,7 +5,7 @@ steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanococonut.data.examples import Example, is_correct, is_correct_as_released
-from nanococonut.data.tasks import TASKS, load_data
+from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
@@ -84,16 +84,11 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     config = engine.config
     if TASKS[config.task].splits and not config.data and not config.valid_data:
         return []
-    revision = engine.manifest.get("hub_commit") or config.hub_revision
     try:
-        data = load_data(replace(config, hub_revision=revision))
+        data, _ = checkpoint.load_run_data(config, engine.manifest)
     except UserError as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"no example of this run's data: {reason}\n{advice}") from None
-    digest = checkpoint.digest_examples(data)
-    if engine.manifest.get("examples", digest) != digest:  # old manifests have none
-        path = config.data or config.valid_data or config.task
-        raise UserError(f"{path} holds other examples than this run was trained on.\n{advice}")
     return data.val["valid"]
 
 

@@ -25,8 +25,8 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example
+from nanococonut.data.generator import ORDER, STAGE_STREAM, TRAIN
 from nanococonut.data.isomorphism import graph_keys
-from nanococonut.data.seeds import ORDER, STAGE_STREAM, TRAIN
 from nanococonut.data.tasks import TASKS, Data, GeneratorConfig, test_hashes
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
@@ -167,8 +167,8 @@ class TrainLoader:
         plain, matched, *_ = task.splits.values()
         kinds = [
             (c.matched_fraction, [matched(c)]),
-            (c.short_fraction, task.easier_configs(c)),  # these give the search a start
-            (c.long_fraction, task.longest_configs(c)),
+            (c.short_fraction, task.module.easier_configs(c)),  # these give the search a start
+            (c.long_fraction, task.module.longest_configs(c)),
         ]
         parts: list[tuple[int, GeneratorConfig]] = []
         for fraction, configs in kinds:

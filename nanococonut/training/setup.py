@@ -73,7 +73,7 @@ def init_tokenizer(config: TrainConfig, examples: list[Example] | None) -> Token
         return Tokenizer.gpt2()
     texts = (" ".join([x["question"], *x["steps"], x["answer"]]) for x in examples or ())
     words = re.findall(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]", " ".join(texts))
-    return Tokenizer.words([*TASKS[config.task].words(), *words])
+    return Tokenizer.words([*TASKS[config.task].module.VOCABULARY, *words])
 
 
 def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:

@@ -19,14 +19,12 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     model, _, manifest = checkpoint.load(run)
     own = ("files", "format", "progress", "removed")
     manifest = {k: v for k, v in manifest.items() if k not in own}
-    # write_atomic adds these three of the bundling itself
+    # write_checkpoint adds these three of the bundling itself
     manifest["trained_with"] = {k: manifest.pop(k) for k in ("commit", "versions", "platform")}
     manifest["config"] |= {"out_dir": None}  # drop the local path
-    new = target.with_name(f"{target.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    checkpoint.write_atomic(new, checkpoint.gather_tensors(model.to(torch.bfloat16), []), manifest)
     shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
+    files = checkpoint.gather_tensors(model.to(torch.bfloat16))
+    checkpoint.write_checkpoint(target, files, manifest)
     return target
 
 

@@ -8,14 +8,12 @@ name and then renamed, so a run killed at any moment leaves only whole ones. Not
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import NoneType
 from typing import IO, Any, TypeVar
 
 import torch
@@ -40,8 +38,8 @@ TYPES = {  # of the manifest's values
     **dict.fromkeys(("config", "model", "tokenizer", "files", "progress"), dict),
     **dict.fromkeys(("stage", "n_thoughts", "step", "threads", "best_step"), int),
     **dict.fromkeys(("method", "device", "examples"), str),
-    "minutes": (int, float),
-    "hub_commit": (str, NoneType),
+    "minutes": int | float,
+    "hub_commit": str | None,
 }
 OPTIONAL = {"best_step", "progress", "examples", "hub_commit"}
 # settings that may change when a run is resumed: the mathematics stay the same
@@ -58,28 +56,27 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def digest_examples(data: Data) -> str:
-    """Return the digest of what the examples say, in order, whatever the format of their file."""
-    sha = hashlib.sha256()
+def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, str]:
+    """Return the examples of a run and the digest of what they say, in order, in any format.
+
+    manifest: of the run, {} for a new one. Raise UserError if it was trained on other examples.
+    """
+    # a branch on the hub may move, so the commit that the run started with is read
+    revision = manifest.get("hub_commit") or config.hub_revision
+    data, sha = load_data(replace(config, hub_revision=revision)), hashlib.sha256()
     for split, examples in ({"train": data.train or []} | data.val).items():
         for x in examples:
             line = json.dumps([split, x["question"], x["steps"], x["answer"]])
             sha.update(line.encode() + b"\n")
-    return sha.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    is_dir = path.is_dir()
-    try:
-        fd = os.open(path, os.O_RDONLY if is_dir else os.O_RDWR)  # Windows syncs no read-only file
-    except PermissionError:
-        if is_dir:  # Windows opens no folder
-            return
-        raise
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    if manifest.get("examples", sha.hexdigest()) != sha.hexdigest():  # old manifests have none
+        paths = [p for p in (config.data, config.valid_data) if p]
+        raise UserError(
+            "this run was trained on other examples than those "
+            f"{'of ' + ' and '.join(paths) if paths else 'that are generated now'}.\n"
+            "Resume with the --data and --valid_data it started with (the path is free), "
+            "or use another --out_dir."
+        )
+    return data, sha.hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -104,16 +101,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         raise UserError(f"--out {path} cannot be written: {e.strerror}.") from None
 
 
-def logged_step(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinite if the line is not one of ours."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return float("inf")
-
-
 def gather_tensors(
-    model: nn.Module, optimizers: Sequence[Optimizer]
+    model: nn.Module, optimizers: Sequence[Optimizer] = ()
 ) -> dict[str, dict[str, Tensor]]:
     """Return file -> name -> tensor on the CPU: everything that a checkpoint holds."""
     files: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(model.state_dict())}
@@ -141,63 +130,64 @@ def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def write_atomic(
-    folder: Path, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
-) -> None:
-    """Write a complete checkpoint at `folder`, which must not exist, or leave nothing.
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to write files to, and rename it to `folder`, which must not exist.
 
-    Raise UserError if it cannot be written.
+    Leave nothing and raise UserError if a file cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, tensors in files.items():
-            save_file(tensors, temporary / name)
-        digests = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for name in files:
-            shutil.copymode(temporary / MANIFEST, temporary / name)  # safetensors writes 0600
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)  # before the rename: a power cut must not leave an empty file of that name
+        yield temporary
+        usual_mode = next(temporary.glob("*.json"))
+        for path in temporary.iterdir():
+            shutil.copymode(usual_mode, path)  # safetensors writes 0600
+            with path.open("rb+") as file:  # "+": Windows syncs no read-only file
+                os.fsync(file.fileno())  # a power cut must not leave an empty file of that name
         os.rename(temporary, folder)
-        _sync(folder.parent)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        saved = list_checkpoints(folder.parent)
-        advice = "Earlier ones are untouched: make room, then continue with --resume."
-        raise UserError(
-            f"the checkpoint {folder} could not be written: {e}.\n"
-            f"{advice if saved else 'Make room or choose another folder.'}"
-        ) from None
+        advice = "Make room or choose another folder."
+        if list_checkpoints(folder.parent):
+            advice = "Earlier checkpoints are untouched: make room, then continue with --resume."
+        raise UserError(f"{folder} could not be written: {e}.\n{advice}") from None
+
+
+def write_checkpoint(
+    folder: Path, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
+) -> None:
+    """Write a complete checkpoint at `folder`; see new_folder. files: as of gather_tensors."""
+    with new_folder(folder) as new:
+        for name, tensors in files.items():
+            save_file(tensors, new / name)
+        digests = {name: _digest(new / name) for name in sorted(files)}
+        manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    pattern = re.compile(r"step_\d{8}")  # step_00000008_backup is a user's own folder
-    return sorted(
-        p for p in run.glob("step_*") if pattern.fullmatch(p.name) and (p / MANIFEST).is_file()
-    )
+    # not step_00000008_backup, a user's own folder
+    return sorted(p.parent for p in run.glob(f"step_{'[0-9]' * 8}/{MANIFEST}"))
+
+
+def is_run(path: Path) -> bool:
+    """Return whether this is a checkpoint, or a run's folder with one in it."""
+    return (path / MANIFEST).is_file() or bool(list_checkpoints(path))
 
 
 def save(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    manifest: dict[str, Any],
-) -> Path:
-    """Write run/step_<step>. Keep the last two checkpoints and the best; delete the rest."""
-    return _save_files(run, step, gather_tensors(model, optimizers), manifest)
-
-
-def _save_files(
     run: Path, step: int, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
 ) -> Path:
+    """Write run/step_<step>. Keep the last two checkpoints and the best; delete the rest.
+
+    files: as of gather_tensors.
+    """
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
-        write_atomic(folder, files, manifest | {"step": step})
+        write_checkpoint(folder, files, manifest | {"step": step})
     for old in list_checkpoints(run)[:-2]:  # two, in case the run went wrong at the last one
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
             with suppress(OSError):  # Windows renames no folder that is being read
@@ -241,19 +231,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version == 1:
-        raise UserError(
-            f"{folder} was written by nanococonut 0.1, whose settings have other names.\n"
-            "Use it with commit a32b7b1, or train again."
-        )
-    if version != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    if missing := TYPES.keys() - OPTIONAL - manifest.keys():
-        raise _damaged(folder, f"{MANIFEST} lacks {', '.join(sorted(missing))}")
-    for key, expected in TYPES.items():
-        if key in manifest and not isinstance(manifest[key], expected):
-            raise _damaged(folder, f"{MANIFEST} has a {key!r} of the wrong type")
+    for key in TYPES.keys() - (OPTIONAL - manifest.keys()):
+        if not isinstance(manifest.get(key), TYPES[key]):
+            raise _damaged(folder, f"{MANIFEST} has no valid {key!r}")
     try:
         config = config_from_saved(manifest["config"])
     except UserError as e:
@@ -281,21 +263,29 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
     return manifest
 
 
+def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return a sentence for each tensor of a file that does not fit the model, or is missing."""
+    params, problems = model.state_dict(), []
+    for name, tensor in tensors.items():
+        if name not in params:
+            problems.append(f"{name} is unknown")
+        elif params[name].shape != tensor.shape or not tensor.is_floating_point():
+            dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+            expected = tuple(params[name].shape)
+            problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
+    return problems + [f"{name} is missing" for name in params if name not in tensors]
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Load a checkpoint's weights into a model of the same shapes; float dtypes are cast."""
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as e:
         raise _damaged(folder, f"{WEIGHTS} cannot be read ({e})") from None
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    saved = {k: tuple(v.shape) for k, v in weights.items()}
-    differ = sorted(k for k in expected | saved if expected.get(k) != saved.get(k))
-    if differ:
-        k = differ[0]
+    if problems := tensor_problems(model, weights):
         raise UserError(
-            f"{folder} holds a model of another shape: {k} is {saved.get(k, 'missing')}, expected "
-            f"{expected.get(k, 'none')} ({len(differ)} tensors differ).\n"
-            "Use the settings it was trained with, see its manifest.json."
+            f"{folder} holds a model of another shape: {problems[0]} ({len(problems)} tensors "
+            "differ).\nUse the settings it was trained with, see its manifest.json."
         )
     model.load_state_dict(weights)
 
@@ -311,11 +301,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
         raise _damaged(folder, f"its manifest does not describe a model ({e})") from None
     load_weights(model, folder)
     return model.to(device).eval(), tokenizer, manifest
-
-
-def describe_model(model: GPT) -> dict[str, Any]:
-    """Return what load() needs to build the model."""
-    return asdict(model.config)
 
 
 class RunDir:
@@ -346,17 +331,13 @@ class RunDir:
                     f"{path} holds no checkpoint to resume.\n"
                     "Leave --resume out to start there, or give the --out_dir of a run."
                 )
-            self.folder = resolve(self.path)
-            self.manifest = verify(self.folder, resume=True)
+            self.manifest = verify(resolve(self.path), resume=True)
             self._check_resumable(self.manifest["config"] | self.manifest["removed"])
 
     def _claim(self) -> None:
         """Lock the folder. Raise UserError if another process has, or if it holds another run."""
         if self.dist.is_master and self._lock is None:
-            try:
-                self._lock = lock_folder(self.path)
-            except OSError as e:
-                raise self._unwritable(e) from None
+            self._lock = lock_folder(self.path)
         checkpoints = list_checkpoints(self.path)
         if checkpoints and not self.config.resume:
             raise UserError(
@@ -369,11 +350,6 @@ class RunDir:
         self.end_save()
         if self._lock:
             self._lock.close()
-
-    def _unwritable(self, e: OSError) -> UserError:
-        return UserError(
-            f"--out_dir {self.path} cannot be written: {e.strerror}.\nChoose another --out_dir."
-        )
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if a setting that matters differs from those the run started with."""
@@ -393,18 +369,7 @@ class RunDir:
 
     def load_data(self) -> Data:
         """Return the examples of this run. UserError if a resumed run was trained on others."""
-        # a branch on the hub may move, so a resumed run reads the commit it started with
-        revision = self.manifest.get("hub_commit") or self.config.hub_revision
-        data = load_data(replace(self.config, hub_revision=revision))
-        self.examples = digest_examples(data)
-        if self.manifest.get("examples", self.examples) != self.examples:
-            paths = [p for p in (self.config.data, self.config.valid_data) if p]
-            raise UserError(
-                f"{self.path} was trained on other examples than those "
-                f"{'of ' + ' and '.join(paths) if paths else 'that are generated now'}.\n"
-                "Resume with the --data and --valid_data it started with (the path is free), "
-                "or use another --out_dir."
-            )
+        data, self.examples = load_run_data(self.config, self.manifest)
         return data
 
     def restore(
@@ -416,37 +381,36 @@ class RunDir:
         """
         if not self.manifest:
             return parse({})
+        folder = resolve(self.path)
         try:
             state = parse(progress := self.manifest["progress"])
             if progress["step"] != self.manifest["step"]:
                 raise ValueError(f"step {progress['step']}, not {self.manifest['step']}")
         except (TypeError, KeyError, ValueError) as e:
-            raise _damaged(self.folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
-        load_weights(model, self.folder)
-        load_optimizers(optimizers, self.folder)
+            raise _damaged(folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
+        load_weights(model, folder)
+        load_optimizers(optimizers, folder)
         return state
 
     def open_metrics(self, step: int) -> IO[str]:
-        """Create the folder and return metrics.jsonl, open after its lines up to `step`.
-
-        Raise UserError if the folder cannot be written.
-        """
-        path = self.metrics_path
+        """Create the folder and return metrics.jsonl, open after its lines up to `step`."""
         if not self.dist.is_master:
             return open(os.devnull, "w")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._claim()  # if the folder is new; another process may have made it meanwhile
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-            lines = text.splitlines(True)
-            if lines and not self.manifest:  # of a run killed before its first save: moved aside
-                path.replace(self.path / "metrics.before.jsonl")
-            # steps that a killed run logged after its last save will be logged again
-            kept = [x for x in lines if x.endswith("\n") and logged_step(x) <= step]
-            replace_text(path, "".join(kept) if self.manifest else "")
-            return path.open("a", encoding="utf-8")
-        except OSError as e:
-            raise self._unwritable(e) from None
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()  # if the folder is new; another process may have made it meanwhile
+        path, kept = self.metrics_path, []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if text and not self.manifest:  # of a run killed before its first save
+            path.replace(self.path / "metrics.before.jsonl")
+            text = ""
+        for line in text.splitlines(True):
+            # steps that a killed run logged after its last save will be logged again; half a line,
+            # or one that is not ours, goes too
+            with suppress(ValueError, TypeError, KeyError):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+        replace_text(path, "".join(kept))
+        return path.open("a", encoding="utf-8")
 
     def save(
         self,
@@ -467,7 +431,7 @@ class RunDir:
             return
         manifest |= {
             "config": asdict(self.config),
-            "model": describe_model(model),
+            "model": asdict(model.config),
             "method": self.config.method,
             "examples": self.examples,
             "device": str(next(model.parameters()).device),
@@ -476,10 +440,9 @@ class RunDir:
         }
         self.end_save()  # never two at once
         files = gather_tensors(model, optimizers)
-        if background:
-            self._saving = self._writer.submit(_save_files, self.path, step, files, manifest)
-        else:  # the CPU's tensors are the model's own, which the next step changes
-            _save_files(self.path, step, files, manifest)
+        self._saving = self._writer.submit(save, self.path, step, files, manifest)
+        if not background:  # the CPU's tensors are the model's own, which the next step changes
+            self.end_save()
 
     def end_save(self, wait: bool = True) -> None:
         """Raise the error of a save in the background; wait: if it still runs, wait for its end."""

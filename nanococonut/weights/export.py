@@ -6,21 +6,15 @@ All files are written here as plain JSON and text; transformers is not needed.
 """
 
 import json
-import os
-import shutil
 import sys
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import tiktoken.load
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from nanococonut.curriculum import METHODS
-from nanococonut.data.files import read_examples
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import BOT, EOS, EOT, LATENT, Tokenizer
@@ -66,7 +60,10 @@ def export(run: str | Path, folder: str | Path) -> Path:
         f"transformer.{name}": (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
         for name, p in model.state_dict().items()
     }
-    _write(folder, weights, texts)
+    with checkpoint.new_folder(folder) as new:
+        save_file(weights, new / WEIGHTS_NAME, metadata={"format": "pt"})
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -85,24 +82,6 @@ def _check_exportable(run: str | Path, model: GPT, tokenizer: Tokenizer) -> None
             f"{run} is not a plain GPT-2, it has {', '.join(extra)}: transformers cannot run it.\n"
             "Train without these settings, or share the checkpoint folder itself."
         )
-
-
-def _write(folder: Path, weights: dict[str, Tensor], texts: dict[str, str]) -> None:
-    """Write all files to a temporary folder, then rename it: an export is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        shutil.copymode(temporary / CONFIG_NAME, temporary / WEIGHTS_NAME)  # safetensors: 0600
-        os.rename(temporary, folder)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{folder} could not be written: {e}.\nMake room or choose another folder."
-        ) from None
 
 
 def _json(data: Any) -> str:
@@ -126,6 +105,9 @@ def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[
 def _card(model: GPT, manifest: dict[str, Any]) -> str:
     """Return the README.md: what the model is and a program that runs it."""
     config, method = manifest["config"], METHODS[manifest["method"]]
+    question = "a question, written as in the training data"
+    if not config["data"] and not config.get("valid_data"):
+        question = EXAMPLES[config["task"]]
     n, has_pauses = manifest["n_thoughts"], method.thought_type == "pause"
     # exported thoughts are hidden states: _check_exportable refuses soft and projected ones
     template = "card_thoughts.md" if n and not has_pauses else "card.md"
@@ -137,22 +119,13 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
         "commit": manifest.get("trained_with", manifest)["commit"],  # a bundled run has two commits
         "slots": slots,
         "n_params": model.n_params(),
-        "question": _question(config) + "\n",  # never compact: that needs a word vocabulary
+        "question": question + "\n",  # never compact: that needs a word vocabulary
         "prompt": " if the prompt holds its pauses and their markers" if pauses else "",
         "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
         "max_new_tokens": config["max_new_tokens"],
         "note": fewer if n and not config["pad_latent_to_max"] else "",
     }
     return Path(__file__).with_name(template).read_text(encoding="utf-8").format(**values)
-
-
-def _question(config: dict[str, Any]) -> str:
-    """Return a question as the model was trained on: of its file, if that is still there."""
-    if path := config.get("valid_data") or config["data"]:
-        with suppress(UserError):
-            return read_examples(path)[0]["question"]
-        return "a question, written as in the training data"
-    return EXAMPLES[config["task"]]
 
 
 def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:

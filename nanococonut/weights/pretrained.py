@@ -6,18 +6,12 @@ transformers is not needed. No file can run code: PyTorch files are read as plai
 import json
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import (
-    constants,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,15 +51,12 @@ ACCEPTED = (
 Spec = dict[str, Any]  # a tokenizer's description, as in a manifest
 
 
-@dataclass(frozen=True)
-class Weights:
-    """GPT-2 weights as a file has them."""
+class Weights(NamedTuple):
+    """The weights in a file, by the names and in the layout of our GPT."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
     spec: Spec | None = None  # of its tokenizer, if it has one
-    is_conv1d: bool = False  # linears are stored as Conv1D
-    has_biases: bool = True  # nanoGPT can leave them out; they are zero then
 
 
 class WeightsUnavailable(UserError):
@@ -87,7 +78,7 @@ def resolve_weights(init_from: str) -> Path:
     path = Path(init_from)
     if not path.exists():
         raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
-    if path.is_dir() and not _is_checkpoint(path) and not _weights_files(path):
+    if path.is_dir() and not checkpoint.is_run(path) and not _weights_files(path):
         suffixes = (".bin", ".pt", ".pth", ".safetensors")
         files = sorted(p for p in path.iterdir() if p.suffix in suffixes)
         files = [p for p in files if p.name != "training_args.bin"]  # no weights, and pickled
@@ -114,11 +105,10 @@ def load_gpt2(
     Raise UserError if anything does not fit. One error lists all bad tensors.
     """
     path = Path(path)
-    weights = _read(path)
-    source, tensors = weights.config, weights.tensors
+    source, tensors, own_spec = _read(path)
     n_new = (vocab_size or source.vocab_size) - source.vocab_size
     fits = abs(n_new) in (0, N_SPECIAL_TOKENS)
-    if not fits or (spec and weights.spec and spec != weights.spec):
+    if not fits or (spec and own_spec and spec != own_spec):
         raise UserError(
             f"{path} was trained with another vocabulary: {source.vocab_size} tokens, this run has "
             f"{vocab_size}.\nUse its --tokenizer and data with the same words, or train "
@@ -136,16 +126,14 @@ def load_gpt2(
     except (ValueError, RuntimeError) as e:  # RuntimeError: its sizes exceed the memory
         raise _not_gpt2(path, str(e).split("\n")[0]) from None
     _check_thoughts(path, source, model, tensors)
-    params = {  # in the file's layout
-        name: p.t() if weights.is_conv1d and name.endswith(CONV1D_WEIGHTS) else p
-        for name, p in model.state_dict().items()
-    }
-    problems += _tensor_problems(weights, params)
+    ours = ("smear.", "project.", "pause.", "stop.")
+    new = {name: p for name, p in model.state_dict().items() if name.startswith(ours)}
+    tensors = new | tensors
+    problems += checkpoint.tensor_problems(model, tensors)
     if problems:
         rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise _not_gpt2(path, "; ".join(problems[:4]) + rest)
-    for name, tensor in tensors.items():
-        params[name].copy_(tensor)
+    model.load_state_dict(tensors)
     return model
 
 
@@ -177,24 +165,6 @@ def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str
             del tensors[name]
 
 
-def _tensor_problems(weights: Weights, params: dict[str, Tensor]) -> list[str]:
-    """Return one sentence for each tensor that is unknown, of the wrong shape or dtype, missing."""
-    problems = []
-    for name, tensor in weights.tensors.items():
-        if name not in params:
-            problems.append(f"{name} is unknown")
-        elif params[name].shape != tensor.shape or not tensor.is_floating_point():
-            dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
-            expected = tuple(params[name].shape)
-            problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
-    for name in params:
-        starts_at_zero = name.startswith(("smear.", "project.", "pause.", "stop."))
-        starts_at_zero |= name.endswith(".bias") and not weights.has_biases
-        if name not in weights.tensors and not starts_at_zero:
-            problems.append(f"{name} is missing")
-    return problems
-
-
 def _not_gpt2(path: Path, reason: object) -> UserError:
     return UserError(f"{path} holds no GPT-2: {reason}.\n{ACCEPTED}")
 
@@ -202,35 +172,31 @@ def _not_gpt2(path: Path, reason: object) -> UserError:
 # ---- reading
 
 
-def _is_checkpoint(path: Path) -> bool:
-    """Return whether this is a checkpoint of ours, or a run's folder with one in it."""
-    return (path / checkpoint.MANIFEST).is_file() or bool(checkpoint.list_checkpoints(path))
-
-
 def _from_hub(name: str) -> Path:
     """Return the cache folder with both files of `name`. Download what is missing."""
-    repo, cache = f"openai-community/{name}", constants.HF_HUB_CACHE
-    files = [try_to_load_from_cache(repo, file, cache) for file in (CONFIG_NAME, WEIGHTS_NAME)]
-    if not all(isinstance(file, str) for file in files):
-        try:
-            # without a network this fails at once; the download would retry for minutes
-            get_hf_file_metadata(hf_hub_url(repo, WEIGHTS_NAME), timeout=10)
-            files = [hf_hub_download(repo, f, cache_dir=cache) for f in (CONFIG_NAME, WEIGHTS_NAME)]
-        except Exception as e:  # the hub raises whatever its HTTP client raises
-            raise WeightsUnavailable(
-                f"no weights of {name!r}: not in {cache}, and the hub cannot be reached "
-                f"({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
-                f"{repo} {CONFIG_NAME} {WEIGHTS_NAME} --local-dir FOLDER`, or train from scratch "
-                "(config/prosqa_small.py)."
-            ) from None
-    return Path(files[1]).parent
+    repo, files = f"openai-community/{name}", [CONFIG_NAME, WEIGHTS_NAME]
+    cached = [try_to_load_from_cache(repo, file) for file in files]
+    if all(isinstance(file, str) for file in cached):
+        return Path(cached[0]).parent  # without asking the network for a newer one
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=files))
+        for file in files:
+            (folder / file).stat()  # without a network, half a download is returned
+        return folder
+    except Exception as e:  # the hub raises whatever its HTTP client raises
+        raise WeightsUnavailable(
+            f"no weights of {name!r}: not in {constants.HF_HUB_CACHE}, and the hub cannot be "
+            f"reached ({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
+            f"{repo} {' '.join(files)} --local-dir FOLDER`, or train from scratch "
+            "(config/prosqa_small.py)."
+        ) from None
 
 
 def _read(path: Path) -> Weights:
     """Read the weights of any format. Raise UserError if it is none of them."""
-    if path.name == WEIGHTS_NAME and _is_checkpoint(path.parent):
+    if path.name == WEIGHTS_NAME and checkpoint.is_run(path.parent):
         path = path.parent
-    if _is_checkpoint(path):
+    if checkpoint.is_run(path):
         model, tokenizer, _ = checkpoint.load(path)
         return Weights(model.config, model.state_dict(), tokenizer.spec)
     file = (_weights_files(path) or [path / WEIGHTS_NAME])[0] if path.is_dir() else path
@@ -245,9 +211,11 @@ def _read(path: Path) -> Weights:
     except (OSError, ValueError, RecursionError, SafetensorError) as e:
         raise _not_gpt2(path, e) from None
     config = GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes)
+    tensors = {
+        k: v.mT if k.endswith(CONV1D_WEIGHTS) and v.dim() > 1 else v for k, v in tensors.items()
+    }
     ours = settings.get("nanococonut")  # in an export
-    spec = ours.get("tokenizer") if isinstance(ours, dict) else None
-    return Weights(config, tensors, spec, is_conv1d=True)
+    return Weights(config, tensors, ours.get("tokenizer") if isinstance(ours, dict) else None)
 
 
 def _from_nanogpt(saved: dict[str, Any]) -> Weights:
@@ -261,8 +229,11 @@ def _from_nanogpt(saved: dict[str, Any]) -> Weights:
         raise ValueError(f"its model_args have {', '.join(sorted(map(str, extra)))}")
     padded = {k: v for k, v in tensors.items() if v.shape[:1] == (PADDED_VOCAB,)}
     tensors |= {k: v[:GPT2_VOCAB] for k, v in padded.items()}
-    config = GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes)
-    return Weights(config, tensors, has_biases=args.get("bias", True))
+    if not args.get("bias", True):  # zeros say the same
+        for name in [name for name in tensors if name.startswith(("h.", "ln_f."))]:
+            bias = torch.zeros(tensors[name].shape[:1])
+            tensors.setdefault(name.replace("weight", "bias"), bias)
+    return Weights(GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes), tensors)
 
 
 def _weights_files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """bench/accuracy.py: the bundled checkpoint on every split, with the categories of its texts."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -112,8 +112,8 @@ def like_the_bundled(run, stop=None, **changes):
         watched.stop.bias.data.fill_(stop)
         model = watched
     manifest["config"] |= changes.pop("config", {})
-    manifest |= changes | {"model": checkpoint.describe_model(model)}
-    checkpoint.save(run, manifest["step"], model, [], manifest)
+    manifest |= changes | {"model": asdict(model.config)}
+    checkpoint.save(run, manifest["step"], checkpoint.gather_tensors(model), manifest)
 
 
 @pytest.mark.parametrize("logit, taken", [(1.0, 0), (-1.0, 6)])
@@ -269,7 +269,7 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     assert row["labels"]["data"] == "valid.json, held out" and row["shape"]["examples"] == 9
     like_the_bundled(tmp_path / "run3", config=config, examples="a digest of others")
     code, _, err = accuracy("--checkpoint=run3")
-    assert code == 2 and "rows.json holds other examples than this run" in err
+    assert code == 2 and "trained on other examples than those of" in err and "valid.json" in err
     (tmp_path / "rows.json").unlink()
     code, _, err = accuracy("--checkpoint=run")
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err
@@ -281,13 +281,14 @@ def test_changed_file_holds_out_no_examples(accuracy, tmp_path):
     path, grown = tmp_path / "rows.json", tmp_path / "grown.json"
     write_examples(path, examples[:50])
     config = {"data": str(path)}
-    digest = checkpoint.digest_examples(load_data(TrainConfig(**config)))
+    _, digest = checkpoint.load_run_data(TrainConfig(**config), {})
     like_the_bundled(tmp_path / "run", config=config, examples=digest)
     assert accuracy("--checkpoint=run", "--max_new_tokens=2")[0] == 0
     write_examples(grown, examples)
     grown.replace(path)
     code, _, err = accuracy("--checkpoint=run")
-    assert code == 2 and "rows.json holds other examples" in err and err.count("\n") == 2
+    assert code == 2 and "rows.json" in err and err.count("\n") == 2
+    assert "trained on other examples than those of" in err
 
 
 def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):

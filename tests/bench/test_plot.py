@@ -203,7 +203,7 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
     """--curve RUN --out FILE draws a run's own curve."""
     pytest.importorskip("matplotlib")
     model, tokenizer, manifest = checkpoint.load(checkpoint.BUNDLED)
-    checkpoint.save(tmp_path / "run", manifest["step"], model, [], manifest)
+    checkpoint.save(tmp_path / "run", manifest["step"], checkpoint.gather_tensors(model), manifest)
     logged = [{"step": i, "stage": i // 60, "loss": 2.0, "accuracy": 0.5} for i in range(1, 120)]
     logged.append({"step": 119, "stage": 1, "minutes": 1.0, "valid_accuracy": 0.9})
     write(tmp_path / "run" / "metrics.jsonl", logged)

@@ -103,7 +103,7 @@ def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
 def test_thought_targets_name_nodes_of_prosqa():
     """Guards the layout that thought_loss relies on: a compact step ends in the node it reaches."""
     task = TASKS["prosqa"]
-    words = Tokenizer.words(task.words())
+    words = Tokenizer.words(task.module.VOCABULARY)
     raw = task.module.generate(3, 1)
     for example, plain in zip(task.render(raw, "compact"), raw, strict=True):
         labels = thought_targets(Curriculum("coconut"), 7, tokenize(words, example))

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from nanococonut.data import prontoqa, prosqa
+from nanococonut.data import prontoqa
 from nanococonut.data.examples import Example
 from nanococonut.data.search import children_of, parents_of
 from nanococonut.runtime.errors import UserError
@@ -51,14 +51,14 @@ def reachable(edges: Iterable[Sequence[int]], root: int) -> dict[int, tuple[int,
 
 
 def prosqa_statistics(examples: Sequence[Example]) -> dict[str, float]:
-    """Return means and fractions. UserError if an example does not store its graph.
+    """Return means and fractions of examples that store their graphs.
 
     label, in-degree   fractions of the nodes from 2 on; label 1 (2): only node 0 (1) leads there,
                        label 3: both do
     """
     total: Counter[str] = Counter()
     for example in examples:
-        edges, root, target, _ = prosqa.graph_of(example)
+        edges, root, target = example["edges"], example["root"], example["target"]
         n = 1 + max(map(max, edges))
         parents = parents_of(edges)
         below = [reachable(edges, 0), reachable(edges, 1)]

@@ -26,7 +26,7 @@ CONFIGS = {
     "mini matched": replace(MINI, matched=True),
     "dense": GraphConfig(n_nodes=40, parent_rate=2.5, min_hops=3, max_hops=4),
     **{
-        f"{size} {name}": prosqa.split_config(name, base)
+        f"{size} {name}": prosqa.SPLITS[name](base)
         for size, base in (("full", FULL), ("mini", MINI))
         for name in list(prosqa.SPLITS)[2:]
     },
@@ -199,9 +199,7 @@ def test_matched_defeats_the_depth_shortcut(config):
 @pytest.mark.parametrize("base", [FULL, MINI], ids=["full", "mini"])
 def test_splits_change_the_documented_settings(base):
     """A split of a small model could fall back to the paper's size."""
-    by_name = {
-        name: prosqa.split_config(name, replace(base, matched=True)) for name in prosqa.SPLITS
-    }
+    by_name = {name: prosqa.SPLITS[name](replace(base, matched=True)) for name in prosqa.SPLITS}
     assert by_name["prosqa"] == base
     assert by_name["prosqa_matched"] == replace(base, matched=True)
     assert by_name["prosqa_balanced"] == replace(base, balanced=True)
@@ -213,7 +211,7 @@ def test_splits_change_the_documented_settings(base):
 
 def test_the_long_split_has_words_for_all_nodes():
     """n_nodes=55 is the limit; a seventh more would exceed it."""
-    assert prosqa.split_config("prosqa_long", replace(FULL, n_nodes=55)).n_nodes == 55
+    assert prosqa.SPLITS["prosqa_long"](replace(FULL, n_nodes=55)).n_nodes == 55
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if CONFIGS[n].balanced])

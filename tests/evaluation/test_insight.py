@@ -157,7 +157,7 @@ def test_only_question_and_slots_decide(tokenizer):
 def test_a_prosqa_twin_asks_about_the_other_root(split, seed):
     """A twin could share the answer, or lose the graph that a hash needs."""
     task, base = TASKS["prosqa"], prosqa.GraphConfig(13, 1, 3)
-    for example in prosqa.generate(40, seed, prosqa.split_config(split, base)):
+    for example in prosqa.generate(40, seed, prosqa.SPLITS[split](base)):
         twin = task.twin(example)
         words = [x["question"].replace("?", " ?").split() for x in (example, twin)]
         assert sum(a != b for a, b in zip(*words, strict=True)) == 1

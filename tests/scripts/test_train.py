@@ -240,7 +240,7 @@ def test_full_disk_keeps_the_last_checkpoint(train, tiny):
     process = start(tiny, "--out_dir=run", "--max_steps=9", "--resume", preexec_fn=no_room)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert err.startswith("error: the checkpoint") and err.count("\n") <= 2, err
+    assert "step_00000009 could not be written" in err and err.count("\n") <= 2, err
     assert digests("run") == before
     checkpoint.load("run")
     assert train(tiny, "--out_dir=run", "--max_steps=9", "--resume")[0] == 0
@@ -458,7 +458,7 @@ REFUSED = {
     "no GPT-2 there": (["tiny.py", "--init_from=hub"], "no weights"),
     "brackets": (["tiny.py", "--data=[/x].json"], "[/x].json"),
     "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
-    "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be written"),
+    "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be used"),
     "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "Leave --resume out"),
     "run exists": (["tiny.py", "--out_dir=run"], "already holds a run"),
     "model changed": (["tiny.py", "--out_dir=run", "--resume", "--n_embd=32"], "n_embd=16"),
@@ -507,7 +507,7 @@ def test_unwritable_out_dir_is_an_error(train, tiny, tmp_path):
     """It was a traceback."""
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, err = train(tiny, "--out_dir=locked/run")
-    assert code == 2 and "cannot be written" in err
+    assert code == 2 and "cannot be used" in err
 
 
 @pytest.mark.parametrize("method", METHODS)

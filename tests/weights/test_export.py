@@ -13,7 +13,6 @@ from helpers import gpt2_tokenizer, logit_error, random_gpt, save_random_run
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
-from nanococonut.data.files import write_examples
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import BOT, EOS, EOT, LATENT
@@ -170,13 +169,11 @@ def test_card_says_how_it_was_trained(exported):
 
 
 def test_card_asks_a_question_of_its_own_task(tmp_path, gpt2):
-    """A model of a user's own file was asked about wumpuses."""
-    run, rows = tmp_path / "run", tmp_path / "rows.json"
-    save_random_run(run, gpt2)
-    manifest = checkpoint.read_manifest(checkpoint.resolve(run))
-    manifest["config"] |= {"data": str(rows)}
-    write_examples(rows, [{"question": 'Say "1+1"?', "steps": [], "answer": "2"}])
-    assert "question = 'Say \"1+1\"?\\n'\n" in export_module._card(random_gpt(), manifest)
+    """A model of a user's own file was asked about wumpuses; its examples may be private."""
+    save_random_run(tmp_path / "run", gpt2)
+    manifest = checkpoint.read_manifest(checkpoint.resolve(tmp_path / "run"))
+    card = export_module._card(random_gpt(), manifest)
+    assert "question = 'a question, written as in the training data\\n'\n" in card
     manifest["config"] |= {"data": None, "task": "gsm8k", "pad_latent_to_max": False}
     card = export_module._card(random_gpt(), manifest)
     assert EXAMPLES["gsm8k"] in card and "had fewer thoughts." in card
