@@ -231,7 +231,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version == 1:
+        raise UserError(
+            f"{folder} was written by nanococonut 0.1, whose settings have other names.\n"
+            "Use it with commit a32b7b1, or train again."
+        )
+    if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
     for key in TYPES.keys() - (OPTIONAL - manifest.keys()):
         if not isinstance(manifest.get(key), TYPES[key]):
