@@ -222,39 +222,45 @@ def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]
     size = len(orphan)
     names = rng.random((size, len(NAMES))).argsort(1).tolist()
     concepts = rng.random((size, len(CONCEPTS))).argsort(1).tolist()
-    n_edges = (graphs.parent >= 0).sum((1, 2))
+    g, child, k = np.nonzero(graphs.parent >= 0)  # (E), the edges of all graphs
+    n_edges = np.bincount(g, minlength=size)
     places = rng.random((size, n_edges.max(initial=0))).tolist()  # of the sentences in the text
-    paths = shortest_paths(rng, graphs, *query[:2]).tolist()
+    paths = shortest_paths(rng, graphs, *query[:2])
     target_first = (rng.random(size) < 0.5).tolist()
     kept = ~(orphan & graphs.leaf)  # nodes without edges are removed
     numbers = kept.cumsum(1) - 1  # (G, N)
+    # lists over all graphs, of which each example takes its part: faster than small arrays
+    edges = np.stack([numbers[g, graphs.parent[g, child, k]], numbers[g, child]], 1).tolist()
+    is_person = orphan[kept].tolist()
+    edge_ends, node_ends = n_edges.cumsum().tolist(), kept.sum(1).cumsum().tolist()
+    paths = np.take_along_axis(numbers, paths, 1).tolist()
+    roots, targets, neg_targets = (numbers[np.arange(size), v].tolist() for v in query)
     examples: list[Example] = []
-    for i in range(size):
-        number, parents = numbers[i].tolist(), graphs.parent[i].tolist()
-        root, target, neg_target = (number[nodes[i]] for nodes in query)
+    edge = node = 0
+    for i, (edge_end, node_end) in enumerate(zip(edge_ends, node_ends, strict=True)):
+        root, target, neg_target = roots[i], targets[i], neg_targets[i]
         name, concept = iter(names[i]), iter(concepts[i])
-        symbols = [  # persons for parentless nodes
-            NAMES[next(name)] if is_orphan else CONCEPTS[next(concept)]
-            for is_orphan in orphan[i, kept[i]].tolist()
+        symbols = [
+            NAMES[next(name)] if person else CONCEPTS[next(concept)]
+            for person in is_person[node:node_end]
         ]
-        edges = [[number[p], number[v]] for v, ps in enumerate(parents) for p in ps if p >= 0]
-        facts = [_sentence(symbols[parent], symbols[child]) for parent, child in edges]
+        facts = [_sentence(symbols[a], symbols[b]) for a, b in edges[edge:edge_end]]
         text = " ".join([facts[j] for j in sorted(range(len(facts)), key=places[i].__getitem__)])
         first, second = (target, neg_target) if target_first[i] else (neg_target, target)
-        path = [number[v] for v in paths[i]]
-        path = path[path.index(root) :: -1]  # the entity first
+        path = paths[i][paths[i].index(root) :: -1]  # the entity first
         examples.append(
             {  # type: ignore[typeddict-unknown-key]
                 "question": f"{text} Is {symbols[root]} a {symbols[first]} or {symbols[second]}?",
                 "answer": _sentence(symbols[root], symbols[target]),
                 "steps": [_sentence(symbols[a], symbols[b]) for a, b in pairwise(path)],
                 "idx_to_symbol": symbols,
-                "edges": edges,
+                "edges": edges[edge:edge_end],
                 "root": root,
                 "target": target,
                 "neg_target": neg_target,
             }
         )
+        edge, node = edge_end, node_end
     return examples
 
 
