@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nanococonut.evaluation.accuracy import in_batches, wilson
+from nanococonut.inference.branch import Slots
 from nanococonut.inference.engine import Engine
-from nanococonut.inference.steps import Slots
 
 Cells = dict[str, Tensor]  # intervention -> log-probability of each candidate, (N, m)
 Content = Slots | list[list[int]]  # of the slots of B questions: thoughts, or written tokens

@@ -12,8 +12,8 @@ from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.insight import count
 from nanococonut.evaluation.pairs import Pairs
+from nanococonut.inference.branch import Branch, Slots
 from nanococonut.inference.engine import Engine
-from nanococonut.inference.steps import Branch, Slots
 
 State = dict[str, Any]
 

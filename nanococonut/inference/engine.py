@@ -21,8 +21,9 @@ from nanococonut.batch import build_prompt
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import TASKS
+from nanococonut.inference.branch import Branch
 from nanococonut.inference.buffers import BatchView, StaticBuffers
-from nanococonut.inference.steps import Branch, Edit
+from nanococonut.inference.steps import Edit
 from nanococonut.model import GPT
 from nanococonut.ops import choose_backend, choose_graph
 from nanococonut.packed import PackedGPT
