@@ -85,11 +85,14 @@ def test_latency_table_agrees_with_the_rows():
 def test_readme_speed_has_a_line_per_device():
     rows = rows_of("latency", "2026-01-02T00:00:00Z")
     rows += [row | {"device": "NVIDIA H200", "dtype": "bfloat16"} for row in rows]
-    rows += read_results(ROOT / "bench/results/training.jsonl")
-    text = tables.speed(rows)
+    steps = read_results(ROOT / "bench/results/training.jsonl")
+    text = tables.speed(rows + steps)
     assert "| NVIDIA H200, bfloat16 | 100 ms | 300 ms | 80 ms | - | 9x |" in text
     assert text.count("| 100 ms |") == 2
-    assert "| 32 | CPU x86_64 AVX512, 2 threads, float32 | 67.5 ms | 17x |" in text
+    small = [r for r in steps if r["labels"]["config"] == "prosqa_small.py"]
+    ratio = [r["value"] for r in small if r["unit"] == "x"][-1]
+    ms = [r["value"] for r in small if r["provider"] == "nanococonut" and r["unit"] == "ms"][-1]
+    assert f"| CPU x86_64 AVX512, 2 threads, float32 | {ms:.1f} ms | {ratio:.2g}x |" in text
     assert text.count("| prosqa_small.py |") == 1  # the newest
 
 
