@@ -205,7 +205,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         print("note: as in training, examples with fewer steps have fewer thoughts")
     numbers = range(n_thoughts + 1) if config.sweep else [n_thoughts]
     runs = [(n, [min(n, count) for count in counts], {}) for n in numbers]
-    # without a rule of its own, and if thoughts are fed back
+    # the rule reads thoughts that are fed back; a stop classifier decides by itself
     can_stop = not engine.model.config.stop and min(counts) == n_thoughts > 0
     can_stop &= engine.curriculum.rules.thought_type not in ("", "pause")
     if config.sweep and can_stop:

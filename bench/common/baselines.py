@@ -110,7 +110,7 @@ class Worker:
             name: (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
             for name, p in model.state_dict().items()
         }
-        atexit.register(self.close)  # or it would still run beside the next measurement
+        atexit.register(self.close)  # a worker left running would slow the next measurement
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model.safetensors"
             save_file(weights, path)

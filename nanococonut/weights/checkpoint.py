@@ -446,9 +446,10 @@ class RunDir:
         }
         self.end_save()  # never two at once
         files = gather_tensors(model, optimizers)
-        self._saving = self._writer.submit(save, self.path, step, files, manifest)
-        if not background:  # the CPU's tensors are the model's own, which the next step changes
-            self.end_save()
+        if background:
+            self._saving = self._writer.submit(save, self.path, step, files, manifest)
+        else:  # the CPU's tensors are the model's own, which the next step changes
+            save(self.path, step, files, manifest)
 
     def end_save(self, wait: bool = True) -> None:
         """Raise the error of a save in the background; wait: if it still runs, wait for its end."""
