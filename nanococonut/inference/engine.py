@@ -371,7 +371,7 @@ class Engine:
         view.active.copy_(torch.arange(batch, device=idx.device) < B)
         view.done.copy_(~view.active)
         view.n_taken.zero_()
-        view.place.copy_(torch.arange(batch))
+        view.place.copy_(torch.arange(batch, device=idx.device))
         buffers.tokens.fill_(request.eos)
         buffers.n_tokens.zero_()
         buffers.temperature.fill_(1.0 if request.is_greedy else request.temperature)
