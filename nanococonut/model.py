@@ -57,8 +57,9 @@ def cached_attention(
     """
     cache.append(layer, k, v, pos)
     span = mask.shape[-1]
-    keys, values = cache.data[layer, :, :, :, :span].to(q.dtype)  # (B, nh, span, hs) each
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    keys, values = cache.data[layer, :, :, :, :span]  # (B, nh, span, hs) each
+    y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask)
+    return y.to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -144,6 +145,12 @@ class GPT(nn.Module):
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values in a cache: that of the weights, but float32 on a CPU."""
+        w = self.wte.weight  # a CPU takes two to three times as long for attention in bfloat16
+        return torch.float32 if (w.device.type, w.dtype) == ("cpu", torch.bfloat16) else w.dtype
+
     def new_cache(
         self, B: int, capacity: int, memory: Tensor | None = None, lengths: Tensor | None = None
     ) -> KVCache:
@@ -154,7 +161,8 @@ class GPT(nn.Module):
         """
         c, w = self.config, self.wte.weight
         shape = (c.n_layer, 2, B, c.n_head, capacity, c.n_embd // c.n_head)
-        memory = w.new_zeros(math.prod(shape)) if memory is None else memory
+        if memory is None:
+            memory = w.new_zeros(math.prod(shape), dtype=self.cache_dtype)
         lengths = w.new_zeros(B, dtype=torch.int64) if lengths is None else lengths
         return KVCache(memory[: math.prod(shape)].view(shape), lengths)
 

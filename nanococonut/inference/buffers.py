@@ -28,7 +28,8 @@ class StaticBuffers:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=w.device)
 
-        self.cache, self.idx = w.new_zeros(cache_size), ints(idx_size)  # flat: any shape fits in
+        # flat, so that any shape fits in
+        self.cache, self.idx = w.new_zeros(cache_size, dtype=model.cache_dtype), ints(idx_size)
         self.lengths, self.n_taken, self.token = ints(batch), ints(batch), ints(batch)
         self.tokens, self.n_tokens = ints(batch, config.block_size), ints()
         self.place = ints(batch)  # row of `tokens` for each sequence
