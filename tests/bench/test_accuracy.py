@@ -233,7 +233,7 @@ def test_a_released_checkpoint_needs_no_run(accuracy, scored, tmp_path, method, 
         ),
         (["--method=cot", "--data=nothing.json"], "nothing.json does not exist"),
         (["--method=cot", "--data=rows.json", "--checkpoint=rows.json"], "holds no GPT-2"),
-        (["--method=cot", "--checkpoint=run"], "run knows its method"),
+        (["--method=cot", "--checkpoint=run"], "run records its method"),
         (["--checkpoint=."], "Give --method"),  # a folder with config.json
         (["--method=soft_thought", "--data=rows.json", "--latent=6"], "needs 50260 and soft"),
     ],
