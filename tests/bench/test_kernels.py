@@ -39,7 +39,7 @@ def test_case_and_reference_agree(batch, device, monkeypatch):
 
 def test_mistake_takes_two_lines(kernels):
     code, _, err = kernels("--batches=x")
-    assert code == 2 and "no list of numbers" in err and len(err.splitlines()) <= 2
+    assert code == 2 and "expected positive whole numbers" in err and len(err.splitlines()) <= 2
 
 
 @pytest.mark.gpu

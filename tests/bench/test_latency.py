@@ -143,14 +143,14 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--batches=1,x"], "no list of numbers"),
-        (["--contexts=0"], "no list of numbers"),
+        (["--batches=1,x"], "expected positive whole numbers"),
+        (["--contexts=0"], "expected positive whole numbers"),
         (["--tasks=chess"], "'chess'"),
         (["--rounds=0"], "rounds=0"),
         (["--released=."], "go together"),
-        (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
+        (["--released=nowhere", "--released_python=python"], "has no coconut.py"),
         (["--out=nowhere/rows.jsonl"], "folder does not exist"),
-        (["--contexts=9000"], "does not fit"),
+        (["--contexts=9000"], "is too long"),
     ],
 )
 def test_mistakes_take_two_lines(latency, argv, message):
@@ -201,7 +201,7 @@ def test_bug_of_ours_is_an_error(tiny, monkeypatch):
         return generate(provider, request) | ({"tokens": tokens} if provider.name == OURS else {})
 
     monkeypatch.setattr(baselines.EngineProvider, "generate", wrong)
-    with pytest.raises(UserError, match="bug of ours"):
+    with pytest.raises(UserError, match="bug in nanococonut"):
         baselines.start(found, config)
 
 

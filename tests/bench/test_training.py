@@ -147,7 +147,7 @@ def test_released_code_gets_the_same_sequences(latent):
         (["--set=n_heads=3"], "Did you mean --n_head?"),
         (["--latent=500"], "fewer thoughts"),
         (["--released=."], "go together"),
-        (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
+        (["--released=nowhere", "--released_python=python"], "has no coconut.py"),
         (["--out=nowhere/rows.jsonl"], "cannot be written"),
     ],
 )
