@@ -80,10 +80,8 @@ class AccuracyConfig:
 
 
 def load_engine(config: AccuracyConfig) -> Engine:
-    """Return the engine of a run, or of weights without a run, such as the released ones.
-
-    Raise UserError if weights without a run lack --method, --data or --latent, or a run has one.
-    """
+    """Return the engine of a run or checkpoint, or of weights without a run. Raise UserError if
+    --method is given for a run, which records it."""
     path = Path(config.checkpoint or checkpoint.BUNDLED)
     if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file():
         path = path.parent  # a weights file of one of our checkpoints
@@ -97,7 +95,8 @@ def load_engine(config: AccuracyConfig) -> Engine:
 
 
 def load_without_run(config: AccuracyConfig, path: Path) -> Engine:
-    """Return the engine of GPT-2 weights that were trained by --method."""
+    """Return the engine of GPT-2 weights trained by --method. Raise UserError if --method, --data
+    or --latent is missing, or if the weights do not fit the method."""
     method = METHODS[config.method] if config.method else None
     needs_latent = method and method.n_thoughts_rule != "none"
     if not method or not config.data or (needs_latent and config.latent is None):
@@ -144,11 +143,8 @@ def shortcut_accuracies(task: Task, examples: list[Example]) -> dict[str, float]
 def choose_examples(
     config: AccuracyConfig, engine: Engine
 ) -> tuple[list[Example], str, int | None]:
-    """Return (examples, their name, the seed that generated them or None).
-
-    Without --data, return the examples that the run held out, or its task's first split. Raise
-    UserError if --data is a split of another task.
-    """
+    """Return (examples, their name, the seed that generated them or None). Without --data: what the
+    run held out, or its task's first split. Raise UserError if --data is another task's split."""
     trained, splits = engine.config, TASKS[engine.config.task].splits
     held_out = [] if config.data else held_out_examples(engine, "Give --data: a file of examples.")
     if held_out:

@@ -49,17 +49,14 @@ class KernelsConfig:
 
 @dataclass
 class KernelCase:
-    """A kernel and its plain torch reference, which take and change the same args.
-
-    If an arg requires a gradient, the backward pass is part of the case.
-    n_numbers: how many numbers have to be read and written.
-    """
+    """A kernel and its plain torch reference, which take and change the same args. If an arg
+    requires a gradient, the backward pass is part of the case."""
 
     name: str
     impl: Callable[..., Any]
     reference: Callable[..., Any]
     args: list[Tensor]
-    n_numbers: int
+    n_numbers: int  # to read and write at least
     shape: dict[str, int]
 
     def copy_args(self) -> list[Tensor]:

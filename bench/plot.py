@@ -62,10 +62,8 @@ def sections() -> dict[str, str]:
 
 
 def replace_sections(doc: str, text: str) -> str:
-    """Return a document's text with every marked section filled in.
-
-    Raise UserError if a mark is unknown or is not closed.
-    """
+    """Return a document's text with every marked section filled in. Raise UserError if a mark is
+    unknown or not closed."""
     by_name = sections()
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         marked = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- /{name} -->)", re.DOTALL)

@@ -36,7 +36,6 @@ class EngineProvider:
     """Our engine with a choice of kernels and CUDA graphs."""
 
     versions: dict[str, str] | None = None  # those of this process
-    max_batch: int | None = None  # no limit
 
     def __init__(self, name: str, workload: Workload, kernels: str, graph: str) -> None:
         self.name = name
@@ -76,7 +75,6 @@ class Worker:
         **extra: Any,
     ) -> None:
         self.name, self.model = name, model
-        self.max_batch = 1 if name == "released" else None  # its generate takes a single question
         # absolute, as the worker starts in another folder; resolving a venv's link would leave it
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")

@@ -61,10 +61,8 @@ def _shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def table1(rows: Rows, task: str, preset: str) -> str:
-    """Return accuracy in % / generated tokens of every method on every split, with the paper's.
-
-    Methods that were run with other settings have a line per setting.
-    """
+    """Return accuracy in % / generated tokens of every method on every split, with the paper's. A
+    method has another line for each other setting it was run with."""
     rows = select(rows, task=task, preset=preset)
     splits = list(dict.fromkeys(r["labels"]["data"] for r in rows))
     lines = [("method", "paper (GPT-2 124M)", *splits, "seeds")]
