@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run everything that needs a GPU, within nine minutes:   bash bench/gpu_suite.sh FOLDER
-# Only some parts:   bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train
-# The slow checks (compute-sanitizer, losses), in a call of their own:
-#                                                         bash bench/gpu_suite.sh FOLDER checks
+# Run everything that needs a GPU, in one call of at most nine minutes:
+#   bash bench/gpu_suite.sh FOLDER
+#   bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train  # some parts
+#   bash bench/gpu_suite.sh FOLDER checks  # compute-sanitizer and losses, slow, not part of the rest
 # Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. If a part fails or runs out
 # of time, the others still run. With NANOCOCONUT_RELEASED (a clone of facebookresearch/coconut) and
 # NANOCOCONUT_RELEASED_PYTHON the released code is timed too.

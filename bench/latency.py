@@ -113,7 +113,8 @@ def time_case(
         for provider, path, n in 2 * case.requests:  # twice: longer requests drop earlier graphs
             provider.generate(workload.request(prompts, path, n))
     for i in range(rounds):
-        case.bandwidth += [bandwidth.measure()] if bandwidth else []
+        if bandwidth:
+            case.bandwidth.append(bandwidth.measure())
         prompts = workload.prompts(case.batch, case.context, i)
         start = i % len(case.requests)
         for provider, path, n in case.requests[start:] + case.requests[:start]:
@@ -140,11 +141,10 @@ def write_answers(results: ResultWriter, case: Case) -> None:
 def write_steps(results: ResultWriter, case: Case, workload: Workload) -> None:
     """Append the times of a case's single steps, their rooflines, and ratios to ours."""
     gb_per_s = statistics.median(case.bandwidth)
+    providers = [provider for provider, path, _ in case.requests if path == "thoughts"]
     for metric in METRICS:
         ours = case.ms(OURS, "thoughts", metric)
-        for provider, path, _ in case.requests:
-            if path != "thoughts":
-                continue
+        for provider in providers:
             times = case.ms(provider.name, "thoughts", metric)
             extra = {"versions": provider.versions} | case.shape
             results.add(metric, provider.name, times, "ms", **extra)

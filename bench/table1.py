@@ -73,19 +73,18 @@ class Table1Config:
 def plan_runs(config: Table1Config) -> dict[Path, list[str]]:
     """Return folder -> training command of every run in the table. Raise UserError for a setting
     that train.py would refuse."""
-    fixed = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
-    if reserved := parse_cli(TrainConfig, fixed, "")[0].keys() & RESERVED:
+    flags = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
+    overrides, _ = parse_cli(TrainConfig, flags, "")
+    if reserved := overrides.keys() & RESERVED:
         raise UserError(f"--set cannot change {min(reserved)!r}.\nSee --help.")
-    fixed += [f"--device={config.device}"] + ["--fallback=None"] * (config.preset == "gpt2")
-    runs = {}
+    flags += [f"--device={config.device}"] + ["--fallback=None"] * (config.preset == "gpt2")
+    recipe, runs = read_config_file(config.recipe, TrainConfig), {}
     for seed, method in itertools.product(range(config.seeds), config.methods.split(",")):
         name = "_".join(filter(None, (method, config.set, f"s{seed}"))).replace("/", "-")
         folder = Path(config.runs) / f"{config.task}_{config.preset}" / name
-        flags = [*fixed, f"--method={method}", f"--seed={seed}"]
-        overrides, _ = parse_cli(TrainConfig, flags, "")
-        make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), overrides)
+        make_config(TrainConfig, recipe, overrides, {"method": method})  # or UserError
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
-        runs[folder] = [*command, f"--out_dir={folder}"]
+        runs[folder] = [*command, f"--method={method}", f"--seed={seed}", f"--out_dir={folder}"]
     return runs
 
 

@@ -134,7 +134,7 @@ class Trainer:
 
     def step(self, i: int) -> dict[str, float]:
         """Take one optimizer step on batch i and return its seconds and loss. As in train.py, a
-        GPU's next batch is built while this step computes; the time includes it."""
+        GPU's next batch is built during this step, within its time."""
         on_gpu, prepare = self.train_step.device.type == "cuda", self.train_step.prepare
         if on_gpu:
             self.loader.get(i, self.stage, prepare)  # usually prefetched by the last step
@@ -156,8 +156,7 @@ class Trainer:
     def released_batches(self, n: int) -> list[dict[str, list]]:
         """Return the first n batches, padded as by the released collator: on the left to align the
         thoughts of all sequences, then on the right."""
-        fills = {"input_ids": self.tokenizer.eos, "labels": IGNORE}
-        fills |= {"attention_mask": 0, "position_ids": 0}
+        fills = dict(input_ids=self.tokenizer.eos, labels=IGNORE, attention_mask=0, position_ids=0)
         batches, size = [], self.recipe.batch_size
         for start in range(0, n * size, size):
             rows, n_before = [], []  # n_before: tokens before the thoughts, 0 if there are none
@@ -167,8 +166,8 @@ class Trainer:
                 )
                 ids = prefix + [self.tokenizer.latent] * n_thoughts + suffix
                 labels = [IGNORE] * (len(ids) - len(suffix) + n_forced) + suffix[n_forced:]
-                mask, positions = [1] * len(ids), [*range(len(ids))]
-                rows.append(dict(zip(fills, (ids, labels, mask, positions), strict=True)))
+                row = dict(input_ids=ids, labels=labels, attention_mask=[1] * len(ids))
+                rows.append(row | {"position_ids": [*range(len(ids))]})
                 n_before.append(len(prefix) if n_thoughts else 0)
             n_left = [max(n_before) - n for n in n_before]
             batch = {}

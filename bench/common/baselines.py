@@ -75,7 +75,7 @@ class Worker:
         **extra: Any,
     ) -> None:
         self.name, self.model = name, model
-        # absolute, as the worker starts in another folder; resolving a venv's link would leave it
+        # absolute, as it starts in another folder; not resolved, as a venv's python is a link
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -167,12 +167,10 @@ def clone_commit(clone: str) -> str:
 
 
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
-    """Return (providers, name of a missing one -> why). The first is our engine by default.
+    """Return (providers, missing provider -> reason). The first is our engine with its defaults.
 
-    Only those are kept whose greedy tokens after thoughts equal those of our plain eager steps.
-    Raise UserError if one of ours differs.
-
-    options  a LatencyConfig
+    A provider whose greedy tokens after thoughts differ from our plain eager steps' is not timed;
+    if it is ours, raise UserError. options: LatencyConfig.
     """
     ours = EngineProvider(OURS, workload, "auto", "auto")
     eager = EngineProvider(f"{OURS}, eager", workload, "torch", "off")

@@ -58,7 +58,7 @@ def fmt(value: float) -> str:
 
 
 def command_line(config: Any, script: str) -> str:
-    """Return the command line of this config, without defaults and local paths."""
+    """Return this config as a command line: non-default options, local paths replaced by names."""
     words = ["python", script]
     for f in fields(config):
         value = getattr(config, f.name)
