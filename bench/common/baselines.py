@@ -23,7 +23,7 @@ from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights.pretrained import CONFIG_KEYS, CONV1D_WEIGHTS
 
-SERVE = Path(__file__).parent.parent / "workers/serve.py"
+WORKER = Path(__file__).with_name("worker.py")
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set by nanococonut/__init__.py
 N_PROMPT = 48  # tokens of the prompt on which all providers have to agree
 N_CHECKED = 9  # greedy tokens that are compared
@@ -54,9 +54,9 @@ class EngineProvider:
 
 
 class Worker:
-    """workers/serve.py under another Python. Requests and replies are JSON lines.
+    """worker.py under another Python. Requests and replies are JSON lines.
 
-    name     a kind of serve.py
+    name     a kind of worker.py
     model    the worker builds the same GPT-2: sizes, dropout, weights, device and dtype
     special  name in SPECIAL -> token id
     clone    folder of the released code, for the kinds that run it
@@ -83,7 +83,7 @@ class Worker:
         env = {k: v for k, v in os.environ.items() if k not in OPENMP} | offline
         try:
             self.process = subprocess.Popen(
-                [python, "-I", str(SERVE)],  # -I: our packages are not on its path
+                [python, "-I", str(WORKER)],  # -I: our packages are not on its path
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
