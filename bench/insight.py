@@ -80,26 +80,24 @@ def evaluate(
     return {"schema": 1, "checkpoint": name} | row
 
 
-def redraw(rows_path: str, target: Path) -> None:
-    """Draw the page of the last row in a file."""
-    details = [row["detail"] for row in read_jsonl(Path(rows_path)) if "detail" in row]
-    if not details:
-        raise UserError(f"{rows_path} has no row of insight.py.\nGive a file of --out.")
-    checkpoint.replace_text(target, page.render(details[-1]))
-    print(f"page: {target}")
-
-
 def main() -> None:
     overrides, _ = parse_cli(InsightConfig, sys.argv[1:], __doc__)
     config = make_config(InsightConfig, overrides)
+
+    # ---- draw a page from a row, without a model
     if config.redraw:
-        return redraw(config.redraw, Path(config.html or "insight.html"))
+        target = Path(config.html or "insight.html")
+        details = [row["detail"] for row in read_jsonl(Path(config.redraw)) if "detail" in row]
+        if not details:
+            raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
+        checkpoint.replace_text(target, page.render(details[-1]))
+        print(f"page: {target}")
+        return
 
     # ---- load the model and its control; refuse what would fail after minutes of work
     began = time.perf_counter()
-    subjects = [load(config, config.checkpoint)]
-    if config.against:
-        subjects.append(load(config, config.against))
+    paths = [config.checkpoint, *filter(None, [config.against])]
+    subjects = [load(config, path) for path in paths]
     target = Path(config.html or Path(config.checkpoint or "") / "insight.html")
     if target.is_dir() or not os.access(target.parent, os.W_OK):
         raise UserError(f"{target} cannot be written.\nGive a file in a folder that exists.")

@@ -41,7 +41,6 @@ from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.errors import UserError, run_main
 
 STEP_TOKENS = 9  # generated when single steps are timed: 8 token steps
-METRICS = ("latent_step", "token_step", "first_token")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def write_steps(results: ResultWriter, case: Case, workload: Workload) -> None:
     """Append the times of a case's single steps, their rooflines, and ratios to ours."""
     gb_per_s = statistics.median(case.bandwidth)
     providers = [provider for provider, path, _ in case.requests if path == "thoughts"]
-    for metric in METRICS:
+    for metric in ("latent_step", "token_step", "first_token"):
         ours = case.ms(OURS, "thoughts", metric)
         for provider in providers:
             times = case.ms(provider.name, "thoughts", metric)

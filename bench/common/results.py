@@ -87,12 +87,8 @@ def load_average() -> float:
 
 
 class ResultWriter:
-    """The rows of one run. Each is printed and appended to the file config.out immediately.
-
-    bench   name of the script
-    config  its options
-    shared  labels (text) and sizes of all rows
-    """
+    """The rows of one run of the script `bench`; each is printed and appended to the file
+    config.out at once. shared: labels (text) and sizes of all rows."""
 
     def __init__(
         self,
