@@ -137,7 +137,7 @@ class Worker:
         return reply
 
     def generate(self, request: Request) -> Timing:
-        """Generate in the dtype that our model has now."""
+        """Return tokens and times of a request, computed in our model's current dtype."""
         dtype = str(self.model.wte.weight.dtype).removeprefix("torch.")
         return self.request(asdict(request) | {"dtype": dtype})
 

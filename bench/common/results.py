@@ -53,7 +53,7 @@ def validate_row(row: Row) -> None:
 
 
 def fmt(value: float) -> str:
-    """Format a positive number with three significant digits; numbers from 100 as integers."""
+    """Format a positive number with three significant digits; from 100 on, as an integer."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
