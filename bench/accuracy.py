@@ -1,24 +1,22 @@
-"""Evaluate a checkpoint on unseen examples, next to rules that never search.
+"""Evaluate a checkpoint on unseen examples, and compare it with rules that never search.
 
-    python bench/accuracy.py --checkpoint out/RUN                 its own held-out examples
+    python bench/accuracy.py --checkpoint out/RUN                 the run's held-out examples
     python bench/accuracy.py --checkpoint out/RUN --data FILE     a file of examples
     python bench/accuracy.py --checkpoint out/RUN --data prosqa_matched
     python bench/accuracy.py --checkpoint out/RUN --data prosqa_balanced --sweep
     python bench/accuracy.py --checkpoint FILE --method coconut --latent 6 --data FILE
 
-The last form is for a released checkpoint, or any other GPT-2's weights without a run.
-Answers are generated greedily. The number of thoughts is the checkpoint's own, or --latent; --sweep
-evaluates with 0, 1, ... up to it, then lets each example stop once the head's best token repeats.
-Generated splits have graphs of the size that the checkpoint was trained on. ProsQA's texts are also
-sorted into the paper's categories (evaluation/paper.py).
-evaluates with 0, 1, ... up to it. Generated splits have graphs of the size that the checkpoint was
-trained on. ProsQA's texts are also sorted into the paper's categories (evaluation/paper.py).
---out appends a result for each number of thoughts; the last line is JSON.
+The last form is for a released checkpoint, or any other GPT-2 weights without a run folder.
+
+Answers are generated greedily, with as many thoughts as in training, or --latent. --sweep uses 0,
+1, ... up to that many thoughts, then stops each example once the head's best token repeats.
+Generated splits have graphs of the size that the checkpoint was trained on. ProsQA answers are also
+sorted into the paper's categories (evaluation/paper.py). --out appends one result per number of
+thoughts; the last line of the output is JSON.
 """
 
 import sys
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -35,7 +33,7 @@ from nanococonut.curriculum import METHODS
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.generator import TEST_SEED
-from nanococonut.data.tasks import TASKS, generated
+from nanococonut.data.tasks import TASKS, Task, generated
 from nanococonut.evaluation.accuracy import (
     held_out_examples,
     is_capped,
@@ -57,24 +55,24 @@ from nanococonut.weights.pretrained import CONFIG_NAME, load_pretrained
 @dataclass(frozen=True)
 class AccuracyConfig:
     checkpoint: str | None = option(
-        None, "a run's folder, one checkpoint's, or None: the bundled one; with --method, a file"
+        None, "a run, one of its checkpoints, or, with --method, a file (None: the bundled model)"
     )
     data: str | None = option(
         None,
-        "a file of examples, or a split of the task (None: the run's own held-out examples): "
+        "a file of examples or a generated split (None: the run's held-out examples): "
         + ", ".join(name for task in TASKS.values() for name in task.splits),
     )
     n: int = option(1000, "generated examples", ge=1)
-    seed: int = option(TEST_SEED, "of generated examples (training never uses it)", ge=0)
-    latent: int | None = option(None, "thoughts (None: as trained)", ge=0)
+    seed: int = option(TEST_SEED, "of generated examples; training never uses this one", ge=0)
+    latent: int | None = option(None, "thoughts (None: as in training)", ge=0)
     sweep: bool = option(False, "evaluate with 0, 1, ... up to that many thoughts")
     batch_size: int = option(100, "examples in a batch", ge=1)
-    max_new_tokens: int | None = option(None, "longest answer (None: the run's own)", ge=1)
+    max_new_tokens: int | None = option(None, "maximum length of an answer (None: the run's)", ge=1)
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("float32", "of weights and steps", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "of weights and KV cache", choices=("float32", "bfloat16"))
     method: str | None = option(
-        None, "of weights without a run, such as the released ones", choices=tuple(METHODS)
+        None, "how weights without a run were trained", choices=tuple(METHODS)
     )
 
     def __post_init__(self) -> None:
@@ -82,37 +80,41 @@ class AccuracyConfig:
 
 
 def load_engine(config: AccuracyConfig) -> Engine:
-    """Return the engine of a run; with --method, of weights that have none, as the released ones.
-
-    Raise UserError if one of --method, --data, --latent is missing, or --method is not needed.
-    """
-    path, dtype = Path(config.checkpoint or checkpoint.BUNDLED), getattr(torch, config.dtype)
+    """Return the engine of a run or checkpoint, or of weights without a run. Raise UserError if
+    --method is given for a run, which records it."""
+    path = Path(config.checkpoint or checkpoint.BUNDLED)
     if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file():
-        path = path.parent  # the weights of a checkpoint of ours
+        path = path.parent  # a weights file of one of our checkpoints
     is_run = checkpoint.is_run(path)
     if is_run and config.method:
-        raise UserError(f"{path} knows its method.\nLeave --method out.")
+        raise UserError(f"{path} records its method.\nLeave --method out.")
     has_weights = path.is_file() or (path / CONFIG_NAME).is_file()
-    if is_run or not (config.method or has_weights):
-        return nanococonut.load(path, config.device, dtype=dtype)
-    has_thoughts = config.method and METHODS[config.method].n_thoughts_rule != "none"
-    if not config.method or not config.data or (has_thoughts and config.latent is None):
+    if not is_run and (config.method or has_weights):
+        return load_without_run(config, path)
+    return nanococonut.load(path, config.device, dtype=getattr(torch, config.dtype))
+
+
+def load_without_run(config: AccuracyConfig, path: Path) -> Engine:
+    """Return the engine of GPT-2 weights trained by --method. Raise UserError if --method, --data
+    or --latent is missing, or if the weights do not fit the method."""
+    method = METHODS[config.method] if config.method else None
+    needs_latent = method and method.n_thoughts_rule != "none"
+    if not method or not config.data or (needs_latent and config.latent is None):
         raise UserError(
-            f"{path} belongs to no run, so it does not say how it was trained.\nGive --method, "
+            f"{path} belongs to no run, so how it was trained is not recorded.\nGive --method, "
             "--data and --latent, such as --method=coconut --data=FILE --latent=6."
         )
-    method = METHODS[config.method]
     model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
     n_tokens = tokenizer.vocab_size if method.markers else tokenizer.eos + 1
-    own = model.config
-    if own.vocab_size < n_tokens or method.thought_type not in ("", "pause", own.thought):
+    vocab_size, thought = model.config.vocab_size, model.config.thought
+    if vocab_size < n_tokens or method.thought_type not in ("", "pause", thought):
         raise UserError(
-            f"{path} has {own.vocab_size} tokens and {own.thought} thoughts, --method="
-            f"{config.method} needs {n_tokens} and {method.thought_type or 'no'} ones.\n"
-            "Give the run or the weights that were trained by it."
+            f"{path} has {vocab_size} tokens and {thought} thoughts, but --method={config.method} "
+            f"needs {n_tokens} and {method.thought_type or 'no'} thoughts.\n"
+            "Give weights that were trained by this method."
         )
     trained = TrainConfig(task=find_task(config.data), data=config.data, method=config.method)
-    model = model.to(select_device(config.device), dtype).eval()
+    model = model.to(select_device(config.device), getattr(torch, config.dtype)).eval()
     engine = Engine.from_config(model, tokenizer, trained)
     engine.manifest = {"method": config.method, "n_thoughts": config.latent or 0}
     return engine
@@ -125,30 +127,34 @@ def find_task(data: str) -> str:
             return name
     examples = read_examples(data)
     for name, task in TASKS.items():
-        with suppress(UserError):  # examples of another kind
-            if task.shortcuts(examples):
-                return name
+        if shortcut_accuracies(task, examples):
+            return name
     return "gsm8k"
+
+
+def shortcut_accuracies(task: Task, examples: list[Example]) -> dict[str, float]:
+    """Return rule -> accuracy of the task's shortcut rules; {} for examples of another task."""
+    try:
+        return task.shortcuts(examples)
+    except UserError:
+        return {}
 
 
 def choose_examples(
     config: AccuracyConfig, engine: Engine
 ) -> tuple[list[Example], str, int | None]:
-    """Return (examples, their name, the seed that generated them or None).
-
-    Without --data they are the run's own: held out from its file, or its task's first split. Raise
-    UserError if --data is another task's split.
-    """
+    """Return (examples, their name, the seed that generated them or None). Without --data: what the
+    run held out, or its task's first split. Raise UserError if --data is another task's split."""
     trained, splits = engine.config, TASKS[engine.config.task].splits
     held_out = [] if config.data else held_out_examples(engine, "Give --data: a file of examples.")
     if held_out:
         source = trained.valid_data or trained.data or trained.task
         return held_out, f"{Path(source).name}, held out", None
     name = config.data or next(iter(splits))
-    drawn = generated(name, config.n, config.seed, trained)
-    if drawn is not None:
-        return drawn, name, config.seed
-    if any(name in other.splits for other in TASKS.values()):
+    examples = generated(name, config.n, config.seed, trained)
+    if examples is not None:
+        return examples, name, config.seed
+    if any(name in task.splits for task in TASKS.values()):
         raise UserError(
             f"the checkpoint is of {trained.task}, --data is {name}.\n"
             f"Give --data: {', '.join((*splits, 'a file of its examples'))}."
@@ -156,15 +162,38 @@ def choose_examples(
     return read_examples(name), Path(name).name, None
 
 
+def choose_thoughts(
+    config: AccuracyConfig, engine: Engine, examples: list[Example]
+) -> list[tuple[int, list[int], dict[str, str]]]:
+    """Return (maximum, thoughts of each example, extra labels of the result) per evaluation."""
+    maximum = engine.manifest["n_thoughts"] if config.latent is None else config.latent
+    rules = engine.curriculum.rules
+    if rules.n_thoughts_rule == "none" and maximum:
+        print(f"note: {engine.manifest['method']} has no thoughts in training")
+    counts = [maximum] * len(examples)
+    if config.latent is None and is_capped(engine):
+        counts = thoughts_as_trained(engine, engine.manifest["stage"], examples)
+        print("note: as in training, examples with fewer steps have fewer thoughts")
+    if not config.sweep:
+        return [(maximum, counts, {})]
+    evaluations = [(n, [min(n, count) for count in counts], {}) for n in range(maximum + 1)]
+    # the stopping rule reads thoughts that are fed back; a stop classifier decides by itself
+    feeds_back = rules.thought_type not in ("", "pause")
+    if feeds_back and not engine.model.config.stop and min(counts) == maximum > 0:
+        counts = thoughts_until_repeat(engine, examples, maximum, config.batch_size)
+        evaluations.append((maximum, counts, {"stop": "the readout repeats"}))
+    return evaluations
+
+
 def by_steps(examples: list[Example], correct: list[bool]) -> dict[str, list[int]]:
-    """Return number of written steps -> [correct, examples]."""
+    """Return number of written steps -> [correct examples, examples]."""
     n_steps = [len(example["steps"]) for example in examples]
     n_examples, n_correct = Counter(n_steps), Counter(compress(n_steps, correct))
     return {str(n): [n_correct[n], n_examples[n]] for n in sorted(n_examples)}
 
 
-def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return how the checkpoint was trained, as results hold it; {} if it belongs to no run."""
+def training_record(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return how the checkpoint was trained, for its results; {} if it belongs to no run."""
     if "config" not in manifest:
         return {}
     return {
@@ -179,67 +208,54 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(config: AccuracyConfig) -> ResultWriter:
-    """Evaluate a checkpoint, once for each number of thoughts, and print what it is next to."""
+    """Evaluate a checkpoint once per number of thoughts, and print each result."""
     engine = load_engine(config)
-    trained, manifest, method = engine.config, engine.manifest, engine.manifest["method"]
-    task, (examples, data, seed) = TASKS[trained.task], choose_examples(config, engine)
-    shortcuts: dict[str, float] = {}
-    with suppress(UserError):  # examples of another kind
-        shortcuts = task.shortcuts(examples)
-    n_thoughts = manifest["n_thoughts"] if config.latent is None else config.latent
+    trained, manifest, weights = engine.config, engine.manifest, engine.model.wte.weight
+    examples, data, seed = choose_examples(config, engine)
     name = Path(config.checkpoint).resolve().name if config.checkpoint else "bundled"
     step = f", step {manifest['step']}" if "step" in manifest else ""
-    print(f"{name}: {method}{step}, {manifest['n_thoughts']} thoughts")
-    if engine.curriculum.rules.n_thoughts_rule == "none" and n_thoughts:
-        print(f"note: {method} has no thoughts in training")
+    print(f"{name}: {manifest['method']}{step}, {manifest['n_thoughts']} thoughts")
     print(f"{data}: {len(examples)} examples, kernels: {engine.kernels} ({engine.reason})")
 
-    longest, weights = config.max_new_tokens or trained.max_new_tokens, engine.model.wte.weight
-    labels = {"method": method, "task": trained.task, "data": data, "checkpoint": name}
+    shortcuts = shortcut_accuracies(TASKS[trained.task], examples)
+    max_new_tokens = config.max_new_tokens or trained.max_new_tokens
+    labels = {"method": manifest["method"], "task": trained.task, "data": data, "checkpoint": name}
     results = ResultWriter("accuracy", config, weights.device, weights.dtype, **labels)
-    detail = {"trained": about_run(manifest), "shortcuts": shortcuts, "max_new_tokens": longest}
-    detail |= {"kernels": engine.kernels, "graph": engine.graph, "generated_seed": seed}
-    counts = [n_thoughts] * len(examples)
-    if config.latent is None and is_capped(engine):
-        counts = thoughts_as_trained(engine, manifest["stage"], examples)
-        print("note: as in training, examples with fewer steps have fewer thoughts")
-    numbers = range(n_thoughts + 1) if config.sweep else [n_thoughts]
-    runs = [(n, [min(n, count) for count in counts], {}) for n in numbers]
-    # the rule reads thoughts that are fed back; a stop classifier decides by itself
-    can_stop = not engine.model.config.stop and min(counts) == n_thoughts > 0
-    can_stop &= engine.curriculum.rules.thought_type not in ("", "pause")
-    if config.sweep and can_stop:
-        counts = thoughts_until_repeat(engine, examples, n_thoughts, config.batch_size)
-        runs.append((n_thoughts, counts, {"stop": "the readout repeats"}))
-    for n, counts, rule in runs:
-        s = score(engine, examples, counts, config.batch_size, longest)
-        own = {"generated_tokens": round(s.generated_tokens, 2)}
-        own["thoughts_taken"] = round(s.thoughts, 2)  # fewer than n if a classifier stops them
-        own["by_steps"] = by_steps(examples, s.correct)
-        own["released_accuracy"] = round(s.released_accuracy, 5)
+    shared = {"trained": training_record(manifest), "shortcuts": shortcuts}
+    shared |= {"max_new_tokens": max_new_tokens, "kernels": engine.kernels}
+    shared |= {"graph": engine.graph, "generated_seed": seed}
+    for n, counts, extra in choose_thoughts(config, engine, examples):
+        s = score(engine, examples, counts, config.batch_size, max_new_tokens)
+        detail = {
+            "generated_tokens": round(s.generated_tokens, 2),
+            "thoughts_taken": round(s.thoughts, 2),  # fewer than n if a classifier stops them
+            "by_steps": by_steps(examples, s.correct),
+            "released_accuracy": round(s.released_accuracy, 5),
+        }
+        fractions = {}
         if shortcuts and trained.task == "prosqa":
-            own["categories"] = category_fractions(examples, s.texts, n, trained.render)
+            fractions = category_fractions(examples, s.texts, n, trained.render)
+            detail["categories"] = fractions
         low, high = wilson(s.accuracy, s.n)
         results.add(
-            "accuracy", "nanococonut", [s.accuracy], "fraction", detail=own | detail,
+            "accuracy", "nanococonut", [s.accuracy], "fraction", detail=detail | shared,
             spread={"ci_low": round(low, 4), "ci_high": round(high, 4)},
-            examples=len(examples), thoughts=n, **rule,
+            examples=len(examples), thoughts=n, **extra,
         )  # fmt: skip
         print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
-        fractions = own.get("categories", {})
         if s.released_accuracy != s.accuracy:
             label = 'by the released code\'s rule (after the last "#", without commas)'
-            fractions = {label: s.released_accuracy} | fractions
-        for label, fraction in fractions.items():
-            print(f"  {fraction:6.1%} {label}")
+            print(f"  {s.released_accuracy:6.1%} {label}")
+        for category, fraction in fractions.items():
+            print(f"  {fraction:6.1%} {category}")
     for rule, fraction in shortcuts.items():
         print(f"no model, {rule}: {fraction:.1%}")
     return results
 
 
 def main() -> None:
-    given, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__)
-    print(evaluate(make_config(AccuracyConfig, given)).summary())
+    overrides, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__)
+    print(evaluate(make_config(AccuracyConfig, overrides)).summary())
 
 
 if __name__ == "__main__":

@@ -1,37 +1,38 @@
 #!/usr/bin/env bash
-# Run all that needs a GPU, in one call of at most nine minutes: bash bench/gpu_suite.sh FOLDER
-# Or only parts: bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train
-# Checks (compute-sanitizer, losses), in another call: bash bench/gpu_suite.sh FOLDER checks
-# Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. A part that fails or runs
-# out of time does not end the others. With NANOCOCONUT_RELEASED (a clone of
-# facebookresearch/coconut) and NANOCOCONUT_RELEASED_PYTHON the released code is measured too.
+# Run everything that needs a GPU, in one call of at most nine minutes:
+#   bash bench/gpu_suite.sh FOLDER
+#   bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train  # some parts
+#   bash bench/gpu_suite.sh FOLDER checks  # compute-sanitizer and losses, slow, not part of the rest
+# Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. If a part fails or runs out
+# of time, the others still run. With NANOCOCONUT_RELEASED (a clone of facebookresearch/coconut) and
+# NANOCOCONUT_RELEASED_PYTHON the released code is timed too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 # of a run that is killed, what it printed is kept
+export PYTHONUNBUFFERED=1 # a run that is killed keeps its output
 dir=${1:-out/gpu}
 mkdir -p "$dir"
 "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-  echo "error: $PYTHON has no torch that sees a CUDA GPU. Run this on a GPU, or set PYTHON." >&2
+  echo "error: $PYTHON has no torch with a CUDA GPU. Run this on a GPU, or set PYTHON." >&2
   exit 2
 }
 parts=" ${*:2} "
 has() { [[ "$parts" = "  " || "$parts" = *" $1 "* ]]; }
 failed=0
-# run SECONDS NAME COMMAND...: shown, and kept in FOLDER/NAME.log
+# run SECONDS NAME COMMAND...: run with a time limit, and copy the output to FOLDER/NAME.log
 run() {
   echo "== ${*:3}"
   timeout "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; false; }
 }
-# all results once more at the end: of a long output only the end may be kept
+# print all results again at the end, as only the end of a long output may be kept
 finish() {
   [ -z "${OUT:-}" ] || tar czf "$OUT/gpu.tgz" -C "$dir" --exclude='*.safetensors' .
   grep -hE '^ *[0-9.,e+-]+ (us|ms|x|GB/s|questions/s|examples/s|fraction) ' "$dir"/*.log
   exit $failed
 }
 
-if [[ "$parts" = *" checks "* ]]; then # the limits' sum is 500 s
-  # without torch's cache, in which a read after a tensor's end is still within a block
+if [[ "$parts" = *" checks "* ]]; then # at most 500 s
+  # without torch's caching allocator, which hides reads past the end of a tensor
   tests=(tests/kernels/test_{append,latent_attention,prefix_attention}.py -m gpu -q -x -k
     "(query_and_slots or output_matches or gradients_match) and (dtype0 or float32)")
   for tool in memcheck racecheck; do
@@ -42,7 +43,7 @@ if [[ "$parts" = *" checks "* ]]; then # the limits' sum is 500 s
   finish
 fi
 
-# the limits' sum is 540 s. Tests compile some hundred kernels, each on one core: files side by side
+# at most 540 s. The tests compile hundreds of kernels, one core each, so files run in parallel
 files=(tests/kernels/test_{append,feedback,latent_attention,prefix_attention,linear}.py
   tests/kernels/test_linear_cross_entropy.py tests/inference/test_gpu.py
   tests/core/test_{coconut,ops}.py tests/bench/test_kernels.py tests/training/test_precision.py)
@@ -74,7 +75,7 @@ if has training; then
   [ ${#released[@]} = 0 ] || run 40 "training released" "$PYTHON" bench/training.py \
     --config=config/prosqa.py --device=cuda "${released[@]}" --out="$dir/training.jsonl"
 fi
-# an unfinished model is not evaluated
+# evaluate the model only if its training finished
 has train && run 110 train "$PYTHON" train.py config/prosqa_scratch.py --device=cuda \
   --out_dir="$dir/run" && run 20 accuracy "$PYTHON" bench/accuracy.py --checkpoint="$dir/run" \
   --out="$dir/accuracy.jsonl"

@@ -1,12 +1,13 @@
-"""Do a model's thoughts do anything? One page that says so, and a result row.
+"""Test whether a model's thoughts do anything; write an HTML page and a result row.
 
     python bench/insight.py                                  the bundled model: insight.html
     python bench/insight.py --checkpoint out/RUN --against out/PAUSE_RUN --more
-    python bench/insight.py --checkpoint out/RUN --data FILE --twins FILE     a task of your own
-    python bench/insight.py --redraw bench/results/insight.jsonl              no model: rows again
+    python bench/insight.py --checkpoint out/RUN --data FILE --twins FILE     your own task
+    python bench/insight.py --redraw bench/results/insight.jsonl              from a row, no model
 
-Without --data, questions are generated, each with its twin: the same text asked about something
-else. evaluation/insight.py has the rules. The last line of the output is the row, as JSON.
+Without --data, questions are generated, each with a twin: the same text with another entity asked
+about. evaluation/insight.py has the rules for each verdict. The last line of the output is the row,
+as JSON.
 """
 
 import os
@@ -37,30 +38,31 @@ from nanococonut.weights import checkpoint
 @dataclass(frozen=True)
 class InsightConfig:
     checkpoint: str | None = option(None, "a run or checkpoint (None: the bundled model)")
-    data: str | None = option(None, "a file of examples (None: generated, by hops)")
-    twins: str | None = option(None, "a file: example i is the twin of example i of --data")
-    rows: int = option(400, "generated examples of each number of hops", ge=50)
+    data: str | None = option(None, "a file of examples (None: generated, by number of hops)")
+    twins: str | None = option(None, "a file whose example i is the twin of example i of --data")
+    rows: int = option(400, "generated examples per number of hops", ge=50)
     seed: int = option(TEST_SEED, "of generated examples", ge=0)
     html: str | None = option(None, "page to write (None: insight.html in the run's folder)")
-    against: str | None = option(None, "a control run, drawn in grey: a pause_as_thought run")
+    against: str | None = option(None, "a control run to draw in grey, such as pause_as_thought's")
     questions: int = option(6, "questions in the interactive view", ge=0, le=20)
     more: bool = option(False, "also draw the paper's figures 5, 7, 8 and 9")
-    quick: bool = option(False, "100 rows of each number of hops")
+    quick: bool = option(False, "100 examples per number of hops")
     device: str = option("auto", "auto, cpu, cuda, mps")
     out: str | None = option(None, "append the row to this file")
-    redraw: str | None = option(None, "a file of rows: draw its last one again")
+    redraw: str | None = option(None, "a file of rows: only draw its last one")
 
     def __post_init__(self) -> None:
         validate(self)
 
 
 def load(config: InsightConfig, path: str | None) -> tuple[str, Engine, Pairs | None, Pairs]:
-    """Return a checkpoint's name and plain engine, pairs as in training, and pairs to measure."""
+    """Return (name, engine, pairs distributed as in training, pairs to measure) of a checkpoint."""
+    # plain steps: tests edit thoughts, which kernels and graphs cannot do
     engine = nanococonut.load(path or checkpoint.BUNDLED, config.device, "torch", "off")
     engine.model.float()
-    rows = 100 if config.quick else config.rows
+    n = 100 if config.quick else config.rows
     name = Path(path).resolve().name if path else "bundled"
-    return name, engine, *load_pairs(engine, rows, config.seed, config.data, config.twins)
+    return name, engine, *load_pairs(engine, n, config.seed, config.data, config.twins)
 
 
 def evaluate(
@@ -79,30 +81,26 @@ def evaluate(
 
 
 def main() -> None:
-    overrides, _ = parse_cli(InsightConfig, sys.argv[1:], __doc__.split("\n")[0])
+    overrides, _ = parse_cli(InsightConfig, sys.argv[1:], __doc__)
     config = make_config(InsightConfig, overrides)
 
-    # ---- what can be refused before any work
-    folder = "" if config.redraw or not config.checkpoint else config.checkpoint
-    for run in filter(None, (folder, config.against)):
-        checkpoint.resolve(run)
-    target = Path(config.html or Path(folder) / "insight.html")
-    for path in map(Path, filter(None, (target, config.out))):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path} cannot be written.\nGive a file in a folder that exists.")
-
-    # ---- or drawn without a model
+    # ---- draw a page from a row, without a model
     if config.redraw:
-        rows = [r["detail"] for r in read_jsonl(Path(config.redraw)) if "detail" in r]
-        if not rows:
+        target = Path(config.html or "insight.html")
+        details = [row["detail"] for row in read_jsonl(Path(config.redraw)) if "detail" in row]
+        if not details:
             raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
-        checkpoint.replace_text(target, page.render(rows[-1]))
-        return print(f"page: {target}")
+        checkpoint.replace_text(target, page.render(details[-1]))
+        print(f"page: {target}")
+        return
 
-    # ---- load and check the model and its control, then measure
-    print("plain torch steps in float32: kernels and graphs cannot be edited", file=sys.stderr)
-    began, paths = time.perf_counter(), [config.checkpoint, *filter(None, [config.against])]
+    # ---- load the model and its control; refuse what would fail after minutes of work
+    began = time.perf_counter()
+    paths = [config.checkpoint, *filter(None, [config.against])]
     subjects = [load(config, path) for path in paths]
+    target = Path(config.html or Path(config.checkpoint or "") / "insight.html")
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise UserError(f"{target} cannot be written.\nGive a file in a folder that exists.")
     about = [f"{e.config.task} with {e.manifest['n_thoughts']} thoughts" for _, e, *_ in subjects]
     if about[0] != about[-1]:
         raise UserError(f"--against is of {about[1]}, not of {about[0]}.\nGive another control.")
@@ -110,6 +108,9 @@ def main() -> None:
     w = engine.model.wte.weight
     labels = {"method": engine.manifest["method"], "task": engine.config.task, "checkpoint": name}
     results = ResultWriter("insight", config, w.device, w.dtype, **labels)
+
+    # ---- measure
+    print("plain torch in float32: kernels and CUDA graphs cannot edit thoughts", file=sys.stderr)
     row, *controls = [evaluate(config, *subject) for subject in subjects]
     for control in controls:  # at most one
         row["against"] = {k: control[k] for k in control if k not in ("trained", "view", "paper")}

@@ -1,11 +1,11 @@
-"""Time each Triton kernel of kernels/ against plain torch and its roofline, on a GPU.
+"""Time each Triton kernel in kernels/ against plain torch and its roofline, on a GPU.
 
     python bench/kernels.py                    GPT-2 124M's sizes, batch 1, 8, 64, 256
 
-A time is that of one call in a CUDA graph of REPEATS calls, over copies of the arguments that do
-not fit into the L2 cache together. Kernels of training are timed with their backward. The roofline
-is what has to be read and written once, at the bandwidth measured in the same run. That a kernel
-and plain torch compute the same is a test (tests/bench/test_kernels.py, tests/kernels/).
+Each time is the mean of REPEATS calls captured in one CUDA graph. They cycle through copies of the
+arguments that together exceed the L2 cache. Training kernels are timed with their backward pass.
+The roofline is the time to read and write every operand once, at the bandwidth measured in the same
+run. Tests compare the kernels' outputs (tests/bench/test_kernels.py, tests/kernels/).
 """
 
 import statistics
@@ -30,16 +30,16 @@ from nanococonut.model import GPTConfig
 from nanococonut.runtime.cli import make_config, option, parse_cli, validate
 from nanococonut.runtime.errors import run_main
 
-SIZES = GPTConfig(block_size=400)  # GPT-2 124M's; a step attends to block_size keys
-POSITIONS = 2048  # supervised ones of a training step
-REPEATS = 20  # calls in a CUDA graph, so that the host's time hardly counts
-SAMPLES = 20  # replays of that graph
+SIZES = GPTConfig(block_size=400)  # GPT-2 124M; a step attends to block_size keys
+POSITIONS = 2048  # supervised positions in a training step
+REPEATS = 20  # calls per CUDA graph, so that launching it hardly counts
+SAMPLES = 20  # timed replays of that graph
 CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    batches: str = option("1,8,64,256", "batch sizes, with commas")
+    batches: str = option("1,8,64,256", "batch sizes, separated by commas")
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
@@ -49,21 +49,21 @@ class KernelsConfig:
 
 @dataclass
 class KernelCase:
-    """A kernel and its reference in plain torch, which take the same args and change them alike.
-    If an arg requires a gradient, backward is part of the case."""
+    """A kernel and its plain torch reference, which take and change the same args. If an arg
+    requires a gradient, the backward pass is part of the case."""
 
     name: str
     impl: Callable[..., Any]
     reference: Callable[..., Any]
     args: list[Tensor]
-    n_numbers: int  # that have to be read and written
+    n_numbers: int  # to read and write at least
     shape: dict[str, int]
 
     def copy_args(self) -> list[Tensor]:
         return [a.detach().clone().requires_grad_(a.requires_grad) for a in self.args]
 
     def run(self, fn: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
-        """Return the output, and the args that fn may have changed or their gradients."""
+        """Call fn. Return its output and either its gradients or the args it may have changed."""
         inputs = [a for a in args if a.requires_grad]
         out = fn(*args)
         if inputs:
@@ -71,7 +71,7 @@ class KernelCase:
         return [t for t in (out, *args) if t is not None]
 
 
-# as fast as plain torch is: kernels/reference.py loops over the sequences, and handles NaN
+# ---- fast references: those in kernels/reference.py loop over sequences to handle NaN
 
 
 def plain_append(
@@ -95,12 +95,12 @@ def plain_cross_entropy(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
 
 
 def scaled_randn(*size: int, device: str, dtype: torch.dtype) -> Tensor:
-    std = size[-1] ** -0.5 if len(size) == 2 else 1.0  # outputs of matrices are about 1
+    std = size[-1] ** -0.5 if len(size) == 2 else 1.0  # matrix products have a std of about 1
     return (torch.randn(size, device=device) * std).to(dtype)
 
 
 def cases(sizes: GPTConfig, batch: int, device: str, dtype: torch.dtype) -> Iterator[KernelCase]:
-    """Yield the kernels that see each sequence of a batch: of inference, then of training."""
+    """Yield the kernels whose work grows with the batch: inference, then training."""
     from kernels.append import append
     from kernels.feedback import embed, feedback
     from kernels.latent_attention import SplitWorkspace, latent_attention
@@ -113,9 +113,7 @@ def cases(sizes: GPTConfig, batch: int, device: str, dtype: torch.dtype) -> Iter
     B, C, T, V, nh = batch, sizes.n_embd, sizes.block_size, sizes.vocab_size, sizes.n_head
     hs, shape = C // nh, dict(batch=B, context=T, n_embd=C)
     randn = partial(scaled_randn, device=device, dtype=dtype)
-
-    def full(value: int) -> Tensor:
-        return torch.full((B,), value, device=device)
+    full = partial(torch.full, (B,), device=device)
 
     n_numbers = 3 * C * C + 5 * C + 4 * B * C
     cache = randn(2, B, nh, T, hs)
@@ -155,7 +153,7 @@ def cases(sizes: GPTConfig, batch: int, device: str, dtype: torch.dtype) -> Iter
 
 
 def head_case(sizes: GPTConfig, device: str, dtype: torch.dtype) -> KernelCase:
-    """Return the kernel of the loss, whose size is not the batch."""
+    """Return the loss kernel, whose size is the number of supervised positions."""
     from kernels.linear_cross_entropy import linear_cross_entropy
 
     P, C, V = POSITIONS, sizes.n_embd, sizes.vocab_size
@@ -171,14 +169,14 @@ def head_case(sizes: GPTConfig, device: str, dtype: torch.dtype) -> KernelCase:
 
 
 def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:
-    """Return the microseconds of a call, for each replay of a CUDA graph of REPEATS calls."""
+    """Return the microseconds per call of each replay of a CUDA graph with REPEATS calls."""
     n_copies = min(REPEATS, 1 + CACHE_BYTES // sum(a.nbytes for a in case.args))
     copies = [case.copy_args() for _ in range(n_copies)]
     stream = torch.cuda.Stream()
-    torch.cuda.synchronize()  # the copies were made on another stream
+    torch.cuda.synchronize()  # the copies were made on the default stream
     with torch.cuda.stream(stream):
         for _ in range(3):
-            case.run(fn, copies[0])  # compiles at first use
+            case.run(fn, copies[0])  # the first call compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -214,11 +212,11 @@ def time_cases(config: KernelsConfig) -> ResultWriter:
 
 
 def main() -> None:
-    given, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__)
-    config = make_config(KernelsConfig, given)
+    overrides, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__)
+    config = make_config(KernelsConfig, overrides)
     if not torch.cuda.is_available():
-        print("There is no GPU, and Triton's interpreter is no machine to time kernels on.")
-        print("Their numbers are compared with plain torch's by: pytest tests/kernels")
+        print("There is no GPU: times under Triton's interpreter would mean nothing.")
+        print("To compare the kernels' outputs with plain torch: pytest tests/kernels")
         return
     print(time_cases(config).summary())
 

@@ -1,13 +1,13 @@
-"""Time thoughts against a written chain of thought, and against other implementations.
+"""Time thoughts against written chains of thought, and against other implementations.
 
-    python bench/latency.py                    anywhere: a GPU or a CPU
+    python bench/latency.py                    any machine, with or without a GPU
     python bench/latency.py --released CLONE --released_python VENV/bin/python
 
-Measured are a latent step, a token step, the first token after 6 thoughts, and whole answers with
-the paper's lengths; no sequence ends early. The model is a random GPT-2 124M, which is as fast as a
-trained one. Providers take turns, and are timed only if they generate the same greedy tokens in
-float32. The roofline of a step is the bytes it must read, at the bandwidth measured in the same
-rounds. --out appends results after every case; the last line is JSON.
+It times a latent step, a token step, the first token after 6 thoughts, and whole answers with the
+paper's lengths; no sequence ends early. The model is GPT-2 124M with random weights, which is as
+fast as a trained one. Providers take turns, and only those with the same greedy tokens in float32
+are timed. A step's roofline is the bytes it must read, at the bandwidth measured in the same
+rounds. --out appends the results of each case once it is done; the last line of the output is JSON.
 """
 
 import math
@@ -40,19 +40,18 @@ from bench.common.workload import (
 from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.errors import UserError, run_main
 
-STEP_TOKENS = 9  # generated where single steps are measured: 8 token steps
-METRICS = ("latent_step", "token_step", "first_token")
+STEP_TOKENS = 9  # generated when single steps are timed: 8 token steps
 
 
 @dataclass(frozen=True)
 class LatencyConfig(WorkloadOptions):
     rounds: int = option(5, "repeats of each comparison", ge=1)
-    batches: str | None = option(None, "batch sizes, with commas (None: 1,8,64,256; on a CPU 1,8)")
+    batches: str | None = option(None, "batch sizes, with commas (None: 1,8,64,256; 1,8 on a CPU)")
     contexts: str = option("100,400,1000", "tokens before the thoughts, with commas")
     tasks: str = option(",".join(TASK_LENGTHS), "tasks whose whole answers are timed, with commas")
-    peers: bool = option(True, "other implementations too, if they are installed")
+    peers: bool = option(True, "also time other implementations, if installed")
     released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
-    released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
+    released_python: str | None = option(None, "a Python with torch and transformers 4.46.2")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,21 +59,21 @@ class LatencyConfig(WorkloadOptions):
         parse_ints("--batches", self.batches or "1")
         longest = GPT2.block_size - THOUGHTS - 1 - STEP_TOKENS
         if max(parse_ints("--contexts", self.contexts)) > longest:
-            raise UserError(f"--contexts={self.contexts} does not fit.\nUse at most {longest}.")
+            raise UserError(f"--contexts={self.contexts} is too long.\nUse at most {longest}.")
         for task in filter(None, self.tasks.split(",")):
             if task not in TASK_LENGTHS:
-                raise UserError(f"--tasks names {task!r}.\nThere are {', '.join(TASK_LENGTHS)}.")
+                raise UserError(f"--tasks: {task!r} is unknown.\nUse {', '.join(TASK_LENGTHS)}.")
 
 
 @dataclass
 class Case:
-    """Requests that are compared, at one batch and context. task: "" for single steps."""
+    """Requests of one batch size and context that are timed in turns."""
 
-    task: str
+    task: str  # "" for single steps
     batch: int
     context: int
-    requests: list[tuple[Provider, str, int]]  # provider, path of PATHS, tokens to generate
-    bandwidth: list[float] = field(default_factory=list)  # GB/s of each round
+    requests: list[tuple[Provider, str, int]]  # provider, path in PATHS, tokens to generate
+    bandwidth: list[float] = field(default_factory=list)  # GB/s per round
     timings: dict[tuple[str, str], list[Timing]] = field(default_factory=dict)
 
     @property
@@ -82,22 +81,24 @@ class Case:
         return {"batch": self.batch, "context": self.context}
 
     def ms(self, provider: str, path: str, metric: str) -> list[float]:
-        """Return the milliseconds of every round."""
+        """Return the milliseconds of each round."""
         return [1e3 * timing[metric] for timing in self.timings[provider, path]]
 
 
 def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> list[Case]:
-    """Return everything to measure."""
+    """Return everything to measure, the first task's answers before all else."""
     batches = parse_ints("--batches", config.batches or ("1,8,64,256" if on_gpu else "1,8"))
     contexts = parse_ints("--contexts", config.contexts)
     whole, steps = [], []
     for task in (t for t in TASK_LENGTHS if t in config.tasks.split(",")):
-        lengths, others = TASK_LENGTHS[task], [] if whole else providers[1:]
+        lengths = TASK_LENGTHS[task]
         requests = [(providers[0], path, lengths[path]) for path in PATHS]
-        requests += [(p, "thoughts", lengths["thoughts"]) for p in others]
+        if not whole:  # others only generate the first task's answers
+            requests += [(p, "thoughts", lengths["thoughts"]) for p in providers[1:]]
         whole.append(Case(task, 1, lengths["question"], requests))
     for batch, context in sorted(product(batches, contexts), key=math.prod):
-        able = [p for p in providers if batch <= (p.max_batch or batch)]
+        # the released generate() takes a single question
+        able = [p for p in providers if batch == 1 or p.name != "released"]
         steps.append(Case("", batch, context, [(p, "thoughts", STEP_TOKENS) for p in able]))
     return [*whole[:1], *steps, *whole[1:]]
 
@@ -105,13 +106,14 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
 def time_case(
     case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth | None = None
 ) -> None:
-    """Fill in the timings of a case: every request once in each round, in an order that rotates."""
-    if workload.device.type == "cuda":  # what is captured or compiled at first use is not timed
+    """Fill in the timings of a case: every request once per round, in rotating order."""
+    if workload.device.type == "cuda":  # warm up: compile kernels, capture graphs
         prompts = workload.prompts(case.batch, case.context, 0)
-        for provider, path, n in 2 * case.requests:  # a longer one drops a shorter one's graphs
+        for provider, path, n in 2 * case.requests:  # twice: longer requests drop earlier graphs
             provider.generate(workload.request(prompts, path, n))
     for i in range(rounds):
-        case.bandwidth += [bandwidth.measure()] if bandwidth else []
+        if bandwidth:
+            case.bandwidth.append(bandwidth.measure())
         prompts = workload.prompts(case.batch, case.context, i)
         start = i % len(case.requests)
         for provider, path, n in case.requests[start:] + case.requests[:start]:
@@ -121,7 +123,7 @@ def time_case(
 
 
 def write_answers(results: ResultWriter, case: Case) -> None:
-    """Append the whole answers of a case, and what they are relative to ours with thoughts."""
+    """Append the times of a case's whole answers, and their ratios to ours with thoughts."""
     for provider, path, n_tokens in case.requests:
         extra = {"task": case.task, "path": path, "versions": provider.versions}
         extra |= {"thoughts": THOUGHTS * (path == "thoughts"), "tokens": n_tokens} | case.shape
@@ -136,11 +138,12 @@ def write_answers(results: ResultWriter, case: Case) -> None:
 
 
 def write_steps(results: ResultWriter, case: Case, workload: Workload) -> None:
-    """Append the single steps of a case, their rooflines, and others relative to ours."""
+    """Append the times of a case's single steps, their rooflines, and ratios to ours."""
     gb_per_s = statistics.median(case.bandwidth)
-    for metric in METRICS:
+    providers = [provider for provider, path, _ in case.requests if path == "thoughts"]
+    for metric in ("latent_step", "token_step", "first_token"):
         ours = case.ms(OURS, "thoughts", metric)
-        for provider in (provider for provider, path, _ in case.requests if path == "thoughts"):
+        for provider in providers:
             times = case.ms(provider.name, "thoughts", metric)
             extra = {"versions": provider.versions} | case.shape
             results.add(metric, provider.name, times, "ms", **extra)
@@ -157,7 +160,7 @@ def write_steps(results: ResultWriter, case: Case, workload: Workload) -> None:
 def measure(
     all_cases: list[Case], rounds: int, workload: Workload, results: ResultWriter
 ) -> list[str]:
-    """Time every case and append its results. Return what did not fit into memory."""
+    """Time every case and append its results. Return the cases that ran out of memory."""
     left_out, gb_per_s, bandwidth = [], [], Bandwidth(workload.device)
     for case in all_cases:
         if out_of_memory(partial(time_case, case, rounds, workload, bandwidth)):
@@ -165,7 +168,7 @@ def measure(
             continue
         if case.task:
             write_answers(results, case)
-        if not case.task or len(case.timings) > len(PATHS):  # steps, or answers of others
+        if not case.task or len(case.timings) > len(PATHS):  # single steps, or several providers
             write_steps(results, case, workload)
         gb_per_s += case.bandwidth
     if gb_per_s:
@@ -174,15 +177,15 @@ def measure(
 
 
 def main() -> None:
-    given, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__)
-    config = make_config(LatencyConfig, given)
+    overrides, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__)
+    config = make_config(LatencyConfig, overrides)
     load = load_average()
     workload = Workload(config)
     device, dtype = workload.device, workload.dtype
     results = ResultWriter("latency", config, device, dtype, **model_shape(workload.model))
     print(f"random weights, GPT-2 124M, {workload.model.n_params():,} parameters")
 
-    # ---- providers that compute the same, in turns
+    # ---- start the providers, then time them in turns
     providers, missing = baselines.start(workload, config)
     engine = providers[0].engine
     print(
@@ -191,12 +194,14 @@ def main() -> None:
     )
     for name, why in missing.items():
         print(f"without {name}: {why}")
-    workload.model.to(dtype)
+    workload.model.to(dtype)  # they were compared in float32
     all_cases = cases(config, providers, device.type == "cuda")
     left_out = measure(all_cases, config.rounds, workload, results)
 
     # ---- report
-    print("\n".join(["", tables.latency(results.rows), "", *(f"left out: {w}" for w in left_out)]))
+    print(f"\n{tables.latency(results.rows)}\n")
+    for case in left_out:
+        print(f"left out: {case}")
     about = {"load_at_start": round(load, 2), "graph": engine.graph, "kernels": engine.kernels}
     print(results.summary(**about, missing=missing, left_out=left_out))
 

@@ -1,9 +1,9 @@
-"""Draw the pictures and write the Markdown tables, from committed rows only.
+"""Draw the figures and write the Markdown tables from committed result rows.
 
-python bench/plot.py                      draw docs/*.png from bench/results/*.jsonl
-python bench/plot.py --readme             rewrite the marked tables of README.md and docs/RESULTS.md
-python bench/plot.py --readme --check     report whether they agree with the rows, change nothing
-python bench/plot.py --curve out/RUN --out curve.png      draw that run's learning curve only
+python bench/plot.py                     draw docs/*.png from bench/results/*.jsonl
+python bench/plot.py --readme            rewrite the marked tables in README.md, docs/RESULTS.md
+python bench/plot.py --readme --check    only check that they match the rows
+python bench/plot.py --curve out/RUN --out curve.png     draw a run's learning curve
 """
 
 import json
@@ -25,14 +25,14 @@ from nanococonut.weights import checkpoint
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 DOCS = ("README.md", "docs/RESULTS.md")
-STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a short run has fewer steps per point
+STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a short run averages fewer steps per point
 
 
 @dataclass(frozen=True)
 class PlotConfig:
     readme: bool = option(False, "rewrite the marked tables instead of drawing")
-    check: bool = option(False, "only compare the tables; exit code 1 if they differ")
-    curve: str | None = option(None, "draw this run's learning curve, not the results")
+    check: bool = option(False, "only compare the tables; exit with 1 if they differ")
+    curve: str | None = option(None, "draw this run's learning curve only")
     out: str | None = option(None, "with --curve: the .png to draw")
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class PlotConfig:
 
 
 def sections() -> dict[str, str]:
-    """Return the Markdown of every marked section, by its name."""
+    """Return the name of every marked section -> its Markdown."""
     names = ("table1", "latency", "training", "insight")
     accuracy, latency, training, insight = (
         read_results(RESULTS / f"{name}.jsonl") for name in names
@@ -62,8 +62,8 @@ def sections() -> dict[str, str]:
 
 
 def replace_sections(doc: str, text: str) -> str:
-    """Return a document's text with every marked section filled in. Raise UserError if a mark has
-    no section, or is not closed."""
+    """Return a document's text with every marked section filled in. Raise UserError if a mark is
+    unknown or not closed."""
     by_name = sections()
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         marked = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- /{name} -->)", re.DOTALL)
@@ -77,25 +77,26 @@ def replace_sections(doc: str, text: str) -> str:
 
 
 def update_docs(check: bool) -> None:
-    """Fill in the marked sections. With check: exit with code 1 if one has changed."""
+    """Fill in the marked sections, or with `check` exit with code 1 if they would change."""
     changed = []
     for doc in DOCS:
         old = (ROOT / doc).read_text(encoding="utf-8")
         new = replace_sections(doc, old)
-        changed += [doc] if new != old else []
-        if not check:
-            checkpoint.replace_text(ROOT / doc, new)
+        if new != old:
+            changed.append(doc)
+            if not check:
+                checkpoint.replace_text(ROOT / doc, new)
     print(json.dumps({"bench": "readme", "changed": changed}))
     if check and changed:
-        print(f"{changed[0]} does not agree with the rows: python bench/plot.py --readme")
+        print(f"{changed[0]} does not match the rows. Run: python bench/plot.py --readme")
         sys.exit(1)
 
 
-# ---- pictures
+# ---- figures
 
 
 def curve_of(run: str) -> dict[str, Any]:
-    """Return a run's settings and its points: one for every STEPS_PER_POINT steps, or fewer."""
+    """Return a run's settings, validations and points: means over up to STEPS_PER_POINT steps."""
     folder = checkpoint.resolve(run)
     manifest = checkpoint.read_manifest(folder)
     logged = read_jsonl(folder.parent / "metrics.jsonl")
@@ -115,8 +116,8 @@ def curve_of(run: str) -> dict[str, Any]:
 
 
 def draw(docs: Path) -> list[Path]:
-    """Draw every picture that has rows and return their paths."""
-    from bench.common import figures  # matplotlib, which nothing else needs
+    """Draw every figure that has rows and return their paths."""
+    from bench.common import figures  # imports matplotlib, which nothing else needs
 
     drawn = []
     if accuracy := read_results(RESULTS / "table1.jsonl"):
@@ -132,12 +133,12 @@ def draw(docs: Path) -> list[Path]:
 
 
 def main() -> None:
-    given, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__)
-    config = make_config(PlotConfig, given)
+    overrides, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__)
+    config = make_config(PlotConfig, overrides)
     if config.readme or config.check:
         update_docs(config.check)
     elif config.curve:
-        row = curve_of(config.curve)  # errors first: matplotlib takes seconds
+        row = curve_of(config.curve)  # before matplotlib, which takes seconds to import
         from bench.common import figures
 
         figures.curve(row, Path(config.out))

@@ -1,12 +1,12 @@
-"""Make the paper's Table 1: train and evaluate every method, next to the paper's numbers.
+"""Reproduce the paper's Table 1: train and evaluate every method, next to the paper's numbers.
 
     python bench/table1.py --task prosqa                    small models, for any machine
     python bench/table1.py --task prosqa --preset gpt2      GPT-2 by the paper's recipe
-    python bench/table1.py --seeds 3 --minutes 9            in as many calls as it takes
+    python bench/table1.py --seeds 3 --minutes 9            repeat until all runs are done
     python bench/table1.py --methods coconut --set c_thought=2,final_thoughts=None
 
-Each run is its own train.py, with the same data, steps and rates. Stopped at any moment, the same
-command continues. --out holds a result for each run and split; a Markdown table is next to it.
+Each run is a train.py process of its own, with the same data, steps and learning rates. If stopped,
+the same command continues. --out gets a result per run and split, with a Markdown table next to it.
 """
 
 import itertools
@@ -32,20 +32,20 @@ from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
-OURS = {"method", "seed", "device", "out_dir", "resume"}  # settings of train.py made here
-DONE = "table1.done"  # in the folder of a run that has ended
+RESERVED = {"method", "seed", "device", "out_dir", "resume"}  # settings of train.py made here
+DONE = "table1.done"  # marks the folder of a completed run
 
 
 @dataclass(frozen=True)
 class Table1Config:
-    task: str = option("prosqa", "what to learn", choices=tuple(TASKS))
-    preset: str = option("small", "small from-scratch models, or GPT-2", choices=("small", "gpt2"))
+    task: str = option("prosqa", "task to train on", choices=tuple(TASKS))
+    preset: str = option("small", "from random weights, or GPT-2", choices=("small", "gpt2"))
     seeds: int = option(1, "seeds 0 .. seeds - 1", ge=1)
-    methods: str = option(",".join(METHODS), "which methods, with commas")
-    set: str | None = option(None, "settings of all runs: epochs=10,learning_rate=1e-3")
-    data: str | None = option(None, "files of examples to evaluate on too, with commas")
-    n: int = option(2000, "generated examples of a split", ge=1)
-    minutes: float = option(0.0, "stop after this time, to continue later (0: when done)", ge=0)
+    methods: str = option(",".join(METHODS), "methods, with commas")
+    set: str | None = option(None, "settings for all runs: epochs=10,learning_rate=1e-3")
+    data: str | None = option(None, "further files of examples to evaluate on, with commas")
+    n: int = option(2000, "generated examples per split", ge=1)
+    minutes: float = option(0.0, "time limit; the next call continues (0: none)", ge=0)
     runs: str = option("out/table1", "folder of the runs")
     out: str = option("out/table1/rows.jsonl", "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -71,26 +71,25 @@ class Table1Config:
 
 
 def plan_runs(config: Table1Config) -> dict[Path, list[str]]:
-    """Return folder -> command of every run that the table needs. Raise UserError for a setting
-    that train.py refuses."""
-    fixed = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
-    if ours := parse_cli(TrainConfig, fixed, "")[0].keys() & OURS:
-        raise UserError(f"--set cannot change {min(ours)!r}.\nSee --help.")
-    fixed += [f"--device={config.device}"] + ["--fallback=None"] * (config.preset == "gpt2")
-    runs = {}
+    """Return folder -> training command of every run in the table. Raise UserError for a setting
+    that train.py would refuse."""
+    flags = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
+    overrides, _ = parse_cli(TrainConfig, flags, "")
+    if reserved := overrides.keys() & RESERVED:
+        raise UserError(f"--set cannot change {min(reserved)!r}.\nSee --help.")
+    flags += [f"--device={config.device}"] + ["--fallback=None"] * (config.preset == "gpt2")
+    recipe, runs = read_config_file(config.recipe, TrainConfig), {}
     for seed, method in itertools.product(range(config.seeds), config.methods.split(",")):
         name = "_".join(filter(None, (method, config.set, f"s{seed}"))).replace("/", "-")
         folder = Path(config.runs) / f"{config.task}_{config.preset}" / name
-        flags = [*fixed, f"--method={method}", f"--seed={seed}"]
-        given, _ = parse_cli(TrainConfig, flags, "")
-        make_config(TrainConfig, read_config_file(config.recipe, TrainConfig), given)
+        make_config(TrainConfig, recipe, overrides, {"method": method})  # or UserError
         command = [sys.executable, str(ROOT / "train.py"), str(config.recipe), *flags]
-        runs[folder] = [*command, f"--out_dir={folder}"]
+        runs[folder] = [*command, f"--method={method}", f"--seed={seed}", f"--out_dir={folder}"]
     return runs
 
 
 def evaluate_run(folder: Path, config: Table1Config) -> None:
-    """Append one result for each split that has none yet."""
+    """Evaluate a run on each split without a result yet, and append the results."""
     own = {"task": config.task, "preset": config.preset, "setting": config.set or ""}
     rows = select(read_results(Path(config.out)), **own, checkpoint=folder.name)
     done = {row["labels"]["data"] for row in rows}
@@ -98,7 +97,7 @@ def evaluate_run(folder: Path, config: Table1Config) -> None:
         if Path(split).name in done:
             continue
         print(f"evaluating {folder.name} on {split}", flush=True)
-        # one limit for all cells, whatever a run's own: some written chains never end
+        # the same limit for all cells, not each run's own: some written chains never end
         options = dict(n=config.n, device=config.device, max_new_tokens=128)
         [row] = evaluate(AccuracyConfig(str(folder), split, **options)).rows
         row["labels"] |= own
@@ -107,11 +106,11 @@ def evaluate_run(folder: Path, config: Table1Config) -> None:
 
 
 def train(folder: Path, command: list[str], seconds: float | None) -> bool:
-    """Train a run. Return False if it takes longer, UserError if train.py fails."""
+    """Train a run. Return whether it completed in time. Raise UserError if train.py fails."""
     folder.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if checkpoint.list_checkpoints(folder) else []
     with (folder / "train.log").open("a") as log:
-        # its own session: Ctrl-C reaches only us, and we ask it to save and end
+        # in its own session, so that Ctrl-C reaches this process only
         process = subprocess.Popen(
             [*command, *resume], stdout=log, stderr=log, start_new_session=True
         )
@@ -120,22 +119,22 @@ def train(folder: Path, command: list[str], seconds: float | None) -> bool:
     except subprocess.TimeoutExpired:
         return False
     finally:
-        process.terminate()  # it saves, then ends
+        process.terminate()  # train.py saves, then exits
         process.wait()
     if code:
         lines = (folder / "train.log").read_text().strip().splitlines()
         raise UserError(
-            f"{folder.name} ended with code {code}: {' '.join(lines[-2:])}\n"
-            f"The other runs are kept; see {folder}/train.log, then give the same command."
+            f"{folder.name} exited with code {code}: {' '.join(lines[-2:])}\n"
+            f"See {folder}/train.log, then repeat the command: the other runs are kept."
         )
     (folder / DONE).touch()
     return True
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally: runs end
-    given, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
-    config = make_config(Table1Config, given)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally` in train()
+    overrides, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
+    config = make_config(Table1Config, overrides)
     task, preset = config.task, config.preset
     runs, out = plan_runs(config), Path(config.out)
     if out.is_dir():
@@ -147,10 +146,10 @@ def main() -> None:
     if others:
         raise UserError(
             f"{out} has cells with {min(others)} examples, not --n {config.n}.\n"
-            "Give another --out: all cells of a table have as many."
+            "All cells of a table need the same number: give another --out."
         )
 
-    # ---- evaluate what is trained, then train and evaluate the rest
+    # ---- evaluate completed runs, then train and evaluate the rest
     until, errors = time.monotonic() + 60 * config.minutes, []
     for folder in sorted(runs, key=lambda folder: not (folder / DONE).exists()):
         try:
@@ -160,7 +159,7 @@ def main() -> None:
                 if not train(folder, runs[folder], left):
                     break
             evaluate_run(folder, config)
-        except UserError as e:  # one run that fails does not stop the others
+        except UserError as e:  # a run that fails does not stop the others
             print(f"error: {e}")
             errors.append(str(e))
 
@@ -170,10 +169,10 @@ def main() -> None:
     print(table)
     left = sum(not (folder / DONE).exists() for folder in runs)
     if left:
-        print(f"{left} of {len(runs)} runs are not done: give the same command to continue")
+        print(f"{left} of {len(runs)} runs are not done: repeat the command to continue")
     print(json.dumps({"bench": "table1", "runs": len(runs), "left": left}))
     if errors:
-        raise UserError(f"{len(errors)} runs failed, the first: {errors[0]}")
+        raise UserError(f"{len(errors)} runs failed; the first: {errors[0]}")
 
 
 if __name__ == "__main__":

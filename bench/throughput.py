@@ -1,10 +1,11 @@
-"""Measure questions per second against batch: six thoughts, the written chain, the answer alone.
+"""Measure questions per second by batch size: six thoughts, a written chain, a direct answer.
 
     python bench/throughput.py                         ProsQA's lengths, batch 1, 2, 4, ...
     python bench/throughput.py --task=gsm8k
 
-Batches double until memory ends, or until two in a row were no faster. The three paths take turns;
-no sequence ends early. --out appends results after every batch; the last line is JSON.
+The batch doubles until memory runs out or two batches in a row were no faster. The three paths take
+turns; no sequence ends early. --out appends results after every batch; the last line of the output
+is JSON.
 """
 
 import sys
@@ -29,28 +30,30 @@ from bench.latency import Case, time_case
 from nanococonut.runtime.cli import make_config, option, parse_cli
 from nanococonut.runtime.errors import run_main
 
-FASTER = 1.02  # a gain of less than this is none
+FASTER = 1.02  # smaller gains count as none
 
 
 @dataclass(frozen=True)
 class ThroughputConfig(WorkloadOptions):
-    task: str = option("prosqa", "whose lengths", choices=tuple(TASK_LENGTHS))
-    rounds: int = option(3, "repeats of every batch", ge=1)
+    task: str = option("prosqa", "task whose lengths are used", choices=tuple(TASK_LENGTHS))
+    rounds: int = option(3, "rounds per batch size", ge=1)
 
 
 def main() -> None:
-    given, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
-    config = make_config(ThroughputConfig, given)
+    overrides, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
+    config = make_config(ThroughputConfig, overrides)
     workload, lengths = Workload(config), TASK_LENGTHS[config.task]
     device, dtype = workload.device, workload.dtype
     workload.model.to(dtype)
     provider = EngineProvider(OURS, workload, "auto", "auto")
-    requests, engine = [(provider, path, lengths[path]) for path in PATHS], provider.engine
+    engine = provider.engine
+    requests = [(provider, path, lengths[path]) for path in PATHS]
     results = ResultWriter("throughput", config, device, dtype, **model_shape(workload.model))
     print(f"kernels: {engine.kernels}, graphs: {'yes' if engine.graph else 'no'}")
 
     # ---- measure, batch by batch
-    batch, rates, ended = 1, [], "two batches that were no faster"
+    batch, ended = 1, "two batches that were no faster"
+    rates: list[float] = []  # with thoughts, per batch size
     while len(rates) < 3 or max(rates[-2:]) > FASTER * max(rates[:-2]):
         case = Case(config.task, batch, lengths["question"], requests)
         if out_of_memory(partial(time_case, case, config.rounds, workload)):
@@ -60,7 +63,8 @@ def main() -> None:
             values = [batch / timing["answer"] for timing in case.timings[OURS, path]]
             own = {"task": config.task, "path": path, "batch": batch}
             row = results.add("throughput", OURS, values, "questions/s", **own)
-            rates += [row["value"]] if path == "thoughts" else []
+            if path == "thoughts":
+                rates.append(row["value"])
         batch *= 2
     print(f"ended by {ended}")
     print(results.summary(kernels=engine.kernels, graph=engine.graph, ended=ended))

@@ -5,12 +5,13 @@
     python bench/training.py --set=n_layer=4,micro_batch_size=16
     python bench/training.py --released CLONE --released_python VENV/bin/python
 
-The step is train.py's in the final stage: no written steps, --latent thoughts in every sequence.
-The released code (a clone of facebookresearch/coconut, in its own process) takes turns with it:
-same weights, examples, dropout, AdamW and threads, float32, whole batches; an error if it does not
-compute the same. Only our time includes making the batch: their DataLoader has its own process.
+It times the step of train.py in the final stage: no written steps, --latent thoughts per sequence.
+The released code (a clone of facebookresearch/coconut, in its own process) takes turns with it on
+the same weights, examples, dropout, AdamW settings and threads, in float32 and whole batches; it is
+an error if the two do not compute the same. Only our time includes building the batch: the released
+DataLoader does that in another process.
 
---out appends the results; the last line is JSON.
+--out appends the results; the last line of the output is JSON.
 """
 
 import os
@@ -30,7 +31,7 @@ from bench.common.baselines import OPENMP, Worker, check_released
 from bench.common.results import OURS, ResultWriter, load_average
 from bench.common.workload import SPECIAL, model_shape
 from nanococonut import ops
-from nanococonut.batch import IGNORE, build_sequence
+from nanococonut.batch import IGNORE, build_sequence, pad_lists
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import Data
@@ -43,10 +44,10 @@ from nanococonut.training.setup import init_model, init_optimizers, init_tokeniz
 from nanococonut.training.step import TrainStep
 
 SETTINGS = "tokenizer render smear dropout muon_learning_rate grad_clip seed".split()
-WARMUP = 2  # steps before those that count
-EPOCH = 64  # batches of an epoch: examples are sorted by length among as many as in training
-TOLERANCE = 1e-4  # relative, of loss and gradient; rounding makes up to 2e-5
-# what keep_freed_memory does here, for the other process: glibc reads these when it starts
+WARMUP = 2  # untimed steps
+EPOCH = 64  # least batches per epoch, so that examples are sorted by length as in training
+TOLERANCE = 1e-4  # relative, for loss and gradient; rounding causes up to 2e-5
+# keep_freed_memory() for the other process: glibc reads these variables when it starts
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -56,56 +57,57 @@ MALLOC = {
 
 @dataclass(frozen=True)
 class StepConfig:
-    config: str = option("config/prosqa_small.py", "training config whose model and data are used")
-    batch_size: int = option(32, "sequences of a step", ge=1)
-    latent: int = option(6, "thoughts of every sequence", ge=0)
-    repeats: int = option(7, "steps measured", ge=1)
-    set: str | None = option(None, "other settings of train.py: n_layer=4,kernels=torch")
+    config: str = option("config/prosqa_small.py", "training config with the model and the data")
+    batch_size: int = option(32, "sequences per step", ge=1)
+    latent: int = option(6, "thoughts per sequence", ge=0)
+    repeats: int = option(7, "timed steps", ge=1)
+    set: str | None = option(None, "further settings of train.py: n_layer=4,kernels=torch")
     released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
-    released_python: str | None = option(None, "a Python that has torch and transformers 4.46.2")
+    released_python: str | None = option(None, "a Python with torch and transformers 4.46.2")
     device: str = option("cpu", "where to run", choices=("cpu", "cuda"))
-    dtype: str = option("float32", "as train.py's", choices=("float32", "tf32", "bfloat16"))
+    dtype: str = option("float32", "as in train.py", choices=("float32", "tf32", "bfloat16"))
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
         validate(self)
         check_released(self.released, self.released_python)
         if self.released and self.dtype != "float32":
-            raise UserError("the comparison is in float32.\nLeave --dtype out with --released.")
+            raise UserError("--released is compared in float32.\nLeave --dtype out.")
 
 
 def recipe_of(config: StepConfig) -> TrainConfig:
-    """Return the training config with the measured sizes in it."""
+    """Return the training config with the sizes to measure."""
     flags = [f"--{setting}" for setting in (config.set or "").split(",") if setting]
     settings = read_config_file(config.config, TrainConfig) | parse_cli(TrainConfig, flags, "")[0]
     micro_batch_size = settings.get("micro_batch_size", TrainConfig.micro_batch_size)
     settings |= {
         "method": "coconut",
-        "init_from": "scratch",  # the weights make no difference to the time
+        "init_from": "scratch",  # the time does not depend on the weights
         "fallback": None,
         "data": None,
         "train_examples": max(EPOCH, WARMUP + config.repeats) * config.batch_size,
         "final_thoughts": config.latent,
         "pad_latent_to_max": True,
-        "uniform_prob": 0.0,  # all examples are of the final stage
+        "uniform_prob": 0.0,  # every example is in the final stage
         "batch_size": config.batch_size,
         "micro_batch_size": min(micro_batch_size, config.batch_size),
         "device": config.device,
         "dtype": config.dtype,
     }
-    if config.released:  # whole batches, without what the released code lacks
+    if config.released:  # without what the released code lacks
         settings |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
-        settings |= {"micro_batch_size": config.batch_size}
+        settings["micro_batch_size"] = config.batch_size
     return make_config(TrainConfig, settings)
 
 
 class Trainer:
-    """The step of train.py: its loader, its TrainStep, kernels and graphs, in its order."""
+    """The training step of train.py: the same loader, kernels, CUDA graphs and order of calls."""
 
     def __init__(self, recipe: TrainConfig) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.tokenizer = recipe, init_tokenizer(recipe, None)
-        self.curriculum, self.stage = Curriculum.from_config(recipe), recipe.max_latent_stage + 1
+        self.curriculum = Curriculum.from_config(recipe)
+        self.stage = recipe.max_latent_stage + 1  # the final one
         self.model = init_model(recipe, self.tokenizer).to(select_device(recipe.device)).train()
         self.kernels, self.why_kernels = ops.choose_training_backend(recipe.kernels, self.model)
         self.graph = ops.choose_graph(recipe.graph, self.model)
@@ -116,11 +118,11 @@ class Trainer:
         self.loader = TrainLoader(recipe, self.curriculum, self.tokenizer, Data(None, {}))
         self.examples = self.loader.epoch(0)
         self.loader.get(0, self.stage, self.train_step.prepare)
-        self.loader.close(wait=True)  # so that no further epoch is made while a step is measured
+        self.loader.close(wait=True)  # no epoch is generated while steps are timed
 
     def check(self) -> dict[str, float]:
-        """Return loss and norm of the gradient on the first batch, without dropout. Call it before
-        the first step, as graphs write to the gradients that they find."""
+        """Return loss and gradient norm of the first batch, without dropout. Call it before the
+        first step: graphs write to the gradient tensors they were captured with."""
         plain = TrainStep(self.model.eval(), self.kernels)
         batch = self.loader.get(0, self.stage, plain.prepare)
         for micro_batch in batch.micro_batches:
@@ -131,11 +133,11 @@ class Trainer:
         return checked
 
     def step(self, i: int) -> dict[str, float]:
-        """Take one optimizer step on batch i. Return seconds and loss. As in train.py, a GPU's next
-        batch is made while it computes, within this step's time."""
+        """Take one optimizer step on batch i and return its seconds and loss. As in train.py, a
+        GPU's next batch is built during this step, within its time."""
         on_gpu, prepare = self.train_step.device.type == "cuda", self.train_step.prepare
         if on_gpu:
-            self.loader.get(i, self.stage, prepare)  # the step before has usually made it
+            self.loader.get(i, self.stage, prepare)  # usually prefetched by the last step
         began = time.perf_counter()
         batch = self.loader.get(i, self.stage, prepare)
         torch.manual_seed(self.recipe.seed + i)
@@ -148,64 +150,64 @@ class Trainer:
             optimizer.step()
         if on_gpu:
             self.loader.prefetch((i + 1) % self.loader.steps_per_epoch, self.stage, prepare)
-        loss, *_ = self.train_step.totals.tolist()  # here the host waits for the device
+        loss, *_ = self.train_step.totals.tolist()  # the host waits for the device here
         return {"seconds": time.perf_counter() - began, "loss": loss}
 
     def released_batches(self, n: int) -> list[dict[str, list]]:
-        """Return n batches as the released collator pads them: on the left, so that thoughts share
-        their columns, then on the right."""
+        """Return the first n batches, padded as by the released collator: on the left to align the
+        thoughts of all sequences, then on the right."""
+        fills = dict(input_ids=self.tokenizer.eos, labels=IGNORE, attention_mask=0, position_ids=0)
         batches, size = [], self.recipe.batch_size
-        eos, latent = self.tokenizer.eos, self.tokenizer.latent
         for start in range(0, n * size, size):
-            sequences = []  # ids, labels, and tokens before the thoughts, 0 if it has none
+            rows, n_before = [], []  # n_before: tokens before the thoughts, 0 if there are none
             for example in self.examples[start : start + size]:
-                prefix, n_thoughts, suffix, skipped = build_sequence(
+                prefix, n_thoughts, suffix, n_forced = build_sequence(
                     self.curriculum, self.stage, example, self.tokenizer
                 )
-                ids = prefix + [latent] * n_thoughts + suffix
-                labels = [IGNORE] * (len(ids) - len(suffix) + skipped) + suffix[skipped:]
-                sequences.append((ids, labels, len(prefix) if n_thoughts else 0))
-            longest = max(n_before for _, _, n_before in sequences)
-            width = max(longest - n_before + len(ids) for ids, _, n_before in sequences)
-            batch = {"input_ids": [], "labels": [], "attention_mask": [], "position_ids": []}
-            for ids, labels, n_before in sequences:
-                left = longest - n_before
-                right = width - left - len(ids)
-                batch["input_ids"].append([eos] * left + ids + [eos] * right)
-                batch["labels"].append([IGNORE] * left + labels + [IGNORE] * right)
-                batch["attention_mask"].append([0] * left + [1] * len(ids) + [0] * right)
-                batch["position_ids"].append([0] * left + list(range(len(ids))) + [0] * right)
+                ids = prefix + [self.tokenizer.latent] * n_thoughts + suffix
+                labels = [IGNORE] * (len(ids) - len(suffix) + n_forced) + suffix[n_forced:]
+                row = dict(input_ids=ids, labels=labels, attention_mask=[1] * len(ids))
+                rows.append(row | {"position_ids": [*range(len(ids))]})
+                n_before.append(len(prefix) if n_thoughts else 0)
+            n_left = [max(n_before) - n for n in n_before]
+            batch = {}
+            for name, fill in fills.items():
+                lists = [[fill] * left + row[name] for left, row in zip(n_left, rows, strict=True)]
+                batch[name] = pad_lists(lists, fill).tolist()
             batches.append(batch)
         return batches
 
 
 def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str, Any]]:
-    """Start the released code with our size and weights, and check that it computes the same.
-    Return it, and what both computed."""
-    with torch.no_grad():  # with initial weights, thoughts and positions hardly change the loss
+    """Start the released code with our model. Return it, and loss and gradient norm of both.
+    Raise UserError if they differ."""
+    with torch.no_grad():  # at initialization, thoughts and positions hardly affect the loss
         for p in ours.model.parameters():
             p.add_(torch.randn_like(p) * ours.recipe.n_embd**-0.5)
-    adamw = ours.optimizers[0].param_groups[0]
+    group = ours.optimizers[0].param_groups[0]
+    adamw = {name: group[name] for name in ("lr", "betas", "weight_decay")}
     special = {name: getattr(ours.tokenizer, name) for name in SPECIAL}
-    extra = {"adamw": {name: adamw[name] for name in ("lr", "betas", "weight_decay")}}
-    extra |= {"batches": ours.released_batches(WARMUP + config.repeats)}
+    batches = ours.released_batches(WARMUP + config.repeats)
     os.environ.update(MALLOC)
-    python, clone = config.released_python, config.released
-    worker = Worker("released_train", python, ours.model, special, clone, **extra)
-    mine, theirs = ours.check(), worker.request({})
-    for name in mine:
-        if not abs(mine[name] - theirs[name]) <= TOLERANCE * abs(theirs[name]):
+    worker = Worker(
+        "released_train", config.released_python, ours.model, special, config.released,
+        adamw=adamw, batches=batches,
+    )  # fmt: skip
+    own, released = ours.check(), worker.request({})
+    for name in own:
+        if not abs(own[name] - released[name]) <= TOLERANCE * abs(released[name]):  # NaN too
             worker.close()
             raise UserError(
-                f"the two do not compute the same: {name} {mine[name]:.6f} (ours), "
-                f"{theirs[name]:.6f} (released).\nA comparison of their speed would mean nothing."
+                f"the two do not compute the same: {name} {own[name]:.6f} (ours), "
+                f"{released[name]:.6f} (released).\nComparing their speed would mean nothing."
             )
-    return worker, {name: {"ours": mine[name], "released": theirs[name]} for name in mine}
+    return worker, {name: {"ours": own[name], "released": released[name]} for name in own}
 
 
 def main() -> None:
-    given, path = parse_cli(StepConfig, sys.argv[1:], __doc__)  # path: of --config
-    config = make_config(StepConfig, given, {"config": path} if path else {})
+    # parse_cli returns the value of --config apart from the other options
+    overrides, path = parse_cli(StepConfig, sys.argv[1:], __doc__)
+    config = make_config(StepConfig, overrides, {"config": path} if path else {})
     keep_freed_memory()
 
     # ---- warm up
@@ -223,14 +225,14 @@ def main() -> None:
         for i in range(WARMUP):
             providers["released"](i)
     n_steps = WARMUP + config.repeats
-    # a graph is captured when its shape is met first: all of them now, or that would be timed
+    # a graph is captured on the first batch of its shape: run all batches once, untimed
     for i in range(n_steps if ours.graph else WARMUP):
         ours.step(i)
 
     # ---- steps in turns
     times: dict[str, list[float]] = {name: [] for name in providers}  # milliseconds
     for i in range(WARMUP, n_steps):
-        # in random order, or one would always follow the other, with its caches
+        # in random order, so that neither always runs with the other's caches
         for name in random.Random(i).sample([*providers], len(providers)):
             times[name].append(1e3 * providers[name](i)["seconds"])
 
@@ -238,8 +240,8 @@ def main() -> None:
     detail = {k: getattr(ours.recipe, k) for k in SETTINGS}
     detail |= {"kernels": ours.kernels, "graphs": ours.graph, "load": load_average()}
     detail |= {"openmp": {name: os.environ.get(name) for name in OPENMP}}
-    if config.device == "cuda":  # torch counts its own, the driver also graphs and other processes
-        free, total = torch.cuda.mem_get_info()
+    if config.device == "cuda":
+        free, total = torch.cuda.mem_get_info()  # the driver also counts graphs, other processes
         detail |= {"max_reserved": torch.cuda.max_memory_reserved(), "used": total - free}
         detail |= {"graphs_kept": len(ours.train_step.graphs.graphs) if ours.graph else 0}
     results.add("step", OURS, times[OURS], "ms", detail=detail)

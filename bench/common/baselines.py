@@ -1,4 +1,4 @@
-"""Who is measured: our engine, and what a user would take instead of it, in another process."""
+"""The providers that are timed: our engine, and other implementations in processes of their own."""
 
 import atexit
 import importlib.util
@@ -23,24 +23,19 @@ from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights.pretrained import CONFIG_KEYS, CONV1D_WEIGHTS
 
-SERVE = Path(__file__).parent.parent / "workers/serve.py"
-INSTALL = {  # a peer that is missing -> what to do
-    "released": "give --released and --released_python",
-    "transformers": "pip install transformers",
-}
+WORKER = Path(__file__).with_name("worker.py")
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set by nanococonut/__init__.py
-N_PROMPT = 48  # tokens of the prompt that all providers have to answer alike
+N_PROMPT = 48  # tokens of the prompt on which all providers have to agree
 N_CHECKED = 9  # greedy tokens that are compared
-# tokens, and seconds of prefill, latent_step, first_token, token_step and answer, of which
-# first_token and answer count from the start of the request
+# tokens, and seconds: prefill, latent_step, first_token, token_step, answer. first_token and answer
+# count from the start of the request.
 Timing = dict[str, Any]
 
 
 class EngineProvider:
-    """Our engine, with these kernels and CUDA graphs."""
+    """Our engine with a choice of kernels and CUDA graphs."""
 
-    versions: dict[str, str] | None = None  # None: this process's
-    max_batch: int | None = None  # any
+    versions: dict[str, str] | None = None  # those of this process
 
     def __init__(self, name: str, workload: Workload, kernels: str, graph: str) -> None:
         self.name = name
@@ -59,15 +54,15 @@ class EngineProvider:
 
 
 class Worker:
-    """workers/serve.py under another Python, which answers requests, a JSON line each.
+    """worker.py under another Python. Requests and replies are JSON lines.
 
-    name     a kind of serve.py
-    model    the worker's has its sizes, dropout, weights, device and dtype
-    special  name of SPECIAL -> id
-    clone    of the released code, for the kinds that run it
-    extra    what else this kind needs
+    name     a kind of worker.py
+    model    the worker builds the same GPT-2: sizes, dropout, weights, device and dtype
+    special  name in SPECIAL -> token id
+    clone    folder of the released code, for the kinds that run it
+    extra    further setup of this kind
 
-    Every method raises UserError if the process ends early.
+    Every method raises UserError if the process has ended.
     """
 
     def __init__(
@@ -80,23 +75,22 @@ class Worker:
         **extra: Any,
     ) -> None:
         self.name, self.model = name, model
-        self.max_batch = 1 if name == "released" else None  # its generate takes one question
-        # absolute, since it starts elsewhere; not resolved, since a venv's link would leave it
+        # absolute, as it starts in another folder; not resolved, as a venv's python is a link
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        # its threads wait as they do for others: our setting is not inherited
+        # without our OpenMP settings: users of other implementations run with the defaults
         env = {k: v for k, v in os.environ.items() if k not in OPENMP} | offline
         try:
             self.process = subprocess.Popen(
-                [python, "-I", str(SERVE)],  # -I: nothing of ours on its path
+                [python, "-I", str(WORKER)],  # -I: our packages are not on its path
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
                 text=True,
-                cwd=tempfile.gettempdir(),  # finds Hugging Face's `kernels`, not ours
+                cwd=tempfile.gettempdir(),  # so that `kernels` is Hugging Face's, not ours
                 env=env,
-                start_new_session=True,  # close() also ends what it started
+                start_new_session=True,  # close() also kills its children
             )
         except OSError as e:
             raise UserError(
@@ -110,7 +104,7 @@ class Worker:
             name: (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
             for name, p in model.state_dict().items()
         }
-        atexit.register(self.close)  # a worker left running would slow the next measurement
+        atexit.register(self.close)  # a worker left running would slow down what is measured next
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model.safetensors"
             save_file(weights, path)
@@ -132,18 +126,18 @@ class Worker:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
             reply = json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):  # it has ended, or does not write JSON
+        except (OSError, ValueError):  # the process has ended, or does not write JSON
             self.close()
             self.stderr.seek(0)
             text = self.stderr.read().strip() or "no error message (out of memory?)"
             raise UserError(f"worker {self.name} ended: {text.splitlines()[-1][:200]}") from None
         if "out_of_memory" in reply:
             raise torch.OutOfMemoryError(f"worker {self.name} ran out of memory")
-        time.sleep(0.05)  # its waiting threads still spin, which would slow whoever is next
+        time.sleep(0.05)  # its OpenMP threads still spin and would slow down the next provider
         return reply
 
     def generate(self, request: Request) -> Timing:
-        """Generate in our model's dtype."""
+        """Return tokens and times of a request, computed in our model's current dtype."""
         dtype = str(self.model.wte.weight.dtype).removeprefix("torch.")
         return self.request(asdict(request) | {"dtype": dtype})
 
@@ -161,20 +155,22 @@ def check_released(clone: str | None, python: str | None) -> None:
     if (clone is None) != (python is None):
         raise UserError("--released and --released_python go together.\nGive a clone and a Python.")
     if clone and not (Path(clone) / "coconut.py").is_file():
-        raise UserError(f"--released {clone} holds no coconut.py.\nGive a clone of the code.")
+        raise UserError(
+            f"--released {clone} has no coconut.py.\nGive a clone of facebookresearch/coconut."
+        )
 
 
 def clone_commit(clone: str) -> str:
-    """Return the clone's commit, "-dirty" if it has changed."""
+    """Return the clone's commit, with "-dirty" if its files were changed."""
     git = ["git", "-C", clone, "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
-    """Start every provider that this machine has. The first is ours, as a user has it by default.
+    """Return (providers, missing provider -> reason). The first is our engine with its defaults.
 
-    Also return name -> why it is missing: not installed, or its greedy tokens after thoughts differ
-    from those of plain eager steps. Raise UserError if ours differ. options: LatencyConfig.
+    A provider whose greedy tokens after thoughts differ from our plain eager steps' is not timed;
+    if it is ours, raise UserError. options: LatencyConfig.
     """
     ours = EngineProvider(OURS, workload, "auto", "auto")
     eager = EngineProvider(f"{OURS}, eager", workload, "torch", "off")
@@ -189,15 +185,19 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         if (tokens := provider.generate(request)["tokens"]) != expected:
             raise UserError(
                 f"{provider.name}: expected tokens {expected[0]}, got {tokens[0]}.\n"
-                "This is a bug of ours; nothing was timed."
+                "This is a bug in nanococonut; nothing was timed."
             )
 
     missing: dict[str, str] = {}
     here = sys.executable if importlib.util.find_spec("transformers") else None
-    peers = {"released": (options.released_python, options.released), "transformers": (here, None)}
-    for name, (python, clone) in peers.items():
-        if not (options.peers and python):
-            missing[name] = INSTALL[name] if options.peers else "not requested"
+    peers = (  # name, Python, clone, how to get it
+        ("released", options.released_python, options.released,
+         "give --released and --released_python"),
+        ("transformers", here, None, "pip install transformers"),
+    )  # fmt: skip
+    for name, python, clone, advice in peers:
+        if not options.peers or not python:
+            missing[name] = advice if options.peers else "not requested"
             continue
         try:
             worker = Worker(name, python, workload.model, workload.special, clone)

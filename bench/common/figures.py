@@ -1,6 +1,6 @@
-"""Pictures of committed rows, one function each. Used by plot.py; nothing is measured here.
+"""The figures of plot.py, one function each, drawn from result rows.
 
-Colours are Okabe and Ito's, which everybody can tell apart; lines also differ in their markers.
+The colours are Okabe and Ito's palette for colour-blind readers; lines also differ by marker.
 """
 
 import statistics
@@ -35,7 +35,7 @@ def _save(figure: Figure, title: str, path: Path) -> None:
 
 
 def answers(run: Rows, path: Path) -> None:
-    """Draw the time of Time to a whole answer: split into the question (prefill) and the rest."""
+    """Draw the time to a whole answer, split into prefill and the rest."""
     tasks = tables.tasks(run)
     figure, axes = plt.subplots(figsize=(8, 1 + 0.9 * len(tasks)))
     longest = max(r["value"] for r in select(run, metric="answer", provider=OURS, unit="ms"))
@@ -53,15 +53,15 @@ def answers(run: Rows, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * scale * longest)
     axes.set_xlabel(f"{unit} per answer, batch 1")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4)  # hides nothing
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4)  # above the bars
     _save(figure, f"Time to a whole answer: {tables.title(run)}", path)
 
 
 def curve(row: dict[str, Any], path: Path) -> None:
-    """Draw a run's loss and accuracies, with a band for each stage."""
+    """Draw a run's loss and accuracies over its stages."""
     step, stage, loss, exact = zip(*row["points"], strict=True)
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True)
-    marker = "." if len(step) < 20 else ""  # a line of one point shows nothing
+    marker = "." if len(step) < 20 else ""  # a single point draws no line
     above.plot(step, loss, marker=marker, color=BLUE)
     above.set_yscale("log")
     above.set_ylabel("loss, nats per label")
@@ -76,13 +76,14 @@ def curve(row: dict[str, Any], path: Path) -> None:
         if points:
             below.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name)
     below.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    below.set_xlim(left=0)  # the first stage starts there
+    below.set_xlim(left=0)  # where the first stage starts
     below.set_ylim(0, 1)
     below.set_ylabel("fraction")
     below.set_xlabel(f"optimizer steps, batch {row['batch_size']}")
     below.legend(loc="lower right")
     left = 0
-    for n, (name, end) in enumerate(dict(zip(stage, step, strict=True)).items()):  # its last step
+    last_steps = dict(zip(stage, step, strict=True))  # of each stage
+    for n, (name, end) in enumerate(last_steps.items()):
         for axes in (above, below) if n % 2 else ():
             axes.axvspan(left, end, color="0.94", zorder=0)
         label = f"stage {name}" if n == 0 or end - left > step[-1] / 9 else name
@@ -95,7 +96,7 @@ def curve(row: dict[str, Any], path: Path) -> None:
 
 
 def methods(rows: Rows, path: Path) -> None:
-    """Draw the small models' Table 1: every method with the data's shortcut and without it."""
+    """Draw the accuracy of every small model with the data's shortcut and without it."""
     rows = select(rows, preset="small", setting="")
     tasks = {
         "ProsQA": ("prosqa", "prosqa_balanced"),

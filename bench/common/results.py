@@ -1,4 +1,4 @@
-"""One schema for every row that a bench script writes, a JSON line each. Rows are only appended."""
+"""The schema of a result row. Bench scripts append rows to files, one JSON line each."""
 
 import json
 import math
@@ -21,44 +21,44 @@ from nanococonut.weights import checkpoint
 OURS = "nanococonut"  # a row's provider
 Row = dict[str, Any]
 FIELDS: dict[str, type] = {  # of a row
-    "bench": str,  # script: latency, throughput, training, kernels, accuracy
+    "bench": str,  # the script: latency, throughput, training, kernels, accuracy, insight
     "metric": str,  # latent_step, answer, throughput, step, accuracy, ...
-    "provider": str,  # who was measured: nanococonut, released, transformers, torch, roofline, ...
-    "labels": dict,  # text that identifies it: task, path, config, method, relative_to, ...
-    "shape": dict,  # integers that identify it: batch, context, thoughts, n_layer, ...
+    "provider": str,  # what was measured: nanococonut, released, transformers, roofline, ...
+    "labels": dict,  # text that identifies the row: task, path, config, method, relative_to, ...
+    "shape": dict,  # integers that identify the row: batch, context, thoughts, n_layer, ...
     "value": float,  # the median
     "unit": str,  # ms, us, GB/s, questions/s, examples/s, fraction; x: ratio to labels.relative_to
     # p10 and p90, the 95 % interval ci_low and ci_high, or min and max; {} for a derived value
     "spread": dict,
     "repeats": int,
-    "detail": dict,  # what does not identify it: categories, losses, the evaluated run, ...
+    "detail": dict,  # what does not identify the row: categories, losses, the evaluated run, ...
     "device": str,  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
-    "dtype": str,  # of weights and cache
-    "commit": str,  # of this repository, "-dirty" if files had changed
-    "versions": dict,  # of Python and packages in the measured process
-    "command": str,  # that measures it again; local paths are written as RELEASED, PYTHON, ...
-    "date": str,  # UTC, when the run began: 2026-01-31T12:00:00Z; some old rows: "unknown"
+    "dtype": str,  # of weights and KV cache
+    "commit": str,  # of this repository; "-dirty" if files had changed
+    "versions": dict,  # Python and packages of the measured process
+    "command": str,  # that measures the row again; local paths become RELEASED, PYTHON, ...
+    "date": str,  # UTC, when the run began: 2026-01-31T12:00:00Z; "unknown" in some old rows
 }
 
 
 def validate_row(row: Row) -> None:
-    """Raise UserError if a row lacks a field of FIELDS, has another, or one of the wrong type."""
+    """Raise UserError if a row has missing, unknown or wrongly typed fields."""
     bad = sorted(row.keys() ^ FIELDS.keys())  # missing or unknown
     bad = bad or [name for name, kind in FIELDS.items() if not isinstance(row[name], kind)]
     if bad:
         raise UserError(
             f"not a valid result: {bad[0]} is {row.get(bad[0], 'missing')!r}.\n"
-            "bench/common/results.py has the schema."
+            "The schema is in bench/common/results.py."
         )
 
 
 def fmt(value: float) -> str:
-    """Format a positive number with three digits, or all of its digits before the point."""
+    """Format a positive number with three significant digits; from 100 on, as an integer."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def command_line(config: Any, script: str) -> str:
-    """Return the command that gives this config: values other than the defaults, paths by name."""
+    """Return this config as a command line: non-default options, local paths replaced by names."""
     words = ["python", script]
     for f in fields(config):
         value = getattr(config, f.name)
@@ -71,7 +71,7 @@ def command_line(config: Any, script: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the kind of machine, without its name."""
+    """Return the kind of device, such as "CPU x86_64 AVX2, 2 threads"; never a host name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -82,15 +82,13 @@ def device_name(device: torch.device) -> str:
 
 
 def load_average() -> float:
-    """Return how many processes want to run; NaN on Windows, which does not count them."""
+    """Return the load average of the last minute; NaN on Windows, which has none."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
 class ResultWriter:
-    """The rows of one run. Each is printed, and appended to the file config.out, at once.
-
-    bench, config: the script and its options. shared: labels (text) and sizes of all rows.
-    """
+    """The rows of one run of the script `bench`; each is printed and appended to the file
+    config.out at once. shared: labels (text) and sizes of all rows."""
 
     def __init__(
         self,
@@ -98,7 +96,7 @@ class ResultWriter:
         config: Any,
         device: torch.device,
         dtype: torch.dtype | str,
-        /,  # a label may have the name "config"
+        /,  # a label may be named "config"
         **shared: str | int,
     ) -> None:
         about = provenance()
@@ -130,16 +128,17 @@ class ResultWriter:
     ) -> Row:
         """Append, print and return a row of repeated measurements.
 
-        spread     instead of p10 and p90; {} for a derived value
-        versions   of another process
+        spread     in place of p10 and p90; {} for a derived value
+        versions   of the measured process, if it is not this one
         own        labels (text) and sizes of this row
         """
         low, median, high = (float(f"{v:.5g}") for v in np.percentile(values, (10, 50, 90)))
+        facts = self.shared | own
         row = self.common | {
             "metric": metric,
             "provider": provider,
-            "labels": {k: v for k, v in (self.shared | own).items() if isinstance(v, str)},
-            "shape": {k: v for k, v in (self.shared | own).items() if not isinstance(v, str)},
+            "labels": {k: v for k, v in facts.items() if isinstance(v, str)},
+            "shape": {k: v for k, v in facts.items() if not isinstance(v, str)},
             "value": median,
             "unit": unit,
             "spread": {"p10": low, "p90": high} if spread is None else spread,
@@ -147,37 +146,46 @@ class ResultWriter:
             "detail": detail or {},
             "versions": versions or self.versions,
         }
-        self.rows.append({name: row[name] for name in FIELDS})
+        row = {name: row[name] for name in FIELDS}  # in the schema's order
+        self.rows.append(row)
         if self.path:
-            checkpoint.append_row(self.path, self.rows[-1])
-        text = [metric, *(v for v in own.values() if isinstance(v, str))]
-        text[-1] = f"relative to {text[-1]}" if unit == "x" else text[-1]
-        text += [f"{name} {n}" for name, n in own.items() if not isinstance(n, str)]
-        scale, sign = (100, "%") if unit == "fraction" else (1, "")  # percentages, like all others
-        value, *ends = (f"{fmt(scale * v)}{sign}" for v in (median, *row["spread"].values()))
-        line = f"{value:>8} {'' if sign else unit:<11} {provider:<20} {', '.join(text)}"
-        print(f"{line} ({' .. '.join(ends)})" if ends else line)
-        return self.rows[-1]
+            checkpoint.append_row(self.path, row)
+        print(_line(row, own))
+        return row
 
     def add_ratio(
         self, metric: str, provider: str, slower: Sequence[float], faster: Sequence[float],
         relative_to: str, **extra: Any,
     ) -> None:  # fmt: skip
-        """Append the ratio of values from the same rounds, pair by pair."""
+        """Append the median of slower / faster, computed round by round."""
         ratios = [a / b for a, b in zip(slower, faster, strict=True)]
         self.add(metric, provider, ratios, "x", **extra, relative_to=relative_to)
 
     def summary(self, **extra: Any) -> str:
-        """Return all rows as one JSON line; what they share is written once."""
+        """Return all rows as one JSON line, with their common fields written once."""
         rows = [{k: v for k, v in row.items() if k not in self.common} for row in self.rows]
         return json.dumps(self.common | extra | {"rows": rows})
+
+
+def _line(row: Row, own: dict[str, str | int]) -> str:
+    """Format a row for the terminal: value, unit, provider, own labels and sizes, spread."""
+    words = [row["metric"], *(v for v in own.values() if isinstance(v, str))]
+    if row["unit"] == "x":
+        words[-1] = f"relative to {words[-1]}"
+    words += [f"{name} {n}" for name, n in own.items() if not isinstance(n, str)]
+    percent = row["unit"] == "fraction"
+    values = (row["value"], *row["spread"].values())
+    value, *ends = (f"{fmt(100 * v)}%" if percent else fmt(v) for v in values)
+    unit = "" if percent else row["unit"]
+    line = f"{value:>8} {unit:<11} {row['provider']:<20} {', '.join(words)}"
+    return f"{line} ({' .. '.join(ends)})" if ends else line
 
 
 # ---- reading
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read a file of JSON lines; a missing file has none. UserError names a bad line."""
+    """Read a file of JSON lines, [] if it is missing. Raise UserError for a bad line."""
     if not path.is_file():
         return []
     rows = []
@@ -192,7 +200,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def read_results(path: Path) -> list[Row]:
-    """Read a file of results. Raise UserError if a row is not valid."""
+    """Read a file of results, [] if it is missing. Raise UserError for an invalid row."""
     rows = read_jsonl(path)
     for row in rows:
         validate_row(row)

@@ -1,4 +1,4 @@
-"""Markdown tables of committed rows. Used by plot.py and table1.py; nothing is measured here."""
+"""Markdown tables from result rows, for plot.py and table1.py."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ from nanococonut.curriculum import METHODS
 Rows = Sequence[Row]
 
 # Table 1 of the paper (arXiv 2412.06769): task -> method -> accuracy in %, its standard deviation
-# or null, generated tokens
+# or None, generated tokens
 PAPER = json.loads((Path(__file__).parent.parent / "results/paper_table1.json").read_text())
 _SHOWN = ("coconut", "cot", "no_cot", "pause_as_thought")  # in the README
 
@@ -26,22 +26,20 @@ def _table(*rows: Sequence[str]) -> str:
 
 
 def select(rows: Rows, **where: Any) -> list[Row]:
-    """Return the rows that have all of these fields, labels and sizes."""
+    """Return the rows whose fields, labels and sizes include all of `where`."""
     return [r for r in rows if where.items() <= (r | r["labels"] | r["shape"]).items()]
 
 
 # ---- accuracy
 
 
-def _percent(fractions: Sequence[float]) -> str:
-    """Return the mean in %, ± the standard deviation if there are several; "-" for none."""
-    values = [100 * x for x in fractions]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}" if values else "-"
-
-
 def _accuracy(rows: Rows) -> str:
-    return _percent([row["value"] for row in rows]) if rows else "not run"
+    """Return the mean in %, with ± the standard deviation if there are several rows."""
+    if not rows:
+        return "not run"
+    values = [100 * row["value"] for row in rows]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def _tokens(rows: Rows) -> str:
@@ -54,7 +52,7 @@ def _seeds(rows: Rows) -> str:
 
 
 def _shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
-    """Return rule -> split -> accuracy of that rule, from 0 to 1."""
+    """Return shortcut rule -> split -> its accuracy, from 0 to 1."""
     rules: dict[str, dict[str, float]] = {}
     for row in rows:
         for rule, accuracy in row["detail"]["shortcuts"].items():
@@ -63,8 +61,8 @@ def _shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def table1(rows: Rows, task: str, preset: str) -> str:
-    """Return accuracy % / generated tokens of every method on every split, with the paper's. Runs
-    of a sweep have their own lines."""
+    """Return accuracy in % / generated tokens of every method on every split, with the paper's. A
+    method has another line for each other setting it was run with."""
     rows = select(rows, task=task, preset=preset)
     splits = list(dict.fromkeys(r["labels"]["data"] for r in rows))
     lines = [("method", "paper (GPT-2 124M)", *splits, "seeds")]
@@ -88,7 +86,7 @@ def table1(rows: Rows, task: str, preset: str) -> str:
 
 
 def main_results(rows: Rows) -> str:
-    """Return the README's table: small ProsQA models, accuracy and tokens in their own columns."""
+    """Return the README's table of small ProsQA models, with tokens in a column of their own."""
     rows = select(rows, task="prosqa", preset="small", setting="")
     splits = ("prosqa", "prosqa_matched", "prosqa_balanced")
     lines = [("method", "ProsQA", "depth-matched", "balanced", "generated tokens", "seeds")]
@@ -103,7 +101,7 @@ def main_results(rows: Rows) -> str:
 
 
 def insight(rows: Rows) -> str:
-    """Return a line for each method: what bench/insight.py found, means over runs, in %."""
+    """Return what bench/insight.py found for each method: means over runs, in %."""
     header = "method|accuracy|twins both right|averaged thoughts|swapped|verdict (runs)"
     lines = [header.split("|")]
     for method in METHODS:
@@ -114,13 +112,13 @@ def insight(rows: Rows) -> str:
         for name, index in (("pairs", 1), ("needed", 1), ("carried", 0)):
             findings = [f for row in own for f in row["detail"]["findings"] if f["id"] == name]
             fractions.append([f["figures"][index]["value"] for f in findings])
-        means = [_percent([statistics.mean(x)] if x else []) for x in fractions]
+        means = [f"{100 * statistics.mean(x):.1f}" if x else "-" for x in fractions]
         verdicts = Counter(row["detail"]["verdict"] for row in own)
         lines.append((method, *means, "; ".join(f"{text} ({n})" for text, n in verdicts.items())))
     return _table(*lines)
 
 
-# ---- speed: a run is the rows that one command wrote
+# ---- speed: a run is all rows that one command wrote
 
 
 def newest_runs(rows: Rows) -> list[Rows]:
@@ -132,20 +130,16 @@ def newest_runs(rows: Rows) -> list[Rows]:
 
 
 def title(run: Rows) -> str:
-    """Return size of the model, machine and day."""
+    """Return the run's model size, device, dtype and day."""
     row = run[0]
     model = f"{row['shape']['parameters'] / 1e6:,.0f} M parameters"
     return f"{model}, {row['device']}, {row['dtype']}, {row['date'][:10]}"
 
 
 def value(
-    run: Rows,
-    metric: str,
-    provider: str = OURS,
-    relative_to: str | None = None,
-    **where: Any,
+    run: Rows, metric: str, provider: str = OURS, relative_to: str | None = None, **where: Any
 ) -> float | None:
-    """Return the median of the row with these labels and sizes, None if not measured."""
+    """Return the median of the row with these labels and sizes, or None if not measured."""
     rows = select(run, metric=metric, provider=provider, **where)
     values = [r["value"] for r in rows if r["labels"].get("relative_to") == relative_to]
     return values[0] if values else None
@@ -157,7 +151,7 @@ def tasks(run: Rows) -> list[str]:
 
 
 def points(run: Rows) -> list[tuple[int, int]]:
-    """Return (batch, context) of the measured steps, except those of whole answers, sorted."""
+    """Return the sorted (batch, context) of single steps, without those of whole answers."""
     steps, answers = (
         {(r["shape"]["batch"], r["shape"]["context"]) for r in select(run, metric=metric)}
         for metric in ("latent_step", "answer")
@@ -166,7 +160,7 @@ def points(run: Rows) -> list[tuple[int, int]]:
 
 
 def latency(rows: Rows) -> str:
-    """Return three tables for each machine: whole answers, single steps, other providers."""
+    """Return the tables of each machine: whole answers, single steps, other providers."""
     texts = []
     for run in newest_runs(rows):
         texts.append(f"{title(run)}, commit {run[0]['commit']}; ms, batch 1:")
@@ -202,7 +196,7 @@ def _steps(run: Rows) -> str:
 
 
 def _others(run: Rows) -> str:
-    """Return times relative to ours, in turns on the answers of the first task with thoughts."""
+    """Return times relative to ours, measured with thoughts on the first task's answers."""
     metrics = {"latent_step": "thought", "token_step": "token", "answer": "ProsQA answer"}
     lines = [("time relative to ours (transformers version)", *metrics.values())]
     for row in select(run, metric="answer", relative_to=OURS):
@@ -215,18 +209,26 @@ def _others(run: Rows) -> str:
 
 
 def speed(rows: Rows) -> str:
-    """Return the README's tables: a ProsQA answer (others relative to six thoughts of ours), and a
-    training step (the released code relative to ours). rows: of latency.py and training.py."""
+    """Return the README's speed tables from rows of latency.py and training.py."""
+    return f"{_answer_speed(rows)}\n\n{_step_speed(rows)}"
+
+
+def _answer_speed(rows: Rows) -> str:
+    """Return times of a ProsQA answer; others relative to ours with six thoughts."""
     lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", "transformers", "released")]
+    where = {"task": "prosqa", "relative_to": OURS}
     for run in newest_runs(rows):
         times = [value(run, "answer", task="prosqa", path=path) for path in PATHS]
-        where = {"task": "prosqa", "relative_to": OURS}
-        slower = [value(run, "answer", name, **where) for name in ("transformers", "released")]
+        ratios = [value(run, "answer", name, **where) for name in ("transformers", "released")]
         if None not in times:
             cells = [f"{fmt(t)} ms" for t in times]
-            cells += [f"{x:.2g}x" if x else "-" for x in slower]
+            cells += [f"{x:.2g}x" if x else "-" for x in ratios]
             lines.append((f"{run[0]['device']}, {run[0]['dtype']}", *cells))
-    steps = [("training step", "batch", "device", "time", "released")]
+    return _table(*lines)
+
+
+def _step_speed(rows: Rows) -> str:
+    """Return times of a training step, and the released code's relative to ours."""
     ours, released = {}, {}  # config, batch and device -> the newest time, and ratio
     for row in select(rows, metric="step"):
         key = row["labels"]["config"], row["shape"]["batch"], f"{row['device']}, {row['dtype']}"
@@ -234,11 +236,11 @@ def speed(rows: Rows) -> str:
             released[key] = row["value"]
         elif row["provider"] == OURS:
             ours[key] = row["value"]
-    shown = {}  # one for each config and kind of device: the newest with a ratio, or without
+    lines = {}  # per config and kind of device, prefer a time that has a ratio
     for key, ms in ours.items():
         config, batch, device = key
         place = config, device.startswith("CPU")
-        if key in released or place not in shown:
+        if key in released or place not in lines:
             ratio = f"{released[key]:.2g}x" if key in released else "-"
-            shown[place] = config, str(batch), device, f"{fmt(ms)} ms", ratio
-    return "\n\n".join((_table(*lines), _table(*steps, *shown.values())))
+            lines[place] = config, str(batch), device, f"{fmt(ms)} ms", ratio
+    return _table(("training step", "batch", "device", "time", "released"), *lines.values())

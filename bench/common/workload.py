@@ -1,4 +1,4 @@
-"""What is measured: a model, prompts, the lengths of real answers; and the bandwidth of memory."""
+"""What the speed benches run: a model, prompts, realistic lengths; and the memory bandwidth."""
 
 import random
 import time
@@ -13,27 +13,27 @@ from nanococonut.runtime.cli import option, validate
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
 
-THOUGHTS = 6  # the paper's, on all three tasks
+THOUGHTS = 6  # in the paper, on all three tasks
 GPT2 = GPTConfig()  # 124M
 SPECIAL = ("eos", "bot", "eot", "latent")  # the last ids of the vocabulary
 
-PATHS = ("thoughts", "chain", "direct")  # ways to an answer
+PATHS = ("thoughts", "chain", "direct")  # ways to an answer: Coconut, CoT, No-CoT
 
-# Tokens of a task's question with <bot>, and those generated on each path, thoughts and eos not
-# counted. Questions: mean lengths in GPT-2's tokens (362.0 and 56.3 on the released ProsQA and
-# GSM8k validation sets, 204.9 on ProntoQA examples of the public generator). Generated tokens: the
-# paper's Table 1, CoT and No-CoT: 49.4 / 8.2, 92.5 / 3.0, 25.0 / 2.2.
+# Tokens in a question, <bot> included, and tokens generated on each path, without thoughts and eos.
+# Questions: mean lengths in GPT-2 tokens (362.0 and 56.3 on the released ProsQA and GSM8k
+# validation sets, 204.9 on ProntoQA examples from the public generator). Generated tokens: CoT and
+# No-CoT in the paper's Table 1: 49.4 / 8.2, 92.5 / 3.0, 25.0 / 2.2.
 TASK_LENGTHS = {
     "prosqa": {"question": 363, "thoughts": 8, "chain": 49, "direct": 8},
     "prontoqa": {"question": 206, "thoughts": 3, "chain": 92, "direct": 3},
     "gsm8k": {"question": 57, "thoughts": 2, "chain": 25, "direct": 2},
 }
-BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # more than fits into most caches
+BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # larger than most caches
 
 
 @dataclass(frozen=True)
 class WorkloadOptions:
-    """Options of every script that measures inference."""
+    """Options shared by the scripts that time inference."""
 
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
@@ -48,8 +48,9 @@ class WorkloadOptions:
 class Workload:
     """GPT-2 124M with random weights, which is as fast as a trained one.
 
-    dtype    of the measurement; the model is in float32 until its providers are compared
-    special  name -> id of a special token
+    model    float32; the script converts it once the providers have been compared
+    dtype    of the measurement
+    special  name of a special token -> its id
     """
 
     def __init__(self, options: WorkloadOptions) -> None:
@@ -58,7 +59,7 @@ class Workload:
         self.dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
         torch.manual_seed(0)
         model = GPT(GPT2)
-        with torch.no_grad():  # with initial weights, thoughts and positions hardly change tokens
+        with torch.no_grad():  # at initialization, thoughts and positions hardly affect tokens
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.3 * GPT2.n_embd**-0.5)
         self.model = model.to(self.device).eval()
@@ -66,19 +67,19 @@ class Workload:
         self.special = {name: self.n_words + i for i, name in enumerate(SPECIAL)}
 
     def prompts(self, batch: int, length: int, seed: int) -> list[list[int]]:
-        """Return prompts of random tokens, none of them special."""
+        """Return prompts of random ordinary tokens."""
         rng = random.Random(seed)
         return [rng.choices(range(self.n_words), k=length) for _ in range(batch)]
 
     def request(self, prompts: list[list[int]], path: str, n_tokens: int) -> Request:
-        """Return a request for n_tokens after each prompt; no token ends a sequence."""
+        """Return a request for exactly n_tokens after each prompt: no token ends a sequence."""
         is_latent = path == "thoughts"
         forced = [self.special["eot"]] if is_latent else []
         return Request(prompts, THOUGHTS * is_latent, forced, -1, n_tokens)
 
     def step_bytes(self, batch: int, context: int, with_head: bool) -> int:
-        """Return what a step has to read at least: weights of the layers, of the head if a token is
-        predicted, and the keys and values that it attends to."""
+        """Return the fewest bytes a step can read: the layers' weights, the keys and values it
+        attends to, and, if it predicts a token, the head's weights."""
         c, w = self.model.config, self.model.wte.weight
         n_weights = sum(p.numel() for p in self.model.h.parameters())
         n_weights += w.numel() if with_head else 0
@@ -87,30 +88,31 @@ class Workload:
 
 
 def model_shape(model: GPT) -> dict[str, int]:
-    """Return the model's sizes, as results hold them."""
+    """Return the model's sizes as fields of a result's shape."""
     shape = {k: getattr(model.config, k) for k in ("n_layer", "n_embd", "vocab_size")}
     return shape | {"parameters": model.n_params()}
 
 
 def parse_ints(flag: str, text: str) -> list[int]:
-    """Return the numbers of an option such as --batches=1,8,64, sorted."""
+    """Return the sorted numbers of an option such as --batches=1,8,64."""
     pieces = text.split(",")
     if not all(p.strip().isdigit() and int(p) for p in pieces):
-        raise UserError(f"{flag}={text} is no list of numbers, as in 1,8,64.")
+        raise UserError(f"{flag}={text}: expected positive whole numbers, such as 1,8,64.")
     return sorted({int(p) for p in pieces})
 
 
 def out_of_memory(work: Callable[[], object]) -> bool:
-    """Do the work. Return whether memory ran out; it is free again then."""
+    """Do the work and return False, or free the memory and return True if it ran out."""
     try:
         work()
         return False
-    except (MemoryError, RuntimeError) as e:  # the CPU's allocator raises a plain RuntimeError
-        known = isinstance(e, MemoryError | torch.OutOfMemoryError)
-        if not known and "can't allocate memory" not in str(e):
+    except (MemoryError, torch.OutOfMemoryError):
+        pass
+    except RuntimeError as e:  # the CPU allocator has no error class of its own
+        if "can't allocate memory" not in str(e):
             raise
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # after the error, which holds on to tensors
+        torch.cuda.empty_cache()  # here, because the caught error holds on to tensors
     return True
 
 
@@ -118,14 +120,14 @@ def out_of_memory(work: Callable[[], object]) -> bool:
 
 
 class Bandwidth:
-    """GB/s of memory: of a sum, which reads as a step does, and on a GPU also of a copy."""
+    """Measures memory bandwidth in GB/s: of a sum, or of a copy if that is faster on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.a = torch.ones(BUFFER_BYTES[device.type] // 4, device=device)
-        # a CPU's copy reads what it overwrites, too: no bound for a step
+        # no copy on a CPU: it also reads what it overwrites, so it is no bound for a step
         self.b = torch.ones_like(self.a) if device.type == "cuda" else None
-        self.measure()  # touches every page
+        self.measure()  # touch every page
 
     def measure(self) -> float:
         read = self._rate(self.a.sum, self.a.nbytes)
@@ -134,7 +136,7 @@ class Bandwidth:
         return max(read, self._rate(lambda: self.b.copy_(self.a), 2 * self.a.nbytes))
 
     def _rate(self, work: Callable[[], object], n_bytes: int) -> float:
-        repeats = 8 if self.device.type == "cuda" else 1  # so that synchronizing hardly counts
+        repeats = 8 if self.device.type == "cuda" else 1  # to amortize the synchronization
         began = now(self.device)
         for _ in range(repeats):
             work()

@@ -1,4 +1,4 @@
-"""bench/accuracy.py: the bundled checkpoint on every split, with the categories of its texts."""
+"""bench/accuracy.py: splits, files, sweeps, and checkpoints with and without a run."""
 
 import json
 from dataclasses import asdict, replace
@@ -32,8 +32,8 @@ def rows_of(out: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("split", prosqa.SPLITS)
-def test_every_split_is_evaluated_as_trained(accuracy, split):
-    """With the number of thoughts in the manifest."""
+def test_every_split_uses_the_trained_thoughts(accuracy, split):
+    """The default number of thoughts is the manifest's."""
     code, out, err = accuracy(f"--data={split}", "--n=200")
     assert (code, err) == (0, "")
     [row] = rows_of(out)
@@ -42,12 +42,12 @@ def test_every_split_is_evaluated_as_trained(accuracy, split):
     assert row["value"] > 0.7 and low < row["value"] <= high
     fractions = row["detail"]["categories"]
     assert tuple(fractions) == CATEGORIES and sum(fractions.values()) == pytest.approx(1)
-    # after six thoughts it writes no step, so a correct label is a correct answer
+    # after six thoughts the model writes no steps, so a correct label is a correct answer
     assert fractions["Correct Label"] == row["value"]
 
 
 def test_all_fractions_are_shown_as_percentages(accuracy):
-    """The accuracy was shown as .97, the categories and rules next to it as 97.0%."""
+    """The accuracy was printed as .97, but categories and rules as 97.0%."""
     code, out, _ = accuracy("--n=20", "--max_new_tokens=1")
     assert code == 0
     assert (
@@ -103,8 +103,8 @@ def test_a_split_of_another_task_is_refused(script):
     assert code == 2 and "the checkpoint is of prosqa" in err and "prosqa_matched" in err
 
 
-def like_the_bundled(run, stop=None, **changes):
-    """A run of the bundled model; stop: with a classifier whose logit is always this."""
+def save_bundled_as(run, stop=None, **changes):
+    """Save a run of the bundled model. stop: add a classifier that always returns this logit."""
     model, _, manifest = checkpoint.load(checkpoint.BUNDLED)
     if stop is not None:
         watched = GPT(replace(model.config, stop=True))
@@ -118,9 +118,9 @@ def like_the_bundled(run, stop=None, **changes):
 
 @pytest.mark.parametrize("logit, taken", [(1.0, 0), (-1.0, 6)])
 def test_classifier_can_take_fewer_thoughts(accuracy, tmp_path, logit, taken):
-    # without padding, too: the steps of an example must not tell the model when to stop
+    # also without padding: the number of steps must not tell the model when to stop
     config = {"stop": "classifier", "pad_latent_to_max": False}
-    like_the_bundled(tmp_path / "run", stop=logit, config=config)
+    save_bundled_as(tmp_path / "run", stop=logit, config=config)
     code, out, _ = accuracy("--checkpoint=run", "--n=20", "--max_new_tokens=1")
     [row] = rows_of(out)
     assert code == 0 and row["shape"]["thoughts"] == 6
@@ -130,7 +130,7 @@ def test_classifier_can_take_fewer_thoughts(accuracy, tmp_path, logit, taken):
 
 
 def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
-    like_the_bundled(tmp_path / "run", config={"max_new_tokens": 1})
+    save_bundled_as(tmp_path / "run", config={"max_new_tokens": 1})
     for more, longest in (([], 1), (["--max_new_tokens=2"], 2)):
         code, out, _ = accuracy("--checkpoint=run", "--n=20", *more)
         detail = rows_of(out)[0]["detail"]
@@ -141,9 +141,9 @@ def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
         assert ('(wrong, no answer after "###": ' in out) == (longest == 1)
 
 
-def test_unpadded_runs_are_asked_as_trained(accuracy, script, tmp_path):
-    """Both scripts asked with the most thoughts, also examples that had fewer in training."""
-    like_the_bundled(tmp_path / "run", config={"pad_latent_to_max": False, "max_new_tokens": 1})
+def test_unpadded_runs_use_the_trained_thoughts(accuracy, script, tmp_path):
+    """Both scripts used the maximum, even for examples that had fewer thoughts in training."""
+    save_bundled_as(tmp_path / "run", config={"pad_latent_to_max": False, "max_new_tokens": 1})
     code, out, _ = accuracy("--checkpoint=run", "--n=20")
     detail = rows_of(out)[0]["detail"]
     steps = {int(n): count for n, (_, count) in detail["by_steps"].items()}
@@ -160,16 +160,16 @@ def test_unpadded_runs_are_asked_as_trained(accuracy, script, tmp_path):
     assert numbers == ["1", "2", "3"][: len(example["steps"])]
 
 
-def test_thoughts_that_a_method_never_had_are_noted(accuracy, tmp_path):
+def test_untrained_thoughts_are_noted(accuracy, tmp_path):
     config = {"method": "cot", "max_new_tokens": 1}
-    like_the_bundled(tmp_path / "run", method="cot", n_thoughts=0, config=config)
+    save_bundled_as(tmp_path / "run", method="cot", n_thoughts=0, config=config)
     for argv, noted in (([], False), (["--latent=3"], True)):
         code, out, _ = accuracy("--checkpoint=run", "--n=5", *argv)
         assert code == 0 and ("note: cot has no thoughts in training" in out) == noted
 
 
 def released_file(path, vocab_size):
-    """Save a random GPT-2 as the released code saves a trained Coconut. Return our copy."""
+    """Save a random GPT-2 in the released code's format and return it."""
     model = random_gpt(dtype=torch.float32, vocab_size=vocab_size, block_size=96)
     state = {
         f"base_causallm.transformer.{name}": p.t() if name.endswith(CONV1D_WEIGHTS) else p
@@ -184,7 +184,7 @@ def released_file(path, vocab_size):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """The scores that the script computes."""
+    """Return a list that collects the scores the script computes."""
     scores = []
 
     def spy(*args, **kwargs):
@@ -203,7 +203,7 @@ ROWS = [
 
 @pytest.mark.parametrize("method, n", [("coconut", 6), ("pause", 6), ("cot", 0)])
 def test_a_released_checkpoint_needs_no_run(accuracy, scored, tmp_path, method, n):
-    """A released checkpoint could only be evaluated after training a run from it."""
+    """A released checkpoint could be evaluated only after starting a run from it."""
     tokenizer = gpt2_tokenizer()
     markers = METHODS[method].markers
     model = released_file(tmp_path / "checkpoint_33", tokenizer.vocab_size - 3 * (not markers))
@@ -233,26 +233,26 @@ def test_a_released_checkpoint_needs_no_run(accuracy, scored, tmp_path, method, 
         ),
         (["--method=cot", "--data=nothing.json"], "nothing.json does not exist"),
         (["--method=cot", "--data=rows.json", "--checkpoint=rows.json"], "holds no GPT-2"),
-        (["--method=cot", "--checkpoint=run"], "run knows its method"),
+        (["--method=cot", "--checkpoint=run"], "run records its method"),
         (["--checkpoint=."], "Give --method"),  # a folder with config.json
         (["--method=soft_thought", "--data=rows.json", "--latent=6"], "needs 50260 and soft"),
     ],
 )
-def test_a_released_checkpoint_used_wrongly(accuracy, tmp_path, argv, words):
-    """A missing option, or the weights of another method, would give a wrong number."""
+def test_wrong_use_of_weights_is_refused(accuracy, tmp_path, argv, words):
+    """A missing option or weights of another method would give a wrong number."""
     gpt2_tokenizer()
     released_file(tmp_path / "file.pt", 50257)
     write_examples(tmp_path / "rows.json", ROWS)
-    like_the_bundled(tmp_path / "run")
+    save_bundled_as(tmp_path / "run")
     code, _, err = accuracy("--checkpoint=file.pt", *argv)
     assert code == 2 and words in err and err.count("\n") == 2, err
 
 
-def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path):
-    """--data was asked for, though the run knows its file; its other examples were trained on."""
+def test_default_data_is_what_the_run_held_out(accuracy, scored, tmp_path):
+    """--data was required, though the run records its file and held out part of it."""
     examples = prosqa.generate(60, 5, prosqa.GraphConfig(13, 2, 3))
     write_examples(tmp_path / "rows.json", examples)
-    like_the_bundled(tmp_path / "run", config={"data": str(tmp_path / "rows.json")})
+    save_bundled_as(tmp_path / "run", config={"data": str(tmp_path / "rows.json")})
     code, out, err = accuracy("--checkpoint=run", "--max_new_tokens=2")
     [row] = rows_of(out)
     config = make_config(
@@ -264,10 +264,10 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
     assert sum(n for _, n in row["detail"]["by_steps"].values()) == 6
     write_examples(tmp_path / "valid.json", examples[:9])
     config = {"data": str(tmp_path / "rows.json"), "valid_data": str(tmp_path / "valid.json")}
-    like_the_bundled(tmp_path / "run2", config=config)
+    save_bundled_as(tmp_path / "run2", config=config)
     [row] = rows_of(accuracy("--checkpoint=run2", "--max_new_tokens=2")[1])
     assert row["labels"]["data"] == "valid.json, held out" and row["shape"]["examples"] == 9
-    like_the_bundled(tmp_path / "run3", config=config, examples="a digest of others")
+    save_bundled_as(tmp_path / "run3", config=config, examples="a digest of others")
     code, _, err = accuracy("--checkpoint=run3")
     assert code == 2 and "trained on other examples than those of" in err and "valid.json" in err
     (tmp_path / "rows.json").unlink()
@@ -276,13 +276,13 @@ def test_a_run_is_evaluated_on_its_held_out_examples(accuracy, scored, tmp_path)
 
 
 def test_changed_file_holds_out_no_examples(accuracy, tmp_path):
-    """A file that grew holds out another tenth, of which the run was trained on nine in ten."""
+    """If the file grew, the held-out tenth would be another one, mostly trained on."""
     examples = prosqa.generate(60, 5, prosqa.GraphConfig(13, 2, 3))
     path, grown = tmp_path / "rows.json", tmp_path / "grown.json"
     write_examples(path, examples[:50])
     config = {"data": str(path)}
     _, digest = checkpoint.load_run_data(TrainConfig(**config), {})
-    like_the_bundled(tmp_path / "run", config=config, examples=digest)
+    save_bundled_as(tmp_path / "run", config=config, examples=digest)
     assert accuracy("--checkpoint=run", "--max_new_tokens=2")[0] == 0
     write_examples(grown, examples)
     grown.replace(path)
@@ -291,8 +291,8 @@ def test_changed_file_holds_out_no_examples(accuracy, tmp_path):
     assert "trained on other examples than those of" in err
 
 
-def test_bfloat16_answers_and_is_recorded(accuracy, tmp_path):
-    """Weights stayed in float32, or the row said so."""
+def test_bfloat16_is_used_and_recorded(accuracy, tmp_path):
+    """The weights stayed in float32, or the row said float32."""
     code, _, err = accuracy("--n=60", "--dtype=bfloat16", "--out=rows.jsonl")
     assert (code, err) == (0, "")
     [row] = read_results(tmp_path / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""bench/insight.py writes a page and a valid row, all or nothing, and refuses bad input early."""
+"""bench/insight.py writes a page and a valid row, or neither, and refuses bad input early."""
 
 import json
 import re
@@ -24,10 +24,10 @@ def insight(script):
 
 @pytest.fixture
 def files(tmp_path):
-    """Return the names of a run, of examples and of their twins."""
+    """Save a run, examples and their twins. Return the arguments that name them."""
     words = "Which letter is of x a b ### . ?".split()
     save_random_run(tmp_path / "run", Tokenizer.words(words), render="sentences", n_layer=1)
-    # the same questions with either answer: no model can be right in more than half
+    # both answers occur for the same question, so no model can exceed one half
     examples = [
         {"question": f"Which {'x' * (i // 2 % 3)} is?", "steps": ["x", "x"], "answer": "ab"[i % 2]}
         for i in range(N)
@@ -44,7 +44,7 @@ def files(tmp_path):
 
 
 def test_page_and_row_of_a_users_task(insight, files, tmp_path):
-    """A row has to follow the schema, and its page has to come from it alone."""
+    """The row must follow the schema, and the page must be drawn from the row alone."""
     code, out, err = insight(*files, "--out=rows.jsonl")
     assert code == 0, err
     page = (tmp_path / "run/insight.html").read_text()
@@ -73,14 +73,14 @@ def test_page_and_row_of_a_users_task(insight, files, tmp_path):
     ],
 )
 def test_bad_input_is_refused(insight, files, tmp_path, argv, error):
-    """An error after minutes of work, or half a result, is worse than none."""
+    """Such an error came after minutes of work, or left half a result."""
     code, out, err = insight(*files, *argv)
     assert code == 2 and error in err and len(err.strip().splitlines()) <= 3, err
     assert not (tmp_path / "run/insight.html").exists() and "done" not in err
 
 
 def test_bad_models_are_refused(insight, files, tmp_path):
-    """NaN weights answer nothing; a control of another length shows nothing."""
+    """NaN weights, or a control with another number of thoughts, would measure nothing."""
     tokenizer = Tokenizer.words(["a"])
     save_random_run(tmp_path / "other", tokenizer, render="sentences", n_thoughts=2, n_layer=1)
     code, _, err = insight(*files, "--against=other")

@@ -1,4 +1,4 @@
-"""bench/kernels.py: kernels and their plain references compute the same."""
+"""bench/kernels.py: kernels and their plain references compute the same thing."""
 
 import pytest
 import torch
@@ -14,16 +14,16 @@ def kernels(script):
     return lambda *argv: script(*argv, script="bench/kernels.py")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it times kernels where there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels are timed")
 def test_without_a_gpu_nothing_is_timed(kernels):
     code, out, err = kernels()
     assert (code, err) == (0, "") and len(out.splitlines()) == 2
-    assert "no machine to time kernels on" in out and "tests/kernels" in out
+    assert "There is no GPU" in out and "tests/kernels" in out
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_case_compares_equals(batch, device, monkeypatch):
-    """A kernel and plain torch must do the same work, or their times could not be compared."""
+def test_case_and_reference_agree(batch, device, monkeypatch):
+    """Times are comparable only if the kernel and plain torch do the same work."""
     monkeypatch.setattr(bench, "POSITIONS", 7)
     sizes = GPTConfig(n_embd=32, n_head=2, block_size=20, vocab_size=50)
     dtype = torch.float32
@@ -39,7 +39,7 @@ def test_every_case_compares_equals(batch, device, monkeypatch):
 
 def test_mistake_takes_two_lines(kernels):
     code, _, err = kernels("--batches=x")
-    assert code == 2 and "no list of numbers" in err and len(err.splitlines()) <= 2
+    assert code == 2 and "expected positive whole numbers" in err and len(err.splitlines()) <= 2
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""bench/latency.py and throughput.py at a tiny size: results, providers wrong or missing."""
+"""bench/latency.py and throughput.py at a tiny size: results, and bad or missing providers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """A small model, and little memory to measure the bandwidth of."""
+    """Use a tiny model and a tiny buffer for the bandwidth."""
     monkeypatch.setattr(workload, "GPT2", TINY)
     monkeypatch.setitem(workload.BUFFER_BYTES, "cpu", 1 << 16)
 
@@ -33,7 +33,7 @@ def latency(script):
 
 @pytest.fixture
 def tiny():
-    """Return (workload, config) with options; nothing is started."""
+    """Return make(**options) -> (workload, config), which starts nothing."""
 
     def make(**options):
         config = bench.LatencyConfig(device="cpu", **options)
@@ -43,7 +43,7 @@ def tiny():
 
 
 def fake(folder: Path, replies: list[dict]) -> Path:
-    """Make a "Python" that gives these replies, whatever is requested."""
+    """Write a fake Python that prints these replies, whatever the requests are."""
     path = folder / "python"
     lines = [f"read -r _\necho '{json.dumps(reply)}'\n" for reply in replies]
     path.write_text("#!/bin/sh\n" + "".join(lines))
@@ -84,8 +84,8 @@ def test_run_measures_everything(latency, tmp_path):
 
 def test_missing_provider_says_how_to_install_it(tiny, monkeypatch):
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
-    found, config = tiny()
-    providers, missing = baselines.start(found, config)
+    work, config = tiny()
+    providers, missing = baselines.start(work, config)
     assert [p.name for p in providers] == ["nanococonut"]
     assert "--released_python" in missing["released"]
     assert "pip install transformers" in missing["transformers"]
@@ -94,23 +94,23 @@ def test_missing_provider_says_how_to_install_it(tiny, monkeypatch):
 def test_case_that_does_not_fit_is_left_out(latency, monkeypatch):
     generate = baselines.EngineProvider.generate
 
-    def of_little_memory(provider, request):
+    def runs_out_of_memory(provider, request):
         if len(request.prefixes) > 2:
             raise torch.OutOfMemoryError("too large")
         return generate(provider, request)
 
-    monkeypatch.setattr(baselines.EngineProvider, "generate", of_little_memory)
+    monkeypatch.setattr(baselines.EngineProvider, "generate", runs_out_of_memory)
     argv = ["--rounds=1", "--peers=False", "--batches=1,3", "--contexts=16"]
     code, out, err = latency(*argv, "--tasks=prosqa")
     assert code == 0, err
     line = json.loads(out.splitlines()[-1])
     assert line["left_out"] == ["batch 3, context 16: out of memory"]
     steps = [r for r in line["rows"] if r["metric"] == "latent_step"]
-    assert {r["shape"]["batch"] for r in steps} == {1}  # the main result is measured
+    assert {r["shape"]["batch"] for r in steps} == {1}  # other cases are still measured
 
 
-def test_windows_lacks_the_load(latency, monkeypatch):
-    """os.getloadavg does not exist there: an AttributeError before any timing."""
+def test_missing_load_average_is_nan(latency, monkeypatch):
+    """Windows has no os.getloadavg, so the script failed with an AttributeError."""
     monkeypatch.delattr(os, "getloadavg")
     argv = ["--rounds=1", "--peers=False", "--batches=1", "--contexts=16", "--tasks="]
     code, out, err = latency(*argv)
@@ -118,11 +118,11 @@ def test_windows_lacks_the_load(latency, monkeypatch):
 
 
 def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
-    """A run that is killed keeps the cases that it finished."""
+    """A run that was killed lost the cases it had finished."""
     options = dict(batches="1", contexts="16,32", tasks="", rounds=1, peers=False)
-    found, config = tiny(**options, out=str(tmp_path / "r.jsonl"))
+    work, config = tiny(**options, out=str(tmp_path / "r.jsonl"))
     results = bench.ResultWriter("latency", config, CPU, torch.float32)
-    providers, _ = baselines.start(found, config)
+    providers, _ = baselines.start(work, config)
     done = []
     time_case = bench.time_case
 
@@ -135,7 +135,7 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "time_case", fails_at_second)
     with pytest.raises(KeyboardInterrupt):
         all_cases = bench.cases(config, providers, False)
-        bench.measure(all_cases, config.rounds, found, results)
+        bench.measure(all_cases, config.rounds, work, results)
     rows = read_results(tmp_path / "r.jsonl")
     assert {r["metric"] for r in rows} >= {"latent_step", "token_step", "first_token"}
 
@@ -143,14 +143,14 @@ def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--batches=1,x"], "no list of numbers"),
-        (["--contexts=0"], "no list of numbers"),
+        (["--batches=1,x"], "expected positive whole numbers"),
+        (["--contexts=0"], "expected positive whole numbers"),
         (["--tasks=chess"], "'chess'"),
         (["--rounds=0"], "rounds=0"),
         (["--released=."], "go together"),
-        (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
+        (["--released=nowhere", "--released_python=python"], "has no coconut.py"),
         (["--out=nowhere/rows.jsonl"], "folder does not exist"),
-        (["--contexts=9000"], "does not fit"),
+        (["--contexts=9000"], "is too long"),
     ],
 )
 def test_mistakes_take_two_lines(latency, argv, message):
@@ -159,41 +159,41 @@ def test_mistakes_take_two_lines(latency, argv, message):
 
 
 def test_others_are_checked_before_timing(tiny, tmp_path, monkeypatch):
-    """One with other tokens, one that ends, one that is not installed."""
+    """A worker with wrong tokens, one that exits, and a missing Python."""
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "coconut.py").write_text("")
     wrong_tokens = {"tokens": [[0] * baselines.N_CHECKED]}
     wrong = str(fake(tmp_path, [{"versions": {"torch": "2"}}, wrong_tokens]))
-    found, config = tiny(released=str(tmp_path), released_python=wrong)
-    providers, missing = baselines.start(found, config)
+    work, config = tiny(released=str(tmp_path), released_python=wrong)
+    providers, missing = baselines.start(work, config)
     assert [p.name for p in providers] == ["nanococonut"]
     assert "not timed, expected tokens" in missing["released"]
     ends = str(fake(tmp_path, []))
-    found, config = tiny(released=str(tmp_path), released_python=ends)
-    providers, missing = baselines.start(found, config)
+    work, config = tiny(released=str(tmp_path), released_python=ends)
+    providers, missing = baselines.start(work, config)
     assert [p.name for p in providers] == ["nanococonut"]
     assert "worker released ended" in missing["released"]
-    found, config = tiny(released=str(tmp_path), released_python=str(tmp_path / "nothing"))
-    assert "cannot be run" in baselines.start(found, config)[1]["released"]
+    work, config = tiny(released=str(tmp_path), released_python=str(tmp_path / "nothing"))
+    assert "cannot be run" in baselines.start(work, config)[1]["released"]
 
 
 def test_closed_worker_leaves_no_process(tiny, tmp_path):
-    """A compiler that a killed worker had started used to run on, beside the next measurement."""
+    """A compiler started by a killed worker kept running during the next measurement."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nsleep 20 &\necho '{\"versions\": {}}'\nwait\n")
     python.chmod(0o755)
-    found, _ = tiny()
-    worker = baselines.Worker("released", str(python), found.model, found.special)
+    work, _ = tiny()
+    worker = baselines.Worker("released", str(python), work.model, work.special)
     assert worker.versions == {}
     began = time.monotonic()
     worker.close()
     worker.close()  # twice is no error
-    assert worker.process.stdout.read() == ""  # ends when the last process has closed it
+    assert worker.process.stdout.read() == ""  # EOF once the last process has closed it
     assert time.monotonic() - began < 10
 
 
-def test_bug_of_ours_is_an_error(tiny, monkeypatch):
-    found, config = tiny(peers=False)
+def test_own_wrong_tokens_are_an_error(tiny, monkeypatch):
+    work, config = tiny(peers=False)
     generate = baselines.EngineProvider.generate
 
     def wrong(provider, request):
@@ -201,11 +201,11 @@ def test_bug_of_ours_is_an_error(tiny, monkeypatch):
         return generate(provider, request) | ({"tokens": tokens} if provider.name == OURS else {})
 
     monkeypatch.setattr(baselines.EngineProvider, "generate", wrong)
-    with pytest.raises(UserError, match="bug of ours"):
-        baselines.start(found, config)
+    with pytest.raises(UserError, match="bug in nanococonut"):
+        baselines.start(work, config)
 
 
-def test_out_of_memory_is_no_crash():
+def test_out_of_memory_is_caught():
     def fail(error):
         raise error
 

@@ -1,4 +1,4 @@
-"""bench/plot.py: pictures and Markdown tables from rows, and nothing else."""
+"""bench/plot.py: figures and Markdown tables from result rows."""
 
 import statistics
 
@@ -55,7 +55,7 @@ def rows_of(bench: str, date: str, scale: float = 1.0) -> list[dict]:
     for metric, value in (("latent_step", 4), ("token_step", 20)):
         add(metric, "released", 21 * value, **at)
         add(metric, "released", value, "x", ratio, **at)
-    add("latent_step", "released", 7, "x", ratio, batch=1, context=400)  # not of the answers
+    add("latent_step", "released", 7, "x", ratio, batch=1, context=400)  # no answer's context
     return made.rows
 
 
@@ -132,7 +132,7 @@ def test_main_results_separate_accuracy_and_tokens():
 
 
 def test_every_method_is_documented():
-    """docs/RESULTS.md says what each entry of METHODS drops and inserts."""
+    """docs/RESULTS.md must say what each entry of METHODS drops and inserts."""
     text = (ROOT / "docs/RESULTS.md").read_text()
     for name, method in METHODS.items():
         [line] = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
@@ -142,7 +142,7 @@ def test_every_method_is_documented():
 
 
 def test_committed_results_give_the_published_numbers():
-    """Seeds' mean and deviation, computed here from the rows once more."""
+    """Recompute mean and deviation over seeds from the rows."""
     rows = read_results(ROOT / "bench/results/table1.jsonl")
     cells = tables.select(rows, method="coconut", data="prosqa", setting="", preset="small")
     percent = [100 * row["value"] for row in cells]
@@ -152,7 +152,7 @@ def test_committed_results_give_the_published_numbers():
 
 @pytest.fixture
 def results(monkeypatch, tmp_path):
-    """An empty folder of results."""
+    """Return an empty folder that plot.py reads results from."""
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     return tmp_path
 
@@ -162,7 +162,7 @@ def write(path, rows):
         checkpoint.append_row(path, row)
 
 
-def test_every_picture_is_drawn(results):
+def test_every_figure_is_drawn(results):
     pytest.importorskip("matplotlib")
     assert plot.draw(results) == []
     write(results / "latency.jsonl", rows_of("latency", "2026-01-02T00:00:00Z"))
@@ -174,7 +174,7 @@ def test_every_picture_is_drawn(results):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
-def test_pictures_are_of_the_newest_run(results, monkeypatch):
+def test_figures_show_the_newest_run(results, monkeypatch):
     figures = pytest.importorskip("bench.common.figures")
     drawn = []
     monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run[0]["date"]))
@@ -203,7 +203,7 @@ def test_sections_are_put_between_their_marks(results):
 
 
 def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
-    """--curve RUN --out FILE draws a run's own curve."""
+    """--curve RUN --out FILE writes only FILE."""
     pytest.importorskip("matplotlib")
     model, tokenizer, manifest = checkpoint.load(checkpoint.BUNDLED)
     checkpoint.save(tmp_path / "run", manifest["step"], checkpoint.gather_tensors(model), manifest)
@@ -216,7 +216,7 @@ def test_curve_of_a_run_touches_nothing_committed(script, tmp_path):
     row = plot.curve_of("run")
     assert row["name"] == "run" and row["validations"][0]["valid_accuracy"] == 0.9
     assert [point[0] for point in row["points"]][-3:] == [108, 114, 119]
-    for n in (1, 7):  # one point drew an empty picture
+    for n in (1, 7):  # a single point drew an empty figure
         (tmp_path / "run" / "metrics.jsonl").unlink()
         write(tmp_path / "run" / "metrics.jsonl", logged[:n])
         assert [point[0] for point in plot.curve_of("run")["points"]] == list(range(1, n + 1))
@@ -241,7 +241,7 @@ def test_mistakes_take_two_lines(script, argv, message):
 
 
 def test_insight_table_has_a_line_for_each_method():
-    """A finding that was not asked is no zero, and a mean is over the runs of one method."""
+    """A missing finding counted as zero, or a mean mixed the runs of several methods."""
 
     def row(method, value, verdict, *findings):
         detail = {"verdict": verdict, "findings": list(findings)}

@@ -1,4 +1,4 @@
-"""bench/common/results.py: what a row holds, and that committed rows follow the schema."""
+"""bench/common/results.py: the contents of a row; committed rows follow the schema."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_invalid_row_is_refused(own, message):
 
 
 def test_rows_are_appended_at_once(tmp_path):
-    """A run that is killed keeps every case that it finished."""
+    """A run that was killed lost the cases it had finished."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()) + "\n")
     made = writer(str(path)).add("answer", "released", [9.0], "ms")
@@ -70,7 +70,7 @@ def test_rows_are_appended_at_once(tmp_path):
         results.read_results(path)
 
 
-def test_summary_holds_what_is_shared_once():
+def test_summary_has_shared_fields_once():
     made = writer()
     made.add("latent_step", "nanococonut", [1.0], "ms", batch=1)
     made.add("latent_step", "released", [9.0], "ms", versions={"torch": "1"}, batch=1)
@@ -108,4 +108,4 @@ def test_committed_rows_follow_the_schema(name):
         assert re.fullmatch(r"unknown|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", r["date"])
         assert all(r[key] for key in ("bench", "metric", "provider", "device", "dtype"))
     keys = {str([r[k] for k in results.FIELDS if k != "detail"]) for r in rows}
-    assert len(keys) == len(rows)  # no row is there twice
+    assert len(keys) == len(rows)  # no duplicates

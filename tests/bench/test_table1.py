@@ -1,4 +1,4 @@
-"""bench/table1.py: runs, stops and goes on."""
+"""bench/table1.py: train, stop, continue."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from nanococonut.data.tasks import TASKS
 TINY = "--set=epochs=2,train_examples=64,val_examples=10,advance_at=0,max_new_tokens=4"
 
 
-def test_a_stopped_table_goes_on_where_it_was(script):
+def test_stopped_table_continues(script):
     argv = [
         "--task=prontoqa",
         "--methods=no_cot",
@@ -32,14 +32,14 @@ def test_a_stopped_table_goes_on_where_it_was(script):
     assert all("bench/table1.py" in r["command"] for r in rows)
     table = Path("table1_prontoqa_small.md").read_text()
     assert f"no_cot {TINY[6:]}" in table and table in out
-    assert script(*argv, script="bench/table1.py")[0] == 0  # all is done: nothing is run again
+    assert script(*argv, script="bench/table1.py")[0] == 0  # nothing is run again
     assert read_results(Path("rows.jsonl")) == rows
     code, _, err = script(*argv[:3], "--n=21", *argv[4:], script="bench/table1.py")
     assert code == 2 and "with 20 examples" in err
 
 
 def test_failed_run_does_not_stop_the_table(script):
-    """A folder that is a checkpoint already cannot take a run."""
+    """A run fails if its folder is a checkpoint already."""
     place = Path("runs/prontoqa_small") / f"no_cot_{TINY[6:]}_s0"
     place.mkdir(parents=True)
     (place / "manifest.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""bench/training.py times what it says, and gives the released code the same work."""
+"""bench/training.py: the timed steps are train.py's, and the released code gets the same work."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def bench(script):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder that looks like the released code's."""
+    """Return a folder that looks like a clone of the released code."""
     (tmp_path / "coconut.py").write_text("")
     return tmp_path
 
@@ -61,7 +61,7 @@ def test_more_layers_are_more_parameters(bench):
         code, out, err = bench(*own)
         assert code == 0, err
         runs.append(json.loads(out.splitlines()[-1])["rows"][0])
-    layer = 12 * 8 * 8 + 13 * 8  # its matrices; its biases and LayerNorms
+    layer = 12 * 8 * 8 + 13 * 8  # matrices, then biases and LayerNorms
     assert runs[1]["shape"]["parameters"] - runs[0]["shape"]["parameters"] == layer
 
 
@@ -93,8 +93,8 @@ def test_loss_is_that_of_all_micro_batches(latent, micro):
 
 
 def test_graphs_take_the_same_steps(monkeypatch):
-    """With graphs or without: same losses, same weights afterwards. A check() before must not leave
-    gradients that graphs would add to."""
+    """Losses and weights are the same with graphs, even after a check(): it left gradients to
+    which the graphs added theirs."""
     eager = trainer(3, latent=1)
     monkeypatch.setattr(training, "GraphCache", FakeGraphCache)
     monkeypatch.setattr(ops, "choose_graph", lambda *_: True)
@@ -110,7 +110,7 @@ def test_graphs_take_the_same_steps(monkeypatch):
 
 @pytest.mark.parametrize("latent", [0, 3])
 def test_released_code_gets_the_same_sequences(latent):
-    """Compare with our own blocks: tokens, labels, positions and padding."""
+    """Compare tokens, labels, positions and padding with our own blocks."""
     backend = trainer(latent=latent)
     tokenizer = backend.tokenizer
     for i, batch in enumerate(backend.released_batches(2)):
@@ -133,7 +133,7 @@ def test_released_code_gets_the_same_sequences(latent):
             labels = [-100] * (p + n) + ours.targets[b, : len(words)].tolist()
             assert theirs["labels"][b, real[b]].tolist() == labels
             assert theirs["position_ids"][b, real[b]].tolist() == list(range(len(ids)))
-        if latent:  # all sequences think in the same columns
+        if latent:  # the thoughts of all sequences are in the same columns
             columns = (theirs["input_ids"] == tokenizer.latent).any(dim=0)
             assert columns.sum() == latent
 
@@ -147,7 +147,7 @@ def test_released_code_gets_the_same_sequences(latent):
         (["--set=n_heads=3"], "Did you mean --n_head?"),
         (["--latent=500"], "fewer thoughts"),
         (["--released=."], "go together"),
-        (["--released=nowhere", "--released_python=python"], "holds no coconut.py"),
+        (["--released=nowhere", "--released_python=python"], "has no coconut.py"),
         (["--out=nowhere/rows.jsonl"], "cannot be written"),
     ],
 )
@@ -156,17 +156,17 @@ def test_mistakes_take_two_lines(bench, argv, message):
     assert code == 2 and message in err and len(err.splitlines()) <= 2
 
 
-def test_python_that_cannot_be_run(bench, clone):
+def test_missing_python_is_an_error(bench, clone):
     code, _, err = bench(f"--released={clone}", f"--released_python={clone}/python")
     assert code == 2 and "cannot be run" in err and len(err.splitlines()) <= 2
 
 
-def test_worker_that_dies(bench, clone):
+def test_dead_worker_is_an_error(bench, clone):
     code, _, err = bench(f"--released={clone}", f"--released_python={shutil.which('false')}")
     assert code == 2 and "worker released_train ended" in err and len(err.splitlines()) <= 2
 
 
-def test_worker_that_computes_something_else(bench, clone):
+def test_other_losses_are_an_error(bench, clone):
     fake = clone / "python"
     replies = ['{"versions": {}}', '{"loss": 1.0, "gradient": 1.0}']
     fake.write_text("#!/bin/sh\n" + "".join(f"read -r _\necho '{reply}'\n" for reply in replies))

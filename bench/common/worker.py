@@ -1,11 +1,11 @@
-"""Another implementation, which answers requests of bench/latency.py or bench/training.py.
+"""A worker that runs another implementation for bench/latency.py or bench/training.py.
 
-    released         the released code's own generate, as its run.py calls it: batch 1 only
-    transformers     thoughts by `inputs_embeds` into a dynamic cache, tokens by its generate
+    released         generate() of the released code, called as in its run.py: batch 1 only
+    transformers     thoughts by `inputs_embeds` and a DynamicCache, tokens by generate()
     released_train   optimizer steps of the released code
 
-Runs under its own Python and shares only JSON lines and a file of weights with nanococonut. The
-first line on stdin says what to build; each further one holds the arguments of a request.
+It runs under another Python and shares only JSON lines and a weights file with nanococonut. The
+first line on stdin is the setup; each further line is a request, answered by one line on stdout.
 """
 
 import json
@@ -34,7 +34,7 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
     device, special = setup["device"], setup["special"]
     model = Coconut(gpt2, special["latent"], special["bot"], special["eot"], -1)  # -1: no eos
     model.eval()
-    starts: list[float] = []  # of each call of GPT-2
+    starts: list[float] = []  # of each GPT-2 forward pass
     ends: list[float] = []
     gpt2.register_forward_pre_hook(lambda *_: starts.append(now(device)))
     gpt2.register_forward_hook(lambda *_: ends.append(now(device)))
@@ -49,8 +49,8 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
         ids = torch.tensor([ids], device=device)
         tokens = model.generate(ids, None, max_new_tokens=n_tokens)[0, ids.shape[1] :].tolist()
         end = now(device)
-        # one call for the prompt, one for each thought (the last with the forced tokens), then one
-        # for each further token; a call's input is made between the calls
+        # passes: the prompt, then one per thought (the last also reads the forced tokens), then one
+        # per token after the first; the next pass's input is built in between
         first = n_thoughts + 1
         return {
             "tokens": [tokens],
@@ -68,7 +68,7 @@ def transformers(gpt2: Any, setup: dict[str, Any]) -> Callable:
     from transformers import DynamicCache
 
     device = setup["device"]
-    first: list[float] = []  # when the first token's scores were there
+    first: list[float] = []  # when the first token's scores were ready
 
     def note_time(ids: Tensor, scores: Tensor) -> Tensor:
         first.append(now(device))
@@ -86,7 +86,7 @@ def transformers(gpt2: Any, setup: dict[str, Any]) -> Callable:
             out = gpt2.transformer(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
             hidden = out.last_hidden_state
         thought = now(device)
-        # ids in the thoughts' places: the cache already holds them, so they are not read
+        # placeholder ids for the thoughts: they are in the cache, so generate() does not read them
         slots = [0] * n_thoughts + request["forced_tokens"]
         ids = torch.cat([ids, ids.new_tensor([slots] * len(ids))], 1)
         out = gpt2.generate(
@@ -125,7 +125,7 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
     ]
 
     def check() -> dict[str, float]:
-        """Return loss and norm of the gradient on the first batch, without dropout."""
+        """Return loss and gradient norm of the first batch, without dropout."""
         model.eval()
         loss = model(**batches[0]).loss
         loss.backward()
@@ -140,7 +140,7 @@ def released_train(gpt2: Any, setup: dict[str, Any]) -> Callable:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()  # as after our step, the host waits for it
+        loss.item()  # waits for the device, as our step does
         return {"seconds": now(device) - start}
 
     return lambda request: step(request["i"]) if request else check()
@@ -150,15 +150,15 @@ def main() -> None:
     setup = json.loads(sys.stdin.readline())
     torch.set_num_threads(setup["threads"])
     torch.set_grad_enabled(setup["kind"] == "released_train")
-    import transformers as hf  # before the clone's path, which holds modules of common names
+    import transformers as hf  # before sys.path has the clone, whose module names are common
 
     hf.logging.set_verbosity_error()
     config = hf.GPT2Config(**setup["gpt2"], bos_token_id=None, eos_token_id=None)
     gpt2 = hf.GPT2LMHeadModel(config).eval()
-    gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied to it
+    gpt2.transformer.load_state_dict(load_file(setup["weights"]))  # the head is tied
     gpt2.to(setup["device"])
     kinds = (released, transformers, released_train)
-    answer = {kind.__name__: kind for kind in kinds}[setup["kind"]](gpt2, setup)
+    serve = {kind.__name__: kind for kind in kinds}[setup["kind"]](gpt2, setup)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"transformers": hf.__version__}
     print(json.dumps({"versions": versions}), flush=True)
@@ -167,8 +167,8 @@ def main() -> None:
         if "dtype" in request:
             gpt2.to(getattr(torch, request.pop("dtype")))
         with suppress(torch.OutOfMemoryError):
-            reply = answer(request)
-        if "out_of_memory" in reply:  # after the error, which holds on to tensors
+            reply = serve(request)
+        if "out_of_memory" in reply:  # here, because the caught error held on to tensors
             torch.cuda.empty_cache()
         print(json.dumps(reply), flush=True)
 
