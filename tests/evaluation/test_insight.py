@@ -406,7 +406,7 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
     monkeypatch.setattr(type(pairs), "figures", lambda *args, **options: figures)
     row, _ = measure(engine, "pauses", None, pairs)
     assert row["verdict"] == "ignores what is asked" and row["noun"] == "pauses"
-    assert "cannot be asked" in row["refused"][0]
+    assert "do not apply" in row["refused"][0]
     assert [f["id"] for f in row["findings"]] == ["pairs", "needed"]
 
 
@@ -416,7 +416,7 @@ def test_slots_are_grouped_by_step():
     engine.curriculum = Curriculum("coconut", c_thought=2)
     _, pairs = generated_pairs(engine.config, 50, 3)
     pairs = pairs.take(range(8))
-    cells = pairs.figures(engine).cells
+    cells = pairs.figures(engine).outcomes
     assert {name for name in cells if name.startswith("slot")} == {"slot1", "slot2"}
     assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(7)}
     assert torch.equal(cells["own"], cells["k4"]) and cells["thoughts"].shape[:2] == (8, 6)
