@@ -50,7 +50,7 @@ def measure(
     }
     if max(trained["lo"], own["lo"]) <= f.chance + 0.05:
         findings = [insight.judge_unsolved(trained, own, f.chance)]
-        row["refused"] = ["No other test applies: too few answers are correct by more than chance."]
+        row["refused"] = ["No other test applies: the model is no better than guessing."]
     elif kind == "none":
         findings = shortcut
         row["refused"] = ["Only test 1 applies: there is nothing between question and answer."]
