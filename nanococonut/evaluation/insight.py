@@ -20,7 +20,8 @@ from nanococonut.evaluation.pairs import MIN_PAIRS
 from nanococonut.evaluation.readout import MIN_MASS
 
 Finding = dict[str, Any]  # id, mark, verdict, title, text and figures of one test
-UNUSED = "That the LM head can read it does not mean that the model uses it."
+LENS = "Logit lens (the LM head applied to a thought)"
+UNUSED = "What can be read is not necessarily used."
 
 
 def decided(*figures: Figure | None) -> bool:
@@ -62,9 +63,9 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
     ok = decided(trained, one, both)
     return finding(
         "pairs",
-        "Accuracy on questions as in training is {0}. Of twins that need at least two steps, both "
-        "are answered correctly in {1} and exactly one, the most that a shortcut that ignores what "
-        "is asked can reach, in {2}.",
+        "Accuracy on questions as in training is {0}. In {1} of the twin pairs with at least two "
+        "steps, both answers are correct; in {2} exactly one, the best that a shortcut can do that "
+        "ignores what is asked.",
         [trained, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked",
          "The model ignores what is asked."),
@@ -79,14 +80,15 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
 def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
     """Test 2. own, mean: accuracy without and with mean ablation; a written chain is left out."""
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
-    ablated = f"no {noun}" if noun == "written chain" else f"{noun} averaged over questions"
+    means = f"Under mean ablation (all {noun} are their means over questions)"
+    ablated = f"Without the {noun}" if noun == "written chain" else means
     ok = decided(own) and mean is not None
     share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
     gain = f"This is {percent(min(1.0, share))} of the gain over guessing ({percent(chance)})."
     falls = ok and mean["hi"] < own["lo"]
     return finding(
         "needed",
-        f"With {ablated}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
+        f"{ablated}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
         [own, mean],
         (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
         (falls and share >= 0.8, "yes", "needed", f"{the} needed.", gain),
@@ -98,7 +100,7 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
 def judge_carried(
     twin: Figure, unrelated: Figure, stays: Figure, noun: str, twinned: bool = True
 ) -> Finding:
-    """Test 3. Fractions of answers that become the twin's, by donor.
+    """Test 3. Fractions of answers that change to the twin's, by donor of the slots.
 
     stays  answers that do not change with the twin as donor
     """
@@ -107,12 +109,12 @@ def judge_carried(
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
     donor, whose, unchanged, figures = "the twin's", "the twin's", "", [twin, unrelated]
     if not twinned:
-        donor, whose = "another question's (as many steps, a different answer)", "that question's"
+        donor, whose = "those of a question with another answer", "that question's"
         unchanged, figures = " In the first case {2} do not change.", [twin, unrelated, stays]
     return finding(
         "carried",
-        f"If only the {noun} {are} replaced by {donor}, {{0}} of the answers become {whose}; if by "
-        f"an unrelated question's (as many steps), {{1}}.{unchanged}",
+        f"Interchange intervention: if only the {noun} {are} replaced by {donor}, {{0}} of the "
+        f"answers change to {whose}; if by an unrelated question's, {{1}}.{unchanged}",
         figures,
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
@@ -128,16 +130,16 @@ def judge_carried(
 def judge_search(
     twin: Figure, other: Figure, same: Figure, noun: str, asked: str = "other options"
 ) -> Finding:
-    """Test 4. Fractions of answers that become the twin's, by donor.
+    """Test 4. Fractions of answers that change to the twin's, by donor of the slots.
 
-    other, same  the twin, and the question itself, with other options: the same search is needed,
-                 but another answer
+    other, same  the twin and the question itself, asked with other options: the search is the same,
+                 the answer is not
     """
     ok = decided(twin, other, same)
     return finding(
         "search",
-        f"Replaced by those of the twin with {asked}, the {noun} flip {{0}} of the answers; by "
-        f"those of the question itself with {asked}, {{1}}.",
+        f"If the {noun} come from the twin with {asked}, {{0}} of the answers change to the twin's;"
+        f" if they come from the question itself with {asked}, {{1}}.",
         [other, same],
         (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
         (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",
@@ -152,24 +154,24 @@ def judge_search(
 def judge_depth(
     accuracy: dict[int, list[Figure]], slots: dict[int, list[Figure]], noun: str
 ) -> Finding:
-    """Test 5. Both arguments by number of steps.
+    """Test 5. Both arguments map a number of steps to fractions of answers:
 
-    accuracy  after 0, 1, 2, ... thoughts
-    slots     answers that become the twin's if slot 1, 2, ... alone is replaced
+    accuracy  correct after 0, 1, 2, ... thoughts
+    slots     changed to the twin's if only slot 1, 2, ... is replaced
     """
     counts = {h: plateau(figures) for h, figures in accuracy.items()}
     strongest = [max(range(len(f)), key=lambda j: f[j]["value"]) + 1 for f in slots.values()]
     parts = [f"{count(h, 'step')}: {k}, {{{i}}}" for i, (h, k) in enumerate(counts.items())]
     alone = (
-        f"If one slot alone is replaced by the twin's, number {', '.join(map(str, strongest))} "
-        f"flips the most answers for {', '.join(map(str, slots))} steps."
+        f"The single slot that changes most answers is number {', '.join(map(str, strongest))} "
+        f"for {', '.join(map(str, slots))} steps."
     )
     values = list(counts.values())
     rises = values == sorted(values) and strongest == sorted(strongest) and len(set(values)) >= 3
     return finding(
         "depth",
-        f"{noun.capitalize()} until 80\xa0% of the gain in accuracy is reached, and the accuracy "
-        f"then: {'; '.join(parts)}.",
+        f"Number of {noun} that give 80\xa0% of the gain in accuracy, and the accuracy with them: "
+        f"{'; '.join(parts)}.",
         [accuracy[h][k] for h, k in counts.items()],
         (rises, "yes", "deeper takes more", f"Deeper questions need more {noun}.",
          strongest and alone),
@@ -182,16 +184,16 @@ def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
     parts, good = [], []
     for i, (d, b) in enumerate(best.items()):
         parts.append(
-            f"thought {b['thought']} gives {{{2 * i}}} of the probability on concepts to those "
-            f"{count(d, 'step')} from the entity (control, from the twin's entity: {{{2 * i + 1}}};"
-            f" {percent(b['base'])} of the concepts are at this distance)"
+            f"at thought {b['thought']}, {{{2 * i}}} of the probability of all concepts goes to "
+            f"those {count(d, 'step')} from the entity (control, from the twin's entity: "
+            f"{{{2 * i + 1}}}; {percent(b['base'])} of the concepts are at this distance)"
         )
         own, control = b["own"]["value"], b["other"]["value"]
         good += [own >= 2 * b["base"] and own >= control + 0.2 and b["mass"] >= MIN_MASS]
     thoughts = [b["thought"] for b in best.values()]
     return finding(
         "read",
-        f"Read by the LM head (logit lens), {' and '.join(parts)}. {UNUSED}",
+        f"{LENS}: {'; '.join(parts)}. {UNUSED}",
         [b[name] for b in best.values() for name in ("own", "other")],
         (all(good) and thoughts == sorted(set(thoughts)), "yes", "readable",
          "The LM head can read the thoughts: later ones name concepts farther away."),
@@ -207,8 +209,8 @@ def judge_words(p: dict[int, dict[str, Figure]]) -> Finding:
     is_above = own["lo"] > other["hi"]
     return finding(
         "read",
-        f"Read by the LM head (logit lens), thought {i} gives {{0}} of the probability to the "
-        f"words of step {i}, and {{1}} to those of another question's step {i}. {UNUSED}",
+        f"{LENS}: at thought {i}, {{0}} of the probability goes to the words of step {i}, and "
+        f"{{1}} to those of another question's step {i}. {UNUSED}",
         [own, other],
         (is_above and own["value"] >= max(2 * other["value"], MIN_MASS), "yes", "readable",
          "The LM head can read the thoughts: they name the words of their step."),
@@ -225,15 +227,14 @@ def judge_write(w: dict[str, Any]) -> Finding:
     ok, shown, erased = decided(other, control), [other, own, control], ""
     if right and wrong:
         shown += [right, wrong]
-        erased = " With the branch to the answer projected out, {3} stay correct, with another, {4}"
+        erased = " If the branch to the answer is projected out, {3} stay correct; if another, {4}"
         split = wrong["lo"] > right["hi"]
         erased += ": the thought holds the branches side by side." if split else "."
     return finding(
         "write",
-        f"Thought {w['thought']} is replaced by the mean thought plus {w['factor']} times the mean "
-        f"embedding of concepts. Those {count(w['distance'], 'step')} from the twin's entity flip "
-        f"{{0}} of the answers, those from the question's own entity {{1}}, other concepts {{2}}."
-        + erased,
+        f"Steering: thought {w['thought']} becomes the mean thought plus {w['factor']} times the "
+        f"mean embedding of concepts. Those {count(w['distance'], 'step')} from the twin's entity "
+        "change {0} of the answers, those from the question's own entity {1}, others {2}." + erased,
         shown,
         (not ok, "?", "undecided", "Whether concepts can be written into a thought is undecided."),
         (ok and other["lo"] > max(0.8, control["hi"]), "yes", "writable",

@@ -81,8 +81,8 @@ def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Findi
     row["accuracy"] |= {"free": fraction(s.correct), "wrote_chain": wrote_chain}
     return finding(
         "trap",
-        f"Without {row['noun']}, free generation is correct in {{0}}, but it writes steps before "
-        "the answer in {1}. With the answer forced, as in all tests here, {2} are correct.",
+        f"Free generation without {row['noun']} is correct in {{0}}, but writes steps before the "
+        "answer in {1}. With the answer forced, as in all tests here, {2} are correct.",
         [row["accuracy"]["free"], wrote_chain, forced],
         (True, "note", "", f"Free generation can bypass the {row['noun']}."),
     )
@@ -148,7 +148,7 @@ def _judge_readout(row: Row, engine: Engine, f: Figures, pairs: Pairs) -> list[F
 def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
     """Yield what a reader of the results has to know about the measurement."""
     if not pairs.twinned:
-        yield "These pairs are not twins: an answer has moved only if it becomes the donor's."
+        yield "Without twins, only an answer that changes to the donor's counts as moved."
     if f.outcomes["by_inputs"].nanmean() > 0:
         yield "Some twins have another length: their inputs were exchanged, not keys and values."
     if engine.model.config.stop:
