@@ -80,8 +80,8 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
 def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
     """Test 2. own, mean: accuracy without and with mean ablation; a written chain is left out."""
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
-    means = f"Under mean ablation (all {noun} are their means over questions)"
-    ablated = f"Without the {noun}" if noun == "written chain" else means
+    averaged = f"Under mean ablation ({noun} averaged over questions)"
+    ablated = f"Without the {noun}" if noun == "written chain" else averaged
     ok = decided(own) and mean is not None
     share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
     gain = f"This is {percent(min(1.0, share))} of the gain over guessing ({percent(chance)})."
@@ -109,12 +109,13 @@ def judge_carried(
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
     donor, whose, unchanged, figures = "the twin's", "the twin's", "", [twin, unrelated]
     if not twinned:
-        donor, whose = "those of a question with another answer", "that question's"
+        donor, whose = "another question's (a different answer)", "that question's"
         unchanged, figures = " In the first case {2} do not change.", [twin, unrelated, stays]
     return finding(
         "carried",
         f"Interchange intervention: if only the {noun} {are} replaced by {donor}, {{0}} of the "
-        f"answers change to {whose}; if by an unrelated question's, {{1}}.{unchanged}",
+        f"answers change to {whose}; if by an unrelated question's (as many steps), {{1}}."
+        + unchanged,
         figures,
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
