@@ -23,20 +23,15 @@ from nanococonut.weights import checkpoint
 
 @dataclass(frozen=True)
 class Score:
-    """Results of a set of examples.
+    """Results on a list of examples."""
 
-    correct, texts     one per example, in order
-    generated_tokens   mean over examples, like thoughts
-    geometry           of the thoughts of the last batch, see thought_geometry
-    released_accuracy  by the released code's rule, see is_correct_as_released
-    """
-
-    correct: list[bool]
-    generated_tokens: float
+    correct: list[bool]  # in the order of the examples, like texts
+    generated_tokens: float  # mean over the examples, like thoughts
     thoughts: float
     texts: list[str]
+    # of the thoughts of the last batch, see thought_geometry
     geometry: dict[str, list[float]] = field(default_factory=dict, compare=False)
-    released_accuracy: float = 0.0
+    released_accuracy: float = 0.0  # by the released code's rule, see is_correct_as_released
 
     @property
     def n(self) -> int:
@@ -95,10 +90,7 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
 
 
 def is_capped(engine: Engine) -> bool:
-    """Return whether an example has at most as many thoughts as its steps need.
-
-    This needs the steps of the solution, so it does not hold with a stop classifier.
-    """
+    """Return whether examples with fewer steps get fewer thoughts (without a stop classifier)."""
     curriculum = engine.curriculum
     has_thoughts = curriculum.rules.n_thoughts_rule != "none"
     return has_thoughts and not curriculum.pad_latent_to_max and not engine.model.config.stop
@@ -124,10 +116,7 @@ def score(
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
-    """Return the score of an engine on examples that are not rendered yet.
-
-    n_thoughts   of all examples, or one number for each
-    """
+    """Return the score on examples as in their file. n_thoughts: for all, or for each."""
     if engine.render and not engine.config:
         raise ValueError("score needs Engine.from_config, to render answers like questions")
     config, rendered = engine.config, examples
@@ -159,10 +148,8 @@ def score(
 def thoughts_until_repeat(
     engine: Engine, examples: Sequence[Example], n_thoughts: int, batch_size: int = 100
 ) -> list[int]:
-    """Return the number of thoughts after which the LM head's best token repeats, of each example.
-
-    Thoughts could stop there without training a stop classifier. At least 1, at most n_thoughts.
-    """
+    """Return after how many thoughts (1 to n_thoughts) the LM head's best token repeats, for each
+    example: a rule that could end the thoughts without training."""
     counts: list[int] = []
     for start in range(0, len(examples), batch_size):
         questions = [x["question"] for x in examples[start : start + batch_size]]

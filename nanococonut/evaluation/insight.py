@@ -49,10 +49,7 @@ def count(n: int, word: str) -> str:
 
 
 def plateau(accuracy: list[Figure]) -> int:
-    """Return the fewest thoughts that give 80 % of the gain in accuracy; 0 without a clear gain.
-
-    accuracy   after 0, 1, 2, ... thoughts
-    """
+    """Return the fewest thoughts that give 80 % of the gain in accuracy; 0 without a clear gain."""
     values = [f["value"] for f in accuracy]
     gain = max(values) - values[0]
     return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
@@ -80,8 +77,9 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
 def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
     """Test 2. own, mean: accuracy without and with mean ablation; a written chain is left out."""
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
-    averaged = f"Under mean ablation ({noun} averaged over questions)"
-    ablated = f"Without the {noun}" if noun == "written chain" else averaged
+    ablated = f"Under mean ablation ({noun} averaged over questions)"
+    if noun == "written chain":
+        ablated = f"Without the {noun}"
     ok = decided(own) and mean is not None
     share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
     gain = f"This is {percent(min(1.0, share))} of the gain over guessing ({percent(chance)})."

@@ -23,16 +23,12 @@ MIN_PAIRS = 100  # with fewer, the intervals are too wide for a verdict
 
 @dataclass
 class Pairs:
-    """Questions and their twins, one entry each.
-
-    groups    number of steps; 0 for questions as in training
-    twinned   False: each twin is just another question with as many steps and another answer
-    """
+    """Questions and their twins, one entry each."""
 
     examples: list[Example] = field(default_factory=list)
     twins: list[Example] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    twinned: bool = True
+    groups: list[int] = field(default_factory=list)  # number of steps; 0: as in training
+    twinned: bool = True  # False: twins are just questions with as many steps and other answers
 
     def take(self, index: Sequence[int]) -> "Pairs":
         """Return the pairs with these indices."""
@@ -82,10 +78,7 @@ class Pairs:
 
 
 def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:
-    """Return (pairs as in training, pairs of each number of hops that no shortcut solves).
-
-    rows  examples of each number of hops
-    """
+    """Return (pairs as in training, `rows` pairs of each number of hops without shortcuts)."""
     task, pairs = TASKS[config.task], Pairs()
     plain, base = next(iter(task.splits.values()))(config), config.max_hops
     if config.task == "prosqa":
@@ -109,10 +102,10 @@ def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, P
 
 
 def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -> Pairs:
-    """Return the pairs of a user's examples. UserError if there are too few or an invalid one.
+    """Return the pairs of a user's examples. UserError if there are too few, or an invalid one.
 
-    twins  the twin of each example (None: its "twin", or what the task makes; if there are fewer
-           than MIN_PAIRS, pairs of examples with as many steps and different answers)
+    twins  of each example (None: stored in it or made by the task; failing that, any example with
+           as many steps and another answer)
     """
     if twins is not None:
         if len(twins) != len(examples):
@@ -124,9 +117,7 @@ def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -
     try:
         pairs = [(x, twin) for x in examples if (twin := TASKS[task].twin(x))]
     except ValueError as e:
-        raise UserError(
-            f"a twin is not a valid example: {e}.\nGive its question, steps and answer."
-        ) from None
+        raise UserError(f"a twin is not a valid example: {e}.\nGive its steps and answer.") from None
     twinned = len(pairs) >= MIN_PAIRS
     if not twinned:
         pairs = _unpaired(examples)

@@ -22,10 +22,7 @@ State = dict[str, Any]
 def question_views(
     engine: Engine, pairs: Pairs, right: Sequence[bool], n: int
 ) -> list[dict[str, Any]]:
-    """Return the views of n questions: the first of each depth, then the first wrong ones.
-
-    right   whether each question of pairs is answered correctly
-    """
+    """Return the views of n questions: the first of each depth, then the first not `right`."""
     first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
     chosen = first + [i for i, x in enumerate(right) if not x and i not in first]
     n_thoughts = engine.manifest["n_thoughts"]
