@@ -1,4 +1,4 @@
-"""Statistics of examples, and those of the released ones, which the generators were fitted to."""
+"""Statistics of examples, and their values for the released data that the generators fit."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

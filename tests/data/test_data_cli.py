@@ -1,4 +1,4 @@
-"""python -m nanococonut.data: write examples; mistakes exit with code 2."""
+"""python -m nanococonut.data writes examples; mistakes exit with code 2."""
 
 import runpy
 import sys
@@ -13,7 +13,7 @@ GOOD = {"question": "Is it so?", "steps": [], "answer": "Yes."}
 
 @pytest.fixture
 def command(script, tmp_path):
-    """command(*args) -> (exit code, stdout, stderr), in a folder with one file."""
+    """Return command(*args) -> (exit code, stdout, stderr), in a folder with one file."""
     (tmp_path / "there.json").write_text("[]")
     return lambda *args: script(*args, script="nanococonut/data/__main__.py")
 

@@ -43,7 +43,7 @@ def real(released) -> list:
 
 
 def words(sentence: str) -> tuple[str, bool, str]:
-    """Subject, whether there is a "not", and predicate of a sentence, the slow and plain way."""
+    """Return (subject, has "not", predicate) of a sentence, independently of the parser."""
     said = sentence.removesuffix(".").split()
     kept = [w for w in said if w not in ("Each", "Every", "is", "are", "a", "an", "not")]
     if "are" in said:
@@ -53,7 +53,7 @@ def words(sentence: str) -> tuple[str, bool, str]:
 
 
 def check(example: dict, config: OntologyConfig) -> None:
-    """Check all that an example promises by its text alone."""
+    """Check all properties of an example by its text alone."""
     told, query = example["question"].split(" True or false: ")
     *rules, _, _ = sentences = re.findall(r"[^.]+\.", told)
     sentences = [s.strip() for s in sentences]
@@ -96,14 +96,14 @@ def check(example: dict, config: OntologyConfig) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_answers_agree_with_an_independent_search(name):
-    """The generator could state a rule that makes its own answer wrong."""
+    """The generator could add a rule that makes its own answer wrong."""
     for example in prontoqa.generate(150, 1, CONFIGS[name]):
         check(example, CONFIGS[name])
         assert prontoqa.solve(example["question"]) == example["answer"]
 
 
 def test_public_examples_pass_the_same_checks(real):
-    """The checks could hold for our generator only."""
+    """The checks could pass for our generator only."""
     for example in real:
         check(example, OntologyConfig())
         assert prontoqa.solve(example["question"]) == example["answer"]
@@ -139,7 +139,7 @@ def test_statistics_of_the_public_examples(real):
 
 
 def test_words_are_drawn_uniformly(examples):
-    """Names; concepts, 14 of 17; properties, 11 of 13 families, each evenly."""
+    """Each example has 14 of 17 concepts and 11 of 13 families of properties, all equally likely."""
     seen: Counter[str] = Counter()
     for example in examples:
         seen.update(set(re.findall(r"[A-Za-z]+", prontoqa.compact_question(example["question"]))))
@@ -175,7 +175,7 @@ def test_shortcuts_score_as_documented(examples):
 
 
 def test_shortcuts_of_the_public_examples(real):
-    """The shortcuts could exist in our examples only."""
+    """Only our examples could have the shortcuts."""
     stats = prontoqa_shortcuts(real)
     assert stats["leads on"] == stats["led to"] == stats["most often"] == 1
     assert all(0.4 < stats[rule] < 0.6 for rule in ("always true", 'no "not"', "first", "last"))
@@ -183,7 +183,7 @@ def test_shortcuts_of_the_public_examples(real):
 
 @pytest.mark.parametrize("hops", [1, 3, 5])
 def test_matched_is_symmetric_in_the_entities(hops):
-    """Ask about the other entity, and deny what was said twice: the same example, but for words."""
+    """Ask about the other entity and negate what is stated twice: the examples are isomorphic."""
     for example in prontoqa.generate(100, 3, OntologyConfig(hops, matched=True)):
         *told, query = example["question"].split(". ")
         entity = query.split()[3]
@@ -202,7 +202,7 @@ def test_matched_is_symmetric_in_the_entities(hops):
 
 
 def test_a_seed_always_gives_the_same_examples():
-    """The digest is a fixed one: a seed means the same examples on every machine, now and later."""
+    """The digest is fixed: a seed gives the same examples on every machine and in every version."""
     examples = prontoqa.generate(50, (1, 2, 3))
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     assert digest == "ee7d6d771743f115b6c830f9a2c2aadf7c6a3c8e55826eaa7870a10db4dfee0c"
@@ -228,7 +228,7 @@ def test_excluded_graphs_are_never_generated():
 
 
 def test_graph_hash_ignores_names_and_order(examples):
-    """A held-out ontology could return in training under other names."""
+    """Training could repeat a held-out ontology under other names."""
     rng = random.Random(0)
     for example in examples[:100]:
         told, query = example["question"].split(" True or false: ")
@@ -259,7 +259,7 @@ def test_graph_hash_ignores_names_and_order(examples):
 
 
 def test_graph_hashes_of_public_examples_are_unique(real, examples):
-    """A hash that is too coarse would exclude other ontologies."""
+    """A coarse key would exclude other ontologies."""
     stats = {graph_key(example) for example in real}
     assert len(stats) == len(real) and not stats & {graph_key(example) for example in examples}
 
@@ -307,7 +307,7 @@ def test_raw_file_equals_the_released_preprocessing(released, real):
 
 @pytest.mark.parametrize("broken", ["text", None, 3, [], {}, {"test_example": {}}])
 def test_a_broken_raw_example_is_named(tmp_path, examples, broken):
-    """A file of a thousand examples is useless to fix without the name of the bad one."""
+    """A user cannot fix a file of a thousand examples without the name of the invalid one."""
     raw = {"example1": raw_example(examples[0]), "example7": broken}
     (tmp_path / "raw.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="raw.json, example7: not an example"):
@@ -319,7 +319,7 @@ def test_a_broken_raw_example_is_named(tmp_path, examples, broken):
     [("answer", True), ("question", " "), ("chain_of_thought", "Max"), ("chain_of_thought", [1])],
 )
 def test_a_raw_example_with_a_wrong_value_is_refused(tmp_path, examples, key, value):
-    """A text as chain_of_thought would give one step per letter."""
+    """A string as chain_of_thought would give one step per letter."""
     raw = raw_example(examples[0])
     raw["test_example"][key] = value
     with pytest.raises(ValueError, match="not an example of the public generator"):
@@ -380,14 +380,14 @@ def test_solve():
     ],
 )
 def test_other_text_is_refused(text, complaint):
-    """Text that is not ProntoQA must not be half parsed."""
+    """Text that is not ProntoQA must not be parsed in part."""
     for take in (prontoqa.parse_question, prontoqa.compact_question):
         with pytest.raises(UserError, match=complaint):
             take(text)
 
 
 def test_statistics_and_shortcuts_refuse_other_text():
-    """A wrong answer would silently shift every figure."""
+    """A wrong answer would silently change every statistic."""
     example = {"question": QUESTION, "steps": [], "answer": "True"}
     with pytest.raises(UserError, match="answer does not follow"):
         prontoqa_statistics([example])
@@ -396,7 +396,7 @@ def test_statistics_and_shortcuts_refuse_other_text():
 
 
 def test_shortcuts_by_hand():
-    """wumpus is led to and leads nowhere, jompus the other way round; both occur twice."""
+    """wumpus has a child and no parent, jompus a parent and no child; both occur twice."""
     expected = {"always true": 0, 'no "not"': 0, "first": 1, "last": 0, "leads on": 0, "led to": 1}
     expected |= {"most often": 0.5, "random": 0.5}
     example = {"question": QUESTION, "steps": [], "answer": "False"}

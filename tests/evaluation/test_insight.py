@@ -1,4 +1,4 @@
-"""Interventions on thoughts change what they should and no other bit; verdicts follow rules."""
+"""Interventions on thoughts change only what they should; verdicts follow the rules."""
 
 import json
 
@@ -37,7 +37,7 @@ def random_engine(tokenizer, method="coconut", **shape) -> Engine:
 
 @pytest.mark.parametrize("thought", ["hidden", "soft", "projected", "fixed"])
 def test_an_edit_that_returns_its_input_is_exact(tokenizer, thought):
-    """The plain steps of an edit could differ from those without one."""
+    """The steps with an edit could differ from the normal ones."""
     engine = random_engine(tokenizer, thought=thought)
     plain = engine.generate(QUESTIONS, 3, 9)
     edited = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: fed)
@@ -49,7 +49,7 @@ def test_an_edit_that_returns_its_input_is_exact(tokenizer, thought):
 
 
 def test_an_edit_is_fed_back(tokenizer):
-    """An edit could come late, keep the engine's memory, or be left out of the record."""
+    """An edit could be applied late, see memory that is overwritten, or be missing in `inputs`."""
     engine = random_engine(tokenizer)
     seen = []
 
@@ -68,7 +68,7 @@ def test_an_edit_is_fed_back(tokenizer):
 
 
 def test_an_edit_runs_without_graphs(tokenizer):
-    """A replayed graph would not call the edit."""
+    """A replayed CUDA graph would not call the edit."""
     engine, seen = random_engine(tokenizer), []
     plain = engine.generate(QUESTIONS, 3, 9)
     engine.graphs = FakeGraphCache(8)
@@ -119,7 +119,7 @@ def test_choice_equals_a_naive_loop(tokenizer, method):
 
 @pytest.mark.parametrize("method", ["coconut", "pause"])
 def test_own_slots_put_back_change_no_bit(tokenizer, method):
-    """A put could miss a layer, a position, or the smear's last input."""
+    """put() could miss a layer, a position, or the smear's last input."""
     engine = random_engine(tokenizer, method)
     branch = engine.branch(QUESTIONS, CANDIDATES, 4)
     branch.think(3)
@@ -136,7 +136,7 @@ def test_own_slots_put_back_change_no_bit(tokenizer, method):
 
 
 def test_only_question_and_slots_decide(tokenizer):
-    """Row a with b's end of the question and its own slots is row b with a's slots."""
+    """Question a with the last tokens of b must answer like question b with the slots of a."""
     engine = random_engine(tokenizer)
     a, b = "Tom is a lempus. Is Tom a lempus?", "Tom is a lempus. Is wumpus a lempus?"
     rows = [engine.branch([text], CANDIDATES[:1], 3) for text in (a, b)]
@@ -175,7 +175,7 @@ def test_a_prosqa_twin_asks_about_the_other_root(split, seed):
 
 
 def test_a_prontoqa_twin_has_the_other_answer(seed):
-    """The proof of a twin is searched again: it could take a wrong turn."""
+    """The proof of a twin is found by search, which could go wrong."""
     task = TASKS["prontoqa"]
     for example in prontoqa.generate(20, seed, prontoqa.OntologyConfig(3, matched=True)):
         twin = task.twin(example)
@@ -187,7 +187,7 @@ def test_a_prontoqa_twin_has_the_other_answer(seed):
 
 
 def test_twins_of_other_examples():
-    """A user's own twin comes first; a text of no task has none."""
+    """A twin that the user gives comes first; a text of no task has none."""
     example = {"question": "2 + 2?", "steps": [], "answer": "4"}
     for task in TASKS.values():
         assert task.twin(example) is None
@@ -232,7 +232,7 @@ RULES = [
 
 @pytest.mark.parametrize("rule, figures, mark, verdict", RULES)
 def test_rules_on_made_up_figures(rule, figures, mark, verdict):
-    """An interval that crosses a limit, or a cell that decides nothing, could give a verdict."""
+    """An interval across a limit, or a figure of too few questions, could give a verdict."""
     found = rule(*figures)
     assert (found["mark"], found["verdict"]) == (mark, verdict)
     n = sum(f"{{{i}}}" in found["text"] for i in range(9))
@@ -240,7 +240,7 @@ def test_rules_on_made_up_figures(rule, figures, mark, verdict):
 
 
 def test_depth_and_readout_on_made_up_figures():
-    """A constant number of thoughts, or a control that names as much, could pass."""
+    """A constant number of thoughts, or a control that names as many concepts, could pass."""
     curve = {h: [HALF] * h + [HIGH] * (9 - h) for h in (2, 3, 4)}
     slots = {h: [HIGH if j == h else LOW for j in range(6)] for h in (2, 3, 4)}
     assert insight.judge_depth(curve, slots, "thoughts")["mark"] == "yes"
@@ -259,7 +259,7 @@ def test_depth_and_readout_on_made_up_figures():
 
 
 def test_fractions_leave_out_what_was_not_measured():
-    """A question without a reworded form would count as one whose answer stayed."""
+    """A question without a reworded form would count as an unchanged answer."""
     own, nan = torch.tensor([[0.0, -3.0]] * 4), float("nan")
     moved = torch.tensor([[-3.0, 0.0], [0.0, -3.0], [nan, nan], [-3.0, 0.0]])
     cells = {"own": own, "twin_own": own.flip(1), "twin": moved}
@@ -288,7 +288,7 @@ def random_insight_engine(method, n_thoughts=2) -> Engine:
 
 @pytest.mark.parametrize("method", ["coconut", "pause", "cot", "no_cot"])
 def test_a_random_model_does_not_solve_anything(method):
-    """Noise could get a verdict. The row has to be JSON, the same for the same seed."""
+    """Noise could get a verdict. The row must be JSON and the same for the same seed."""
     engine = random_insight_engine(method, n_thoughts=0 if "cot" in method else 2)
     plain, pairs = generated_pairs(engine.config, 50, 3)
     plain = plain.take(range(100))
@@ -308,7 +308,7 @@ def bundled():
 
 
 def test_thoughts_of_the_bundled_model_carry_its_answers(bundled):
-    """The bundled model has to stay one whose thoughts matter, and the interchange has to show."""
+    """The thoughts of the bundled model must matter, and the interchange must show it."""
     engine, pairs = bundled
     f = pairs.figures(engine)
     assert f.flips("twin")["lo"] > 0.9 and abs(f.flips("unrelated")["value"] - 0.5) < 0.25
@@ -317,7 +317,7 @@ def test_thoughts_of_the_bundled_model_carry_its_answers(bundled):
 
 
 def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
-    """Twins of other lengths can exchange inputs only; both have to tell the same."""
+    """Twins of different length exchange inputs, which must act like keys and values."""
     engine, pairs = bundled
     questions = [x["question"] for x in pairs.examples[:40]]
     longer = [x["question"].replace(" Is ", " Every a is a b. Is ") for x in pairs.twins[:40]]
@@ -328,7 +328,7 @@ def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
 
 
 def test_a_view_follows_the_thoughts(bundled):
-    """Probabilities, attention or the answers of the twin's thoughts could be another's."""
+    """Probabilities, attention or swapped answers could be those of another thought."""
     engine, pairs = bundled
     view = question_view(engine, pairs.examples[0], 6)
     json.dumps(view)
@@ -346,7 +346,7 @@ def test_a_view_follows_the_thoughts(bundled):
 
 
 def test_pairs_of_a_users_examples():
-    """Twins of another length or the same answer would make every test meaningless."""
+    """Twins with the same answer, or too few of them, would make every test meaningless."""
     examples = [
         {"question": f"What is {i} + 1?", "steps": ["add"], "answer": str(i + 1)}
         for i in range(120)
@@ -371,7 +371,7 @@ def test_pairs_of_a_users_examples():
 
 
 def test_without_twins_destroyed_is_not_ignored(bundled):
-    """Thoughts of another graph say nothing here: the donor's answer is no option at all."""
+    """The donor's answer is not an option here, so its thoughts can only destroy the answer."""
     engine, twinned = bundled
     plain = [{k: x[k] for k in ("question", "steps", "answer")} for x in twinned.examples]
     pairs = type(twinned)(plain, plain[1:] + plain[:1], twinned.groups, False)
@@ -383,7 +383,7 @@ def test_without_twins_destroyed_is_not_ignored(bundled):
 
 
 def test_thoughts_name_the_words_of_their_step(bundled):
-    """Another step, or another question's words, could be counted."""
+    """The words of another step or question could be counted."""
     engine, pairs = bundled
     while len(pairs.examples) < 100:  # fewer decide nothing
         pairs = pairs.take([*range(len(pairs.examples))] * 2)
@@ -394,7 +394,7 @@ def test_thoughts_name_the_words_of_their_step(bundled):
 
 
 def test_a_model_that_ignores_what_is_asked(monkeypatch):
-    """A shortcut learner is right often: nothing can be said about what its pauses carry."""
+    """A model that uses a shortcut is often correct, but its pauses carry nothing to test."""
     engine = random_insight_engine("pause")
     _, pairs = generated_pairs(engine.config, 50, 3)
     N = len(pairs.examples)
@@ -411,7 +411,7 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
 
 
 def test_slots_are_grouped_by_step():
-    """With two thoughts a step, half a step's exchange would look like redundancy."""
+    """With two thoughts per step, replacing one of them would look like redundancy."""
     engine = random_insight_engine("coconut", n_thoughts=4)
     engine.curriculum = Curriculum("coconut", c_thought=2)
     _, pairs = generated_pairs(engine.config, 50, 3)
