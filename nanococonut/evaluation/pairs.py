@@ -117,7 +117,7 @@ def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -
     try:
         pairs = [(x, twin) for x in examples if (twin := TASKS[task].twin(x))]
     except ValueError as e:
-        raise UserError(f"a twin is not a valid example: {e}.\nComplete the file.") from None
+        raise UserError(f"invalid twin: {e}.\nGive its question, steps and answer.") from None
     twinned = len(pairs) >= MIN_PAIRS
     if not twinned:
         pairs = _unpaired(examples)

@@ -139,7 +139,7 @@ def test_statistics_of_the_public_examples(real):
 
 
 def test_words_are_drawn_uniformly(examples):
-    """Each example has 14 of 17 concepts and 11 of 13 families of properties, all equally likely."""
+    """Each example has 14 of 17 concepts and 11 of 13 property families, all equally likely."""
     seen: Counter[str] = Counter()
     for example in examples:
         seen.update(set(re.findall(r"[A-Za-z]+", prontoqa.compact_question(example["question"]))))

@@ -254,8 +254,8 @@ def test_options_names_and_sentences_are_shuffled(examples):
 
 
 def test_steps_are_a_uniform_shortest_path(examples):
-    """A random walk up from the target takes each parent equally often, whatever the number of paths
-    through it. Of two paths, each must be equally likely."""
+    """A random walk up from the target takes each parent equally often, however many paths there
+    are through it. Of two paths, each must be equally likely."""
     first, pairs, surplus, uneven = 0, 0, 0.0, 0
     for example in examples[:2500]:
         number = {word: node for node, word in enumerate(example["idx_to_symbol"])}

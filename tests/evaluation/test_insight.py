@@ -366,7 +366,7 @@ def test_pairs_of_a_users_examples():
         own_pairs("gsm8k", examples, [*twins[:2], examples[2], *twins[3:]])
     with pytest.raises(UserError, match="only 50 pairs"):
         own_pairs("gsm8k", examples[:50], twins[:50])
-    with pytest.raises(UserError, match="not a valid example"):
+    with pytest.raises(UserError, match="invalid twin"):
         own_pairs("gsm8k", [x | {"twin": "text"} for x in examples], None)
 
 
