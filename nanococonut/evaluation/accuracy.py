@@ -85,7 +85,7 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
         data, _ = checkpoint.load_run_data(config, engine.manifest)
     except UserError as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"no example of this run's data: {reason}\n{advice}") from None
+        raise UserError(f"this run's validation examples: {reason}\n{advice}") from None
     return data.val["valid"]
 
 

@@ -153,7 +153,7 @@ def interchange(
         own, twin = batch(index, questions), batch(index, twins)
         outcomes = own.outcomes | {"twin_own": twin.outcomes["own"]}
         if kind != "none":
-            # keys depend on positions, so the question and its twin must have the same length
+            # keys depend on positions: with another length, replace inputs (pauses have the same)
             own.use_kv = kind == "pause" or torch.equal(own.branch.start, twin.branch.start)
             outcomes |= own.intervene(twin, mean, engine.curriculum.c_thought)
         for name, others in (donors or {}).items():

@@ -44,10 +44,10 @@ def paper_figures(engine: Engine, examples: Sequence[Example], n: int = 200) -> 
     values = [[{x: v / sum(p.values()) for x, v in p.items()} for p in graphs] for graphs in raw]
     all_graphs = f"{_mass_note(*map(np.mean, mass))}; {n} graphs."
     entity, (a, b) = parse_question(examples[0]["question"])[1:]
-    first_graph = f"Is {entity} a {a} or {b}? {_mass_note(mass[0][0], mass[1][0])}."
+    one_graph = f"Is {entity} a {a} or {b}? {_mass_note(mass[0][0], mass[1][0])}."
     return {
         "fig5": _categories(engine, examples),
-        "fig7": _one_question(examples[0], [graphs[0] for graphs in values], first_graph),
+        "fig7": _one_question(examples[0], [graphs[0] for graphs in values]) | {"note": one_graph},
         "fig8": _parallelism(values) | {"note": all_graphs},
         "fig9": _by_height(examples, values[0]) | {"note": all_graphs},
     }
@@ -74,7 +74,7 @@ def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
     return grid(numbers, rows) | {"note": f"{len(examples)} graphs."}
 
 
-def _one_question(example: Example, values: Sequence[Values], note: str) -> Grid:
+def _one_question(example: Example, values: Sequence[Values]) -> Grid:
     """Figure 7: the values of one graph's nodes."""
     g, height, rows = graph(example), heights(parse_question(example["question"]).edges), {}
     for node in sorted(g.nodes, key=lambda node: (g.own.get(node, 99), node)):
@@ -82,7 +82,7 @@ def _one_question(example: Example, values: Sequence[Values], note: str) -> Grid
         side = "right" if node in g.right else "wrong"
         label = f"{node} ({side}, {distance}, height {height.get(node, '-')})"
         rows[label] = _values([v[node] for v in values])
-    return grid(["after 1", "after 2"], rows) | {"note": note}
+    return grid(["after 1", "after 2"], rows)
 
 
 def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:

@@ -65,7 +65,7 @@ def prosqa_statistics(examples: Sequence[Example]) -> dict[str, float]:
         if root not in (0, 1) or target not in below[root] or n < 3:
             raise UserError(
                 f"the target does not follow from the root: {example['question'][:40]!r}...\n"
-                "Give examples as generated or released: node 0 or 1 is the root."
+                "Give generated or released examples: node 0 or 1 is the root."
             )
         hops, n_paths = below[root][target]
         total["nodes"] += n
@@ -94,7 +94,7 @@ def prontoqa_statistics(examples: Sequence[Example]) -> dict[str, float]:
         if prontoqa.solve(example["question"]) != example["answer"]:
             raise UserError(
                 f"an answer does not follow from its question: ...{example['question'][-40:]!r}.\n"
-                "Give examples as generated or released."
+                "Give generated or released examples."
             )
         for key, new_values in _prontoqa_values(example).items():
             values.setdefault(key, []).extend(new_values)
