@@ -42,8 +42,8 @@ WORDS = NAMES + CONCEPTS
 VOCABULARY = [*WORDS, "Every", "is", "a", "Is", "or", ".", "?", "###"]
 
 FAR = 10_000  # distance of an unreachable node
-# fitted: probability that all parents of a node must descend from root 0 only, from root 1 only;
-# parents are drawn with weight (DEPTH_WEIGHT * depth + 1) ** depth_power
+# fitted: probability that all parents of a node descend from root 0 only, from root 1 only (else
+# they are any nodes), and part of their weight (DEPTH_WEIGHT * depth + 1) ** depth_power
 ROOT_PROBABILITY, DEPTH_WEIGHT = (0.35, 0.455), 1.5
 
 

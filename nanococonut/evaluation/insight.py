@@ -8,9 +8,9 @@
 6  read     what does the LM head predict from a thought? (logit lens)
 7  write    does the answer change with concepts that are added to a thought? (steering)
 
-A limit is passed only if the whole 95 % interval is beyond it. A test is undecided if it has fewer
-than MIN_PAIRS questions, or if the candidate answers have less than half of the probability
-together. report.py runs the tests; interchange.py explains the interventions.
+Verdicts of tests 1 to 4 and 7 compare whole 95 % intervals with limits. They are undecided with
+fewer than MIN_PAIRS questions, or if the candidate answers together have less than half of the
+probability. report.py runs the tests; interchange.py explains the interventions.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ UNUSED = "What can be read is not necessarily used."
 
 
 def decided(*figures: Figure | None) -> bool:
-    """Return whether all figures are of enough questions and of candidates that are likely."""
+    """Return whether all figures have enough questions and sufficiently likely candidates."""
     return all(f and f.get("n", 0) >= MIN_PAIRS and f.get("mass", 1) >= 0.5 for f in figures)
 
 

@@ -15,7 +15,6 @@ from nanococonut.data.examples import Example
 from nanococonut.data.prosqa import parse_question, parse_sentence
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
-from nanococonut.evaluation.accuracy import in_batches
 from nanococonut.evaluation.interchange import Figures, chosen, mean_figure
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
 from nanococonut.inference.engine import Engine
@@ -124,14 +123,15 @@ def names_by_distance(
 def steer(
     engine: Engine, graphs: Sequence[Graph], pairs: Pairs, thoughts: Tensor, t: int, d: int
 ) -> tuple[int, dict[str, Tensor]]:
-    """Answer after one thought was changed: concepts written into it, or a branch erased from it.
+    """Answer with one thought changed: concepts are written into it, or a branch is erased.
 
     thoughts  (N, n, C) without intervention
     t         number of the thought that is changed, from 1
     d         distance of the concepts from an entity
 
-    Return (the scale of FACTORS that flips most answers of the first half, key of WRITTEN or ERASED
-    -> log-probabilities (N, 2)); NaN for the first half and for graphs without such concepts.
+    Return (factor, answers): the one of FACTORS that changes most answers of the first half of the
+    questions, and for each key of WRITTEN and ERASED the log-probabilities (N, 2) of the second
+    half; NaN for the first half and if a graph has no such concepts.
     """
     concepts, (N, n, _) = [g.chosen(d) for g in graphs], thoughts.shape
     tokens = name_tokens(engine, graphs)
@@ -141,7 +141,8 @@ def steer(
     def answers(name: str, rows: Sequence[int], factor: float) -> Tensor:
         result = torch.full((N, 2), torch.nan)
         rows = [i for i in rows if concepts[i].get(name)]
-        for index in in_batches(rows, [0] * N, BATCH_SIZE):
+        for start in range(0, len(rows), BATCH_SIZE):
+            index = rows[start : start + BATCH_SIZE]
             ids = [[tokens[node] for node in concepts[i][name]] for i in index]
             direction = torch.stack([w[x].mean(0) for x in ids])  # (B, C)
             unit = F.normalize(direction)
