@@ -123,7 +123,7 @@ def _view(row: Row) -> str:
 def view_page(row: Row) -> str:
     """Return a page with only the interactive view. row: name, noun and view.
 
-    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,740 FILE#0,1,0,all
+    PNG: chromium --headless --hide-scrollbars --window-size=1240,740 --screenshot FILE#0,1,0,all
     """
     title = f"The {row['noun']} of {escape(row['name'])}"
     return _fill("head", {"title": title}) + _view(row) + TEXT["tail"]
