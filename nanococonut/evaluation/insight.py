@@ -81,15 +81,15 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
     if noun == "written chain":
         ablated = f"Without the {noun}"
     ok = decided(own) and mean is not None
-    share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
-    gain = f"This is {percent(min(1.0, share))} of the gain over guessing ({percent(chance)})."
+    lost = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
+    gain = f"This is {percent(min(1.0, lost))} of the gain over guessing ({percent(chance)})."
     falls = ok and mean["hi"] < own["lo"]
     return finding(
         "needed",
         f"{ablated}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
         [own, mean],
         (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
-        (falls and share >= 0.8, "yes", "needed", f"{the} needed.", gain),
+        (falls and lost >= 0.8, "yes", "needed", f"{the} needed.", gain),
         (falls, "part", "needed in part", f"{the} needed in part.", gain),
         (True, "no", "not needed", f"{the} not needed.", "The intervals overlap."),
     )
@@ -105,14 +105,14 @@ def judge_carried(
     are = "are" if noun.endswith("s") else "is"
     ok = decided(twin, stays) and unrelated is not None
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    donor, whose, unchanged, figures = "the twin's", "the twin's", "", [twin, unrelated]
+    donor, new, unchanged, figures = "the twin's", "the twin's", "", [twin, unrelated]
     if not twinned:
-        donor, whose = "another question's (a different answer)", "that question's"
+        donor, new = "another question's (a different answer)", "that question's"
         unchanged, figures = " In the first case {2} do not change.", [twin, unrelated, stays]
     return finding(
         "carried",
         f"Interchange intervention: if only the {noun} {are} replaced by {donor}, {{0}} of the "
-        f"answers change to {whose}; if by an unrelated question's (as many steps), {{1}}."
+        f"answers change to {new}; if by an unrelated question's (as many steps), {{1}}."
         + unchanged,
         figures,
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
@@ -127,7 +127,7 @@ def judge_carried(
 
 
 def judge_search(
-    twin: Figure, other: Figure, same: Figure, noun: str, asked: str = "other options"
+    twin: Figure, other: Figure, same: Figure, noun: str, query: str = "other options"
 ) -> Finding:
     """Test 4. Fractions of answers that change to the twin's, by donor of the slots.
 
@@ -137,8 +137,8 @@ def judge_search(
     ok = decided(twin, other, same)
     return finding(
         "search",
-        f"If the {noun} come from the twin with {asked}, {{0}} of the answers change to the twin's;"
-        f" if they come from the question itself with {asked}, {{1}}.",
+        f"If the {noun} come from the twin with {query}, {{0}} of the answers change to the twin's;"
+        f" if they come from the question itself with {query}, {{1}}.",
         [other, same],
         (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
         (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",

@@ -94,13 +94,13 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     plain  statistics of pairs as in training (None: not available)
     """
     noun, twin, n = row["noun"], f.flips("twin"), row["thoughts"]
-    asked = "other options" if pairs.is_prosqa else "the opposite query"  # of ProntoQA
+    query = "other options" if pairs.is_prosqa else "the opposite query"  # of ProntoQA
     labels = {
         "mean": "none at all" if "half" in f.outcomes else "averaged over questions",
         "unrelated": "of an unrelated question",
         "half": "the first half of the twin's",
-        "same_other": f"of the question itself, {asked}",
-        "other_other": f"of the twin, {asked}",
+        "same_other": f"of the question itself, {query}",
+        "other_other": f"of the twin, {query}",
         "twin": "of the twin",
     }
     flips = {name: f.flips(name) for name in labels}
@@ -112,7 +112,7 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     ]
     if "same_other" in f.outcomes:
         other, same = flips["other_other"], flips["same_other"]
-        findings.append(insight.judge_search(twin, other, same, noun, asked))
+        findings.append(insight.judge_search(twin, other, same, noun, query))
     if "slot1" not in f.outcomes:  # a written chain
         return findings
 
