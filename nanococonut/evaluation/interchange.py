@@ -8,11 +8,13 @@ slots only destroys them. Answers are forced: the model chooses among candidates
 slots, since in free generation it can write the steps that the thoughts should hold.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from nanococonut.evaluation.accuracy import in_batches, wilson
@@ -113,7 +115,6 @@ def interchange(
     candidates: Sequence[Sequence[str]],
     donors: Mapping[str, Sequence[str | None]] | None = None,
     groups: Sequence[int] = (),
-    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Outcomes:
     """Answer questions under each intervention. Return name -> log-probabilities (N, m):
 
@@ -148,8 +149,8 @@ def interchange(
     if kind in ("thought", "pause"):
         sample = batch(order[:: -(-N // size)], questions)  # one batch of evenly spaced questions
         mean = sample.content.map(lambda x: x.mean(0, keepdim=True))
-    batches = in_batches(order, groups, size)
-    for i_batch, index in enumerate(batches):
+    stderr = Console(stderr=True)
+    for index in track(in_batches(order, groups, size), "interchange", console=stderr):
         own, twin = batch(index, questions), batch(index, twins)
         outcomes = own.outcomes | {"twin_own": twin.outcomes["own"]}
         if kind != "none":
@@ -164,7 +165,6 @@ def interchange(
         for name, value in outcomes.items():
             value = value.float().cpu()
             out.setdefault(name, torch.full((N, *value.shape[1:]), torch.nan))[index] = value
-        progress((i_batch + 1) / len(batches))
     return out
 
 

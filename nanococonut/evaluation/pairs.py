@@ -4,7 +4,7 @@ A twin is a question that differs in one thing, so that another answer is correc
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,9 +52,7 @@ class Pairs:
         except UserError:
             return False
 
-    def figures(
-        self, engine: Engine, progress: Callable[[float], None] = lambda fraction: None
-    ) -> Figures:
+    def figures(self, engine: Engine) -> Figures:
         """Run the interchange interventions and return their statistics."""
         pairs, donors = list(zip(self.examples, self.twins, strict=True)), {}
         if self.twinned and kind_of(engine) in ("thought", "pause"):
@@ -62,9 +60,8 @@ class Pairs:
             for i, name in enumerate(("same_other", "other_other")):
                 donors[name] = [texts[i] if all(texts) else None for texts in reworded]
         outcomes = interchange(
-            engine, *self.questions(), self.candidates(engine),
-            donors=donors, groups=self.groups, progress=progress,
-        )  # fmt: skip
+            engine, *self.questions(), self.candidates(engine), donors=donors, groups=self.groups
+        )
         if not self.twinned:  # a third candidate, any other answer: the replacement destroyed it
             for name in outcomes.keys() - {"thoughts", "by_inputs"}:
                 rest = (1 - outcomes[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()

@@ -1,6 +1,6 @@
 """Run the seven tests of insight.py on a model. page.py draws the row that measure() returns."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from nanococonut.evaluation import insight
@@ -15,22 +15,15 @@ from nanococonut.runtime.errors import UserError
 Row = dict[str, Any]  # the results of one model, as JSON
 
 
-def measure(
-    engine: Engine,
-    name: str,
-    plain: Pairs | None,
-    pairs: Pairs,
-    progress: Callable[[float], None] = lambda fraction: None,
-) -> tuple[Row, Figures]:
+def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tuple[Row, Figures]:
     """Return (results of the tests, statistics of `pairs`). Tests that do not apply are left out.
 
     plain  pairs as in training, which shortcuts can solve (None: not available)
     pairs  pairs that no shortcut solves, by number of steps
     """
     kind = kind_of(engine)
-    f = p = pairs.figures(engine, lambda x: progress(0.6 * x))
-    if plain:
-        p = plain.figures(engine, lambda x: progress(0.6 + 0.2 * x))
+    f = pairs.figures(engine)
+    p = plain.figures(engine) if plain else f
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
     questions, twins = (plain or pairs).questions()
     q = p if questions != twins else f  # ProntoQA as in training has no twins
@@ -67,7 +60,6 @@ def measure(
             findings.append(_judge_free(row, engine, plain, p.accuracy("k0")))
         row["warnings"] += _warnings(engine, f, pairs)
     verdicts = [x["verdict"] for x in findings[: 1 if ignores or len(findings) < 3 else 3]]
-    progress(1.0)
     return row | {"findings": findings, "verdict": ", ".join(verdicts)}, f
 
 
