@@ -27,7 +27,7 @@ def sample_batches(
 ) -> Iterator[list[Example]]:
     """Yield batches of examples without end; a batch may be empty.
 
-    seed   (seed, stream, ...), or an integer of the user's
+    seed   (seed, stream, ...), or a plain integer
     """
     # numpy pads seeds with zeros, so S alone would equal (S, TRAIN, 0), a training stream
     rng = np.random.default_rng((seed, USER_STREAM) if isinstance(seed, int) else seed)

@@ -115,7 +115,7 @@ SPLITS: dict[str, Callable[[TrainConfig], OntologyConfig]] = {
 
 
 def easier_configs(trained: TrainConfig) -> list[OntologyConfig]:
-    """Return settings with fewer steps than in the task itself, to learn the search from."""
+    """Return settings with fewer steps than the task, from which search is easier to learn."""
     return [OntologyConfig(hops, matched=True) for hops in range(1, trained.max_hops)]
 
 
@@ -145,7 +145,7 @@ def _rules(c: OntologyConfig) -> tuple[list[tuple[int, int, bool]], int]:
     """Return (subject, predicate, opposite) of each rule as numbers, and the second fact's concept.
 
     Concepts 0 to hops are the chain, top first; concept hops + i is the second parent of concept i.
-    Predicates from len(CONCEPTS) on are properties; opposite rules negate them if others do not.
+    Predicates from len(CONCEPTS) on are properties; if opposite, the rule flips their negation.
     """
     h, p = c.hops, len(CONCEPTS)
     rules = []
@@ -305,7 +305,7 @@ generate = partial(draw, sample_batch, marked_graph, OntologyConfig())
 
 
 def twin(example: Example) -> Example | None:
-    """Return the question with the concepts of its two names exchanged: the other answer is right.
+    """Return the question with the concepts of its two names exchanged, so that its answer flips.
 
     None if there is only one name, as without OntologyConfig(matched=True), or if the other answer
     does not follow.

@@ -87,7 +87,7 @@ SPLITS: dict[str, Callable[[TrainConfig | GraphConfig], GraphConfig]] = {
 
 
 def easier_configs(trained: TrainConfig) -> list[GraphConfig]:
-    """Return settings with fewer steps than in the task itself, to learn the search from."""
+    """Return settings with fewer steps than the task, from which search is easier to learn."""
     n = trained.min_hops
     return [GraphConfig(trained.n_nodes, min_hops=1, max_hops=n - 1)] if n > 1 else []
 

@@ -116,7 +116,7 @@ def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
 
 
 def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
-    """Return the category (section 5.1) of a text in sentences, generated after n_thoughts.
+    """Return the category (section 5.1) of a text that was generated after n_thoughts thoughts.
 
     The chain is the text before the first "#". If it is empty, the answer after the mark decides:
 
@@ -125,7 +125,7 @@ def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
 
     Otherwise only the chain counts. Without thoughts it has to start at the entity. With thoughts
     its first steps were latent: it may start at any node reachable from the entity, and a shortest
-    path from there completes it, whatever the number of thoughts.
+    path from the entity to that node completes it, whatever the number of thoughts.
 
     Hallucination     a sentence is not ProsQA or not an edge of the graph, two sentences do not
                       connect, or the chain starts at an unreachable node
@@ -163,7 +163,7 @@ def category_fractions(
     n_thoughts: int = 0,
     style: str = "sentences",
 ) -> dict[str, float]:
-    """Return the fraction of texts in each category; see classify. style: of the texts."""
+    """Return the fraction of texts in each category, see classify. style: that of the texts."""
     counts, expand = Counter(), TASKS["prosqa"].expand
     for x, text in zip(examples, texts, strict=True):
         text = expand(text, x["question"], style)

@@ -64,10 +64,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
 
 
 def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
-    """Return what free generation without thoughts does, and add it to the row's accuracy.
-
-    forced  accuracy without thoughts if the answer is forced
-    """
+    """Return the accuracy of free and forced answers without thoughts, and add it to the row."""
     s = score(engine, plain.examples[:400], 0, 200, engine.config.max_new_tokens)
     wrote_chain = fraction([bool(text.partition("#")[0].strip()) for text in s.texts])
     row["accuracy"] |= {"free": fraction(s.correct), "wrote_chain": wrote_chain}
@@ -99,9 +96,8 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     row["scale"] = [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]
     if not twin or twin["n"] < MIN_PAIRS:
         row["refused"].append("Too few pairs have both answers correct for tests 3 to 7.")
-    findings = [
-        insight.judge_carried(twin, flips["unrelated"], f.stays("twin"), noun, pairs.twinned)
-    ]
+    stays, unrelated = f.stays("twin"), flips["unrelated"]
+    findings = [insight.judge_carried(twin, unrelated, stays, noun, pairs.twinned)]
     if "same_other" in f.outcomes:
         other, same = flips["other_other"], flips["same_other"]
         findings.append(insight.judge_search(twin, other, same, noun, query))
