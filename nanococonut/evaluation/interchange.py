@@ -231,10 +231,6 @@ class Figures:
         return chosen(self.outcomes.get(name), 0, self.deep if mask is None else mask)
 
     def flips(self, name: str, mask: Tensor | None = None, candidate: int = 1) -> Figure | None:
-        """Return how often the answer becomes the twin's, of questions with both_right."""
+        """Return how often a candidate is chosen (1: the twin's answer, 0: own), if both_right."""
         mask = self.deep if mask is None else mask
         return chosen(self.outcomes.get(name), candidate, mask & self.both_right)
-
-    def stays(self, name: str) -> Figure | None:
-        """Return how often the answer does not change, of the same questions."""
-        return self.flips(name, candidate=0)

@@ -96,7 +96,7 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     row["scale"] = [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]
     if not twin or twin["n"] < MIN_PAIRS:
         row["refused"].append("Too few pairs have both answers correct for tests 3 to 7.")
-    stays, unrelated = f.stays("twin"), flips["unrelated"]
+    stays, unrelated = f.flips("twin", candidate=0), flips["unrelated"]
     findings = [insight.judge_carried(twin, unrelated, stays, noun, pairs.twinned)]
     if "same_other" in f.outcomes:
         other, same = flips["other_other"], flips["same_other"]

@@ -377,8 +377,8 @@ def test_without_twins_destroyed_is_not_ignored(bundled):
     pairs = type(twinned)(plain, plain[1:] + plain[:1], twinned.groups, False)
     f = pairs.figures(engine)
     assert f.accuracy("own")["lo"] > f.accuracy("mean")["hi"] and f.chance < 0.2
-    assert f.flips("twin")["hi"] < 0.2 and f.stays("twin")["hi"] < 0.9
-    figures = f.flips("twin"), f.flips("unrelated"), f.stays("twin")
+    assert f.flips("twin")["hi"] < 0.2 and f.flips("twin", candidate=0)["hi"] < 0.9
+    figures = f.flips("twin"), f.flips("unrelated"), f.flips("twin", candidate=0)
     assert insight.judge_carried(*figures, "thoughts", False)["mark"] == "?"
 
 
