@@ -56,7 +56,7 @@ def plateau(accuracy: list[Figure]) -> int:
 
 
 def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
-    """Test 1. A shortcut that ignores what is asked is correct for exactly one of two twins."""
+    """Judge test 1: a shortcut that ignores what is asked is correct for only one of two twins."""
     ok = decided(trained, one, both)
     return finding(
         "pairs",
@@ -75,7 +75,7 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
 
 
 def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
-    """Test 2. own, mean: accuracy without and with mean ablation; a written chain is left out."""
+    """Judge test 2 by the accuracy without (own) and with mean ablation, or without any chain."""
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
     ablated = f"Under mean ablation ({noun} averaged over questions)"
     if noun == "written chain":
@@ -98,7 +98,7 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
 def judge_carried(
     twin: Figure, unrelated: Figure, stays: Figure, noun: str, twinned: bool = True
 ) -> Finding:
-    """Test 3. Fractions of answers that change to the twin's, by donor of the slots.
+    """Judge test 3 by the answers that change to the twin's, for two donors of the slots.
 
     stays  answers that do not change with the twin as donor
     """
@@ -129,7 +129,7 @@ def judge_carried(
 def judge_search(
     twin: Figure, other: Figure, same: Figure, noun: str, query: str = "other options"
 ) -> Finding:
-    """Test 4. Fractions of answers that change to the twin's, by donor of the slots.
+    """Judge test 4 by the answers that change to the twin's, for three donors of the slots.
 
     other, same  the twin and the question itself, asked with other options: the search is the same,
                  the answer is not
@@ -153,7 +153,7 @@ def judge_search(
 def judge_depth(
     accuracy: dict[int, list[Figure]], slots: dict[int, list[Figure]], noun: str
 ) -> Finding:
-    """Test 5. Both arguments map a number of steps to fractions of answers:
+    """Judge test 5. Both arguments map a number of steps to fractions of answers:
 
     accuracy  correct after 0, 1, 2, ... thoughts
     slots     changed to the twin's if only slot 1, 2, ... is replaced
@@ -179,7 +179,7 @@ def judge_depth(
 
 
 def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
-    """Test 6. best: distance -> the thought that names concepts at this distance most."""
+    """Judge test 6. best: distance -> the thought that names concepts at this distance most."""
     parts, good = [], []
     for i, (d, b) in enumerate(best.items()):
         parts.append(
@@ -202,7 +202,7 @@ def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
 
 
 def judge_words(p: dict[int, dict[str, Figure]]) -> Finding:
-    """Test 6 for tasks without a graph. p: see words_by_step."""
+    """Judge test 6 for tasks without a graph. p: see words_by_step."""
     i = max(p, key=lambda i: p[i]["own"]["value"] - p[i]["other"]["value"])
     own, other = p[i]["own"], p[i]["other"]
     is_above = own["lo"] > other["hi"]
@@ -219,7 +219,7 @@ def judge_words(p: dict[int, dict[str, Figure]]) -> Finding:
 
 
 def judge_write(w: dict[str, Any]) -> Finding:
-    """Test 7. w: the results of steering, see readout."""
+    """Judge test 7. w: the results of steering, see readout."""
     figures = {point["id"]: point for point in w["points"] + w["erase"]}
     other, own, control = map(figures.get, ("other", "own", "control"))
     right, wrong = figures.get("right"), figures.get("wrong")
@@ -245,7 +245,7 @@ def judge_write(w: dict[str, Any]) -> Finding:
 
 
 def judge_unsolved(trained: Figure, own: Figure, chance: float) -> Finding:
-    """State that the model is no better than guessing, so that no other test applies."""
+    """Return the finding that the model is no better than guessing."""
     return finding(
         "solves",
         f"Accuracy is {{0}}, and {{1}} without a shortcut; guessing gives {percent(chance)}.",

@@ -63,7 +63,7 @@ def _values(values: Sequence[float]) -> list[Figure]:
 
 
 def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
-    """Figure 5: categories of freely generated answers after each number of thoughts."""
+    """Return figure 5: categories of freely generated answers after each number of thoughts."""
     config, numbers = engine.config, range(engine.manifest["n_thoughts"] + 1)
     rows: dict[str, list[Figure]] = {name: [] for name in (*CATEGORIES, "accuracy")}
     for k in numbers:
@@ -75,7 +75,7 @@ def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
 
 
 def _one_question(example: Example, values: Sequence[Values]) -> Grid:
-    """Figure 7: the values of one graph's nodes."""
+    """Return figure 7: the values of one graph's nodes."""
     g, height, rows = graph(example), heights(parse_question(example["question"]).edges), {}
     for node in sorted(g.nodes, key=lambda node: (g.own.get(node, 99), node)):
         distance = f"step {g.own[node]}" if node in g.own else "not reached"
@@ -86,7 +86,7 @@ def _one_question(example: Example, values: Sequence[Values]) -> Grid:
 
 
 def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:
-    """Figure 8: total value of the best one, two and three nodes, by percentile of the graphs."""
+    """Return figure 8: total value of the one to three best nodes, by percentile of the graphs."""
     percentiles, rows = range(0, 101, 10), {}
     for k, graphs in enumerate(values, 1):
         best = [sorted(v.values(), reverse=True) for v in graphs]
@@ -97,7 +97,7 @@ def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:
 
 
 def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
-    """Figure 9: values of the entity's children by the distance to their nearest, farthest leaf."""
+    """Return figure 9: values of the entity's children by distance to their nearest, farthest leaf."""
     shares: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for x, v in zip(examples, values, strict=True):
         g, edges = graph(x), parse_question(x["question"]).edges
