@@ -75,7 +75,7 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
 
 
 def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
-    """Judge test 2 by the accuracy without (own) and with mean ablation, or without any chain."""
+    """Judge test 2 by the accuracy without intervention (own) and under mean ablation (mean)."""
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
     ablated = f"Under mean ablation ({noun} averaged over questions)"
     if noun == "written chain":

@@ -97,7 +97,7 @@ def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:
 
 
 def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
-    """Return figure 9: values of the entity's children by distance to their nearest, farthest leaf."""
+    """Return figure 9: values of the entity's children by their distance to a leaf."""
     shares: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for x, v in zip(examples, values, strict=True):
         g, edges = graph(x), parse_question(x["question"]).edges
