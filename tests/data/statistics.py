@@ -10,7 +10,7 @@ from nanococonut.data.search import children_of, parents_of
 from nanococonut.runtime.errors import UserError
 
 # fmt: off
-# of the 800 released validation and test examples; shortcuts of the 300 of validation
+# 800 released validation and test examples; shortcuts: the 300 validation examples
 PROSQA_RELEASED: dict[str, float] = {
     "nodes": 22.8, "edges": 36.0, "persons": 2.56,
     "hops": 3.77, "hops 3": 0.408, "hops 4": 0.438, "hops 5": 0.131, "hops 6": 0.024,
@@ -21,7 +21,7 @@ PROSQA_RELEASED: dict[str, float] = {
     "random": 0.5,
 }
 
-# of 300 examples of the public generator (5 hops, random order)
+# 300 examples of the public generator (5 hops, random order)
 PRONTOQA_RELEASED: dict[str, float] = {
     "sentences": 25, "words": 104.72, "facts": 2, "facts last": 1, "start is first fact": 0.5067,
     "properties": 12,

@@ -128,7 +128,7 @@ def test_broken_files_are_refused_with_their_place(tmp_path, name):
 
 
 LINE = "How many?||<<1+1=2>> #### 2"
-# examples left out -> (what is in the file, complaints about them); GOOD or LINE stays in each
+# format -> (text of the file, errors of its invalid examples); each has GOOD or LINE as well
 SKIPPED = {
     "list": (
         json.dumps([3, GOOD, without("steps")]),
@@ -238,7 +238,7 @@ def test_raw_prontoqa_is_read_example_by_example(tmp_path, released):
     )
     last = list(raw)[-1]
     del raw[last]["test_example"]["answer"]
-    for indent in (None, 1):  # over many lines as well as in one
+    for indent in (None, 1):  # on one line, on many lines
         (tmp_path / "raw.json").write_text(json.dumps(raw, indent=indent))
         with pytest.raises(UserError, match=f"raw.json, {last}: "):
             read_examples(tmp_path / "raw.json")

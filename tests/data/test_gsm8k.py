@@ -39,7 +39,7 @@ def test_question_may_hold_bars(bars):
 
 SOLVED = {"question": "Eggs?", "steps": ["<<4*6=24>>", "<<24-3=21>>"], "answer": "1,021"}
 TEXT = {"question": "Pens?", "steps": ["Two cost 3 each.", "So it is 6."], "answer": "6"}
-ROWS = {  # as others' files have SOLVED and TEXT
+ROWS = {  # SOLVED and TEXT in the formats of other data sets
     "openai/gsm8k": [
         {
             "question": "Eggs?",
@@ -119,7 +119,7 @@ def test_released_lines_are_read_whole(released):
     assert sum("," in example["answer"] for example in examples) == 4
 
 
-# -- the hub's copies; only the download itself is not the real thing
+# ---- copies from the hub; only the download is faked
 
 STEPS = [["<<1+1=2>>", "<<2+2=4>>"], [], ["<<3*3=9>>"]]
 ONE = {"question": ["a?", " b? ", "c?"], "steps": STEPS, "answer": ["4", "1,000 ", "9"]}

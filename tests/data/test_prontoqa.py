@@ -68,11 +68,11 @@ def check(example: dict, config: OntologyConfig) -> None:
         known |= more
     about = [(s, no) for s, no, p in claims if p == asked]
     says = [no for s, no in about if s in known]
-    # stated of two concepts, once so and once so, and only one of them is the entity's
+    # two concepts have the property, one negated; only one of them applies to the entity
     assert len(about) == 2 and {no for _, no in about} == {False, True} and len(says) == 1
     assert example["answer"] == str(says[0] == asks_not)
 
-    # steps: from the entity, each rule from the text and about what was found before
+    # steps: start at the entity; each rule is in the text and about the previous concept
     at = entity
     for step in example["steps"][:-1]:
         fact, rule = (s.strip() for s in re.findall(r"[^.]+\.", step))
@@ -84,7 +84,7 @@ def check(example: dict, config: OntologyConfig) -> None:
     assert words(example["steps"][-1]) == (entity, no, asked)
     assert len(example["steps"]) == config.hops + 1
 
-    # nothing twice: properties come from as many families, the twin repeats those of the chain
+    # no repetition: one property per family; only the twin repeats the properties of the chain
     used = Counter(p for _, _, p in claims if p in prontoqa.PROPERTIES)
     homes = Counter(f[0] for f in prontoqa.FAMILIES for p in used if p in f)
     assert set(homes.values()) == {1}
@@ -109,7 +109,7 @@ def test_public_examples_pass_the_same_checks(real):
         assert prontoqa.solve(example["question"]) == example["answer"]
 
 
-# what each fraction is a fraction of, for its sampling error
+# denominators of the fractions, for their sampling error
 RULES, WAY, ASIDE = 23 * 300, 4 * 300, 6 * 300
 N_COUNTED = {"Each": RULES, "Every": RULES, "plural": RULES}
 N_COUNTED |= {"negated on the way": WAY, "negated aside": ASIDE}
@@ -207,17 +207,17 @@ def test_a_seed_always_gives_the_same_examples():
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     assert digest == "ee7d6d771743f115b6c830f9a2c2aadf7c6a3c8e55826eaa7870a10db4dfee0c"
     assert prontoqa.generate(20, (1, 2, 3)) == examples[:20]
-    assert prontoqa.generate(1100, (1, 2, 3))[:50] == examples  # more than are drawn at once
+    assert prontoqa.generate(1100, (1, 2, 3))[:50] == examples  # more than one batch
     assert prontoqa.generate(20, (1, 2, 4)) != examples[:20]
     public = prontoqa.generate(5, 7)
-    for stream in range(5):  # a bare seed is none of the streams that training draws from
+    for stream in range(5):  # a plain seed is not a training stream
         for tail in ((), (0,), (0, 0), (0, 1)):
             assert prontoqa.generate(5, (7, stream, *tail)) != public
 
 
 def test_excluded_graphs_are_never_generated():
     """Training could repeat validation examples."""
-    tiny = OntologyConfig(hops=1, matched=True)  # so few ontologies that they come again
+    tiny = OntologyConfig(hops=1, matched=True)  # so few ontologies that they repeat
     held_out = {graph_key(example) for example in prontoqa.generate(400, 0, tiny)}
     plain = prontoqa.generate(1000, 1, tiny)
     assert any(graph_key(example) in held_out for example in plain)
@@ -255,7 +255,7 @@ def test_graph_hash_ignores_names_and_order(examples):
         assert graph_key(changed) != graph_key(example)
     assert len({graph_key(example) for example in examples}) == len(examples)
     example = {"question": f"Each wumpus is an impus. {QUESTION}", "steps": [], "answer": "False"}
-    assert graph_key(example)  # round and round
+    assert graph_key(example)  # a cycle
 
 
 def test_graph_hashes_of_public_examples_are_unique(real, examples):
@@ -359,7 +359,7 @@ def test_solve():
     assert prontoqa.solve(QUESTION.replace("an impus", "a jompus")) == "True"
     assert prontoqa.solve(QUESTION.replace("an impus", "a vumpus")) is None  # nothing follows
     assert prontoqa.solve(f"Max is a jompus. {QUESTION}") is None  # both follow
-    assert prontoqa.solve(f"Every wumpus is an impus. {QUESTION}") == "False"  # round and round
+    assert prontoqa.solve(f"Every wumpus is an impus. {QUESTION}") == "False"  # a cycle
     assert prontoqa.solve("Who is Max?") is None
 
 
@@ -459,7 +459,7 @@ def test_compact_by_hand():
     asked = " wumpus not red. impus wumpus. jompus red. jompus vumpus. Max impus.? Max? red"
     said = [" impus wumpus", " wumpus not red", " not red"]
     assert prontoqa.compact_example(example) == {**example, "question": asked, "steps": said}
-    # a model may say anything
+    # a model can generate any text
     expand = prontoqa.expand_steps
     assert expand(" vumpus impus", QUESTION) == ["Max is a vumpus. Every vumpus is an impus."]
     assert expand(" impus not", QUESTION) == ["Max is an impus.", "not"]

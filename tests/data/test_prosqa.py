@@ -64,7 +64,7 @@ def check(example: dict, config: GraphConfig) -> None:
     assert nodes == set(range(len(symbol))) and all(a < b for a, b in edges)
     assert len(set(map(tuple, edges))) == len(edges)
 
-    # target: a deepest leaf that only the entity leads to; neg_target: one of the other root
+    # target: a deepest leaf that only the entity leads to; neg_target: a leaf of the other root
     own_leaves = set(own) - set(theirs) - inner
     their_leaves = set(theirs) - set(own) - inner
     hops = own[target]
@@ -78,7 +78,7 @@ def check(example: dict, config: GraphConfig) -> None:
     if config.balanced:
         assert hops == theirs[neg_target]
 
-    # words: persons are those without parents, no word twice
+    # words: parentless nodes have names; no word twice
     for node, word in enumerate(symbol):
         assert word in (prosqa.CONCEPTS if node in parents else prosqa.NAMES)
     assert len(set(symbol)) == len(symbol)
@@ -94,7 +94,7 @@ def check(example: dict, config: GraphConfig) -> None:
     assert asked in asks
     assert example["answer"] == f"{symbol[root]} is a {symbol[target]}."
 
-    # steps: existing edges, from the entity to the target, as few as possible
+    # steps: a shortest path of edges from the entity to the target
     number = {word: node for node, word in enumerate(symbol)}
     said = [
         [number[w.strip(".")] for w in s.split() if w.strip(".") in number]
@@ -241,10 +241,10 @@ def test_options_names_and_sentences_are_shuffled(examples):
     """A fixed position of the answer would be a shortcut."""
     first = [r["question"].split()[-3] == r["idx_to_symbol"][r["target"]] for r in examples]
     assert sum(first) / len(examples) == pytest.approx(0.5, abs=0.03)
-    for name in prosqa.NAMES:  # the entity's: 17 as likely ones
+    for name in prosqa.NAMES:  # the entity's name: 17 equally likely ones
         fraction = sum(r["idx_to_symbol"][r["root"]] == name for r in examples) / len(examples)
         assert fraction == pytest.approx(1 / 17, abs=0.02)
-    # the edge listed first is anywhere in the text
+    # the first edge is anywhere in the text
     places = []
     for example in examples:
         edges, _, _ = prosqa.parse_question(example["question"])
@@ -282,7 +282,7 @@ def test_a_seed_always_gives_the_same_examples():
     examples = prosqa.generate(50, (1, 2, 3))
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     assert digest == "4b9871b8489517f7619950442dc24d38b3a7f5489afb56d75f3eb5f66019afd1"
-    assert prosqa.generate(20, (1, 2, 3)) == examples[:20]  # more examples begin with the same ones
+    assert prosqa.generate(20, (1, 2, 3)) == examples[:20]  # n does not change the first examples
     assert prosqa.generate(20, (1, 2, 4)) != examples[:20]
 
 
@@ -296,7 +296,7 @@ def test_a_user_seed_is_not_a_training_stream():
 
 def test_excluded_graphs_are_never_generated():
     """Training could repeat validation examples."""
-    tiny = GraphConfig(n_nodes=6, min_hops=1, max_hops=2)  # so few graphs that they come again
+    tiny = GraphConfig(n_nodes=6, min_hops=1, max_hops=2)  # so few graphs that they repeat
     held_out = {graph_key(example) for example in prosqa.generate(20, 0, tiny)}
     plain = prosqa.generate(300, 1, tiny)
     assert any(graph_key(example) in held_out for example in plain)
@@ -359,7 +359,7 @@ def test_compact_by_hand():
     example |= {"answer": "Tom is a c.", "root": 1}
     short = {"question": " p c. Tom p. Sam d.? Tom? d? c", "steps": [" Tom p", " p c"]}
     assert prosqa.compact_example(example) == {**short, "answer": "c", "root": 1}
-    # a model may say anything
+    # a model can generate any text
     assert prosqa.expand_steps(" p c half") == ["Every p is a c.", "half"]
     assert prosqa.expand_answer("half a thought", QUESTION) == "half a thought"
     assert prosqa.expand_answer("c", QUESTION) == "Tom is a c."

@@ -32,21 +32,21 @@ BY_HAND = [
     ("Tom a c t", 0, "Correct Path"),
     ("Tom a b c t", 0, "Longer Path"),
     ("Tom a c w", 0, "Wrong Target"),
-    ("Tom a c", 0, "Wrong Target"),  # ends on the way
-    ("Sam d s", 0, "Hallucination"),  # not the entity's
+    ("Tom a c", 0, "Wrong Target"),  # ends too early
+    ("Sam d s", 0, "Hallucination"),  # starts at another entity
     ("Tom c t", 0, "Hallucination"),  # no such edge
     ("Tom a t", 0, "Hallucination"),
     ("Tom a d s", 0, "Hallucination"),
-    ("a c t", 0, "Hallucination"),  # without a thought the entity's own step has to be there
+    ("a c t", 0, "Hallucination"),  # without thoughts the chain must start at the entity
     ("a c t", 1, "Correct Path"),
     ("c t", 2, "Correct Path"),
     ("Tom a c t", 3, "Correct Path"),  # written again after the thoughts
-    ("c t", 1, "Correct Path"),  # thought further than k steps
+    ("c t", 1, "Correct Path"),  # the thoughts covered more than one step
     ("a b c t", 1, "Longer Path"),
     ("b c t", 2, "Longer Path"),  # every way to b is a detour
     ("a c w", 1, "Wrong Target"),
     ("a b", 1, "Wrong Target"),
-    ("d s", 1, "Hallucination"),  # real edges that the entity does not lead to
+    ("d s", 1, "Hallucination"),  # edges that the entity does not lead to
     ("Sam e s", 2, "Hallucination"),
     ("a t", 1, "Hallucination"),
     ("t c", 1, "Hallucination"),  # against the edge
@@ -71,8 +71,8 @@ def test_chains_by_hand(chain, k, category):
         ("### t", "Incorrect Label"),
         ("###", "Incorrect Label"),
         ("", "Incorrect Label"),
-        ("Every a is a", "Hallucination"),  # no sentence
-        (ANSWER, "Hallucination"),  # a step that is none
+        ("Every a is a", "Hallucination"),  # an incomplete sentence
+        (ANSWER, "Hallucination"),  # not an edge
         ("Tom is a a.\nEvery b is a c.\n### " + ANSWER, "Hallucination"),  # broken
         ("Tom is a a.\nall a are c.\n### " + ANSWER, "Hallucination"),
     ],
@@ -123,7 +123,7 @@ def test_random_examples(base):
                 assert judge(steps[k:-1], k) == "Wrong Target", seed
                 gap = steps[k : k + 1] + steps[k + 2 :]
                 assert k + 2 == len(steps) or judge(gap, k) == "Hallucination", seed
-            # one step's child is replaced by a node that is none of its parent's children
+            # replace the child of one step by a node that is not a child of its parent
             at = rng.randrange(k, len(steps))
             parent, _ = prosqa.parse_sentence(steps[at])
             strange = [

@@ -124,7 +124,7 @@ def test_own_slots_put_back_change_no_bit(tokenizer, method):
     branch = engine.branch(QUESTIONS, CANDIDATES, 4)
     branch.think(3)
     own, slots = branch.answer(), branch.slots(3)
-    assert torch.equal(branch.answer(), own)  # an answer leaves nothing behind
+    assert torch.equal(branch.answer(), own)  # answer() leaves the cache unchanged
     branch.put(slots, only=[1])
     assert torch.equal(branch.answer(), own)
     branch.restart().put(slots)
@@ -180,7 +180,7 @@ def test_a_prontoqa_twin_has_the_other_answer(seed):
     for example in prontoqa.generate(20, seed, prontoqa.OntologyConfig(3, matched=True)):
         twin = task.twin(example)
         assert task.solve(twin["question"]) == twin["answer"] != example["answer"]
-        assert task.twin(twin) == example  # so its steps are the generator's
+        assert task.twin(twin) == example  # so its steps are those of the generator
         assert task.solve(task.reworded(example)) == twin["answer"]
     example = prontoqa.generate(1, seed, prontoqa.OntologyConfig(3))[0]
     assert task.twin(example) is None  # both facts are about one name
@@ -385,7 +385,7 @@ def test_without_twins_destroyed_is_not_ignored(bundled):
 def test_thoughts_name_the_words_of_their_step(bundled):
     """The words of another step or question could be counted."""
     engine, pairs = bundled
-    while len(pairs.examples) < 100:  # fewer decide nothing
+    while len(pairs.examples) < 100:  # MIN_PAIRS
         pairs = pairs.take([*range(len(pairs.examples))] * 2)
     found = words_by_step(engine, pairs.figures(engine), pairs, 6)
     assert set(found) <= {1, 2, 3} and found[2]["own"]["lo"] > found[2]["other"]["hi"]
@@ -398,7 +398,7 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
     engine = random_insight_engine("pause")
     _, pairs = generated_pairs(engine.config, 50, 3)
     N = len(pairs.examples)
-    first = torch.tensor([[-0.1, -3.0]] * N)  # for both twins the same option
+    first = torch.tensor([[-0.1, -3.0]] * N)  # the same option for both twins
     first[: N // 10] = first[: N // 10].flip(1)
     names = ("own", "twin_own", "mean", "twin", "unrelated", "k0", "k1", "k2", "slot1", "slot2")
     cells = dict.fromkeys(names, first) | {"by_inputs": torch.zeros(N, 1)}

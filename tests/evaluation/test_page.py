@@ -274,7 +274,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser.close()
 
 
-# pairs of names of the drawing that touch each other
+# number of pairs of names in the drawing that overlap
 COLLISIONS = """(() => {
   const boxes = [...document.querySelectorAll('#one text')].map(t => t.getBoundingClientRect());
   return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right

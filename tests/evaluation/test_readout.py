@@ -13,7 +13,7 @@ from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
-# zonk and imp are in no vocabulary: several tokens each, of different number
+# zonk and imp are not in the vocabulary: each has several tokens, a different number
 QUESTION = "Tom is a lempus. Every lempus is a zonk. Sam is a imp. Is Tom a imp or zonk?"
 
 
