@@ -95,7 +95,7 @@ WRONG = {
     "no question": (json.dumps([without("question")]), "example 0: 'question' is missing"),
     "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "example 2: 'steps' is missing"),
     "no answer": (json.dumps([without("answer")]), "example 0: 'answer' is missing"),
-    "number asked": (
+    "number as question": (
         json.dumps([GOOD | {"question": 3}]),
         "'question': expected a text, got int",
     ),
@@ -168,8 +168,8 @@ def test_bad_examples_are_skipped_and_reported(tmp_path, name):
     examples = read_examples(path, skipped)
     assert examples == [GOOD if name != "gsm8k" else parse_gsm8k_line(LINE)]
     assert len(skipped) == len(complaints)
-    for said, complaint in zip(skipped, complaints, strict=True):
-        assert said.startswith(f"{path}, {complaint}") and "\n" not in said
+    for message, complaint in zip(skipped, complaints, strict=True):
+        assert message.startswith(f"{path}, {complaint}") and "\n" not in message
 
 
 def test_every_broken_line_is_counted(tmp_path):
@@ -183,7 +183,7 @@ def test_every_broken_line_is_counted(tmp_path):
     skipped: list[str] = []
     good = [example for i, example in enumerate(examples) if i not in bad]
     assert read_examples(tmp_path / "cut.jsonl", skipped) == good
-    assert [int(said.split("line ")[1].split(":")[0]) - 1 for said in skipped] == sorted(bad)
+    assert [int(message.split("line ")[1].split(":")[0]) - 1 for message in skipped] == sorted(bad)
 
 
 @pytest.mark.parametrize("text", [f"[{json.dumps(GOOD)},\n3", "[]", "7", "", "{\n", "no examples"])

@@ -204,10 +204,10 @@ def test_offline_the_error_lists_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="neither in the Hugging Face cache nor") as e:
         gsm8k.from_hub("train")
-    said = str(e.value)
-    assert said.count("\n") == 1
+    message = str(e.value)
+    assert message.count("\n") == 1
     for way in (gsm8k.HUB, "HF_HUB_OFFLINE", "--data", "gsm_icot.bash"):
-        assert way in said
+        assert way in message
 
 
 def test_import_does_not_load_datasets():

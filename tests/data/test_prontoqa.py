@@ -44,33 +44,33 @@ def real(released) -> list:
 
 def words(sentence: str) -> tuple[str, bool, str]:
     """Return (subject, has "not", predicate) of a sentence, independently of the parser."""
-    said = sentence.removesuffix(".").split()
-    kept = [w for w in said if w not in ("Each", "Every", "is", "are", "a", "an", "not")]
-    if "are" in said:
+    tokens = sentence.removesuffix(".").split()
+    kept = [w for w in tokens if w not in ("Each", "Every", "is", "are", "a", "an", "not")]
+    if "are" in tokens:
         kept = [w.lower().removesuffix("es") if w.endswith("puses") else w for w in kept]
     subject, predicate = kept
-    return subject, "not" in said, predicate
+    return subject, "not" in tokens, predicate
 
 
 def check(example: dict, config: OntologyConfig) -> None:
     """Check all properties of an example by its text alone."""
-    told, query = example["question"].split(" True or false: ")
-    *rules, _, _ = sentences = re.findall(r"[^.]+\.", told)
+    context, query = example["question"].split(" True or false: ")
+    *rules, _, _ = sentences = re.findall(r"[^.]+\.", context)
     sentences = [s.strip() for s in sentences]
     assert len(set(sentences)) == len(sentences)
     claims = [words(s) for s in sentences]
     facts = claims[-2:]
     assert all(f[0] in prontoqa.NAMES for f in facts)
     assert all(c[0] in prontoqa.CONCEPTS for c in claims[:-2])
-    entity, asks_not, asked = words(query)
+    entity, query_negated, query_property = words(query)
     known = {entity}
     while more := {p for s, _, p in claims if s in known} - known:
         known |= more
-    about = [(s, no) for s, no, p in claims if p == asked]
+    about = [(s, no) for s, no, p in claims if p == query_property]
     says = [no for s, no in about if s in known]
     # two concepts have the property, one negated; only one of them applies to the entity
     assert len(about) == 2 and {no for _, no in about} == {False, True} and len(says) == 1
-    assert example["answer"] == str(says[0] == asks_not)
+    assert example["answer"] == str(says[0] == query_negated)
 
     # steps: start at the entity; each rule is in the text and about the previous concept
     at = entity
@@ -80,8 +80,8 @@ def check(example: dict, config: OntologyConfig) -> None:
         assert words(fact) in facts if at == entity else words(fact)[2] == at
         assert rule in sentences
         _, no, at = words(rule)
-    assert (no, at) == (says[0], asked)
-    assert words(example["steps"][-1]) == (entity, no, asked)
+    assert (no, at) == (says[0], query_property)
+    assert words(example["steps"][-1]) == (entity, no, query_property)
     assert len(example["steps"]) == config.hops + 1
 
     # no repetition: one property per family; only the twin repeats the properties of the chain
@@ -185,20 +185,22 @@ def test_shortcuts_of_the_public_examples(real):
 def test_matched_is_symmetric_in_the_entities(hops):
     """Ask about the other entity and negate what is stated twice: the examples are isomorphic."""
     for example in prontoqa.generate(100, 3, OntologyConfig(hops, matched=True)):
-        *told, query = example["question"].split(". ")
+        *context, query = example["question"].split(". ")
         entity = query.split()[3]
-        (other,) = {words(s)[0] for s in told[-2:]} - {entity}
+        (other,) = {words(s)[0] for s in context[-2:]} - {entity}
         query = query.replace(entity, other)
-        asked = {**example, "question": ". ".join([*told, query])}
-        assert prontoqa.solve(asked["question"]) == {"True": "False"}.get(example["answer"], "True")
-        times = Counter(words(s)[2] for s in told)
-        for i, sentence in enumerate(told):
-            *said, last = sentence.split()
+        swapped = {**example, "question": ". ".join([*context, query])}
+        assert prontoqa.solve(swapped["question"]) == {"True": "False"}.get(
+            example["answer"], "True"
+        )
+        times = Counter(words(s)[2] for s in context)
+        for i, sentence in enumerate(context):
+            *tokens, last = sentence.split()
             if last in prontoqa.PROPERTIES and times[last] == 2:
-                said = said[:-1] if said[-1] == "not" else [*said, "not"]
-                told[i] = " ".join([*said, last])
-        denied = {**example, "question": ". ".join([*told, query])}
-        assert graph_key(denied) == graph_key(example) != graph_key(asked)
+                tokens = tokens[:-1] if tokens[-1] == "not" else [*tokens, "not"]
+                context[i] = " ".join([*tokens, last])
+        denied = {**example, "question": ". ".join([*context, query])}
+        assert graph_key(denied) == graph_key(example) != graph_key(swapped)
 
 
 def test_a_seed_always_gives_the_same_examples():
@@ -231,27 +233,29 @@ def test_graph_hash_ignores_names_and_order(examples):
     """Training could repeat a held-out ontology under other names."""
     rng = random.Random(0)
     for example in examples[:100]:
-        told, query = example["question"].split(" True or false: ")
-        claims = [words(s) for s in re.findall(r"[^.]+\.", told)]
+        context, query = example["question"].split(" True or false: ")
+        claims = [words(s) for s in re.findall(r"[^.]+\.", context)]
         rng.shuffle(claims)
         names = dict(zip(prontoqa.CONCEPTS, rng.sample(prontoqa.CONCEPTS, 17), strict=True))
         names |= dict.fromkeys(prontoqa.NAMES, "Tom")
         plural = rng.random() < 0.5
-        said = []
+        sentences = []
         for subject, no, predicate in claims:
             subject, predicate = names[subject], names.get(predicate, predicate)
             noun = predicate.endswith("pus")
             if plural and subject != "Tom":
                 predicate = f"{predicate}es" if noun else predicate
-                said.append(f"{subject.capitalize()}es are {'not ' * no}{predicate}.")
+                sentences.append(f"{subject.capitalize()}es are {'not ' * no}{predicate}.")
             else:
                 subject = subject if subject == "Tom" else f"Each {subject}"
-                said.append(f"{subject} is {'not ' * no}{'a ' * noun}{predicate}.")
+                sentences.append(f"{subject} is {'not ' * no}{'a ' * noun}{predicate}.")
         query = " ".join(["Tom", *query.split()[1:]])
-        other = {**example, "question": f"{' '.join(said)} True or false: {query}"}
+        other = {**example, "question": f"{' '.join(sentences)} True or false: {query}"}
         assert graph_key(other) == graph_key(example)
-        asked = query.replace(" not ", " ") if " not " in query else query.replace(" is", " is not")
-        changed = {**example, "question": f"{' '.join(said)} True or false: {asked}"}
+        negated = (
+            query.replace(" not ", " ") if " not " in query else query.replace(" is", " is not")
+        )
+        changed = {**example, "question": f"{' '.join(sentences)} True or false: {negated}"}
         assert graph_key(changed) != graph_key(example)
     assert len({graph_key(example) for example in examples}) == len(examples)
     example = {"question": f"Each wumpus is an impus. {QUESTION}", "steps": [], "answer": "False"}
@@ -286,9 +290,9 @@ def every_word(examples: list) -> None:
 
 
 def raw_example(example: dict) -> dict:
-    told, asked = example["question"].split(" True or false: ")
+    context, query = example["question"].split(" True or false: ")
     chain = [f"{s}." for step in example["steps"] for s in step.removesuffix(".").split(". ")]
-    test = {"question": told, "query": f"True or false: {asked}", "chain_of_thought": chain}
+    test = {"question": context, "query": f"True or false: {query}", "chain_of_thought": chain}
     return {"test_example": {**test, "answer": example["answer"]}}
 
 
@@ -422,14 +426,14 @@ def test_statistics_by_hand():
 
 def means_the_same(example: dict) -> None:
     compact = prontoqa.compact_example(example)
-    told, entity, asked = compact["question"].split("?")
+    claims_text, entity, compact_query = compact["question"].split("?")
     claims = []
-    for sentence in told.removesuffix(".").split("."):
+    for sentence in claims_text.removesuffix(".").split("."):
         subject, *no, predicate = sentence.split()
         claims.append((subject, no == ["not"], predicate))
     *rest, query = re.findall(r"[^.:]+\.", example["question"].replace(" True or false:", ""))
     assert claims == [words(s) for s in rest]
-    assert words(f"{entity} is{asked}.") == words(query)
+    assert words(f"{entity} is{compact_query}.") == words(query)
     assert not re.search(r"  |[.?][^ ?]|\?\.", compact["question"])
     assert prontoqa.expand_steps("".join(compact["steps"]), example["question"]) == example["steps"]
     assert compact["answer"] == example["answer"]
@@ -456,9 +460,12 @@ def test_compact_by_hand():
         "answer": "False",
         "id": 3,
     }
-    asked = " wumpus not red. impus wumpus. jompus red. jompus vumpus. Max impus.? Max? red"
-    said = [" impus wumpus", " wumpus not red", " not red"]
-    assert prontoqa.compact_example(example) == {**example, "question": asked, "steps": said}
+    facts = " wumpus not red. impus wumpus. jompus red. jompus vumpus. Max impus."
+    expected = {
+        "question": f"{facts}? Max? red",
+        "steps": [" impus wumpus", " wumpus not red", " not red"],
+    }
+    assert prontoqa.compact_example(example) == example | expected
     # a model can generate any text
     expand = prontoqa.expand_steps
     assert expand(" vumpus impus", QUESTION) == ["Max is a vumpus. Every vumpus is an impus."]

@@ -84,26 +84,26 @@ def check(example: dict, config: GraphConfig) -> None:
     assert len(set(symbol)) == len(symbol)
 
     # texts
-    def say(a: int, b: int) -> str:
+    def sentence(a: int, b: int) -> str:
         return f"{'Every ' if a in parents else ''}{symbol[a]} is a {symbol[b]}."
 
-    *facts, asked = example["question"].split(". ")
-    assert sorted(f + "." for f in facts) == sorted(say(a, b) for a, b in edges)
+    *facts, query = example["question"].split(". ")
+    assert sorted(f + "." for f in facts) == sorted(sentence(a, b) for a, b in edges)
     options = symbol[target], symbol[neg_target]
-    asks = [f"Is {symbol[root]} a {a} or {b}?" for a, b in (options, options[::-1])]
-    assert asked in asks
+    queries = [f"Is {symbol[root]} a {a} or {b}?" for a, b in (options, options[::-1])]
+    assert query in queries
     assert example["answer"] == f"{symbol[root]} is a {symbol[target]}."
 
     # steps: a shortest path of edges from the entity to the target
     number = {word: node for node, word in enumerate(symbol)}
-    said = [
+    steps = [
         [number[w.strip(".")] for w in s.split() if w.strip(".") in number]
         for s in example["steps"]
     ]
-    assert len(said) == hops and said[0][0] == root and said[-1][1] == target
-    assert all(a[1] == b[0] for a, b in zip(said, said[1:], strict=False))
-    assert all(step in edges for step in said)
-    assert example["steps"] == [say(*step) for step in said]
+    assert len(steps) == hops and steps[0][0] == root and steps[-1][1] == target
+    assert all(a[1] == b[0] for a, b in zip(steps, steps[1:], strict=False))
+    assert all(step in edges for step in steps)
+    assert example["steps"] == [sentence(*step) for step in steps]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -220,15 +220,15 @@ def test_balanced_defeats_every_shortcut(name):
     more than four standard deviations."""
     examples = prosqa.generate(200, 3, CONFIGS[name])
     stats = prosqa_shortcuts(examples)
-    for rule in ("said last", "said more often", "of the first root"):
+    for rule in ("mentioned last", "mentioned more often", "of the first root"):
         stats[rule] = 0.0
         for example in examples:
-            asked = prosqa.parse_question(example["question"])
-            words = [word for edge in asked.edges for word in edge]
+            parsed = prosqa.parse_question(example["question"])
+            words = [word for edge in parsed.edges for word in edge]
             good, bad = (example["idx_to_symbol"][example[key]] for key in ("target", "neg_target"))
             scores = {
-                "said last": [-words[::-1].index(w) for w in (good, bad)],
-                "said more often": [words.count(w) for w in (good, bad)],
+                "mentioned last": [-words[::-1].index(w) for w in (good, bad)],
+                "mentioned more often": [words.count(w) for w in (good, bad)],
                 "of the first root": [example["root"] == 0, example["root"] == 1],
             }[rule]
             stats[rule] += ((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])) / len(

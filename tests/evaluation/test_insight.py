@@ -233,10 +233,10 @@ RULES = [
 @pytest.mark.parametrize("rule, figures, mark, verdict", RULES)
 def test_rules_on_made_up_figures(rule, figures, mark, verdict):
     """An interval across a limit, or a figure of too few questions, could give a verdict."""
-    found = rule(*figures)
-    assert (found["mark"], found["verdict"]) == (mark, verdict)
-    n = sum(f"{{{i}}}" in found["text"] for i in range(9))
-    assert n == len(found["figures"]) and found["title"].endswith(".")
+    finding = rule(*figures)
+    assert (finding["mark"], finding["verdict"]) == (mark, verdict)
+    n = sum(f"{{{i}}}" in finding["text"] for i in range(9))
+    assert n == len(finding["figures"]) and finding["title"].endswith(".")
 
 
 def test_depth_and_readout_on_made_up_figures():
@@ -387,9 +387,9 @@ def test_thoughts_name_the_words_of_their_step(bundled):
     engine, pairs = bundled
     while len(pairs.examples) < 100:  # MIN_PAIRS
         pairs = pairs.take([*range(len(pairs.examples))] * 2)
-    found = words_by_step(engine, pairs.figures(engine), pairs, 6)
-    assert set(found) <= {1, 2, 3} and found[2]["own"]["lo"] > found[2]["other"]["hi"]
-    assert insight.judge_words(found)["mark"] in ("yes", "part")
+    p = words_by_step(engine, pairs.figures(engine), pairs, 6)
+    assert set(p) <= {1, 2, 3} and p[2]["own"]["lo"] > p[2]["other"]["hi"]
+    assert insight.judge_words(p)["mark"] in ("yes", "part")
     assert insight.judge_words({1: {"own": HALF, "other": HALF}})["mark"] == "no"
 
 
