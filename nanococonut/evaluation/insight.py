@@ -61,7 +61,7 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
     return finding(
         "pairs",
         "Accuracy on questions as in training is {0}. In {1} of the twin pairs with at least two "
-        "steps, both answers are correct; in {2} exactly one, the best that a shortcut can do that "
+        "steps, both answers are correct; in {2} exactly one, the best result of a shortcut that "
         "ignores what is asked.",
         [trained, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked",
