@@ -49,7 +49,7 @@ def test_an_edit_that_returns_its_input_is_exact(tokenizer, thought):
 
 
 def test_an_edit_is_fed_back(tokenizer):
-    """An edit could be applied late, see memory that is overwritten, or be missing in `inputs`."""
+    """An edit could come late, keep the engine's memory, or be left out of the record."""
     engine = random_engine(tokenizer)
     seen = []
 
