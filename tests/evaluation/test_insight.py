@@ -37,7 +37,7 @@ def random_engine(tokenizer, method="coconut", **shape) -> Engine:
 
 @pytest.mark.parametrize("thought", ["hidden", "soft", "projected", "fixed"])
 def test_an_edit_that_returns_its_input_is_exact(tokenizer, thought):
-    """The steps with an edit could differ from the normal ones."""
+    """The plain steps of an edit could differ from those without one."""
     engine = random_engine(tokenizer, thought=thought)
     plain = engine.generate(QUESTIONS, 3, 9)
     edited = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: fed)
