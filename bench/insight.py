@@ -19,9 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
 import nanococonut  # isort: skip  # first: sets how OpenMP waits
-from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
-
 from bench.common.results import ResultWriter, read_jsonl
 from nanococonut import Engine
 from nanococonut.data.generator import TEST_SEED
@@ -69,10 +66,7 @@ def evaluate(
     config: InsightConfig, name: str, engine: Engine, plain: Pairs | None, pairs: Pairs
 ) -> Row:
     """Return the row of one model."""
-    columns = "{task.percentage:3.0f}% done,", TimeRemainingColumn(), "left"
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=1)
-        row, figures = measure(engine, name, plain, pairs, lambda x: bar.update(task, completed=x))
+    row, figures = measure(engine, name, plain, pairs)
     if "accuracy" in row and pairs.is_prosqa:
         row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
         if config.more and plain is not None:

@@ -1,1 +1,1 @@
-"""Examples: a question, the reasoning steps to its answer, the answer. Text only, no tokens."""
+"""Tasks and their examples: a question, the reasoning steps, the answer. Text only, no tokens."""

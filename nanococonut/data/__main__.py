@@ -1,4 +1,4 @@
-"""Write a file of examples: a generated split, or one of GSM8k-Aug's.
+"""Write a file of examples: a generated split, or a split of GSM8k-Aug.
 
 python -m nanococonut.data prosqa --n 1000 --out examples.json
 """
@@ -18,8 +18,8 @@ TASK_OF = {split: name for name, task in TASKS.items() for split in task.splits 
 
 @dataclass(frozen=True)
 class Options:
-    data: str = option("prosqa", "what to write", choices=list(TASK_OF))
-    out: str = option("examples.json", "a new file")
+    data: str = option("prosqa", "split, or gsm8k", choices=list(TASK_OF))
+    out: str = option("examples.json", "file to write; it must not exist")
     n: int = option(1000, "number of generated examples", ge=1)
     seed: int = option(0, "random seed", ge=0)
     n_nodes: int = option(28, "ProsQA: nodes per graph")
@@ -33,7 +33,7 @@ class Options:
 
 
 def main() -> None:
-    """Write the file that sys.argv asks for."""
+    """Write the file that the options in sys.argv describe."""
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv[0] = f"--data={argv[0]}"

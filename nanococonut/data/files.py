@@ -1,6 +1,6 @@
-"""Files of examples: six formats are read, recognized by their content; one is written.
+"""Read and write files of examples. Six formats are read and recognized by their content:
 
-JSON list        [{question, steps, answer}, ...], the released code's format; also written here
+JSON list        [{question, steps, answer}, ...], the released code's format; the one written
 JSON lines       one such object per line
 openai/gsm8k     {question, answer: "4*6=<<4*6=24>>24 eggs.\\n#### 24"}, as JSON lines or list
 CODI             {question, cot: "<<4*6=24>> <<24-3=21>>", answer: "21"}, as JSON lines or list
@@ -18,20 +18,20 @@ from typing import Any
 from nanococonut.data.examples import Example, parse_object
 from nanococonut.runtime.errors import UserError
 
-Parse = Callable[[Any], Example]  # raises ValueError for a bad entry
+Parse = Callable[[Any], Example]  # raises ValueError for an invalid entry
 
 OBJECT = "An example is an object: question (text), steps (list of texts), answer (text)."
 
 
 def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None) -> list[Example]:
-    """Read and check all examples of a file in any format.
+    """Return the validated examples of a file in any format.
 
-    A bad example raises a UserError that names file and place. If `skipped` is a list, bad examples
-    are dropped and their errors appended. A file without any valid example is always an error.
+    An invalid example raises a UserError that names file and place. If `skipped` is a list, invalid
+    examples are dropped and their errors appended to it. No valid example is always a UserError.
     """
     path = Path(path)
     try:
-        # a byte that is not UTF-8 becomes half of a surrogate pair, which parse_object() refuses
+        # a byte that is not UTF-8 becomes a lone surrogate, which parse_object() rejects
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
         reason = f"cannot be read: {getattr(e, 'strerror', None) or e}"
@@ -47,9 +47,9 @@ def collect(
     expected: str,
     skipped: list[str] | None,
 ) -> list[Example]:
-    """Return the examples that parse() makes of (place, entry) pairs; see read_examples.
+    """Return the examples of (place, entry) pairs, made by parse(); see read_examples.
 
-    expected   what an entry should look like, the second line of an error
+    expected   second line of an error: what an entry should look like
     """
     examples: list[Example] = []
     errors: list[str] = []
@@ -69,7 +69,7 @@ def collect(
 
 
 def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
-    """Write a new file: a JSON list, one example per line. UserError if it exists already."""
+    """Write a new file: a JSON list, one example per line. UserError if the file exists."""
     text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"
     created = False
     try:
@@ -77,23 +77,23 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
             created = True
             f.write(text)
     except OSError as e:
-        if created:  # half a file would be read as a broken one
+        if created:  # leave no partial file
             os.unlink(path)
         missing = isinstance(e, FileNotFoundError)
         reason = "its folder does not exist" if missing else e.strerror
         raise UserError(f"{path} cannot be written: {reason}.\nChoose another file.") from None
 
 
-# ---- one entry of each format -> an example, or ValueError
+# ---- parse one entry of each format; ValueError if it is invalid
 
 
 def parse_gsm8k_line(line: str) -> Example:
     """Return the example on a line of GSM8k-Aug text.
 
-    The answer keeps its commas; examples.is_correct ignores those of numbers.
+    The answer keeps its commas; examples.is_correct ignores them in numbers.
     """
     solved, mark, answer = line.rpartition("####")
-    question, bars, steps = (solved or answer).rpartition("||")  # a question may hold others
+    question, bars, steps = (solved or answer).rpartition("||")  # the question may contain ||
     if not bars:
         raise ValueError("no || after the question")
     if not mark:
@@ -102,16 +102,16 @@ def parse_gsm8k_line(line: str) -> Example:
 
 
 def parse_gsm8k_columns(columns: dict[str, Any]) -> Example:
-    """Return the example in the columns question, steps, answer, without blanks around texts."""
+    """Return the example in the columns question, steps, answer; strip texts, drop empty steps."""
     x = parse_object(columns)
-    steps = [step.strip() for step in x["steps"] if step.strip()]  # "" is no step
+    steps = [step.strip() for step in x["steps"] if step.strip()]
     return {"question": x["question"].strip(), "steps": steps, "answer": x["answer"].strip()}
 
 
 def parse_row(row: Any) -> Example:
     """Return the example in a JSON object: {question, steps, answer}, openai/gsm8k's or CODI's.
 
-    The steps of the last two are their equations, as in GSM8k-Aug; their lines if there are none.
+    In the last two formats the steps are the equations, as in GSM8k-Aug, or else the lines.
     """
     if isinstance(row, dict) and "steps" not in row:
         solution, answer = row.get("cot"), row.get("answer")
@@ -124,7 +124,7 @@ def parse_row(row: Any) -> Example:
 
 
 def parse_raw_prontoqa(raw: Any) -> Example:
-    """Return an example of the public ProntoQA generator, as the released preprocessing does.
+    """Return an example of the public ProntoQA generator, converted as in the released code.
 
     raw   {"test_example": {question, query, chain_of_thought, answer}}; other keys are ignored
     """
@@ -139,13 +139,13 @@ def parse_raw_prontoqa(raw: Any) -> Example:
 
 
 def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse, str]:
-    """Return the first arguments of collect() for a text. UserError if it has no known format."""
+    """Return collect()'s (entries, parse, expected) for a text. UserError if no format fits."""
     try:
         value = _load_json(text)
     except ValueError as e:
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         start = lines[0][1].strip() if lines else ""
-        # "[" or a lone "{" starts a broken JSON value over several lines, not JSON lines
+        # "[" or a lone "{" starts an invalid JSON value of several lines, not JSON lines
         if not start.startswith("[") and start != "{":
             if any(line.lstrip().startswith("{") for _, line in lines):
                 return lines, lambda line: parse_row(_load_json(line)), OBJECT
@@ -164,7 +164,7 @@ def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse,
 
 
 def _load_json(text: str) -> Any:
-    """Return the JSON value. Raise ValueError with the reason; its cause knows the line."""
+    """Return the JSON value. Raise ValueError with the reason; its cause has the line number."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:

@@ -1,14 +1,14 @@
-"""ProntoQA: does an entity have a property? Ontologies of invented words.
+"""ProntoQA: does an entity have a property, by the rules of an ontology of invented words?
 
-Examples like those that the public generator (Saparov and He, arXiv 2210.01240) makes for the
-Coconut paper: a chain of concepts above the entity, each with a property and a second parent that
-leads nowhere; the property in the query is `hops` steps away. All examples have one shape, so a
-thousand are drawn at a time as arrays. docs/DATA.md has figures of 300 that it made.
+The examples are like those of the public generator (Saparov and He, arXiv 2210.01240) that the
+Coconut paper uses. A chain of concepts leads up from the entity. Each concept has a property and a
+second parent that leads nowhere; the property in the query is `hops` steps away. All examples have
+the same structure, so a thousand are drawn at once as arrays. docs/DATA.md compares the statistics.
 
-Those examples need no search: the property is stated of two concepts, once with "not", and the
+These examples need no search: two concepts have the property in the query, one with "not", and the
 wrong one occurs nowhere else in the text (shortcuts.py: 100 % correct). With
-OntologyConfig(matched=True) the wrong statement is at the end of a twin of the chain. Only the
-entity's fact tells the two apart, so all such rules give 50 %.
+OntologyConfig(matched=True) the wrong one is at the end of a second chain, the twin of the first.
+Only the fact about the entity distinguishes the two, so such rules get 50 %.
 """
 
 import re
@@ -33,7 +33,7 @@ CONCEPTS = (
     "brimpus dumpus gorpus grimpus impus jompus lempus lorpus numpus rompus shumpus sterpus tumpus "
     "vumpus wumpus yumpus zumpus"
 ).split()
-# of properties: an example uses at most one of each
+# families of properties: an example uses at most one property of each
 FAMILIES = [
     family.split()
     for family in (
@@ -44,7 +44,7 @@ FAMILIES = [
     ).split(", ")
 ]
 PROPERTIES = [word for family in FAMILIES for word in family]
-# every word and sign of both styles, and the mark before the answer
+# all words and signs of both styles, and the mark before the answer
 VOCABULARY = [
     *NAMES,
     *CONCEPTS,
@@ -58,7 +58,7 @@ WORDINGS = ("Each", "Every", "plural", "plural")  # half of all rules are plural
 
 
 class Claim(NamedTuple):
-    """A parsed sentence. A fact's subject is a name, a rule's is a concept."""
+    """A parsed sentence. The subject of a fact is a name, that of a rule a concept."""
 
     subject: str
     negated: bool
@@ -66,7 +66,7 @@ class Claim(NamedTuple):
 
     @property
     def compact(self) -> str:
-        """The claim in compact style, without its subject: " red" or " not red"."""
+        """Return the claim in compact style, without its subject: " red" or " not red"."""
         return f" {'not ' * self.negated}{self.predicate}"
 
     @property
@@ -84,7 +84,7 @@ def _a(concept: str) -> str:
 
 @lru_cache(10_000)  # a lookup is faster than formatting
 def _sentence(claim: Claim, wording: str = "Every") -> str:
-    """Write a claim. Wording is one of WORDINGS; facts have only one."""
+    """Return a claim as a sentence. wording: of WORDINGS; makes no difference for facts."""
     subject, negated, predicate = claim
     no = "not " if negated else ""
     if wording == "plural" and not claim.is_fact:
@@ -99,15 +99,15 @@ class OntologyConfig:
     """Settings of the ontologies."""
 
     hops: int = option(5, "steps from the entity's concept to the queried property", ge=1, le=6)
-    matched: bool = option(False, "the wrong property is at the end of a twin of the chain")
+    matched: bool = option(False, "the wrong property is at the end of a second chain")
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.matched and self.hops > 5:  # a twin needs more concepts
+        if self.matched and self.hops > 5:  # two chains need more concepts
             raise UserError(f"hops={self.hops}: matched has at most 5.\nLower hops (--max_hops).")
 
 
-# split -> its settings for a model that is trained on ontologies of some size
+# split -> function from the training settings to the settings of the split
 SPLITS: dict[str, Callable[[TrainConfig], OntologyConfig]] = {
     "prontoqa": lambda trained: OntologyConfig(trained.max_hops),
     "prontoqa_matched": lambda trained: OntologyConfig(trained.max_hops, matched=True),
@@ -115,24 +115,24 @@ SPLITS: dict[str, Callable[[TrainConfig], OntologyConfig]] = {
 
 
 def easier_configs(trained: TrainConfig) -> list[OntologyConfig]:
-    """Return settings with fewer steps than the task's own, to start the search from."""
+    """Return settings with fewer steps than the task, from which search is easier to learn."""
     return [OntologyConfig(hops, matched=True) for hops in range(1, trained.max_hops)]
 
 
 def longest_configs(trained: TrainConfig) -> list[OntologyConfig]:
-    """Return no settings: all examples have as many steps."""
+    """Return no settings: all examples have the same number of steps."""
     return []
 
 
 def _negated_probability(c: OntologyConfig) -> np.ndarray:
-    """Return (P) how likely each property is negated: of concepts 1 to hops, then of all others.
+    """Return (P) the probability that each property is negated: of concepts 1 to hops, then others.
 
-    A third of all properties is. The public generator walks up the chain; at each concept it stops
-    to ask for its property with weight .3 (negated: .7), or continues with weight 1, and keeps the
-    walks of the right length. So a concept on the way is more often one without "not".
+    The public generator negates a third of all properties. It walks up the chain; at each concept
+    it ends at the property with weight 0.3 (negated: 0.7) or continues with weight 1, and it keeps
+    walks of the right length. So properties on the way are negated less often.
     """
     probability = np.full(2 * c.hops + (not c.matched), 1 / 3)
-    if c.matched:  # the twin has the opposite: only 1/2 is the same for both
+    if c.matched:  # the second chain has the opposite properties, so only 1/2 suits both
         probability[: c.hops] = 1 / 2
         return probability
     no, yes = 1 / 3 / 1.7, 2 / 3 / 1.3
@@ -142,10 +142,10 @@ def _negated_probability(c: OntologyConfig) -> np.ndarray:
 
 
 def _rules(c: OntologyConfig) -> tuple[list[tuple[int, int, bool]], int]:
-    """Return (subject, predicate, opposite) of each rule by number, and the second fact's concept.
+    """Return (subject, predicate, opposite) of each rule as numbers, and the second fact's concept.
 
     Concepts 0 to hops are the chain, top first; concept hops + i is the second parent of concept i.
-    Predicates from len(CONCEPTS) on are properties; opposite: negated if the property is not.
+    Predicates from len(CONCEPTS) on are properties; if opposite, the rule flips their negation.
     """
     h, p = c.hops, len(CONCEPTS)
     rules = []
@@ -164,7 +164,7 @@ def _rules(c: OntologyConfig) -> tuple[list[tuple[int, int, bool]], int]:
 
 
 def sample_batch(rng: np.random.Generator, c: OntologyConfig) -> list[Example]:
-    """Draw BATCH examples: B examples, R rules, P properties, 17 concepts, 13 families."""
+    """Return BATCH examples. Shapes: B examples, P properties, 17 concepts, 13 families."""
     rules, second = _rules(c)
     negated_probability = _negated_probability(c)
     concepts = rng.random((BATCH, len(CONCEPTS))).argsort(1).tolist()  # (B, 17)
@@ -193,7 +193,7 @@ def sample_batch(rng: np.random.Generator, c: OntologyConfig) -> list[Example]:
             facts.reverse()
         prop, no = words[len(CONCEPTS)], negated[len(CONCEPTS)]
         query = _sentence(Claim(entity, no == is_true[i], prop))
-        # the rules of the steps: from each concept to the next, then its property
+        # the rules of the steps: from each concept to its parent, then to the property
         proof = [sentences[rule] for rule in (*range(4 * (c.hops - 1), 0, -4), 2)]
         steps = [f"{entity} is {_a(k)}. {rule}" for k, rule in zip(chain, proof, strict=True)]
         context = [sentences[rule] for rule in order[i]]
@@ -211,7 +211,7 @@ def sample_batch(rng: np.random.Generator, c: OntologyConfig) -> list[Example]:
 
 
 class Question(NamedTuple):
-    """A parsed question, singular words throughout, in the order of the text."""
+    """A parsed question in the order of the text. All words are singular."""
 
     facts: list[Claim]
     rules: list[Claim]
@@ -226,24 +226,24 @@ PLURAL_RE = re.compile(rf"([A-Z][a-z]*pus)es are (?:([a-z]*pus)es|{PROPERTY})")
 
 
 def parse_sentence(sentence: str) -> Claim:
-    """Parse a sentence without its full stop, in any wording. UserError if it is not ProntoQA."""
+    """Parse a sentence of any wording, without full stop. UserError if it is not ProntoQA."""
     if m := SINGULAR_RE.fullmatch(sentence):
         return Claim(m[1] or m[2], bool(m[4]), m[3] or m[5])
     if m := PLURAL_RE.fullmatch(sentence):
         return Claim(m[1].lower(), bool(m[3]), m[2] or m[4])
     raise UserError(
-        f'not a ProntoQA sentence: {sentence[:60]!r}.\nWrite "Max is a wumpus." (a capital for '
-        'a name) or "Every wumpus is not red." (Each, or Wumpuses are; concepts end in -pus)'
+        f'not a ProntoQA sentence: {sentence[:60]!r}.\nWrite "Max is a wumpus." (capitalize '
+        'names) or "Every wumpus is not red." (also Each, Wumpuses are; concepts end in -pus)'
     )
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return the sentences without their full stops and with single spaces."""
+    """Return the sentences without full stops and with single spaces."""
     return [s.strip() for s in " ".join(text.split()).removesuffix(".").split(".")]
 
 
 def split_question(question: str) -> tuple[list[str], str]:
-    """Return (sentences of rules and facts, the query after "True or false:")."""
+    """Return (sentences of rules and facts, query after "True or false:")."""
     context, _, query = " ".join(question.split()).partition("True or false:")
     return split_sentences(context) if context else [], query.strip()
 
@@ -264,7 +264,7 @@ def parse_question(question: str) -> Question:
 
 
 def concepts_of(q: Question) -> dict[str, int]:
-    """Map the entity and all concepts that it is to the fewest steps up to them."""
+    """Map the entity and all concepts that apply to it to the fewest steps up to them."""
     edges = [(c.subject, c.predicate) for c in q.facts + q.rules if c.names_concept]
     return distances(children_of(edges), q.query.subject)
 
@@ -272,7 +272,7 @@ def concepts_of(q: Question) -> dict[str, int]:
 def solve(question: str) -> str | None:
     """Return the answer found by search, "True" or "False".
 
-    None if the text is not a ProntoQA question, or if nothing or a contradiction follows.
+    None if the text is not a ProntoQA question, or if no answer or both answers follow.
     """
     try:
         q = parse_question(question)
@@ -290,11 +290,11 @@ def solve(question: str) -> str | None:
 def marked_graph(example: Example) -> isomorphism.Graph:
     """Return the ontology with the query marked, for isomorphism.graph_keys.
 
-    Sentence order, wording and the names of the entity and the concepts do not count, properties
-    do. UserError as parse_question.
+    Sentence order, wording and the words for entity and concepts make no difference; properties do.
+    UserError as in parse_question.
     """
     facts, rules, query = parse_question(example["question"])
-    # nodes: names, concepts, and properties with their sign, such as " not red"
+    # nodes: names, concepts, and properties with their "not", such as " not red"
     edges = [(c.subject, c.predicate if c.names_concept else c.compact) for c in facts + rules]
     marks = {node: crc32(node.encode()) for _, node in edges if node.startswith(" ")}
     marks[query.subject] = crc32(query.compact.encode())
@@ -305,10 +305,10 @@ generate = partial(draw, sample_batch, marked_graph, OntologyConfig())
 
 
 def twin(example: Example) -> Example | None:
-    """Return the question with the concepts of both names exchanged; the other answer is right.
+    """Return the question with the concepts of its two names exchanged, so that its answer flips.
 
-    None if there is no other name, as without OntologyConfig(matched=True), or if nothing opposite
-    follows.
+    None if there is only one name, as without OntologyConfig(matched=True), or if the other answer
+    does not follow.
     """
     facts, rules, (entity, _, prop) = parse_question(example["question"])
     concepts = {fact.subject: fact.predicate for fact in facts}
@@ -324,7 +324,7 @@ def twin(example: Example) -> Example | None:
     answer = solve(question)
     if answer is None or answer == example["answer"]:
         return None
-    # up from the entity's concept to the nearest one with the property
+    # breadth-first search from the entity's concept up to the nearest one with the property
     rule_of = {rule.subject: rule for rule in rules if rule.predicate == prop}
     proofs: list[list[Claim]] = [[Claim(entity, False, concepts[entity])]]
     for proof in proofs:  # grows during the loop
@@ -339,14 +339,14 @@ def twin(example: Example) -> Example | None:
 
 
 def reworded(example: Example) -> str:
-    """Return the opposite query: the search is the same, the answer the other one."""
+    """Return the question with the opposite query: the same search, the other answer."""
     context = example["question"].partition("True or false:")[0]
     query = parse_question(example["question"]).query
     return f"{context}True or false: {_sentence(query._replace(negated=not query.negated))}"
 
 
-# ---- compact style: "Each p is a c." is " p c.", "Ps are not red." " p not red.", the query
-# "? Max? not red". A step, "Max is a p. Each p is a c.", is " p c", the last one " not red"; the
+# ---- compact style: "Each p is a c." becomes " p c.", "Ps are not red." " p not red.", the query
+# "? Max? not red". A step "Max is a p. Each p is a c." becomes " p c", the last one " not red"; the
 # answer is unchanged. Spaces and signs are as in prosqa.py. Only the wording is lost.
 
 
@@ -358,10 +358,7 @@ def compact_question(question: str) -> str:
 
 
 def compact_step(step: str) -> str:
-    """Return a step in compact style. UserError if it is not one.
-
-    "Max is a p. Each p is a c." -> " p c", "Max is not red." -> " not red"
-    """
+    """Return a step in compact style, see above. UserError if it is not a step."""
     fact, *rule = [parse_sentence(sentence) for sentence in split_sentences(step)]
     if fact.is_fact and not rule:
         return fact.compact
@@ -374,7 +371,7 @@ def compact_step(step: str) -> str:
 
 
 def compact_example(example: Example) -> Example:
-    """Return the example in compact style, with its further keys unchanged."""
+    """Return the example in compact style; other keys are unchanged."""
     steps = [compact_step(step) for step in example["steps"]]
     return {**example, "question": compact_question(example["question"]), "steps": steps}
 
@@ -383,9 +380,9 @@ STEP_RE = re.compile(r"([a-z]*pus) (not )?(?!not\b)([a-z]+)|(not )?(?!not\b)([a-
 
 
 def expand_steps(text: str, question: str) -> list[str]:
-    """Return concatenated compact steps as sentences; text that is no step is kept as it is.
+    """Return concatenated compact steps as sentences; text that is not a step is unchanged.
 
-    Rules are worded as in the question (in sentences), other rules with Every. UserError as in
+    Rules are worded as in the question, rules that it does not have with Every. UserError as in
     parse_question.
     """
     entity = parse_question(question).query.subject

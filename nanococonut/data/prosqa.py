@@ -1,14 +1,14 @@
-"""ProsQA: which of two concepts does a chain of facts lead to? Graphs like the released ones.
+"""ProsQA: to which of two concepts does a chain of facts lead from an entity?
 
-The paper's Algorithm 1, read literally, does not reproduce the released statistics. This generator
-was fitted to the 800 released validation and test examples instead (GraphConfig has the fitted
-values; a search near them gave nothing better beyond noise). It draws a thousand graphs at a
-time and loops over the nodes, parents first.
+The paper's Algorithm 1, taken literally, does not reproduce the statistics of the released data.
+This generator was fitted to the 800 released validation and test examples instead; a search around
+the defaults of GraphConfig gave no significant improvement. It draws a thousand graphs at once as
+arrays and loops over the nodes, parents first.
 
-The released examples can be answered by shortcuts: ignore the entity, choose the option farther
-from its nearest parentless node (92 % correct) or from its farthest one (94 %); see shortcuts.py.
-With GraphConfig(matched=True) these give 50 % and 56 %. With GraphConfig(balanced=True) a fair coin
-decides which root is the entity, so no rule that ignores the entity beats 50 %.
+Shortcuts that ignore the entity solve the released examples: choose the option farther from its
+nearest parentless node (92 % correct) or from its farthest one (94 %); see shortcuts.py. With
+GraphConfig(matched=True) these rules get 50 % and 56 %. With GraphConfig(balanced=True) a fair coin
+decides which root is the entity, so no rule that ignores the entity gets more than 50 %.
 """
 
 import re
@@ -38,27 +38,27 @@ CONCEPTS = (
     "zhorpus zumpus"
 ).split()
 WORDS = NAMES + CONCEPTS
-# every word and sign of both styles, and the mark before the answer
+# all words and signs of both styles, and the mark before the answer
 VOCABULARY = [*WORDS, "Every", "is", "a", "Is", "or", ".", "?", "###"]
 
 FAR = 10_000  # distance of an unreachable node
-# fitted: the fractions of nodes whose parents all descend from root 0, and from root 1; all other
-# nodes take parents anywhere, drawn with weight (DEPTH_WEIGHT * depth + 1) ** depth_power
-SHARES, DEPTH_WEIGHT = (0.35, 0.455), 1.5
+# fitted: probability that all parents of a node descend from root 0 only, from root 1 only (else
+# they are any nodes), and part of their weight (DEPTH_WEIGHT * depth + 1) ** depth_power
+ROOT_PROBABILITY, DEPTH_WEIGHT = (0.35, 0.455), 1.5
 
 
 @dataclass(frozen=True)
 class GraphConfig:
     """Settings of the graphs. The defaults fit the released examples."""
 
-    n_nodes: int = option(28, "nodes before those without edges go", ge=4, le=len(WORDS))
+    n_nodes: int = option(28, "nodes, before those without edges are removed", ge=4, le=len(WORDS))
     min_hops: int = option(3, "fewest steps from the entity to the answer", ge=1)
     max_hops: int = option(6, "most steps from the entity to the answer")
     parent_rate: float = option(1.5, "mean of the Poisson number of parents", ge=0.01, le=20)
     depth_power: float = option(1.0, "higher values give longer chains", ge=0, le=20)
-    matched: bool = option(False, "options equally far from their nearest parentless node")
-    # the same graph with the other answer is equally likely
-    balanced: bool = option(False, "options the deepest of their own root, and equally deep")
+    matched: bool = option(False, "options are equally far from their nearest parentless node")
+    # each graph is equally likely with either answer
+    balanced: bool = option(False, "options are the deepest nodes of their roots, equally deep")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -74,26 +74,26 @@ def _longer_graphs(trained: TrainConfig | GraphConfig) -> GraphConfig:
     return GraphConfig(n_nodes, **hops, **LONG_CHAINS)
 
 
-# long chains are very rare otherwise, and "farthest" solves them all
+# without these settings long chains are very rare, and the rule "farthest" solves all of them
 LONG_CHAINS: dict[str, Any] = dict(depth_power=6, balanced=True)
-# split -> its settings for a model that is trained on graphs of some size
+# split -> function from the training settings to the settings of the split
 SPLITS: dict[str, Callable[[TrainConfig | GraphConfig], GraphConfig]] = {
-    "prosqa": _graphs,  # as in training, with all shortcuts
+    "prosqa": _graphs,  # as in training, with shortcuts
     "prosqa_matched": partial(_graphs, matched=True),
     "prosqa_balanced": partial(_graphs, balanced=True),
-    "prosqa_long": _longer_graphs,  # one or two hops more than any in training
+    "prosqa_long": _longer_graphs,  # one or two hops more than in training
     "prosqa_dense": partial(_graphs, balanced=True, parent_rate=2.5),  # one more parent per node
 }
 
 
 def easier_configs(trained: TrainConfig) -> list[GraphConfig]:
-    """Return settings with fewer steps than the task's own, to start the search from."""
+    """Return settings with fewer steps than the task, from which search is easier to learn."""
     n = trained.min_hops
     return [GraphConfig(trained.n_nodes, min_hops=1, max_hops=n - 1)] if n > 1 else []
 
 
 def longest_configs(trained: TrainConfig) -> list[GraphConfig]:
-    """Return settings with the most steps, which are rare in the first split."""
+    """Return settings with the most steps, which are rare in the training split."""
     min_hops = max(trained.min_hops, trained.max_hops - 1)
     return [GraphConfig(trained.n_nodes, min_hops, trained.max_hops, **LONG_CHAINS)]
 
@@ -101,22 +101,22 @@ def longest_configs(trained: TrainConfig) -> list[GraphConfig]:
 class Graphs(NamedTuple):
     """G graphs of N nodes; nodes 0 and 1 are the roots."""
 
-    parent: np.ndarray  # (G, N, K) parents in the order they were drawn, then -1
-    label: np.ndarray  # (G, N) 1: root 0 leads here, 2: root 1 does, 3: both
-    depth: np.ndarray  # (G, N) steps to the nearest parentless node
-    hops: np.ndarray  # (G, 2, N) steps from root 0 and from root 1, FAR if there is no path
-    leaf: np.ndarray  # (G, N) no children
+    parent: np.ndarray  # (G, N, K) parents in the order in which they were drawn, then -1
+    label: np.ndarray  # (G, N) 1: reachable from root 0, 2: from root 1, 3: from both, 0: neither
+    depth: np.ndarray  # (G, N) steps from the nearest parentless node
+    hops: np.ndarray  # (G, 2, N) steps from root 0 and from root 1, FAR if unreachable
+    leaf: np.ndarray  # (G, N) True without children
 
     def take(self, index: np.ndarray) -> "Graphs":
         return Graphs(*(array[index] for array in self))
 
 
 def sample_graphs(rng: np.random.Generator, size: int, c: GraphConfig) -> Graphs:
-    """Draw `size` graphs; pick_question rejects some of them later."""
+    """Draw `size` graphs; pick_question rejects some of them."""
     n = c.n_nodes
     n_requested = rng.poisson(c.parent_rate, (size, n))
     u = rng.random((size, n))
-    only = np.where(u < SHARES[0], 1, np.where(u < sum(SHARES), 2, 0))
+    only = np.where(u < ROOT_PROBABILITY[0], 1, np.where(u < sum(ROOT_PROBABILITY), 2, 0))
     parent = np.full((size, n, max(1, n_requested.max())), -1, np.int16)
     label = np.zeros((size, n), np.int8)
     label[:, 0], label[:, 1] = 1, 2
@@ -127,7 +127,7 @@ def sample_graphs(rng: np.random.Generator, size: int, c: GraphConfig) -> Graphs
     for node in range(2, n):
         allowed = (only[:, node, None] == 0) | (label[:, :node] == only[:, node, None])
         n_parents = np.minimum(n_requested[:, node], allowed.sum(1))
-        # the smallest Exponential(1) / weight first: weighted sampling without replacement
+        # weighted sampling without replacement: sort by Exponential(1) / weight, smallest first
         weight = (DEPTH_WEIGHT * depth[:, :node] + 1) ** c.depth_power
         key = rng.standard_exponential((size, node)) / weight
         order = np.where(allowed, key, np.inf).argsort(1)
@@ -146,14 +146,14 @@ def sample_graphs(rng: np.random.Generator, size: int, c: GraphConfig) -> Graphs
 def pick_question(
     rng: np.random.Generator, graphs: Graphs, c: GraphConfig
 ) -> tuple[Graphs, np.ndarray, np.ndarray, np.ndarray]:
-    """Draw entity and options. Drop graphs that allow none, or not within the limits.
+    """Draw entity and options, and drop graphs that do not fit the settings.
 
-    Return the other graphs and a node of each, (G):
+    Return (the other graphs, root, target, neg_target), the last three as nodes (G):
     root        the entity: 0 or 1
-    target      the entity's deepest leaf among those the other root does not lead to
+    target      a deepest leaf that only the entity leads to
     neg_target  a leaf that only the other root leads to
     """
-    # (G, 2, N) steps from a root to its exclusive leaves, -1 for all other nodes
+    # (G, 2, N) steps from a root to the leaves that only it leads to, -1 for all other nodes
     exclusive = graphs.leaf[:, None] & (graphs.label[:, None] == np.array([[1], [2]]))
     reach = np.where(exclusive, graphs.hops, -1)
     deepest = reach.max(2)  # (G, 2)
@@ -161,7 +161,7 @@ def pick_question(
     root = np.where(deepest[:, 0] == deepest[:, 1], coin, deepest[:, 1] > deepest[:, 0]).astype(int)
     n_hops = deepest.max(1)
     orphan = graphs.depth == 0
-    # a root that is a leaf has no exclusive leaf
+    # deepest is 0 if the root itself is a leaf, and -1 if it has no leaf of its own
     ok = (deepest.min(1) >= 1) & (c.min_hops <= n_hops) & (n_hops <= c.max_hops)
     ok &= (orphan & ~graphs.leaf).sum(1) <= len(NAMES)
     ok &= (~orphan).sum(1) <= len(CONCEPTS)
@@ -180,7 +180,7 @@ def pick_question(
 
 
 def random_true(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """Draw the index of one True in each row of `mask`, uniformly: (G, N) -> (G)."""
+    """Draw the index of a True in each row of `mask` (G, N), uniformly. Return (G)."""
     return np.where(mask, rng.random(mask.shape), -1).argmax(1)
 
 
@@ -189,14 +189,14 @@ def shortest_paths(
 ) -> np.ndarray:
     """Draw one shortest path per graph: (G, longest + 1) nodes, target first, root repeated.
 
-    All shortest paths are equally likely, as in the released examples (131 of 300 have several; of
-    the 96 with two, 46 state the first).
+    All shortest paths are equally likely, as in the released examples: 131 of 300 have several; of
+    the 96 with two, 46 state the first.
     """
     parent, g = graphs.parent, np.arange(len(root))
     hops = graphs.hops[g, root]  # (G, N)
-    n_paths = np.zeros(hops.shape, int)  # shortest paths from the root
+    n_paths = np.zeros(hops.shape, int)  # (G, N) number of shortest paths from the root
     n_paths[g, root] = 1
-    through = np.zeros(parent.shape, int)  # (G, N, K) those of n_paths by each parent
+    through = np.zeros(parent.shape, int)  # (G, N, K) n_paths through each parent
     for node in range(2, hops.shape[1]):
         above = parent[:, node]  # (G, K)
         nearer = (above >= 0) & (hops[g[:, None], above] + 1 == hops[:, node, None])
@@ -216,7 +216,7 @@ def shortest_paths(
 
 
 def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]:
-    """Return the examples of BATCH graphs, with the released keys and wording."""
+    """Draw BATCH graphs. Return the examples of those that fit, in the released format."""
     graphs, *query = pick_question(rng, sample_graphs(rng, BATCH, config), config)
     orphan = graphs.depth == 0
     size = len(orphan)
@@ -224,12 +224,12 @@ def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]
     concepts = rng.random((size, len(CONCEPTS))).argsort(1).tolist()
     g, child, k = np.nonzero(graphs.parent >= 0)  # (E), the edges of all graphs
     n_edges = np.bincount(g, minlength=size)
-    places = rng.random((size, n_edges.max(initial=0))).tolist()  # of the sentences in the text
+    places = rng.random((size, n_edges.max(initial=0))).tolist()  # order of the sentences
     paths = shortest_paths(rng, graphs, *query[:2])
     target_first = (rng.random(size) < 0.5).tolist()
     kept = ~(orphan & graphs.leaf)  # nodes without edges are removed
     numbers = kept.cumsum(1) - 1  # (G, N)
-    # lists over all graphs, of which each example takes its part: faster than small arrays
+    # one list over all graphs, sliced for each example: faster than many small arrays
     edges = np.stack([numbers[g, graphs.parent[g, child, k]], numbers[g, child]], 1).tolist()
     is_person = orphan[kept].tolist()
     edge_ends, node_ends = n_edges.cumsum().tolist(), kept.sum(1).cumsum().tolist()
@@ -267,8 +267,8 @@ def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]
 def marked_graph(example: Example) -> isomorphism.Graph:
     """Return the graph with entity, target and distractor marked, for isomorphism.graph_keys.
 
-    Words, node numbers, sentence order and option order do not count. UserError if the example
-    does not store its graph.
+    Words, node numbers and the order of sentences and options make no difference. UserError if the
+    example does not store its graph.
     """
     try:
         edges = [(int(parent), int(child)) for parent, child in example["edges"]]  # type: ignore
@@ -289,7 +289,7 @@ generate = partial(draw, sample_batch, marked_graph, GraphConfig())
 
 
 class Question(NamedTuple):
-    """A parsed question: edges (parent, child) by name, in the order of the text."""
+    """A parsed question. edges: (parent, child) names in the order of the text."""
 
     edges: list[tuple[str, str]]
     entity: str
@@ -300,7 +300,7 @@ QUESTION_RE = re.compile(r"Is ([A-Z]\w*) an? ([a-z]\w*) or (?:an? )?([a-z]\w*)\?
 
 
 def parse_question(question: str) -> Question:
-    """Parse a question; any words and white space will do. UserError if it is not ProsQA."""
+    """Parse a question with any words and white space. UserError if it is not ProsQA."""
     *facts, query = " ".join(question.split()).split(".")
     match = QUESTION_RE.fullmatch(query.strip())
     if not match or not facts:
@@ -312,7 +312,7 @@ def parse_question(question: str) -> Question:
 
 
 def parse_sentence(sentence: str) -> tuple[str, str]:
-    """Return (parent, child) of a fact, step or answer; the full stop is optional. UserError."""
+    """Return (parent, child) of a fact, step or answer, with or without its full stop."""
     match sentence.strip().removesuffix(".").split():
         case ["Every", parent, "is", "a" | "an", child] if parent.islower() and child.islower():
             return parent, child
@@ -320,7 +320,7 @@ def parse_sentence(sentence: str) -> tuple[str, str]:
             return person, child
     raise UserError(
         f"not a ProsQA sentence: {sentence.strip().removesuffix('.')[:60]!r}.\n"
-        'Write "Tom is a lempus." (a capital for a person) or "Every lempus is a dumpus."'
+        'Write "Tom is a lempus." (capitalize names) or "Every lempus is a dumpus."'
     )
 
 
@@ -336,9 +336,9 @@ def solve(question: str) -> str | None:
 
 
 def twin(example: Example) -> Example | None:
-    """Return the same facts and options asked about the other root; the other option is right.
+    """Return the same question about the other root, so that the other option is correct.
 
-    One word of the question differs. None if no other name leads to the other option alone.
+    One word differs. None if no other name leads to the other option only.
     """
     edges, entity, options = parse_question(example["question"])
     target = parse_sentence(example["answer"])[1]
@@ -347,7 +347,7 @@ def twin(example: Example) -> Example | None:
     others = [name for name in steps if option in steps[name] and target not in steps[name]]
     if not others or entity in others:
         return None
-    # a third name can lead there too: the generator's root, else the one farthest away
+    # of several names, take the generator's root, else the one farthest away
     symbols: list[str] = example.get("idx_to_symbol", [])  # type: ignore
     other = max(others, key=lambda name: (name in symbols[:2], steps[name][option]))
     parents, path = parents_of(edges), [option]
@@ -366,10 +366,10 @@ def twin(example: Example) -> Example | None:
 
 
 def reworded(example: Example) -> str | None:
-    """Return the question with two other options, of which the entity leads to one.
+    """Return the question with two other options, one of which the entity leads to.
 
-    The search is the same, the answer another word. A twin of the example gets the same options;
-    None if the graph has none.
+    It needs the same search but has another answer. A twin gets the same options. None if the graph
+    has no such options.
     """
     edges, entity, options = parse_question(example["question"])
     steps = {name: reachable(edges, name) for name, _ in edges if name[0].isupper()}
@@ -384,21 +384,21 @@ def reworded(example: Example) -> str | None:
     return f"{facts} Is {entity} a {new[0]} or {new[1]}?"
 
 
-# ---- compact style: "Every p is a c." is " p c.", the question "? Tom? A? B", a step " p c", the
-# answer "A". Each word follows exactly one space, so a word-level vocabulary has one token for it
-# everywhere. A sign precedes the entity and each option: else the smear, which sees the previous
-# word, would take them for edges (measured: docs/LOG.md).
+# ---- compact style: "Every p is a c." becomes " p c.", the query "? Tom? A? B", a step " p c", the
+# answer "A". Each word follows exactly one space, so it is always the same token of a word-level
+# vocabulary. A "?" precedes the entity and each option; without it the smear, which adds the
+# previous word, would make them look like edges (measured: docs/LOG.md).
 
 
 def compact_question(question: str) -> str:
-    """Return the edges, then "? Tom? A? B". UserError as in parse_question."""
+    """Return the facts, then "? Tom? A? B". UserError as in parse_question."""
     edges, entity, (first, second) = parse_question(question)
     facts = "".join([f" {parent} {child}." for parent, child in edges])
     return f"{facts}? {entity}? {first}? {second}"
 
 
 def frontiers(question: str) -> list[str]:
-    """Return the words at 1, 2, ... steps from the entity, in compact style: " a b", " c", ..."""
+    """Return the words 1, 2, ... steps from the entity in compact style: " a b", " c", ..."""
     edges, entity, _ = parse_question(question)
     steps = distances(children_of(edges), entity)
     words = [""] * max(steps.values())
@@ -409,7 +409,7 @@ def frontiers(question: str) -> list[str]:
 
 
 def compact_example(example: Example) -> Example:
-    """Return the example in compact style, with its further keys unchanged."""
+    """Return the example in compact style; other keys are unchanged."""
     return {
         **example,
         "question": compact_question(example["question"]),
@@ -419,14 +419,14 @@ def compact_example(example: Example) -> Example:
 
 
 def expand_steps(text: str, question: str = "") -> list[str]:
-    """Return concatenated compact steps as sentences; a single last word is kept as it is."""
+    """Return concatenated compact steps as sentences; a single last word is unchanged."""
     words = text.split()
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
     return [_sentence(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
 
 
 def expand_answer(text: str, question: str) -> str:
-    """Return a compact answer as a sentence; anything but one word is kept as it is."""
+    """Return a compact answer as a sentence; anything but a single word is unchanged."""
     words = text.split()
     return _sentence(parse_question(question).entity, words[0]) if len(words) == 1 else text
 

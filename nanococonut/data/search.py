@@ -1,4 +1,4 @@
-"""Breadth-first search in graphs that are given as edges (parent, child)."""
+"""Breadth-first search in graphs, given as edges (parent, child)."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar

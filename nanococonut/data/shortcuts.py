@@ -1,4 +1,4 @@
-"""Rules that answer without search. A model that is no better may not have searched either."""
+"""Shortcut rules that answer without search: the baselines that a searching model has to beat."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -11,17 +11,17 @@ from nanococonut.runtime.errors import UserError
 
 
 def _guess(scores: Sequence[Any], correct: Sequence[bool]) -> float:
-    """Return the chance that one of the highest scores is of a correct choice."""
+    """Return the probability that a choice with the highest score, drawn at random, is correct."""
     return fmean(c for score, c in zip(scores, correct, strict=True) if score == max(scores))
 
 
 def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
-    """Return the fraction correct of rules that ignore the entity; ties count half.
+    """Return the accuracy of rules that ignore the entity; ties count half. A rule chooses
 
     deeper           the option farther from its nearest parentless node
     farthest         the option farther from its farthest parentless node
-    more ancestors   the option with more of them
-    fewer parents    the option with fewer of them
+    more ancestors   the option with more ancestors
+    fewer parents    the option with fewer parents
     """
     rules = ("deeper", "farthest", "more ancestors", "fewer parents", "random")
     n_correct = dict.fromkeys(rules, 0.0)
@@ -31,7 +31,7 @@ def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
         scores = []
         for option in options:
             above = distances(parents, option)
-            # the graph of a user may have cycles, with no parentless node above
+            # in a user's graph, an option may have only cycles above it
             depths = [depth for node, depth in above.items() if node not in parents] or [0]
             n_parents = len(parents.get(option, ()))
             scores.append((min(depths), max(depths), len(above), -n_parents, 0))
@@ -39,7 +39,7 @@ def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
         if correct_option not in options:
             raise UserError(
                 f"the answer {example['answer']!r} is none of the options: {', '.join(options)}.\n"
-                "Give examples as generated or released."
+                "Give generated or released examples."
             )
         for rule, values in zip(rules, zip(*scores, strict=True), strict=True):
             n_correct[rule] += _guess(values, [option == correct_option for option in options])
@@ -47,13 +47,12 @@ def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
 
 
 def prontoqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
-    """Return the fraction correct of rules that do not search; ties count half.
+    """Return the accuracy of rules that do not search; ties count half.
 
-    always true, no "not"   look at the query alone; the others believe one of the claims about
-                            the property:
-    first, last             the one stated first, or last
-    leads on                the one whose concept leads to another concept
-    led to                  the one whose concept another one leads to
+    always true, no "not"   use only the query; the others believe one claim about the property:
+    first, last             the first one, the last one
+    leads on                the one whose concept has a parent
+    led to                  the one whose concept has a child
     most often              the one whose concept occurs most often
     """
     rules = ("always true", 'no "not"', "first", "last", "leads on", "led to", "most often")
@@ -62,7 +61,7 @@ def prontoqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
         if example["answer"] not in ("True", "False"):
             raise UserError(
                 f"the answer {example['answer']!r} is neither True nor False.\n"
-                "Give examples as generated or released."
+                "Give generated or released examples."
             )
         is_true = example["answer"] == "True"
         facts, claims, query = prontoqa.parse_question(example["question"])

@@ -1,6 +1,6 @@
-"""The tasks, one entry each: how examples are made or read, and written.
+"""The tasks: how their examples are generated or read, and rendered for the model.
 
-Another task is another entry. A file of your own needs none: --data=FILE trains on any.
+A new task is a new entry in TASKS. Your own file needs none: --data=FILE trains on any examples.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -21,17 +21,16 @@ from nanococonut.data.isomorphism import graph_keys
 from nanococonut.runtime.errors import UserError
 
 GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig
-MAX_TEST_BATCHES = 100  # with rarer examples, a run would start minutes later
+MAX_TEST_BATCHES = 100  # if examples are rare, do not delay the start of a run by minutes
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the loop, the sampler and the benches know of a task.
+    """What training, sampling and benchmarks need to know about a task.
 
-    module      SPLITS, VOCABULARY; generate, solve, marked_graph, compact_example, ... of a task
-                with splits; from_hub(split, revision, skipped) -> (examples, commit) of any other
-    shortcuts   examples -> fraction correct of rules that never search; UserError if the examples
-                are not of this task
+    module      has SPLITS and VOCABULARY; with splits also generate, solve, marked_graph,
+                compact_example, ..., else from_hub(split, revision, skipped) -> (examples, commit)
+    shortcuts   examples -> accuracy of each shortcut rule; UserError if they are of another task
     """
 
     module: ModuleType
@@ -39,44 +38,44 @@ class Task:
 
     @property
     def splits(self) -> dict[str, Callable[[TrainConfig], GeneratorConfig]]:
-        """Map names to settings for a model's TrainConfig; empty if nothing is generated.
+        """Map each split to a function TrainConfig -> its settings; {} if nothing is generated.
 
         The first is the training split, the second its variant without shortcuts.
         """
         return self.module.SPLITS
 
     def solve(self, question: str) -> str | None:
-        """Return the correct answer by search, or None if there is none."""
+        """Return the answer found by search, or None if there is none."""
         return self.module.solve(question) if self.splits else None
 
     def twin(self, example: Example) -> Example | None:
-        """Return a question that differs in one thing, so that its answer does; None if unknown.
+        """Return the counterfactual: it differs in one thing, so that another answer is correct.
 
-        An example of a user's file may hold it as "twin": an object like the example. A ValueError
-        says what is wrong with it.
+        None if there is none. A user's example may store its own, an example, under "twin"; raise
+        ValueError if that is invalid.
         """
         return parse_object(example["twin"]) if "twin" in example else self._try("twin", example)
 
     def reworded(self, example: Example) -> str | None:
-        """Return a question that needs the same search and has another answer; None if unknown."""
+        """Return a question with the same search but another answer; None if there is none."""
         return self._try("reworded", example)
 
     def _try(self, name: str, example: Example) -> Any:
-        """Return what a function of the module makes of an example of this task, else None."""
+        """Call the module's function; None without one, or if the example is not of this task."""
         try:
             return getattr(self.module, name)(example) if self.splits else None
-        except UserError:  # an example of another kind
+        except UserError:
             return None
 
     def render_question(self, question: str, style: str) -> str:
-        """Return the question as a model reads it: "sentences" and a newline, or "compact"."""
+        """Return the question as the model reads it; see render."""
         return self.module.compact_question(question) if style == "compact" else question + "\n"
 
     def render(self, examples: Sequence[Example], style: str) -> list[Example]:
-        """Return examples as a model reads them.
+        """Return examples as the model reads them.
 
         sentences   a newline after the question and after each step, as in the released code
-        compact     the task's own short form; UserError if an example is not of this task
+        compact     a short form of the task; UserError if an example is not of this task
         """
         if style == "sentences":
             return [
@@ -90,18 +89,18 @@ class Task:
             except UserError as e:
                 raise UserError(
                     f"example {i} has no compact form: {str(e).splitlines()[0]}\n"
-                    "Use --render=sentences for examples of your own."
+                    "Use --render=sentences for your own examples."
                 ) from None
         return rendered
 
     def expand(self, text: str, question: str, style: str = "compact") -> str:
-        """Return a compact completion as sentences: " Tom a a b### b" -> a line for each step, and
-        "### Tom is a b."; text that is not compact, or of another style, is kept as it is."""
+        """Return a compact completion as sentences: " Tom a a b### b" -> one line per step, then
+        "### Tom is a b."; text of another style, or not in compact form, is unchanged."""
         if style != "compact":
             return text
         steps, *answer = text.rsplit("###", 1)
         lines = self.module.expand_steps(steps, question)
-        # an answer without a compact form is the same word in both styles
+        # without expand_answer, the answer is the same in both styles
         expand = getattr(self.module, "expand_answer", lambda text, question: text.strip())
         return "\n".join([*lines, *(f"### {expand(text, question)}" for text in answer)])
 
@@ -114,25 +113,24 @@ TASKS: dict[str, Task] = {
 
 
 def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example] | None:
-    """Return n examples of a split of config.task, scaled to the config; None if it has no such
-    split."""
+    """Return n examples of a split of config.task, scaled to config; None for another name."""
     task = TASKS[config.task]
     split = task.splits.get(name)
     return task.module.generate(n, seed, split(config)) if split else None
 
 
 def test_hashes(config: TrainConfig) -> frozenset[Hashable]:
-    """Return the graph key of every test example that a run could generate."""
-    # training cannot generate longer chains than its own, and they are slow to make
+    """Return the graph keys of the test examples that training could also generate."""
+    # training generates no chains as long as those of prosqa_long, which are slow to generate
     splits = {k: v for k, v in TASKS[config.task].splits.items() if k != "prosqa_long"}
     return frozenset().union(
         *(_test_hashes(config.task, split(config)) for split in splits.values())
     )
 
 
-@cache  # a second, which further runs in the same process save
+@cache  # takes a second
 def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[Hashable]:
-    """Return the keys of the first N_TEST examples, or of fewer if one is hardly ever drawn."""
+    """Return the graph keys of the first N_TEST examples; fewer if the settings rarely fit."""
     module = TASKS[task].module
     batches = islice(sample_batches(module.sample_batch, TEST_SEED, config), MAX_TEST_BATCHES)
     examples = islice(chain.from_iterable(batches), N_TEST)
@@ -141,12 +139,12 @@ def _test_hashes(task: str, config: GeneratorConfig) -> frozenset[Hashable]:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and validates on.
+    """Training and validation examples of a run.
 
-    train    None: generated, see training/loader
-    val      name of the split -> examples
-    commit   of the data set on the hub, None for files and generated examples
-    skipped  with skip_bad_rows: why each bad example was dropped; None: a bad one is an error
+    train    None: generated, see training/loader.py
+    val      split -> examples
+    commit   of the data set on the hub; None for files and generated examples
+    skipped  with skip_bad_rows, the error of each skipped example (None: invalid ones are errors)
     """
 
     train: list[Example] | None
@@ -158,8 +156,8 @@ class Data:
 def load_data(config: TrainConfig) -> Data:
     """Read or generate the data of a run.
 
-    A file without valid_data loses a tenth, at most val_examples, to validation. Generated
-    validation examples come with a split without shortcuts.
+    Without valid_data, a tenth of a file, at most val_examples, is held out for validation.
+    Generated validation examples come with a second split without shortcuts.
     """
     task = TASKS[config.task]
     train = commit = None
@@ -176,12 +174,13 @@ def load_data(config: TrainConfig) -> Data:
     if train is not None:
         if len(train) < 2:
             raise UserError(
-                f"{config.data} holds one example, so none can be held out for validation.\n"
+                f"{config.data} has only one example, so none can be held out for validation.\n"
                 "Give more examples, or a --valid_data file."
             )
         n = min(config.val_examples, max(1, len(train) // 10))
         order = np.random.default_rng((config.seed, VALID)).permutation(len(train))
-        train, valid = ([train[i] for i in part] for part in (order[n:], order[:n]))
+        valid = [train[i] for i in order[:n]]
+        train = [train[i] for i in order[n:]]
         return Data(train, {"valid": valid}, skipped=skipped)
     plain, matched, *_ = task.splits.values()
     n, generate = config.val_examples, task.module.generate

@@ -1,1 +1,1 @@
-"""Measures of a trained model's answers."""
+"""Accuracy of a trained model, and tests of whether its thoughts do anything."""

@@ -1,6 +1,6 @@
-"""Exact-match accuracy of batched greedy answers.
+"""Exact-match accuracy of greedy answers, generated in batches.
 
-Generated tokens = thoughts + tokens before eos, averaged over examples: the number of sequential
+Generated tokens are thoughts + tokens before eos, averaged over examples: the number of sequential
 steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 """
 
@@ -23,18 +23,15 @@ from nanococonut.weights import checkpoint
 
 @dataclass(frozen=True)
 class Score:
-    """correct and texts: one per example, in order. generated_tokens and thoughts: means.
+    """Results on a list of examples."""
 
-    geometry           of the thoughts of the last batch, see thought_geometry
-    released_accuracy  by the released code's rule, see is_correct_as_released
-    """
-
-    correct: list[bool]
-    generated_tokens: float
+    correct: list[bool]  # in the order of the examples, like texts
+    generated_tokens: float  # mean over the examples, like thoughts
     thoughts: float
     texts: list[str]
+    # of the thoughts of the last batch, see thought_geometry
     geometry: dict[str, list[float]] = field(default_factory=dict, compare=False)
-    released_accuracy: float = 0.0
+    released_accuracy: float = 0.0  # by the released code's rule, see is_correct_as_released
 
     @property
     def n(self) -> int:
@@ -46,7 +43,7 @@ class Score:
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a fraction p of n (Wilson)."""
+    """Return the 95 % Wilson interval of a fraction p of n."""
     z = 1.959964
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
@@ -54,11 +51,11 @@ def wilson(p: float, n: int) -> tuple[float, float]:
 
 
 def thought_geometry(thoughts: Tensor) -> dict[str, list[float]]:
-    """Return means over the B examples of thoughts (B, n, C); {} if there is nothing to compare.
+    """Return means over the examples of thoughts (B, n, C); {} if B < 2 or n = 0.
 
-    thought_norm        of each thought
-    thought_cosine      of each thought after the first with the one before it
-    thought_similarity  cosine of each thought of two examples: 1 if the question does not matter
+    thought_norm        (n)      norm of each thought
+    thought_cosine      (n - 1)  cosine of each thought with the previous one
+    thought_similarity  (n)      cosine between examples: 1 if the question makes no difference
     """
     B, n = thoughts.shape[:2]
     if B < 2 or n == 0:
@@ -78,8 +75,8 @@ def thought_geometry(thoughts: Tensor) -> dict[str, list[float]]:
 def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     """Return the validation examples of a run that trained on a file; [] if they are generated.
 
-    Raise UserError, with this advice, if they cannot be read any more or are others by now: the
-    split would be another one, and its examples were perhaps trained on.
+    Raise UserError, ending in `advice`, if the file is missing or has changed: the split would then
+    differ, so that validation examples could be training examples.
     """
     config = engine.config
     if TASKS[config.task].splits and not config.data and not config.valid_data:
@@ -88,26 +85,26 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
         data, _ = checkpoint.load_run_data(config, engine.manifest)
     except UserError as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"no example of this run's data: {reason}\n{advice}") from None
+        raise UserError(f"this run's validation examples: {reason}\n{advice}") from None
     return data.val["valid"]
 
 
 def is_capped(engine: Engine) -> bool:
-    """Return whether fewer steps mean fewer thoughts; a stop classifier has to find out itself."""
+    """Return whether examples with fewer steps get fewer thoughts (without a stop classifier)."""
     curriculum = engine.curriculum
     has_thoughts = curriculum.rules.n_thoughts_rule != "none"
     return has_thoughts and not curriculum.pad_latent_to_max and not engine.model.config.stop
 
 
 def thoughts_as_trained(engine: Engine, stage: int, examples: Sequence[Example]) -> list[int]:
-    """Return the thoughts of each example at a stage of training; see is_capped."""
+    """Return the number of thoughts of each example at a stage of training; see is_capped."""
     if not is_capped(engine):
         return [engine.curriculum.n_thoughts(stage)] * len(examples)
     return [engine.curriculum.plan(stage, len(example["steps"]))[1] for example in examples]
 
 
 def in_batches(order: Sequence[int], groups: Sequence[int], size: int) -> list[list[int]]:
-    """Split indices, sorted by their groups, into batches of one group and at most `size`."""
+    """Split indices, sorted by group, into batches of one group and at most `size` indices."""
     same = [list(indices) for _, indices in groupby(order, key=lambda i: groups[i])]
     return [indices[i : i + size] for indices in same for i in range(0, len(indices), size)]
 
@@ -119,17 +116,14 @@ def score(
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
-    """Return the score of an engine on examples as in their file; the engine renders them.
-
-    n_thoughts: of all examples, or of each
-    """
+    """Return the score on examples as in their file. n_thoughts: for all, or for each."""
     if engine.render and not engine.config:
-        raise ValueError("score needs Engine.from_config: an answer is rendered as its question is")
+        raise ValueError("score needs Engine.from_config, to render answers like questions")
     config, rendered = engine.config, examples
     if config:
         rendered = TASKS[config.task].render(examples, config.render)
     counts = [n_thoughts] * len(examples) if isinstance(n_thoughts, int) else n_thoughts
-    # a batch has one number of thoughts, and similar lengths: little padding
+    # a batch has one number of thoughts; similar lengths need little padding
     order = sorted(range(len(examples)), key=lambda i: (counts[i], len(rendered[i]["question"])))
     texts, n_tokens, n_taken = [""] * len(examples), 0, 0
     for indices in in_batches(order, counts, batch_size):
@@ -154,8 +148,8 @@ def score(
 def thoughts_until_repeat(
     engine: Engine, examples: Sequence[Example], n_thoughts: int, batch_size: int = 100
 ) -> list[int]:
-    """Return for each example after how many thoughts the head's best token stays the same: a rule
-    that could end the thoughts without training. At least 1, at most n_thoughts."""
+    """Return after how many thoughts (1 to n_thoughts) the LM head's best token repeats, for each
+    example: a rule that could end the thoughts without training."""
     counts: list[int] = []
     for start in range(0, len(examples), batch_size):
         questions = [x["question"] for x in examples[start : start + batch_size]]
@@ -171,20 +165,20 @@ def evaluate_splits(
 ) -> dict[str, Any]:
     """Return accuracy and generated tokens per example of every split, by greedy decoding.
 
-    Each example has as many thoughts as in training at this stage. Also norms and cosines of this
-    rank's thoughts, see thought_geometry. Collective: every rank calls it and scores its
-    own share of the examples.
+    Each example has as many thoughts as in training at this stage. Also returns thought_geometry
+    of this rank's thoughts. Collective: each rank scores its own part of the examples.
     """
     metrics: dict[str, Any] = {}
     for name, examples in splits.items():
         n_correct = n_tokens = 0
-        if local := dist.shard(examples):  # a small split may not reach every rank
+        if local := dist.shard(examples):  # a small split may leave ranks without examples
             n_thoughts = thoughts_as_trained(engine, stage, local)
             longest = engine.config.max_new_tokens
             result = score(engine, local, n_thoughts, max_new_tokens=longest)
             metrics |= result.geometry
             n_correct = sum(result.correct)
-            n_tokens = round(result.generated_tokens * result.n)  # an integer, so order is free
+            # an integer, so that the sum does not depend on the order of the ranks
+            n_tokens = round(result.generated_tokens * result.n)
         n_correct, n_tokens = dist.all_reduce_sum([n_correct, n_tokens])
         metrics[f"{name}_accuracy"] = n_correct / len(examples)
         metrics[f"{name}_tokens"] = n_tokens / len(examples)

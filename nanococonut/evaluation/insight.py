@@ -1,7 +1,16 @@
-"""Do a model's thoughts do anything? Rules that turn the figures of seven tests into words.
+"""Turn the results of seven tests into verdicts: do a model's thoughts do anything?
 
-A rule needs a whole 95 % interval on one side. A cell decides nothing if it has too few questions,
-or if the candidates together have less than half of the probability. report.py runs the tests.
+1  pairs    does the answer depend on what is asked? (counterfactual pairs: a question, its twin)
+2  needed   does accuracy fall if every thought becomes its mean over questions? (mean ablation)
+3  carried  does the answer change with the thoughts? (interchange intervention)
+4  search   do the thoughts hold the state of the search, or the answer itself?
+5  depth    do questions with more steps need more thoughts?
+6  read     what does the LM head predict from a thought? (logit lens)
+7  write    does the answer change with concepts that are added to a thought? (steering)
+
+Verdicts of tests 1 to 4 and 7 compare whole 95 % intervals with limits. They are undecided with
+fewer than MIN_PAIRS questions, or if the candidate answers together have less than half of the
+probability. report.py runs the tests; interchange.py explains the interventions.
 """
 
 from typing import Any
@@ -10,24 +19,25 @@ from nanococonut.evaluation.interchange import Figure
 from nanococonut.evaluation.pairs import MIN_PAIRS
 from nanococonut.evaluation.readout import MIN_MASS
 
-Finding = dict[str, Any]
+Finding = dict[str, Any]  # id, mark, verdict, title, text and figures of one test
+LENS = "Logit lens (the LM head applied to a thought)"
+UNUSED = "What can be read is not necessarily used."
 
 
 def decided(*figures: Figure | None) -> bool:
-    """Return whether the cells have enough questions, and answers that are candidates at all."""
+    """Return whether all figures have enough questions and sufficiently likely candidates."""
     return all(f and f.get("n", 0) >= MIN_PAIRS and f.get("mass", 1) >= 0.5 for f in figures)
 
 
 def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -> Finding:
-    """Return the finding of the first case that holds.
+    """Return the finding of the first case whose condition holds.
 
     text   with {0}, {1}, ... for the figures
-    cases  (whether it holds, mark, verdict in few words, title, and perhaps a further sentence)
+    cases  (condition, mark, verdict, title) or (condition, mark, verdict, title, last sentence)
     """
-    mark, verdict, title, *more = next(case[1:] for case in cases if case[0])
-    text = " ".join([text, *filter(None, more)])
-    about = {"id": name, "mark": mark, "verdict": verdict, "title": title}
-    return about | {"text": text, "figures": figures}
+    mark, verdict, title, *last = next(case[1:] for case in cases if case[0])
+    text = " ".join([text, *filter(None, last)])
+    return dict(id=name, mark=mark, verdict=verdict, title=title, text=text, figures=figures)
 
 
 def percent(p: float) -> str:
@@ -38,43 +48,48 @@ def count(n: int, word: str) -> str:
     return f"{n} {word}{'s' * (n != 1)}"
 
 
-def plateau(cells: list[Figure]) -> int:
-    """Return after how many thoughts four fifths of the gain in accuracy are there."""
-    values = [f["value"] for f in cells]
+def plateau(accuracy: list[Figure]) -> int:
+    """Return the fewest thoughts that give 80 % of the gain in accuracy; 0 without a clear gain."""
+    values = [f["value"] for f in accuracy]
     gain = max(values) - values[0]
     return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
 
 
-def judge_pairs(plain: Figure, one: Figure, both: Figure) -> Finding:
-    """Test 1. A rule that ignores what is asked is right for exactly one of two twins."""
-    ok = decided(plain, one, both)
+def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
+    """Judge test 1: a shortcut that ignores what is asked is correct for only one of two twins."""
+    ok = decided(trained, one, both)
     return finding(
         "pairs",
-        "As in training, it is right in {0}. Of two twins that both need steps, both are right in "
-        "{1} and exactly one, which is all that a rule that ignores what is asked can do, in {2}.",
-        [plain, both, one],
-        (ok and both["hi"] < 0.2, "no", "ignores what is asked", "It ignores what is asked."),
-        (ok and one["hi"] < 0.1, "yes", "looks at what is asked", "It looks at what is asked."),
+        "Accuracy on questions as in training is {0}. In {1} of the twin pairs with at least two "
+        "steps, both answers are correct; in {2} exactly one, the best result of a shortcut that "
+        "ignores what is asked.",
+        [trained, both, one],
+        (ok and both["hi"] < 0.2, "no", "ignores what is asked",
+         "The model ignores what is asked."),
+        (ok and one["hi"] < 0.1, "yes", "looks at what is asked",
+         "The answer depends on what is asked."),
         (ok and one["lo"] > 0.1, "part", "partly a shortcut",
-         "Part of its accuracy is a rule that ignores what is asked."),
-        (True, "?", "undecided", "Whether it looks at what is asked is undecided."),
+         "Part of the accuracy is a shortcut that ignores what is asked."),
+        (True, "?", "undecided", "Whether the answer depends on what is asked is undecided."),
     )  # fmt: skip
 
 
 def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
-    """Test 2. Does accuracy fall if the slots hold what they hold on average?"""
-    is_plural, ok = noun.endswith("s"), decided(own) and mean is not None
-    the = f"The {noun} {'are' if is_plural else 'is'}"
-    without = f"With {noun} averaged over questions" if is_plural else f"Without the {noun}"
-    share = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
-    gain = f"This is {percent(min(1.0, share))} of its gain over guessing ({percent(chance)})."
+    """Judge test 2 by the accuracy without intervention (own) and under mean ablation (mean)."""
+    the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
+    ablated = f"Under mean ablation ({noun} averaged over questions)"
+    if noun == "written chain":
+        ablated = f"Without the {noun}"
+    ok = decided(own) and mean is not None
+    lost = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
+    gain = f"This is {percent(min(1.0, lost))} of the gain over guessing ({percent(chance)})."
     falls = ok and mean["hi"] < own["lo"]
     return finding(
         "needed",
-        f"{without}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
+        f"{ablated}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}}.",
         [own, mean],
         (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
-        (falls and share >= 0.8, "yes", "needed", f"{the} needed.", gain),
+        (falls and lost >= 0.8, "yes", "needed", f"{the} needed.", gain),
         (falls, "part", "needed in part", f"{the} needed in part.", gain),
         (True, "no", "not needed", f"{the} not needed.", "The intervals overlap."),
     )
@@ -83,146 +98,157 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
 def judge_carried(
     twin: Figure, unrelated: Figure, stays: Figure, noun: str, twinned: bool = True
 ) -> Finding:
-    """Test 3. Does the answer follow the slots of the twin? stays: it is still the question's."""
-    are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
-    ok = decided(twin, stays) and unrelated is not None  # of which only the choice matters
+    """Judge test 3 by the answers that change to the twin's, for two donors of the slots.
+
+    stays  answers that do not change with the twin as donor
+    """
+    are = "are" if noun.endswith("s") else "is"
+    ok = decided(twin, stays) and unrelated is not None
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    donor, whose = "the twin", "the twin's"
+    donor, new, unchanged, figures = "the twin's", "the twin's", "", [twin, unrelated]
     if not twinned:
-        donor = "a question with as many steps and another answer"
-        whose = "that question's and {2} stay as they are"
+        donor, new = "another question's (a different answer)", "that question's"
+        unchanged, figures = " In the first case {2} do not change.", [twin, unrelated, stays]
     return finding(
         "carried",
-        f"If only the {noun} {are} replaced, by {those} of {donor}, {{0}} of the answers become "
-        f"{whose}; by {those} of an unrelated question with as many steps, {{1}}.",
-        [twin, unrelated] + ([] if twinned else [stays]),
+        f"Interchange intervention: if only the {noun} {are} replaced by {donor}, {{0}} of the "
+        f"answers change to {new}; if by an unrelated question's (as many steps), {{1}}."
+        + unchanged,
+        figures,
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
          f"The answer is carried by the {noun}."),
         (ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9, "no", "ignored",
          f"The {noun} {are} ignored."),
-        (overlap, "?", "undecided", "Destroyed or moved: undecided."),
+        (overlap, "?", "undecided",
+         f"Whether replacing the {noun} moves the answer or only destroys it is undecided."),
         (True, "part", "carried in part", f"The answer is carried in part by the {noun}."),
     )  # fmt: skip
 
 
 def judge_search(
-    twin: Figure, other: Figure, same: Figure, noun: str, asked: str = "other options"
+    twin: Figure, other: Figure, same: Figure, noun: str, query: str = "other options"
 ) -> Finding:
-    """Test 4. The donors were asked otherwise: what moves, the search or the answer?"""
+    """Judge test 4 by the answers that change to the twin's, for three donors of the slots.
+
+    other, same  the twin and the question itself, asked with other options: the search is the same,
+                 the answer is not
+    """
     ok = decided(twin, other, same)
     return finding(
         "search",
-        f"The {noun} of the twin with {asked} flip {{0}} of the answers; those of the question "
-        f"itself with {asked} flip {{1}}.",
+        f"If the {noun} come from the twin with {query}, {{0}} of the answers change to the twin's;"
+        f" if they come from the question itself with {query}, {{1}}.",
         [other, same],
         (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
         (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",
-         "They carry the search, not the answer.",
-         "So they hold where it has come to; the answer is chosen afterwards."),
+         f"The {noun} carry the search, not the answer.",
+         f"So the {noun} hold how far the search got; the options are compared afterwards."),
         (ok and other["hi"] < 0.5 and twin["lo"] >= 0.9, "no", "the answer itself",
-         "They carry the answer itself, not the search."),
-        (True, "part", "search and answer", "They carry some of both, the search and the answer."),
+         f"The {noun} carry the answer itself, not the search."),
+        (True, "part", "search and answer", f"The {noun} carry some of both, search and answer."),
     )  # fmt: skip
 
 
 def judge_depth(
     accuracy: dict[int, list[Figure]], slots: dict[int, list[Figure]], noun: str
 ) -> Finding:
-    """Test 5. Do questions of more steps take more slots? Both by steps, then by slots."""
-    counts = {h: plateau(cells) for h, cells in accuracy.items()}
-    carriers = [max(range(len(c)), key=lambda j: c[j]["value"]) + 1 for c in slots.values()]
+    """Judge test 5. Both arguments map a number of steps to fractions of answers:
+
+    accuracy  correct after 0, 1, 2, ... thoughts
+    slots     changed to the twin's if only slot 1, 2, ... is replaced
+    """
+    counts = {h: plateau(figures) for h, figures in accuracy.items()}
+    strongest = [max(range(len(f)), key=lambda j: f[j]["value"]) + 1 for f in slots.values()]
     parts = [f"{count(h, 'step')}: {k}, {{{i}}}" for i, (h, k) in enumerate(counts.items())]
-    numbers, values = ", ".join(map(str, carriers)), list(counts.values())
     alone = (
-        f"For {', '.join(map(str, slots))} steps, the slot that moves most answers alone is number"
+        f"The single slot that changes most answers is number {', '.join(map(str, strongest))} "
+        f"for {', '.join(map(str, slots))} steps."
     )
-    rises = values == sorted(values) and carriers == sorted(carriers) and len(set(values)) >= 3
+    values = list(counts.values())
+    rises = values == sorted(values) and strongest == sorted(strongest) and len(set(values)) >= 3
     return finding(
         "depth",
-        f"Number of {noun} after which four fifths of the gain in accuracy are there, and the "
-        f"accuracy then: {'; '.join(parts)}.",
+        f"Number of {noun} that give 80\xa0% of the gain in accuracy, and the accuracy with them: "
+        f"{'; '.join(parts)}.",
         [accuracy[h][k] for h, k in counts.items()],
-        (rises, "yes", "deeper takes more", f"Deeper questions take more {noun}.",
-         carriers and f"{alone} {numbers}."),
-        (True, "part", "depth unclear", f"Deeper questions do not plainly take more {noun}."),
+        (rises, "yes", "deeper takes more", f"Deeper questions need more {noun}.",
+         strongest and alone),
+        (True, "part", "depth unclear", f"Deeper questions do not clearly need more {noun}."),
     )  # fmt: skip
 
 
 def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
-    """Test 6. Does the LM head name nodes further and further away?
-
-    best  distance -> thought, own and other (figures), base, mass: where it names most
-    """
+    """Judge test 6. best: distance -> the thought that names concepts at this distance most."""
     parts, good = [], []
     for i, (d, b) in enumerate(best.items()):
         parts.append(
-            f"thought {b['thought']} gives {{{2 * i}}} of its probability on concepts to those "
-            f"{count(d, 'step')} away (counted from the twin's entity {{{2 * i + 1}}}; "
-            f"{percent(b['base'])} of concepts are that far)"
+            f"at thought {b['thought']}, {{{2 * i}}} of the probability of all concepts goes to "
+            f"those {count(d, 'step')} from the entity (control, from the twin's entity: "
+            f"{{{2 * i + 1}}}; {percent(b['base'])} of the concepts are at this distance)"
         )
         own, control = b["own"]["value"], b["other"]["value"]
         good += [own >= 2 * b["base"] and own >= control + 0.2 and b["mass"] >= MIN_MASS]
-    rising = [b["thought"] for b in best.values()]
+    thoughts = [b["thought"] for b in best.values()]
     return finding(
         "read",
-        f"Read by the LM head, {' and '.join(parts)}. What can be read need not be used.",
+        f"{LENS}: {'; '.join(parts)}. {UNUSED}",
         [b[name] for b in best.values() for name in ("own", "other")],
-        (all(good) and rising == sorted(set(rising)), "yes", "readable",
-         "They can be read, and move outward."),
-        (any(good), "part", "readable in part", "They can be read in part."),
-        (True, "no", "not readable", "Nothing can be read in them."),
+        (all(good) and thoughts == sorted(set(thoughts)), "yes", "readable",
+         "The LM head can read the thoughts: later ones name concepts farther away."),
+        (any(good), "part", "readable in part", "The LM head can read the thoughts in part."),
+        (True, "no", "not readable", "The LM head cannot read the thoughts."),
     )  # fmt: skip
 
 
-def judge_words(found: dict[int, dict[str, Figure]]) -> Finding:
-    """Test 6 without a graph. Does thought i name the words of step i? See words_by_step."""
-    i = max(found, key=lambda i: found[i]["own"]["value"] - found[i]["other"]["value"])
-    own, other = found[i]["own"], found[i]["other"]
-    more = own["lo"] > other["hi"]
+def judge_words(p: dict[int, dict[str, Figure]]) -> Finding:
+    """Judge test 6 for tasks without a graph. p: see words_by_step."""
+    i = max(p, key=lambda i: p[i]["own"]["value"] - p[i]["other"]["value"])
+    own, other = p[i]["own"], p[i]["other"]
+    is_above = own["lo"] > other["hi"]
     return finding(
         "read",
-        f"Read by the LM head, thought {i} gives {{0}} to the words of step {i}, and {{1}} to those"
-        f" of step {i} of another question. What can be read need not be used.",
+        f"{LENS}: at thought {i}, {{0}} of the probability goes to the words of step {i}, and "
+        f"{{1}} to those of another question's step {i}. {UNUSED}",
         [own, other],
-        (more and own["value"] >= max(2 * other["value"], MIN_MASS), "yes", "readable",
-         "They can be read: they name the words of their step."),
-        (more, "part", "readable in part", "They can be read in part."),
-        (True, "no", "not readable", "Nothing can be read in them."),
+        (is_above and own["value"] >= max(2 * other["value"], MIN_MASS), "yes", "readable",
+         "The LM head can read the thoughts: they name the words of their step."),
+        (is_above, "part", "readable in part", "The LM head can read the thoughts in part."),
+        (True, "no", "not readable", "The LM head cannot read the thoughts."),
     )  # fmt: skip
 
 
 def judge_write(w: dict[str, Any]) -> Finding:
-    """Test 7. Does the answer follow concepts that are written, or erased, by hand?"""
-    cells = {point["id"]: point for point in w["points"] + w["erase"]}
-    other, own, control = map(cells.get, ("other", "own", "control"))
-    right, wrong = cells.get("right"), cells.get("wrong")
-    ok, figures, erased = decided(other, control), [other, own, control], ""
+    """Judge test 7. w: the results of steering, see readout."""
+    figures = {point["id"]: point for point in w["points"] + w["erase"]}
+    other, own, control = map(figures.get, ("other", "own", "control"))
+    right, wrong = figures.get("right"), figures.get("wrong")
+    ok, shown, erased = decided(other, control), [other, own, control], ""
     if right and wrong:
-        figures += [right, wrong]
-        erased = "With the one right branch erased {3} stay right, with a wrong one {4}"
+        shown += [right, wrong]
+        erased = " If the branch to the answer is projected out, {3} stay correct; if another, {4}"
         split = wrong["lo"] > right["hi"]
-        erased += ": branches are held side by side, and each one counts." if split else "."
+        erased += ": the thought holds the branches side by side." if split else "."
     return finding(
         "write",
-        f"Thought {w['thought']} becomes the mean thought plus {w['factor']} times the mean "
-        f"embedding of the concepts {count(w['distance'], 'step')} from an entity. The twin's "
-        "flip {0} of the answers, the question's own {1}, other concepts {2}. " + erased,
-        figures,
-        (not ok, "?", "undecided", "Whether they can be written by hand is undecided."),
+        f"Steering: thought {w['thought']} becomes the mean thought plus {w['factor']} times the "
+        f"mean embedding of concepts. Those {count(w['distance'], 'step')} from the twin's entity "
+        "change {0} of the answers, those from the question's own entity {1}, others {2}." + erased,
+        shown,
+        (not ok, "?", "undecided", "Whether concepts can be written into a thought is undecided."),
         (ok and other["lo"] > max(0.8, control["hi"]), "yes", "writable",
-         "They can be written by hand."),
+         "Concepts written into a thought steer the answer."),
         (ok and other["lo"] > control["hi"], "part", "writable in part",
-         "They can be written by hand in part."),
-        (True, "no", "not writable", "They cannot be written by hand in this way."),
+         "Concepts written into a thought steer the answer in part."),
+        (True, "no", "not writable", "Concepts written into a thought do not steer the answer."),
     )  # fmt: skip
 
 
 def judge_unsolved(trained: Figure, own: Figure, chance: float) -> Finding:
-    """Say that the other tests cannot be asked."""
+    """Return the finding that the model is no better than guessing."""
     return finding(
         "solves",
-        f"It is right in {{0}}, without a shortcut in {{1}}; guessing gives {percent(chance)}.",
+        f"Accuracy is {{0}}, and {{1}} without a shortcut; guessing gives {percent(chance)}.",
         [trained, own],
-        (True, "no", "does not solve these questions", "It does not solve these questions."),
+        (True, "no", "does not solve these questions", "The model does not solve these questions."),
     )

@@ -1,7 +1,7 @@
-"""Write a row of insight.py as one HTML page, every figure's numbers in a table.
+"""Render the results of report.measure as one HTML page. Each drawing has a table of its numbers.
 
-Nothing is measured or fetched here. page.html has the style of all figures, all captions, and the
-script of the interactive view. Colours are Okabe and Ito's, marks differ in shape.
+page.html has the style sheet, the captions and the script of the interactive view. The colours are
+Okabe and Ito's, for colour-blind readers; marks also differ in shape.
 """
 
 import json
@@ -14,17 +14,17 @@ from typing import Any
 
 Row = dict[str, Any]
 PARTS = re.split(r"<!-- (\w+) -->\n", (Path(__file__).parent / "page.html").read_text("utf-8"))
-TEXT = dict(zip(["head", *PARTS[1::2]], PARTS[::2], strict=True))  # each part of page.html by name
+TEXT = dict(zip(["head", *PARTS[1::2]], PARTS[::2], strict=True))  # part of page.html by its name
 SINGULAR = {"thoughts": "thought", "pauses": "pause", "written chain": "word"}
 
 
 def _fill(name: str, words: Mapping[str, Any]) -> str:
-    """Return a part of page.html with [[word]] replaced."""
+    """Return a part of page.html with each [[word]] replaced."""
     return re.sub(r"\[\[(\w+)\]\]", lambda match: str(words[match[1]]), TEXT[name])
 
 
 def _cell(fig: Row | None, keys: Sequence[str] = ("lo", "n", "mass")) -> str:
-    """Return "91.1 % (89.5 to 92.5, n = 1,400, mass 98.0 %)", as far as measured."""
+    """Return "91.1 % (89.5 to 92.5, n = 1,400, mass 98.0 %)", without keys that fig lacks."""
     if fig is None:
         return ""
     text = {"lo": "{lo:.1f} to {hi:.1f}", "n": "n\xa0=\xa0{n:,}", "mass": "mass {mass:.1f}\xa0%"}
@@ -34,13 +34,13 @@ def _cell(fig: Row | None, keys: Sequence[str] = ("lo", "n", "mass")) -> str:
 
 
 def sentence(finding: Row) -> str:
-    """Return a finding's text, its figures filled in with their intervals."""
+    """Return a finding's text with its figures and their intervals filled in."""
     cells = [_cell(fig, ("lo", "n")) for fig in finding["figures"]]
     return re.sub(r"\{(\d)\}", lambda match: cells[int(match[1])], finding["text"])
 
 
 def _table(lines: Sequence[Sequence[Any]], kind: str = "") -> str:
-    """Return a table of lines; the first entry of a line is its name."""
+    """Return a table of lines; the first entry of a line is its header."""
     rows = ""
     for name, *cells in lines:
         values = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
@@ -55,7 +55,7 @@ def _figure(title: str, text: str, drawing: str, lines: Sequence[Sequence[Any]])
 
 
 def _points(points: Sequence[Row], *ends: str) -> str:
-    """Draw shares from 0 to 100 % with their intervals, one line each."""
+    """Draw fractions with their intervals on scales from 0 to 100 %, one line each."""
     lines = "<div>" + "".join(f"<span>{end}</span>" for end in ends) + "</div>"
     for point in points:
         kind = "dashed" if point.get("mass", 1) < 0.5 else point["id"]
@@ -67,7 +67,7 @@ def _points(points: Sequence[Row], *ends: str) -> str:
 
 
 def _heat(grid: Row, kind: str) -> str:
-    """Draw a grid of figures as a table, a cell's colour by its value."""
+    """Draw a grid of figures as a table whose colours show the values."""
     names = (f"<b>{x}</b>" if x == grid.get("trained") else x for x in grid["columns"])
     lines = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
     for row in grid["rows"]:
@@ -85,7 +85,7 @@ def _heat(grid: Row, kind: str) -> str:
 
 
 def _heats(title: str, text: str, *grids: tuple[str, Row, str]) -> str:
-    """Return a figure of heat maps side by side: (heading, grid, class) each."""
+    """Return heat maps side by side. grids: (heading, grid, CSS class) each."""
     drawing, lines = "", []
     for heading, grid, kind in grids:
         drawing += f"<div><h3>{escape(heading)}</h3>{_heat(grid, kind)}</div>"
@@ -96,12 +96,12 @@ def _heats(title: str, text: str, *grids: tuple[str, Row, str]) -> str:
 
 
 def _layout(question: Row) -> Row:
-    """Return the question with each node's place in its level: x from 0 to 1, and rank."""
+    """Add each node's place in its level to a question: x from 0 to 1, and rank."""
     levels, x, rank = question["levels"], {}, {}
     for level in sorted(set(levels)):
         members = [i for i, other in enumerate(levels) if other == level]
         parents = {i: [x[a] for a, b in question["edges"] if b == i and a in x] for i in members}
-        members.sort(key=lambda i: mean(parents[i] or [0]))  # children below their parents
+        members.sort(key=lambda i: mean(parents[i] or [0]))  # place children under their parents
         for j, i in enumerate(members):
             x[i], rank[i] = round((j + 0.5) / len(members), 3), j
     nodes = range(len(levels))
@@ -112,7 +112,7 @@ def _view(row: Row) -> str:
     questions = [_layout(question) for question in row["view"]]
     words = row | {"one": SINGULAR[row["noun"]]}
     data = json.dumps({"one": words["one"], "view": questions}, separators=(",", ":"))
-    for sign in "<>&":  # so that no name ends the script
+    for sign in "<>&":  # a name must not end the script
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     titles = (escape(question["title"]) for question in questions)
     menu = "".join(f'<option value="{i}">{title}</option>' for i, title in enumerate(titles))
@@ -121,16 +121,16 @@ def _view(row: Row) -> str:
 
 
 def view_page(row: Row) -> str:
-    """Return a page with the interactive view alone. row: its name, noun and view.
+    """Return a page with only the interactive view. row: name, noun and view.
 
-    As a PNG: chromium --headless --screenshot=view.png --window-size=1240,740 FILE#0,1,0,all
+    PNG: chromium --headless --hide-scrollbars --window-size=1240,740 --screenshot FILE#0,1,0,all
     """
     title = f"The {row['noun']} of {escape(row['name'])}"
     return _fill("head", {"title": title}) + _view(row) + TEXT["tail"]
 
 
 def _findings(row: Row, against: Row) -> str:
-    """Return the verdicts as a list; after each, the control's verdict of the same test."""
+    """Return the findings as a list, each with the control's title for the same test."""
     controls = {finding["id"]: finding["title"] for finding in against.get("findings", ())}
     items = ""
     for f in row["findings"]:
@@ -149,33 +149,35 @@ def _scale(row: Row, against: Row) -> str:
     points = [x for p in row["scale"] for x in (p, controls.get(p["id"])) if x]
     drawing = _points(points, "0\xa0%: ignored", "50\xa0%: destroyed", "100\xa0%: carried")
     lines = [(point["label"], _cell(point)) for point in points]
-    title = f"Whose {row['noun']} does the answer follow?"
+    title = f"Does the answer change with the {row['noun']}?"
     return _figure(title, _fill("scale", row), drawing, lines)
 
 
 def _write(row: Row) -> str:
     write, erase, words = row["write"], row["write"].get("erase") or [], row | row["write"]
-    drawing = _points(write["points"], "0\xa0%: no change", "50\xa0%", "100\xa0%: rewritten")
+    drawing = _points(write["points"], "0\xa0%: no change", "50\xa0%", "100\xa0%: all change")
     if erase:
         drawing += f"<p>{_fill('erase', words)}</p>"
-        drawing += _points(erase, "0\xa0%", "50\xa0%: chance", "100\xa0%: unharmed")
+        drawing += _points(erase, "0\xa0%", "50\xa0%: chance", "100\xa0%: no change")
     lines = [[point["label"], _cell(point)] for point in (*write["points"], *erase)]
-    return _figure("Can they be written by hand?", _fill("write", words), drawing, lines)
+    title = f"Can writing into a {row['one']} steer the answer?"
+    return _figure(title, _fill("write", words), drawing, lines)
 
 
 def _names(row: Row) -> str:
     names, grids = row["names"], []
-    for side, who in (("own", "the entity asked about"), ("other", "the other entity")):
+    for side, who in (("own", "the entity"), ("other", "the twin’s entity")):
         bars = [[*bar, mass] for bar, mass in zip(names[side], names["mass"], strict=True)]
         bars = dict(enumerate(bars, 1)) | {"nodes": names[f"base_{side}"]}
         rows = [{"label": str(x), "cells": [{"value": v} for v in bars[x]]} for x in bars]
         grid = {"columns": [*names["distances"], "mass"], "rows": rows}
         grids.append((f"steps from {who}", grid, "names"))
-    return _heats("What do they name?", _fill("names", row | {"n": f"{names['n']:,}"}), *grids)
+    title = f"What does the LM head read in the {row['noun']}?"
+    return _heats(title, _fill("names", row | {"n": f"{names['n']:,}"}), *grids)
 
 
 def render(row: Row) -> str:
-    """Return the page of a row as HTML. Its "against" is a control's row, drawn in grey."""
+    """Return the page of a model's results as HTML. row["against"]: a control's, drawn in grey."""
     against, noun = row.get("against") or {}, row["noun"]
     row = row | {"one": SINGULAR[noun]}  # for the captions, like noun
     do = "Does" if noun == "written chain" else "Do"
@@ -189,7 +191,8 @@ def render(row: Row) -> str:
     body += [f'<p class="dim">{escape(line)}</p>' for line in row.get("warnings") or ()]
     body.append('<div class="pair">')
     body += [_scale(row, against)] if row.get("scale") else []
-    for key, title in (("accuracy", f"How many {noun}?"), ("slots", "Which one carries it?")):
+    titles = {"accuracy": f"How many {noun} are needed?", "slots": f"Which {row['one']} matters?"}
+    for key, title in titles.items():
         if grid := row.get(key):
             text = _fill(key, row)
             if grid.get("free"):

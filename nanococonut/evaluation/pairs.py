@@ -1,7 +1,10 @@
-"""Questions and their twins, for the tests of insight.py: generated, or from a user's file."""
+"""Counterfactual pairs for the tests of insight.py: questions and twins, generated or from files.
+
+A twin is a question that differs in one thing, so that another answer is correct.
+"""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,33 +18,29 @@ from nanococonut.evaluation.interchange import EXTRA, Figures, interchange, kind
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
-MIN_PAIRS = 100  # fewer decide nothing
+MIN_PAIRS = 100  # with fewer, the intervals are too wide for a verdict
 
 
 @dataclass
 class Pairs:
-    """Questions, their twins and what else an interchange needs; one entry per question.
-
-    groups    hops of a generated question, else written steps; 0: as in training
-    twinned   False: a twin is only another question with as many steps and another answer
-    """
+    """Questions and their twins, one entry each."""
 
     examples: list[Example] = field(default_factory=list)
     twins: list[Example] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    twinned: bool = True
+    groups: list[int] = field(default_factory=list)  # number of steps; 0: as in training
+    twinned: bool = True  # False: twins are just questions with as many steps and other answers
 
     def take(self, index: Sequence[int]) -> "Pairs":
-        """Return only these of the pairs."""
+        """Return the pairs with these indices."""
         sides = ([side[i] for i in index] for side in (self.examples, self.twins, self.groups))
         return Pairs(*sides, self.twinned)
 
     def questions(self) -> tuple[list[str], list[str]]:
-        """Return the questions, and those of their twins."""
+        """Return the texts of the questions and of their twins."""
         return [x["question"] for x in self.examples], [x["question"] for x in self.twins]
 
     def candidates(self, engine: Engine) -> list[tuple[str, ...]]:
-        """Return the answers of each question, as the model writes them: its own, its twin's."""
+        """Return (its answer, the twin's answer) of each question, as the model writes them."""
         task, style = TASKS[engine.config.task], engine.config.render
         own, twin = (task.render(side, style) for side in (self.examples, self.twins))
         return [(x["answer"], t["answer"]) for x, t in zip(own, twin, strict=True)]
@@ -53,33 +52,30 @@ class Pairs:
         except UserError:
             return False
 
-    def figures(
-        self, engine: Engine, progress: Callable[[float], None] = lambda fraction: None
-    ) -> Figures:
-        """Run an interchange and return its figures."""
-        both, donors = list(zip(self.examples, self.twins, strict=True)), {}
+    def figures(self, engine: Engine) -> Figures:
+        """Run the interchange interventions and return their statistics."""
+        pairs, donors = list(zip(self.examples, self.twins, strict=True)), {}
         if self.twinned and kind_of(engine) in ("thought", "pause"):
-            reworded = [tuple(map(TASKS[engine.config.task].reworded, pair)) for pair in both]
+            reworded = [tuple(map(TASKS[engine.config.task].reworded, pair)) for pair in pairs]
             for i, name in enumerate(("same_other", "other_other")):
-                donors[name] = [pair[i] if all(pair) else None for pair in reworded]
-        cells = interchange(
-            engine, *self.questions(), self.candidates(engine),
-            donors=donors, groups=self.groups, progress=progress,
-        )  # fmt: skip
-        if not self.twinned:  # a third column for all other answers: moved or destroyed?
-            for name in cells.keys() - {"thoughts", "by_inputs"}:
-                rest = (1 - cells[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()
-                cells[name] = torch.cat([cells[name], rest], 1)
-        asked = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in both])
-        f = Figures(cells, torch.tensor(self.groups), asked if asked.any() else None)
+                donors[name] = [texts[i] if all(texts) else None for texts in reworded]
+        outcomes = interchange(
+            engine, *self.questions(), self.candidates(engine), donors=donors, groups=self.groups
+        )
+        if not self.twinned:  # a third candidate, any other answer: the replacement destroyed it
+            for name in outcomes.keys() - {"thoughts", "by_inputs"}:
+                rest = (1 - outcomes[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()
+                outcomes[name] = torch.cat([outcomes[name], rest], 1)
+        both_deep = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in pairs])
+        f = Figures(outcomes, torch.tensor(self.groups), both_deep if both_deep.any() else None)
         if not self.twinned:
             answers = Counter(x["answer"] for x in self.examples)
-            f.chance = max(answers.values()) / len(self.examples)  # of always the same answer
+            f.chance = max(answers.values()) / len(self.examples)  # always the most frequent one
         return f
 
 
 def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:
-    """Return (pairs as in training, pairs by hops that no shortcut solves) of a generated task."""
+    """Return (pairs as in training, `rows` pairs of each number of hops without shortcuts)."""
     task, pairs = TASKS[config.task], Pairs()
     plain, base = next(iter(task.splits.values()))(config), config.max_hops
     if config.task == "prosqa":
@@ -94,30 +90,31 @@ def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, P
         pairs.examples += task.module.generate(n, seed, c)
         pairs.groups += [h] * n
     pairs.twins = [task.twin(x) for x in pairs.examples]
-    first = Pairs(task.module.generate(max(500, 5 * rows // 2), seed, plain))
-    opposite = {"True": "False", "False": "True"}  # ProntoQA as in training has no twins
-    first.twins = [task.twin(x) or x | {"answer": opposite[x["answer"]]} for x in first.examples]
-    first.groups = [0] * len(first.examples)
-    return first, pairs
+    trained = Pairs(task.module.generate(max(500, 5 * rows // 2), seed, plain))
+    # ProntoQA as in training has no twins: the same question with the other candidate answer
+    other = {"True": "False", "False": "True"}
+    trained.twins = [task.twin(x) or x | {"answer": other[x["answer"]]} for x in trained.examples]
+    trained.groups = [0] * len(trained.examples)
+    return trained, pairs
 
 
 def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -> Pairs:
-    """Return the pairs of a user's examples. UserError if there are too few, or bad ones.
+    """Return the pairs of a user's examples. UserError if there are too few, or an invalid one.
 
-    twins  the twin of each (None: from the examples, or else from the task; failing that, any two
-           examples with as many steps and other answers)
+    twins  of each example (None: stored in it or made by the task; failing that, any example with
+           as many steps and another answer)
     """
     if twins is not None:
         if len(twins) != len(examples):
             raise UserError(
                 f"{len(twins)} twins of {len(examples)} examples.\n"
-                "Give one for each: example i of --twins belongs to example i of --data."
+                "Give one for each: example i of --twins is the twin of example i of --data."
             )
         examples = [x | {"twin": twin} for x, twin in zip(examples, twins, strict=True)]
     try:
         pairs = [(x, twin) for x in examples if (twin := TASKS[task].twin(x))]
     except ValueError as e:
-        raise UserError(f"a twin is no example: {e}.\nGive question, steps, answer.") from None
+        raise UserError(f"invalid twin: {e}.\nGive its question, steps and answer.") from None
     twinned = len(pairs) >= MIN_PAIRS
     if not twinned:
         pairs = _unpaired(examples)
@@ -125,63 +122,64 @@ def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -
         if x["answer"].strip() == t["answer"].strip():
             raise UserError(
                 f"the twin of example {i} has the same answer, {x['answer']!r}.\n"
-                "A twin differs in one thing, so that its answer does."
+                "Give twins whose correct answer differs."
             )
     if len(pairs) < MIN_PAIRS:
         raise UserError(
             f"only {len(pairs)} pairs of questions with different answers.\n"
-            f"Give at least {MIN_PAIRS} examples with twins, or more examples of as many steps."
+            f"Give at least {MIN_PAIRS} examples with twins, or more with the same number of steps."
         )
     sides = [list(side) for side in zip(*pairs, strict=True)]
     return Pairs(*sides, [len(x["steps"]) for x, _ in pairs], twinned)
 
 
 def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
-    """Return pairs of examples with as many steps and other answers, both ways around."""
-    waiting: dict[int, list[Example]] = defaultdict(list)
+    """Return pairs of examples with as many steps and different answers, each in both orders."""
+    unpaired: dict[int, list[Example]] = defaultdict(list)  # by number of steps
     pairs = []
-    for x in sorted(examples, key=lambda x: len(x["question"])):  # similar lengths together
-        same = waiting[len(x["steps"])]
-        if other := next((y for y in same if y["answer"].strip() != x["answer"].strip()), None):
-            same.remove(other)
+    for x in sorted(examples, key=lambda x: len(x["question"])):  # pairs of similar length
+        others = unpaired[len(x["steps"])]
+        if other := next((y for y in others if y["answer"].strip() != x["answer"].strip()), None):
+            others.remove(other)
             pairs += [(x, other), (other, x)]
         else:
-            same.append(x)
+            others.append(x)
     return pairs
 
 
 def check_lengths(engine: Engine, pairs: Pairs) -> Pairs:
-    """Return the pairs that fit in block_size. UserError if half do not."""
+    """Return the pairs that fit in block_size. UserError if fewer than half do, or MIN_PAIRS."""
     n, block_size = n_slots(engine), engine.model.config.block_size
     answers, keep = pairs.candidates(engine), []
     for i, questions in enumerate(zip(*pairs.questions(), strict=True)):
         texts = [f"{engine.render(q)}### {a}" for q in questions for a in answers[i]]
         longest = max(len(engine.tokenizer.encode(text)) for text in texts)
-        keep += [i] if longest + n + EXTRA + 2 <= block_size else []  # 2: <bot> and <eot>
+        if longest + n + EXTRA + 2 <= block_size:  # 2: <bot> and <eot>
+            keep.append(i)
     n_long = len(answers) - len(keep)
     if len(keep) < max(MIN_PAIRS, len(answers) / 2):
         raise UserError(
-            f"{n_long} of {len(answers)} pairs do not fit with {n} thoughts into "
-            f"block_size={block_size}.\nGive shorter questions."
+            f"{n_long} of {len(answers)} pairs do not fit in block_size={block_size} with {n} "
+            "thoughts.\nGive shorter questions."
         )
     if n_long:
-        print(f"note: {n_long} pairs are left out, for they do not fit into block_size")
+        print(f"note: {n_long} pairs do not fit in block_size and are left out")
     return pairs.take(keep)
 
 
 def load_pairs(
     engine: Engine, rows: int, seed: int, data: str | None = None, twins: str | None = None
 ) -> tuple[Pairs | None, Pairs]:
-    """Return (pairs as in training or None, pairs to measure on), all of which fit the model.
+    """Return (pairs as in training or None, pairs to measure on), all short enough for the model.
 
-    rows, seed   of generated examples, see generated_pairs
-    data, twins  files of examples in place of them
+    rows, seed   for generated pairs, see generated_pairs
+    data, twins  files of examples and of their twins, instead of generated pairs
     """
     config, plain = engine.config, None
     if bad := [k for k, p in engine.model.named_parameters() if not p.isfinite().all()]:
-        raise UserError(f"{bad[0]} has NaN or infinite numbers.\nUse another checkpoint.")
+        raise UserError(f"{bad[0]} has NaN or infinite values.\nUse another checkpoint.")
     if twins and not data:
-        raise UserError(f"{twins}: twins belong to examples of your own.\nGive --data too.")
+        raise UserError(f"--twins={twins} without --data.\nGive --data too.")
     if data:
         own_twins = read_examples(twins) if twins else None
         pairs = own_pairs(config.task, read_examples(data), own_twins)

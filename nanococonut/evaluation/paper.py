@@ -1,9 +1,9 @@
 """The paper's figures 5, 7, 8 and 9, for ProsQA.
 
-Figure 5 counts six categories of answers (section 5.1). The others show values of nodes (5.3, 5.4):
-the probability of a node's name if the model has to speak after k thoughts, divided by that of all
-concepts (concept_probabilities). The values always add up to one, even if the model would rather
-answer: `mass` is what was divided by.
+Figure 5 counts six categories of answers (section 5.1). Figures 7 to 9 show the values of nodes
+(5.3, 5.4): the probability that the model names a node after k thoughts, normalized over all
+concepts (concept_probabilities). So the values add up to one even if the model would rather answer;
+the notes give the probability of all concepts before normalization.
 """
 
 from collections import Counter, defaultdict
@@ -24,8 +24,8 @@ from nanococonut.evaluation.readout import concept_probabilities, graph
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
-Grid = dict[str, Any]  # columns, rows of cells, and a note
-Values = dict[str, float]  # of the nodes of one graph
+Grid = dict[str, Any]  # see interchange.grid; also a note
+Values = dict[str, float]  # node -> value, of one graph
 CATEGORIES = (
     "Correct Path",
     "Longer Path",
@@ -37,33 +37,33 @@ CATEGORIES = (
 
 
 def paper_figures(engine: Engine, examples: Sequence[Example], n: int = 200) -> dict[str, Grid]:
-    """Return figures 5, 7, 8 and 9 over n examples as in training."""
+    """Return figures 5, 7, 8 and 9 for n examples as in training."""
     examples = examples[:n]
     raw = [[concept_probabilities(engine, x["question"], k) for x in examples] for k in (1, 2)]
     mass = [[sum(p.values()) for p in graphs] for graphs in raw]
     values = [[{x: v / sum(p.values()) for x, v in p.items()} for p in graphs] for graphs in raw]
-    about = f"{_shared(*map(np.mean, mass))} after one and two thoughts; {n} graphs."
+    all_graphs = f"{_mass_note(*map(np.mean, mass))}; {n} graphs."
     entity, (a, b) = parse_question(examples[0]["question"])[1:]
-    note = f"Is {entity} a {a} or {b}? {_shared(mass[0][0], mass[1][0])}."
+    one_graph = f"Is {entity} a {a} or {b}? {_mass_note(mass[0][0], mass[1][0])}."
     return {
         "fig5": _categories(engine, examples),
-        "fig7": _one_question(examples[0], [graphs[0] for graphs in values]) | {"note": note},
-        "fig8": _parallelism(values) | {"note": about},
-        "fig9": _by_height(examples, values[0]) | {"note": about},
+        "fig7": _one_question(examples[0], [graphs[0] for graphs in values]) | {"note": one_graph},
+        "fig8": _parallelism(values) | {"note": all_graphs},
+        "fig9": _by_height(examples, values[0]) | {"note": all_graphs},
     }
 
 
-def _shared(*mass: float) -> str:
-    named = " and ".join(f"{100 * m:.1f}\xa0%" for m in mass)
-    return f"The concepts share {named} of the probability"
+def _mass_note(one: float, two: float) -> str:
+    p = f"{100 * one:.1f}\xa0% and {100 * two:.1f}\xa0%"
+    return f"After one and two thoughts, all concepts together have {p} of the probability"
 
 
-def _cells(values: Sequence[float]) -> list[Figure]:
+def _values(values: Sequence[float]) -> list[Figure]:
     return [{"value": round(float(v), 3)} for v in values]
 
 
 def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
-    """Figure 5: kinds of answers after each number of thoughts, the model left to itself."""
+    """Return figure 5: categories of freely generated answers after each number of thoughts."""
     config, numbers = engine.config, range(engine.manifest["n_thoughts"] + 1)
     rows: dict[str, list[Figure]] = {name: [] for name in (*CATEGORIES, "accuracy")}
     for k in numbers:
@@ -75,30 +75,30 @@ def _categories(engine: Engine, examples: Sequence[Example]) -> Grid:
 
 
 def _one_question(example: Example, values: Sequence[Values]) -> Grid:
-    """Figure 7: the values of one graph's nodes."""
+    """Return figure 7: the values of one graph's nodes."""
     g, height, rows = graph(example), heights(parse_question(example["question"]).edges), {}
     for node in sorted(g.nodes, key=lambda node: (g.own.get(node, 99), node)):
-        at = f"step {g.own[node]}" if node in g.own else "not reached"
+        distance = f"step {g.own[node]}" if node in g.own else "not reached"
         side = "right" if node in g.right else "wrong"
-        label = f"{node} ({side}, {at}, height {height.get(node, '-')})"
-        rows[label] = _cells([v[node] for v in values])
+        label = f"{node} ({side}, {distance}, height {height.get(node, '-')})"
+        rows[label] = _values([v[node] for v in values])
     return grid(["after 1", "after 2"], rows)
 
 
 def _parallelism(values: Sequence[Sequence[Values]]) -> Grid:
-    """Figure 8: cumulative value of the best one, two and three nodes, by percentile of graphs."""
+    """Return figure 8: total value of the one to three best nodes, by percentile of the graphs."""
     percentiles, rows = range(0, 101, 10), {}
     for k, graphs in enumerate(values, 1):
         best = [sorted(v.values(), reverse=True) for v in graphs]
         for top in (1, 2, 3):
             sums = np.percentile([sum(v[:top]) for v in best], percentiles)
-            rows[f"top {top}, after {k}"] = _cells(sums)
+            rows[f"top {top}, after {k}"] = _values(sums)
     return grid(percentiles, rows)
 
 
 def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
-    """Figure 9: value of the entity's children by their distance to the nearest, farthest leaf."""
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return figure 9: values of the entity's children by their distance to a leaf."""
+    shares: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for x, v in zip(examples, values, strict=True):
         g, edges = graph(x), parse_question(x["question"]).edges
         children = [node for node in g.nodes if g.own.get(node) == 1]
@@ -107,30 +107,30 @@ def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
             height = heights(edges, longest=leaf == "farthest")
             for node in height.keys() & children:
                 side = "right" if node in g.right else "wrong"
-                found[f"{side}, {leaf} leaf"][height[node]].append(v[node] / total)
-    columns, rows = sorted({h for heights in found.values() for h in heights}), {}
-    for label, by_height in sorted(found.items()):
+                shares[f"{side}, {leaf} leaf"][height[node]].append(v[node] / total)
+    columns, rows = sorted({h for by_height in shares.values() for h in by_height}), {}
+    for label, by_height in sorted(shares.items()):
         cells = [torch.tensor(by_height[h]) for h in columns]
         rows[label] = [mean_figure(c) if len(c) > 1 else None for c in cells]
     return grid(columns, rows)
 
 
 def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
-    """Return the category of a text in sentences that was generated after n_thoughts thoughts.
+    """Return the category (section 5.1) of a text that was generated after n_thoughts thoughts.
 
-    The chain is the part before the first "#"; if it is empty, the part after the mark decides:
+    The chain is the text before the first "#". If it is empty, the answer after the mark decides:
 
-    Correct Label     it is the known answer
-    Incorrect Label   it is something else, or missing
+    Correct Label     the known answer
+    Incorrect Label   any other answer, or none
 
-    Without thoughts, a chain has to start at the entity. With thoughts, its first steps were
-    latent: it may start at any node that the entity leads to, and a shortest path from the entity
-    completes it, however many thoughts there were. A chain decides alone, whatever answer follows:
+    Otherwise only the chain counts. Without thoughts it has to start at the entity. With thoughts
+    its first steps were latent: it may start at any node reachable from the entity, and a shortest
+    path from the entity to that node completes it, whatever the number of thoughts.
 
-    Hallucination     it has a sentence that is not ProsQA or not an edge of the graph, is broken,
-                      or cannot be completed
-    Wrong Target      it does not end at the answer
-    Correct Path      it ends at the answer and, once completed, is a shortest path
+    Hallucination     a sentence is not ProsQA or not an edge of the graph, two sentences do not
+                      connect, or the chain starts at an unreachable node
+    Wrong Target      the chain does not end at the answer
+    Correct Path      it ends at the answer and is a shortest path once completed
     Longer Path       it ends at the answer and is longer than that
 
     Raise UserError if the question or the known answer is not ProsQA.
@@ -163,7 +163,7 @@ def category_fractions(
     n_thoughts: int = 0,
     style: str = "sentences",
 ) -> dict[str, float]:
-    """Return the fraction of each category among texts generated in this style; see classify."""
+    """Return the fraction of texts in each category, see classify. style: that of the texts."""
     counts, expand = Counter(), TASKS["prosqa"].expand
     for x, text in zip(examples, texts, strict=True):
         text = expand(text, x["question"], style)
@@ -174,8 +174,7 @@ def category_fractions(
 def heights(edges: Sequence[tuple[str, str]], longest: bool = False) -> dict[str, int]:
     """Map each node to the fewest steps down to a leaf (section 5.4), or the most (figure 7).
 
-    A node that leads only into a cycle has no height. With `longest`, one path into a cycle is
-    enough for that.
+    A node has no height if all its paths end in a cycle; with `longest`, if any of them does.
     """
     children = children_of(edges)
     condition = all if longest else any

@@ -1,9 +1,6 @@
-"""Run the seven tests on a model, and write down what they show.
+"""Run the seven tests of insight.py on a model. page.py draws the row that measure() returns."""
 
-page.py says what each part of a row looks like.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from nanococonut.evaluation import insight
@@ -15,28 +12,22 @@ from nanococonut.evaluation.readout import readout, words_by_step
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
-Row = dict[str, Any]  # name, verdict, findings, ... of one model
+Row = dict[str, Any]  # the results of one model, as JSON
 
 
-def measure(
-    engine: Engine,
-    name: str,
-    plain: Pairs | None,
-    pairs: Pairs,
-    progress: Callable[[float], None] = lambda fraction: None,
-) -> tuple[Row, Figures]:
-    """Run the seven tests. Return the row, without what was not measured, and figures of `pairs`.
+def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tuple[Row, Figures]:
+    """Return (results of the tests, statistics of `pairs`). Tests that do not apply are left out.
 
-    plain  pairs as in training, with their shortcuts (None: none)
+    plain  pairs as in training, which shortcuts can solve (None: not available)
+    pairs  pairs that no shortcut solves, by number of steps
     """
     kind = kind_of(engine)
-    f = p = pairs.figures(engine, lambda x: progress(0.6 * x))
-    if plain:
-        p = plain.figures(engine, lambda x: progress(0.6 + 0.2 * x))
+    f = pairs.figures(engine)
+    p = plain.figures(engine) if plain else f
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
     questions, twins = (plain or pairs).questions()
     q = p if questions != twins else f  # ProntoQA as in training has no twins
-    one, both = (fraction(x[q.asked]) for x in (q.right ^ q.twin_right, q.both_right))
+    one, both = (fraction(x[q.both_deep]) for x in (q.right ^ q.twin_right, q.both_right))
     shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
     row: Row = {
@@ -52,77 +43,76 @@ def measure(
     }
     if max(trained["lo"], own["lo"]) <= f.chance + 0.05:
         findings = [insight.judge_unsolved(trained, own, f.chance)]
-        row["refused"] = ["Nothing else can be asked: there is no answer that could be moved."]
+        row["refused"] = ["No other test applies: the model is no better than guessing."]
     elif kind == "none":
         findings = shortcut
-        row["refused"] = ["There is nothing between question and answer: only test 1 is asked."]
+        row["refused"] = ["Only test 1 applies: there is nothing between question and answer."]
     else:
         needed = insight.judge_needed(own, f.accuracy("mean"), f.chance, noun)
-        moved = _judge_moved(row, f, plain and p, pairs)
+        interchanged = _judge_interchange(row, f, plain and p, pairs)
         if ignores:
             findings = [*shortcut, needed]
-            row["refused"] = ["Tests 3 to 7 cannot be asked: no answer follows what is asked."]
+            row["refused"] = ["Tests 3 to 7 do not apply: the answer ignores what is asked."]
         else:
             read = _judge_readout(row, engine, f, pairs) if kind == "thought" else []
-            findings = [needed, *moved, *read, *shortcut]
+            findings = [needed, *interchanged, *read, *shortcut]
         if plain and kind != "chain":
-            findings.append(_judge_trap(row, engine, plain, p.accuracy("k0")))
+            findings.append(_judge_free(row, engine, plain, p.accuracy("k0")))
         row["warnings"] += _warnings(engine, f, pairs)
     verdicts = [x["verdict"] for x in findings[: 1 if ignores or len(findings) < 3 else 3]]
-    progress(1.0)
     return row | {"findings": findings, "verdict": ", ".join(verdicts)}, f
 
 
-def _judge_trap(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
-    """Write into the row what the model does without thoughts if no answer is forced; say it."""
+def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
+    """Return the accuracy of free and forced answers without thoughts, and add it to the row."""
     s = score(engine, plain.examples[:400], 0, 200, engine.config.max_new_tokens)
     wrote_chain = fraction([bool(text.partition("#")[0].strip()) for text in s.texts])
     row["accuracy"] |= {"free": fraction(s.correct), "wrote_chain": wrote_chain}
     return finding(
         "trap",
-        f"Without {row['noun']}, but left to itself, it is right in {{0}}, for it writes steps "
-        "first in {1}. Made to answer at once, as in all tests here, it is right in {2}.",
+        f"Free generation without {row['noun']} is correct in {{0}}, but writes steps before the "
+        "answer in {1}. With the answer forced, as in all tests here, {2} are correct.",
         [row["accuracy"]["free"], wrote_chain, forced],
-        (True, "note", "", "A trap avoided."),
+        (True, "note", "", f"Free generation can bypass the {row['noun']}."),
     )
 
 
-def _judge_moved(row: Row, f: Figures, plain: Figures | None, pairs: Pairs) -> list[Finding]:
-    """Return the findings of tests 3 to 5. Write into the row how often answers move.
+def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs) -> list[Finding]:
+    """Return the findings of tests 3 to 5, and add their figures to the row.
 
-    plain  figures of questions as in training (None: none)
+    plain  statistics of pairs as in training (None: not available)
     """
     noun, twin, n = row["noun"], f.flips("twin"), row["thoughts"]
-    asked = "other options" if pairs.is_prosqa else "the opposite query"  # of ProntoQA
+    query = "other options" if pairs.is_prosqa else "the opposite query"  # of ProntoQA
     labels = {
-        "mean": "none at all" if "half" in f.cells else "averaged over questions",
+        "mean": "none at all" if "half" in f.outcomes else "averaged over questions",
         "unrelated": "of an unrelated question",
         "half": "the first half of the twin's",
-        "same_other": f"same question, {asked}",
-        "other_other": f"the twin, {asked}",
+        "same_other": f"of the question itself, {query}",
+        "other_other": f"of the twin, {query}",
         "twin": "of the twin",
     }
     flips = {name: f.flips(name) for name in labels}
     row["scale"] = [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]
     if not twin or twin["n"] < MIN_PAIRS:
-        row["refused"].append("There are too few pairs with both answers right for tests 3 to 7.")
-    stays = f.stays("twin")
-    findings = [insight.judge_carried(twin, flips["unrelated"], stays, noun, pairs.twinned)]
-    if "same_other" in f.cells:
+        row["refused"].append("Too few pairs have both answers correct for tests 3 to 7.")
+    stays, unrelated = f.flips("twin", candidate=0), flips["unrelated"]
+    findings = [insight.judge_carried(twin, unrelated, stays, noun, pairs.twinned)]
+    if "same_other" in f.outcomes:
         other, same = flips["other_other"], flips["same_other"]
-        findings.append(insight.judge_search(twin, other, same, noun, asked))
-    if "slot1" not in f.cells:  # a written chain
+        findings.append(insight.judge_search(twin, other, same, noun, query))
+    if "slot1" not in f.outcomes:  # a written chain
         return findings
 
-    numbers = [k for k in range(len(f.cells)) if f"k{k}" in f.cells]
-    slots = [j for j in range(1, len(f.cells)) if f"slot{j}" in f.cells]
+    numbers = [k for k in range(len(f.outcomes)) if f"k{k}" in f.outcomes]
+    slots = [j for j in range(1, len(f.outcomes)) if f"slot{j}" in f.outcomes]
     accuracy = {h: [f.accuracy(f"k{k}", f.groups == h) for k in numbers] for h in f.steps}
     moved = {h: [f.flips(f"slot{j}", f.groups == h) for j in slots] for h in f.steps}
     rows = {"plain": [plain.accuracy(f"k{k}") for k in numbers]} if plain else {}
-    rows |= {count(h, "step"): cells for h, cells in accuracy.items()}
+    rows |= {count(h, "step"): figures for h, figures in accuracy.items()}
     row["accuracy"] = grid(numbers, rows) | {"trained": n}
-    row["slots"] = grid(slots, {count(h, "step"): cells for h, cells in moved.items()})
-    solved = {h: c for h, c in accuracy.items() if decided(c[n]) and c[-1]["lo"] > 0.55}
+    row["slots"] = grid(slots, {count(h, "step"): figures for h, figures in moved.items()})
+    solved = {h: x for h, x in accuracy.items() if decided(x[n]) and x[-1]["lo"] > 0.55}
     if len(solved) > 1:
         deep = {h: moved[h] for h in solved if h > 1 and all(moved[h])}
         findings.append(insight.judge_depth(solved, deep, noun))
@@ -130,25 +120,25 @@ def _judge_moved(row: Row, f: Figures, plain: Figures | None, pairs: Pairs) -> l
 
 
 def _judge_readout(row: Row, engine: Engine, f: Figures, pairs: Pairs) -> list[Finding]:
-    """Return the findings of tests 6 and 7."""
+    """Return the findings of tests 6 and 7, and add their figures to the row."""
     if not pairs.is_prosqa or not pairs.twinned:
-        row["warnings"].append("Test 7 was left out: it needs ProsQA's graphs and twins.")
+        row["warnings"].append("Test 7 is left out: it needs ProsQA's graphs and twins.")
         words = words_by_step(engine, f, pairs, row["thoughts"])
         return [insight.judge_words(words)] if words else []
     try:
         row["names"], best, row["write"] = readout(engine, f, pairs, row["thoughts"])
     except UserError as e:
-        row["warnings"].append(f"Tests 6 and 7 were left out: {str(e).splitlines()[0]}")
+        row["warnings"].append(f"Tests 6 and 7 are left out: {str(e).splitlines()[0]}")
         return []
     return [insight.judge_read(best), insight.judge_write(row["write"])]
 
 
 def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
-    """Yield what a reader has to know about how it was measured."""
+    """Yield what a reader of the results has to know about the measurement."""
     if not pairs.twinned:
-        yield "Without twins, only the donor's answer tells moved from destroyed."
-    if f.cells["by_inputs"].nanmean() > 0:
-        yield "Twins of another length: inputs were exchanged, not keys and values."
+        yield "Without twins, only an answer that changes to the donor's counts as moved."
+    if f.outcomes["by_inputs"].nanmean() > 0:
+        yield "Some twins have another length: their inputs were exchanged, not keys and values."
     if engine.model.config.stop:
         n = engine.manifest["n_thoughts"]
-        yield f"The stop classifier was not asked: all questions have {n} thoughts."
+        yield f"The stop classifier was not used: every question has {n} thoughts."

@@ -1,4 +1,5 @@
-"""One ProsQA question, thought by thought: what each names, looks at, and makes of the answer."""
+"""One ProsQA question, thought by thought: what the LM head reads in each thought (logit lens),
+which facts it attends to, and which answer would follow."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ State = dict[str, Any]
 def question_views(
     engine: Engine, pairs: Pairs, right: Sequence[bool], n: int
 ) -> list[dict[str, Any]]:
-    """Return the views of n questions: the first of each depth, then the first wrong ones."""
+    """Return the views of n questions: the first of each depth, then the first not `right`."""
     first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
     chosen = first + [i for i, x in enumerate(right) if not x and i not in first]
     n_thoughts = engine.manifest["n_thoughts"]
@@ -29,10 +30,10 @@ def question_views(
 
 
 def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
-    """Return the view of a question after 0, 1, ... n thoughts, as page.py draws it.
+    """Return the states of a question after 0, 1, ... n thoughts, as page.py draws them.
 
-    With a twin, also with the twin's thoughts in the question's slots. UserError if the text is
-    not a ProsQA question.
+    If it has a twin of the same length, "swapped" are the states with the twin's thoughts in its
+    slots. UserError if the text is not a ProsQA question.
     """
     edges, entity, options = parse_question(example["question"])
     nodes = list(dict.fromkeys(node for edge in edges for node in edge))
@@ -45,13 +46,12 @@ def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
     other = swapped = None
     if twin:
         other = nodes.index(parse_question(twin["question"]).entity)
-        donor, swapped, slots = _states(engine, twin["question"], nodes, n)
-        if torch.equal(branch.start, donor.start):
+        donor, donor_states, slots = _states(engine, twin["question"], nodes, n)
+        if torch.equal(branch.start, donor.start):  # keys depend on positions
+            swapped = donor_states
             for state, content in zip(swapped, slots, strict=True):
                 branch.restart().put(content)
                 state["answer"] = _answer(branch)
-        else:  # keys and values have other positions
-            swapped = None
     return {
         "title": f"{depth}{entity}, {options[0]} or {options[1]}",
         "question": f"Is {entity} a {options[0]} or {options[1]}?",
@@ -71,7 +71,7 @@ def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
 def _states(
     engine: Engine, question: str, nodes: Sequence[str], n: int
 ) -> tuple[Branch, list[State], list[Slots]]:
-    """Return the question's branch, and the state and slots after each number of thoughts."""
+    """Return (branch, states, slots) of a question, the last two after 0, 1, ... n thoughts."""
     edges, entity, options = parse_question(question)
     answers = [f"{entity} is a {option}." for option in options]
     examples = [Example(question=question, steps=[], answer=answer) for answer in answers]
@@ -89,16 +89,16 @@ def _states(
         state: State = {"p": None, "attention": None}
         if k:
             branch.think(1)
-            q = queries[-1].view(layer.n_head, -1, 1)  # (nh, hs, 1), of the newest position
+            q = queries[-1].view(layer.n_head, -1, 1)  # (nh, hs, 1), of the last position
             keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
             weights = ((keys @ q)[..., 0] / keys.shape[-1] ** 0.5).softmax(-1).mean(0)  # (T,)
             of_facts = weights[: sum(n_tokens)].split(n_tokens)
             state["attention"] = [round(float(w.sum()), 3) for w in of_facts]
-        if k and all(len(t) == 1 for t in names):  # else none can be named at once
+        if k and all(len(t) == 1 for t in names):  # the LM head predicts one token
             p = engine.model.head(branch.thoughts[-1]).float().softmax(-1)[0]
             state["p"] = [round(float(p[t[0]]), 3) for t in names]
         slots.append(branch.slots(k))
-        states.append(state | {"answer": _answer(branch)})  # last: it attends, too
+        states.append(state | {"answer": _answer(branch)})  # last, since it adds queries
     hook.remove()
     return branch, states, slots
 

@@ -76,7 +76,7 @@ def test_bad_input_is_refused(insight, files, tmp_path, argv, error):
     """Such an error came after minutes of work, or left half a result."""
     code, out, err = insight(*files, *argv)
     assert code == 2 and error in err and len(err.strip().splitlines()) <= 3, err
-    assert not (tmp_path / "run/insight.html").exists() and "done" not in err
+    assert not (tmp_path / "run/insight.html").exists() and "interchange" not in err
 
 
 def test_bad_models_are_refused(insight, files, tmp_path):

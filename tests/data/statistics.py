@@ -1,4 +1,4 @@
-"""Statistics of examples, and those of the released ones, which the generators were fitted to."""
+"""Statistics of examples, and their values for the released data that the generators fit."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from nanococonut.data.search import children_of, parents_of
 from nanococonut.runtime.errors import UserError
 
 # fmt: off
-# of the 800 released validation and test examples; shortcuts of the 300 of validation
+# 800 released validation and test examples; shortcuts: the 300 validation examples
 PROSQA_RELEASED: dict[str, float] = {
     "nodes": 22.8, "edges": 36.0, "persons": 2.56,
     "hops": 3.77, "hops 3": 0.408, "hops 4": 0.438, "hops 5": 0.131, "hops 6": 0.024,
@@ -21,7 +21,7 @@ PROSQA_RELEASED: dict[str, float] = {
     "random": 0.5,
 }
 
-# of 300 examples of the public generator (5 hops, random order)
+# 300 examples of the public generator (5 hops, random order)
 PRONTOQA_RELEASED: dict[str, float] = {
     "sentences": 25, "words": 104.72, "facts": 2, "facts last": 1, "start is first fact": 0.5067,
     "properties": 12,
@@ -65,7 +65,7 @@ def prosqa_statistics(examples: Sequence[Example]) -> dict[str, float]:
         if root not in (0, 1) or target not in below[root] or n < 3:
             raise UserError(
                 f"the target does not follow from the root: {example['question'][:40]!r}...\n"
-                "Give examples as generated or released: node 0 or 1 is the root."
+                "Give generated or released examples: node 0 or 1 is the root."
             )
         hops, n_paths = below[root][target]
         total["nodes"] += n
@@ -94,7 +94,7 @@ def prontoqa_statistics(examples: Sequence[Example]) -> dict[str, float]:
         if prontoqa.solve(example["question"]) != example["answer"]:
             raise UserError(
                 f"an answer does not follow from its question: ...{example['question'][-40:]!r}.\n"
-                "Give examples as generated or released."
+                "Give generated or released examples."
             )
         for key, new_values in _prontoqa_values(example).items():
             values.setdefault(key, []).extend(new_values)

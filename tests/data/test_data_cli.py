@@ -1,4 +1,4 @@
-"""python -m nanococonut.data: write examples; mistakes exit with code 2."""
+"""python -m nanococonut.data writes examples; mistakes exit with code 2."""
 
 import runpy
 import sys
@@ -13,7 +13,7 @@ GOOD = {"question": "Is it so?", "steps": [], "answer": "Yes."}
 
 @pytest.fixture
 def command(script, tmp_path):
-    """command(*args) -> (exit code, stdout, stderr), in a folder with one file."""
+    """Return command(*args) -> (exit code, stdout, stderr), in a folder with one file."""
     (tmp_path / "there.json").write_text("[]")
     return lambda *args: script(*args, script="nanococonut/data/__main__.py")
 
@@ -46,15 +46,15 @@ def test_prontoqa_is_written(command):
 
 def test_gsm8k_from_the_hub_reports_the_commit(command, monkeypatch):
     """Without the commit, nobody could download the same examples again."""
-    asked = []
+    requests = []
 
     def from_hub(split, revision):
-        asked.append((split, revision))
+        requests.append((split, revision))
         return [GOOD], "c0ffee"
 
     monkeypatch.setattr(gsm8k, "from_hub", from_hub)
     code, out, err = command("--data=gsm8k", "--split=test", "--revision=v1", "--out=hub.json")
-    assert (code, err) == (0, "") and asked == [("test", "v1")]
+    assert (code, err) == (0, "") and requests == [("test", "v1")]
     assert read_examples("hub.json") == [GOOD] and "--revision=c0ffee" in out
 
 

@@ -1,4 +1,4 @@
-"""Files of examples: reading, writing, and the errors of broken files."""
+"""Files of examples: reading, writing, and errors for invalid files."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_an_unwritable_path_is_an_error(tmp_path):
 
 
 def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
-    """Half a data set would be read as a broken one, and block the next try."""
+    """A partial file would be read as a data set with an error, and block the next attempt."""
 
     def full(*args, **kwargs):
         file = open(*args, **kwargs)
@@ -95,7 +95,7 @@ WRONG = {
     "no question": (json.dumps([without("question")]), "example 0: 'question' is missing"),
     "no steps": (json.dumps([GOOD, GOOD, without("steps")]), "example 2: 'steps' is missing"),
     "no answer": (json.dumps([without("answer")]), "example 0: 'answer' is missing"),
-    "number asked": (
+    "number as question": (
         json.dumps([GOOD | {"question": 3}]),
         "'question': expected a text, got int",
     ),
@@ -118,7 +118,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_broken_files_are_refused_with_their_place(tmp_path, name):
-    """Errors without file and line cannot be fixed by the user."""
+    """A user cannot fix an error that names neither file nor line."""
     text, complaint = WRONG[name]
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=complaint) as e:
@@ -128,7 +128,7 @@ def test_broken_files_are_refused_with_their_place(tmp_path, name):
 
 
 LINE = "How many?||<<1+1=2>> #### 2"
-# examples left out -> (what is in the file, complaints about them); GOOD or LINE stays in each
+# format -> (text of the file, errors of its invalid examples); each has GOOD or LINE as well
 SKIPPED = {
     "list": (
         json.dumps([3, GOOD, without("steps")]),
@@ -157,7 +157,7 @@ SKIPPED = {
 
 @pytest.mark.parametrize("name", SKIPPED)
 def test_bad_examples_are_skipped_and_reported(tmp_path, name):
-    """A dropped example without a report would change results silently."""
+    """Dropping an example without a report would change results silently."""
     path = tmp_path / "mixed"
     text, complaints = SKIPPED[name]
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -168,8 +168,8 @@ def test_bad_examples_are_skipped_and_reported(tmp_path, name):
     examples = read_examples(path, skipped)
     assert examples == [GOOD if name != "gsm8k" else parse_gsm8k_line(LINE)]
     assert len(skipped) == len(complaints)
-    for said, complaint in zip(skipped, complaints, strict=True):
-        assert said.startswith(f"{path}, {complaint}") and "\n" not in said
+    for message, complaint in zip(skipped, complaints, strict=True):
+        assert message.startswith(f"{path}, {complaint}") and "\n" not in message
 
 
 def test_every_broken_line_is_counted(tmp_path):
@@ -183,12 +183,12 @@ def test_every_broken_line_is_counted(tmp_path):
     skipped: list[str] = []
     good = [example for i, example in enumerate(examples) if i not in bad]
     assert read_examples(tmp_path / "cut.jsonl", skipped) == good
-    assert [int(said.split("line ")[1].split(":")[0]) - 1 for said in skipped] == sorted(bad)
+    assert [int(message.split("line ")[1].split(":")[0]) - 1 for message in skipped] == sorted(bad)
 
 
 @pytest.mark.parametrize("text", [f"[{json.dumps(GOOD)},\n3", "[]", "7", "", "{\n", "no examples"])
 def test_a_broken_file_is_an_error_with_skipped_too(tmp_path, text):
-    """skip_bad_rows must not turn a wrong file into no data."""
+    """skip_bad_rows must not turn an unreadable file into an empty data set."""
     (tmp_path / "bad").write_text(text)
     with pytest.raises(UserError):
         read_examples(tmp_path / "bad", [])
@@ -213,7 +213,7 @@ def test_gsm8k_lines_are_not_taken_for_json(tmp_path):
 
 
 def test_one_object_is_a_file_of_one_example(tmp_path):
-    """JSON lines with one line are a JSON object."""
+    """A JSON-lines file with one line is a JSON object."""
     for indent in (None, 1):
         (tmp_path / "one.jsonl").write_text(json.dumps(GOOD, indent=indent))
         assert read_examples(tmp_path / "one.jsonl") == [GOOD]
@@ -238,7 +238,7 @@ def test_raw_prontoqa_is_read_example_by_example(tmp_path, released):
     )
     last = list(raw)[-1]
     del raw[last]["test_example"]["answer"]
-    for indent in (None, 1):  # over many lines as well as in one
+    for indent in (None, 1):  # on one line, on many lines
         (tmp_path / "raw.json").write_text(json.dumps(raw, indent=indent))
         with pytest.raises(UserError, match=f"raw.json, {last}: "):
             read_examples(tmp_path / "raw.json")
@@ -270,7 +270,7 @@ def test_released_examples_are_read(released):
 
 
 def test_a_user_error_exits_with_code_2(capsys):
-    """A mistake of the user must not print a traceback."""
+    """A user's mistake must not print a traceback."""
 
     def main():
         raise UserError("this is wrong.\nDo that.")
@@ -282,7 +282,7 @@ def test_a_user_error_exits_with_code_2(capsys):
 
 
 def test_the_answer_follows_the_layouts_mark():
-    """A "#" in an answer, such as C#, cut it. A known answer may hold the mark itself."""
+    """An answer with "#", such as C#, was cut there. A known answer may contain the mark itself."""
     assert split_answer("a = 3 # b ### 1,000 \n") == ("a = 3 # b ", "1,000")
     assert split_answer("### C#") == ("", "C#")
     assert split_answer("a\n### see ### 5", "see ### 5") == ("a\n", "see ### 5")
@@ -307,6 +307,6 @@ def test_the_answer_follows_the_layouts_mark():
     ],
 )
 def test_what_is_correct_and_what_was(text, known, correct, released):
-    """Commas counted nowhere: "1,2" equalled "12". They do not count in numbers only."""
+    """Commas were ignored everywhere, so "1,2" equalled "12". They are ignored in numbers only."""
     assert is_correct(text, known) == correct
     assert is_correct_as_released(text, known) == released

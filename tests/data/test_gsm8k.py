@@ -1,4 +1,4 @@
-"""GSM8k-Aug: text lines, copies on the hub."""
+"""GSM8k-Aug: text files and the copy on the hub."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def test_parse_gsm8k_line():
 
 @pytest.mark.parametrize("bars", ["A || B: which? ||", "||x||| is? ||", "|| #### ||? || "])
 def test_question_may_hold_bars(bars):
-    """The question was cut at its first || and the rest became steps, without a word."""
+    """The question was silently cut at its first ||, and the rest became steps."""
     example = parse_gsm8k_line(f"{bars}<<1+1=2>> #### 2")
     question = bars.strip().removesuffix("||").strip()
     assert example == {"question": question, "steps": ["<<1+1=2>>"], "answer": "2"}
@@ -39,7 +39,7 @@ def test_question_may_hold_bars(bars):
 
 SOLVED = {"question": "Eggs?", "steps": ["<<4*6=24>>", "<<24-3=21>>"], "answer": "1,021"}
 TEXT = {"question": "Pens?", "steps": ["Two cost 3 each.", "So it is 6."], "answer": "6"}
-ROWS = {  # as others' files have SOLVED and TEXT
+ROWS = {  # SOLVED and TEXT in the formats of other data sets
     "openai/gsm8k": [
         {
             "question": "Eggs?",
@@ -56,7 +56,7 @@ ROWS = {  # as others' files have SOLVED and TEXT
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_others_rows_are_read(tmp_path, rows):
-    """ "'steps' is missing" was all that GSM8k's own files gave."""
+    """GSM8k's own files were refused: "'steps' is missing"."""
     path = tmp_path / "rows"
     for text in ("\n".join(map(json.dumps, rows)), json.dumps(rows, indent=1)):
         path.write_text(text)
@@ -77,7 +77,7 @@ def test_others_rows_are_read(tmp_path, rows):
     ],
 )
 def test_others_broken_rows_are_refused(row, complaint):
-    """A row with a part missing must not become an example without steps."""
+    """A row without one of its keys must not become an example without steps."""
     with pytest.raises(ValueError, match=complaint):
         parse_row(row)
 
@@ -119,7 +119,7 @@ def test_released_lines_are_read_whole(released):
     assert sum("," in example["answer"] for example in examples) == 4
 
 
-# -- the hub's copies; only the download itself is not the real thing
+# ---- copies from the hub; only the download is faked
 
 STEPS = [["<<1+1=2>>", "<<2+2=4>>"], [], ["<<3*3=9>>"]]
 ONE = {"question": ["a?", " b? ", "c?"], "steps": STEPS, "answer": ["4", "1,000 ", "9"]}
@@ -127,7 +127,7 @@ ONE = {"question": ["a?", " b? ", "c?"], "steps": STEPS, "answer": ["4", "1,000 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """hub(columns, kind): snapshot_download gives a folder with them, as parquet or JSON lines."""
+    """Return hub(columns, kind): snapshot_download then returns a folder with these columns."""
     datasets = pytest.importorskip("datasets")
     folder = tmp_path / "c0ffee"
 
@@ -149,7 +149,7 @@ EMPTY = {**ONE, "steps": [STEPS[0], [""], STEPS[2]]}
 
 @pytest.mark.parametrize("columns, kind", [(ONE, "parquet"), (EMPTY, "parquet"), (ONE, "json")])
 def test_the_copy_gives_the_examples(hub, columns, kind):
-    """An empty step is no step."""
+    """Empty steps are dropped."""
     hub(columns, kind)
     examples, commit = gsm8k.from_hub("validation")
     assert commit == "c0ffee"
@@ -180,7 +180,7 @@ def test_other_columns_and_bad_examples_are_refused(hub, columns, complaint):
 
 
 def test_bad_examples_of_a_copy_are_skipped(hub):
-    """The hub must follow --skip_bad_rows like files."""
+    """--skip_bad_rows must apply to the hub as to files."""
     hub({**ONE, "answer": ["4", None, "9"]})
     skipped: list[str] = []
     examples, _ = gsm8k.from_hub("validation", skipped=skipped)
@@ -191,7 +191,7 @@ def test_bad_examples_of_a_copy_are_skipped(hub):
 
 
 def test_a_missing_split_is_an_error(hub):
-    """datasets raises many types of errors."""
+    """The library datasets raises many types of errors."""
     hub(ONE)
     with pytest.raises(UserError, match="gsm8k-aug test .main. is neither in") as e:
         gsm8k.from_hub("test")
@@ -199,19 +199,19 @@ def test_a_missing_split_is_an_error(hub):
 
 
 def test_offline_the_error_lists_what_to_do(monkeypatch, tmp_path):
-    """The error of the hub names none of the ways out."""
+    """The error of huggingface_hub does not say what the user can do."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="neither in the Hugging Face cache nor") as e:
         gsm8k.from_hub("train")
-    said = str(e.value)
-    assert said.count("\n") == 1
+    message = str(e.value)
+    assert message.count("\n") == 1
     for way in (gsm8k.HUB, "HF_HUB_OFFLINE", "--data", "gsm_icot.bash"):
-        assert way in said
+        assert way in message
 
 
 def test_import_does_not_load_datasets():
-    """It takes a second and is optional."""
+    """The import takes a second and the library is optional."""
     code = "import sys; from nanococonut.data import gsm8k; print('datasets' in sys.modules)"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
@@ -220,6 +220,6 @@ def test_import_does_not_load_datasets():
 
 @pytest.mark.network
 def test_the_hub_has_the_released_examples(released):
-    """A copy could be changed by its owner."""
+    """The owner of the copy could change it."""
     examples, commit = gsm8k.from_hub("validation")
     assert len(commit) == 40 and examples == read_examples(released / "gsm8k_valid.txt")

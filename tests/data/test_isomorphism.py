@@ -1,4 +1,4 @@
-"""Graphs in training and in evaluation: the same ones are recognized, and never shared."""
+"""Isomorphic graphs are recognized, and training and evaluation never share one."""
 
 import itertools
 import random
@@ -24,7 +24,7 @@ def graph_key(example: dict) -> GraphKey:
 
 
 def renumber(example: dict, rng: random.Random) -> dict:
-    """The same example under random node numbers, its edges in another order."""
+    """Return the same example with other node numbers and another order of edges."""
     n = 1 + max(map(max, example["edges"]))
     number = rng.sample(range(n), n)
     edges = [[number[a], number[b]] for a, b in example["edges"]]
@@ -35,7 +35,7 @@ def renumber(example: dict, rng: random.Random) -> dict:
 
 
 def marked(example: dict) -> tuple[Counter, dict[int, tuple]]:
-    """Edges with their counts, and each node's (marks, number of parents, number of children)."""
+    """Return the count of each edge, and (marks, in-degree, out-degree) of each node."""
     edges = Counter(map(tuple, example["edges"]))
     nodes = sorted({node for edge in edges for node in edge})
     return edges, {
@@ -49,7 +49,7 @@ def marked(example: dict) -> tuple[Counter, dict[int, tuple]]:
 
 
 def is_isomorphic(first: dict, second: dict) -> bool:
-    """Try all ways to match the nodes, one after another: slow, plain and exact."""
+    """Return whether any matching of the nodes is an isomorphism: slow, simple and exact."""
     (edges, nodes), (other_edges, other_nodes) = marked(first), marked(second)
     if Counter(nodes.values()) != Counter(other_nodes.values()):
         return False
@@ -78,7 +78,7 @@ def example_of(edges: list, root: int, target: int, neg_target: int) -> dict:
 
 
 def test_two_numberings_of_a_graph_hash_alike():
-    """Numbers, which no prompt shows, made held-out graphs look new."""
+    """Node numbers, which no prompt shows, made held-out graphs look new."""
     first = example_of([[0, 2], [0, 3], [3, 4], [1, 5]], 0, 4, 5)
     second = example_of([[0, 3], [0, 2], [2, 4], [1, 5]], 0, 4, 5)
     assert graph_key(first) == graph_key(second)
@@ -88,7 +88,7 @@ def test_two_numberings_of_a_graph_hash_alike():
 
 @pytest.mark.parametrize("config", [GraphConfig(), MINI, GraphConfig(n_nodes=50, parent_rate=1.1)])
 def test_random_renumberings_hash_alike(config):
-    """Ties between nodes could be broken by their numbers."""
+    """Node numbers could break ties between nodes."""
     rng = random.Random(0)
     for example in prosqa.generate(150, 0, config):
         other = renumber(example, rng)
@@ -97,7 +97,7 @@ def test_random_renumberings_hash_alike(config):
 
 
 def test_other_graphs_hash_differently():
-    """A coarse hash would take graphs from training that nobody holds out. One moved edge."""
+    """A coarse key would exclude training graphs that are not held out. Here two edges differ."""
     rng = random.Random(0)
     n_different = 0
     for example in prosqa.generate(300, 1, MINI):
@@ -112,7 +112,7 @@ def test_other_graphs_hash_differently():
 
 
 def test_hashes_agree_with_a_plain_search():
-    """All pairs of many very small graphs, of which most have symmetries."""
+    """Compare all pairs of very small graphs, most of which have symmetries."""
     examples = prosqa.generate(60, 0, GraphConfig(n_nodes=6, min_hops=1, max_hops=2))
     hashes = graph_keys(map(prosqa.marked_graph, examples))
     assert hashes == [graph_key(example) for example in examples]
@@ -122,7 +122,7 @@ def test_hashes_agree_with_a_plain_search():
 
 
 def rings(*sizes: int) -> tuple[list, list]:
-    """Rings of nodes with edges both ways: all nodes have one color in rings of any size."""
+    """Return rings with edges in both directions, in which all nodes get the same color."""
     edges, start = [], 0
     for n in sizes:
         ring = [(start + i, start + (i + 1) % n) for i in range(n)]
@@ -132,7 +132,7 @@ def rings(*sizes: int) -> tuple[list, list]:
 
 
 def test_keys_are_exact_if_all_colors_tie():
-    """Refinement alone cannot tell one ring of six from two of three."""
+    """Refinement alone cannot distinguish one ring of six from two of three."""
     one, two = graph_keys([rings(6), rings(3, 3)])
     assert hash(one) == hash(two) and one != two
     edges, marks = rings(3, 4, 4, 5)
@@ -143,7 +143,7 @@ def test_keys_are_exact_if_all_colors_tie():
 
 
 def test_symmetric_graphs_are_fast():
-    """Ten equal branches have 10! numberings; twins and images must not be tried one by one."""
+    """Ten equal branches have 10! numberings, which must not be tried one by one."""
     branches = [e for i in range(10) for e in ([0, 10 * i + 2], [10 * i + 2, 10 * i + 3])]
     twins = [[1, v] for v in range(200, 220)]
     example = example_of([*branches, *twins], 0, 3, 200)
@@ -152,7 +152,7 @@ def test_symmetric_graphs_are_fast():
 
 
 def test_excluding_by_color_alone_is_not_enough():
-    """Graphs with an excluded one's color but another form stay."""
+    """A graph with the color of an excluded one, but not isomorphic to it, must be kept."""
     examples, others = (prosqa.generate(50, seed, MINI) for seed in (0, 1))
     keys, held_out = (graph_keys(map(prosqa.marked_graph, x)) for x in (examples, others))
     for key in (*keys, *held_out):
@@ -164,7 +164,7 @@ def test_excluding_by_color_alone_is_not_enough():
 
 @pytest.mark.parametrize("task, nodes, hops", [("prosqa", 11, 3), ("prontoqa", 11, 1)])
 def test_training_never_repeats_a_held_out_graph(task, nodes, hops):
-    """Training repeated graphs of validation and test examples under other node numbers."""
+    """Training repeated validation and test graphs with other node numbers."""
     config = TrainConfig(
         task=task, tokenizer="words", render="compact", n_nodes=nodes, min_hops=1, max_hops=hops,
         train_examples=1000, val_examples=100, regenerate_each_epoch=True, matched_fraction=0.4,

@@ -1,4 +1,4 @@
-"""A task of your own: the ten lines write a file that train.py and sample.py accept."""
+"""Your own task: ten lines of Python write a file that train.py and sample.py accept."""
 
 import json
 import re

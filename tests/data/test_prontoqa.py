@@ -43,36 +43,36 @@ def real(released) -> list:
 
 
 def words(sentence: str) -> tuple[str, bool, str]:
-    """Subject, whether there is a "not", and predicate of a sentence, the slow and plain way."""
-    said = sentence.removesuffix(".").split()
-    kept = [w for w in said if w not in ("Each", "Every", "is", "are", "a", "an", "not")]
-    if "are" in said:
+    """Return (subject, has "not", predicate) of a sentence, independently of the parser."""
+    tokens = sentence.removesuffix(".").split()
+    kept = [w for w in tokens if w not in ("Each", "Every", "is", "are", "a", "an", "not")]
+    if "are" in tokens:
         kept = [w.lower().removesuffix("es") if w.endswith("puses") else w for w in kept]
     subject, predicate = kept
-    return subject, "not" in said, predicate
+    return subject, "not" in tokens, predicate
 
 
 def check(example: dict, config: OntologyConfig) -> None:
-    """Check all that an example promises by its text alone."""
-    told, query = example["question"].split(" True or false: ")
-    *rules, _, _ = sentences = re.findall(r"[^.]+\.", told)
+    """Check all properties of an example by its text alone."""
+    context, query = example["question"].split(" True or false: ")
+    *rules, _, _ = sentences = re.findall(r"[^.]+\.", context)
     sentences = [s.strip() for s in sentences]
     assert len(set(sentences)) == len(sentences)
     claims = [words(s) for s in sentences]
     facts = claims[-2:]
     assert all(f[0] in prontoqa.NAMES for f in facts)
     assert all(c[0] in prontoqa.CONCEPTS for c in claims[:-2])
-    entity, asks_not, asked = words(query)
+    entity, query_negated, query_property = words(query)
     known = {entity}
     while more := {p for s, _, p in claims if s in known} - known:
         known |= more
-    about = [(s, no) for s, no, p in claims if p == asked]
+    about = [(s, no) for s, no, p in claims if p == query_property]
     says = [no for s, no in about if s in known]
-    # stated of two concepts, once so and once so, and only one of them is the entity's
+    # two concepts have the property, one negated; only one of them applies to the entity
     assert len(about) == 2 and {no for _, no in about} == {False, True} and len(says) == 1
-    assert example["answer"] == str(says[0] == asks_not)
+    assert example["answer"] == str(says[0] == query_negated)
 
-    # steps: from the entity, each rule from the text and about what was found before
+    # steps: start at the entity; each rule is in the text and about the previous concept
     at = entity
     for step in example["steps"][:-1]:
         fact, rule = (s.strip() for s in re.findall(r"[^.]+\.", step))
@@ -80,11 +80,11 @@ def check(example: dict, config: OntologyConfig) -> None:
         assert words(fact) in facts if at == entity else words(fact)[2] == at
         assert rule in sentences
         _, no, at = words(rule)
-    assert (no, at) == (says[0], asked)
-    assert words(example["steps"][-1]) == (entity, no, asked)
+    assert (no, at) == (says[0], query_property)
+    assert words(example["steps"][-1]) == (entity, no, query_property)
     assert len(example["steps"]) == config.hops + 1
 
-    # nothing twice: properties come from as many families, the twin repeats those of the chain
+    # no repetition: one property per family; only the twin repeats the properties of the chain
     used = Counter(p for _, _, p in claims if p in prontoqa.PROPERTIES)
     homes = Counter(f[0] for f in prontoqa.FAMILIES for p in used if p in f)
     assert set(homes.values()) == {1}
@@ -96,20 +96,20 @@ def check(example: dict, config: OntologyConfig) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_answers_agree_with_an_independent_search(name):
-    """The generator could state a rule that makes its own answer wrong."""
+    """The generator could add a rule that makes its own answer wrong."""
     for example in prontoqa.generate(150, 1, CONFIGS[name]):
         check(example, CONFIGS[name])
         assert prontoqa.solve(example["question"]) == example["answer"]
 
 
 def test_public_examples_pass_the_same_checks(real):
-    """The checks could hold for our generator only."""
+    """The checks could pass for our generator only."""
     for example in real:
         check(example, OntologyConfig())
         assert prontoqa.solve(example["question"]) == example["answer"]
 
 
-# what each fraction is a fraction of, for its sampling error
+# denominators of the fractions, for their sampling error
 RULES, WAY, ASIDE = 23 * 300, 4 * 300, 6 * 300
 N_COUNTED = {"Each": RULES, "Every": RULES, "plural": RULES}
 N_COUNTED |= {"negated on the way": WAY, "negated aside": ASIDE}
@@ -139,7 +139,7 @@ def test_statistics_of_the_public_examples(real):
 
 
 def test_words_are_drawn_uniformly(examples):
-    """Names; concepts, 14 of 17; properties, 11 of 13 families, each evenly."""
+    """Each example has 14 of 17 concepts and 11 of 13 property families, all equally likely."""
     seen: Counter[str] = Counter()
     for example in examples:
         seen.update(set(re.findall(r"[A-Za-z]+", prontoqa.compact_question(example["question"]))))
@@ -175,7 +175,7 @@ def test_shortcuts_score_as_documented(examples):
 
 
 def test_shortcuts_of_the_public_examples(real):
-    """The shortcuts could exist in our examples only."""
+    """Only our examples could have the shortcuts."""
     stats = prontoqa_shortcuts(real)
     assert stats["leads on"] == stats["led to"] == stats["most often"] == 1
     assert all(0.4 < stats[rule] < 0.6 for rule in ("always true", 'no "not"', "first", "last"))
@@ -183,41 +183,43 @@ def test_shortcuts_of_the_public_examples(real):
 
 @pytest.mark.parametrize("hops", [1, 3, 5])
 def test_matched_is_symmetric_in_the_entities(hops):
-    """Ask about the other entity, and deny what was said twice: the same example, but for words."""
+    """Ask about the other entity and negate what is stated twice: the examples are isomorphic."""
     for example in prontoqa.generate(100, 3, OntologyConfig(hops, matched=True)):
-        *told, query = example["question"].split(". ")
+        *context, query = example["question"].split(". ")
         entity = query.split()[3]
-        (other,) = {words(s)[0] for s in told[-2:]} - {entity}
+        (other,) = {words(s)[0] for s in context[-2:]} - {entity}
         query = query.replace(entity, other)
-        asked = {**example, "question": ". ".join([*told, query])}
-        assert prontoqa.solve(asked["question"]) == {"True": "False"}.get(example["answer"], "True")
-        times = Counter(words(s)[2] for s in told)
-        for i, sentence in enumerate(told):
-            *said, last = sentence.split()
+        swapped = {**example, "question": ". ".join([*context, query])}
+        assert prontoqa.solve(swapped["question"]) == {"True": "False"}.get(
+            example["answer"], "True"
+        )
+        times = Counter(words(s)[2] for s in context)
+        for i, sentence in enumerate(context):
+            *tokens, last = sentence.split()
             if last in prontoqa.PROPERTIES and times[last] == 2:
-                said = said[:-1] if said[-1] == "not" else [*said, "not"]
-                told[i] = " ".join([*said, last])
-        denied = {**example, "question": ". ".join([*told, query])}
-        assert graph_key(denied) == graph_key(example) != graph_key(asked)
+                tokens = tokens[:-1] if tokens[-1] == "not" else [*tokens, "not"]
+                context[i] = " ".join([*tokens, last])
+        denied = {**example, "question": ". ".join([*context, query])}
+        assert graph_key(denied) == graph_key(example) != graph_key(swapped)
 
 
 def test_a_seed_always_gives_the_same_examples():
-    """The digest is a fixed one: a seed means the same examples on every machine, now and later."""
+    """The digest is fixed: a seed gives the same examples on every machine and in every version."""
     examples = prontoqa.generate(50, (1, 2, 3))
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     assert digest == "ee7d6d771743f115b6c830f9a2c2aadf7c6a3c8e55826eaa7870a10db4dfee0c"
     assert prontoqa.generate(20, (1, 2, 3)) == examples[:20]
-    assert prontoqa.generate(1100, (1, 2, 3))[:50] == examples  # more than are drawn at once
+    assert prontoqa.generate(1100, (1, 2, 3))[:50] == examples  # more than one batch
     assert prontoqa.generate(20, (1, 2, 4)) != examples[:20]
     public = prontoqa.generate(5, 7)
-    for stream in range(5):  # a bare seed is none of the streams that training draws from
+    for stream in range(5):  # a plain seed is not a training stream
         for tail in ((), (0,), (0, 0), (0, 1)):
             assert prontoqa.generate(5, (7, stream, *tail)) != public
 
 
 def test_excluded_graphs_are_never_generated():
     """Training could repeat validation examples."""
-    tiny = OntologyConfig(hops=1, matched=True)  # so few ontologies that they come again
+    tiny = OntologyConfig(hops=1, matched=True)  # so few ontologies that they repeat
     held_out = {graph_key(example) for example in prontoqa.generate(400, 0, tiny)}
     plain = prontoqa.generate(1000, 1, tiny)
     assert any(graph_key(example) in held_out for example in plain)
@@ -228,38 +230,40 @@ def test_excluded_graphs_are_never_generated():
 
 
 def test_graph_hash_ignores_names_and_order(examples):
-    """A held-out ontology could return in training under other names."""
+    """Training could repeat a held-out ontology under other names."""
     rng = random.Random(0)
     for example in examples[:100]:
-        told, query = example["question"].split(" True or false: ")
-        claims = [words(s) for s in re.findall(r"[^.]+\.", told)]
+        context, query = example["question"].split(" True or false: ")
+        claims = [words(s) for s in re.findall(r"[^.]+\.", context)]
         rng.shuffle(claims)
         names = dict(zip(prontoqa.CONCEPTS, rng.sample(prontoqa.CONCEPTS, 17), strict=True))
         names |= dict.fromkeys(prontoqa.NAMES, "Tom")
         plural = rng.random() < 0.5
-        said = []
+        sentences = []
         for subject, no, predicate in claims:
             subject, predicate = names[subject], names.get(predicate, predicate)
             noun = predicate.endswith("pus")
             if plural and subject != "Tom":
                 predicate = f"{predicate}es" if noun else predicate
-                said.append(f"{subject.capitalize()}es are {'not ' * no}{predicate}.")
+                sentences.append(f"{subject.capitalize()}es are {'not ' * no}{predicate}.")
             else:
                 subject = subject if subject == "Tom" else f"Each {subject}"
-                said.append(f"{subject} is {'not ' * no}{'a ' * noun}{predicate}.")
+                sentences.append(f"{subject} is {'not ' * no}{'a ' * noun}{predicate}.")
         query = " ".join(["Tom", *query.split()[1:]])
-        other = {**example, "question": f"{' '.join(said)} True or false: {query}"}
+        other = {**example, "question": f"{' '.join(sentences)} True or false: {query}"}
         assert graph_key(other) == graph_key(example)
-        asked = query.replace(" not ", " ") if " not " in query else query.replace(" is", " is not")
-        changed = {**example, "question": f"{' '.join(said)} True or false: {asked}"}
+        negated = (
+            query.replace(" not ", " ") if " not " in query else query.replace(" is", " is not")
+        )
+        changed = {**example, "question": f"{' '.join(sentences)} True or false: {negated}"}
         assert graph_key(changed) != graph_key(example)
     assert len({graph_key(example) for example in examples}) == len(examples)
     example = {"question": f"Each wumpus is an impus. {QUESTION}", "steps": [], "answer": "False"}
-    assert graph_key(example)  # round and round
+    assert graph_key(example)  # a cycle
 
 
 def test_graph_hashes_of_public_examples_are_unique(real, examples):
-    """A hash that is too coarse would exclude other ontologies."""
+    """A coarse key would exclude other ontologies."""
     stats = {graph_key(example) for example in real}
     assert len(stats) == len(real) and not stats & {graph_key(example) for example in examples}
 
@@ -286,9 +290,9 @@ def every_word(examples: list) -> None:
 
 
 def raw_example(example: dict) -> dict:
-    told, asked = example["question"].split(" True or false: ")
+    context, query = example["question"].split(" True or false: ")
     chain = [f"{s}." for step in example["steps"] for s in step.removesuffix(".").split(". ")]
-    test = {"question": told, "query": f"True or false: {asked}", "chain_of_thought": chain}
+    test = {"question": context, "query": f"True or false: {query}", "chain_of_thought": chain}
     return {"test_example": {**test, "answer": example["answer"]}}
 
 
@@ -307,7 +311,7 @@ def test_raw_file_equals_the_released_preprocessing(released, real):
 
 @pytest.mark.parametrize("broken", ["text", None, 3, [], {}, {"test_example": {}}])
 def test_a_broken_raw_example_is_named(tmp_path, examples, broken):
-    """A file of a thousand examples is useless to fix without the name of the bad one."""
+    """A user cannot fix a file of a thousand examples without the name of the invalid one."""
     raw = {"example1": raw_example(examples[0]), "example7": broken}
     (tmp_path / "raw.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="raw.json, example7: not an example"):
@@ -319,7 +323,7 @@ def test_a_broken_raw_example_is_named(tmp_path, examples, broken):
     [("answer", True), ("question", " "), ("chain_of_thought", "Max"), ("chain_of_thought", [1])],
 )
 def test_a_raw_example_with_a_wrong_value_is_refused(tmp_path, examples, key, value):
-    """A text as chain_of_thought would give one step per letter."""
+    """A string as chain_of_thought would give one step per letter."""
     raw = raw_example(examples[0])
     raw["test_example"][key] = value
     with pytest.raises(ValueError, match="not an example of the public generator"):
@@ -359,7 +363,7 @@ def test_solve():
     assert prontoqa.solve(QUESTION.replace("an impus", "a jompus")) == "True"
     assert prontoqa.solve(QUESTION.replace("an impus", "a vumpus")) is None  # nothing follows
     assert prontoqa.solve(f"Max is a jompus. {QUESTION}") is None  # both follow
-    assert prontoqa.solve(f"Every wumpus is an impus. {QUESTION}") == "False"  # round and round
+    assert prontoqa.solve(f"Every wumpus is an impus. {QUESTION}") == "False"  # a cycle
     assert prontoqa.solve("Who is Max?") is None
 
 
@@ -380,14 +384,14 @@ def test_solve():
     ],
 )
 def test_other_text_is_refused(text, complaint):
-    """Text that is not ProntoQA must not be half parsed."""
+    """Text that is not ProntoQA must not be parsed in part."""
     for take in (prontoqa.parse_question, prontoqa.compact_question):
         with pytest.raises(UserError, match=complaint):
             take(text)
 
 
 def test_statistics_and_shortcuts_refuse_other_text():
-    """A wrong answer would silently shift every figure."""
+    """A wrong answer would silently change every statistic."""
     example = {"question": QUESTION, "steps": [], "answer": "True"}
     with pytest.raises(UserError, match="answer does not follow"):
         prontoqa_statistics([example])
@@ -396,7 +400,7 @@ def test_statistics_and_shortcuts_refuse_other_text():
 
 
 def test_shortcuts_by_hand():
-    """wumpus is led to and leads nowhere, jompus the other way round; both occur twice."""
+    """wumpus has a child and no parent, jompus a parent and no child; both occur twice."""
     expected = {"always true": 0, 'no "not"': 0, "first": 1, "last": 0, "leads on": 0, "led to": 1}
     expected |= {"most often": 0.5, "random": 0.5}
     example = {"question": QUESTION, "steps": [], "answer": "False"}
@@ -422,14 +426,14 @@ def test_statistics_by_hand():
 
 def means_the_same(example: dict) -> None:
     compact = prontoqa.compact_example(example)
-    told, entity, asked = compact["question"].split("?")
+    claims_text, entity, compact_query = compact["question"].split("?")
     claims = []
-    for sentence in told.removesuffix(".").split("."):
+    for sentence in claims_text.removesuffix(".").split("."):
         subject, *no, predicate = sentence.split()
         claims.append((subject, no == ["not"], predicate))
     *rest, query = re.findall(r"[^.:]+\.", example["question"].replace(" True or false:", ""))
     assert claims == [words(s) for s in rest]
-    assert words(f"{entity} is{asked}.") == words(query)
+    assert words(f"{entity} is{compact_query}.") == words(query)
     assert not re.search(r"  |[.?][^ ?]|\?\.", compact["question"])
     assert prontoqa.expand_steps("".join(compact["steps"]), example["question"]) == example["steps"]
     assert compact["answer"] == example["answer"]
@@ -456,10 +460,13 @@ def test_compact_by_hand():
         "answer": "False",
         "id": 3,
     }
-    asked = " wumpus not red. impus wumpus. jompus red. jompus vumpus. Max impus.? Max? red"
-    said = [" impus wumpus", " wumpus not red", " not red"]
-    assert prontoqa.compact_example(example) == {**example, "question": asked, "steps": said}
-    # a model may say anything
+    facts = " wumpus not red. impus wumpus. jompus red. jompus vumpus. Max impus."
+    expected = {
+        "question": f"{facts}? Max? red",
+        "steps": [" impus wumpus", " wumpus not red", " not red"],
+    }
+    assert prontoqa.compact_example(example) == example | expected
+    # a model can generate any text
     expand = prontoqa.expand_steps
     assert expand(" vumpus impus", QUESTION) == ["Max is a vumpus. Every vumpus is an impus."]
     assert expand(" impus not", QUESTION) == ["Max is an impus.", "not"]

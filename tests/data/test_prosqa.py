@@ -43,7 +43,7 @@ def examples() -> list:
 
 
 def distances(edges: list, start: int) -> dict[int, int]:
-    """Steps from start to all that it leads to, the slow and plain way."""
+    """Return the steps from start to all reachable nodes, in a slow and simple way."""
     reached, steps = {start: 0}, 0
     while True:
         steps += 1
@@ -54,7 +54,7 @@ def distances(edges: list, start: int) -> dict[int, int]:
 
 
 def check(example: dict, config: GraphConfig) -> None:
-    """Check all that an example promises by its edges alone."""
+    """Check all properties of an example by its edges alone."""
     edges, symbol = example["edges"], example["idx_to_symbol"]
     root, target, neg_target = example["root"], example["target"], example["neg_target"]
     assert root in (0, 1)
@@ -64,7 +64,7 @@ def check(example: dict, config: GraphConfig) -> None:
     assert nodes == set(range(len(symbol))) and all(a < b for a, b in edges)
     assert len(set(map(tuple, edges))) == len(edges)
 
-    # target: a deepest leaf that only the entity leads to; neg_target: one of the other root
+    # target: a deepest leaf that only the entity leads to; neg_target: a leaf of the other root
     own_leaves = set(own) - set(theirs) - inner
     their_leaves = set(theirs) - set(own) - inner
     hops = own[target]
@@ -78,43 +78,43 @@ def check(example: dict, config: GraphConfig) -> None:
     if config.balanced:
         assert hops == theirs[neg_target]
 
-    # words: persons are those without parents, no word twice
+    # words: parentless nodes have names; no word twice
     for node, word in enumerate(symbol):
         assert word in (prosqa.CONCEPTS if node in parents else prosqa.NAMES)
     assert len(set(symbol)) == len(symbol)
 
     # texts
-    def say(a: int, b: int) -> str:
+    def sentence(a: int, b: int) -> str:
         return f"{'Every ' if a in parents else ''}{symbol[a]} is a {symbol[b]}."
 
-    *facts, asked = example["question"].split(". ")
-    assert sorted(f + "." for f in facts) == sorted(say(a, b) for a, b in edges)
+    *facts, query = example["question"].split(". ")
+    assert sorted(f + "." for f in facts) == sorted(sentence(a, b) for a, b in edges)
     options = symbol[target], symbol[neg_target]
-    asks = [f"Is {symbol[root]} a {a} or {b}?" for a, b in (options, options[::-1])]
-    assert asked in asks
+    queries = [f"Is {symbol[root]} a {a} or {b}?" for a, b in (options, options[::-1])]
+    assert query in queries
     assert example["answer"] == f"{symbol[root]} is a {symbol[target]}."
 
-    # steps: existing edges, from the entity to the target, as few as possible
+    # steps: a shortest path of edges from the entity to the target
     number = {word: node for node, word in enumerate(symbol)}
-    said = [
+    steps = [
         [number[w.strip(".")] for w in s.split() if w.strip(".") in number]
         for s in example["steps"]
     ]
-    assert len(said) == hops and said[0][0] == root and said[-1][1] == target
-    assert all(a[1] == b[0] for a, b in zip(said, said[1:], strict=False))
-    assert all(step in edges for step in said)
-    assert example["steps"] == [say(*step) for step in said]
+    assert len(steps) == hops and steps[0][0] == root and steps[-1][1] == target
+    assert all(a[1] == b[0] for a, b in zip(steps, steps[1:], strict=False))
+    assert all(step in edges for step in steps)
+    assert example["steps"] == [sentence(*step) for step in steps]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_answers_agree_with_an_independent_search(name):
-    """The generator's own search could be wrong in the same way everywhere."""
+    """The generator's own search could be wrong."""
     for example in prosqa.generate(20 if "long" in name else 100, 1, CONFIGS[name]):
         check(example, CONFIGS[name])
 
 
 def test_released_examples_pass_the_same_checks(released):
-    """The checks could hold for our generator only."""
+    """The checks could pass for our generator only."""
     for example in read_examples(released / "prosqa_valid.json"):
         check(example, FULL)
 
@@ -150,7 +150,7 @@ def test_statistics_match_the_released_examples(examples):
 
 
 def test_statistics_of_the_released_examples(released):
-    """The expected values could be those of our generator."""
+    """The expected values could be those of our generator, not of the released data."""
     examples = read_examples(released / "prosqa_valid.json")
     stats = prosqa_statistics(examples) | prosqa_shortcuts(examples)
     for key, (value, tolerance) in RELEASED.items():
@@ -159,7 +159,7 @@ def test_statistics_of_the_released_examples(released):
 
 
 def test_statistics_by_hand():
-    """0 -> 2 -> 4, 0 -> 3 -> 4, 1 -> 5, 1 -> 3, 6 -> 5: two ways to 4; 3 and 4 are of both."""
+    """0 -> 2 -> 4, 0 -> 3 -> 4, 1 -> 5, 1 -> 3, 6 -> 5: two paths to 4; 0 and 1 reach 3 and 4."""
     edges = [[0, 2], [0, 3], [1, 3], [2, 4], [3, 4], [1, 5], [6, 5]]
     example = {"question": "", "edges": edges, "root": 0, "target": 4, "neg_target": 5}
     stats = prosqa_statistics([example])
@@ -170,7 +170,7 @@ def test_statistics_by_hand():
 
 
 def test_shortcuts_by_hand():
-    """c: 2 from Tom, 1 parent, 2 above it; d: 1 from Sam, 2 from Tom, 3 parents, 4 above it."""
+    """c: 2 from Tom, 1 parent, 2 ancestors; d: 1 from Sam, 2 from Tom, 3 parents, 4 ancestors."""
     facts = "Tom is a b. Every b is a c. Sam is a d. Every e is a d. Every b is a d. Sam is a e."
     example = {"question": f"{facts} Is Tom a d or c?", "steps": [], "answer": "Tom is a c."}
     expected = {
@@ -210,25 +210,25 @@ def test_splits_change_the_documented_settings(base):
 
 
 def test_the_long_split_has_words_for_all_nodes():
-    """n_nodes=55 is the limit; a seventh more would exceed it."""
+    """n_nodes=55 is the limit; one seventh more would exceed the words."""
     assert prosqa.SPLITS["prosqa_long"](replace(FULL, n_nodes=55)).n_nodes == 55
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if CONFIGS[n].balanced])
 def test_balanced_defeats_every_shortcut(name):
-    """Every rule is correct in half of the examples, also those made up for this test. 0.15 is more
-    than four standard deviations."""
+    """Every rule is correct in half of the examples, including rules made up here. The tolerance is
+    more than four standard deviations."""
     examples = prosqa.generate(200, 3, CONFIGS[name])
     stats = prosqa_shortcuts(examples)
-    for rule in ("said last", "said more often", "of the first root"):
+    for rule in ("mentioned last", "mentioned more often", "of the first root"):
         stats[rule] = 0.0
         for example in examples:
-            asked = prosqa.parse_question(example["question"])
-            words = [word for edge in asked.edges for word in edge]
+            parsed = prosqa.parse_question(example["question"])
+            words = [word for edge in parsed.edges for word in edge]
             good, bad = (example["idx_to_symbol"][example[key]] for key in ("target", "neg_target"))
             scores = {
-                "said last": [-words[::-1].index(w) for w in (good, bad)],
-                "said more often": [words.count(w) for w in (good, bad)],
+                "mentioned last": [-words[::-1].index(w) for w in (good, bad)],
+                "mentioned more often": [words.count(w) for w in (good, bad)],
                 "of the first root": [example["root"] == 0, example["root"] == 1],
             }[rule]
             stats[rule] += ((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])) / len(
@@ -241,10 +241,10 @@ def test_options_names_and_sentences_are_shuffled(examples):
     """A fixed position of the answer would be a shortcut."""
     first = [r["question"].split()[-3] == r["idx_to_symbol"][r["target"]] for r in examples]
     assert sum(first) / len(examples) == pytest.approx(0.5, abs=0.03)
-    for name in prosqa.NAMES:  # the entity's: 17 as likely ones
+    for name in prosqa.NAMES:  # the entity's name: 17 equally likely ones
         fraction = sum(r["idx_to_symbol"][r["root"]] == name for r in examples) / len(examples)
         assert fraction == pytest.approx(1 / 17, abs=0.02)
-    # the edge listed first is anywhere in the text
+    # the first edge is anywhere in the text
     places = []
     for example in examples:
         edges, _, _ = prosqa.parse_question(example["question"])
@@ -254,8 +254,8 @@ def test_options_names_and_sentences_are_shuffled(examples):
 
 
 def test_steps_are_a_uniform_shortest_path(examples):
-    """A plain walk upward takes every parent of the target equally often, however many paths lead
-    to it. Of two paths each is taken equally often."""
+    """A random walk up from the target takes each parent equally often, however many paths there
+    are through it. Of two paths, each must be equally likely."""
     first, pairs, surplus, uneven = 0, 0, 0.0, 0
     for example in examples[:2500]:
         number = {word: node for node, word in enumerate(example["idx_to_symbol"])}
@@ -278,16 +278,16 @@ def test_steps_are_a_uniform_shortest_path(examples):
 
 
 def test_a_seed_always_gives_the_same_examples():
-    """The digest is a fixed one: a seed means the same examples on every machine, now and later."""
+    """The digest is fixed: a seed gives the same examples on every machine and in every version."""
     examples = prosqa.generate(50, (1, 2, 3))
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     assert digest == "4b9871b8489517f7619950442dc24d38b3a7f5489afb56d75f3eb5f66019afd1"
-    assert prosqa.generate(20, (1, 2, 3)) == examples[:20]  # more examples begin with the same ones
+    assert prosqa.generate(20, (1, 2, 3)) == examples[:20]  # n does not change the first examples
     assert prosqa.generate(20, (1, 2, 4)) != examples[:20]
 
 
 def test_a_user_seed_is_not_a_training_stream():
-    """numpy pads seeds with zeros: S alone would be the training examples of a run with seed S."""
+    """numpy pads seeds with zeros, so S alone would give the training examples of seed S."""
     public = prosqa.generate(5, 7)
     for stream in range(5):
         for tail in ((), (0,), (0, 0), (0, 1)):
@@ -296,7 +296,7 @@ def test_a_user_seed_is_not_a_training_stream():
 
 def test_excluded_graphs_are_never_generated():
     """Training could repeat validation examples."""
-    tiny = GraphConfig(n_nodes=6, min_hops=1, max_hops=2)  # so few graphs that they come again
+    tiny = GraphConfig(n_nodes=6, min_hops=1, max_hops=2)  # so few graphs that they repeat
     held_out = {graph_key(example) for example in prosqa.generate(20, 0, tiny)}
     plain = prosqa.generate(300, 1, tiny)
     assert any(graph_key(example) in held_out for example in plain)
@@ -307,7 +307,7 @@ def test_excluded_graphs_are_never_generated():
 
 
 def test_graph_hash_ignores_words_and_order(examples):
-    """A held-out graph could return in training under other names."""
+    """Training could repeat a held-out graph under other names."""
     shuffle = random.Random(0).sample
     for example in examples[:50]:
         renamed = {**example, "question": "other", "steps": []}
@@ -359,7 +359,7 @@ def test_compact_by_hand():
     example |= {"answer": "Tom is a c.", "root": 1}
     short = {"question": " p c. Tom p. Sam d.? Tom? d? c", "steps": [" Tom p", " p c"]}
     assert prosqa.compact_example(example) == {**short, "answer": "c", "root": 1}
-    # a model may say anything
+    # a model can generate any text
     assert prosqa.expand_steps(" p c half") == ["Every p is a c.", "half"]
     assert prosqa.expand_answer("half a thought", QUESTION) == "half a thought"
     assert prosqa.expand_answer("c", QUESTION) == "Tom is a c."
@@ -393,7 +393,7 @@ def test_parse_question_of_a_user():
     ],
 )
 def test_other_text_is_refused(text, complaint):
-    """Text that is not ProsQA must not be half parsed."""
+    """Text that is not ProsQA must not be parsed in part."""
     for take in (prosqa.parse_question, prosqa.compact_question):
         with pytest.raises(UserError, match=complaint):
             take(text)
@@ -432,13 +432,13 @@ def test_solve(examples):
     ],
 )
 def test_impossible_settings_are_refused(values, field):
-    """NaN and floats pass a naive range check."""
+    """NaN and floats would pass a naive range check."""
     with pytest.raises(UserError, match=f"^--{field}="):
         GraphConfig(**values)
 
 
 def test_graphs_that_never_occur_are_an_error(monkeypatch):
-    """generate() would never end."""
+    """generate() could loop forever."""
     monkeypatch.setattr(generator, "PATIENCE", 5000)
     with pytest.raises(UserError, match="0 examples with .*n_nodes=12, min_hops=9"):
         prosqa.generate(1, 0, GraphConfig(n_nodes=12, min_hops=9, max_hops=9))

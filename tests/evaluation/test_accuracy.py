@@ -1,4 +1,4 @@
-"""Scores count exact matches, and batched generation equals one question at a time."""
+"""Scores count exact matches; batched generation equals one question at a time."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def model(tokenizer):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batched_equals_one_by_one(model, tokenizer, method):
-    """Sorting by length could mix up the texts of examples."""
+    """Sorting by length could assign texts to the wrong examples."""
     examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
     engine = Engine(model, tokenizer, Curriculum(method))
     n = 3 if METHODS[method].n_thoughts_rule != "none" else 0
@@ -48,7 +48,7 @@ def scripted(monkeypatch, tokenizer, texts=()):
 
 
 def test_prompts_have_the_markers_of_training(model, tokenizer, monkeypatch):
-    """A prompt without the markers of its method gives worse answers, and no error."""
+    """A prompt without the markers of its method gives worse answers but no error."""
     requests = scripted(monkeypatch, tokenizer)
     question = tokenizer.encode("Tom?")
     Engine(model, tokenizer).generate(["Tom?"], 2)
@@ -62,7 +62,7 @@ def test_prompts_have_the_markers_of_training(model, tokenizer, monkeypatch):
 
 
 def test_what_counts_as_correct_and_as_generated(model, tokenizer, monkeypatch):
-    """An answer needs its "###"; commas in numbers do not count."""
+    """An answer needs its "###"; commas in numbers are ignored."""
     texts = ["### Tom is", "Tom is", "### Tom a", "a\n### 2,125"]
     answers = ["Tom is", "Tom is", "Tom is", "2125"]
     scripted(monkeypatch, tokenizer, texts)
@@ -74,7 +74,7 @@ def test_what_counts_as_correct_and_as_generated(model, tokenizer, monkeypatch):
 
 
 def test_unpadded_thoughts_are_asked_as_trained(model, tokenizer, monkeypatch):
-    """Training caps thoughts by the steps; all were asked with the most, as were validations."""
+    """Training caps thoughts by the number of steps; evaluation always used the maximum."""
     settings = dict(tokenizer="words", max_latent_stage=3, c_thought=2, pad_latent_to_max=False)
     config = TrainConfig(**settings)
     engine = Engine.from_config(model, tokenizer, config)
@@ -106,7 +106,7 @@ def test_own_thoughts_do_not_mix_up_the_texts(model, tokenizer):
 
 
 def test_a_sharp_is_part_of_the_answer(model, tokenizer, monkeypatch):
-    """Both answers were cut at "#", so F# counted as C#; the released rule counts neither."""
+    """Both answers were cut at "#", so F# counted as C#; by the released rule both are wrong."""
     examples = [{"question": f"note {i}?", "steps": [], "answer": "C#"} for i in range(2)]
     scripted(monkeypatch, tokenizer, ["key\n### C#", "### F#"])
     s = evaluate.score(Engine(model, tokenizer), examples, 0)
@@ -130,7 +130,7 @@ def test_answers_are_rendered_as_questions_are(model, tokenizer, monkeypatch):
 
 
 def test_the_interval_is_wilsons():
-    """The normal approximation has no width at 10 of 10. Values were computed by hand."""
+    """The normal approximation has width 0 at 10 of 10. Expected values are computed by hand."""
     low, high = evaluate.wilson(0.95, 100)
     assert (round(low, 4), round(high, 4)) == (0.8882, 0.9785)
     low, high = evaluate.wilson(1.0, 10)
@@ -138,7 +138,7 @@ def test_the_interval_is_wilsons():
 
 
 def test_thought_geometry_equals_a_loop(model, tokenizer):
-    """A mean over the wrong axis, or over pairs with oneself, would hide a collapse."""
+    """A mean over the wrong axis, or with self-pairs, would hide a collapse."""
     engine = Engine(model, tokenizer)
     examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS[:3]]
     thoughts = engine.generate(QUESTIONS[:3], 4, 2).thoughts
@@ -159,7 +159,7 @@ def test_thought_geometry_equals_a_loop(model, tokenizer):
 
 
 def test_thoughts_stop_once_the_readout_repeats(model, tokenizer):
-    """The rule is compared with a loop over single questions, one more thought at a time."""
+    """Compare with a loop over single questions and thoughts."""
     engine = Engine(model, tokenizer, Curriculum("coconut"))
     examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
     expected = []
@@ -172,7 +172,7 @@ def test_thoughts_stop_once_the_readout_repeats(model, tokenizer):
 
 
 def test_training_mode_is_left_as_it_was(model, tokenizer):
-    """Validation could turn dropout off for the rest of the run."""
+    """Validation could leave dropout off for the rest of the run."""
     examples = [{"question": "Tom", "steps": [], "answer": "x"}]
     model.train()
     evaluate.score(Engine(model, tokenizer), examples, 1, max_new_tokens=2)

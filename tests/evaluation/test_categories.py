@@ -1,4 +1,4 @@
-"""Categories of ProsQA answers: a graph worked out by hand, and random examples."""
+"""Categories of ProsQA answers, on a graph solved by hand and on random examples."""
 
 import random
 
@@ -32,21 +32,21 @@ BY_HAND = [
     ("Tom a c t", 0, "Correct Path"),
     ("Tom a b c t", 0, "Longer Path"),
     ("Tom a c w", 0, "Wrong Target"),
-    ("Tom a c", 0, "Wrong Target"),  # ends on the way
-    ("Sam d s", 0, "Hallucination"),  # not the entity's
+    ("Tom a c", 0, "Wrong Target"),  # ends too early
+    ("Sam d s", 0, "Hallucination"),  # starts at another entity
     ("Tom c t", 0, "Hallucination"),  # no such edge
     ("Tom a t", 0, "Hallucination"),
     ("Tom a d s", 0, "Hallucination"),
-    ("a c t", 0, "Hallucination"),  # without a thought the entity's own step has to be there
+    ("a c t", 0, "Hallucination"),  # without thoughts the chain must start at the entity
     ("a c t", 1, "Correct Path"),
     ("c t", 2, "Correct Path"),
     ("Tom a c t", 3, "Correct Path"),  # written again after the thoughts
-    ("c t", 1, "Correct Path"),  # thought further than k steps
+    ("c t", 1, "Correct Path"),  # the thoughts covered more than one step
     ("a b c t", 1, "Longer Path"),
     ("b c t", 2, "Longer Path"),  # every way to b is a detour
     ("a c w", 1, "Wrong Target"),
     ("a b", 1, "Wrong Target"),
-    ("d s", 1, "Hallucination"),  # real edges that the entity does not lead to
+    ("d s", 1, "Hallucination"),  # edges that the entity does not lead to
     ("Sam e s", 2, "Hallucination"),
     ("a t", 1, "Hallucination"),
     ("t c", 1, "Hallucination"),  # against the edge
@@ -55,7 +55,7 @@ BY_HAND = [
 
 @pytest.mark.parametrize("chain, k, category", BY_HAND)
 def test_chains_by_hand(chain, k, category):
-    """Each category of the paper has a smallest example."""
+    """Each category of the paper has a minimal example."""
     for answer in (f"### {ANSWER}", "### Tom is a s.", ""):  # a chain decides alone
         assert classify(QUESTION, ANSWER, sentences(chain) + answer, k) == category
 
@@ -71,26 +71,26 @@ def test_chains_by_hand(chain, k, category):
         ("### t", "Incorrect Label"),
         ("###", "Incorrect Label"),
         ("", "Incorrect Label"),
-        ("Every a is a", "Hallucination"),  # no sentence
-        (ANSWER, "Hallucination"),  # a step that is none
+        ("Every a is a", "Hallucination"),  # an incomplete sentence
+        (ANSWER, "Hallucination"),  # not an edge
         ("Tom is a a.\nEvery b is a c.\n### " + ANSWER, "Hallucination"),  # broken
         ("Tom is a a.\nall a are c.\n### " + ANSWER, "Hallucination"),
     ],
 )
 def test_texts_by_hand(text, category, k):
-    """An answer without a chain counts as a label, whatever n_thoughts."""
+    """An answer without a chain is a label, whatever n_thoughts."""
     assert classify(QUESTION, ANSWER, text, k) == category
 
 
 def test_a_walk_through_a_cycle_is_a_longer_path():
-    """Cycles occur in files of users only."""
+    """Only users' files have cycles."""
     question = "Tom is a a. Every a is a b. Every b is a a. Every b is a t. Is Tom a t or s?"
     assert classify(question, ANSWER, sentences("Tom a b a b t")) == "Longer Path"
     assert classify(question, ANSWER, sentences("Tom a b t")) == "Correct Path"
 
 
 def test_other_questions_are_refused():
-    """Categories of another task would all be hallucinations."""
+    """All answers of another task would be hallucinations."""
     with pytest.raises(UserError, match="not a ProsQA question"):
         classify("What is 2 + 2?", ANSWER, "")
     with pytest.raises(UserError, match="not a ProsQA sentence"):
@@ -99,7 +99,7 @@ def test_other_questions_are_refused():
 
 @pytest.mark.parametrize("base", [prosqa.GraphConfig(), prosqa.GraphConfig(13, 2, 3)])
 def test_random_examples(base):
-    """The example's own steps, and what becomes of them when one thing is changed."""
+    """Check the example's own steps, variants with one change, and random walks."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     seen = set()
@@ -123,7 +123,7 @@ def test_random_examples(base):
                 assert judge(steps[k:-1], k) == "Wrong Target", seed
                 gap = steps[k : k + 1] + steps[k + 2 :]
                 assert k + 2 == len(steps) or judge(gap, k) == "Hallucination", seed
-            # one step's child is replaced by a node that is none of its parent's children
+            # replace the child of one step by a node that is not a child of its parent
             at = rng.randrange(k, len(steps))
             parent, _ = prosqa.parse_sentence(steps[at])
             strange = [
@@ -156,7 +156,7 @@ def test_random_examples(base):
 
 
 def test_released_steps_are_correct_paths(released):
-    """The released steps have to be right in every stage."""
+    """The released steps must be correct paths in every stage."""
     examples = read_examples(released / "prosqa_valid.json")
     for k in range(6):
         texts = [
@@ -193,7 +193,7 @@ def test_heights_by_hand():
 
 @pytest.mark.parametrize("longest", [False, True])
 def test_heights_of_random_examples(longest):
-    """One more than the least, or most, of the children's."""
+    """A height is one more than the smallest, or largest, height of the children."""
     seed = random.randrange(2**32)
     for example in prosqa.generate(30, seed):
         edges, _, _ = prosqa.parse_question(example["question"])

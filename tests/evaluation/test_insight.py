@@ -1,4 +1,4 @@
-"""Interventions on thoughts change what they should and no other bit; verdicts follow rules."""
+"""Interventions on thoughts change only what they should; verdicts follow the rules."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_an_edit_is_fed_back(tokenizer):
 
 
 def test_an_edit_runs_without_graphs(tokenizer):
-    """A replayed graph would not call the edit."""
+    """A replayed CUDA graph would not call the edit."""
     engine, seen = random_engine(tokenizer), []
     plain = engine.generate(QUESTIONS, 3, 9)
     engine.graphs = FakeGraphCache(8)
@@ -119,12 +119,12 @@ def test_choice_equals_a_naive_loop(tokenizer, method):
 
 @pytest.mark.parametrize("method", ["coconut", "pause"])
 def test_own_slots_put_back_change_no_bit(tokenizer, method):
-    """A put could miss a layer, a position, or the smear's last input."""
+    """put() could miss a layer, a position, or the smear's last input."""
     engine = random_engine(tokenizer, method)
     branch = engine.branch(QUESTIONS, CANDIDATES, 4)
     branch.think(3)
     own, slots = branch.answer(), branch.slots(3)
-    assert torch.equal(branch.answer(), own)  # an answer leaves nothing behind
+    assert torch.equal(branch.answer(), own)  # answer() leaves the cache unchanged
     branch.put(slots, only=[1])
     assert torch.equal(branch.answer(), own)
     branch.restart().put(slots)
@@ -136,7 +136,7 @@ def test_own_slots_put_back_change_no_bit(tokenizer, method):
 
 
 def test_only_question_and_slots_decide(tokenizer):
-    """Row a with b's end of the question and its own slots is row b with a's slots."""
+    """Question a with the last tokens of b must answer like question b with the slots of a."""
     engine = random_engine(tokenizer)
     a, b = "Tom is a lempus. Is Tom a lempus?", "Tom is a lempus. Is wumpus a lempus?"
     rows = [engine.branch([text], CANDIDATES[:1], 3) for text in (a, b)]
@@ -175,19 +175,19 @@ def test_a_prosqa_twin_asks_about_the_other_root(split, seed):
 
 
 def test_a_prontoqa_twin_has_the_other_answer(seed):
-    """The proof of a twin is searched again: it could take a wrong turn."""
+    """The proof of a twin is found by search, which could go wrong."""
     task = TASKS["prontoqa"]
     for example in prontoqa.generate(20, seed, prontoqa.OntologyConfig(3, matched=True)):
         twin = task.twin(example)
         assert task.solve(twin["question"]) == twin["answer"] != example["answer"]
-        assert task.twin(twin) == example  # so its steps are the generator's
+        assert task.twin(twin) == example  # so its steps are those of the generator
         assert task.solve(task.reworded(example)) == twin["answer"]
     example = prontoqa.generate(1, seed, prontoqa.OntologyConfig(3))[0]
     assert task.twin(example) is None  # both facts are about one name
 
 
 def test_twins_of_other_examples():
-    """A user's own twin comes first; a text of no task has none."""
+    """A twin that the user gives comes first; a text of no task has none."""
     example = {"question": "2 + 2?", "steps": [], "answer": "4"}
     for task in TASKS.values():
         assert task.twin(example) is None
@@ -232,15 +232,15 @@ RULES = [
 
 @pytest.mark.parametrize("rule, figures, mark, verdict", RULES)
 def test_rules_on_made_up_figures(rule, figures, mark, verdict):
-    """An interval that crosses a limit, or a cell that decides nothing, could give a verdict."""
-    found = rule(*figures)
-    assert (found["mark"], found["verdict"]) == (mark, verdict)
-    n = sum(f"{{{i}}}" in found["text"] for i in range(9))
-    assert n == len(found["figures"]) and found["title"].endswith(".")
+    """An interval across a limit, or a figure of too few questions, could give a verdict."""
+    finding = rule(*figures)
+    assert (finding["mark"], finding["verdict"]) == (mark, verdict)
+    n = sum(f"{{{i}}}" in finding["text"] for i in range(9))
+    assert n == len(finding["figures"]) and finding["title"].endswith(".")
 
 
 def test_depth_and_readout_on_made_up_figures():
-    """A constant number of thoughts, or a control that names as much, could pass."""
+    """A constant number of thoughts, or a control that names as many concepts, could pass."""
     curve = {h: [HALF] * h + [HIGH] * (9 - h) for h in (2, 3, 4)}
     slots = {h: [HIGH if j == h else LOW for j in range(6)] for h in (2, 3, 4)}
     assert insight.judge_depth(curve, slots, "thoughts")["mark"] == "yes"
@@ -259,7 +259,7 @@ def test_depth_and_readout_on_made_up_figures():
 
 
 def test_fractions_leave_out_what_was_not_measured():
-    """A question without a reworded form would count as one whose answer stayed."""
+    """A question without a reworded form would count as an unchanged answer."""
     own, nan = torch.tensor([[0.0, -3.0]] * 4), float("nan")
     moved = torch.tensor([[-3.0, 0.0], [0.0, -3.0], [nan, nan], [-3.0, 0.0]])
     cells = {"own": own, "twin_own": own.flip(1), "twin": moved}
@@ -288,7 +288,7 @@ def random_insight_engine(method, n_thoughts=2) -> Engine:
 
 @pytest.mark.parametrize("method", ["coconut", "pause", "cot", "no_cot"])
 def test_a_random_model_does_not_solve_anything(method):
-    """Noise could get a verdict. The row has to be JSON, the same for the same seed."""
+    """Noise could get a verdict. The row must be JSON and the same for the same seed."""
     engine = random_insight_engine(method, n_thoughts=0 if "cot" in method else 2)
     plain, pairs = generated_pairs(engine.config, 50, 3)
     plain = plain.take(range(100))
@@ -308,7 +308,7 @@ def bundled():
 
 
 def test_thoughts_of_the_bundled_model_carry_its_answers(bundled):
-    """The bundled model has to stay one whose thoughts matter, and the interchange has to show."""
+    """The thoughts of the bundled model must matter, and the interchange must show it."""
     engine, pairs = bundled
     f = pairs.figures(engine)
     assert f.flips("twin")["lo"] > 0.9 and abs(f.flips("unrelated")["value"] - 0.5) < 0.25
@@ -317,7 +317,7 @@ def test_thoughts_of_the_bundled_model_carry_its_answers(bundled):
 
 
 def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
-    """Twins of other lengths can exchange inputs only; both have to tell the same."""
+    """Twins of different length exchange inputs, which must act like keys and values."""
     engine, pairs = bundled
     questions = [x["question"] for x in pairs.examples[:40]]
     longer = [x["question"].replace(" Is ", " Every a is a b. Is ") for x in pairs.twins[:40]]
@@ -328,7 +328,7 @@ def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
 
 
 def test_a_view_follows_the_thoughts(bundled):
-    """Probabilities, attention or the answers of the twin's thoughts could be another's."""
+    """Probabilities, attention or swapped answers could be those of another thought."""
     engine, pairs = bundled
     view = question_view(engine, pairs.examples[0], 6)
     json.dumps(view)
@@ -346,7 +346,7 @@ def test_a_view_follows_the_thoughts(bundled):
 
 
 def test_pairs_of_a_users_examples():
-    """Twins of another length or the same answer would make every test meaningless."""
+    """Twins with the same answer, or too few of them, would make every test meaningless."""
     examples = [
         {"question": f"What is {i} + 1?", "steps": ["add"], "answer": str(i + 1)}
         for i in range(120)
@@ -366,39 +366,39 @@ def test_pairs_of_a_users_examples():
         own_pairs("gsm8k", examples, [*twins[:2], examples[2], *twins[3:]])
     with pytest.raises(UserError, match="only 50 pairs"):
         own_pairs("gsm8k", examples[:50], twins[:50])
-    with pytest.raises(UserError, match="no example"):
+    with pytest.raises(UserError, match="invalid twin"):
         own_pairs("gsm8k", [x | {"twin": "text"} for x in examples], None)
 
 
 def test_without_twins_destroyed_is_not_ignored(bundled):
-    """Thoughts of another graph say nothing here: the donor's answer is no option at all."""
+    """The donor's answer is not an option here, so its thoughts can only destroy the answer."""
     engine, twinned = bundled
     plain = [{k: x[k] for k in ("question", "steps", "answer")} for x in twinned.examples]
     pairs = type(twinned)(plain, plain[1:] + plain[:1], twinned.groups, False)
     f = pairs.figures(engine)
     assert f.accuracy("own")["lo"] > f.accuracy("mean")["hi"] and f.chance < 0.2
-    assert f.flips("twin")["hi"] < 0.2 and f.stays("twin")["hi"] < 0.9
-    figures = f.flips("twin"), f.flips("unrelated"), f.stays("twin")
+    assert f.flips("twin")["hi"] < 0.2 and f.flips("twin", candidate=0)["hi"] < 0.9
+    figures = f.flips("twin"), f.flips("unrelated"), f.flips("twin", candidate=0)
     assert insight.judge_carried(*figures, "thoughts", False)["mark"] == "?"
 
 
 def test_thoughts_name_the_words_of_their_step(bundled):
-    """Another step, or another question's words, could be counted."""
+    """The words of another step or question could be counted."""
     engine, pairs = bundled
-    while len(pairs.examples) < 100:  # fewer decide nothing
+    while len(pairs.examples) < 100:  # MIN_PAIRS
         pairs = pairs.take([*range(len(pairs.examples))] * 2)
-    found = words_by_step(engine, pairs.figures(engine), pairs, 6)
-    assert set(found) <= {1, 2, 3} and found[2]["own"]["lo"] > found[2]["other"]["hi"]
-    assert insight.judge_words(found)["mark"] in ("yes", "part")
+    p = words_by_step(engine, pairs.figures(engine), pairs, 6)
+    assert set(p) <= {1, 2, 3} and p[2]["own"]["lo"] > p[2]["other"]["hi"]
+    assert insight.judge_words(p)["mark"] in ("yes", "part")
     assert insight.judge_words({1: {"own": HALF, "other": HALF}})["mark"] == "no"
 
 
 def test_a_model_that_ignores_what_is_asked(monkeypatch):
-    """A shortcut learner is right often: nothing can be said about what its pauses carry."""
+    """A model that uses a shortcut is often correct, but its pauses carry nothing to test."""
     engine = random_insight_engine("pause")
     _, pairs = generated_pairs(engine.config, 50, 3)
     N = len(pairs.examples)
-    first = torch.tensor([[-0.1, -3.0]] * N)  # for both twins the same option
+    first = torch.tensor([[-0.1, -3.0]] * N)  # the same option for both twins
     first[: N // 10] = first[: N // 10].flip(1)
     names = ("own", "twin_own", "mean", "twin", "unrelated", "k0", "k1", "k2", "slot1", "slot2")
     cells = dict.fromkeys(names, first) | {"by_inputs": torch.zeros(N, 1)}
@@ -406,17 +406,17 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
     monkeypatch.setattr(type(pairs), "figures", lambda *args, **options: figures)
     row, _ = measure(engine, "pauses", None, pairs)
     assert row["verdict"] == "ignores what is asked" and row["noun"] == "pauses"
-    assert "cannot be asked" in row["refused"][0]
+    assert "do not apply" in row["refused"][0]
     assert [f["id"] for f in row["findings"]] == ["pairs", "needed"]
 
 
 def test_slots_are_grouped_by_step():
-    """With two thoughts a step, half a step's exchange would look like redundancy."""
+    """With two thoughts per step, replacing one of them would look like redundancy."""
     engine = random_insight_engine("coconut", n_thoughts=4)
     engine.curriculum = Curriculum("coconut", c_thought=2)
     _, pairs = generated_pairs(engine.config, 50, 3)
     pairs = pairs.take(range(8))
-    cells = pairs.figures(engine).cells
+    cells = pairs.figures(engine).outcomes
     assert {name for name in cells if name.startswith("slot")} == {"slot1", "slot2"}
     assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(7)}
     assert torch.equal(cells["own"], cells["k4"]) and cells["thoughts"].shape[:2] == (8, 6)

@@ -23,7 +23,7 @@ def fig(value: float, **extra: float) -> dict[str, float]:
 
 
 def state(step: int, names: str) -> dict[str, Any]:
-    """Return what a made-up model names and answers after `step` thoughts."""
+    """Return the made-up state of a view after `step` thoughts."""
     p = [0.61 if c in names else 0.012 for c in "ABcdefgh"]
     right = 0.5 if step < 2 else 0.93 if names != "f" else 0.04
     answer = [right, round(0.97 - right, 3)]
@@ -109,7 +109,7 @@ ROW: dict[str, Any] = {
 
 
 def numbers(row: Any) -> Iterator[float]:
-    """Yield every fraction of a row, but of the view, whose table the script writes."""
+    """Yield every fraction of a row, except those of the view, whose table the script writes."""
     if isinstance(row, dict):
         for key, value in row.items():
             if key not in ("view", "provenance"):
@@ -127,7 +127,7 @@ def tables(page: str) -> str:
 
 
 def test_page_is_well_formed_and_refers_to_nothing() -> None:
-    """A page is one file: to mail, and to open without a network."""
+    """A page is a single file that can be opened without a network."""
     page = render(ROW | {"against": ROW | {"name": "control"}})
     root = ElementTree.fromstring(page)
     assert not re.findall(r"https?://|//cdn|@import|url\((?!#)", page)
@@ -140,7 +140,7 @@ def test_page_is_well_formed_and_refers_to_nothing() -> None:
 
 
 def test_page_has_every_number_in_a_table() -> None:
-    """A picture's numbers must be readable without the picture."""
+    """The numbers of a drawing must be readable without it."""
     text = tables(render(ROW)).replace("\xa0", " ") + sentence(ROW["findings"][0])
     for value in numbers(ROW):
         assert f"{100 * value:.1f}" in text, value
@@ -154,7 +154,7 @@ def test_page_fills_in_figures_with_intervals() -> None:
 
 
 def test_page_draws_cells_without_mass_hollow() -> None:
-    """Accuracy among two options that the model does not say decides nothing."""
+    """Accuracy between two unlikely options decides nothing."""
     page = render(ROW)
     assert page.count('class="dashed"') == 2  # a point and a cell
     cell = page[page.rindex('class="dashed"') :].partition("</td>")[0]
@@ -162,7 +162,7 @@ def test_page_draws_cells_without_mass_hollow() -> None:
 
 
 def test_page_escapes_names() -> None:
-    """A run's name is a user's text; so are a task's words, which also stand in the script."""
+    """A run's name and a task's words are users' texts; the words are also part of the script."""
     evil = "</script><b>&\"'"
     row = json.loads(json.dumps(ROW).replace("Alice", json.dumps(evil)[1:-1]))
     row["name"] = row["checkpoint"] = row["scale"][0]["label"] = row["findings"][0]["title"] = evil
@@ -175,7 +175,7 @@ def test_page_escapes_names() -> None:
 
 @pytest.mark.parametrize("noun", ["thoughts", "pauses", "written chain"])
 def test_page_needs_only_findings(noun: str) -> None:
-    """A refused row has verdicts and nothing else; its page has no empty figure."""
+    """If no test applies, the row has only a verdict, and the page must have no empty figure."""
     row = {key: ROW[key] for key in ("name", "findings", "provenance")}
     page = render(row | {"noun": noun, "refused": ["Does not solve these questions."]})
     root = ElementTree.fromstring(page)
@@ -197,7 +197,7 @@ def test_page_shows_the_control_in_grey() -> None:
 
 
 class Browser:
-    """A headless Chromium, driven over a pipe: commands and answers are JSON, ended by a zero."""
+    """A headless Chromium, controlled over a pipe with JSON messages that end in a zero byte."""
 
     def __init__(self, program: str, folder: str) -> None:
         read, self.write = os.pipe()
@@ -274,7 +274,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser.close()
 
 
-# pairs of names of the drawing that touch each other
+# number of pairs of names in the drawing that overlap
 COLLISIONS = """(() => {
   const boxes = [...document.querySelectorAll('#one text')].map(t => t.getBoundingClientRect());
   return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right

@@ -1,4 +1,4 @@
-"""The paper's figures 5, 7, 8 and 9 of made-up probabilities."""
+"""The paper's figures 5, 7, 8 and 9 from made-up probabilities."""
 
 import pytest
 
@@ -15,7 +15,7 @@ class FakeEngine:
 
 @pytest.fixture
 def examples(monkeypatch):
-    """Examples that are answered well; the right child of the entity has nine tenths of a half."""
+    """Return examples with fake answers; the right child has 0.45 of a total probability of 0.5."""
     examples = prosqa.generate(4, 5, prosqa.GraphConfig(13, 2, 3))
     answers = {x["question"]: f"### {x['answer']}" for x in examples}
 
@@ -37,7 +37,7 @@ def examples(monkeypatch):
 
 
 def test_paper_figures_share_and_sum(examples):
-    """Nothing checked them: values of another node, or fractions of another total."""
+    """Values could be of another node, or fractions of another total."""
     figures = paper.paper_figures(FakeEngine(), examples, n=4)
     kinds = {
         row["label"]: [cell["value"] for cell in row["cells"]] for row in figures["fig5"]["rows"]

@@ -1,4 +1,4 @@
-"""Probabilities of concepts equal a naive loop: one name and one sequence at a time."""
+"""Probabilities of concepts equal a naive loop over single names and questions."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
-# zonk and imp are in no vocabulary: several tokens each, of different number
+# zonk and imp are not in the vocabulary: each has several tokens, a different number
 QUESTION = "Tom is a lempus. Every lempus is a zonk. Sam is a imp. Is Tom a imp or zonk?"
 
 
 @torch.no_grad()
 def naive(model, prefix, n_thoughts, forced_tokens, name):
-    """Return the probability of a name, with the whole sequence for each thought and token."""
+    """Return the probability of a name; recompute the sequence for each thought and token."""
     emb = model.embed(torch.tensor([prefix]))
 
     def last():
@@ -44,7 +44,7 @@ def random_engine(tokenizer, seed=0, smear=False, block_size=128, **settings) ->
 @pytest.mark.parametrize("render", ["sentences", "compact"])
 @pytest.mark.parametrize("method", ["coconut", "cot"])
 def test_probabilities_equal_a_naive_loop(tokenizer, method, render, smear, seed):
-    """Names of several tokens, markers, or padding of the batch could be wrong."""
+    """Names of several tokens, markers or padding could be handled wrongly."""
     engine = random_engine(tokenizer, seed, smear, method=method, render=render)
     text = prosqa.compact_question(QUESTION) if render == "compact" else QUESTION + "\n"
     has_markers = method == "coconut"
@@ -59,7 +59,7 @@ def test_probabilities_equal_a_naive_loop(tokenizer, method, render, smear, seed
 
 
 def test_bundled_thoughts_encode_the_nodes_one_step_away(seed):
-    """The bundled model has to search as the paper says: first the entity's children."""
+    """The first thought of the bundled model must name the entity's children, as in the paper."""
     engine = nanococonut.load(device="cpu")
     total = {True: 0.0, False: 0.0}  # is the node one step away? -> summed probability
     examples = generated("prosqa", 30, seed, engine.config)
