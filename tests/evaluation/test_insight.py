@@ -18,7 +18,7 @@ from nanococonut.evaluation.pairs import generated_pairs, own_pairs
 from nanococonut.evaluation.readout import words_by_step
 from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
-from nanococonut.inference.engine import Engine, Request
+from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 QUESTIONS = ["Tom is a lempus. Is Tom a lempus or wumpus?", "Every Tom is a wumpus. Is a?"]
@@ -73,9 +73,10 @@ def test_an_edit_runs_without_graphs(tokenizer):
     plain = engine.generate(QUESTIONS, 3, 9)
     engine.graphs = FakeGraphCache(8)
     out = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: (seen.append(i), fed)[1])
-    assert seen == [0, 1, 2] and out.tokens == plain.tokens and not engine.graphs.graphs
-    with pytest.raises(ValueError, match="graph='off'"):
-        engine.run(Request([[1]], 1, [], -1, 1, edit=lambda i, fed: fed))
+    assert seen == [0, 1, 2] and out.tokens == plain.tokens
+    assert {key[0] for key in engine.graphs.graphs} == {"prefill", "token"}
+    edited = engine.generate(QUESTIONS + QUESTIONS[:1], 1, 2, edit=lambda i, fed: fed[:3])
+    assert len(edited.inputs) == 3  # an edit does not see the sequences that fill a batch
 
 
 def test_bad_edits_are_refused(tokenizer):

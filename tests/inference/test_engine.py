@@ -229,7 +229,7 @@ def test_edit_cannot_ask_its_own_engine(tokenizer):
         engine.generate(["Tom is"], 1, 2)
         return fed
 
-    with pytest.raises(UserError, match="one of its own"):
+    with pytest.raises(UserError, match="Use another Engine"):
         engine.generate(["Every"], 1, 2, edit=edit)
     assert engine.generate(["Every"], 1, 2).tokens  # the lock is free again
 
