@@ -130,7 +130,7 @@ def test_stdin_without_a_question_asks_the_tasks_own(sample, piped, monkeypatch,
     piped(data)
     code, out, _ = sample("--latent=6", "--seed=1")
     assert code == 0 and out.count("question  ") == 1 and "first token after" in out
-    assert ("nothing arrived on stdin" in out) == (data is None)
+    assert ("no input on stdin" in out) == (data is None)
     monkeypatch.setattr("sys.stdin", None)  # closed by the shell
     assert sample("--latent=6", "--seed=1")[0] == 0
 
