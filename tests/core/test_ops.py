@@ -80,7 +80,7 @@ def test_inference_backend_gives_its_reason(monkeypatch):
     for model, reason in ((plain, "float64"), (smeared.float(), "smear"),
                        (random_gpt(thought="soft").float(), "soft thoughts"),
                        (random_gpt(thought="fixed").float(), "fixed thoughts"),
-                       (random_gpt(n_head=1, n_embd=129).float(), "128 dimensions")):  # fmt: skip
+                       (random_gpt(n_head=1, n_embd=129).float(), "129 dimensions")):  # fmt: skip
         with pytest.raises(UserError, match=reason):
             ops.choose_backend("triton", model)
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
