@@ -128,9 +128,9 @@ def test_checkpoint_at_a_stage_end_names_that_stage(train, tiny):
 def test_run_without_a_finished_stage_prints_no_table(train, tiny):
     """An empty table looked like a failure."""
     code, out, _ = train(tiny, "--out_dir=run", "--max_steps=7")
-    assert code == 0 and "no stage ended in 7 of 40 steps" in out and "generated" not in out
+    assert code == 0 and "no stage was finished in 7 of 40 steps" in out and "generated" not in out
     code, out, _ = train(tiny, "--out_dir=run", "--max_steps=8", "--resume")
-    assert code == 0 and "no stage ended" not in out and "generated tokens" in out
+    assert code == 0 and "no stage was finished" not in out and "generated tokens" in out
 
 
 def test_kill_before_the_first_step_keeps_the_log(train, tiny):
