@@ -117,16 +117,6 @@ class Batch:
         """Return the batch with fn applied to every tensor."""
         return Batch(*map(fn, self.tensors), self.max_thoughts, self.n_labels)
 
-    def to(self, device: torch.device) -> "Batch":
-        # only CUDA keeps pinned memory alive until the copy is done; MPS might read freed memory
-        non_blocking = torch.device(device).type == "cuda"
-        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def copy_(self, other: "Batch") -> None:
-        """Copy the tensors of a batch of the same shape into this one."""
-        for own, new in zip(self.tensors, other.tensors, strict=True):
-            own.copy_(new, non_blocking=True)
-
     def padded(self, B: int, Tp: int, Ts: int, max_thoughts: int, n_labels: int) -> "Batch":
         """Return this batch padded to a larger shape, to capture fewer CUDA graphs."""
         K = self.thought_targets.shape[2]

@@ -57,6 +57,7 @@ class BatchView:
         self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
         self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
         self.token, self.place, self.noise = b.token[:n], b.place[:n], b.noise[:n]
+        self.thoughts = b.thoughts[:, :n]
         self.fused = None
         if kernels == "triton":
             from nanococonut.inference.fused import FusedStep  # needs triton
@@ -86,15 +87,14 @@ class BatchView:
         if stop:
             self.active &= self.model.stop_logit(self.hidden) <= 0
         active = self.active if stop or self.static else None  # None: all of them
-        thoughts = self.buffers.thoughts[:, : self.batch]
         if self.fused is not None and edit is None:
             if i == 0:
-                thoughts[0].copy_(self.hidden)
+                self.thoughts[0].copy_(self.hidden)
             # the last kernel of the step also counts this thought and stores the next one
-            next_thought = thoughts[i + 1] if i + 1 < len(thoughts) else None
+            next_thought = self.thoughts[i + 1] if i + 1 < len(self.thoughts) else None
             self.fused.latent_step(self.hidden, active, i == 0, self.n_taken, next_thought)
         else:
-            thoughts[i].copy_(self.hidden)
+            self.thoughts[i].copy_(self.hidden)
             state = self._state()
             self._store(steps.latent_step(self.model, self.cache, state, active, i, edit))
             self.n_taken += self.active

@@ -393,7 +393,7 @@ class Engine:
                 view.latent_step(i, stop, edit)
                 if edit is not None:
                     edited.append(view.prev_embedding.clone())
-        thoughts = self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
+        thoughts = view.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
         if edited:
             return thoughts, torch.stack(edited, dim=1)
         return thoughts, self.model.thought_embedding(thoughts)

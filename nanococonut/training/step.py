@@ -5,7 +5,7 @@ multiples of PREFIX and SUFFIX tokens and of LABELS supervised tokens, and to a 
 sequences. Nothing here syncs with the device; the loop reads the totals once per step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,14 @@ class MicroBatch(NamedTuple):
     batch: Batch
     count_mask: Tensor
     scale: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.batch.tensors, self.count_mask, self.scale]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """Return the micro-batch with fn applied to every tensor."""
+        return MicroBatch(self.batch.map(fn), fn(self.count_mask), fn(self.scale))
 
 
 class TrainStep:
@@ -100,25 +108,23 @@ class TrainStep:
             n_thoughts = max(n_thoughts, batch.max_thoughts)
             batch = batch.padded(padded_B, prefix, suffix, n_thoughts, n_labels)
             count_mask = F.pad(count_mask, (0, padded_B - B))
-        if self.device.type == "cuda":  # copies from pinned memory do not block the host
-            pinned = batch.map(Tensor.pin_memory)
-            return MicroBatch(pinned, count_mask.pin_memory(), scale.pin_memory())
-        return MicroBatch(batch, count_mask, scale)
+        micro_batch = MicroBatch(batch, count_mask, scale)
+        # copies from pinned memory do not block the host
+        return micro_batch.map(Tensor.pin_memory) if self.device.type == "cuda" else micro_batch
 
     def __call__(self, micro_batch: MicroBatch) -> None:
         """Run forward and backward, eagerly or by replaying a graph."""
-        batch, count_mask, scale = micro_batch
+        batch = micro_batch.batch
         shapes = *batch.prefix.shape, batch.suffix.shape[1], *batch.thought_targets.shape[1:]
         key = (*shapes, batch.n_labels)
-        if key in self._inputs:  # copy to the tensors that the graph reads
-            inputs = self._inputs[key]
-            inputs.batch.copy_(batch)
-            inputs.count_mask.copy_(count_mask, non_blocking=True)
-            inputs.scale.copy_(scale, non_blocking=True)
+        if key in self._inputs:
+            inputs = self._inputs[key]  # the tensors that the graph reads
+            for static, new in zip(inputs.tensors, micro_batch.tensors, strict=True):
+                static.copy_(new, non_blocking=True)
         else:
-            on_gpu = self.device.type == "cuda"
-            mask, scale = (t.to(self.device, non_blocking=on_gpu) for t in (count_mask, scale))
-            inputs = MicroBatch(batch.to(self.device), mask, scale)
+            # only CUDA keeps the source alive until the copy is done; MPS might read freed memory
+            is_cuda = self.device.type == "cuda"
+            inputs = micro_batch.map(lambda t: t.to(self.device, non_blocking=is_cuda))
             if self.graphs.max_graphs:
                 self._inputs[key] = inputs
         self.graphs.run(key, lambda: self._forward_backward(*inputs))

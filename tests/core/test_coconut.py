@@ -297,7 +297,7 @@ def test_kernel_gradients_are_as_accurate_as_torch(n_thoughts, shape, autocast, 
     model = random_gpt(seed % 1000, dtype=torch.float32, **shape).to(device)
     exact = random_gpt(seed % 1000, **shape).to(device)
     exact.load_state_dict(model.state_dict())
-    batch = random_batch(seed, n_thoughts)[0].to(torch.device(device))
+    batch = random_batch(seed, n_thoughts)[0].map(lambda t: t.to(device))
     got, usual = (gradients(model, batch, k, autocast) for k in ("triton", "torch"))
     truth = gradients(exact, batch)
     # four roundings per layer and pass, since a gradient passes through all of them in a row;
@@ -321,7 +321,7 @@ def test_thoughts_share_one_prefix_gradient_buffer(monkeypatch, seed):
         attention, "_writable", lambda *args: written.append(writable(*args)) or written[-1]
     )
     if torch.cuda.is_available():
-        model, batch = model.cuda(), batch.to(torch.device("cuda"))
+        model, batch = model.cuda(), batch.map(torch.Tensor.cuda)
     training_loss(model, batch, "triton").backward()
     assert [mask.shape[1] for mask in biases[:3]] == [2, 3, 4]  # one for the prefix, then thoughts
     # dk and dv of 3 thoughts per layer; in the last one also of the prefill query

@@ -30,7 +30,7 @@ def test_loss_and_gradients_equal_the_cpus(smear):
     grads = []
     for name in ("cpu", "cuda"):
         model = random_gpt(smear=smear).to(name)
-        moved = batch.to(torch.device(name))
+        moved = batch.map(lambda t, name=name: t.to(name))
         coconut.loss_sum(forward(model, moved), moved.targets).backward()
         grads.append([p.grad.cpu() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
