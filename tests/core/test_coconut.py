@@ -313,7 +313,8 @@ def test_thoughts_share_one_prefix_gradient_buffer(monkeypatch, seed):
     """Guards the point of the kernel: one key for the prefix, one dK and dV buffer per layer."""
     attention = pytest.importorskip("kernels.prefix_attention")
     model = random_gpt(seed % 1000, dtype=torch.float32, n_embd=32, n_head=2)
-    batch = random_batch(seed, [2, 3])[0]
+    batch = random_batch(1, [2, 3])[0]
+    assert batch.prefix.shape[1] > 1  # a prefix of one token would use the kernel in all layers
     biases, written = [], []
     plain, writable = coconut.attention_bias, attention._writable
     monkeypatch.setattr(coconut, "attention_bias", lambda mask: biases.append(mask) or plain(mask))

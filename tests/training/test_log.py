@@ -58,7 +58,7 @@ def test_collapse_of_the_speed_is_warned_of_once(log_steps):
     """A neighbour that takes the processors looked like a slow model."""
     warnings = [x for x in log_steps([0.1] * 60 + [1.0] * 60 + [0.1] * 60 + [1.0] * 60)
                 if "SLOW" in x]  # fmt: skip
-    assert len(warnings) == 1 and "10 examples/s, 100 earlier" in warnings[0]
+    assert len(warnings) == 1 and "10 examples/s, 100 before" in warnings[0]
 
 
 def test_validation_is_no_collapse_of_the_speed(log_steps):
