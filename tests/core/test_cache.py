@@ -1,4 +1,4 @@
-"""KVCache writes only where it is told to, and lengths change only through the caller."""
+"""KVCache writes only at the given positions, and never changes the lengths."""
 
 import torch
 from helpers import random_gpt
@@ -7,7 +7,7 @@ from nanococonut.cache import KVCache
 
 
 def test_append_writes_each_sequence_at_its_positions():
-    """Guards against positions of one sequence applied to another, or lengths that advance."""
+    """Guards against a write at another sequence's positions, and against changed lengths."""
     data = torch.zeros(2, 2, 3, 2, 9, 4)  # (n_layer, 2, B, n_head, capacity, head_dim)
     cache = KVCache(data, torch.zeros(3, dtype=torch.int64))
     expected = torch.zeros_like(data)
@@ -31,7 +31,7 @@ def test_new_cache_is_empty_and_finite():
 
 
 def test_caches_of_other_shapes_share_memory():
-    """Guards against a copy: the engine's batches of all shapes use one flat buffer."""
+    """Guards against a copy: all batches of the engine share one flat buffer."""
     model = random_gpt(dtype=torch.float32, n_layer=2, n_head=1, n_embd=3)
     memory, lengths = torch.zeros(2 * 2 * 4 * 1 * 5 * 3), torch.tensor([1, 2, 3, 4])
     large = model.new_cache(4, 5, memory, lengths)
