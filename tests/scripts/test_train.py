@@ -346,7 +346,7 @@ def test_resume_with_other_rates_names_init_from(train, tiny):
     """Guards against resuming with epochs that would have changed the past learning rates."""
     train(tiny, "--epochs=7", "--epochs_per_stage=1", "--out_dir=run")
     code, _, err = train(tiny, "--epochs=9", "--epochs_per_stage=1", "--out_dir=run", "--resume")
-    assert code == 2 and "follow the rates and stages of epochs=7, not 9." in err
+    assert code == 2 and "learning rates and stages of epochs=7, not 9." in err
     assert err.count("\n") == 2
     options = [x for x in err.split() if x.startswith("--") and x != "--out_dir:"]
     assert options == ["--epochs=7,", "--init_from=RUN", "--first_stage_epochs=0",
