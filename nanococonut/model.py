@@ -211,7 +211,7 @@ class GPT(nn.Module):
         return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
 
     def stop_logit(self, hidden: Tensor) -> Tensor:
-        """Return the logits (...) that no further thought is needed (paper, section 3)."""
+        """Return the stop logits (...): no further thought is needed if > 0 (paper, section 3)."""
         return self.stop(hidden)[..., 0]
 
     def forward(self, idx: Tensor) -> Tensor:

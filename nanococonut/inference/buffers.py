@@ -31,7 +31,7 @@ class StaticBuffers:
         self.cache, self.idx = w.new_zeros(cache_size), ints(idx_size)  # flat: viewed as any shape
         self.lengths, self.n_taken, self.token = ints(batch), ints(batch), ints(batch)
         self.tokens, self.n_tokens = ints(batch, config.block_size), ints()
-        self.place = ints(batch)  # row of `tokens` for each sequence
+        self.token_row = ints(batch)  # row of `tokens` that a sequence writes to
         self.hidden, self.prev_embedding = w.new_zeros(2, batch, config.n_embd)
         self.thoughts = w.new_zeros(n_thoughts, batch, config.n_embd)
         self.active, self.done = torch.zeros(2, batch, dtype=torch.bool, device=w.device)
@@ -56,7 +56,7 @@ class BatchView:
         self.cache = model.new_cache(n, self.capacity, b.cache, b.lengths[:n])
         self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
         self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
-        self.token, self.place, self.noise = b.token[:n], b.place[:n], b.noise[:n]
+        self.token, self.token_row, self.noise = b.token[:n], b.token_row[:n], b.noise[:n]
         self.thoughts = b.thoughts[:, :n]
         self.fused = None
         if kernels == "triton":
@@ -113,6 +113,6 @@ class BatchView:
             logits = (logits.float() / self.buffers.temperature).softmax(-1) / self.noise
         self.token.copy_(logits.argmax(-1).masked_fill(self.done, eos))
         column = self.buffers.n_tokens.expand(self.batch)
-        self.buffers.tokens[self.place, column] = self.token
+        self.buffers.tokens[self.token_row, column] = self.token
         self.buffers.n_tokens += 1
         self.done |= self.token == eos  # the first token may already be eos

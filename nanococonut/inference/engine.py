@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanococonut.batch import build_prompt
+from nanococonut.batch import build_prompt, pad_lists
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import TASKS
@@ -357,14 +357,15 @@ class Engine:
             self._batch_size(B) if request.edit is None else B
         )  # an edit sees the questions only
         view = self._view(batch, capacity, width, request.n_thoughts)
-        buffers, extra = self._buffers, batch - B
+        buffers = self._buffers
         # extra sequences fill the batch: one token, no thoughts, done from the start
-        padded = [p + [0] * (width - len(p)) for p in request.prefixes] + [[0] * width] * extra
-        idx = buffers.idx[: batch * width].view(batch, width)
-        idx.copy_(torch.tensor(padded))
-        view.cache.lengths.copy_(torch.tensor([*map(len, request.prefixes), *[1] * extra]))
-        view.place.copy_(torch.arange(batch, device=idx.device))
-        view.active.copy_(view.place < B)
+        prefixes = request.prefixes + [[0]] * (batch - B)
+        idx = buffers.idx[: batch * width].view(batch, width).zero_()
+        tokens = pad_lists(prefixes)
+        idx[:, : tokens.shape[1]] = tokens
+        view.cache.lengths.copy_(torch.tensor(list(map(len, prefixes))))
+        view.token_row.copy_(torch.arange(batch, device=idx.device))
+        view.active.copy_(view.token_row < B)
         view.done.copy_(~view.active)
         view.n_taken.zero_()
         buffers.tokens.fill_(request.eos)
@@ -432,7 +433,7 @@ class Engine:
         # old and new share their memory; indexing with a tensor makes the copy that this needs
         new.cache.data.copy_(old.cache.data[:, :, order])
         new.cache.lengths.copy_(old.cache.lengths[order])
-        for name in ("hidden", "prev_embedding", "token", "place", "done"):
+        for name in ("hidden", "prev_embedding", "token", "token_row", "done"):
             getattr(new, name).copy_(getattr(old, name)[order])
         new.span = old.span
         return new
