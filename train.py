@@ -62,7 +62,8 @@ def main() -> None:
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
     log = RunLog(run, schedule, state)  # drops the lines of metrics.jsonl after state.step
     log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)
-    interrupt, stopping = Interrupt(dist.world), False
+    interrupt = Interrupt(dist.world)
+    stopping = False
 
     def save() -> None:
         manifest = {

@@ -142,15 +142,16 @@ class Batch:
 
 def pad_lists(lists: Sequence[list[int]], fill: int = 0) -> Tensor:
     """Return the lists of token ids as one right-padded tensor."""
-    width = max(map(len, lists))
-    return torch.tensor([ids + [fill] * (width - len(ids)) for ids in lists])
+    width = max(map(len, lists), default=0)
+    padded = [ids + [fill] * (width - len(ids)) for ids in lists]
+    return torch.tensor(padded, dtype=torch.int64)
 
 
 def pad_thought_labels(labels: Sequence[list[list[int]]]) -> Tensor:
     """Return the labels of the thoughts of each sequence as one padded tensor (B, n, K)."""
-    n, K = max(map(len, labels)), max((len(ids) for x in labels for ids in x), default=0)
-    flat = [ids + [IGNORE] * (K - len(ids)) for x in labels for ids in x + [[]] * (n - len(x))]
-    return torch.tensor(flat, dtype=torch.int64).view(len(labels), n, K)
+    n = max(map(len, labels))
+    flat = pad_lists([ids for x in labels for ids in x + [[]] * (n - len(x))], IGNORE)  # (B * n, K)
+    return flat.view(len(labels), n, flat.shape[-1])
 
 
 def collate(

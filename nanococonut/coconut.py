@@ -108,8 +108,10 @@ def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
     kernels: "torch" or "triton" (no dropout), see ops.choose_training_backend.
     """
     (B, Tp), device = batch.prefix.shape, batch.prefix.device
-    trace, last_pos = ThoughtTrace(model, batch, kernels), batch.length - 1
-    emb, pos = model.embed(batch.prefix), torch.arange(Tp, device=device)  # (B, Tp, C), (Tp,)
+    trace = ThoughtTrace(model, batch, kernels)
+    emb = model.embed(batch.prefix)  # (B, Tp, C)
+    pos = torch.arange(Tp, device=device)
+    last_pos = batch.length - 1  # (B,)
     h = model.backbone(emb, pos, trace.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
     trace.hidden.append(h)
     trace.inputs.append(emb[torch.arange(B, device=device), last_pos])  # (B, C)

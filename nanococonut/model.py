@@ -114,7 +114,8 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not a multiple of {config.n_head} heads")
-        self.config, C = config, config.n_embd
+        self.config = config
+        C = config.n_embd
         self.wte = nn.Embedding(config.vocab_size, C)
         self.wpe = nn.Embedding(config.block_size, C)
         self.smear = nn.Linear(C, C, bias=False) if config.smear else None
@@ -144,19 +145,15 @@ class GPT(nn.Module):
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def new_cache(
-        self, B: int, capacity: int, memory: Tensor | None = None, lengths: Tensor | None = None
-    ) -> KVCache:
-        """Return an empty cache for B sequences of up to `capacity` positions.
+    def cache_shape(self, B: int, capacity: int) -> tuple[int, ...]:
+        """Return the shape of KVCache.data for B sequences of up to `capacity` positions."""
+        c = self.config
+        return c.n_layer, 2, B, c.n_head, capacity, c.n_embd // c.n_head
 
-        memory   (n,)        flat tensor of finite values to use as storage (None: allocate)
-        lengths  (B,) int64  tensor to use for the lengths, unchanged (None: zeros)
-        """
-        c, w = self.config, self.wte.weight
-        shape = (c.n_layer, 2, B, c.n_head, capacity, c.n_embd // c.n_head)
-        memory = w.new_zeros(math.prod(shape)) if memory is None else memory
-        lengths = w.new_zeros(B, dtype=torch.int64) if lengths is None else lengths
-        return KVCache(memory[: math.prod(shape)].view(shape), lengths)
+    def new_cache(self, B: int, capacity: int) -> KVCache:
+        """Return an empty cache for B sequences of up to `capacity` positions."""
+        data = self.wte.weight.new_zeros(self.cache_shape(B, capacity))
+        return KVCache(data, data.new_zeros(B, dtype=torch.int64))
 
     def embed(self, idx: Tensor) -> Tensor:
         """Return the token embeddings (B, T, C) of ids (B, T), before smear and positions."""

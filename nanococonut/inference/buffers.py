@@ -3,9 +3,12 @@
 CUDA graphs replay on fixed addresses, so every step reads and writes the same tensors.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from nanococonut.cache import KVCache
 from nanococonut.inference import steps
 from nanococonut.model import GPT
 
@@ -53,7 +56,8 @@ class BatchView:
         self.model, self.buffers, self.static = model, buffers, static
         self.batch, self.capacity = shape
         n, b = self.batch, buffers
-        self.cache = model.new_cache(n, self.capacity, b.cache, b.lengths[:n])
+        cache_shape = model.cache_shape(*shape)
+        self.cache = KVCache(b.cache[: math.prod(cache_shape)].view(cache_shape), b.lengths[:n])
         self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
         self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
         self.token, self.token_row, self.noise = b.token[:n], b.token_row[:n], b.noise[:n]

@@ -4,6 +4,7 @@ The steps of steps.py run in place on static buffers (see buffers.py). On a GPU 
 chain of thoughts and each token step are one CUDA graph each.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -444,10 +445,9 @@ class Engine:
 
     def _view(self, batch: int, capacity: int, width: int = 0, n_thoughts: int = 0) -> BatchView:
         """Return the view of this shape. Grow the buffers if they are too small."""
-        c = self.model.config
         old_size = self._buffers.size if self._buffers else (0, 0, 0, 0)
-        size = (batch, batch * capacity * 2 * c.n_layer * c.n_embd, batch * width, n_thoughts)
-        size = tuple(map(max, size, old_size))
+        cache_size = math.prod(self.model.cache_shape(batch, capacity))
+        size = tuple(map(max, (batch, cache_size, batch * width, n_thoughts), old_size))
         if size != old_size:
             self._reset()  # frees the old buffers first; graphs have captured their addresses
             self._buffers = StaticBuffers(self.model, *size)

@@ -50,11 +50,12 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
         mask = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
         return F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
 
-    emb, last_pos = model.embed(idx), lengths - 1
     cache.lengths.copy_(lengths)
+    emb = model.embed(idx)  # (B, T, C)
     pos = torch.arange(T, device=device)
-    hidden = model.backbone(emb, pos, attend, last_pos=last_pos)  # (B, 1, C)
-    return DecodeState(hidden[:, 0], emb[torch.arange(B, device=device), last_pos], T)
+    last_pos = lengths - 1  # (B,)
+    hidden = model.backbone(emb, pos, attend, last_pos=last_pos)[:, 0]  # (B, C)
+    return DecodeState(hidden, emb[torch.arange(B, device=device), last_pos], T)
 
 
 def append_step(
@@ -64,7 +65,8 @@ def append_step(
 
     active  (B,) bool  sequences to advance; the others keep their state and length (None: all)
     """
-    pos, span = cache.lengths[:, None], state.span + 1
+    pos = cache.lengths[:, None]  # (B, 1)
+    span = state.span + 1
     attend = partial(cached_attention, cache, pos, cache.key_mask(pos, span))
     hidden = model.backbone(emb[:, None], pos, attend, state.prev_embedding)[:, 0]
     if active is None:
