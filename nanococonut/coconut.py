@@ -71,11 +71,13 @@ class ThoughtTrace:
         bias        (B, 1, T or 1, keys)  see attention_bias
         is_thought  the block is a thought, which later blocks attend to; otherwise the suffix
         """
-        blocks, scored = [self.prefix[layer]], []
         if is_thought:
             self.thoughts[layer].append((k, v))
-            if self.triton:
-                blocks, scored = [], [self._prefix_as_single_key(layer, q)]
+        scored: list[tuple[Tensor, Tensor]] = []  # scores and values of each block
+        blocks = [self.prefix[layer]]
+        if is_thought and self.triton:  # the kernel attends to the prefix
+            scored = [self._prefix_as_single_key(layer, q)]
+            blocks = []
         if self.thoughts[layer]:
             keys, values = zip(*self.thoughts[layer], strict=True)
             blocks.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)

@@ -1,4 +1,4 @@
-"""Several processes train what one trains, stop together, and resume in any number.
+"""Several processes train the same as one, stop together, and resume in any number.
 
 Most runs are forked from this process, which has imported torch already; one uses torchrun.
 """
@@ -68,7 +68,7 @@ def folder(monkeypatch, tmp_path):
 
 
 class Run:
-    """train.py in `world` forked processes; each calls before(rank) first."""
+    """Run train.py in `world` forked processes, each of which calls before(rank) first."""
 
     def __init__(self, world, *argv, before=None):
         # outlives the processes, as torchrun's does
@@ -115,7 +115,7 @@ def assert_same(run, expected):
         assert line.keys() == other.keys()
         for key in line:
             if key.startswith("thought_"):
-                continue  # geometry of the first rank's share of the validation examples
+                continue  # computed on the first rank's share of the validation examples
             assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), (key, line, other)
 
 
