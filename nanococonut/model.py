@@ -57,8 +57,9 @@ def cached_attention(
     """
     cache.append(layer, k, v, pos)
     span = mask.shape[-1]
-    keys, values = cache.data[layer, :, :, :, :span].to(q.dtype)  # (B, nh, span, hs) each
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    keys, values = cache.data[layer, :, :, :, :span]  # (B, nh, span, hs) each
+    y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask)
+    return y.to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -145,6 +146,15 @@ class GPT(nn.Module):
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Return the dtype of KVCache.data: the weights' dtype, but float32 for bfloat16 on a CPU.
+
+        Attention in bfloat16 takes a CPU two to three times as long.
+        """
+        w = self.wte.weight
+        return torch.float32 if (w.device.type, w.dtype) == ("cpu", torch.bfloat16) else w.dtype
+
     def cache_shape(self, B: int, capacity: int) -> tuple[int, ...]:
         """Return the shape of KVCache.data for B sequences of up to `capacity` positions."""
         c = self.config
@@ -152,8 +162,9 @@ class GPT(nn.Module):
 
     def new_cache(self, B: int, capacity: int) -> KVCache:
         """Return an empty cache for B sequences of up to `capacity` positions."""
-        data = self.wte.weight.new_zeros(self.cache_shape(B, capacity))
-        return KVCache(data, data.new_zeros(B, dtype=torch.int64))
+        w = self.wte.weight
+        data = w.new_zeros(self.cache_shape(B, capacity), dtype=self.cache_dtype)
+        return KVCache(data, w.new_zeros(B, dtype=torch.int64))
 
     def embed(self, idx: Tensor) -> Tensor:
         """Return the token embeddings (B, T, C) of ids (B, T), before smear and positions."""

@@ -80,10 +80,10 @@ class Workload:
         """Return what a step has to read at least: weights of the layers, of the head if a token is
         predicted, and the keys and values that it attends to."""
         c, w = self.model.config, self.model.wte.weight
-        numbers = sum(p.numel() for p in self.model.h.parameters())
-        numbers += w.numel() if with_head else 0
-        numbers += batch * context * 2 * c.n_layer * c.n_embd
-        return numbers * w.element_size()
+        n_weights = sum(p.numel() for p in self.model.h.parameters())
+        n_weights += w.numel() if with_head else 0
+        n_cached = batch * context * 2 * c.n_layer * c.n_embd
+        return n_weights * w.element_size() + n_cached * self.model.cache_dtype.itemsize
 
 
 def model_shape(model: GPT) -> dict[str, int]:

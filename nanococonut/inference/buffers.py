@@ -31,7 +31,8 @@ class StaticBuffers:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=w.device)
 
-        self.cache, self.idx = w.new_zeros(cache_size), ints(idx_size)  # flat: viewed as any shape
+        # flat, so that it can be viewed as any shape
+        self.cache, self.idx = w.new_zeros(cache_size, dtype=model.cache_dtype), ints(idx_size)
         self.lengths, self.n_taken, self.token = ints(batch), ints(batch), ints(batch)
         self.tokens, self.n_tokens = ints(batch, config.block_size), ints()
         self.token_row = ints(batch)  # row of `tokens` that a sequence writes to

@@ -1,12 +1,14 @@
 """KVCache writes only at the given positions, and never changes the lengths."""
 
 import math
+from functools import partial
 
 import torch
 from helpers import random_gpt
 
 from nanococonut.cache import KVCache
 from nanococonut.inference.buffers import BatchView, StaticBuffers
+from nanococonut.model import cached_attention
 
 
 def test_append_writes_each_sequence_at_its_positions():
@@ -31,6 +33,15 @@ def test_new_cache_is_empty_and_finite():
     cache = random_gpt(n_layer=1, n_head=1, n_embd=2).new_cache(3, 8)
     assert cache.data.shape == (1, 2, 3, 1, 8, 2) and not cache.data.any()
     assert cache.data.dtype == torch.float64 and cache.lengths.tolist() == [0, 0, 0]
+
+
+def test_a_bfloat16_cache_is_float32_on_a_cpu():
+    """Guards against a cache in bfloat16, which a CPU attends to at half the speed."""
+    model = random_gpt(dtype=torch.bfloat16, n_layer=2, n_head=2, n_embd=8)
+    cache, pos = model.new_cache(1, 3), torch.tensor([[0]])
+    attend = partial(cached_attention, cache, pos, cache.key_mask(pos, 1))
+    hidden = model.backbone(model.embed(torch.tensor([[1]])), pos, attend)
+    assert cache.data.dtype == torch.float32 and hidden.dtype == torch.bfloat16
 
 
 def test_caches_of_other_shapes_share_memory():
