@@ -132,7 +132,7 @@ class Engine:
         self._views: dict[tuple[int, int], BatchView] = {}
         # (address, dtype, version) of each weight that the graphs and packed copies were made from
         self._weights_key: list[tuple] = []
-        self._generator = torch.Generator()  # seeded by every call
+        self._generator = torch.Generator()  # replaced by every call
         self._lock = threading.Lock()
         self._lock_owner: int | None = None  # thread id
 
