@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nanococonut.runtime.graphs import GraphCache
 
-SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # operations that sync with the host
+SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # these sync with the host
 
 
 class FakeGraph(TorchDispatchMode):
