@@ -110,11 +110,11 @@ class Branch:
         """
         before = self.cache.lengths.clone(), self.state
         self.write([list(self.forced)] * len(self))
-        forced = self.cache.lengths.clone(), self.state
+        after_forced = self.cache.lengths.clone(), self.state
         first = self._log_probs()  # (B, V), the same for all candidates
         columns = []
         for candidate in zip(*self.candidates, strict=True):  # B lists of tokens
-            self._rewind(*forced)
+            self._rewind(*after_forced)
             log_probs = first
             total = torch.zeros_like(first[:, 0])  # (B,)
             tokens = pad_lists(candidate, -1).to(self.start).T  # (longest, B)

@@ -43,8 +43,7 @@ class Generation:
     """The output for a batch of B prompts.
 
     tokens         generated tokens of each prompt, without eos
-    thoughts       (B, n, C) hidden states, before model.thought_embedding
-    inputs         (B, n, C) embeddings that were fed back: thought_embedding(thoughts), or the edit
+    thoughts       (B, n, C) hidden states, before model.thought_embedding and any edit
     n_thoughts     thoughts of each prompt: n, or fewer if the stop classifier ended them
     seconds_first  time to the first token, including prefill and thoughts
     text           the tokens as text (only from Engine.generate)
@@ -52,7 +51,6 @@ class Generation:
 
     tokens: list[list[int]]
     thoughts: Tensor
-    inputs: Tensor
     n_thoughts: list[int]
     seconds_prefill: float
     seconds_thoughts: float
@@ -317,7 +315,7 @@ class Engine:
         start_time = self._now()
         view = self._prefill(request)
         prefill_time = self._now()
-        thoughts, inputs = self._append_thoughts(view, request)
+        thoughts = self._append_thoughts(view, request)
         n_thoughts = view.n_taken[: len(thoughts)].tolist()
         thoughts_time = self._now()
         for i, token in enumerate(request.forced_tokens):
@@ -333,7 +331,6 @@ class Engine:
         return Generation(
             tokens=[ids[: ids.index(eos)] if eos in ids else ids for ids in tokens],
             thoughts=thoughts,
-            inputs=inputs,
             n_thoughts=n_thoughts,
             seconds_prefill=prefill_time - start_time,
             seconds_thoughts=thoughts_time - prefill_time,
@@ -375,10 +372,9 @@ class Engine:
         self.graphs.run(("prefill", batch, capacity, width), partial(view.prefill, idx))
         return view
 
-    def _append_thoughts(self, view: BatchView, request: Request) -> tuple[Tensor, Tensor]:
-        """Append the thoughts. Return (hidden states, embeddings fed back), (B, n, C) each."""
+    def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
+        """Append the thoughts. Return their hidden states (B, n, C)."""
         n, stop, edit = request.n_thoughts, request.stop, request.edit
-        edited: list[Tensor] = []
 
         def chain() -> None:
             for i in range(n):
@@ -393,12 +389,7 @@ class Engine:
                     n = i
                     break
                 view.latent_step(i, stop, edit)
-                if edit is not None:
-                    edited.append(view.prev_embedding.clone())
-        thoughts = view.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
-        if edited:
-            return thoughts, torch.stack(edited, dim=1)
-        return thoughts, self.model.thought_embedding(thoughts)
+        return view.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
 
     def _next_token(self, view: BatchView, request: Request, decode: bool = True) -> None:
         """Append the last token if `decode` is set, then choose the next one."""
