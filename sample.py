@@ -158,7 +158,7 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
 
 
 def ask(engine: Engine, config: SampleConfig, example: Example, latent: int) -> None:
-    """Ask one question; print thoughts, answer and times; write --view.
+    """Ask one question. Print the thoughts, the answer and the times, and write --view.
 
     config   with max_new_tokens and seed set
     example  its answer is "" if unknown
@@ -207,6 +207,8 @@ def ask(engine: Engine, config: SampleConfig, example: Example, latent: int) -> 
         f"[dim]first token after {1e3 * out.seconds_first:.1f} ms, {per_thought}"
         f"{token_ms:.2f} ms per token, {n_tokens} tokens[/]"
     )
+
+    # ---- view
     if config.view:
         row = {"name": engine.manifest["method"], "noun": NOUNS[kind_of(engine)]}
         row["view"] = [question_view(engine, example, latent)]

@@ -100,9 +100,9 @@ class Request:
 
 
 class Engine:
-    """A model with everything needed to generate; buffers and CUDA graphs are reused across calls.
+    """Batched generation with a model. Buffers and CUDA graphs are reused across calls.
 
-    It is thread-safe: a lock serializes the calls.
+    Thread-safe: a lock serializes the calls.
 
     curriculum  determines the token layout of a prompt (None: Coconut's)
     kernels     "auto", "triton", "packed" or "torch", see ops.choose_backend
