@@ -299,7 +299,7 @@ class Engine:
             )
         with self._eval_mode():
             is_packed = self.kernels == "packed"
-            # graphs read the weights in place; packed copies miss even a change in place
+            # a graph becomes stale if a weight moves, a packed copy also if it changes in place
             key = [
                 (p.data_ptr(), p.dtype, p._version if is_packed else 0)
                 for p in self.model.parameters()
