@@ -4,13 +4,13 @@
     python train.py config/prosqa_small.py --seed=1         # any setting, by name
     torchrun --nproc_per_node=8 train.py config/prosqa.py   # the same batch on eight GPUs
 
-One loop, in view below: examples -> three blocks -> loss -> optimizer -> validation -> next stage.
+main() is the whole loop: examples -> three blocks -> loss -> optimizer -> validation -> next stage.
 """
 
 import math
 import sys
 
-import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
+import nanococonut  # isort: skip  # noqa: F401  # before torch: sets OpenMP's wait policy
 import torch
 
 from nanococonut import ops
@@ -36,8 +36,8 @@ def main() -> None:
     use_bf16 = select_precision(config.dtype, device)
     run = RunDir(config.out_dir or f"out/{run_name}", config, dist)  # never overwrites a run
 
-    # ---- data: examples -> tokens, the next epoch made in a worker thread
-    data = run.load_data()  # refuses to resume with other examples
+    # ---- data: examples -> tokens; a worker thread prepares the next epoch
+    data = run.load_data()  # refuses to resume on different examples
     tokenizer = init_tokenizer(config, data.train)
     curriculum = Curriculum.from_config(config)
     loader = TrainLoader(config, curriculum, tokenizer, data, dist)
@@ -51,18 +51,19 @@ def main() -> None:
     use_graphs = ops.choose_graph(config.graph, model)
     graphs = GraphCache(64 if use_graphs else 0)
     train_step = TrainStep(model, kernels, use_bf16, graphs, config.thought_loss)
-    # the stop classifier only watches, so its gradient must not change how the others are clipped
+    # the stop classifier only observes the model, so its gradient must not affect clipping
     clipped = [p for name, p in model.named_parameters() if not name.startswith("stop.")]
 
-    # ---- state: everything a resumed run needs in addition to weights and moments
+    # ---- state: what a resumed run needs in addition to weights and moments
     schedule = Schedule(config, curriculum, loader.steps_per_epoch)
     state = run.restore(model, optimizers, TrainState.from_saved)
     if config.resume:
         schedule.check_epochs(run.manifest["config"]["epochs"], state)
         console.print(f"resuming {run.path} at step {state.step}", markup=False)
-    log = RunLog(run, schedule, state)  # metrics.jsonl is cut back to state.step
+    log = RunLog(run, schedule, state)  # drops the lines of metrics.jsonl after state.step
     log.header(model, loader.n_examples, f"{kernels} ({kernels_reason})", use_graphs)
-    interrupt, stopping = Interrupt(dist.world), False
+    interrupt = Interrupt(dist.world)
+    stopping = False
 
     def save() -> None:
         manifest = {
@@ -74,7 +75,7 @@ def main() -> None:
             "graph": use_graphs,
             **state.manifest(),
         }
-        # a GPU takes the next steps while its checkpoint is written
+        # on a GPU, training goes on while the checkpoint is written
         run.save(model, optimizers, state.step, manifest, background=device.type == "cuda")
 
     # ---- the loop: one iteration is one optimizer step
@@ -86,14 +87,14 @@ def main() -> None:
                 optimizers = init_optimizers(config, model)
             schedule.set_lr(optimizers, state.step)
 
-            # forward and backward: the gradients of the micro-batches add up
+            # forward and backward, accumulating gradients over the micro-batches
             step_batch = loader.get(state.step, stage, train_step.prepare)
-            # dropout draws by step, process and micro-batch, so no random state has to be saved
+            # dropout depends on the step and process only, so no random state has to be saved
             torch.manual_seed(dist.seed(config.seed * 1_000_003 + state.step))
             train_step.zero_grad()
             for micro_batch in step_batch.micro_batches:
                 train_step(micro_batch)
-            # an interrupt travels along, so that all processes stop after the same step
+            # the interrupt flag is reduced too, so that all processes stop after the same step
             totals, stopping = dist.all_reduce_gradients(
                 model.parameters(), train_step.totals, interrupt.received
             )
@@ -110,20 +111,19 @@ def main() -> None:
                 raise run.diverged("loss", state.step)
             state.advance(stage, n_correct, n_counted)
             log.step(state, loss, step_batch.n_examples)
-            run.end_save(wait=False)  # raises what a save in the background could not do
+            run.end_save(wait=False)  # raises if a background save failed
 
             # validate at the end of a stage, and every eval_interval steps of the last one
             is_last = schedule.is_last_stage(state)
             stage_done = schedule.stage_done(state)  # out of epochs, or accurate enough
             if schedule.eval_due(state, stage_done):
-                n_thoughts = curriculum.n_thoughts(stage)
                 with train_step.autocast():
                     engine = Engine.from_config(
                         model, tokenizer, config, kernels="torch", graph="off"
                     )
                     scores = evaluate_splits(engine, loader.val_splits, stage, dist)
-                validation = state.record(scores, n_thoughts, is_last, stage_done)
-                log.validation(state, validation)
+                n_thoughts = curriculum.n_thoughts(stage)
+                log.validation(state, state.record(scores, n_thoughts, is_last, stage_done))
             if stage_done and not is_last:
                 state.next_stage()  # before saving: a resumed run starts in the next stage
             if state.step % config.save_interval == 0 or state.is_best:
@@ -138,9 +138,7 @@ def main() -> None:
         print(f"stopped at step {state.step}, saved in {run.path}; continue with --resume")
         sys.exit(interrupt.exit_code)
     print_summary(run_name, schedule, state, loader.val_splits)
-    # without padding, the number depends on the example
-    latent = f" --latent {curriculum.n_thoughts(state.stage)}" if config.pad_latent_to_max else ""
-    print(f"try it: python sample.py --out_dir {run.path}{latent}")
+    print(f"try it: python sample.py --out_dir {run.path}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import os
 
-# A waiting thread of torch's would spin for long, and a busy neighbour slow both 20 to 45 times.
-# One that sleeps at once is slow to wake: two threads trained slower than one. So it spins for
-# about as long as waking takes (docs/LOG.md). libgomp reads this when torch is loaded, so every
-# script imports nanococonut first.
+# By default, torch's idle OpenMP threads spin for a long time, and another busy process slows
+# training 20 to 45 times. If they sleep at once, waking them takes so long that two threads are
+# slower than one. So they spin about as long as a wake-up takes (docs/LOG.md). libgomp reads both
+# variables when torch is loaded, so every script imports nanococonut first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

@@ -1,4 +1,4 @@
-"""Tokenized examples, and the three padded blocks of a batch (drawn in coconut.py)."""
+"""Tokenized examples, and batches of three padded blocks (see the diagram in coconut.py)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from nanococonut.data.examples import MARK, Example
 from nanococonut.runtime.graphs import round_up
 from nanococonut.tokenizer import Tokenizer
 
-IGNORE = -100  # ignore_index of cross_entropy: not supervised
+IGNORE = -100  # cross_entropy's ignore_index, for targets that are not supervised
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids of an example."""
+    """The token ids of an example."""
 
     question: list[int]
     steps: list[list[int]]  # one list per reasoning step
-    answer: list[int]  # starts with "### ", has no eos
-    thought_labels: list[list[int]] = field(default_factory=list)  # of each step's thought
+    answer: list[int]  # starts with "### "; without eos
+    thought_labels: list[list[int]] = field(default_factory=list)  # labels of each step's thought
 
 
 Examples = Sequence[TokenizedExample]
@@ -30,12 +30,12 @@ Examples = Sequence[TokenizedExample]
 def tokenize(
     tokenizer: Tokenizer, example: Example, thought_labels: Sequence[str] | None = None
 ) -> TokenizedExample:
-    """Return the tokens of a rendered example. Its texts end in their own separators.
+    """Return the tokens of a rendered example, whose texts include their separators.
 
-    thought_labels: for each step, one-token words that its thought may name, equally likely (None:
-    the last token of the step, which in compact style is the node that the step leads to).
+    thought_labels: for each step, the one-token words that its thought should name with equal
+    probability (None: the last token of the step, in compact style the node that it reaches).
     """
-    # each text on its own, as in the released code: no token spans a boundary that may move
+    # tokenize each text separately, as in the released code, so no token spans a dropped step
     steps = [tokenizer.encode(step) for step in example["steps"]]
     labels = [step[-1:] for step in steps]
     if thought_labels is not None:
@@ -50,7 +50,7 @@ def build_prompt(
     """Return (prefix, number of latent steps, tokens forced after them) for one question."""
     if not curriculum.rules.markers:
         return question, n_thoughts, []
-    # pauses are ordinary tokens: read with the question, without latent steps
+    # pauses are ordinary tokens: part of the prefix, no latent steps
     n_pauses = n_thoughts if curriculum.rules.thought_type == "pause" else 0
     prefix = [*question, tokenizer.bot, *[tokenizer.latent] * n_pauses]
     return prefix, n_thoughts - n_pauses, [tokenizer.eot]
@@ -59,7 +59,7 @@ def build_prompt(
 def build_sequence(
     curriculum: Curriculum, stage: int, example: TokenizedExample, tokenizer: Tokenizer
 ) -> tuple[list[int], int, list[int], int]:
-    """Return (prefix, number of latent steps, suffix, leading suffix tokens not supervised)."""
+    """Return (prefix, number of latent steps, suffix, number of forced tokens in the suffix)."""
     n_dropped, n_thoughts = curriculum.plan(stage, len(example.steps))
     prefix, n, forced = build_prompt(curriculum, example.question, n_thoughts, tokenizer)
     chain = [token for step in example.steps[n_dropped:] for token in step]
@@ -71,7 +71,7 @@ def build_sequence(
 def count_labels(
     curriculum: Curriculum, stages: Sequence[int], examples: Examples, tokenizer: Tokenizer
 ) -> int:
-    """Return the supervised labels of examples, each at its own stage: the loss divides by them."""
+    """Return the number of supervised labels of examples, each at its own stage."""
     pairs = zip(stages, examples, strict=True)
     sequences = (build_sequence(curriculum, stage, x, tokenizer) for stage, x in pairs)
     return sum(len(suffix) - n_forced for _, _, suffix, n_forced in sequences)
@@ -80,15 +80,15 @@ def count_labels(
 def thought_targets(
     curriculum: Curriculum, stage: int, example: TokenizedExample
 ) -> list[list[int]]:
-    """Return the labels of each latent step, equally likely: none after the last step."""
+    """Return the labels of each latent step; [] if it comes after the example's last step."""
     _, n = curriculum.plan(stage, len(example.steps))
-    n = 0 if curriculum.rules.thought_type == "pause" else n  # tokens of the prompt
+    n = 0 if curriculum.rules.thought_type == "pause" else n  # pauses are not latent steps
     labels = [ids for ids in example.thought_labels for _ in range(curriculum.c_thought)][:n]
     return labels + [[]] * (n - len(labels))
 
 
 def max_length(curriculum: Curriculum, example: TokenizedExample, tokenizer: Tokenizer) -> int:
-    """Return the most positions that the example takes at any stage: the least block_size."""
+    """Return the block_size that the example needs: its maximum length over all stages."""
     stages = range(curriculum.max_latent_stage + 2)  # the last one is the final stage
     sequences = [build_sequence(curriculum, stage, example, tokenizer) for stage in stages]
     return max(len(prefix) + n + len(suffix) for prefix, n, suffix, _ in sequences)
@@ -101,34 +101,24 @@ class Batch:
     prefix: Tensor  # (B, Tp), right-padded with 0
     length: Tensor  # (B,), number of valid tokens in the prefix
     n_thoughts: Tensor  # (B,), number of latent steps
-    n_needed: Tensor  # (B,), number of thoughts that replace all steps of the example
+    n_needed: Tensor  # (B,), number of thoughts needed to replace all steps
     suffix: Tensor  # (B, Ts), right-padded with 0
     targets: Tensor  # (B, Ts), the suffix; IGNORE for <eot> and padding
     thought_targets: Tensor  # (B, max_thoughts, K), labels of the states fed back, or IGNORE
-    # on the host, so that the training loop does not wait for the GPU
-    max_thoughts: int  # at least the maximum of n_thoughts
-    n_labels: int  # at least the number of supervised targets
+    # Python integers, so that the training loop does not sync with the GPU
+    max_thoughts: int  # upper bound of n_thoughts
+    n_labels: int  # upper bound of the number of supervised targets
 
     @property
     def tensors(self) -> list[Tensor]:
         return [x for x in vars(self).values() if isinstance(x, Tensor)]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return the batch of fn(t) for every tensor t."""
+        """Return the batch with fn applied to every tensor."""
         return Batch(*map(fn, self.tensors), self.max_thoughts, self.n_labels)
 
-    def to(self, device: torch.device) -> "Batch":
-        # CUDA keeps pinned memory until the copy is done; MPS may read freed memory
-        non_blocking = torch.device(device).type == "cuda"
-        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def copy_(self, other: "Batch") -> None:
-        """Copy the tensors of a batch of the same shape into this one."""
-        for own, new in zip(self.tensors, other.tensors, strict=True):
-            own.copy_(new, non_blocking=True)
-
     def padded(self, B: int, Tp: int, Ts: int, max_thoughts: int, n_labels: int) -> "Batch":
-        """Return this batch padded to a larger shape, so that few CUDA graphs are captured."""
+        """Return this batch padded to a larger shape, to capture fewer CUDA graphs."""
         K = self.thought_targets.shape[2]
 
         def pad(t: Tensor, *shape: int, fill: int = 0) -> Tensor:
@@ -136,7 +126,7 @@ class Batch:
             padded[tuple(map(slice, t.shape))] = t
             return padded
 
-        # an added sequence has a prefix of one token, no thoughts and no labels
+        # a padding sequence has a prefix of one token, no thoughts and no labels
         return Batch(
             prefix=pad(self.prefix, Tp),
             length=pad(self.length, fill=1),
@@ -151,16 +141,17 @@ class Batch:
 
 
 def pad_lists(lists: Sequence[list[int]], fill: int = 0) -> Tensor:
-    """Return lists of token ids as one right-padded tensor."""
-    width = max(map(len, lists))
-    return torch.tensor([ids + [fill] * (width - len(ids)) for ids in lists])
+    """Return the lists of token ids as one right-padded tensor."""
+    width = max(map(len, lists), default=0)
+    padded = [ids + [fill] * (width - len(ids)) for ids in lists]
+    return torch.tensor(padded, dtype=torch.int64)
 
 
 def pad_thought_labels(labels: Sequence[list[list[int]]]) -> Tensor:
-    """Return the labels of every thought of every sequence as one tensor (B, n, K)."""
-    n, K = max(map(len, labels)), max((len(ids) for x in labels for ids in x), default=0)
-    flat = [ids + [IGNORE] * (K - len(ids)) for x in labels for ids in x + [[]] * (n - len(x))]
-    return torch.tensor(flat, dtype=torch.int64).view(len(labels), n, K)
+    """Return the labels of the thoughts of each sequence as one padded tensor (B, n, K)."""
+    n = max(map(len, labels))
+    flat = pad_lists([ids for x in labels for ids in x + [[]] * (n - len(x))], IGNORE)  # (B * n, K)
+    return flat.view(len(labels), n, flat.shape[-1])
 
 
 def collate(

@@ -1,7 +1,7 @@
-"""KVCache: keys and values of a sequence while it grows.
+"""KVCache: the keys and values of sequences while they grow.
 
-One invariant: **the valid keys of sequence b are always [0, lengths[b])**. Anything past the length
-is padding: attention never sees it, and the next token of the sequence overwrites it.
+One invariant: **the valid keys of sequence b are always [0, lengths[b])**. Positions past the
+length are padding, which attention masks and the next token of the sequence overwrites.
 """
 
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of every layer, and the number of valid positions per sequence.
+    """The keys and values of all layers, and the number of valid positions of each sequence.
 
     data     (n_layer, 2, B, n_head, capacity, head_dim)  keys at [:, 0], values at [:, 1]
     lengths  (B,) int64                                   valid positions
 
-    Both tensors are used in place. data must be finite, even past the lengths: a masked NaN still
-    poisons the weighted sum, since 0 * NaN is NaN.
+    Both tensors are updated in place. `data` must be finite even past the lengths, because a
+    masked NaN still poisons the weighted sum: 0 * NaN is NaN.
     """
 
     def __init__(self, data: Tensor, lengths: Tensor) -> None:
@@ -24,14 +24,14 @@ class KVCache:
         self.batch_index = torch.arange(B, device=data.device)[:, None]  # (B, 1), pairs with pos
 
     def key_mask(self, pos: Tensor, span: int) -> Tensor:
-        """Return (B, 1, T, span) bool: a query at position p, of pos (B, T), sees the keys [0, p].
+        """Return the causal mask (B, 1, T, span), bool, of queries at positions pos (B, T).
 
-        span: upper bound of pos + 1; on the host, so that no step waits for the GPU
+        span: upper bound of pos + 1; a Python integer, so that no step syncs with the GPU
         """
         return torch.arange(span, device=pos.device) <= pos[:, None, :, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Write keys and values of one layer. Lengths do not change.
+        """Write the keys and values of one layer. `lengths` does not change.
 
         The caller advances `lengths` after the last layer, and only for active sequences.
 

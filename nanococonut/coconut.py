@@ -3,10 +3,10 @@
     [ prefix: question <bot> ]  [ thoughts ]  [ suffix: <eot> remaining steps ### answer eos ]
       right-padded to Tp          n positions   right-padded to Ts
 
-A thought is the last hidden state, after the final LayerNorm, as the next input embedding (paper,
-section 3). It is not detached: the loss on the suffix reaches every thought. Sequence b has
-n_thoughts[b] <= n thoughts. After them it is inactive: its later thoughts are masked, and its
-suffix follows its last valid position directly.
+A thought is the last hidden state, after the final LayerNorm, fed back as the next input embedding
+(paper, section 3). It is not detached, so the loss on the suffix trains every thought. Sequence b
+has n_thoughts[b] <= n thoughts. After these it is inactive: later thoughts are masked, and its
+suffix starts right after its last thought.
 """
 
 from functools import partial
@@ -23,13 +23,13 @@ KV = tuple[Tensor, Tensor]  # keys and values, (B, nh, T, hs) each
 
 
 class ThoughtTrace:
-    """The blocks so far, and the attention of a new block to them and itself.
+    """The keys and values of all blocks so far, and the attention of a new block to them.
 
     hidden  list of (B, C): hidden states after 0, 1, ... thoughts
-    inputs  list of (B, C): the input embeddings that led to them
-            A sequence without further thoughts repeats its last ones.
+    inputs  list of (B, C): input embeddings that produced these hidden states
+            An inactive sequence repeats its last entries.
 
-    Each block has its own keys and values, so nothing saved for backward is overwritten.
+    Every block has its own tensors, so nothing that backward needs is overwritten.
     """
 
     def __init__(self, model: GPT, batch: Batch, kernels: str) -> None:
@@ -44,14 +44,14 @@ class ThoughtTrace:
         self.inputs: list[Tensor] = []
 
     def key_mask(self, n: int, prefix_as_single_key: bool = False) -> Tensor:
-        """Return (B, Tp + n) bool, or (B, 1 + n): the valid keys of the prefix and n thoughts."""
+        """Return the valid keys of the prefix and n thoughts, (B, Tp + n) or (B, 1 + n) bool."""
         thoughts = torch.arange(n, device=self.length.device) < self.n_thoughts[:, None]  # (B, n)
         prefix = self.prefix_mask[:, :1] if prefix_as_single_key else self.prefix_mask
         return torch.cat([prefix, thoughts], dim=1)
 
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the attention of the prefix to itself, (B, nh, T, hs)."""
-        # contiguous once, or the matrix products of every thought would copy them
+        # make them contiguous once, or the matrix products of every thought would copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
         if self.triton:
             self.buffers.append(ops.prefix_buffers(k))
@@ -66,23 +66,25 @@ class ThoughtTrace:
     def attend(
         self, bias: Tensor, is_thought: bool, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Return softmax(q k^T / sqrt(hs) + bias) v, (B, nh, T, hs), over the blocks and this one.
+        """Return the attention (B, nh, T, hs) of a new block to all blocks and itself.
 
         bias        (B, 1, T or 1, keys)  see attention_bias
-        is_thought  the new block is a thought, to which later blocks attend; else the suffix
+        is_thought  the block is a thought, which later blocks attend to; otherwise the suffix
         """
-        blocks, scored = [self.prefix[layer]], []
         if is_thought:
             self.thoughts[layer].append((k, v))
-            if self.triton:
-                blocks, scored = [], [self._prefix_as_single_key(layer, q)]
+        scored: list[tuple[Tensor, Tensor]] = []  # scores and values of each block
+        blocks = [self.prefix[layer]]
+        if is_thought and self.triton:  # the kernel attends to the prefix
+            scored = [self._prefix_as_single_key(layer, q)]
+            blocks = []
         if self.thoughts[layer]:
             keys, values = zip(*self.thoughts[layer], strict=True)
             blocks.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)
         if not is_thought:
             blocks.append((k, v))
         q = q * q.shape[-1] ** -0.5
-        # concatenate scores, never keys: the prefix is by far the largest block
+        # concatenate the scores, not the keys: a copy of the prefix would be expensive
         scored += [(q @ k.transpose(2, 3), v) for k, v in blocks]
         scores = torch.cat([s for s, _ in scored], dim=-1) + bias  # (B, nh, T, keys)
         p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
@@ -93,31 +95,33 @@ class ThoughtTrace:
         """Return the score (B, nh, 1, 1) and the value (B, nh, 1, hs) of the whole prefix."""
         k, v = self.prefix[layer]
         out, lse, k, v = ops.prefix_attention(q[:, :, 0], k, v, self.length, self.buffers[layer])
-        self.prefix[layer] = k, v  # for the next reader: backward adds all gradients in one buffer
+        self.prefix[layer] = k, v  # chained: backward accumulates all gradients in one buffer
         return lse[..., None, None], out[:, :, None]
 
 
 def attention_bias(mask: Tensor) -> Tensor:
-    """Return what to add to the scores, fp32: 0 for True, -inf for False."""
+    """Return the fp32 bias to add to the scores: 0 for True, -inf for False."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
-    """Run prefill and all latent steps. Differentiable; shapes depend on batch shapes only.
+    """Run the prefill and all latent steps. Shapes depend only on those of the batch.
 
     kernels: "torch" or "triton" (no dropout), see ops.choose_training_backend.
     """
     (B, Tp), device = batch.prefix.shape, batch.prefix.device
-    trace, last_pos = ThoughtTrace(model, batch, kernels), batch.length - 1
-    emb, pos = model.embed(batch.prefix), torch.arange(Tp, device=device)  # (B, Tp, C), (Tp,)
+    trace = ThoughtTrace(model, batch, kernels)
+    emb = model.embed(batch.prefix)  # (B, Tp, C)
+    pos = torch.arange(Tp, device=device)
+    last_pos = batch.length - 1  # (B,)
     h = model.backbone(emb, pos, trace.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
     trace.hidden.append(h)
     trace.inputs.append(emb[torch.arange(B, device=device), last_pos])  # (B, C)
     for i in range(batch.max_thoughts):
         active = (i < batch.n_thoughts)[:, None]  # (B, 1)
-        # an inactive sequence masks its own key but sees its prefix: no empty softmax, no NaN
+        # an inactive sequence still attends to its prefix, so no softmax is empty (NaN)
         mask = trace.key_mask(i + 1, prefix_as_single_key=trace.triton)  # (B, keys)
-        # only the positions of inactive sequences can exceed block_size
+        # only inactive sequences can exceed block_size
         pos = (batch.length + i).clamp(max=model.config.block_size - 1)[:, None]  # (B, 1)
         attend = partial(trace.attend, attention_bias(mask)[:, None, None], True)
         thought = model.thought_embedding(trace.hidden[-1])  # (B, C)
@@ -128,9 +132,9 @@ def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
 
 
 def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
-    """Return the hidden states (B, Ts, C) that predict batch.suffix: column j predicts token j."""
-    T, device = batch.suffix.shape[1] - 1, batch.prefix.device  # the last token is never an input
-    h = trace.hidden[-1][:, None]  # (B, 1, C): predicts the first label of methods without <eot>
+    """Return the hidden states (B, Ts, C) that predict batch.suffix: state j predicts token j."""
+    T, device = batch.suffix.shape[1] - 1, batch.prefix.device  # the last token is not an input
+    h = trace.hidden[-1][:, None]  # (B, 1, C), predicts the first token
     if T == 0:
         return h
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -143,17 +147,20 @@ def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     return torch.cat([h, out], dim=1)
 
 
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of logits (..., V), summed over the supervised targets (...)."""
-    logits = logits.flatten(0, -2)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = _at_least_fp32(logits).flatten(0, -2)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]:
-    """Return (summed cross-entropy over supervised labels, correct).
+    """Return (cross-entropy summed over the supervised labels, correct).
 
-    correct (B,) bool: every label of the sequence is the argmax, given the tokens before it.
+    correct (B,) bool: the argmax equals every label of the sequence (teacher-forced).
     """
     h = suffix_hidden(model, batch, trace).flatten(0, 1)  # (B * Ts, C)
     targets = batch.targets.flatten()  # (B * Ts,)
@@ -161,12 +168,12 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
     index = (targets == IGNORE).int().argsort(stable=True)[: batch.n_labels]  # (n_labels,)
     h, labels = h[index], targets[index]
     if trace.triton:
-        # logits in chunks; their gradients are computed here, in the forward pass
+        # computes the logits in chunks, and their gradients already in the forward pass
         total, is_label = ops.linear_cross_entropy(h, model.wte.weight, labels)
     else:
         logits = model.head(h)
         total = loss_sum(logits, labels)
-        # a padded batch has n_labels above the true number: the rest is not supervised
+        # a padded batch has n_labels above the true number, so some targets are IGNORE
         is_label = (logits.argmax(-1) == labels) | (labels == IGNORE)
     correct = torch.ones_like(targets, dtype=torch.bool)
     correct[index] = is_label
@@ -174,13 +181,12 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
 
 
 def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
-    """Return the summed cross-entropy of the head on the states that are fed back.
+    """Return the summed cross-entropy of the head's predictions from the states fed back.
 
     The label of a state is the uniform distribution over its thought_targets.
     """
-    h = torch.stack(trace.hidden[:-1], dim=1)  # (B, n, C): thought i + 1 is the state after i
-    logits = model.head(h)  # (B, n, V)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    h = torch.stack(trace.hidden[:-1], dim=1)  # (B, n, C), all but the last state are fed back
+    logits = _at_least_fp32(model.head(h))  # (B, n, V)
     labels = batch.thought_targets  # (B, n, K)
     mask = labels != IGNORE
     nll = -logits.log_softmax(-1).gather(-1, labels.masked_fill(~mask, 0)) * mask  # (B, n, K)
@@ -188,16 +194,16 @@ def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
 
 
 def stop_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
-    """Return the mean binary cross-entropy of the classifier that decides when to stop thinking.
+    """Return the mean binary cross-entropy of the stop classifier.
 
-    The label after k thoughts is whether k thoughts replace all steps of the example.
+    The label after k thoughts is whether k thoughts are enough to replace all steps.
     """
     k = torch.arange(batch.max_thoughts + 1, device=batch.length.device)  # (n + 1,)
-    is_real = (batch.targets != IGNORE).any(dim=1)  # sequences that pad a batch have no label
+    is_real = (batch.targets != IGNORE).any(dim=1)  # padding sequences have no labels
     mask = (k <= batch.n_thoughts[:, None]) & is_real[:, None]  # (B, n + 1)
     labels = k >= batch.n_needed[:, None]
     # detached: the classifier observes the model and does not change it
     logits = model.stop_logit(torch.stack(trace.hidden, dim=1).detach())  # (B, n + 1)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = _at_least_fp32(logits)
     losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
     return (losses * mask).sum() / mask.sum()

@@ -1,7 +1,7 @@
-"""Settings of a training run: a frozen dataclass, config files of literals, --key=value.
+"""The settings of a training run, as a frozen dataclass.
 
-Each field has its default, help text, group in --help, and allowed values. The command line
-overrides the config file, which overrides the defaults. All is checked before any work.
+Each field has a default, a help text, a group in --help and its allowed values. The command line
+overrides the config file, which overrides the defaults. All values are checked before any work.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ class TrainConfig:
     """All options of train.py. The defaults are the paper's ProsQA recipe."""
 
     # data
-    task: str = option("prosqa", "data set", "data", choices=("prosqa", "prontoqa", "gsm8k"))
-    data: str | None = option(None, "train on this file instead of the task's own data", "data")
-    valid_data: str | None = option(None, "validate on this file of examples", "data")
-    hub_revision: str = option("main", "GSM8k: commit, tag or branch of the hub's copy", "data")
+    task: str = option("prosqa", "dataset", "data", choices=("prosqa", "prontoqa", "gsm8k"))
+    data: str | None = option(None, "file of training examples (None: the task's data)", "data")
+    valid_data: str | None = option(None, "file of validation examples", "data")
+    hub_revision: str = option("main", "GSM8k: commit, tag or branch on the hub", "data")
     skip_bad_rows: bool = option(False, "drop and report invalid or too long examples", "data")
     train_examples: int = option(17_886, "generated examples per epoch", "data", ge=1)
     regenerate_each_epoch: bool = option(
@@ -33,30 +33,30 @@ class TrainConfig:
     max_hops: int = option(
         6, "ProsQA: maximum steps to the answer; ProntoQA: steps to the property", "data", ge=1
     )
-    matched_fraction: float = option(0.0, "without depth shortcut", "data", ge=0, le=1)
-    short_fraction: float = option(0.0, "with 1 .. min_hops - 1 steps", "data", ge=0, le=1)
+    matched_fraction: float = option(0.0, "fraction without depth shortcut", "data", ge=0, le=1)
+    short_fraction: float = option(0.0, "fraction of 1 .. min_hops - 1 steps", "data", ge=0, le=1)
     long_fraction: float = option(
-        0.0, "ProsQA: with max_hops - 1 or max_hops steps, without shortcut", "data", ge=0, le=1
+        0.0, "ProsQA: fraction of max_hops - 1 or max_hops steps, no shortcut", "data", ge=0, le=1
     )
-    grow_epochs: int = option(0, "first epochs with half the nodes and steps", "data", ge=0)
+    grow_epochs: int = option(0, "first epochs, with half the nodes and steps", "data", ge=0)
     render: str = option(
         "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
     # model
     init_from: str = option("scratch", "scratch, gpt2, gpt2-medium, -large, -xl or a path", "model")
-    fallback: str | None = option(None, "config to train if weights or GPU are missing", "model")
+    fallback: str | None = option(None, "config to use if weights or GPU are missing", "model")
     tokenizer: str = option("gpt2", "vocabulary", "model", choices=("gpt2", "words"))
     n_layer: int = option(12, "layers", "model", ge=1)
     n_head: int = option(12, "attention heads", "model", ge=1)
     n_embd: int = option(768, "embedding dimension", "model", ge=1)
     block_size: int = option(1024, "maximum sequence length", "model", ge=8)
     dropout: float = option(0.1, "dropout", "model", ge=0, lt=1)
-    smear: bool = option(False, "add W times the previous input embedding", "model")
+    smear: bool = option(False, "add W x_(t-1) to each input embedding x_t", "model")
     # curriculum
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
     c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0, le=100)
     max_latent_stage: int = option(6, "last numbered stage", "curriculum", ge=0, le=100)
-    pad_latent_to_max: bool = option(True, "final stage: equal thoughts for all", "curriculum")
+    pad_latent_to_max: bool = option(True, "final stage: same for all examples", "curriculum")
     final_thoughts: int | None = option(
         None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum",
         ge=0, le=10_000,
@@ -76,7 +76,7 @@ class TrainConfig:
     soft_temperature: float = option(1.0, "soft_thought: temperature", "curriculum", gt=0)
     soft_top_k: int = option(0, "soft_thought: tokens to average (0: all)", "curriculum", ge=0)
     thought_labels: str = option(
-        "none", "a thought names its step's node, or all nodes that many steps away", "curriculum",
+        "none", "labels of thought k: node of step k, or all nodes k steps away", "curriculum",
         choices=("none", "path", "frontier"),
     )  # fmt: skip
     stop: str = option(
@@ -86,19 +86,19 @@ class TrainConfig:
     # optimizer
     batch_size: int = option(128, "examples per optimizer step", "optimizer", ge=1)
     micro_batch_size: int = option(
-        32, "examples per forward pass (changes roundings and dropout's draws)", "optimizer", ge=1
+        32, "examples per forward pass (changes roundings and dropout masks)", "optimizer", ge=1
     )
     learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0)
-    muon_learning_rate: float = option(0.0, "Muon's, for matrices (0: AdamW)", "optimizer", ge=0)
+    muon_learning_rate: float = option(0.0, "Muon's learning rate (0: no Muon)", "optimizer", ge=0)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
-    decay_fraction: float = option(0.0, "last steps: rate decays to 0", "optimizer", ge=0, le=1)
+    decay_fraction: float = option(0.0, "last fraction: linear decay", "optimizer", ge=0, le=1)
     reset_optimizer: str = option(
         "stage", "when to reset the optimizer", "optimizer", choices=("stage", "epoch", "never")
     )
     # run
     seed: int = option(0, "seed of data, weights, dropout and stages", ge=0, le=2**32 - 1)
-    out_dir: str | None = option(None, "output directory (None: out/<config's name>)")
+    out_dir: str | None = option(None, "output directory (None: out/<name of the config>)")
     resume: bool = option(False, "continue the run in out_dir")
     max_steps: int = option(0, "stop after this many steps (0: at the end of the schedule)", ge=0)
     save_interval: int = option(200, "steps between checkpoints", ge=1)
@@ -107,45 +107,44 @@ class TrainConfig:
     tensorboard: bool = option(False, "also write TensorBoard event files to out_dir")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
-        "auto", "of the forward pass (auto: bfloat16 autocast on a GPU)",
+        "auto", "dtype of the forward pass (auto: bfloat16 autocast on a GPU)",
         choices=("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
     kernels: str = option(
-        "auto",
-        "backend (auto: triton on a GPU without dropout)",
+        "auto", "backend (auto: triton on a GPU without dropout)",
         choices=("auto", "triton", "torch"),
-    )
-    graph: str = option("auto", "run steps as CUDA graphs", choices=("auto", "on", "off"))
+    )  # fmt: skip
+    graph: str = option("auto", "replay steps as CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
         validate(self)
         is_compact = self.render == "compact"
         problems = {  # message: whether it applies
-            "init_from='resume' names no weights.\n"
+            "init_from='resume' is not a path of weights.\n"
             "Continue a run with --resume and its --out_dir.": self.init_from == "resume",
             f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.\n"
             "Choose n_embd as a multiple of n_head.": self.n_embd % self.n_head,
-            f"min_hops={self.min_hops} is more than max_hops={self.max_hops}.\n"
+            f"min_hops={self.min_hops} is greater than max_hops={self.max_hops}.\n"
             "Swap them.": self.task == "prosqa" and self.min_hops > self.max_hops,
             f"matched_fraction={self.matched_fraction}, short_fraction={self.short_fraction} and "
-            f"long_fraction={self.long_fraction} add up to more than 1.\nLower one.": (
+            f"long_fraction={self.long_fraction} add up to more than 1.\nLower one of them.": (
                 self.matched_fraction + self.short_fraction + self.long_fraction > 1
             ),
-            "grow_epochs needs new examples every epoch: they grow from one to the next.\n"
+            "grow_epochs needs new examples every epoch, since their size changes.\n"
             "Use --regenerate_each_epoch, or --grow_epochs=0.": (
                 self.grow_epochs and not self.regenerate_each_epoch
             ),
-            "render='compact' is not for gsm8k, whose examples are free text.\n"
+            "render='compact' does not work for gsm8k, whose examples are free text.\n"
             "Use --render=sentences.": is_compact and self.task == "gsm8k",
-            f"thought_labels='frontier' is not for {self.task}, whose questions are no graph.\n"
+            f"thought_labels='frontier' does not work for {self.task}, which has no graphs.\n"
             "Use --thought_labels=path.": (
                 self.thought_labels == "frontier" and self.task != "prosqa"
             ),
-            "thought_labels needs steps that end in one token, their node, as only compact ones "
-            "do.\nUse --render=compact (with --tokenizer=words), or --thought_labels=none.": (
+            "thought_labels needs compact steps, which end in one token, their node.\n"
+            "Use --render=compact (with --tokenizer=words), or --thought_labels=none.": (
                 self.thought_loss and not is_compact
             ),
-            "render='compact' needs the word-level vocabulary, but tokenizer='gpt2'.\n"
+            "render='compact' needs a word-level tokenizer, not tokenizer='gpt2'.\n"
             "Use --render=sentences or --tokenizer=words.": is_compact and self.tokenizer == "gpt2",
         }
         for message, applies in problems.items():
@@ -154,7 +153,7 @@ class TrainConfig:
 
     @property
     def unused(self) -> set[str]:
-        """Return the options that do not matter with this method and this data."""
+        """Return the options that have no effect with this method and data."""
         names = ignored_options(METHODS[self.method])
         from_hub = not self.data and self.task == "gsm8k"
         if not from_hub:
@@ -168,21 +167,21 @@ class TrainConfig:
 
     @property
     def beta2(self) -> float:
-        """Return AdamW's second beta: the small models that Muon trains learn in few steps."""
+        """Return AdamW's beta2: lower with Muon, whose small models train for few steps."""
         return 0.98 if self.muon_learning_rate else 0.999
 
     @property
     def thought_loss(self) -> float:
-        """Return the weight of the thoughts' labels: that of the answer's, or 0."""
+        """Return the weight of the loss on thought labels: 1, or 0 if there are none."""
         return float(self.thought_labels != "none")
 
 
-# options of earlier versions: two follow from others now, two leave a trained model as it is
+# options of earlier versions that now follow from others, or do not affect a trained model
 REMOVED_OPTIONS = ("beta2", "thought_loss", "wte_init_std", "recompute_mlp")
 
 
 def config_from_saved(saved: Mapping[str, Any]) -> TrainConfig:
-    """Return the config of a manifest, also of earlier versions. UserError if it is unknown."""
+    """Return the config saved by this or an earlier version. UserError if options are unknown."""
     current = {name: value for name, value in saved.items() if name not in REMOVED_OPTIONS}
     if saved.get("thought_loss") == 0:
         current["thought_labels"] = "none"

@@ -1,8 +1,8 @@
-"""Training methods, stages and the schedule, as integers only.
+"""Training methods, stages and the schedule; plain integers, no tensors.
 
-An example is a question, written reasoning steps and an answer. At stage s the first s steps are
-dropped, and s * c_thought thoughts take their place. The final stage, after max_latent_stage, drops
-all steps (paper, section 3; released code, dataset.py). To add a method, add an entry to METHODS.
+An example is a question, written reasoning steps and an answer. At stage s, s * c_thought thoughts
+replace the first s steps. The final stage, after max_latent_stage, drops all steps (paper, section
+3; released code, dataset.py). To add a method, add an entry to METHODS.
 """
 
 from collections import Counter
@@ -17,8 +17,8 @@ import numpy as np
 class Method:
     """A training method: one entry of METHODS."""
 
-    # dropped part of the chain of steps: "none", "stage" (the first s steps at stage s), "all", or
-    # "tokens" (the first s * icot_tokens tokens)
+    # which part of the reasoning steps to drop: "none", "stage" (the first s steps at stage s),
+    # "all", or "tokens" (the first s * icot_tokens tokens)
     drop_rule: str
     # number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in the final stage)
     n_thoughts_rule: str
@@ -50,7 +50,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The paper's curriculum settings, by the names of the released code, and three of our own."""
+    """The curriculum settings: the paper's, named as in the released code, and three of our own."""
 
     method: str
     c_thought: int = 1  # thoughts per dropped step
@@ -64,7 +64,7 @@ class Curriculum:
 
     @classmethod
     def from_config(cls, config: Any) -> "Curriculum":
-        """Return the curriculum of a TrainConfig, from its fields of the same names."""
+        """Return the curriculum with the TrainConfig's fields of the same names."""
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
     @property
@@ -72,7 +72,7 @@ class Curriculum:
         return METHODS[self.method]
 
     def n_thoughts(self, stage: int) -> int:
-        """Return the number of thoughts at inference, for a model trained up to `stage`."""
+        """Return the number of thoughts at inference for a model trained up to `stage`."""
         if self.rules.n_thoughts_rule == "none":
             return 0
         is_final = self.rules.n_thoughts_rule == "all" or stage > self.max_latent_stage
@@ -81,7 +81,7 @@ class Curriculum:
         return (self.max_latent_stage if is_final else stage) * self.c_thought
 
     def plan(self, stage: int, n_steps: int) -> tuple[int, int]:
-        """Return (dropped steps, thoughts) in training, for an example with n_steps steps."""
+        """Return (dropped steps, thoughts) in training for an example with n_steps steps."""
         is_final = stage > self.max_latent_stage
         staged = n_steps if is_final else min(stage, n_steps)
         n_dropped = {"stage": staged, "none": 0, "all": n_steps, "tokens": 0}[self.rules.drop_rule]
@@ -93,14 +93,14 @@ class Curriculum:
     def sample_stages(
         self, stage: int, n_steps: Sequence[int], rng: np.random.Generator
     ) -> list[int]:
-        """Return a stage for every example, given its number of steps.
+        """Return a stage for every example. n_steps: number of steps of each.
 
-        With probability uniform_prob it is uniform over 0..n_steps, as in the released code, or
-        over 0..stage (advance_at, or iCoT). Otherwise it is `stage`.
+        With probability uniform_prob the stage is uniform over 0..n_steps, as in the released code,
+        or over 0..stage (with advance_at, or for iCoT). Otherwise it is `stage`.
         """
         u, v = rng.random((2, len(n_steps)))
-        # with advance_at, training may not have reached the stage n_steps; iCoT's stages count
-        # tokens, so the number of steps is no limit for them
+        # with advance_at, training may not have reached stage n_steps yet; iCoT's stages count
+        # tokens, so the number of steps does not limit them
         to_stage = self.advance_at > 0 or self.rules.advance_by == "epochs"
         limits = [stage] * len(n_steps) if to_stage else n_steps
         return [
@@ -123,24 +123,23 @@ def schedule(
     epochs_per_stage: int,
     first_stage_epochs: int | None = None,
 ) -> list[Stage]:
-    """Return the stages in order: 0..max_latent_stage, then the final stage for the other epochs.
+    """Return the stages in order: 0..max_latent_stage, then the final stage for all other epochs.
 
-    epochs              total number
-    first_stage_epochs  epochs of stage 0 (None: epochs_per_stage; 0: skip it)
+    first_stage_epochs: epochs of stage 0 (None: epochs_per_stage; 0: skip it).
     """
     final = curriculum.max_latent_stage + 1
     n_first = epochs_per_stage if first_stage_epochs is None else first_stage_epochs
     numbered = [0] * n_first + [s for s in range(1, final) for _ in range(epochs_per_stage)]
     starts = {"stages": numbered, "epochs": list(range(epochs)), "never": []}
-    by_epoch = starts[curriculum.rules.advance_by] + [final] * epochs  # the stage of each epoch
+    by_epoch = starts[curriculum.rules.advance_by] + [final] * epochs  # stage of each epoch
     return [Stage(index, n) for index, n in Counter(by_epoch[:epochs]).items()]
 
 
 def ignored_options(method: Method) -> set[str]:
-    """Return the curriculum options of TrainConfig that do not affect training by this method."""
+    """Return the options of TrainConfig that have no effect on training with this method."""
     feeds_back = method.thought_type not in ("", "pause")
     no_thoughts = method.n_thoughts_rule == "none"
-    ignored = {  # options: whether the method ignores them
+    ignored = {  # option names: whether the method ignores them
         "first_stage_epochs epochs_per_stage": method.advance_by != "stages",
         "max_latent_stage": method.advance_by != "stages" and no_thoughts,
         "uniform_prob advance_at": method.advance_by == "never",

@@ -1,9 +1,9 @@
 """GPT-2 in one file: tensors in, tensors out.
 
-The code follows karpathy/nanoGPT, with two differences that Coconut needs. The input is a tensor of
-*embeddings*, because a thought is a vector and not a token. And the caller chooses the attention:
-`attend(layer, q, k, v)` decides what a query sees. This file has causal attention and attention
-over a KVCache; coconut.py has the one for training.
+The code follows karpathy/nanoGPT, with two differences that Coconut needs. The backbone takes
+*embeddings*, because a thought is a vector and not a token. The caller passes the attention:
+`attend(layer, q, k, v)` decides which keys a query sees. This file has causal attention and
+attention over a KVCache; coconut.py has the attention over the blocks of a training batch.
 
 Shapes: B sequences, T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
 """
@@ -33,8 +33,8 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    smear: bool = False  # x_t += W x_(t-1) on the input embeddings; GPT-2 has none
-    wte_init_std: float = 0.02  # GPT-2's
+    smear: bool = False  # add W x_(t-1) to the input embedding x_t; GPT-2 does not
+    wte_init_std: float = 0.02
     wpe_init_std: float = 0.02
     thought: str = "hidden"  # input of a latent step: "hidden", "soft", "projected" or "fixed"
     soft_temperature: float = 1.0  # "soft": temperature of the softmax over the vocabulary
@@ -43,16 +43,16 @@ class GPTConfig:
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Attend to the position itself and all earlier ones. Right-padding needs no mask."""
+    """Attend to the same and earlier positions. Right-padding needs no mask."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
 def cached_attention(
     cache: KVCache, pos: Tensor, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Append k, v to the cache and attend to it.
+    """Append k and v to the cache, then attend to the cache.
 
-    pos   (B, T)           positions of the queries and of the new keys
+    pos   (B, T)           positions of the queries and the new keys
     mask  (B, 1, T, span)  cache.key_mask(pos, span), the same for all layers
     """
     cache.append(layer, k, v, pos)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
-        if last_pos is not None:  # one query per sequence; keys and values of all positions
+        if last_pos is not None:  # one query per sequence, but keys and values of all positions
             q = q[torch.arange(B, device=x.device), :, last_pos][:, :, None]  # (B, nh, 1, hs)
         y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T or 1, C)
         return self.resid_dropout(self.c_proj(y))
@@ -109,13 +109,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 of any size. `model(idx)` returns logits; its parts are `embed`, `backbone`, `head`."""
+    """GPT-2 of any size. model(idx) = head(backbone(embed(idx)))."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not a multiple of {config.n_head} heads")
-        self.config, C = config, config.n_embd
+        self.config = config
+        C = config.n_embd
         self.wte = nn.Embedding(config.vocab_size, C)
         self.wpe = nn.Embedding(config.block_size, C)
         self.smear = nn.Linear(C, C, bias=False) if config.smear else None
@@ -125,18 +126,18 @@ class GPT(nn.Module):
         stds = {"wte.weight": config.wte_init_std, "wpe.weight": config.wpe_init_std}
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2 scales projections into the residual stream by 1 / sqrt(their number)
+                # GPT-2 scales the 2 * n_layer residual projections by 1 / sqrt(2 * n_layer)
                 scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(p, std=stds.get(name, 0.02) / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # created after the loop: the weights above do not depend on these options
+        # created last, so that these options do not change the random weights above
         self.project = nn.Linear(C, C) if config.thought == "projected" else None
         self.pause = nn.Embedding(1, C) if config.thought == "fixed" else None
         self.stop = nn.Linear(C, 1) if config.stop else None
         for module in filter(None, (self.smear, self.project, self.pause, self.stop)):
             for p in module.parameters():
-                nn.init.zeros_(p)  # training starts from plain GPT-2
+                nn.init.zeros_(p)  # the model starts as plain GPT-2
 
     @property
     def attn_dropout(self) -> float:
@@ -147,24 +148,23 @@ class GPT(nn.Module):
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """The dtype of keys and values in a cache: that of the weights, but float32 on a CPU."""
-        w = self.wte.weight  # a CPU takes two to three times as long for attention in bfloat16
+        """Return the dtype of KVCache.data: the weights' dtype, but float32 for bfloat16 on a CPU.
+
+        Attention in bfloat16 takes a CPU two to three times as long.
+        """
+        w = self.wte.weight
         return torch.float32 if (w.device.type, w.dtype) == ("cpu", torch.bfloat16) else w.dtype
 
-    def new_cache(
-        self, B: int, capacity: int, memory: Tensor | None = None, lengths: Tensor | None = None
-    ) -> KVCache:
-        """Return an empty cache for B sequences of up to `capacity` positions.
+    def cache_shape(self, B: int, capacity: int) -> tuple[int, ...]:
+        """Return the shape of KVCache.data for B sequences of up to `capacity` positions."""
+        c = self.config
+        return c.n_layer, 2, B, c.n_head, capacity, c.n_embd // c.n_head
 
-        memory   (n,)        flat tensor of finite numbers to use, large enough (None: allocate)
-        lengths  (B,) int64  tensor to use for the lengths, values unchanged (None: zeros)
-        """
-        c, w = self.config, self.wte.weight
-        shape = (c.n_layer, 2, B, c.n_head, capacity, c.n_embd // c.n_head)
-        if memory is None:
-            memory = w.new_zeros(math.prod(shape), dtype=self.cache_dtype)
-        lengths = w.new_zeros(B, dtype=torch.int64) if lengths is None else lengths
-        return KVCache(memory[: math.prod(shape)].view(shape), lengths)
+    def new_cache(self, B: int, capacity: int) -> KVCache:
+        """Return an empty cache for B sequences of up to `capacity` positions."""
+        w = self.wte.weight
+        data = w.new_zeros(self.cache_shape(B, capacity), dtype=self.cache_dtype)
+        return KVCache(data, w.new_zeros(B, dtype=torch.int64))
 
     def embed(self, idx: Tensor) -> Tensor:
         """Return the token embeddings (B, T, C) of ids (B, T), before smear and positions."""
@@ -178,7 +178,7 @@ class GPT(nn.Module):
         prev_embedding: Tensor | None = None,
         last_pos: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states (B, T, C) after the final LayerNorm: head input and thought.
+        """Return the hidden states (B, T, C) after the final LayerNorm.
 
         emb             (B, T, C)       input embeddings
         pos             (T,) or (B, T)  their positions
@@ -194,23 +194,23 @@ class GPT(nn.Module):
         attend = attend or partial(causal_attention, dropout=self.attn_dropout)
         for layer, block in enumerate(self.h):
             is_last = layer == len(self.h) - 1
-            # exact and cheaper: at other positions the last layer computes only keys and values
+            # cheaper and exact: the last layer computes only keys and values at other positions
             x = block(x, partial(attend, layer), last_pos if is_last else None)
         return self.ln_f(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return the logits (..., V) of hidden states (..., C). Tied to the token embedding."""
-        return F.linear(hidden, self.wte.weight)
+        """Return the logits (..., V) of hidden states (..., C)."""
+        return F.linear(hidden, self.wte.weight)  # tied weights
 
     def thought_embedding(self, hidden: Tensor) -> Tensor:
-        """Return thoughts (..., C), the input embeddings that follow hidden states (..., C)."""
+        """Return the thoughts (..., C): the input embeddings made from hidden states (..., C)."""
         if self.project is not None:
             return hidden + self.project(hidden)
         if self.pause is not None:
             return self.pause.weight.expand_as(hidden)
         if self.config.thought == "hidden":
             return hidden  # Coconut (paper, section 3)
-        # "soft": the mean token embedding, weighted by the probabilities of the head
+        # "soft": the average of the token embeddings, weighted by the head's probabilities
         logits = self.head(hidden) / self.config.soft_temperature
         if not self.config.soft_top_k:
             return logits.softmax(-1) @ self.wte.weight
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
 
     def stop_logit(self, hidden: Tensor) -> Tensor:
-        """Return the logit (...) of "no further thought is needed" (paper, section 3)."""
+        """Return the stop logits (...): no further thought is needed if > 0 (paper, section 3)."""
         return self.stop(hidden)[..., 0]
 
     def forward(self, idx: Tensor) -> Tensor:

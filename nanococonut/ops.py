@@ -1,11 +1,11 @@
-"""The one door to the kernels: which backend runs, why, and the operations that training calls.
+"""Backend selection, and the interface to the Triton kernels that training uses.
 
     "torch"   plain PyTorch, everywhere
     "triton"  kernels/: fused attention, projections and loss, on a GPU
     "packed"  inference on a CPU: linear layers packed for oneDNN (packed.py)
 
-There is no silent fallback. "auto" returns the reason for its choice, and a backend that the user
-requests but cannot have is a UserError.
+There is no silent fallback: "auto" comes with the reason for its choice, and requesting a backend
+that cannot run raises UserError.
 """
 
 import importlib.util
@@ -23,13 +23,13 @@ if TYPE_CHECKING:  # kernels/ needs triton, which is optional
     from kernels.prefix_attention import PrefixBuffers
 
 
-BACKENDS = ("auto", "triton", "packed", "torch")  # of inference
+BACKENDS = ("auto", "triton", "packed", "torch")  # for inference
 
 
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
-    """Return ("triton", "packed" or "torch", reason) for inference.
+    """Return the inference backend ("triton", "packed" or "torch") and the reason.
 
-    kernels: auto, triton, packed or torch. "auto" packs a large model on a CPU if that is faster.
+    kernels: one of BACKENDS. "auto" packs a large model on a CPU if that is faster.
     """
     if kernels == "packed":
         if why := packed.unavailable(model):
@@ -46,7 +46,7 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
 
 
 def choose_training_backend(kernels: str, model: GPT) -> tuple[str, str]:
-    """Return ("triton" or "torch", reason) for training: attention of thoughts, and the loss."""
+    """Return the training backend ("triton" or "torch") of attention and loss, and the reason."""
     dropout = model.config.dropout
     unsupported = f"attention with dropout, which is {dropout}" if dropout else ""
     return _choose(kernels, model, unsupported, "a GPU and no dropout")
@@ -56,13 +56,13 @@ def _choose(kernels: str, model: GPT, unsupported: str, supported: str) -> tuple
     if kernels == "torch":
         return "torch", "as requested"
     w, head_dim = model.wte.weight, model.config.n_embd // model.config.n_head
-    # the interpreter is for tests: slow, so "auto" never chooses it
+    # Triton's interpreter is slow and only for tests, so "auto" never chooses it
     interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    reasons = {  # why Triton cannot run this model: whether it applies
+    reasons = {  # reason why Triton cannot run this model: whether it applies
         "triton is not installed": importlib.util.find_spec("triton") is None,
         f"the model is on {w.device}, not on a GPU": w.device.type != "cuda" and not interpreted,
         "there is no kernel for float64": w.dtype == torch.float64,
-        f"there is no kernel for heads of {head_dim}: at most 128 dimensions": head_dim > 128,
+        f"there is no kernel for heads of {head_dim} dimensions, only up to 128": head_dim > 128,
         f"there is no kernel for {unsupported}": unsupported != "",
     }
     reason = next((r for r, applies in reasons.items() if applies), "")
@@ -76,14 +76,14 @@ def choose_graph(graph: str, model: GPT) -> bool:
     device = model.wte.weight.device
     if graph == "on" and device.type != "cuda":
         raise UserError(
-            f"--graph=on cannot run here: the model is on {device}, CUDA graphs need a CUDA GPU.\n"
+            f"--graph=on cannot run here: the model is on {device}, not on a CUDA GPU.\n"
             "Use --graph=off."
         )
     return device.type == "cuda" and graph != "off"
 
 
 def prefix_buffers(k: Tensor) -> "PrefixBuffers":
-    """Return the memory that prefix_attention needs for a prefix of keys k (B, nh, T, hs)."""
+    """Return the workspace of prefix_attention for a prefix with keys k (B, nh, T, hs)."""
     from kernels.prefix_attention import PrefixBuffers
 
     return PrefixBuffers(*k.shape, k.device)
@@ -92,14 +92,14 @@ def prefix_buffers(k: Tensor) -> "PrefixBuffers":
 def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, buffers: "PrefixBuffers"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (out, lse, k, v): see kernels/prefix_attention.py. Triton only."""
+    """Return (out, lse, k, v), see kernels/prefix_attention.py. Triton only."""
     from kernels.prefix_attention import prefix_attention
 
     return prefix_attention(q, k, v, lengths, buffers)
 
 
 def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (loss sum, correct): see kernels/linear_cross_entropy.py. Triton only."""
+    """Return (loss sum, correct), see kernels/linear_cross_entropy.py. Triton only."""
     from kernels.linear_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(h, w, labels)

@@ -1,8 +1,8 @@
-"""Text to tokens and back, always by a tiktoken.Encoding.
+"""The two tokenizers, both a tiktoken.Encoding.
 
 "gpt2" is GPT-2's byte-pair encoding with the released code's three special tokens appended. "words"
-is built from a task's vocabulary and needs no download, so small models use it. Each of its words
-is one token, with and without a leading space; 256 byte tokens encode anything else.
+is built from a task's vocabulary without a download, for small models. Each word is one token with
+a leading space and one without; 256 byte tokens encode everything else.
 """
 
 import re
@@ -14,14 +14,14 @@ import tiktoken
 from nanococonut.runtime.errors import UserError
 
 EOS, BOT, EOT, LATENT = "<|endoftext|>", "<|start-latent|>", "<|end-latent|>", "<|latent|>"
-# a word, a number or a run of #, with its leading space; one other character; or white space
+# a word, number, run of # or other single character, each with its leading space; or white space
 WORD_PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?#+| ?[^\sA-Za-z0-9]|\s+"
 
 
 class Tokenizer:
     """A tiktoken.Encoding and the ids of its special tokens: eos, bot, eot, latent.
 
-    spec  plain data for `Tokenizer.from_spec`, saved in the manifest of a checkpoint
+    spec  JSON data for `Tokenizer.from_spec`, saved in the manifest of a checkpoint
     """
 
     def __init__(self, encoding: tiktoken.Encoding, spec: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class Tokenizer:
         """
         try:
             base = tiktoken.get_encoding("gpt2")
-        except Exception as e:  # tiktoken passes on any exception of its HTTP client
+        except Exception as e:  # tiktoken does not wrap the errors of its HTTP client
             raise UserError(
                 f"the GPT-2 vocabulary is not cached and the download failed ({type(e).__name__})."
                 "\nSet TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or use --tokenizer=words."
@@ -54,7 +54,7 @@ class Tokenizer:
 
     @classmethod
     def words(cls, words: Iterable[str]) -> "Tokenizer":
-        """Return a word-level encoding: 256 bytes, each word twice, then the special tokens."""
+        """Return a word-level tokenizer: 256 bytes, two tokens per word, the special tokens."""
         words = sorted(set(words))
         bad = [w for w in words if not re.fullmatch(WORD_PATTERN, w) or w != w.strip()]
         if bad:
@@ -92,6 +92,7 @@ class Tokenizer:
         """Return the words that a word-level vocabulary lacks and encodes as bytes."""
         if self.spec["kind"] == "gpt2":
             return []
-        known, pieces = self.encoding._mergeable_ranks, re.findall(WORD_PATTERN, text)
+        known = self.encoding._mergeable_ranks
+        pieces = re.findall(WORD_PATTERN, text)
         unknown = [p.strip() for p in pieces if p.strip() and p.encode() not in known]
-        return list(dict.fromkeys(unknown))  # each once, in order
+        return list(dict.fromkeys(unknown))  # without duplicates, in order

@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: operations are recorded and repeated."""
+"""CUDA graphs without a GPU: record operations and repeat them."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,13 +6,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nanococonut.runtime.graphs import GraphCache
 
-SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # the host reads from the device
+SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # these sync with the host
 
 
 class FakeGraph(TorchDispatchMode):
-    """Record operations and their tensors, then repeat just these, as a CUDA graph does.
+    """Record operations on tensors and repeat them, as a CUDA graph does.
 
-    Python values and shapes are those of the recording, which leaves no value changed.
+    A replay uses the Python values and shapes of the recording. The recording changes no tensor.
     """
 
     def __init__(self):
@@ -39,7 +39,7 @@ class FakeGraph(TorchDispatchMode):
 
     @torch.no_grad()  # the recording may contain a backward pass, as plain operations
     def replay(self):
-        replayed = {}  # id of a tensor created in the recording -> its counterpart in this replay
+        replayed = {}  # id of a recorded output -> the output in this replay
 
         def mapped(tree):
             return tree_map(lambda x: replayed.get(id(x), x), tree)

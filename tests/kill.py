@@ -1,10 +1,10 @@
-"""Kill a small training with SIGKILL at random moments: is what it resumes to equal to the bit?
+"""Check that a training run killed at random times resumes to the same bits.
 
     OMP_NUM_THREADS=1 python tests/kill.py 100
 
-A run is killed several times, anywhere from Python's start to the last save, resumed, and finished.
-Its weights, moments and log must be those of a run that was never interrupted. Slow (a quarter of
-an hour for 100 kills on two cores) and not collected by pytest.
+A run is killed with SIGKILL several times, anywhere between Python's start and the last save, then
+resumed and finished. Its weights, moments and log must equal those of an uninterrupted run. 100
+kills take 15 minutes on two cores. Not collected by pytest.
 """
 
 import json
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanococonut.weights.checkpoint import list_checkpoints, verify
 
 ROOT = Path(__file__).resolve().parent.parent
-# 4 steps an epoch, five stages, and a save after every step: a kill often hits a save
+# 4 steps per epoch, five stages, and a save after every step, so that kills often hit a save
 SETTINGS = (
     "config/prosqa_small.py --train_examples=64 --batch_size=16 --micro_batch_size=8 "
     "--val_examples=8 --n_embd=32 --dropout=0.1 --epochs=8 --first_stage_epochs=1 "
@@ -54,10 +54,10 @@ def main() -> None:
         run, in_this_run, stopped = folder / f"run{runs}", 0, True
         while stopped:
             process = start(run, *(["--resume"] if list_checkpoints(run) else []))
-            more = in_this_run < 10 and killed < n_kills  # ten kills a run
+            more = in_this_run < 10 and killed < n_kills  # ten kills per run
             with suppress(subprocess.TimeoutExpired):
                 process.wait(random.uniform(0, seconds) if more else None)
-            process.kill()  # nothing, if it has ended
+            process.kill()  # no effect if it has ended
             err = process.communicate()[1]
             stopped = process.returncode == -9
             killed, in_this_run = killed + stopped, in_this_run + stopped

@@ -1,1 +1,1 @@
-"""A question is read once, thoughts are appended, text comes out."""
+"""Inference: prefill a question, append thoughts, generate tokens."""

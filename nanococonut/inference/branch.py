@@ -1,10 +1,10 @@
-"""Questions that are read once and answered many times, each time after other thoughts.
+"""A prefilled batch whose thoughts can be replaced and whose candidate answers can be scored.
 
-evaluation/ exchanges the thoughts of two questions with it, and forces answers to compare them.
+evaluation/ uses it to swap the thoughts of two questions and to compare the forced answers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ from nanococonut.model import GPT
 
 @dataclass
 class Slots:
-    """What a batch holds at the positions of its thoughts, and the state after the last of them.
+    """The contents of n thought positions of a batch, and the state after the last one.
 
     kv      (B, n, n_layer, 2, n_head, head_dim)  keys and values
-    inputs  n of (B, C), what was fed back
-    state   after the last slot; prev_embedding is what the smear adds to the next token
+    inputs  list of n (B, C), the embeddings that were fed back
+    state   state after the last slot
     """
 
     kv: Tensor
@@ -35,19 +35,20 @@ class Slots:
     state: DecodeState
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Slots":
+        """Return the slots with fn applied to every tensor."""
         state = DecodeState(fn(self.state.hidden), fn(self.state.prev_embedding), self.state.span)
         return Slots(fn(self.kv), [fn(x) for x in self.inputs], state)
 
 
 class Branch:
-    """A batch that is read once and answered many times, each time after other thoughts.
+    """B questions, prefilled once, then answered after any number of different thoughts.
 
     model       the model, in eval mode
     prefixes    tokens of each question
-    n_slots     most positions that thoughts take
-    forced      tokens between the thoughts and an answer
+    n_slots     maximum number of thought positions
+    forced      tokens between the thoughts and the answer
     candidates  m answers of each question, as tokens
-    pause       token that is appended in place of each thought (None: thoughts)
+    pause       token that is appended in place of each thought (None: append thoughts)
     """
 
     @torch.no_grad()
@@ -57,14 +58,14 @@ class Branch:
     ) -> None:  # fmt: skip
         self.model, self.forced, self.candidates, self.pause = model, forced, candidates, pause
         idx = pad_lists(prefixes).to(model.wte.weight.device)  # (B, T)
-        longest = max(len(tokens) for row in candidates for tokens in row)
+        longest = max(len(tokens) for answers in candidates for tokens in answers)
         # the last token of an answer is scored, not appended
         capacity = idx.shape[1] + n_slots + len(forced) + longest - 1
         self.cache = model.new_cache(len(prefixes), capacity)
-        self.start = torch.tensor(list(map(len, prefixes))).to(idx)  # (B,), of the first slot
-        self._read = self.state = prefill(model, self.cache, idx, self.start)
-        self.inputs: list[Tensor] = []  # what was fed back: n of (B, C)
-        self.thoughts: list[Tensor] = []  # hidden states before it
+        self.start = torch.tensor(list(map(len, prefixes))).to(idx)  # (B,), position of slot 0
+        self._prefilled = self.state = prefill(model, self.cache, idx, self.start)
+        self.inputs: list[Tensor] = []  # one (B, C) per thought: the embedding fed back
+        self.thoughts: list[Tensor] = []  # one (B, C) per thought: the hidden state before it
 
     def __len__(self) -> int:
         return len(self.start)
@@ -72,16 +73,16 @@ class Branch:
     def restart(self) -> "Branch":
         """Drop everything after the questions."""
         self.inputs, self.thoughts = [], []
-        self._crop(self.start, self._read)
+        self._rewind(self.start, self._prefilled)
         return self
 
-    def _crop(self, lengths: Tensor, state: DecodeState) -> None:
+    def _rewind(self, lengths: Tensor, state: DecodeState) -> None:
         self.cache.lengths.copy_(lengths)
         self.state = state
 
     @torch.no_grad()
     def think(self, n: int, edit: Edit | None = None) -> None:
-        """Append n more thoughts, or pauses. edit: see Engine.generate."""
+        """Append n more thoughts or pauses. edit: see Engine.generate."""
         for i in range(len(self.inputs), len(self.inputs) + n):
             self.thoughts.append(self.state.hidden)
             if self.pause is None:
@@ -93,7 +94,7 @@ class Branch:
 
     @torch.no_grad()
     def write(self, tokens: Sequence[list[int]]) -> None:
-        """Append other tokens to each sequence, any number of them."""
+        """Append a list of tokens, of any length, to each sequence."""
         for token in pad_lists(tokens, -1).to(self.start).T:  # (B,)
             self._append(token, active=token >= 0)
 
@@ -103,49 +104,51 @@ class Branch:
 
     @torch.no_grad()
     def answer(self) -> Tensor:
-        """Return the log-probability of each candidate, (B, m), if an answer is forced now.
+        """Return the log-probability (B, m) of each candidate if the answer is forced now.
 
-        Nothing stays in the cache.
+        The state is restored afterwards.
         """
-        here = self.cache.lengths.clone(), self.state
+        before = self.cache.lengths.clone(), self.state
         self.write([list(self.forced)] * len(self))
-        asked = self.cache.lengths.clone(), self.state
-        columns, first = [], self._log_probs()  # of the first token: the same for all candidates
+        after_forced = self.cache.lengths.clone(), self.state
+        first = self._log_probs()  # (B, V), the same for all candidates
+        columns = []
         for candidate in zip(*self.candidates, strict=True):  # B lists of tokens
-            self._crop(*asked)
-            log_p = self.state.hidden.new_zeros(len(self), dtype=torch.float32)
+            self._rewind(*after_forced)
+            log_probs = first
+            total = torch.zeros_like(first[:, 0])  # (B,)
             tokens = pad_lists(candidate, -1).to(self.start).T  # (longest, B)
             for i, token in enumerate(tokens):
+                active = token >= 0  # (B,), False after the end of a shorter candidate
                 if i:
-                    self._append(tokens[i - 1], active=token >= 0)
-                log_all = self._log_probs() if i else first
-                log_token = log_all.gather(1, token.clamp(min=0)[:, None])[:, 0]
-                log_p += torch.where(token >= 0, log_token, 0.0)
-            columns.append(log_p)
-        self._crop(*here)
-        return torch.stack(columns, 1)
+                    self._append(tokens[i - 1], active)
+                    log_probs = self._log_probs()
+                log_p = log_probs.gather(1, token.clamp(min=0)[:, None])[:, 0]
+                total += torch.where(active, log_p, 0.0)
+            columns.append(total)
+        self._rewind(*before)
+        return torch.stack(columns, dim=1)
 
     def _log_probs(self) -> Tensor:
         return self.model.head(self.state.hidden).float().log_softmax(-1)  # (B, V)
 
     def slots(self, n: int) -> Slots:
-        """Return the contents of the first n slots, with the current state."""
+        """Return the contents of the first n slots and the current state."""
         pos = self.start[:, None] + torch.arange(n, device=self.start.device)  # (B, n)
         kv = self.cache.data[:, :, self.cache.batch_index, :, pos]
         return Slots(kv, self.inputs[:n], self.state)
 
     def put(self, slots: Slots, only: Sequence[int] | None = None) -> None:
-        """Replace the slots, or only some of them; the sequence then ends after the last one.
+        """Replace the contents of the slots and end every sequence after the last one.
 
-        slots  of questions with the same number of tokens: positions are part of the keys
-        only   slots to replace; the sequence must have all of them (None: all)
+        slots  must come from questions with the same numbers of tokens, since keys depend on
+               positions
+        only   replace only these slots, in sequences that already have all slots (None: all)
         """
         n = slots.kv.shape[1]
         index = torch.arange(n) if only is None else torch.tensor(only)
-        pos = self.start[:, None] + index.to(self.start)  # (B, n)
+        pos = self.start[:, None] + index.to(self.start)  # (B, number of replaced slots)
         self.cache.data[:, :, self.cache.batch_index, :, pos] = slots.kv[:, index]
         self.cache.lengths.copy_(self.start + n)
         if n - 1 in index:
-            state = slots.state
-            span = self._read.span + n
-            self.state = DecodeState(state.hidden, state.prev_embedding, span)
+            self.state = replace(slots.state, span=self._prefilled.span + n)

@@ -1,21 +1,24 @@
-"""Static memory for inference, and the steps of steps.py run in place over it.
+"""Static buffers for inference, and the steps of steps.py run in place on them.
 
-CUDA graphs replay on fixed addresses, so each step reads and writes the same tensors every time.
+CUDA graphs replay on fixed addresses, so every step reads and writes the same tensors.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from nanococonut.cache import KVCache
 from nanococonut.inference import steps
 from nanococonut.model import GPT
 
 
 class StaticBuffers:
-    """Every tensor that a step reads or writes, allocated once and never moved.
+    """The tensors that a step reads or writes, allocated once. Each size is a maximum.
 
     batch       sequences
-    cache_size  numbers in the KV cache
-    idx_size    tokens in the padded prompts
+    cache_size  elements of the KV cache
+    idx_size    tokens of the padded prompts
     n_thoughts  thoughts per sequence
     """
 
@@ -28,37 +31,38 @@ class StaticBuffers:
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=w.device)
 
-        # flat, so that any shape fits in
+        # flat, so that it can be viewed as any shape
         self.cache, self.idx = w.new_zeros(cache_size, dtype=model.cache_dtype), ints(idx_size)
         self.lengths, self.n_taken, self.token = ints(batch), ints(batch), ints(batch)
         self.tokens, self.n_tokens = ints(batch, config.block_size), ints()
-        self.place = ints(batch)  # row of `tokens` for each sequence
+        self.token_row = ints(batch)  # row of `tokens` that a sequence writes to
         self.hidden, self.prev_embedding = w.new_zeros(2, batch, config.n_embd)
         self.thoughts = w.new_zeros(n_thoughts, batch, config.n_embd)
         self.active, self.done = torch.zeros(2, batch, dtype=torch.bool, device=w.device)
-        # of sampling: Exp(1) numbers, drawn outside of a graph
+        # for sampling: Exp(1) noise, drawn outside of the graphs
         self.noise = torch.ones(batch, config.vocab_size, device=w.device)
         self.temperature = torch.ones((), device=w.device)
 
-    @property
-    def bytes(self) -> int:
-        return sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
-
 
 class BatchView:
-    """A batch of one shape inside StaticBuffers, and the steps over it, in place."""
+    """A batch of one shape inside StaticBuffers, and the steps that update it in place."""
 
     def __init__(
         self, model: GPT, buffers: StaticBuffers, shape: tuple[int, int], kernels: str, static: bool
     ) -> None:
-        """shape: (batch, capacity). static: each step spans the whole capacity, as graphs need."""
+        """shape: (batch, capacity). static: every step attends to the whole capacity, for graphs.
+
+        A step that is not static attends to the shortest span that holds all sequences.
+        """
         self.model, self.buffers, self.static = model, buffers, static
         self.batch, self.capacity = shape
         n, b = self.batch, buffers
-        self.cache = model.new_cache(n, self.capacity, b.cache, b.lengths[:n])
+        cache_shape = model.cache_shape(*shape)
+        self.cache = KVCache(b.cache[: math.prod(cache_shape)].view(cache_shape), b.lengths[:n])
         self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
         self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
-        self.token, self.place, self.noise = b.token[:n], b.place[:n], b.noise[:n]
+        self.token, self.token_row, self.noise = b.token[:n], b.token_row[:n], b.noise[:n]
+        self.thoughts = b.thoughts[:, :n]
         self.fused = None
         if kernels == "triton":
             from nanococonut.inference.fused import FusedStep  # needs triton
@@ -70,50 +74,50 @@ class BatchView:
         return steps.DecodeState(self.hidden, self.prev_embedding, self.span)
 
     def _store(self, state: steps.DecodeState) -> None:
-        self.prev_embedding.copy_(state.prev_embedding)  # first: it may be self.hidden, a thought
+        # first, because the input of a latent step may be self.hidden itself
+        self.prev_embedding.copy_(state.prev_embedding)
         self.hidden.copy_(state.hidden)
         self.span = self.span if self.static else state.span
 
     def prefill(self, idx: Tensor) -> None:
-        """Process prompts (B, T), whose lengths are in the cache already."""
+        """Prefill prompts (B, T). The caller has written their lengths to the cache."""
         self._store(steps.prefill(self.model, self.cache, idx, self.cache.lengths.clone()))
 
     def latent_step(self, i: int, stop: bool, edit: steps.Edit | None = None) -> None:
         """Append thought i to every active sequence.
 
-        stop  ask the stop classifier first
-        edit  changes what is fed back; not with kernels
+        stop  first deactivate the sequences that the stop classifier ends
+        edit  replaces the input of the thought; the step is then plain PyTorch
         """
         if stop:
             self.active &= self.model.stop_logit(self.hidden) <= 0
-        active = self.active if stop or self.static else None  # None: all are
-        thoughts = self.buffers.thoughts[:, : self.batch]
-        if self.fused is not None:
+        active = self.active if stop or self.static else None  # None: all of them
+        if self.fused is not None and edit is None:
             if i == 0:
-                thoughts[0].copy_(self.hidden)
-            # the kernel that makes the next thought also counts and keeps it
-            following = thoughts[i + 1] if i + 1 < len(thoughts) else None
-            self.fused.latent_step(self.hidden, active, i == 0, self.n_taken, following)
+                self.thoughts[0].copy_(self.hidden)
+            # the last kernel of the step also counts this thought and stores the next one
+            next_thought = self.thoughts[i + 1] if i + 1 < len(self.thoughts) else None
+            self.fused.latent_step(self.hidden, active, i == 0, self.n_taken, next_thought)
         else:
-            thoughts[i].copy_(self.hidden)
+            self.thoughts[i].copy_(self.hidden)
             state = self._state()
             self._store(steps.latent_step(self.model, self.cache, state, active, i, edit))
             self.n_taken += self.active
 
     def decode_step(self) -> None:
-        """Append the last token."""
+        """Append the last token of every sequence."""
         if self.fused is not None:
             self.fused.decode_step(self.token, self.hidden)
         else:
             self._store(steps.decode_step(self.model, self.cache, self.token, self._state()))
 
     def sample(self, eos: int, greedy: bool) -> None:
-        """Choose the next token: the most probable one, or one drawn from the softmax."""
+        """Choose the next token of every sequence: the most probable one, or a sample."""
         logits = self.model.head(self.hidden)  # (B, V)
-        if not greedy:  # with q ~ Exp(1), p / q is largest at token t with probability p[t]
+        if not greedy:  # the argmax of p / noise is a sample from p, since noise ~ Exp(1)
             logits = (logits.float() / self.buffers.temperature).softmax(-1) / self.noise
         self.token.copy_(logits.argmax(-1).masked_fill(self.done, eos))
         column = self.buffers.n_tokens.expand(self.batch)
-        self.buffers.tokens[self.place, column] = self.token
+        self.buffers.tokens[self.token_row, column] = self.token
         self.buffers.n_tokens += 1
         self.done |= self.token == eos  # the first token may already be eos

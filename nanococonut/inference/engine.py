@@ -1,23 +1,23 @@
 """Batched inference: prefill the prompts, append n thoughts to the KV cache, generate tokens.
 
-The steps are those of steps.py, in place over static memory. On a GPU the prefill, the whole chain
-of thoughts and each token are one CUDA graph each.
+The steps of steps.py run in place on static buffers (see buffers.py). On a GPU the prefill, the
+chain of thoughts and each token step are one CUDA graph each.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from operator import le
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanococonut.batch import build_prompt
+from nanococonut.batch import build_prompt, pad_lists
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import TASKS
@@ -34,25 +34,23 @@ from nanococonut.runtime.graphs import GraphCache, round_up
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.weights import checkpoint
 
-MIN_TEMPERATURE = 1e-6  # greedy below
-MAX_GRAPHS = 24  # over all batch sizes and lengths
+MIN_TEMPERATURE = 1e-6  # below: greedy, since logits / temperature would overflow
+MAX_GRAPHS = 24  # for all batch sizes and lengths together
 
 
 @dataclass
 class Generation:
-    """What was generated for a batch of B prompts.
+    """The output for a batch of B prompts.
 
-    tokens         of each, without eos
-    thoughts       (B, n, C) hidden states before model.thought_embedding
-    inputs         (B, n, C) what was fed back: model.thought_embedding of them, after any edit
-    n_thoughts     of each: n, or fewer if the stop classifier ended them
-    seconds_first  from the start to the first token, prefill and thoughts included
+    tokens         generated tokens of each prompt, without eos
+    thoughts       (B, n, C) hidden states, before model.thought_embedding and any edit
+    n_thoughts     thoughts of each prompt: n, or fewer if the stop classifier ended them
+    seconds_first  time to the first token, including prefill and thoughts
     text           the tokens as text (only from Engine.generate)
     """
 
     tokens: list[list[int]]
     thoughts: Tensor
-    inputs: Tensor
     n_thoughts: list[int]
     seconds_prefill: float
     seconds_thoughts: float
@@ -67,15 +65,15 @@ class Generation:
 
 @dataclass(frozen=True)
 class Request:
-    """A batch of B prompts for Engine.run. Raise ValueError if it makes no sense.
+    """A batch of B tokenized prompts for Engine.run. Raise ValueError if a field is invalid.
 
     prefixes        tokens of each prompt
-    n_thoughts      of each sequence; with `stop`, at most these many
+    n_thoughts      thoughts of each sequence; with `stop`, their maximum
     forced_tokens   appended after the thoughts, before the first generated token
-    eos             ends a sequence (-1: nothing does)
-    stop            a sequence takes no further thought once the stop classifier says so
-    temperature     below MIN_TEMPERATURE: greedy; else tokens are sampled by `seed`
-    edit            as in Engine.generate; only without kernels and graph
+    eos             token that ends a sequence (-1: none)
+    stop            let the stop classifier end the thoughts of each sequence
+    temperature     below MIN_TEMPERATURE: greedy; otherwise tokens are sampled with `seed`
+    edit            as in Engine.generate
     """
 
     prefixes: list[list[int]]
@@ -90,7 +88,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prefixes or not all(self.prefixes):
-            raise ValueError("prefixes: expected at least one, none of them empty")
+            raise ValueError("prefixes: expected at least one prompt, and none of them empty")
         if self.n_thoughts < 0 or self.max_new_tokens < 1:
             raise ValueError("expected n_thoughts >= 0 and max_new_tokens >= 1")
         if not self.temperature >= 0:  # NaN too
@@ -98,24 +96,18 @@ class Request:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < MIN_TEMPERATURE  # logits over it would overflow
-
-    def size(self) -> tuple[int, int, int]:
-        """Return (sequences, tokens of the longest prefix, positions of the longest sequence)."""
-        longest = max(map(len, self.prefixes))
-        n_new = self.n_thoughts + len(self.forced_tokens) + self.max_new_tokens
-        return len(self.prefixes), longest, longest + n_new
+        return self.temperature < MIN_TEMPERATURE
 
 
 class Engine:
-    """A model ready to generate. It keeps its memory and CUDA graphs from call to call.
+    """Batched generation with a model. Buffers and CUDA graphs are reused across calls.
 
-    Several threads may call it: a lock makes them take turns.
+    Thread-safe: a lock serializes the calls.
 
-    curriculum  decides the token layout of a prompt (None: Coconut's)
+    curriculum  determines the token layout of a prompt (None: Coconut's)
     kernels     "auto", "triton", "packed" or "torch", see ops.choose_backend
     graph       "auto", "on" or "off", see ops.choose_graph
-    render      question -> prompt text as in training (None: questions are prompts already)
+    render      question -> prompt text, as in training (None: a question is its own prompt)
     """
 
     def __init__(
@@ -129,22 +121,24 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.render = model, tokenizer, render
         self.curriculum = curriculum or Curriculum("coconut")
-        self.config: TrainConfig | None = None  # of the run that trained the model
-        self.manifest: dict[str, Any] = {}  # of its checkpoint
+        self.config: TrainConfig | None = None  # of the model's training run
+        self.manifest: dict[str, Any] = {}  # of the model's checkpoint
         self.kernels, self.reason = choose_backend(kernels, model)
         self.graphs = GraphCache(MAX_GRAPHS if choose_graph(graph, model) else 0)
         self._packed: PackedGPT | None = None
         self._buffers: StaticBuffers | None = None
         self._views: dict[tuple[int, int], BatchView] = {}
-        self._captured_weights: list[tuple] = []  # address, dtype and version of each
-        self._generator = torch.Generator()  # of the call that holds the lock
-        self._lock, self._holder = threading.Lock(), 0  # the holder is a thread's number
+        # (address, dtype, version) of each weight that the graphs and packed copies were made from
+        self._weights_key: list[tuple] = []
+        self._generator = torch.Generator()  # replaced by every call
+        self._lock = threading.Lock()
+        self._lock_owner: int | None = None  # thread id
 
     @classmethod
     def from_config(
         cls, model: GPT, tokenizer: Tokenizer, config: TrainConfig, **kwargs: Any
     ) -> "Engine":
-        """Return an Engine that writes its prompts as the run with this config does."""
+        """Return an Engine that formats its prompts as in the training run with this config."""
         render = partial(TASKS[config.task].render_question, style=config.render)
         curriculum = Curriculum.from_config(config)
         engine = cls(model, tokenizer, curriculum, render=render, **kwargs)
@@ -155,17 +149,6 @@ class Engine:
     def graph(self) -> bool:
         """Whether steps are replayed from CUDA graphs."""
         return self.graphs.max_graphs > 0
-
-    def memory(self) -> dict[str, int]:
-        """Return the number of graphs, and the bytes of them, of all buffers and packed weights."""
-        buffers = self._buffers
-        return {
-            "cache": buffers.cache.nbytes if buffers else 0,
-            "buffers": buffers.bytes - buffers.cache.nbytes if buffers else 0,
-            "graphs": len(self.graphs.graphs),
-            "graph_bytes": self.graphs.bytes,
-            "packed": self._packed.nbytes if self._packed else 0,
-        }
 
     def generate(
         self,
@@ -178,27 +161,21 @@ class Engine:
     ) -> Generation:
         """Answer a batch of questions. Raise UserError if one does not fit in block_size.
 
-        latent          thoughts (or pauses) of each; with a stop classifier, at most these many
+        latent          thoughts (or pauses) per question; with a stop classifier, their maximum
         max_new_tokens  reduced to what fits in block_size
-        temperature     0: greedy; otherwise tokens are sampled by `seed`
-        edit            (i, fed) -> the (B, C) to use in place of `fed`, the input that is thought
-                        i of each question, in their order. Steps are then plain torch, no graph
+        temperature     0: greedy; otherwise tokens are sampled with `seed`
+        edit            (i, fed) -> replacement for `fed`, the (B, C) inputs of thought i, one per
+                        question. The thoughts then run without kernels and graph.
         """
         if edit is not None:
             self._check_editable(latent)
-            if self.graph or self.kernels != "torch":
-                plain = Engine(self.model, self.tokenizer, self.curriculum, "torch", "off",
-                               self.render)  # fmt: skip
-                return plain.generate(questions, latent, max_new_tokens, temperature, seed, edit)
         prefixes, n_thoughts, forced = self._prompts(questions, latent)
-        available = self._available(prefixes, forced, n_thoughts)
-        tokenizer = self.tokenizer
-        request = Request(
-            prefixes, n_thoughts, forced, tokenizer.eos, min(max_new_tokens, available),
-            self.model.config.stop, temperature, seed, edit,
-        )  # fmt: skip
-        out = self.run(request)
-        out.text = [tokenizer.decode(tokens) for tokens in out.tokens]
+        n_new = min(max_new_tokens, self._available(prefixes, forced, n_thoughts))
+        eos, stop = self.tokenizer.eos, self.model.config.stop
+        out = self.run(
+            Request(prefixes, n_thoughts, forced, eos, n_new, stop, temperature, seed, edit)
+        )
+        out.text = [self.tokenizer.decode(tokens) for tokens in out.tokens]
         return out
 
     def choose(
@@ -209,13 +186,13 @@ class Engine:
         edit: Edit | None = None,
         mark: str = "###",
     ) -> Tensor:
-        """Return the log-probability of each candidate answer, (B, m): the answer is forced.
+        """Return the log-probability (B, m) of each candidate answer.
 
-        The mark and the candidate follow the thoughts at once; no step is written between. A stop
-        classifier is not asked.
+        The mark and the candidate are forced right after the thoughts, so the model writes no
+        reasoning steps. A stop classifier is ignored.
 
-        candidates  m answers of each question, as the model writes them
-        latent      thoughts (or pauses) of each
+        candidates  m answers per question, in the format that the model generates
+        latent      thoughts (or pauses) per question
         edit        as in generate
         """
         if edit is not None:
@@ -232,10 +209,10 @@ class Engine:
         n_slots: int,
         mark: str = "###",
     ) -> Branch:
-        """Return a Branch that has read the questions; the model must be in eval mode.
+        """Prefill the questions and return their Branch. The model must be in eval mode.
 
         candidates, mark  as in choose
-        n_slots     most thoughts (or pauses, or other tokens) between question and answer
+        n_slots           maximum thoughts (or pauses, or other tokens) before an answer
         """
         prefixes, _, forced = self._prompts(questions, 0)
         tokenizer, marked = self.tokenizer, self.tokenizer.encode(mark)
@@ -245,108 +222,121 @@ class Engine:
         ]
         forced = [*forced, *marked]
         longest = max(len(tokens) for row in answers for tokens in row)
-        self._available(prefixes, forced, n_slots + longest - 1)
+        self._available(prefixes, forced, n_slots + longest - 1)  # raises if too long
         pause = tokenizer.latent if self.curriculum.rules.thought_type == "pause" else None
         return Branch(self.model, prefixes, n_slots, forced, answers, pause)
 
     def _prompts(
         self, questions: Sequence[str], latent: int
     ) -> tuple[list[list[int]], int, list[int]]:
-        """Return (prefixes, latent steps of each, tokens forced after them)."""
+        """Return (prefixes, latent steps per question, tokens forced after them)."""
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise ValueError("generate needs Engine(model, tokenizer); run takes tokens")
+            raise ValueError("questions need Engine(model, tokenizer); run() takes token ids")
         if isinstance(questions, str) or not questions:
-            raise ValueError("generate needs a list of at least one question")
-        prompts = [
-            build_prompt(self.curriculum, tokenizer.encode(text), latent, tokenizer)
-            for text in (map(self.render, questions) if self.render else questions)
-        ]
-        prefixes, (n_thoughts, *_), (forced, *_) = (list(x) for x in zip(*prompts, strict=True))
+            raise ValueError("questions: expected a list of at least one question")
+        prefixes = []
+        for text in map(self.render, questions) if self.render else questions:
+            ids = tokenizer.encode(text)
+            # the latent steps and forced tokens are the same for every question
+            prefix, n_thoughts, forced = build_prompt(self.curriculum, ids, latent, tokenizer)
+            prefixes.append(prefix)
         return prefixes, n_thoughts, forced
 
     def _available(self, prefixes: list[list[int]], forced: list[int], n_thoughts: int) -> int:
-        """Return how many tokens can follow thoughts and forced tokens. UserError if none can, or
-        if the model has no special tokens: on a GPU, the process would die."""
+        """Return how many tokens fit in block_size after the thoughts and forced tokens.
+
+        Raise UserError if none fits, or if the model has no special tokens.
+        """
         block_size, longest = self.model.config.block_size, max(map(len, prefixes))
-        # special tokens end a prefix or are forced
+        # a special token ends a prefix or is forced; on a GPU, a bad index would kill the process
         if max(p[-1] for p in [*prefixes, forced or [0]]) >= self.model.config.vocab_size:
             raise UserError(
-                "the model has no tokens for thoughts, as its method uses none.\n"
-                "Ask it by the method it was trained by, or give a run trained with thoughts."
+                "the model has no tokens for thoughts: it was trained without thoughts.\n"
+                "Use the method it was trained with, or a run trained with thoughts."
             )
         n_forced = n_thoughts + len(forced)
-        if block_size - longest - n_forced < 1:
+        available = block_size - longest - n_forced
+        if available < 1:
             raise UserError(
-                f"a question of {longest} tokens with {n_forced} thoughts and marks does not fit "
-                f"into the model's block_size={block_size}.\n"
+                f"a question of {longest} tokens with {n_forced} thoughts and forced tokens does "
+                f"not fit into the model's block_size={block_size}.\n"
                 "Ask a shorter question or use fewer thoughts."
             )
-        return block_size - longest - n_forced
+        return available
 
     def _check_editable(self, latent: int) -> None:
         """Raise UserError if there is no thought that `edit` could change."""
         if latent < 1 or self.curriculum.rules.thought_type == "pause":
             raise UserError(
-                "edit: there are no thoughts to edit; pauses are tokens.\n"
-                "Use latent=1 or more. For pauses: Engine.branch, whose slots can be exchanged."
+                "edit: there are no thoughts to edit (pauses are tokens).\n"
+                "Use latent=1 or more. To change pauses, use Engine.branch."
             )
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        """Hold the lock and keep the model in eval mode: calls share both."""
-        if self._holder == threading.get_ident():  # it would wait for itself
-            raise UserError("edit: it asks the engine that calls it.\nGive it one of its own.")
+        """Take the lock and put the model in eval mode, which concurrent calls share."""
+        thread = threading.get_ident()
+        if self._lock_owner == thread:  # waiting for itself would never end
+            raise UserError("edit called the engine that runs it.\nUse another Engine in the edit.")
         with self._lock:
-            training, self._holder = self.model.training, threading.get_ident()
+            training, self._lock_owner = self.model.training, thread
             self.model.eval()
             try:
                 yield
             finally:
-                self._holder = 0
+                self._lock_owner = None
                 self.model.train(training)
 
     @torch.no_grad()
     def run(self, request: Request) -> Generation:
-        """Generate from tokens. Raise ValueError or UserError before any work that cannot fit."""
+        """Generate from token ids. Raise ValueError or UserError if they cannot fit."""
         available = self._available(request.prefixes, request.forced_tokens, request.n_thoughts)
         if request.max_new_tokens > available:
             raise ValueError(
                 f"max_new_tokens={request.max_new_tokens}, but block_size="
                 f"{self.model.config.block_size} leaves room for {available}"
             )
-        if request.edit is not None and (self.graph or self.kernels != "torch"):
-            raise ValueError("edit needs Engine(kernels='torch', graph='off'), or generate")
-        with self._eval_mode():  # calls share the buffers, too
-            is_packed = self.kernels == "packed"  # only copies care for changes in place
-            weights = self.model.parameters()
-            key = [(p.data_ptr(), p.dtype, p._version if is_packed else 0) for p in weights]
-            if key != self._captured_weights:
-                self._reset()  # weights changed: graphs and packed copies hold the old ones
-                self._captured_weights = key
+        with self._eval_mode():
+            is_packed = self.kernels == "packed"
+            # a graph becomes stale if a weight moves, a packed copy also if it changes in place
+            key = [
+                (p.data_ptr(), p.dtype, p._version if is_packed else 0)
+                for p in self.model.parameters()
+            ]
+            if key != self._weights_key:
+                self._reset()
+                self._weights_key = key
                 self._packed = PackedGPT(self.model) if is_packed else None
             return self._generate(request)
 
     def _generate(self, request: Request) -> Generation:
         self._generator = torch.Generator(self.model.wte.weight.device).manual_seed(request.seed)
-        start = self._now()
+        start_time = self._now()
         view = self._prefill(request)
-        prefilled = self._now()
-        thoughts, inputs = self._append_thoughts(view, request)
+        prefill_time = self._now()
+        thoughts = self._append_thoughts(view, request)
         n_thoughts = view.n_taken[: len(thoughts)].tolist()
-        thought = self._now()
+        thoughts_time = self._now()
         for i, token in enumerate(request.forced_tokens):
             if i:
                 view.decode_step()
-            view.token.fill_(token)
+            view.token.fill_(token)  # _next_token appends the last one
         self._next_token(view, request, decode=bool(request.forced_tokens))
-        first = self._now()
+        first_time = self._now()
         self._other_tokens(view, request)
-        times = (prefilled - start, thought - prefilled, first - start, self._now() - first)
+        end_time = self._now()
         eos, B = request.eos, len(request.prefixes)
         tokens = self._buffers.tokens[:B, : request.max_new_tokens].tolist()
-        tokens = [ids[: ids.index(eos)] if eos in ids else ids for ids in tokens]
-        return Generation(tokens, thoughts, inputs, n_thoughts, *times)
+        return Generation(
+            tokens=[ids[: ids.index(eos)] if eos in ids else ids for ids in tokens],
+            thoughts=thoughts,
+            n_thoughts=n_thoughts,
+            seconds_prefill=prefill_time - start_time,
+            seconds_thoughts=thoughts_time - prefill_time,
+            seconds_first=first_time - start_time,
+            seconds_decode=end_time - first_time,
+        )
 
     def _now(self) -> float:
         if self.model.wte.weight.device.type == "cuda":
@@ -354,55 +344,55 @@ class Engine:
         return time.perf_counter()
 
     def _prefill(self, request: Request) -> BatchView:
-        """Return a batch with the prefixes in its cache and no thoughts yet."""
-        block_size, (B, width, capacity) = self.model.config.block_size, request.size()
-        batch = self._batch_size(B)
+        """Prefill the prompts and return the view of their batch."""
+        B, width = len(request.prefixes), max(map(len, request.prefixes))
+        n_new = request.n_thoughts + len(request.forced_tokens) + request.max_new_tokens
+        capacity, block_size = width + n_new, self.model.config.block_size
         if self.graph:
-            width, capacity = (
-                min(round_up(n, m), block_size) for n, m in ((width, 64), (capacity, 128))
-            )
+            width = min(round_up(width, 64), block_size)
+            capacity = min(round_up(capacity, 128), block_size)
+        batch = (
+            self._batch_size(B) if request.edit is None else B
+        )  # an edit sees the questions only
         view = self._view(batch, capacity, width, request.n_thoughts)
-        buffers, extra = self._buffers, batch - B
+        buffers = self._buffers
         # extra sequences fill the batch: one token, no thoughts, done from the start
-        padded = [p + [0] * (width - len(p)) for p in request.prefixes] + [[0] * width] * extra
-        idx = buffers.idx[: batch * width].view(batch, width)
-        idx.copy_(torch.tensor(padded))
-        view.cache.lengths.copy_(torch.tensor([*map(len, request.prefixes), *[1] * extra]))
-        view.active.copy_(torch.arange(batch, device=idx.device) < B)
+        prefixes = request.prefixes + [[0]] * (batch - B)
+        idx = buffers.idx[: batch * width].view(batch, width).zero_()
+        tokens = pad_lists(prefixes)
+        idx[:, : tokens.shape[1]] = tokens
+        view.cache.lengths.copy_(torch.tensor(list(map(len, prefixes))))
+        view.token_row.copy_(torch.arange(batch, device=idx.device))
+        view.active.copy_(view.token_row < B)
         view.done.copy_(~view.active)
         view.n_taken.zero_()
-        view.place.copy_(torch.arange(batch, device=idx.device))
         buffers.tokens.fill_(request.eos)
         buffers.n_tokens.zero_()
         buffers.temperature.fill_(1.0 if request.is_greedy else request.temperature)
         self.graphs.run(("prefill", batch, capacity, width), partial(view.prefill, idx))
         return view
 
-    def _append_thoughts(self, view: BatchView, request: Request) -> tuple[Tensor, Tensor]:
-        """Append the thoughts. Return (their hidden states, what was fed back), (B, n, C) each."""
-        n, stop, model = request.n_thoughts, request.stop, self.model
-        edited: list[Tensor] = []
+    def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
+        """Append the thoughts. Return their hidden states (B, n, C)."""
+        n, stop, edit = request.n_thoughts, request.stop, request.edit
 
         def chain() -> None:
             for i in range(n):
                 view.latent_step(i, stop)
 
-        if n and self.graph:
+        if n and self.graph and edit is None:
             self.graphs.run(("thoughts", view.batch, view.capacity, n, stop), chain)
         else:
             for i in range(n):
                 # without a graph the chain ends as soon as every sequence has stopped
-                if stop and not (view.active & (model.stop_logit(view.hidden) <= 0)).any():
+                if stop and not (view.active & (self.model.stop_logit(view.hidden) <= 0)).any():
                     n = i
                     break
-                view.latent_step(i, stop, request.edit)
-                if request.edit:
-                    edited.append(view.prev_embedding.clone())
-        thoughts = self._buffers.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
-        return thoughts, torch.stack(edited, 1) if edited else model.thought_embedding(thoughts)
+                view.latent_step(i, stop, edit)
+        return view.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
 
     def _next_token(self, view: BatchView, request: Request, decode: bool = True) -> None:
-        """Append the last token (if `decode`), then choose the next one."""
+        """Append the last token if `decode` is set, then choose the next one."""
         eos, greedy = request.eos, request.is_greedy
 
         def step() -> None:
@@ -415,8 +405,9 @@ class Engine:
         self.graphs.run(("token", view.batch, view.capacity, decode, eos, greedy), step)
 
     def _other_tokens(self, view: BatchView, request: Request) -> None:
-        """Generate the rest. Once half of the batch is finished, the others go on alone."""
-        interval = 4 if view.done.device.type == "cuda" else 1  # tokens between checks, which sync
+        """Generate all tokens after the first. Shrink the batch once half of it is finished."""
+        # tokens between two checks, since each check syncs with the GPU
+        interval = 4 if view.done.device.type == "cuda" else 1
         for i in range(request.max_new_tokens - 1):
             if i % interval == 0:
                 n_unfinished = int((~view.done).sum())
@@ -429,38 +420,39 @@ class Engine:
 
     def _shrink(self, old: BatchView, batch: int) -> BatchView:
         """Return a smaller batch of all unfinished sequences, filled up with finished ones."""
-        new, order = self._view(batch, old.capacity), old.done.int().argsort(stable=True)[:batch]
-        # indexing copies, since old and new share their memory
+        new = self._view(batch, old.capacity)
+        order = old.done.int().argsort(stable=True)[:batch]  # (batch,), unfinished first
+        # old and new share their memory; indexing with a tensor makes the copy that this needs
         new.cache.data.copy_(old.cache.data[:, :, order])
         new.cache.lengths.copy_(old.cache.lengths[order])
-        for name in ("hidden", "prev_embedding", "token", "place", "done"):
+        for name in ("hidden", "prev_embedding", "token", "token_row", "done"):
             getattr(new, name).copy_(getattr(old, name)[order])
         new.span = old.span
         return new
 
     def _batch_size(self, n: int) -> int:
-        """Return the sequences of a batch that holds n: graphs need few shapes."""
+        """Return the size of a batch for n sequences: a power of two keeps the graphs few."""
         return 1 << (n - 1).bit_length() if self.graph else n
 
     def _view(self, batch: int, capacity: int, width: int = 0, n_thoughts: int = 0) -> BatchView:
-        """Return the view of this shape. Growing the buffers invalidates every captured graph."""
-        c = self.model.config
-        size = (batch, batch * capacity * 2 * c.n_layer * c.n_embd, batch * width, n_thoughts)
+        """Return the view of this shape. Grow the buffers if they are too small."""
         old_size = self._buffers.size if self._buffers else (0, 0, 0, 0)
-        if not all(map(le, size, old_size)):
-            self._reset()  # frees the old buffers before the new ones are allocated
-            self._buffers = StaticBuffers(self.model, *map(max, size, old_size))
+        cache_size = math.prod(self.model.cache_shape(batch, capacity))
+        size = tuple(map(max, (batch, cache_size, batch * width, n_thoughts), old_size))
+        if size != old_size:
+            self._reset()  # frees the old buffers first; graphs have captured their addresses
+            self._buffers = StaticBuffers(self.model, *size)
         shape = (batch, capacity)
         if shape in self._views:
             return self._views[shape]
         model = self._packed or self.model
         view = BatchView(model, self._buffers, shape, self.kernels, static=self.graph)
-        if self.graph:  # rounded shapes are few
+        if self.graph:  # captured graphs hold its tensors
             self._views[shape] = view
         return view
 
     def _reset(self) -> None:
-        """Drop buffers, views and graphs."""
+        """Drop all buffers, views and graphs."""
         self._buffers, self._views = None, {}
         self.graphs.clear()
 
@@ -472,9 +464,9 @@ def load(
     graph: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Engine:
-    """Return an Engine for a checkpoint, or for the best one of a run.
+    """Return an Engine for a checkpoint, or for the best checkpoint of a run.
 
-    It renders its own prompts. Its .config and .manifest are those of the run.
+    Its prompts are rendered as in training. engine.config and engine.manifest describe the run.
     """
     model, tokenizer, manifest = checkpoint.load(path, select_device(device))
     model = model.to(dtype)

@@ -1,4 +1,4 @@
-"""One step of inference by the Triton kernels. It needs triton, so it is imported when used."""
+"""The inference steps on the Triton kernels. Imported only on use, because it needs triton."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from nanococonut.model import GPT
 
 
 class FusedStep:
-    """latent_step and decode_step of a plain GPT-2, in place, for one cache. No device sync.
+    """latent_step and decode_step of a plain GPT-2 on one cache, in place, without a device sync.
 
-    Both append to the cache, advance its lengths and overwrite hidden (B, C), the last hidden
-    states. An inactive sequence keeps its length and hidden state.
+    Both append to the cache, advance its lengths and overwrite `hidden` (B, C), the last hidden
+    states. Inactive sequences keep their length and hidden state.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
@@ -24,7 +24,7 @@ class FusedStep:
         self.model, self.cache = model, cache
         self.workspace = SplitWorkspace(B, nh, T, hs, cache.data.device)
         self.batch_index = torch.arange(B, device=cache.data.device)
-        # (B, C) residual stream; `feedback` leaves the input of the next thought in it
+        # (B, C) residual stream; `feedback` writes the input of the next thought to it
         self.x = cache.data.new_empty(B, nh * hs, dtype=torch.float32)
 
     def latent_step(
@@ -35,16 +35,16 @@ class FusedStep:
         n_taken: Tensor | None = None,
         thought: Tensor | None = None,
     ) -> None:
-        """Append one thought. is_first: the step before was not a latent step of this object.
+        """Append one thought. is_first: the previous step was not a latent step of this object.
 
         n_taken, thought: see kernels/feedback.py.
         """
-        if is_first:  # thought plus position: row b of hidden is "token" b
+        if is_first:  # the thought plus its position, with `hidden` as the embedding table
             embed(hidden, self.batch_index, self.model.wpe.weight, self.cache.lengths, self.x)
         self._blocks(hidden, active, n_taken, thought)
 
     def decode_step(self, token: Tensor, hidden: Tensor) -> None:
-        """Append one token, (B,) int64."""
+        """Append one token (B,), int64, to each sequence."""
         wte, wpe = self.model.wte.weight, self.model.wpe.weight
         embed(wte, token, wpe, self.cache.lengths, self.x)
         self._blocks(hidden)
@@ -57,7 +57,7 @@ class FusedStep:
         n_taken: Tensor | None = None,
         thought: Tensor | None = None,
     ) -> None:
-        """Run all layers on x, five launches each (seven from five rows), then `feedback`."""
+        """Run all layers on x, then `feedback`. A layer takes 5 launches, or 7 if B >= 5."""
         x, lengths = self.x, self.cache.lengths
         for layer, block in enumerate(self.model.h):
             cache, ln, qkv = self.cache.data[layer], block.ln_1, block.attn.c_attn

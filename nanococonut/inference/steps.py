@@ -1,7 +1,7 @@
 """The three steps of inference: prefill a prompt, append a thought, append a token.
 
 Free functions over a model, its KV cache and a DecodeState. The next position of sequence b is
-cache.lengths[b], so sequences of any length share a batch, each with the result it has alone.
+cache.lengths[b], so a batch of sequences of any length gives the same results as each one alone.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from nanococonut.cache import KVCache
 from nanococonut.model import GPT, cached_attention, causal_attention
 from nanococonut.runtime.errors import UserError
 
-Edit = Callable[[int, Tensor], Tensor]  # (i, input of thought i, (B, C)) -> another such input
+Edit = Callable[[int, Tensor], Tensor]  # (i, (B, C) inputs of thought i) -> their replacement
 
 
 @dataclass
 class DecodeState:
-    """What one step passes to the next, in addition to the cache.
+    """The state that one step passes to the next, in addition to the cache.
 
-    hidden          (B, C)  last hidden state: the next thought, or input of the head
-    prev_embedding  (B, C)  last input embedding: the smear adds it to the next one
+    hidden          (B, C)  last hidden state: the next thought, or the input of the head
+    prev_embedding  (B, C)  last input embedding, which the smear adds to the next one
     span            int     upper bound of the cache's lengths, known without a device sync
     """
 
@@ -34,10 +34,10 @@ class DecodeState:
 
 
 def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeState:
-    """Fill an empty cache with prompts. Return the state after the last token of each.
+    """Fill an empty cache with the prompts. Return the state after their last tokens.
 
     idx      (B, T)  right-padded token ids
-    lengths  (B,)    tokens of each prompt
+    lengths  (B,)    number of tokens of each prompt
     """
     (B, T), device = idx.shape, idx.device
 
@@ -45,16 +45,17 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
         cache.data[layer, 0, :, :, :T] = k
         cache.data[layer, 1, :, :, :T] = v
         if q.shape[2] == T > 1:
-            return causal_attention(layer, q, k, v)  # no query reaches the padding on the right
-        # the last layer has a single query per sequence, its last token
+            return causal_attention(layer, q, k, v)  # right-padding needs no mask
+        # the last layer has one query per sequence, at its last token
         mask = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
         return F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
 
-    emb, last_pos = model.embed(idx), lengths - 1
     cache.lengths.copy_(lengths)
+    emb = model.embed(idx)  # (B, T, C)
     pos = torch.arange(T, device=device)
-    hidden = model.backbone(emb, pos, attend, last_pos=last_pos)  # (B, 1, C)
-    return DecodeState(hidden[:, 0], emb[torch.arange(B, device=device), last_pos], T)
+    last_pos = lengths - 1  # (B,)
+    hidden = model.backbone(emb, pos, attend, last_pos=last_pos)[:, 0]  # (B, C)
+    return DecodeState(hidden, emb[torch.arange(B, device=device), last_pos], T)
 
 
 def append_step(
@@ -62,15 +63,16 @@ def append_step(
 ) -> DecodeState:
     """Append one input embedding (B, C) to each sequence. Return the state after it.
 
-    active  (B,) bool  the other sequences keep their state and length; None: all are active
+    active  (B,) bool  sequences to advance; the others keep their state and length (None: all)
     """
-    pos, span = cache.lengths[:, None], state.span + 1
+    pos = cache.lengths[:, None]  # (B, 1)
+    span = state.span + 1
     attend = partial(cached_attention, cache, pos, cache.key_mask(pos, span))
     hidden = model.backbone(emb[:, None], pos, attend, state.prev_embedding)[:, 0]
     if active is None:
         cache.lengths += 1
         return DecodeState(hidden, emb, span)
-    # an inactive sequence wrote a key past its length, which its next token overwrites
+    # an inactive sequence wrote a key past its length; its next token overwrites it
     cache.lengths += active
     hidden = torch.where(active[:, None], hidden, state.hidden)
     return DecodeState(hidden, torch.where(active[:, None], emb, state.prev_embedding), span)
@@ -84,26 +86,27 @@ def latent_step(
     i: int = 0,
     edit: Edit | None = None,
 ) -> DecodeState:
-    """Append one thought: the last hidden state is the next input, no token is chosen.
+    """Append one thought: the last hidden state becomes the next input, no token is chosen.
 
-    i, edit: number of the thought, and what changes it. UserError if it returns no valid input.
+    i, edit  index of the thought, and a function that replaces its input. Raise UserError if the
+             replacement is not a finite tensor of the same shape, dtype and device.
     """
     thought = model.thought_embedding(state.hidden)
-    if edit is None:
-        return append_step(model, cache, thought, state, active)
-    new = edit(i, thought.clone())  # a copy: the caller's may be memory of the engine
-    expected, actual = (
-        f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        for x in (thought, new)
-    )
-    if actual != expected or not new.isfinite().all():
-        actual = actual if actual != expected else "NaN or infinite numbers"
-        raise UserError(
-            f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
-        )
-    return append_step(model, cache, new, state, active)
+    if edit is not None:
+        new = edit(i, thought.clone())  # a copy, because the engine overwrites its memory
+        expected = f"{tuple(thought.shape)} {thought.dtype} on {thought.device}"
+        actual = type(new).__name__
+        if isinstance(new, Tensor):
+            actual = f"{tuple(new.shape)} {new.dtype} on {new.device}"
+            actual = actual if new.isfinite().all() else "NaN or infinite values"
+        if actual != expected:
+            raise UserError(
+                f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
+            )
+        thought = new
+    return append_step(model, cache, thought, state, active)
 
 
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -> DecodeState:
-    """Append one token, (B,)."""
+    """Append one token (B,) to each sequence. Return the state after it."""
     return append_step(model, cache, model.embed(token), state)

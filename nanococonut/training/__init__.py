@@ -1,1 +1,1 @@
-"""Everything train.py needs besides the model."""
+"""What train.py needs in addition to the model."""

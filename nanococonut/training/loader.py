@@ -1,14 +1,13 @@
-"""Examples for training: generated or read, tokenized, and cut into the batches of each step.
+"""Training examples: generate or read them, tokenize them, and split them into batches.
 
-What an epoch and a step hold depends on the seed and their numbers only, never on timing or on what
-came before, so a run resumed anywhere sees the same examples in the same order.
+The examples of a step depend only on the seed, the epoch and the step, so a resumed run sees the
+same examples in the same order.
 """
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -38,17 +37,18 @@ Prepare = Callable[..., MicroBatch]  # TrainStep.prepare
 
 
 class StepBatch(NamedTuple):
-    """One optimizer step: the micro-batches of this process, and the examples of all processes."""
+    """The micro-batches of this process in a step, and the number of examples of all processes."""
 
     micro_batches: list[MicroBatch]
     n_examples: int
 
 
 class TrainLoader:
-    """The batches of every step; a worker thread makes the next epoch in advance.
+    """The batches of every step. A worker thread prepares the next epoch.
 
-    data   train=None: examples are generated, and never repeat a graph of data.val
-           skipped: a list gets why examples of files do not fit into block_size, which are dropped
+    data  with train=None, examples are generated, and never repeat a graph of data.val. If
+          data.skipped is a list, examples of files that do not fit into block_size are dropped and
+          the reasons are appended to it.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class TrainLoader:
         self.config, self.curriculum, self.tokenizer = config, curriculum, tokenizer
         self.task, self.dist = TASKS[config.task], dist or Distributed()
         generates = data.train is None
-        # a generated example that does not fit is the fault of the settings: always an error
+        # a generated example that does not fit is always an error: the settings are wrong
         self.skipped = None if generates else data.skipped
-        self.exclude = frozenset()  # graphs that generated examples must not repeat
+        self.exclude = frozenset()  # keys of graphs that must not be generated
         if generates:
             held_out = [example for split in data.val.values() for example in split]
             self.exclude = self._graph_keys(held_out) | test_hashes(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
-        self._epochs: dict[int, Future[list[TokenizedExample]]] = {}  # this one and the next
-        self._prefetched: dict[tuple[int, int], StepBatch] = {}  # by step and stage, the last one
-        self._fixed: list[TokenizedExample] | None = None  # the same examples every epoch
+        self._epochs: dict[int, Future[list[TokenizedExample]]] = {}  # the current and the next
+        self._prefetched: dict[tuple[int, int], StepBatch] = {}  # one batch, by (step, stage)
+        self._fixed: list[TokenizedExample] | None = None  # used in every epoch, if not None
         if not generates:
             self._fixed = [tokenized for _, tokenized in self._fitting(data.train)]
         elif not config.regenerate_each_epoch:
             self._fixed = self._generate(0)
-        # an example that does not fit is refused now, not at the first validation
+        # checked now, so that a validation example that does not fit fails before training
         self.val_splits = {
             name: [example for example, _ in self._fitting(split)]
             for name, split in data.val.items()
@@ -85,7 +85,7 @@ class TrainLoader:
         self.steps_per_epoch = -(-self.n_examples // config.batch_size)  # the last may be short
 
     def get(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
-        """Return the batch of a step, prefetched or made now."""
+        """Return the batch of a step, from the prefetch if there was one."""
         if (step, stage) not in self._prefetched:
             self.prefetch(step, stage, prepare)
         return self._prefetched[step, stage]
@@ -100,24 +100,24 @@ class TrainLoader:
         # every process samples the same stages, then takes its shard
         rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
         stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
-        # of all processes: the loss is a mean over the labels of the whole step
+        # over all processes, because the loss is a mean over the labels of the whole step
         n_labels = count_labels(curriculum, stages, examples, tokenizer)
-        thought_labels = map(partial(thought_targets, curriculum), stages, examples)
-        n_thought_labels = sum(bool(ids) for labels in thought_labels for ids in labels)
-        counts = n_labels, len(examples), n_thought_labels
-        # like lengths share a micro-batch, so that little is padding
-        pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
-        pairs, size, micro_batches = self.dist.shard(pairs), config.micro_batch_size, []
+        pairs = list(zip(stages, examples, strict=True))
+        thought_labels = [ids for pair in pairs for ids in thought_targets(curriculum, *pair)]
+        counts = n_labels, len(examples), sum(map(bool, thought_labels))
+        # similar lengths share a micro-batch, so that there is little padding
+        pairs = self.dist.shard(sorted(pairs, key=lambda pair: len(pair[1].question)))
+        size, micro_batches = config.micro_batch_size, []
         for start in range(0, len(pairs), size):
             own_stages, own_examples = zip(*pairs[start : start + size], strict=True)
             batch = collate(curriculum, own_stages, own_examples, tokenizer)
-            # examples sampled at another stage say nothing about this one's accuracy
+            # only examples of the current stage count towards its accuracy
             counted = [own_stage == stage for own_stage in own_stages]
             micro_batches.append(prepare(batch, counted, counts, curriculum.n_thoughts(stage)))
         return StepBatch(micro_batches, len(examples))
 
     def epoch(self, epoch: int) -> list[TokenizedExample]:
-        """Return the epoch's examples in order; the worker makes the next epoch's meanwhile."""
+        """Return the examples of an epoch in order, and let the worker prepare the next epoch."""
         self._epochs = {
             n: self._epochs.get(n) or self._worker.submit(self._make_epoch, n)
             for n in (epoch, epoch + 1)
@@ -129,18 +129,18 @@ class TrainLoader:
 
     def _make_epoch(self, epoch: int) -> list[TokenizedExample]:
         examples = self._fixed or self._generate(epoch)
-        # a stream per epoch: no random state has to be saved
+        # one random stream per epoch, so that no random state has to be saved
         rng = np.random.default_rng((self.config.seed, ORDER, epoch))
         examples = [examples[i] for i in rng.permutation(len(examples))]
-        # the same examples every epoch get a plain shuffle
+        # fixed examples are only shuffled
         return self._bucketed(examples, rng) if self.config.regenerate_each_epoch else examples
 
     def _bucketed(
         self, examples: list[TokenizedExample], rng: np.random.Generator
     ) -> list[TokenizedExample]:
-        """Return the examples with like lengths in one batch, so that less is padding.
+        """Return the examples with similar lengths in each batch, to reduce padding.
 
-        Buckets of BUCKET_SIZE batches are sorted by length, and each bucket's batches shuffled.
+        Sort each bucket of BUCKET_SIZE batches by length, then shuffle its batches.
         """
         size, ordered = self.config.batch_size, []
         for start in range(0, len(examples), size * BUCKET_SIZE):
@@ -154,36 +154,37 @@ class TrainLoader:
     def _graph_keys(self, examples: list[Example]) -> frozenset[Hashable]:
         graphs = []
         for example in examples:
-            with suppress(UserError):  # a validation file may hold another task's examples
+            with suppress(UserError):  # the validation file may have examples of another task
                 graphs.append(self.task.module.marked_graph(example))
         return frozenset(graph_keys(graphs))
 
     def _generate(self, epoch: int) -> list[TokenizedExample]:
-        """Return an epoch's examples: plain, without the shortcut, with fewer, with most steps."""
+        """Return the examples of an epoch: plain ones, then those of the other fractions."""
         c, task = self.config, self.task
-        if epoch < c.grow_epochs:  # in small graphs steps are cheaper and search is learned sooner
+        if epoch < c.grow_epochs:  # small graphs train faster, and search is learned earlier
             sizes = ("n_nodes", "min_hops", "max_hops")
             c = replace(c, **{name: (getattr(c, name) + 1) // 2 for name in sizes})
         plain, matched, *_ = task.splits.values()
         kinds = [
             (c.matched_fraction, [matched(c)]),
-            (c.short_fraction, task.module.easier_configs(c)),  # these give the search a start
+            (c.short_fraction, task.module.easier_configs(c)),  # short chains start the search
             (c.long_fraction, task.module.longest_configs(c)),
         ]
         parts: list[tuple[int, GeneratorConfig]] = []
         for fraction, configs in kinds:
-            n_each = np.array_split(range(round(fraction * c.train_examples)), max(1, len(configs)))
-            parts += zip(map(len, n_each), configs, strict=False)
+            n = round(fraction * c.train_examples)
+            for i, generator_config in enumerate(configs):
+                parts.append((len(range(i, n, len(configs))), generator_config))  # equal shares
         parts.insert(0, (c.train_examples - sum(n for n, _ in parts), plain(c)))
         examples: list[Example] = []
         for i, (n, generator_config) in enumerate(parts):
             if n:
-                seed = (c.seed, TRAIN, epoch, i)  # no two parts share a stream
+                seed = (c.seed, TRAIN, epoch, i)  # one random stream per part
                 examples += task.module.generate(n, seed, generator_config, self.exclude)
         return [tokenized for _, tokenized in self._fitting(examples)]
 
     def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
-        """Return the examples that fit into block_size at every stage, with their tokens.
+        """Return (example, tokens) for the examples that fit into block_size at every stage.
 
         Raise UserError if one does not fit and `skipped` is None, or if none fits.
         """
@@ -198,15 +199,15 @@ class TrainLoader:
                 if length > block_size:
                     raise UserError(
                         f"it needs {length} positions with its thoughts, but "
-                        f"block_size={block_size}.\nUse a longer --block_size, shorter examples or "
+                        f"block_size={block_size}.\nUse a larger --block_size, shorter examples or "
                         "fewer thoughts."
                     )
                 fitting.append((example, tokenized))
-            except UserError as e:  # also of a special token in the text
+            except UserError as e:  # also if the text contains a special token
                 error = f"example {i}, {example['question'][:30]!r}...: {e}"
                 if self.skipped is None:
                     raise UserError(error) from None
                 self.skipped.append(error.split("\n")[0])
         if not fitting:
-            raise UserError(f"no example can be used, the last: {error}")
+            raise UserError(f"no example can be used. The last one, {error}")
         return fitting

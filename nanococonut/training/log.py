@@ -1,6 +1,6 @@
-"""What a run reports: metrics.jsonl, the console, TensorBoard.
+"""Logging of a run: metrics.jsonl, the console and TensorBoard.
 
-Every rank may call these; only rank 0 has a file to write to and a console.
+Every rank may call these functions; only rank 0 writes and prints.
 """
 
 import importlib.util
@@ -24,15 +24,16 @@ from nanococonut.training.loader import TrainLoader
 from nanococonut.training.state import Schedule, TrainState
 from nanococonut.weights.checkpoint import RunDir, list_checkpoints
 
-PRINT_INTERVAL = 100  # steps between lines, if the console is a file and shows no bar
-FIRST_LINE, LATER_LINES = 5, 30  # or seconds, if the steps are slow
-SLOW_STEPS, SLOW_FACTOR = 20, 4  # so many steps so much slower than the stage's fastest: warn
-COLLAPSED = 0.999  # cosine of the thoughts of two questions
+# without a terminal, print a line every PRINT_INTERVAL steps, or after FIRST_LINE seconds and then
+# every LATER_LINES seconds if the steps are slow
+PRINT_INTERVAL, FIRST_LINE, LATER_LINES = 100, 5, 30
+SLOW_STEPS, SLOW_FACTOR = 20, 4  # warn if SLOW_STEPS steps are SLOW_FACTOR times slower than before
+COLLAPSED = 0.999  # cosine similarity of the thoughts of different questions
 console = Console(highlight=False, soft_wrap=True)
 
 
 def require_tensorboard() -> None:
-    """Raise UserError if --tensorboard cannot work, before anything is generated or loaded."""
+    """Raise UserError if tensorboard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "--tensorboard needs the package tensorboard, which is not installed.\n"
@@ -41,7 +42,7 @@ def require_tensorboard() -> None:
 
 
 class RunLog:
-    """Logs every step and validation. As a context it shows a progress bar on a terminal."""
+    """Logs every step and validation. As a context manager, it shows a progress bar."""
 
     def __init__(self, run: RunDir, schedule: Schedule, state: TrainState) -> None:
         self.run, self.config, self.schedule = run, schedule.config, schedule
@@ -50,12 +51,12 @@ class RunLog:
         if self.config.tensorboard and run.dist.is_master:
             from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
-            # events of steps after the checkpoint are hidden: those steps are logged again
+            # hide the events of later steps, which a resumed run logs again
             self._writer = SummaryWriter(run.path / "tensorboard", purge_step=state.step + 1)
         self._recent: deque[tuple[float, int]] = deque(maxlen=PRINT_INTERVAL)  # seconds, examples
         self._last_step = time.monotonic()
         self._next_line = self._last_step + FIRST_LINE
-        self._fastest: dict[int, float] = {}  # stage -> examples/s, for the warning
+        self._fastest: dict[int, float] = {}  # stage -> examples/s
         self._is_warned = False
         columns = BarColumn(), TextColumn("{task.description}")
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -67,7 +68,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        with suppress(OSError):  # a full disk was reported by the write
+        with suppress(OSError):  # the failed write has already reported a full disk
             self._metrics.close()
         if self._writer:
             self._writer.close()
@@ -84,7 +85,7 @@ class RunLog:
         )
 
     def step(self, state: TrainState, loss: float, n_examples: int) -> None:
-        """Log the step that was just taken."""
+        """Log the last step."""
         now = time.monotonic()
         self._recent.append((now - self._last_step, n_examples))
         self._last_step = now
@@ -112,19 +113,19 @@ class RunLog:
             console.print(line)
 
     def _warn_if_slow(self, state: TrainState) -> None:
-        """Print once that the steps of a stage became SLOW_FACTOR times slower."""
+        """Warn once if the steps of a stage become SLOW_FACTOR times slower."""
         n_steps = state.step - state.stage_start
         if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) < SLOW_STEPS:
             return
         recent = list(self._recent)[-SLOW_STEPS:]
-        # a median: a validation or a save in between is no slow step
+        # the median ignores single steps slowed down by a validation or a save
         speed = statistics.median(n / max(1e-9, seconds) for seconds, n in recent)
         fastest = self._fastest[state.stage] = max(speed, self._fastest.get(state.stage, 0.0))
         if speed * SLOW_FACTOR < fastest and not self._is_warned:
             self._is_warned = True
             console.print(
                 f"[bold red]SLOW[/] at step {state.step}: {speed:.0f} examples/s, {fastest:.0f} "
-                "earlier. If something else computes here, OMP_NUM_THREADS=1 may be faster."
+                "before. If other programs use the CPU, OMP_NUM_THREADS=1 may be faster."
             )
 
     def validation(self, state: TrainState, validation: dict[str, Any]) -> None:
@@ -139,17 +140,18 @@ class RunLog:
         if min(validation.get("thought_similarity", [0])) > COLLAPSED:
             console.print(
                 "[bold red]THE THOUGHTS COLLAPSED[/]: they are the same for every question. "
-                "Try a lower learning rate, --grad_clip=1, or more epochs of the early stages."
+                "Try a lower learning rate, --grad_clip=1, or more epochs for the early stages."
             )
 
     def _write(self, step: int, group: str, values: dict[str, Any]) -> None:
-        """Write values to metrics.jsonl, and the numbers to TensorBoard under this group."""
-        for name, value in values.items() if self._writer else ():
-            if not isinstance(value, list):
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        """Write the values to metrics.jsonl, and the numbers among them to TensorBoard."""
+        if self._writer:
+            for name, value in values.items():
+                if not isinstance(value, list):
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
         try:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-            self._metrics.flush()  # a killed run loses no line
+            self._metrics.flush()  # so that a killed run loses no line
         except OSError as e:
             saved = list_checkpoints(self.run.path)
             advice = "continue from the last checkpoint with --resume" if saved else "train again"
@@ -160,7 +162,7 @@ class RunLog:
 
 
 def print_data(loader: TrainLoader, data: Data) -> None:
-    """Print what the config does not tell: skipped, downloaded, held-out and repeated examples."""
+    """Print facts about the data that are not in the config, such as repeated questions."""
     config = loader.config
     n_val = sum(map(len, loader.val_splits.values()))
     if data.skipped:
@@ -168,7 +170,7 @@ def print_data(loader: TrainLoader, data: Data) -> None:
         summary = f"{len(data.skipped)} of {n_all} examples skipped, the first: {data.skipped[0]}"
         console.print(f"  {summary}", markup=False)
     if data.commit:
-        console.print(f"  examples of the hub's commit {data.commit}", markup=False)
+        console.print(f"  examples from the hub at commit {data.commit}", markup=False)
     if config.data and not config.valid_data:
         console.print(f"  {n_val} examples of {config.data} held out for validation", markup=False)
     train = Counter(" ".join(example["question"].split()) for example in data.train or ())
@@ -185,7 +187,7 @@ def print_data(loader: TrainLoader, data: Data) -> None:
 def print_summary(
     name: str, schedule: Schedule, state: TrainState, splits: dict[str, list[Example]]
 ) -> None:
-    """Print a table of the stages that ended, and the accuracy of rules without a model.
+    """Print a table of the finished stages, and the accuracy of shortcut rules without a model.
 
     splits: name -> validation examples
     """
@@ -202,8 +204,8 @@ def print_summary(
             table.add_row(str(v["stage"]), str(v["thoughts"]), *accuracies, *rest)
         console.print(table)
     else:
-        console.print(f"no stage ended in {steps}, so there is no validation yet")
-    with suppress(UserError):  # examples of your own have no such rules
+        console.print(f"no stage was finished in {steps}, so there is no validation yet")
+    with suppress(UserError):  # a user's own data may not support these rules
         shortcuts = TASKS[schedule.config.task].shortcuts
         baselines = {split: shortcuts(examples) for split, examples in splits.items()}
         for rule in next(iter(baselines.values())):

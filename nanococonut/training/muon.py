@@ -1,10 +1,10 @@
-"""Muon: momentum, orthogonalized, for the matrices inside a transformer's layers.
+"""Muon: momentum with orthogonalized updates, for the matrices inside a transformer's layers.
 
 After Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon): the update of a matrix is
-its momentum with all singular values pulled towards 1 by five Newton-Schulz steps. torch.optim.Muon
-does the same one matrix at a time in bfloat16. On a CPU without bfloat16 arithmetic that takes
-longer than the rest of a small model's training step (docs/LOG.md). Here matrices of equal shape
-are batched, in their own precision.
+its momentum, with all singular values pulled towards 1 by five Newton-Schulz steps. torch's own
+torch.optim.Muon orthogonalizes one matrix at a time in bfloat16. On a CPU without bfloat16
+arithmetic, this takes longer than the rest of a small model's training step (docs/LOG.md). Here,
+matrices of the same shape are batched, in their own precision.
 """
 
 from collections.abc import Iterable
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 STEPS = 5
-A, B, C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steepest at 0 while it keeps (0, 1] near 1
+# Jordan's coefficients of the quintic: the steepest slope at 0 that still maps (0, 1] close to 1
+A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonal(m: Tensor) -> Tensor:
-    """Return roughly the nearest matrices with orthonormal rows: singular values of 0.7 to 1.2.
+    """Return approximately the nearest matrices with orthonormal rows.
 
-    m: (n, rows, cols) with rows <= cols.
+    m: (n, rows, cols) with rows <= cols. Singular values of the result are between 0.7 and 1.2.
     """
     x = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values within (0, 1]
     for _ in range(STEPS):
@@ -30,7 +31,7 @@ def orthogonal(m: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """For 2-D parameters only. A (3n, n) matrix counts as three: queries, keys and values."""
+    """Muon for 2-D parameters. A (3n, n) matrix is treated as three: queries, keys and values."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Muon(Optimizer):
             momentum, lr = group["momentum"], group["lr"]
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
             for p in group["params"]:
-                if p.grad is None:  # this step did not use the module
+                if p.grad is None:  # not used in this step
                     continue
                 state = self.state[p]
                 if not state:
@@ -59,7 +60,7 @@ class Muon(Optimizer):
                 n = 3 if p.shape[0] == 3 * p.shape[1] else 1
                 for w, u in zip(p.chunk(n), update.chunk(n), strict=True):
                     rows, cols = u.shape
-                    scale = max(1.0, rows / cols) ** 0.5  # Jordan's: a tall matrix moves further
+                    scale = max(1.0, rows / cols) ** 0.5  # Jordan's: larger for tall matrices
                     w, u = (w.mT, u.mT) if rows > cols else (w, u)
                     by_shape.setdefault(u.shape, []).append((w, u, scale))
             for entries in by_shape.values():

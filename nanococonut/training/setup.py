@@ -1,4 +1,4 @@
-"""From a command line to a config, a tokenizer, a model and its optimizers."""
+"""Set up a run: config, tokenizer, model and optimizers."""
 
 import re
 from pathlib import Path
@@ -18,32 +18,34 @@ from nanococonut.training.log import console, require_tensorboard
 from nanococonut.training.muon import Muon
 from nanococonut.weights import pretrained
 
-BETA1 = 0.9  # AdamW's first beta; every recipe uses this one
+BETA1 = 0.9  # of AdamW, in every recipe
 WEIGHT_DECAY = 0.01  # the released code's, and torch's default
 
 
 def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dict[str, str]]:
-    """Return (config, run name, why the fallback config is trained instead, {} if it is not).
+    """Return (config, run name, fallback info).
 
+    The fallback info says which config was replaced by its fallback and why; {} if none was.
     doc: the script's __doc__, for --help.
     """
     overrides, path = parse_cli(TrainConfig, argv, doc, config_file=True)
     values = read_config_file(path, TrainConfig) if path else {}
     config, fallback_info = make_config(TrainConfig, values, overrides), {}
     if reason := _fallback_reason(config):
-        if "init_from" in overrides and "fallback" not in overrides:  # what is typed is meant
+        # never replace weights that the user asked for on the command line
+        if "init_from" in overrides and "fallback" not in overrides:
             raise UserError(
                 f"--init_from={config.init_from}: {reason}.\n"
-                f"Leave it out to train {config.fallback}, or insist on it with --fallback=None."
+                f"Leave it out to train {config.fallback}, or force it with --fallback=None."
             )
         fallback = str(Path(path or ".").parent / config.fallback)
         console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
-        console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To insist: --fallback=None")
+        console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To prevent it: --fallback=None")
         fallback_info = {"instead_of": path, "because": reason}
         overrides = {k: v for k, v in overrides.items() if k not in ("init_from", "fallback")}
         config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
         path = fallback
-    # a config file may serve several methods, but an option on the command line should matter
+    # a config file may serve several methods, but a typed option should have an effect
     if ignored := [f"--{name}" for name in overrides if name in config.unused]:
         how = f"by method {config.method} with this data"
         console.print(f"[bold red]NOT USED[/] {how}: {', '.join(ignored)}")
@@ -53,10 +55,10 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
 
 
 def _fallback_reason(config: TrainConfig) -> str:
-    """Return why init_from cannot be trained here; "" if it can. Raise if there is no fallback."""
+    """Return why init_from cannot be trained here, or "". Raise UserError without a fallback."""
     no_gpu = not torch.cuda.is_available() and config.device in ("auto", "cpu")
     if config.init_from in pretrained.GPT2_SIZES and no_gpu and config.fallback:
-        return f"no GPU to train {config.init_from!r} on"  # before a download that would be in vain
+        return f"no GPU to train {config.init_from!r} on"  # checked first: saves the download
     if config.init_from != "scratch":
         try:
             pretrained.resolve_weights(config.init_from)
@@ -68,7 +70,7 @@ def _fallback_reason(config: TrainConfig) -> str:
 
 
 def init_tokenizer(config: TrainConfig, examples: list[Example] | None) -> Tokenizer:
-    """Return GPT-2's tokenizer, or a word-level one for the task and the training examples."""
+    """Return GPT-2's tokenizer, or one with the words of the task and the training examples."""
     if config.tokenizer == "gpt2":
         return Tokenizer.gpt2()
     texts = (" ".join([x["question"], *x["steps"], x["answer"]]) for x in examples or ())
@@ -79,20 +81,20 @@ def init_tokenizer(config: TrainConfig, examples: list[Example] | None) -> Token
 def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     """Return a model with random weights (the caller seeds torch), or with those of init_from.
 
-    Raise UserError if block_size exceeds the positions of the weights, or if a setting of the
-    thoughts does not fit the method or the vocabulary.
+    Raise UserError if block_size exceeds the positions of the weights, or if an option does not
+    fit the method or the vocabulary.
     """
     thought_type = METHODS[config.method].thought_type
     feeds_back = thought_type not in ("", "pause")
     if config.stop == "classifier" and not feeds_back:
         raise UserError(
-            f"--stop=classifier ends thoughts, but method {config.method} feeds none back.\n"
+            f"--stop=classifier needs latent thoughts, but method {config.method} has none.\n"
             "Leave it out, or choose a method with thoughts, such as coconut."
         )
     if config.soft_top_k > tokenizer.vocab_size:
         raise UserError(
-            f"soft_top_k={config.soft_top_k} is more than the vocabulary of "
-            f"{tokenizer.vocab_size} tokens.\nUse a smaller one, or 0 for all."
+            f"soft_top_k={config.soft_top_k} exceeds the vocabulary of "
+            f"{tokenizer.vocab_size} tokens.\nUse a smaller number, or 0 for all tokens."
         )
     n_tokens = count_tokens(config, tokenizer)
     extra = dict(  # GPTConfig fields that GPT-2 lacks
@@ -105,15 +107,15 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     if config.init_from == "scratch":
         names = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
         sizes = {name: getattr(config, name) for name in names}
-        # larger embeddings of few words learn faster (docs/LOG.md); 0.02 is GPT-2's
+        # a small vocabulary learns faster from larger embeddings (docs/LOG.md); GPT-2 has 0.02
         sizes["wte_init_std"] = 0.1 if config.tokenizer == "words" else 0.02
-        # smear tells the order of tokens already
+        # the smear already encodes the order of tokens
         sizes["wpe_init_std"] = 0.0 if config.smear else 0.02
         try:
             return GPT(GPTConfig(vocab_size=n_tokens, **sizes, **extra))
-        except RuntimeError as e:  # of the allocator
+        except RuntimeError as e:  # from the allocator
             raise UserError(
-                f"the model cannot be made: {str(e).splitlines()[0]}\n"
+                f"the model cannot be allocated: {str(e).splitlines()[0]}\n"
                 "Lower --n_embd, --n_layer or --block_size."
             ) from None
     path = pretrained.resolve_weights(config.init_from)
@@ -127,19 +129,19 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
 
 
 def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
-    """Return the rows of the token embedding: <bot>, <eot> and <latent> only if they are used."""
-    # as in the released code: in a CoT run they would take part in every softmax, and drift from
-    # "<<" before Coconut starts. A word-level model, which has no "<<", has them for any method:
-    # without them, its random weights (and every result in bench/results) would be others
+    """Return the model's vocabulary size, with <bot>, <eot> and <latent> only if they are used."""
+    # as in the released code: in a CoT run they would be in every softmax, and drift away from
+    # "<<", their initial value, before Coconut starts. Word-level models always have them, because
+    # the results in bench/results were trained with them
     is_used = METHODS[config.method].markers or tokenizer.spec["kind"] == "words"
-    return tokenizer.vocab_size if is_used else tokenizer.bot  # the last ids are theirs
+    return tokenizer.vocab_size if is_used else tokenizer.bot  # the special tokens come last
 
 
 def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimizer]:
     """Return [AdamW], or [AdamW, Muon] if muon_learning_rate > 0.
 
-    Muon trains the matrices inside the layers and those that map one stream of embeddings to
-    another (smear, projected thoughts); AdamW trains the rest.
+    Muon trains the matrices of the layers, the smear and the projection of thoughts; AdamW trains
+    the other parameters.
     """
     matrices = []
     if config.muon_learning_rate:
@@ -148,7 +150,7 @@ def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimiz
     muon_ids = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
         [p for p in model.parameters() if id(p) not in muon_ids],
-        fused=model.wte.weight.is_cuda or None,  # None: torch chooses
+        fused=model.wte.weight.is_cuda or None,  # None: torch's default
         lr=config.learning_rate,
         betas=(BETA1, config.beta2),
         weight_decay=WEIGHT_DECAY,

@@ -1,6 +1,6 @@
-"""Where a run is, and what the schedule makes of it.
+"""The progress of a run, and the schedule that decides what comes next.
 
-A schedule counts steps and examples, never time, so a run can be repeated and resumed bit for bit.
+The schedule counts steps and examples, never time, so a run can be repeated or resumed bit for bit.
 """
 
 import time
@@ -14,21 +14,21 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum, schedule
 from nanococonut.runtime.errors import UserError
 
-ACCURACY_WINDOW = 1280  # examples in the training accuracy that advance_at is compared with
+ACCURACY_WINDOW = 1280  # recent examples in the training accuracy, which advance_at refers to
 
 
 @dataclass
 class TrainState:
-    """Everything a resumed run needs in addition to weights and moments. JSON can hold it.
+    """What a resumed run needs in addition to weights and moments, saved as JSON.
 
-    step           optimizer steps taken
-    stage          of the last step taken
-    stage_index    position in Schedule.stages: the entry that the next step belongs to
-    stage_start    the step at which that entry began
+    step           number of optimizer steps so far
+    stage          stage of the last step
+    stage_index    index in Schedule.stages of the next step's entry
+    stage_start    step at which this entry began
     window         (correct, counted) of the last steps, about ACCURACY_WINDOW examples
-    validations    one for each stage that ended
-    best_step      with the best validation accuracy in the final stage, -1 before any
-    seconds        spent in the loop
+    validations    log line of each finished stage
+    best_step      step with the best validation accuracy in the last stage, or -1
+    seconds        time spent in the loop
     """
 
     step: int = 0
@@ -42,20 +42,20 @@ class TrainState:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._measured_at = time.monotonic()  # not a field: a resumed run has another clock
+        self._measured_at = time.monotonic()  # not a field, so it is not saved
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> "TrainState":
         """Return the state with these fields.
 
-        Raise TypeError, KeyError or ValueError if one is not as we save it.
+        Raise TypeError, KeyError or ValueError if a field is invalid.
         """
         state = cls(**saved)
         integers = {"step", "stage", "stage_index", "stage_start", "best_step"}
         if any(type(saved[name]) is not int for name in integers & saved.keys()):
-            raise ValueError("a step or stage is no whole number")
+            raise ValueError("a step or stage is not an integer")
         if not 0 <= state.stage_start <= state.step or state.stage_index < 0:
-            raise ValueError("its steps or stages are out of order")
+            raise ValueError("steps or stages are out of order")
         numbers = [state.best_accuracy, state.seconds]
         numbers += [x for correct, counted in state.window for x in (correct, counted)]
         shown = {"stage", "thoughts", "valid_accuracy", "valid_tokens", "minutes"}
@@ -63,7 +63,7 @@ class TrainState:
             shown |= {key for key in validation if key.endswith("_accuracy")}
             numbers += [validation[key] for key in shown]
         if any(type(x) not in (int, float) for x in numbers):
-            raise ValueError("accuracy, window or validations hold more than numbers")
+            raise ValueError("a value in accuracy, window or validations is not a number")
         return state
 
     @property
@@ -83,7 +83,7 @@ class TrainState:
         """Count one optimizer step."""
         self.step, self.stage = self.step + 1, stage
         self.window.append((n_correct, n_counted))
-        # drop the oldest step if the window is full without it
+        # drop the oldest step while the window stays full without it
         while len(self.window) > 1 and self.n_counted - self.window[0][1] >= ACCURACY_WINDOW:
             self.window.pop(0)
         self.measure_time()
@@ -95,11 +95,11 @@ class TrainState:
     def record(
         self, scores: dict[str, Any], n_thoughts: int, is_last_stage: bool, stage_done: bool
     ) -> dict[str, Any]:
-        """Return a validation's log line; keep it in the table of stages if the stage is done."""
+        """Return the log line of a validation, and keep it if the stage is done."""
         self.measure_time()
         validation = {"stage": self.stage, "thoughts": n_thoughts, **scores}
         validation["minutes"] = self.seconds / 60
-        # earlier stages answer with fewer thoughts, so they do not compete for the best
+        # earlier stages use fewer thoughts, so only the last stage can have the best step
         if is_last_stage and scores["valid_accuracy"] > self.best_accuracy:
             self.best_accuracy, self.best_step = scores["valid_accuracy"], self.step
         if stage_done:
@@ -107,7 +107,7 @@ class TrainState:
         return validation
 
     def manifest(self) -> dict[str, Any]:
-        """Return what the manifest of a checkpoint says of the state."""
+        """Return the state's entries in the manifest of a checkpoint."""
         return {
             "stage": self.stage,
             "best_step": self.best_step,
@@ -117,11 +117,11 @@ class TrainState:
 
     def next_stage(self) -> None:
         self.stage_index, self.stage_start = self.stage_index + 1, self.step
-        self.window.clear()  # another stage, another task
+        self.window.clear()  # the accuracy of the last stage does not count for the next
 
 
 class Schedule:
-    """The run's stages and learning rates, in steps."""
+    """The stages and learning rates of a run, by step."""
 
     def __init__(self, config: TrainConfig, curriculum: Curriculum, steps_per_epoch: int) -> None:
         self.config, self.curriculum, self.rules = config, curriculum, curriculum.rules
@@ -133,16 +133,17 @@ class Schedule:
         self.max_steps = min(self.total_steps, config.max_steps or self.total_steps)
 
     def check_epochs(self, epochs: int, state: TrainState) -> None:
-        """Raise UserError if the steps taken, in a run of `epochs`, differ from this schedule's."""
+        """Raise UserError if the steps of a run with other epochs do not fit this schedule."""
         before = Schedule(
             replace(self.config, epochs=epochs), self.curriculum, self.steps_per_epoch
         )
         i, last_step = state.stage_index, max(0, state.step - 1)
-        taken = [
+        # the past stages, whether there is a current one, whether it is the last, the last rate
+        past = [
             (x.stages[:i], len(x.stages) > i, x.is_last_stage(state), x.lr_scale(last_step))
             for x in (before, self)
         ]
-        if taken[0] == taken[1]:
+        if past[0] == past[1]:
             return
         options = ""
         if self.rules.advance_by == "stages":  # start in the final stage
@@ -150,8 +151,8 @@ class Schedule:
             options = " --first_stage_epochs=0 --max_latent_stage=0"
             options += f" --final_thoughts={n_thoughts}"
         raise UserError(
-            f"the steps taken follow the rates and stages of epochs={epochs}, not "
-            f"{self.config.epochs}.\nResume with --epochs={epochs}, or train on in another "
+            f"the run followed the learning rates and stages of epochs={epochs}, not "
+            f"{self.config.epochs}.\nResume with --epochs={epochs}, or continue in another "
             f"--out_dir: --init_from=RUN{options}"
         )
 
@@ -163,41 +164,40 @@ class Schedule:
         return state.stage_index == len(self.stages) - 1
 
     def lr_scale(self, step: int) -> float:
-        """Return the factor of the learning rates: warm-up, 1, and a linear decay to 0."""
+        """Return the learning rate factor: linear warm-up, 1, then linear decay to 0."""
         warmup = (step + 1) / max(1, self.config.warmup_steps)
         decay = (self.total_steps - step) / max(1, self.total_steps * self.config.decay_fraction)
         return min(1.0, warmup, decay)
 
     def set_lr(self, optimizers: Sequence[Optimizer], step: int) -> None:
         """Set the learning rate of every optimizer: its config value times lr_scale."""
-        # of [AdamW], or [AdamW, Muon]
         rates = (self.config.learning_rate, self.config.muon_learning_rate)
-        for optimizer, rate in zip(optimizers, rates, strict=False):
+        for optimizer, rate in zip(optimizers, rates, strict=False):  # [AdamW] or [AdamW, Muon]
             for group in optimizer.param_groups:
                 group["lr"] = rate * self.lr_scale(step)
 
     def resets_optimizer(self, state: TrainState) -> bool:
-        """Return whether the next step starts from fresh moments."""
+        """Return whether the optimizer is reset before the next step."""
         if self.config.reset_optimizer == "epoch":
             return state.step % self.steps_per_epoch == 0
         starts_stage = state.step == state.stage_start and state.step > 0
         return self.config.reset_optimizer == "stage" and starts_stage
 
     def stage_done(self, state: TrainState) -> bool:
-        """Return whether the stage is out of epochs, or learned well enough to move on."""
+        """Return whether the stage is out of epochs, or has reached advance_at."""
         if self.is_last_stage(state):
             return state.step == self.total_steps
         n_steps = self.stages[state.stage_index].epochs * self.steps_per_epoch
         out_of_epochs = state.step - state.stage_start >= n_steps
-        # a few lucky examples at a stage's start are not enough: the window must be full
-        full, threshold = state.n_counted >= ACCURACY_WINDOW, self.config.advance_at
-        learned = threshold > 0 and full and state.accuracy >= threshold
+        # the window must be full, so that a few lucky examples do not end a stage
+        is_full, threshold = state.n_counted >= ACCURACY_WINDOW, self.config.advance_at
+        learned = threshold > 0 and is_full and state.accuracy >= threshold
         return out_of_epochs or learned or state.step == self.total_steps
 
     def eval_due(self, state: TrainState, stage_done: bool) -> bool:
-        """Return whether to validate: at a stage's end, and every eval_interval in the last."""
+        """Return whether to validate: after each stage, and every eval_interval in the last."""
         last, interval = self.is_last_stage(state), self.config.eval_interval
         if stage_done:
-            # iCoT has a stage per epoch, too many to validate each
+            # iCoT has too many stages, one per epoch, to validate after each
             return last or self.rules.advance_by != "epochs"
         return bool(last and interval and (state.step - state.stage_start) % interval == 0)

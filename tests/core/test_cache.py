@@ -1,16 +1,18 @@
-"""KVCache writes only where it is told to, and lengths change only through the caller."""
+"""KVCache writes only at the given positions, and never changes the lengths."""
 
+import math
 from functools import partial
 
 import torch
 from helpers import random_gpt
 
 from nanococonut.cache import KVCache
+from nanococonut.inference.buffers import BatchView, StaticBuffers
 from nanococonut.model import cached_attention
 
 
 def test_append_writes_each_sequence_at_its_positions():
-    """Guards against positions of one sequence applied to another, or lengths that advance."""
+    """Guards against a write at another sequence's positions, and against changed lengths."""
     data = torch.zeros(2, 2, 3, 2, 9, 4)  # (n_layer, 2, B, n_head, capacity, head_dim)
     cache = KVCache(data, torch.zeros(3, dtype=torch.int64))
     expected = torch.zeros_like(data)
@@ -43,12 +45,14 @@ def test_a_bfloat16_cache_is_float32_on_a_cpu():
 
 
 def test_caches_of_other_shapes_share_memory():
-    """Guards against a copy: the engine's batches of all shapes use one flat buffer."""
+    """Guards against a copy: all batches of the engine share one flat buffer."""
     model = random_gpt(dtype=torch.float32, n_layer=2, n_head=1, n_embd=3)
-    memory, lengths = torch.zeros(2 * 2 * 4 * 1 * 5 * 3), torch.tensor([1, 2, 3, 4])
-    large = model.new_cache(4, 5, memory, lengths)
-    small = model.new_cache(2, 4, memory, lengths[:2])
+    buffers = StaticBuffers(model, 4, math.prod(model.cache_shape(4, 5)), 1, 1)
+    buffers.lengths.copy_(torch.tensor([1, 2, 3, 4]))
+    large, small = (
+        BatchView(model, buffers, shape, "torch", static=False).cache for shape in ((4, 5), (2, 4))
+    )
     small.append(1, *torch.ones(2, 2, 1, 1, 3), small.lengths[:, None])
-    assert memory.sum() == large.data.sum() == small.data.sum() == 2 * 2 * 3
+    assert buffers.cache.sum() == large.data.sum() == small.data.sum() == 2 * 2 * 3
     small.lengths += 1
     assert large.lengths.tolist() == [2, 3, 3, 4]

@@ -1,4 +1,4 @@
-"""The three-block pass equals a naive loop: one sequence at a time, re-run for every thought."""
+"""The three-block pass equals a naive loop that re-runs each sequence for every thought."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def naive_thought(model, h):
 
 
 def naive_loss(model, sequences):
-    """Return the loss of the paper's section 3, literally: no cache, no batch."""
+    """Return the loss of the paper's section 3, without cache and batching."""
     total = 0.0
     for prefix, n, suffix, targets in sequences:
         emb = model.embed(torch.tensor([prefix]))
@@ -93,7 +93,7 @@ def test_loss_and_gradients_equal_the_naive_loop(gpt, case, seed):
     ids=["projected", "fixed", "soft", "soft_top_k"],
 )
 def test_other_thoughts_equal_the_naive_loop(options):
-    """Guards against a wrong soft average or projection. Every parameter has a gradient."""
+    """Guards against a wrong soft average or projection, and a parameter without a gradient."""
     model = random_gpt(seed=4, **options)
     batch, sequences = random_batch(11, [3, 0, 1, 4])
     loss = training_loss(model, batch)
@@ -104,7 +104,7 @@ def test_other_thoughts_equal_the_naive_loop(options):
 
 
 def naive_thought_loss(model, sequences, thought_targets):
-    """Return the cross-entropy of the state fed as thought i with its labels, one at a time."""
+    """Return the cross-entropy of each state fed back with its labels, one at a time."""
     total = 0.0
     for (prefix, n, _, _), labels in zip(sequences, thought_targets.tolist(), strict=True):
         emb = model.embed(torch.tensor([prefix]))
@@ -119,7 +119,7 @@ def naive_thought_loss(model, sequences, thought_targets):
 
 @pytest.mark.parametrize("thought", ["hidden", "soft"])
 def test_thought_loss_equals_the_naive_loop(thought, seed):
-    """Guards against a label for the state after its thought instead of the one fed back."""
+    """Guards against labels that are off by one: they belong to the state that is fed back."""
     model = random_gpt(seed % 1000, thought=thought)
     batch, sequences = random_batch(seed, [3, 0, 1, 5])
     loss = coconut.thought_loss(model, batch, coconut.think(model, batch))
@@ -130,7 +130,7 @@ def test_thought_loss_equals_the_naive_loop(thought, seed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_equals_that_of_all_logits(case, seed):
-    """coconut.loss computes logits at supervised positions only: guards against wrong indices."""
+    """Guards against wrong indices, since coconut.loss computes only the supervised logits."""
     model = random_gpt(seed % 1000, vocab_size=5)
     batch, _ = random_batch(seed, *CASES[case], vocab=5)
     logits = forward(model, batch)
@@ -143,7 +143,7 @@ def test_loss_equals_that_of_all_logits(case, seed):
 
 @pytest.mark.parametrize("smear", [False, True])
 def test_fixed_thoughts_equal_pauses_in_one_pass(smear, seed):
-    """Guards a claim of docs/RESULTS.md: passes that feed nothing back compute what one does."""
+    """Guards a claim of docs/RESULTS.md: without feedback, n passes compute the same as one."""
     model = random_gpt(seed % 1000, thought="fixed", smear=smear)
     model.pause.weight.data = model.wte.weight.data[:1].clone()  # token 0 is never in a batch
     batch, sequences = random_batch(seed, [3, 1, 4])
@@ -154,7 +154,7 @@ def test_fixed_thoughts_equal_pauses_in_one_pass(smear, seed):
 
 
 def test_projection_starts_as_the_hidden_state():
-    """Guards against a non-zero start, and random numbers drawn before the other weights."""
+    """Guards against a nonzero projection, and against different random weights elsewhere."""
     torch.manual_seed(0)
     plain = GPT(GPTConfig(41, 48, 2, 3, 24))
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_projection_starts_as_the_hidden_state():
 
 
 def naive_stop_loss(model, sequences, needed):
-    """Return the classifier's loss, one sequence and one number of thoughts at a time."""
+    """Return the stop classifier's loss, for one sequence and number of thoughts at a time."""
     losses = []
     for (prefix, n, _, _), n_needed in zip(sequences, needed, strict=True):
         for k in range(n + 1):
@@ -179,7 +179,7 @@ def naive_stop_loss(model, sequences, needed):
 
 
 def test_stop_loss_equals_the_naive_loop():
-    """Guards against wrong labels or masks, and a gradient that leaks into the model."""
+    """Guards against wrong labels or masks, and against a gradient that reaches the model."""
     model = random_gpt(seed=2, vocab_size=7, stop=True)
     batch, sequences = random_batch(12, [3, 0, 1, 4, 4], vocab=7)
     needed = torch.tensor([2, 0, 3, 1, 9])
@@ -195,7 +195,7 @@ def test_stop_loss_equals_the_naive_loop():
 
 
 def test_gradient_reaches_the_first_thought():
-    """A detached thought would not change the loss, only this gradient."""
+    """Guards against a detached thought, which does not change the loss."""
     model = random_gpt(seed=1)
     batch, _ = random_batch(5, [4, 4])
     assert batch.prefix.shape[1] > 1 and batch.suffix.shape[1] > 2  # so T = 1 means a thought
@@ -216,7 +216,7 @@ def test_gradient_reaches_the_first_thought():
 
 
 def test_padding_does_not_change_logits(gpt):
-    """Guards against attention to padding: a sequence alone and in a batch of longer ones."""
+    """Guards against attention to padding: a batch equals each of its sequences alone."""
     batch, _ = random_batch(7, [2, 5, 0, 3])
     together = forward(gpt, batch)
     for b in range(4):
@@ -247,7 +247,7 @@ def test_padding_values_do_not_change_the_loss(gpt):
 
 
 def test_no_thoughts_equals_plain_gpt(gpt):
-    """Guards against an offset between the blocks that the naive loop shares."""
+    """Guards against an offset between the blocks that the naive loop has, too."""
     batch, sequences = random_batch(9, [0, 0, 0])
     logits = forward(gpt, batch)
     for b, (prefix, _, suffix, _) in enumerate(sequences):
@@ -256,7 +256,7 @@ def test_no_thoughts_equals_plain_gpt(gpt):
 
 
 def test_dropout_reaches_attention():
-    """Guards against attention that ignores dropout, or that draws from another generator."""
+    """Guards against attention that ignores dropout or the seed."""
     model = random_gpt(dropout=0.5).train()
     batch, _ = random_batch(3, [3, 1])
     torch.manual_seed(1)
@@ -268,7 +268,7 @@ def test_dropout_reaches_attention():
 
 
 def test_exact_match_needs_every_label():
-    """Guards the helper that other tests compare `correct` with."""
+    """Guards the reference that other tests compare `correct` with."""
     logits = torch.zeros(2, 3, 5)
     logits[0, 1, 2] = logits[0, 2, 3] = logits[1, 1, 2] = 1.0
     targets = torch.tensor([[IGNORE, 2, 3], [IGNORE, 2, 3]])
@@ -291,16 +291,16 @@ def gradients(model, batch, kernels="torch", autocast=False):
     ids=["ragged", "one_layer", "none"],
 )
 def test_kernel_gradients_are_as_accurate_as_torch(n_thoughts, shape, autocast, device, seed):
-    """Guards against a wrong backward of the kernels, in combination and over several thoughts."""
+    """Guards against wrong gradients of the kernels combined, over several thoughts."""
     pytest.importorskip("triton")
     shape = dict(n_embd=32, n_head=2) | shape
     model = random_gpt(seed % 1000, dtype=torch.float32, **shape).to(device)
     exact = random_gpt(seed % 1000, **shape).to(device)
     exact.load_state_dict(model.state_dict())
-    batch = random_batch(seed, n_thoughts)[0].to(torch.device(device))
+    batch = random_batch(seed, n_thoughts)[0].map(lambda t: t.to(device))
     got, usual = (gradients(model, batch, k, autocast) for k in ("triton", "torch"))
     truth = gradients(exact, batch)
-    # four roundings per layer and pass, since a gradient passes through all of them in a row;
+    # four roundings per layer and pass, since a gradient passes through all of them;
     # one rounding in bfloat16 is as large as 2^16 in float32
     roundings = 4 * model.config.n_layer * (batch.max_thoughts + 2) * (2**16 if autocast else 1)
     assert_three_way(got[0], usual[0], truth[0], roundings)
@@ -310,10 +310,11 @@ def test_kernel_gradients_are_as_accurate_as_torch(n_thoughts, shape, autocast, 
 
 
 def test_thoughts_share_one_prefix_gradient_buffer(monkeypatch, seed):
-    """Guards the point of the kernel: one key for the prefix, one dK and dV buffer per layer."""
+    """Guards the purpose of the kernel: one key for the prefix, one dK and dV buffer per layer."""
     attention = pytest.importorskip("kernels.prefix_attention")
     model = random_gpt(seed % 1000, dtype=torch.float32, n_embd=32, n_head=2)
-    batch = random_batch(seed, [2, 3])[0]
+    batch = random_batch(1, [2, 3])[0]
+    assert batch.prefix.shape[1] > 1  # a prefix of one token would use the kernel in all layers
     biases, written = [], []
     plain, writable = coconut.attention_bias, attention._writable
     monkeypatch.setattr(coconut, "attention_bias", lambda mask: biases.append(mask) or plain(mask))
@@ -321,7 +322,7 @@ def test_thoughts_share_one_prefix_gradient_buffer(monkeypatch, seed):
         attention, "_writable", lambda *args: written.append(writable(*args)) or written[-1]
     )
     if torch.cuda.is_available():
-        model, batch = model.cuda(), batch.to(torch.device("cuda"))
+        model, batch = model.cuda(), batch.map(torch.Tensor.cuda)
     training_loss(model, batch, "triton").backward()
     assert [mask.shape[1] for mask in biases[:3]] == [2, 3, 4]  # one for the prefix, then thoughts
     # dk and dv of 3 thoughts per layer; in the last one also of the prefill query

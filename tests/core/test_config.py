@@ -1,4 +1,4 @@
-"""config.py, runtime/cli.py: settings from files and flags; bad ones are refused by name."""
+"""Settings from config files and flags; an error names the bad setting."""
 
 import re
 
@@ -42,7 +42,7 @@ def test_cli_spellings_and_bare_flags():
 
 
 def test_command_line_overrides_config_file(tmp_path):
-    """Defaults merged too early would override the file."""
+    """Guards against defaults that override the config file."""
     path = write_config(
         tmp_path, '"""why"""\nn_layer = 3  # because\nlearning_rate = 0.5\ndata = None\n'
     )
@@ -54,7 +54,7 @@ def test_command_line_overrides_config_file(tmp_path):
 
 
 def test_config_file_saved_by_notepad_is_read(tmp_path):
-    """A byte order mark, and lines that end in CRLF, were "not a config file"."""
+    """Guards against an error for a byte order mark or CRLF line endings."""
     (tmp_path / "mine.py").write_bytes(b"\xef\xbb\xbfn_layer = 3\r\nn_head = 3\r\n")
     assert read_config_file(tmp_path / "mine.py", TrainConfig) == {"n_layer": 3, "n_head": 3}
 
@@ -90,7 +90,7 @@ def test_config_file_saved_by_notepad_is_read(tmp_path):
     ],
 )
 def test_bad_setting_is_refused(argv, words):
-    """A typo or a value out of range must not train for an hour."""
+    """Guards against a training run with a typo or a value out of range."""
     refused(lambda: cli(*argv), *words)
 
 
@@ -107,13 +107,13 @@ def test_bad_setting_is_refused(argv, words):
     ],
 )
 def test_bad_config_file_is_refused(tmp_path, text, words):
-    """The error names the file and the line; no code in the file is executed."""
+    """The error names the file and line; no code in the file is executed."""
     path = write_config(tmp_path, text)
     refused(lambda: read_config_file(path, TrainConfig), str(path), *words)
 
 
 def test_unreadable_config_file_is_refused(tmp_path):
-    """A missing file, a file in Latin-1 and a folder end in two lines, not in a traceback."""
+    """Guards against a traceback for a missing file, a Latin-1 file or a folder."""
     write_config(tmp_path, "")
     refused(
         lambda: read_config_file(tmp_path / "mien.py", TrainConfig),
@@ -140,21 +140,21 @@ def test_help_is_grouped_and_complete(capsys):
 
 
 def test_there_are_sixty_settings():
-    """An option is there if a committed result or a test of the paper needs it."""
+    """Guards against new options: each needs a committed result or a test of the paper."""
     assert len(TrainConfig.__dataclass_fields__) == 60
 
 
 def test_min_hops_is_checked_for_prosqa_only():
-    """ProntoQA has no min_hops; ProsQA's default must not refuse its max_hops."""
+    """Guards against an error for ProntoQA, which has no min_hops."""
     assert cli("--task=prontoqa", "--max_hops=2")[0].max_hops == 2
     refused(lambda: cli("--max_hops=2"), "min_hops=3", "max_hops=2")
 
 
 def test_format_config_shows_what_differs():
-    """Sixty settings on the screen would hide the five that matter."""
+    """Guards against a log of all sixty settings, which hides the changed ones."""
     assert "=" not in format_config(TrainConfig())
     changed = dict(n_layer=2, n_head=2, n_embd=64, seed=1, tokenizer="words", out_dir="out/a-b")
-    changed |= dict(valid_data="v" * 90)  # longer than a line, and in one piece
+    changed |= dict(valid_data="v" * 90)  # longer than a line, but not broken
     lines = format_config(TrainConfig(**changed)).splitlines()
     assert sorted(re.findall(r"(\w+)=", " ".join(lines))) == sorted(changed)
     assert [len(line) <= 80 for line in lines].count(False) == 1

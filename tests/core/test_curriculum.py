@@ -1,4 +1,4 @@
-"""Schedules and token layouts, against lists written by hand from the paper's section 3."""
+"""Schedules and token layouts equal lists written by hand from the paper's section 3."""
 
 from dataclasses import replace
 
@@ -84,7 +84,7 @@ def test_collate_pads_right_and_supervises_text(tokenizer, ids):
 
 
 def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
-    """Guards against a label of another step, and against labels of steps still written."""
+    """Guards against a label of the wrong step, and against labels of steps that are kept."""
     c = Curriculum("coconut", max_latent_stage=3, final_thoughts=4)
     expected = {0: [], 1: [[3]], 2: [[3], [5]], 3: [[3], [5], [6]], 4: [[3], [5], [6], []]}
     for stage, labels in expected.items():
@@ -101,7 +101,7 @@ def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
 
 
 def test_thought_targets_name_nodes_of_prosqa():
-    """Guards the layout that thought_loss relies on: a compact step ends in the node it reaches."""
+    """Guards a requirement of thought_loss: a compact step ends in the node that it reaches."""
     task = TASKS["prosqa"]
     words = Tokenizer.words(task.module.VOCABULARY)
     raw = task.module.generate(3, 1)
@@ -111,7 +111,7 @@ def test_thought_targets_name_nodes_of_prosqa():
         reached = [f" {step.split()[1]}" for step in example["steps"]]
         assert [words.decode(ids) for ids in labels[:n]] == reached
         assert labels[n:] == [[]] * (6 - n) and reached[-1].strip() == example["answer"]
-        # all nodes that many steps away; a loop of its own, by node numbers
+        # all nodes k steps away, found by a separate loop over node numbers
         frontiers = task.module.frontiers(plain["question"])
         frontier, seen = {plain["root"]}, {plain["root"]}
         for ids in tokenize(words, example, frontiers).thought_labels:
@@ -129,7 +129,7 @@ def test_first_token_is_supervised_without_markers(tokenizer, ids):
 
 
 def test_schedules_equal_the_papers():
-    """Guards the epochs per stage of the paper and of the released code."""
+    """Guards the epochs per stage of the paper and the released code."""
     prosqa = schedule(Curriculum("coconut", max_latent_stage=6), epochs=50, epochs_per_stage=5)
     assert prosqa == [Stage(s, 5) for s in range(7)] + [Stage(7, 15)]
     gsm = Curriculum("coconut", c_thought=2, max_latent_stage=3)
@@ -146,7 +146,7 @@ RELEASED = {"prosqa": (1, 5, 6, 0, 50), "prontoqa": (1, 5, 6, 0, 50), "gsm8k": (
 
 @pytest.mark.parametrize("task", RELEASED)
 def test_configs_follow_the_released_schedule(task):
-    """GSM8k's command trained 25 epochs; the release resumes at epoch 3 of 25."""
+    """Guards against 25 epochs for GSM8k: the released config resumes at epoch 3 of 25."""
     c_thought, epochs_per_stage, max_stage, resume, num_epochs = RELEASED[task]
     file = ROOT / f"config/{task}.py"
     # the last command in the docstring, if there is one, gives the released schedule
@@ -172,7 +172,7 @@ def test_configs_follow_the_released_schedule(task):
 
 
 def test_thoughts_at_inference_follow_the_stage():
-    """Guards against an evaluation with more thoughts than were trained."""
+    """Guards against an evaluation with more thoughts than in training."""
     c = Curriculum("coconut", c_thought=2, max_latent_stage=3)
     assert [c.n_thoughts(s) for s in range(5)] == [0, 2, 4, 6, 6]
     assert [replace(c, final_thoughts=9).n_thoughts(s) for s in range(5)] == [0, 2, 4, 6, 9]
@@ -180,7 +180,7 @@ def test_thoughts_at_inference_follow_the_stage():
 
 
 def test_uniform_prob_samples_up_to_own_steps():
-    """Guards the distribution of the released code, and stages not reached yet."""
+    """Guards the distribution of the released code, and against stages not reached yet."""
     n_steps = [3] * 30_000
     rng = np.random.default_rng(0)
     never = Curriculum("coconut").sample_stages(5, n_steps, rng)
@@ -195,7 +195,7 @@ def test_uniform_prob_samples_up_to_own_steps():
 
 
 def test_max_length_covers_every_stage(tokenizer):
-    """Guards against a check of stage 0 only: thoughts can take more positions than their steps."""
+    """Guards against a check of stage 0 only: thoughts can be longer than their steps."""
     c = Curriculum("coconut", c_thought=3, max_latent_stage=3)
     lengths = []
     for stage in range(5):
@@ -205,7 +205,7 @@ def test_max_length_covers_every_stage(tokenizer):
 
 
 def test_texts_are_tokenized_separately(tokenizer):
-    """Guards against tokens that span the boundary of a step that may be dropped."""
+    """Guards against tokens that span two steps, one of which may be dropped."""
     raw = [{"question": "Tom is.", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}]
     example = tokenize(tokenizer, TASKS["prosqa"].render(raw, "sentences")[0])
     assert tokenizer.decode(example.question) == "Tom is.\n"
@@ -214,7 +214,7 @@ def test_texts_are_tokenized_separately(tokenizer):
 
 
 def test_methods_have_valid_rules():
-    """Guards against a typo in METHODS, which would fall through to another rule."""
+    """Guards against a typo in METHODS, which would silently select another rule."""
     for method in METHODS.values():
         assert method.drop_rule in ("none", "stage", "all", "tokens")
         assert method.n_thoughts_rule in ("none", "stage", "all")
@@ -223,7 +223,7 @@ def test_methods_have_valid_rules():
         assert (method.thought_type == "") == (method.n_thoughts_rule == "none")
 
 
-# Written by hand: the whole sequence of EXAMPLE (question 1 2, steps 3 | 4 5 | 6, answer 7 8) by
+# Written by hand: the sequence of EXAMPLE (question 1 2, steps 3 | 4 5 | 6, answer 7 8) at each
 # stage, with max_latent_stage=3 and c_thought=1. B, E: <bot>, <eot>; P: pause; $: eos; ~: thought
 # (a latent step). Tokens after | are labels.
 LAYOUTS = {
@@ -263,7 +263,7 @@ CASES = [(method, stage) for method, stages in LAYOUTS.items() for stage in stag
 
 
 def expected_layout(method, stage, tokenizer):
-    """Return (token ids, None for a thought; index of the first label)."""
+    """Return (token ids, with None for a thought; index of the first label)."""
     context, labels = LAYOUTS[method][stage].split("|")
     ids = {"B": tokenizer.bot, "E": tokenizer.eot, "P": tokenizer.latent, "$": tokenizer.eos}
     ids |= {"~": None} | {str(i): i for i in range(10)}
@@ -291,7 +291,7 @@ def test_layout_equals_the_hand_written_one(tokenizer, method, stage):
 
 @pytest.mark.parametrize(("method", "stage"), CASES)
 def test_loss_equals_a_naive_loop(tokenizer, method, stage):
-    """Guards layout and blocks together: no cache, the sequence is re-read for every thought."""
+    """Guards layout and blocks together, against a loop that re-runs the sequence per thought."""
     thought = METHODS[method].thought_type
     model = random_gpt(
         vocab_size=tokenizer.vocab_size,
@@ -335,7 +335,7 @@ def test_unpadded_short_example_has_fewer_thoughts(tokenizer):
 
 
 def test_icot_has_one_stage_per_epoch():
-    """Guards against stages limited by the number of steps, which iCoT does not count."""
+    """Guards against iCoT stages limited by the number of steps."""
     assert schedule(Curriculum("icot"), 4, 5) == [Stage(i, 1) for i in range(4)]
     samples = Curriculum("icot", uniform_prob=1.0).sample_stages(
         9, [2] * 500, np.random.default_rng(0)
@@ -349,7 +349,7 @@ SETTINGS |= dict(pad_latent_to_max=False, icot_tokens=2.5)
 
 
 def trained_on(config, tokenizer):
-    """Return the sequences of every epoch, and the number of thoughts after training."""
+    """Return the sequences of every epoch, and the number of thoughts at inference."""
     c, rng = Curriculum.from_config(config), np.random.default_rng(1)
     schedules = config.epochs_per_stage, config.first_stage_epochs
     epochs = [s.index for s in schedule(c, 12, *schedules) for _ in range(s.epochs)]
@@ -363,7 +363,7 @@ def trained_on(config, tokenizer):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ignored_options_change_nothing(tokenizer, method):
-    """Guards both ways: every option is ignored, or changes what is trained."""
+    """Guards both directions: an option either is ignored or changes the training."""
     base = TrainConfig(method=method, max_latent_stage=3, uniform_prob=0.5, epochs_per_stage=2)
     unchanged = trained_on(base, tokenizer)
     ignored = ignored_options(METHODS[method])

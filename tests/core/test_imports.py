@@ -1,4 +1,4 @@
-"""Imports point one way, scripts are not imported, `kernels` does not break transformers."""
+"""Imports are acyclic, no script is imported, and `kernels` does not break transformers."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# A module may import the lines above its own.
+# a module may import modules of the lines above it
 LAYERS = """
 runtime cache curriculum
 tokenizer config model
@@ -33,7 +33,7 @@ def imports(path):
 
 
 def test_imports_point_one_way():
-    """Guards against import cycles, and against libraries that are not dependencies."""
+    """Guards against import cycles, and against imports that are not dependencies."""
     package, level = ROOT / "nanococonut", {}
     for i, line in enumerate(LAYERS.split("\n")):
         level |= dict.fromkeys(line.split(), i)
@@ -52,14 +52,14 @@ def test_imports_point_one_way():
 
 
 def test_only_kernels_imports_triton():
-    """Guards machines without triton."""
+    """Guards against an ImportError on machines without triton."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "nanococonut").rglob("*.py")]:
         assert "triton" not in {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_openmp_is_set_before_torch_loads():
-    """A busy neighbour made training 20 times slower: torch's waiting threads spun. Its OpenMP
-    reads the policy when it is loaded, so a script that imports torch first sets it in vain."""
+    """Guards against training 20 times slower next to a busy process, as idle threads spin. OpenMP
+    reads the policy when torch is loaded, so scripts must import nanococonut first."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "bench").glob("*.py")]:
         names = [name.split(".")[0] for name in imports(path)]
         others = [name for name in names if name not in sys.stdlib_module_names]
@@ -73,7 +73,7 @@ def test_openmp_is_set_before_torch_loads():
 
 
 def test_transformers_import_from_the_repo_root():
-    """Hugging Face's `kernels` is an optional import of transformers; ours must not break it."""
+    """Guards against a name clash: transformers optionally imports Hugging Face's `kernels`."""
     pytest.importorskip("transformers")
     code = "import transformers; transformers.GPT2LMHeadModel; print('ok')"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

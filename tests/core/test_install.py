@@ -9,8 +9,8 @@ from helpers import ROOT
 
 
 def test_editable_install_imports_from_the_parent(tmp_path, monkeypatch):
-    """Started in the folder above the checkout, Python took the checkout's folder, which has the
-    package's name, for the package: empty, and found before setuptools' import hook."""
+    """Guards against an empty namespace package: in the folder above the checkout, Python finds
+    the checkout's folder, which has the package's name, before setuptools' import hook."""
     build_meta = pytest.importorskip("setuptools.build_meta")
     checkout, wheels = tmp_path / "nanococonut", tmp_path / "wheels"
     for path in ("nanococonut/__init__.py", "kernels/__init__.py", "README.md", "setup.py"):

@@ -1,4 +1,4 @@
-"""model.py is GPT-2: its logits equal those of transformers, and cached equals uncached."""
+"""The logits of model.py equal those of transformers, with and without a cache."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from nanococonut.weights.pretrained import load_gpt2
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 24), (3, 4, 64)])
 def test_logits_equal_transformers(tmp_path, shape):
-    """Guards against a wrong layer, a transposed weight, or a wrong start of the new tokens."""
+    """Guards against a wrong layer, a transposed weight, or wrong embeddings of the new tokens."""
     transformers = pytest.importorskip("transformers")
     n_layer, n_head, n_embd = shape
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_folder_without_gpt2_is_refused(tmp_path, config):
 
 
 def test_attention_is_causal(gpt):
-    """Guards against a missing mask, and a mask that also hides the past."""
+    """Guards against a missing mask, and a mask that hides the past, too."""
     idx = torch.randint(41, (2, 12))
     changed = idx.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 41

@@ -1,4 +1,4 @@
-"""ops.py reports which backend runs and never changes it silently; both generate the same."""
+"""ops.py reports the backend and never changes it silently; all backends generate the same."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_engine_generates_the_same_with_triton(device):
-    """Guards inactive sequences: ragged prefixes, early stops, early ends that shrink the batch."""
+    """Guards inactive sequences, with ragged prefixes, early stops and a shrinking batch."""
     model = random_gpt(seed=4, dtype=torch.float32, n_layer=1, n_head=2, n_embd=32, stop=True)
     model = model.to(device)
     prefixes = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
@@ -30,7 +30,7 @@ def test_engine_generates_the_same_with_triton(device):
 
 
 def test_training_backend_gives_its_reason(monkeypatch):
-    """Guards against a silent fallback, and against interpreted kernels for "auto"."""
+    """Guards against a silent fallback, and against "auto" choosing the interpreter."""
     plain, dropout = random_gpt(dtype=torch.float32), random_gpt(dtype=torch.float32, dropout=0.1)
     assert ops.choose_training_backend("torch", plain) == ("torch", "as requested")
     if not torch.cuda.is_available():  # interpreted kernels need --kernels=triton
@@ -56,14 +56,14 @@ def test_training_backend_gives_its_reason(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_gpu_training_uses_kernels_without_dropout():
-    """Guards against "auto" that never chooses the kernels."""
+    """Guards against "auto" never choosing the kernels."""
     plain, dropout = random_gpt(dtype=torch.float32), random_gpt(dtype=torch.float32, dropout=0.1)
     assert ops.choose_training_backend("auto", plain.cuda())[0] == "triton"
     assert ops.choose_training_backend("auto", dropout.cuda())[0] == "torch"
 
 
 def test_inference_backend_gives_its_reason(monkeypatch):
-    """Guards against a silent fallback, and against a model that the kernels compute wrongly."""
+    """Guards against a silent fallback, and against models that the kernels do not support."""
     plain, smeared = random_gpt(), random_gpt(smear=True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert ops.choose_backend("torch", plain) == ("torch", "as requested")
@@ -80,7 +80,7 @@ def test_inference_backend_gives_its_reason(monkeypatch):
     for model, reason in ((plain, "float64"), (smeared.float(), "smear"),
                        (random_gpt(thought="soft").float(), "soft thoughts"),
                        (random_gpt(thought="fixed").float(), "fixed thoughts"),
-                       (random_gpt(n_head=1, n_embd=129).float(), "128 dimensions")):  # fmt: skip
+                       (random_gpt(n_head=1, n_embd=129).float(), "129 dimensions")):  # fmt: skip
         with pytest.raises(UserError, match=reason):
             ops.choose_backend("triton", model)
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)

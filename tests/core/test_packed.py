@@ -1,4 +1,4 @@
-"""Packed linear layers generate the same tokens, follow the weights, and are chosen openly."""
+"""Packed linear layers generate the same tokens, follow the weights, and are reported."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def ask(engine):
 
 
 def test_packed_generates_the_same(gpt):
-    """A wrong activation, bias or head changes tokens; the smear has a linear layer of its own."""
+    """Guards against a wrong activation, bias or head, and against a missing smear layer."""
     model = gpt.float()
     plain = generate(model, PREFIXES, 3, [39], -1, 6)
     fast = generate(model, PREFIXES, 3, [39], -1, 6, kernels="packed")
@@ -29,7 +29,7 @@ def test_packed_generates_the_same(gpt):
 
 @pytest.mark.parametrize("thought", ["soft", "projected"])
 def test_packed_feeds_back_every_thought(thought):
-    """The packed model could lose the layers that only some methods have."""
+    """Guards against losing the layers that only some methods have."""
     model = random_gpt(thought=thought, **MODEL)
     plain = generate(model, PREFIXES, 3, [39], -1, 6)
     fast = generate(model, PREFIXES, 3, [39], -1, 6, kernels="packed")
@@ -37,7 +37,7 @@ def test_packed_feeds_back_every_thought(thought):
 
 
 def test_packed_copies_follow_the_weights():
-    """An optimizer writes in place: the copies kept the old weights."""
+    """Guards against stale copies after an optimizer changed the weights in place."""
     model = random_gpt(**MODEL)
     engine = Engine(model, kernels="packed")
     before = ask(engine)
@@ -47,11 +47,11 @@ def test_packed_copies_follow_the_weights():
     assert not torch.equal(before.thoughts, after.thoughts)
     expected = ask(Engine(model, kernels="torch")).thoughts
     torch.testing.assert_close(after.thoughts, expected, rtol=1e-5, atol=1e-5)
-    assert engine.memory()["packed"] == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
+    assert packed.PackedGPT(model).nbytes == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
 
 
 def test_packing_leaves_the_model_as_it_is():
-    """Layers replaced in the model itself would have no gradient and no state dict."""
+    """Guards against layers replaced in the model itself, which lose gradients and state dict."""
     model = random_gpt(**MODEL)
     names, layer = list(model.state_dict()), model.h[0].attn.c_attn
     fast = packed.PackedGPT(model)
@@ -60,7 +60,7 @@ def test_packing_leaves_the_model_as_it_is():
 
 
 def test_auto_packs_large_models_if_faster(monkeypatch):
-    """A timing must not decide about the bits of a small model."""
+    """Guards against a timing that decides the roundings of a small model."""
     model = random_gpt(**MODEL)
     monkeypatch.setattr(packed, "speedup", lambda model: 1.62)
     assert ops.choose_backend("auto", model) == ("torch", "the model is on cpu, not on a GPU")
@@ -73,7 +73,7 @@ def test_auto_packs_large_models_if_faster(monkeypatch):
 
 
 def test_packing_that_computes_something_else_is_refused(monkeypatch):
-    """The self-check compares with F.linear before any answer is given."""
+    """Guards the self-check, which compares with F.linear before the first answer."""
     forward = packed.PackedLinear.forward
     monkeypatch.setattr(packed.PackedLinear, "forward", lambda m, x: forward(m, x) * 1.001)
     with pytest.raises(UserError, match="packed layers differ by 1e-03 from plain ones"):

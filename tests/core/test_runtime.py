@@ -1,4 +1,4 @@
-"""Scripts end as their user expects: output that is closed, signals, python -OO."""
+"""Scripts handle closed output, signals and python -OO as users expect."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def full_disk():
 
 
 def prints(done):
-    """Return a main() that prints as scripts do, and notes in `done` that it ended."""
+    """Return a main() that prints as scripts do and appends to `done` at its end."""
 
     def main():
         Console().print("[bold]a table")
@@ -40,7 +40,7 @@ def prints(done):
 
 @pytest.mark.parametrize("stream", [closed_pipe, full_disk])
 def test_script_goes_on_without_stdout(monkeypatch, stream):
-    """rich ended a training with `| head`, silently; a full disk gave a traceback."""
+    """Guards against a silent end with `| head`, by rich, and a traceback for a full disk."""
     done = []
     with stream() as out:
         monkeypatch.setattr(sys, "stdout", out)
@@ -50,7 +50,7 @@ def test_script_goes_on_without_stdout(monkeypatch, stream):
 
 @pytest.mark.parametrize(("stream", "code"), [(closed_pipe, 141), (full_disk, 2)])
 def test_script_ends_with_its_stdout(monkeypatch, capsys, stream, code):
-    """rich exits with 1 where a shell expects 141; a full disk gave a traceback, or 120 at exit."""
+    """Guards against rich's exit code 1 instead of 141, and a traceback or 120 for a full disk."""
     done = []
     with stream() as out:
         monkeypatch.setattr(sys, "stdout", out)
@@ -65,7 +65,7 @@ def test_script_ends_with_its_stdout(monkeypatch, capsys, stream, code):
 
 
 def test_last_line_to_a_full_disk_is_an_error(monkeypatch, capsys):
-    """A short output is written when Python exits, too late for an error of ours."""
+    """Guards against a lost error: a short output is only written when Python exits."""
     with full_disk() as out:
         monkeypatch.setattr(sys, "stdout", out)
         with pytest.raises(SystemExit) as end:
@@ -74,7 +74,7 @@ def test_last_line_to_a_full_disk_is_an_error(monkeypatch, capsys):
 
 
 def test_error_of_a_script_survives_its_stdout(monkeypatch):
-    """The exit code was 1 or 120, as if the script had a bug, if its output was full, too."""
+    """Guards against exit code 1 or 120, which mean a bug, if the output is full, too."""
     with full_disk() as out, full_disk() as err:
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
@@ -89,14 +89,14 @@ def test_error_of_a_script_survives_its_stdout(monkeypatch):
 
 
 def test_stdout_closed_from_the_start_is_no_error(monkeypatch):
-    """`>&-`: sys.stdout is None."""
+    """Guards against an error with `>&-`, where sys.stdout is None."""
     monkeypatch.setattr(sys, "stdout", None)
     run_main(lambda: sys.stdout.write("nowhere"))
     assert sys.stdout is None
 
 
 def test_encoding_without_the_character_prints(monkeypatch):
-    """A Windows pipe encodes as cp1252: a line of a table was a traceback."""
+    """Guards against a traceback for a table in a Windows pipe, which encodes as cp1252."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="")
     monkeypatch.setattr(sys, "stdout", out)
     run_main(lambda: print("caf\xe9 \u2501 \U0001f965 \udce9"))
@@ -104,7 +104,7 @@ def test_encoding_without_the_character_prints(monkeypatch):
 
 
 def test_stream_of_a_notebook_prints(monkeypatch):
-    """Jupyter's stdout, and a redirect to io.StringIO, have no reconfigure(): a traceback."""
+    """Guards against a traceback for Jupyter's stdout or io.StringIO, without reconfigure()."""
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     run_main(lambda: print("caf\xe9"))
@@ -123,12 +123,12 @@ def handlers():
 
 @pytest.mark.skipif(HANGUP is None, reason="Windows has no SIGHUP")
 def test_closed_terminal_stops_after_the_step(handlers, capsys):
-    """SIGHUP killed the run without a save. The shell sends it twice: no second signal here."""
+    """Guards against SIGHUP ending a run without a save, even if the shell sends it twice."""
     interrupt = Interrupt()
     os.kill(os.getpid(), HANGUP)
     os.kill(os.getpid(), HANGUP)
     assert interrupt.received and interrupt.exit_code == 129
-    os.kill(os.getpid(), signal.SIGTERM)  # of a machine that shuts down
+    os.kill(os.getpid(), signal.SIGTERM)  # as when a machine shuts down
     os.kill(os.getpid(), HANGUP)
     assert interrupt.exit_code == 143 and capsys.readouterr().out.count("stopping") == 1
     with pytest.raises(SystemExit) as end:
@@ -138,7 +138,7 @@ def test_closed_terminal_stops_after_the_step(handlers, capsys):
 
 @pytest.mark.skipif(HANGUP is None, reason="Windows has no SIGHUP")
 def test_nohup_is_honoured(handlers):
-    """A run under nohup must outlive its terminal."""
+    """Guards against ending a run under nohup with its terminal."""
     signal.signal(HANGUP, signal.SIG_IGN)
     interrupt = Interrupt()
     os.kill(os.getpid(), HANGUP)
@@ -146,7 +146,7 @@ def test_nohup_is_honoured(handlers):
 
 
 def test_signal_within_a_print_is_kept(handlers, monkeypatch):
-    """A print of the handler raised RuntimeError, a reentrant call: nothing was saved."""
+    """Guards against a RuntimeError of a print in the handler, which prevented the save."""
 
     class Printing(io.StringIO):
         def write(self, text):
@@ -159,14 +159,14 @@ def test_signal_within_a_print_is_kept(handlers, monkeypatch):
 
 
 def test_end_of_the_loop_puts_handlers_back(handlers):
-    """In a notebook, Ctrl-C then only said "stopping after this step", in every later cell."""
+    """Guards against replacing Ctrl-C in all later cells of a notebook."""
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, HANGUP) if n]
     Interrupt().close()
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, HANGUP) if n]
 
 
 def test_loop_runs_in_a_thread():
-    """signal.signal raised "signal only works in main thread" under Streamlit and gradio."""
+    """Guards against an error in a thread, as in Streamlit and gradio, which take no signals."""
     made = []
     thread = threading.Thread(target=lambda: made.append(Interrupt()))
     thread.start()
@@ -175,7 +175,7 @@ def test_loop_runs_in_a_thread():
 
 
 def test_help_without_docstrings(capsys):
-    """python -OO has none: every script ended with a traceback."""
+    """Guards against a traceback with python -OO, which removes docstrings."""
     for doc, shown in ((None, "options:"), ("What it does.\n\nMore.", "What it does.\n")):
         with pytest.raises(SystemExit):
             parse_cli(TrainConfig, ["--help"], doc)

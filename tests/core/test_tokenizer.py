@@ -1,4 +1,4 @@
-"""Round trips on every data set, one token per word of a task, no text that fails to encode."""
+"""Tokenizers round-trip every dataset and encode each word of a task as one token."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_released_prosqa_words_are_single_tokens(released):
 
 
 def test_generated_examples_round_trip():
-    """Guards both formats: each word is one token."""
+    """Guards both formats: every word is a single token."""
     words = Tokenizer.words(prosqa.VOCABULARY)
     for sentences in prosqa.generate(50, 0):
         for example in (sentences, prosqa.compact_example(sentences)):
@@ -73,14 +73,14 @@ def test_gpt2_has_three_more_tokens(gpt2):
 
 
 def test_special_tokens_in_text_are_refused(tokenizer):
-    """Guards against data that ends a sequence or starts thoughts."""
+    """Guards against text that ends a sequence or starts thoughts."""
     for name in (EOS, BOT):
         with pytest.raises(UserError, match="special token"):
             tokenizer.encode(f"Tom is {name} a lempus.")
 
 
 def test_unknown_words_are_listed_once(tokenizer):
-    """Guards the warning of sample.py against repetition and missed words."""
+    """Guards the warning of sample.py against repeated and missing words."""
     text = "Tom is a zonkus. Every zonkus is a lempus or Zoë."
     assert tokenizer.unknown_words(text) == ["zonkus", "Zo", "ë"]
 

@@ -41,7 +41,7 @@ def scripted(monkeypatch, tokenizer, texts=()):
         requests.append((request.prefixes, request.n_thoughts, request.forced_tokens))
         tokens = [tokenizer.encode(texts.pop(0) if texts else "") for _ in request.prefixes]
         nothing, n_thoughts = torch.zeros(1, 0, 1), [request.n_thoughts] * len(tokens)
-        return Generation(tokens, nothing, nothing, n_thoughts, 0, 0, 0, 0)
+        return Generation(tokens, nothing, n_thoughts, 0, 0, 0, 0)
 
     monkeypatch.setattr(Engine, "run", fake)
     return requests

@@ -18,7 +18,7 @@ from nanococonut.evaluation.pairs import generated_pairs, own_pairs
 from nanococonut.evaluation.readout import words_by_step
 from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
-from nanococonut.inference.engine import Engine, Request
+from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 QUESTIONS = ["Tom is a lempus. Is Tom a lempus or wumpus?", "Every Tom is a wumpus. Is a?"]
@@ -38,32 +38,34 @@ def random_engine(tokenizer, method="coconut", **shape) -> Engine:
 @pytest.mark.parametrize("thought", ["hidden", "soft", "projected", "fixed"])
 def test_an_edit_that_returns_its_input_is_exact(tokenizer, thought):
     """The plain steps of an edit could differ from those without one."""
-    engine = random_engine(tokenizer, thought=thought)
+    engine, seen = random_engine(tokenizer, thought=thought), []
     plain = engine.generate(QUESTIONS, 3, 9)
-    edited = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: fed)
+    edited = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: (seen.append(fed), fed)[1])
     assert plain.tokens == edited.tokens and torch.equal(plain.thoughts, edited.thoughts)
-    torch.testing.assert_close(plain.inputs, edited.inputs)
-    assert torch.equal(plain.inputs, plain.thoughts) == (thought == "hidden")
+    inputs = torch.stack(seen, 1)
+    torch.testing.assert_close(engine.model.thought_embedding(plain.thoughts), inputs)
+    assert torch.equal(inputs, plain.thoughts) == (thought == "hidden")
     same = engine.choose(QUESTIONS, CANDIDATES, 3, edit=lambda i, fed: fed)
     assert torch.equal(same, engine.choose(QUESTIONS, CANDIDATES, 3))
 
 
 def test_an_edit_is_fed_back(tokenizer):
-    """An edit could come late, keep the engine's memory, or be left out of the record."""
+    """An edit could come late, or keep the engine's memory."""
     engine = random_engine(tokenizer)
-    seen = []
+    seen, returned = [], []
 
     def edit(i, fed):
         seen.append((i, fed))
-        return fed.flip(0) if i == 1 else fed
+        returned.append(fed.flip(0) if i == 1 else fed)
+        return returned[-1]
 
-    plain = engine.generate(QUESTIONS, 3, 9)
+    plain = engine.generate(QUESTIONS, 3, 9).thoughts  # also the inputs, with hidden thoughts
     out = engine.generate(QUESTIONS, 3, 9, edit=edit)
     assert [i for i, _ in seen] == [0, 1, 2]
-    assert torch.equal(seen[0][1], plain.inputs[:, 0])  # not overwritten by later steps
-    assert torch.equal(out.inputs[:, 1], plain.inputs[:, 1].flip(0))
-    assert not torch.allclose(out.inputs[:, 2], plain.inputs[:, 2])
-    clamped = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: out.inputs[:, i])
+    assert torch.equal(seen[0][1], plain[:, 0])  # not overwritten by later steps
+    assert torch.equal(seen[1][1], plain[:, 1])
+    assert not torch.allclose(seen[2][1], plain[:, 2])
+    clamped = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: returned[i])
     assert clamped.tokens == out.tokens
 
 
@@ -73,9 +75,11 @@ def test_an_edit_runs_without_graphs(tokenizer):
     plain = engine.generate(QUESTIONS, 3, 9)
     engine.graphs = FakeGraphCache(8)
     out = engine.generate(QUESTIONS, 3, 9, edit=lambda i, fed: (seen.append(i), fed)[1])
-    assert seen == [0, 1, 2] and out.tokens == plain.tokens and not engine.graphs.graphs
-    with pytest.raises(ValueError, match="graph='off'"):
-        engine.run(Request([[1]], 1, [], -1, 1, edit=lambda i, fed: fed))
+    assert seen == [0, 1, 2] and out.tokens == plain.tokens
+    assert {key[0] for key in engine.graphs.graphs} == {"prefill", "token"}
+    # an edit does not see the sequences that fill a batch: this slice changes nothing
+    edited = engine.generate(QUESTIONS + QUESTIONS[:1], 1, 2, edit=lambda i, fed: fed[:3])
+    assert len(edited.tokens) == 3
 
 
 def test_bad_edits_are_refused(tokenizer):

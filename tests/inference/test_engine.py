@@ -1,4 +1,4 @@
-"""The engine equals a naive loop, a batch equals single runs, and what cannot fit is refused."""
+"""The engine equals a naive loop, for any batch, and refuses prompts that do not fit."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ EOS, EOT = 40, 39
 
 
 def naive(model, prefix, n_thoughts, forced_tokens, max_new_tokens, stop=False):
-    """Return (tokens, thoughts) without a cache: the whole sequence for each thought and token."""
+    """Return (tokens, thoughts) from a loop that re-runs the sequence for every position."""
     emb = model.embed(torch.tensor([prefix]))
 
     def last():
@@ -51,7 +51,7 @@ def random_prefixes(seed, n):
 @pytest.mark.parametrize("forced", [[], [EOT]], ids=["bare", "eot"])
 @torch.no_grad()
 def test_ragged_batch_equals_naive_loop(gpt, n_thoughts, forced):
-    """Padding could be attended, or a token written at another sequence's length."""
+    """Guards against attention to padding, and writes at another sequence's length."""
     prefixes = random_prefixes(n_thoughts, 7)
     out = generate(gpt, prefixes, n_thoughts, forced, EOS, 12)
     for b, prefix in enumerate(prefixes):
@@ -67,7 +67,7 @@ def test_ragged_batch_equals_naive_loop(gpt, n_thoughts, forced):
 @pytest.mark.parametrize("smear", [False, True])
 @torch.no_grad()
 def test_classifier_stops_each_sequence_itself(thought, smear):
-    """One sequence's classifier could stop another, or a stopped one could still move on."""
+    """Guards against a classifier that stops another sequence, or does not stop its own."""
     model = random_gpt(seed=5, thought=thought, smear=smear, stop=True)
     prefixes = random_prefixes(6, 9)
     model.stop.bias.fill_(-0.3)
@@ -78,14 +78,14 @@ def test_classifier_stops_each_sequence_itself(thought, smear):
         assert (out.n_thoughts[b], out.tokens[b]) == (n, tokens)
         if n:
             torch.testing.assert_close(out.thoughts[b, :n], thoughts[0], rtol=1e-9, atol=1e-9)
-    assert len(set(out.n_thoughts)) > 2  # none, all and some in between: the bias is the test's own
+    assert len(set(out.n_thoughts)) > 2  # none, all and some in between, by the choice of the bias
     # without stop=True the classifier is not used
     assert generate(model, prefixes, 5, [EOT], EOS, 10).n_thoughts == [5] * 9
 
 
 @torch.no_grad()
 def test_eos_may_be_the_first_token():
-    """The released generate never compares its first token with eos."""
+    """Guards against a bug of the released code, which never compares the first token with eos."""
     model = random_gpt(seed=3)
     prefixes = random_prefixes(1, 5)
     endless = generate(model, prefixes, 2, [EOT], EOS, 8).tokens
@@ -98,7 +98,7 @@ def test_eos_may_be_the_first_token():
 
 
 def test_what_does_not_fit_is_refused_before_work(gpt):
-    """An overflow of block_size could show up after minutes of generation."""
+    """Guards against an error only after minutes of generation."""
     gpt.backbone = None  # any work would raise TypeError
     with pytest.raises(ValueError, match="block_size"):
         generate(gpt, [[1] * 40], 6, [EOT], EOS, 8)
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_before_work(gpt):
 
 @torch.no_grad()
 def test_finished_sequences_leave_the_batch():
-    """The remaining sequences could take over another's cache or tokens."""
+    """Guards against remaining sequences that get another sequence's cache or tokens."""
     model = random_gpt(seed=8, smear=True)
     prefixes = random_prefixes(3, 12)
     endless = [generate(model, [p], 2, [EOT], -1, 14).tokens[0] for p in prefixes]
@@ -130,7 +130,7 @@ def test_finished_sequences_leave_the_batch():
 
 @torch.no_grad()
 def test_sampling_follows_the_softmax_and_its_seed():
-    """Sampling could be biased, ignore the seed, or use torch's global generator."""
+    """Guards against biased sampling, an ignored seed, and use of torch's global generator."""
     model = random_gpt(seed=9)
     logits = model(torch.tensor([[3, 7, 1]]))[0, -1]
     out = generate(model, [[3, 7, 1]] * 4000, 0, [], EOS, 1, temperature=2.0, seed=1).tokens
@@ -149,13 +149,13 @@ def test_sampling_follows_the_softmax_and_its_seed():
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-30, 1e-44, 1e-320])
 def test_a_temperature_near_zero_is_greedy(temperature):
-    """Logits over such a number are infinite, and the tokens were garbage."""
+    """Guards against garbage tokens: logits divided by such a number are infinite."""
     args = random_gpt(dtype=torch.float32), [[3, 7, 1], [4]], 2, [EOT], EOS, 9
     assert generate(*args, temperature=temperature).tokens == generate(*args).tokens
 
 
 def engine_with_graphs(model, max_graphs=24) -> Engine:
-    """Return the engine as on a GPU, with fake graphs."""
+    """Return an engine that uses fake graphs, as if on a GPU."""
     engine = Engine(model)
     engine.graphs = FakeGraphCache(max_graphs)
     return engine
@@ -165,10 +165,10 @@ def engine_with_graphs(model, max_graphs=24) -> Engine:
 @pytest.mark.parametrize("thought", ["hidden", "soft"])
 @pytest.mark.parametrize("smear", [False, True])
 def test_replayed_steps_equal_the_naive_loop(thought, smear):
-    """A replay could read the shapes, lengths or tokens of the batch that was captured.
+    """Guards against a replay that reads shapes, lengths or tokens of the captured batch.
 
-    Batches of several shapes in turn, with sequences that only fill the batch, sequences that end
-    early and leave it, and thoughts that stop.
+    The batches have several shapes, padding sequences, sequences that end early and thoughts that
+    stop early.
     """
     FakeGraphCache.captured = FakeGraphCache.replayed = 0
     model = random_gpt(seed=8, smear=smear, thought=thought, stop=True)
@@ -192,7 +192,7 @@ def test_replayed_steps_equal_the_naive_loop(thought, smear):
 
 @torch.no_grad()
 def test_graphs_are_captured_again_if_weights_move():
-    """A replay could read weights that were freed."""
+    """Guards against a replay that reads freed weights."""
     model = random_gpt(seed=8)
     engine, prefixes = engine_with_graphs(model), random_prefixes(2, 3)
 
@@ -211,7 +211,7 @@ def test_graphs_are_captured_again_if_weights_move():
 
 @torch.no_grad()
 def test_sampling_is_the_same_replayed():
-    """A graph could repeat the random numbers of its capture."""
+    """Guards against a graph that repeats the random numbers of its capture."""
     model, prefixes = random_gpt(seed=9), random_prefixes(4, 4)
     plain, replayed = Engine(model), engine_with_graphs(model)
     for seed in (1, 2):
@@ -221,7 +221,7 @@ def test_sampling_is_the_same_replayed():
 
 
 def test_edit_cannot_ask_its_own_engine(tokenizer):
-    """It waited for the engine's lock, which its own thread holds, for ever."""
+    """Guards against a deadlock: its own thread already holds the engine's lock."""
     model = random_gpt(vocab_size=tokenizer.vocab_size)
     engine = Engine(model, tokenizer, kernels="torch", graph="off")
 
@@ -229,13 +229,13 @@ def test_edit_cannot_ask_its_own_engine(tokenizer):
         engine.generate(["Tom is"], 1, 2)
         return fed
 
-    with pytest.raises(UserError, match="one of its own"):
+    with pytest.raises(UserError, match="Use another Engine"):
         engine.generate(["Every"], 1, 2, edit=edit)
     assert engine.generate(["Every"], 1, 2).tokens  # the lock is free again
 
 
 def test_threads_share_an_engine():
-    """Without the lock, threads write into each other's buffers."""
+    """Guards against threads that write to each other's buffers."""
     model = random_gpt(seed=8)
     model.train()  # a call switches to eval mode and back
     requests = [
@@ -257,7 +257,7 @@ def test_threads_share_an_engine():
 
 @pytest.mark.parametrize("render", ["compact", "sentences"])
 def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
-    """A prompt in another form than in training gives another answer."""
+    """Guards against a prompt in a different format than in training."""
     model = save_random_run(tmp_path, tokenizer, render=render)
     engine = nanococonut.load(tmp_path, device="cpu", kernels="torch", graph="off")
     assert engine.config.render == render and engine.manifest["n_thoughts"] == 3
@@ -273,7 +273,7 @@ def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
 
 
 def test_thoughts_without_special_tokens_refused(tokenizer):
-    """A CoT model has no row for <bot>: IndexError here, a dead process on a GPU."""
+    """Guards against an IndexError, or a dead process on a GPU: a CoT model has no <bot>."""
     model = random_gpt(vocab_size=tokenizer.bot)
     engine = Engine(model, tokenizer, Curriculum("coconut"))
     for ask in (engine.generate, lambda questions, n: engine.choose(questions, [["Tom"]], n)):

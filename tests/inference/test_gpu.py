@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the same numbers as on the CPU, and a complete training run."""
+"""A CUDA GPU computes the same as the CPU and completes a training run."""
 
 import copy
 import json
@@ -25,12 +25,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("smear", [False, True])
 def test_loss_and_gradients_equal_the_cpus(smear):
-    """A GPU kernel could mask or reduce differently."""
+    """Guards against a GPU kernel that masks or reduces differently."""
     batch, _ = random_batch(1, [3, 0, 5, 1])
     grads = []
     for name in ("cpu", "cuda"):
         model = random_gpt(smear=smear).to(name)
-        moved = batch.to(torch.device(name))
+        moved = batch.map(lambda t, name=name: t.to(name))
         coconut.loss_sum(forward(model, moved), moved.targets).backward()
         grads.append([p.grad.cpu() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
@@ -40,7 +40,7 @@ def test_loss_and_gradients_equal_the_cpus(smear):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("graph", ["on", "off"])
 def test_generation_equals_the_cpus(kernels, graph):
-    """Batches of several shapes in turn: graphs are captured and replayed, buffers grow."""
+    """Guards captured and replayed graphs and growing buffers, with batches of several shapes."""
     model = random_gpt(seed=8, dtype=torch.float32, n_head=2, n_embd=32, stop=True)
     cpu_engine = Engine(model)
     gpu_engine = Engine(copy.deepcopy(model).cuda(), kernels=kernels, graph=graph)
@@ -50,7 +50,7 @@ def test_generation_equals_the_cpus(kernels, graph):
         for _ in range(2):
             out = gpu_engine.run(Request(prefixes, thoughts, [39], 40, 8, stop))
             assert (out.tokens, out.n_thoughts) == (expected.tokens, expected.n_thoughts)
-    assert bool(gpu_engine.memory()["graphs"]) == (graph == "on")
+    assert bool(gpu_engine.graphs.graphs) == (graph == "on")
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_generation_equals_the_cpus(kernels, graph):
     [("torch", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16)],
 )
 def test_graphs_equal_eager_steps(kernels, dtype):
-    """A replay could read stale tensors."""
+    """Guards against a replay that reads stale tensors."""
     model = random_gpt(seed=8, dtype=dtype, n_head=2, n_embd=128, block_size=128).cuda()
-    # 64 tokens wide, as with graphs: the same matrix products
+    # 64 tokens wide, as graphs pad it, so that the matrix products are the same
     prefixes = [[(7 * b + t) % 39 for t in range(64 - 15 * b)] for b in range(4)]
     args = (prefixes, 5, [39], -1, 8)
     eager = generate(model, *args, kernels=kernels)
@@ -68,23 +68,23 @@ def test_graphs_equal_eager_steps(kernels, dtype):
     for _ in range(3):
         replayed = engine.run(Request(*args))
         assert replayed.tokens == eager.tokens
-        if kernels == "triton":  # bit for bit; torch's attention has another width
+        if kernels == "triton":  # bit for bit; torch's attention has a different width
             assert torch.equal(replayed.thoughts, eager.thoughts)
 
 
 def test_at_most_max_graphs_are_kept():
-    """Graphs of all shapes would fill the memory."""
+    """Guards against graphs of all shapes that fill the memory."""
     engine = Engine(random_gpt(dtype=torch.float32).cuda(), graph="on")
     engine.graphs = GraphCache(4)
     for n in (1, 2, 4, 8, 1, 8):
         engine.run(Request([[1, 2, 3]] * n, 2, [39], 40, 6))
-        assert 0 < engine.memory()["graphs"] <= 4
+        assert 0 < len(engine.graphs.graphs) <= 4
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("half", [False, True])
 def test_training_with_graphs_equals_training_without(kernels, half):
-    """SGD over micro-batches of several shapes, without a single device sync."""
+    """Guards the gradients of micro-batches of several shapes, and against any device sync."""
     models = [random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32).cuda().train()]
     models.append(copy.deepcopy(models[0]))
     steppers = [
@@ -115,7 +115,7 @@ def test_training_with_graphs_equals_training_without(kernels, half):
 
 
 def test_a_first_run_uses_the_memory_of_graphs():
-    """It took as much memory again as the graphs: forward or backward passes, outside the pool."""
+    """Guards against a first run outside the graphs' pool, which doubles the memory."""
     weight = torch.zeros(1 << 24, device="cuda", requires_grad=True)  # 64 MB
 
     def fn():
@@ -134,7 +134,7 @@ def test_a_first_run_uses_the_memory_of_graphs():
 
 
 def test_dropout_in_graphs_follows_the_seed():
-    """A graph could repeat the dropout mask of its capture."""
+    """Guards against a graph that repeats the dropout mask of its capture."""
     model = random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32, dropout=0.3)
     one = TrainStep(model.cuda().train(), graphs=GraphCache(8))
     batch, _ = random_batch(1, [3, 0, 2])
@@ -148,7 +148,7 @@ def test_dropout_in_graphs_follows_the_seed():
 
 
 def test_bfloat16_training_runs(tmp_path):
-    """The default dtype of a GPU must learn."""
+    """Guards the default dtype on a GPU: the loss must fall."""
     command = [sys.executable, "train.py", "config/prosqa_small.py", "--device=cuda"]
     run = subprocess.run(
         [*command, "--max_steps=60", f"--out_dir={tmp_path}/run"],

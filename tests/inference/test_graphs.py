@@ -6,7 +6,7 @@ from fake_graphs import FakeGraphCache
 
 
 def test_each_run_does_the_work_once():
-    """First run and capture could each add to the total; the oldest graph could stay."""
+    """Guards against work done twice at the capture, and against keeping the oldest graph."""
     graphs, total, calls = FakeGraphCache(2), torch.zeros(()), []
 
     def add(n):
@@ -24,7 +24,7 @@ def test_each_run_does_the_work_once():
 
 
 def test_fake_graphs_refuse_a_sync():
-    """A fake that syncs would pass tests that fail on a GPU."""
+    """Guards against a fake graph that allows syncs, which fail on a GPU."""
     x = torch.zeros(3)
     for sync in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x[0] > 0)):
         with pytest.raises(AssertionError, match="cannot sync"):

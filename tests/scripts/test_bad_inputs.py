@@ -1,4 +1,4 @@
-"""Bad inputs of every kind: exit code 2 and two lines, no traceback, no file lost or changed."""
+"""Every bad input ends with exit code 2 and two lines, and changes no file."""
 
 import json
 import runpy
@@ -37,17 +37,17 @@ def data(text, *argv):
 
 
 def damaged(name, change, command=SAMPLE):
-    """Return a command that reads the run, one file of which is changed by change(bytes)."""
+    """Return a command that reads a run in which change(bytes) was applied to one file."""
     return [*command], f"run/step_00000001/{name}", change
 
 
 def manifest(command=SAMPLE, **changes):
-    """Return a command that reads the run, whose manifest is changed."""
+    """Return a command that reads a run with a changed manifest."""
     return damaged("manifest.json", lambda b: json.dumps(json.loads(b) | changes).encode(), command)
 
 
 def progress(**changes):
-    """Return a command that resumes the run, whose progress is changed."""
+    """Return a command that resumes a run with changed progress."""
 
     def change(text):
         saved = json.loads(text)
@@ -57,7 +57,7 @@ def progress(**changes):
     return damaged("manifest.json", change, RESUME)
 
 
-# name: (argv, file, its text or bytes or a function of its bytes) or argv
+# name: argv, or (argv, file, its new text or bytes or a function of its old bytes)
 CASES = {
     # config files
     "config binary": config(b"\x00\x01\xff\xfe"),
@@ -182,7 +182,7 @@ CASES = {
 
 
 def contents(folder):
-    """Return path -> bytes of all files in a folder but a run's lock, which names its holder."""
+    """Return path -> bytes of all files in a folder, except for a run's lock."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
     return {p: p.read_bytes() for p in files}
 
@@ -203,7 +203,7 @@ def template(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_ends_in_two_lines(template, tmp_path, script, monkeypatch, case):
-    """A traceback says nothing, and what was saved must never be lost."""
+    """Guards against tracebacks, and against losing saved files."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # of train.py
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)

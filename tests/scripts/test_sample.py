@@ -27,7 +27,7 @@ def sample(script):
 
 
 def test_bundled_checkpoint_is_small_and_described():
-    """A repository should not grow by megabytes, nor hold a model of unknown origin."""
+    """Guards against megabytes in the repository, and a model of unknown origin."""
     manifest = checkpoint.verify(checkpoint.BUNDLED)
     assert sum(p.stat().st_size for p in checkpoint.BUNDLED.iterdir()) < 1_000_000
     assert (manifest["method"], manifest["n_thoughts"]) == ("coconut", 6)
@@ -35,7 +35,7 @@ def test_bundled_checkpoint_is_small_and_described():
 
 
 def test_bundled_model_answers_its_own_question(sample):
-    """A newcomer without a run must get an answer, with the thoughts."""
+    """Guards a new user's first command: an answer and thoughts without a run."""
     code, out, err = sample("--latent", "6", "--seed", "1")
     assert (code, err) == (0, "")
     for words in ("bundled", "question", "Thoughts", "first token after", "ms per thought"):
@@ -45,28 +45,28 @@ def test_bundled_model_answers_its_own_question(sample):
 
 
 def test_most_answers_are_correct(sample):
-    """A prompt in another form than in training gives answers by chance."""
+    """Guards against a prompt in a different format than in training."""
     outs = [sample("--latent=6", f"--seed={seed}")[1] for seed in range(12)]
     assert sum("(correct)" in out for out in outs) >= 9  # by guessing: 299 in 4096
 
 
 @pytest.mark.parametrize("latent", [0, 1, 9])
 def test_any_number_of_thoughts(sample, latent):
-    """No thoughts, or more than in training, once divided by zero."""
+    """Guards against a division by zero without thoughts, or with more than in training."""
     code, out, _ = sample(f"--latent={latent}", "--question", QUESTION)
     assert code == 0 and "trained with 6 thoughts" in out
     assert ("ms per thought" in out) == (latent > 0)
 
 
 def test_a_typed_question_in_sentences(sample):
-    """The bundled model reads compact questions, users write sentences."""
+    """Guards the conversion to the compact format that the bundled model reads."""
     code, out, _ = sample("--question", QUESTION)
     assert code == 0 and "Tom is a l" in out and "(correct)" in out
     assert "warning" not in out
 
 
 def test_interactive_mode(sample, monkeypatch):
-    """An error must not end it, an empty line asks a new question, Ctrl-D ends it."""
+    """Errors do not end it, an empty line asks a new question, and Ctrl-D ends it."""
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     lines = iter([QUESTION, "What is 2+2?", ""])
@@ -85,7 +85,7 @@ def test_interactive_mode(sample, monkeypatch):
 
 
 def test_a_bad_question_in_a_terminal_is_an_error(sample, monkeypatch):
-    """Only a question that was typed later may fail and go on."""
+    """Guards against exit code 0 for a bad --question in a terminal."""
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     code, _, err = sample("--question=What is 2+2?")
@@ -94,7 +94,7 @@ def test_a_bad_question_in_a_terminal_is_an_error(sample, monkeypatch):
 
 @pytest.fixture
 def piped(monkeypatch):
-    """piped(data) makes stdin a pipe with these bytes, and closed at its other end unless None."""
+    """Return piped(data), which makes stdin a pipe with this data (None: silent, but open)."""
 
     def pipe(data):
         read, write = os.pipe()
@@ -107,7 +107,7 @@ def piped(monkeypatch):
 
 
 def test_piped_questions_are_answered(sample, piped):
-    """A question on stdin was ignored, and one of the task's own answered instead."""
+    """Guards against ignoring the questions on stdin."""
     other = QUESTION.replace("Is Tom a", "Is Sam a")
     piped(f"\ufeff{QUESTION}\n\n{other}\r\n".encode())
     code, out, err = sample("--latent=6")
@@ -117,7 +117,7 @@ def test_piped_questions_are_answered(sample, piped):
 
 
 def test_a_typed_question_leaves_stdin_alone(sample, piped):
-    """In a shell's `while read` loop, stdin holds the questions of the next turns."""
+    """Guards a shell's `while read` loop, whose next lines are on stdin."""
     piped(b"not for us\n")
     code, out, _ = sample("--latent=6", "--question", QUESTION)
     assert code == 0 and out.count("question  ") == 1 and sys.stdin.readline() == "not for us\n"
@@ -125,26 +125,26 @@ def test_a_typed_question_leaves_stdin_alone(sample, piped):
 
 @pytest.mark.parametrize("data", [b"", b"\n \n", None], ids=["closed", "blank", "silent"])
 def test_stdin_without_a_question_asks_the_tasks_own(sample, piped, monkeypatch, data):
-    """A job runner's stdin may be empty, or a pipe that nobody ever writes to."""
-    monkeypatch.setattr("select.select", lambda r, w, x, t: select(r, w, x, 0))  # no second's wait
+    """Guards against an error or a hang: a job runner's stdin may be empty or silent."""
+    monkeypatch.setattr("select.select", lambda r, w, x, t: select(r, w, x, 0))  # without the wait
     piped(data)
     code, out, _ = sample("--latent=6", "--seed=1")
     assert code == 0 and out.count("question  ") == 1 and "first token after" in out
-    assert ("nothing arrived on stdin" in out) == (data is None)
+    assert ("no input on stdin" in out) == (data is None)
     monkeypatch.setattr("sys.stdin", None)  # closed by the shell
     assert sample("--latent=6", "--seed=1")[0] == 0
 
 
 def test_bad_bytes_on_stdin_are_no_traceback(sample, piped):
-    """They ended in a UnicodeDecodeError."""
+    """Guards against a UnicodeDecodeError."""
     piped(b"caf\xe9?\n")
     code, _, err = sample()
     assert code == 2 and "not a ProsQA question" in err and err.count("\n") == 2
 
 
 def test_missing_data_of_a_run_names_the_question(sample, tokenizer, tmp_path):
-    """The error named the option of another script."""
-    save_random_run(tmp_path / "run", tokenizer)  # its data is nowhere
+    """Guards against an error that names the option of another script."""
+    save_random_run(tmp_path / "run", tokenizer)  # its data file does not exist
     code, _, err = sample("--out_dir=run")
     assert code == 2 and "/home/somebody/rows.json does not exist" in err
     assert "--question=" in err and err.count("\n") == 2
@@ -152,7 +152,7 @@ def test_missing_data_of_a_run_names_the_question(sample, tokenizer, tmp_path):
 
 
 def test_unknown_words_are_warned_of(sample):
-    """The model reads a word that it was not trained on as bytes."""
+    """Guards against a silent answer to words that the model reads as bytes."""
     code, out, _ = sample("--question", QUESTION.replace("brimpus", "zonk"))
     assert code == 0 and "not in the vocabulary: zonk" in out
 
@@ -173,7 +173,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_two_lines(sample, case):
-    """A traceback does not say what to do."""
+    """Guards against tracebacks."""
     argv, words = REFUSED[case]
     code, _, err = sample(*argv)
     assert code == 2 and words in err, err
@@ -181,7 +181,7 @@ def test_bad_input_is_refused_in_two_lines(sample, case):
 
 
 def test_accuracy_bench_of_the_bundled_model(sample):
-    """The bundled model must be as good as the README says."""
+    """Guards the README's accuracy of the bundled model."""
     code, out, err = sample("--n=60", script="bench/accuracy.py")
     assert (code, err) == (0, "")
     line = json.loads(out.splitlines()[-1])
@@ -204,7 +204,7 @@ STEPS |= {"gorpus": "-", "lorpus": "-"}  # counted by hand
 
 
 def test_nodes_have_names_and_distances(sample):
-    """After 0, 1, ... thoughts: the three most probable concepts, and their distance."""
+    """Guards the three most probable concepts after each thought, and their distances."""
     code, out, err = sample("--latent=6", "--nodes", "--question", GRAPH)
     assert (code, err) == (0, "")
     table = out[out.index("Concepts after") : out.index("answer")]
@@ -217,7 +217,7 @@ def test_nodes_have_names_and_distances(sample):
         cells = re.findall(r"(\w+) \(([-\d]+)\) ([.\d]+%)", line)
         total = f"{sum(values.values()):.1%}"
         assert f" {total} " in line
-        if total == "0.0%":  # fractions of nothing once looked like answers
+        if total == "0.0%":  # no fractions of a total of 0
             assert not cells and " no concept " in line
             continue
         assert [node for node, _, _ in cells] == best
@@ -229,14 +229,14 @@ def test_nodes_have_names_and_distances(sample):
 
 
 def test_numbers_stay_whole_in_a_narrow_terminal(sample, monkeypatch):
-    """The numbers of 100 thoughts were cut to "1…"."""
+    """Guards against numbers cut to "1…"."""
     monkeypatch.setenv("COLUMNS", "50")
     code, out, _ = sample("--latent=100", "--question", QUESTION)
     assert code == 0 and "┃ #   ┃" in out and "│ 100 │" in out and "│ 9   │" in out
 
 
 def test_tokens_are_sampled_at_a_temperature(sample):
-    """Another seed must give another answer."""
+    """Guards against sampling that ignores the seed."""
     outs = {sample("--latent=0", "--temperature=9", f"--seed={s}", "--question", QUESTION)[1]
             for s in range(3)}  # fmt: skip
     answers = {out[out.index("answer") : out.index("first token")] for out in outs}
@@ -246,14 +246,14 @@ def test_tokens_are_sampled_at_a_temperature(sample):
 
 
 def test_the_backend_is_named_and_never_replaced(sample):
-    """A silent fallback would be timed as if it were the kernels."""
+    """Guards against a silent fallback."""
     code, out, err = sample("--kernels=triton", "--device=cpu")
     assert code == 2 and "triton cannot run here" in err and err.count("\n") <= 2
     assert "kernels: torch (as requested)" in sample("--kernels=torch", "--seed=1")[1]
 
 
 def test_a_view_is_written(sample, tmp_path):
-    """The page of a typed question has no generated graph to rely on."""
+    """Guards the page of a typed question, which has no generated graph."""
     page = tmp_path / "view.html"
     code, out, _ = sample("--view", page, "--question", QUESTION)
     assert code == 0 and str(page.name) in out

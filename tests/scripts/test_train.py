@@ -1,4 +1,4 @@
-"""train.py as users run it: it learns, resumes to the same bits, and refuses in two lines."""
+"""train.py learns, resumes to the same bits, and reports bad input in two lines."""
 
 import importlib.util
 import json
@@ -81,7 +81,7 @@ def logged(run):
 
 
 def test_run_goes_through_its_stages(train, tiny):
-    """A stage could be skipped, or end at the wrong step, and the loss still fall."""
+    """Guards against a stage that is skipped or ends at the wrong step while the loss falls."""
     code, out, err = train(tiny, "--out_dir=run")
     assert (code, err) == (0, "")
     rows = logged("run")
@@ -106,7 +106,7 @@ def test_run_goes_through_its_stages(train, tiny):
 
 
 def test_closed_stdout_does_not_stop_training(train, tiny, monkeypatch):
-    """`train.py | head` ended with nothing saved and nothing said."""
+    """Guards `train.py | head`, which ended without saving."""
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as closed:
@@ -116,7 +116,7 @@ def test_closed_stdout_does_not_stop_training(train, tiny, monkeypatch):
 
 
 def test_checkpoint_at_a_stage_end_names_that_stage(train, tiny):
-    """It is saved after the state moved on: it was sampled with a thought too many."""
+    """Guards against a thought too many: it is saved after the state moved to the next stage."""
     train(tiny, "--out_dir=run", "--max_steps=8")
     manifest = checkpoint.read_manifest(checkpoint.resolve("run"))
     assert (manifest["stage"], manifest["n_thoughts"]) == (0, 0)
@@ -126,15 +126,15 @@ def test_checkpoint_at_a_stage_end_names_that_stage(train, tiny):
 
 
 def test_run_without_a_finished_stage_prints_no_table(train, tiny):
-    """An empty table looked like a failure."""
+    """Guards against an empty table."""
     code, out, _ = train(tiny, "--out_dir=run", "--max_steps=7")
-    assert code == 0 and "no stage ended in 7 of 40 steps" in out and "generated" not in out
+    assert code == 0 and "no stage was finished in 7 of 40 steps" in out and "generated" not in out
     code, out, _ = train(tiny, "--out_dir=run", "--max_steps=8", "--resume")
-    assert code == 0 and "no stage ended" not in out and "generated tokens" in out
+    assert code == 0 and "no stage was finished" not in out and "generated tokens" in out
 
 
 def test_kill_before_the_first_step_keeps_the_log(train, tiny):
-    """Cutting the log back was not atomic: killed while resuming, it lost every line."""
+    """Guards against a log that is lost if a run is killed while it resumes."""
     train(tiny, "--out_dir=run", "--max_steps=9")
     before = logged("run")
     for _ in range(2):
@@ -149,8 +149,8 @@ def test_kill_before_the_first_step_keeps_the_log(train, tiny):
 
 @pytest.mark.parametrize("reset", ["stage", "epoch", "never"])
 def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
-    """Resumed at a stage end, inside an epoch or at its end, a run could take other batches,
-    another dropout mask, or keep moments that the whole run resets."""
+    """Guards against other batches, dropout masks or moments after resuming: at the end of a
+    stage, within an epoch, and at the end of an epoch."""
     setting = f"--reset_optimizer={reset}"
     assert train(tiny, setting, "--out_dir=whole", "--max_steps=30")[0] == 0
     train(tiny, setting, "--out_dir=parts", "--max_steps=8")
@@ -162,15 +162,15 @@ def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
 
 
 def test_seed_decides_the_run(train, tiny):
-    """A random stream without the seed makes two seeds equal, or two equal seeds differ."""
+    """Guards against a random stream that ignores the seed, or does not depend on it alone."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny, f"--out_dir={name}", f"--seed={seed}", "--max_steps=3")
     assert digests("a") == digests("b") != digests("c")
 
 
 def test_stage_ends_when_it_is_learned(train, tiny):
-    """advance_at could move on before it saw enough examples, or only at the stage's limit."""
-    # one example repeated is soon learned
+    """Guards against a stage that ends before enough examples, or only after its epochs."""
+    # a single example is learned soon
     write_examples("one.json", prosqa.generate(1, 0, prosqa.GraphConfig(10, 2, 3)) * 1500)
     code, _, _ = train(
         tiny, "--data=one.json", "--out_dir=run", "--advance_at=0.9", "--batch_size=320",
@@ -210,7 +210,7 @@ def wait_for_lines(path, n, process):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
-    """A signal in the middle of a step could save a step half taken, or lose the log's lines."""
+    """Guards against saving half a step after a signal, and against losing lines of the log."""
     train(tiny, "--out_dir=whole", "--save_interval=3")
     process = start(tiny, "--out_dir=killed", "--save_interval=3")
     wait_for_lines(Path("killed/metrics.jsonl"), 5, process)  # saved once, far from the end
@@ -229,7 +229,7 @@ def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
 
 
 def test_full_disk_keeps_the_last_checkpoint(train, tiny):
-    """A checkpoint that was half written must not replace a good one."""
+    """Guards against a half-written checkpoint that replaces a good one."""
     train(tiny, "--out_dir=run", "--max_steps=4")
     before = digests("run")
 
@@ -247,7 +247,7 @@ def test_full_disk_keeps_the_last_checkpoint(train, tiny):
 
 
 def test_full_disk_between_checkpoints_is_an_error(train, tiny):
-    """metrics.jsonl meets the full disk first: it was a traceback."""
+    """Guards against a traceback if the disk is full, which metrics.jsonl notices first."""
     train(tiny, "--out_dir=run", "--max_steps=4")
     room = Path("run/metrics.jsonl").stat().st_size + 150
 
@@ -264,7 +264,7 @@ def test_full_disk_between_checkpoints_is_an_error(train, tiny):
 
 
 def test_divergence_keeps_the_last_good_checkpoint(train, tiny):
-    """A checkpoint of NaN replaced the good one."""
+    """Guards against a checkpoint of NaN that replaces a good one."""
     argv = ["--learning_rate=1e29", "--grad_clip=0", "--save_interval=1", "--warmup_steps=0"]
     code, _, err = train(tiny, "--out_dir=run", *argv)
     assert code == 2
@@ -277,18 +277,18 @@ def test_divergence_keeps_the_last_good_checkpoint(train, tiny):
 
 
 def test_trains_on_a_file_of_examples(train, tiny):
-    """The last batch of an epoch is short: its examples could be lost."""
+    """Guards against losing the examples of the short last batch of an epoch."""
     rows = prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3))
     write_examples("rows.json", rows[:30])
     write_examples("valid.json", rows[30:])
     code, out, _ = train(tiny, "--data=rows.json", "--valid_data=valid.json", "--epochs=3")
     assert code == 0 and "30 examples per epoch" in out
     manifest = checkpoint.read_manifest(checkpoint.resolve("out/tiny"))
-    assert manifest["step"] == 6  # two steps of 16 and 14 rows, three epochs
+    assert manifest["step"] == 6  # two steps of 16 and 14 examples, three epochs
 
 
 def test_resume_knows_the_examples_not_their_path(train, tiny):
-    """Other examples at the same path were trained on; the same at another path were refused."""
+    """Guards against resuming on changed examples, and against refusing a moved file."""
     flags = [tiny, "--out_dir=run", "--resume"]
     examples = prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3))
     write_examples("a.json", examples)
@@ -321,7 +321,7 @@ def test_resume_knows_the_examples_not_their_path(train, tiny):
 
 
 def test_resume_takes_what_changes_only_roundings(train, tiny):
-    """A smaller micro batch, the way out of a full memory, and evaluation settings were refused."""
+    """Guards against refusing a smaller micro-batch or other evaluation settings on resume."""
     flags = [tiny, "--out_dir=run", "--max_steps=4"]
     train(*flags[:2], "--max_steps=2")
     flags += ["--resume", "--micro_batch_size=2", "--eval_interval=3", "--max_new_tokens=9"]
@@ -334,7 +334,7 @@ def test_resume_takes_what_changes_only_roundings(train, tiny):
 
 
 def test_resume_with_more_epochs_is_the_longer_run(train, tiny):
-    """More epochs were refused, though not a step taken would have been another."""
+    """Guards against refusing more epochs that leave the past steps as they were."""
     flags = [tiny, "--decay_fraction=0", "--first_stage_epochs=1", "--epochs_per_stage=1"]
     assert train(*flags, "--epochs=7", "--out_dir=whole")[0] == 0
     assert train(*flags, "--epochs=5", "--out_dir=run")[0] == 0
@@ -343,10 +343,10 @@ def test_resume_with_more_epochs_is_the_longer_run(train, tiny):
 
 
 def test_resume_with_other_rates_names_init_from(train, tiny):
-    """The rate decays to 0 at the last epoch: the steps taken would have been others."""
+    """Guards against resuming with epochs that would have changed the past learning rates."""
     train(tiny, "--epochs=7", "--epochs_per_stage=1", "--out_dir=run")
     code, _, err = train(tiny, "--epochs=9", "--epochs_per_stage=1", "--out_dir=run", "--resume")
-    assert code == 2 and "follow the rates and stages of epochs=7, not 9." in err
+    assert code == 2 and "learning rates and stages of epochs=7, not 9." in err
     assert err.count("\n") == 2
     options = [x for x in err.split() if x.startswith("--") and x != "--out_dir:"]
     assert options == ["--epochs=7,", "--init_from=RUN", "--first_stage_epochs=0",
@@ -358,7 +358,7 @@ def test_resume_with_other_rates_names_init_from(train, tiny):
 
 
 def test_resume_refuses_another_generator(train, tiny, monkeypatch):
-    """A version that generates other examples went on with them without a word."""
+    """Guards against silently resuming after the generator changed."""
     train(tiny, "--out_dir=run", "--max_steps=2")
     generate = prosqa.generate
     monkeypatch.setattr(prosqa, "generate", lambda *a, **k: generate(*a, **k)[::-1])
@@ -367,7 +367,7 @@ def test_resume_refuses_another_generator(train, tiny, monkeypatch):
 
 
 def test_trains_on_a_task_of_your_own(train, tiny):
-    """Sums: words outside the vocabulary, no graphs, no shortcut rules, no validation file."""
+    """Guards data of sums: new words, no graphs, no shortcut rules, no validation file."""
     sums = [(a, b) for a in range(6) for b in range(5)]
     rows = [{"question": f"{a} plus {b}?", "steps": [], "answer": f"{a + b}"} for a, b in sums]
     write_examples("sums.json", rows)
@@ -380,7 +380,7 @@ def test_trains_on_a_task_of_your_own(train, tiny):
 
 
 def test_trains_on_released_examples(train, tiny, released):
-    """The released files have other keys in addition to ours."""
+    """Guards against an error for the additional keys of the released files."""
     code, out, _ = train(
         tiny, f"--data={released}/prosqa_valid.json", "--max_steps=2", "--block_size=300"
     )
@@ -388,7 +388,7 @@ def test_trains_on_released_examples(train, tiny, released):
 
 
 def test_methods_without_stages_validate_at_the_end(train, tiny):
-    """They never end a stage, so they were never validated."""
+    """Guards against runs of a single stage that are never validated."""
     for method in ("cot", "no_cot"):
         code, _, err = train(tiny, f"--method={method}", f"--out_dir={method}", "--epochs=2")
         assert (code, err) == (0, "")
@@ -397,7 +397,7 @@ def test_methods_without_stages_validate_at_the_end(train, tiny):
 
 
 def test_ignored_options_are_named_if_typed(train, tiny):
-    """An option without effect looked like a negative result. In a file it may be for others."""
+    """Guards against a typed option that silently has no effect; in a file it is allowed."""
     flags = [tiny, "--max_steps=1"]
     code, out, _ = train(*flags, "--method=cot", "--out_dir=a")
     assert code == 0 and "NOT USED" not in out
@@ -414,7 +414,7 @@ def test_ignored_options_are_named_if_typed(train, tiny):
 
 
 def test_fallback_is_printed_and_recorded(train, tiny, monkeypatch, tmp_path):
-    """A small model could be taken for GPT-2's result."""
+    """Guards against a small model that is taken for GPT-2."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
     code, out, _ = train(tmp_path / "big.py", "--max_steps=1", "--out_dir=run")
@@ -426,7 +426,7 @@ def test_fallback_is_printed_and_recorded(train, tiny, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_typed_init_from_never_falls_back(train, tiny, monkeypatch, tmp_path, has_gpu):
-    """A typed --init_from trained another model after two lines. A typed --fallback may."""
+    """Guards against replacing a typed --init_from, unless --fallback is typed, too."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
     (tmp_path / "big.py").write_text('init_from = "gpt2"\nfallback = "tiny.py"\n')
@@ -473,7 +473,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, case):
-    """A traceback, a silent default, or an overwritten run."""
+    """Guards against a traceback, a silent default, or an overwritten run."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     (tmp_path / "bad.py").write_text("n_layer = int('2')\n")
     (tmp_path / "latin.json").write_bytes(b'[{"question": "caf\xe9", "steps": [], "answer": "1"}]')
@@ -504,7 +504,7 @@ def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, c
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
 def test_unwritable_out_dir_is_an_error(train, tiny, tmp_path):
-    """It was a traceback."""
+    """Guards against a traceback."""
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, err = train(tiny, "--out_dir=locked/run")
     assert code == 2 and "cannot be used" in err
@@ -512,7 +512,7 @@ def test_unwritable_out_dir_is_an_error(train, tiny, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_resumes_and_samples(train, tiny, method):
-    """A method could train but not resume to the same bits, or not answer in sample.py."""
+    """Guards against a method that trains, but cannot resume or answer in sample.py."""
     flags = [tiny, f"--method={method}", "--epochs=8", "--reset_optimizer=never"]
     # as in the small configs: a module may be unused in some stages
     flags += ["--muon_learning_rate=5e-3"]
@@ -531,7 +531,7 @@ def test_every_method_trains_resumes_and_samples(train, tiny, method):
 
 
 def test_collapsed_thoughts_are_reported(train, tiny, monkeypatch):
-    """A run whose thoughts ignore the question looked like any other until its accuracy."""
+    """Guards against thoughts that ignore the question without a warning."""
     flags = [tiny, "--epochs=3", "--first_stage_epochs=0"]
     code, out, _ = train(*flags, "--out_dir=a")
     assert code == 0 and "COLLAPSED" not in out
@@ -543,7 +543,7 @@ def test_collapsed_thoughts_are_reported(train, tiny, monkeypatch):
 
 
 def test_stop_classifier_does_not_change_the_model(train, tiny):
-    """Its loss, or its share of the clipped norm, could reach the model's weights."""
+    """Guards against a stop loss or its gradient norm that changes the model's weights."""
     shape = ["--epochs=8", "--pad_latent_to_max=False"]
     assert train(tiny, *shape, "--out_dir=without")[0] == 0
     assert train(tiny, *shape, "--stop=classifier", "--out_dir=with")[0] == 0
@@ -559,24 +559,24 @@ def test_stop_classifier_does_not_change_the_model(train, tiny):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--stop=classifier", "--method=cot"], "cot feeds none back"),
-        (["--stop=classifier", "--method=pause_as_thought"], "feeds none back"),
-        (["--method=soft_thought", "--soft_top_k=100000"], "more than the vocabulary"),
+        (["--stop=classifier", "--method=cot"], "cot has none"),
+        (["--stop=classifier", "--method=pause_as_thought"], "has none"),
+        (["--method=soft_thought", "--soft_top_k=100000"], "exceeds the vocabulary"),
         (["--kernels=triton"], "kernels=triton cannot run here"),
         (["--graph=on"], "graph=on cannot run here"),
-        (["--task=gsm8k"], "render='compact' is not for gsm8k"),
+        (["--task=gsm8k"], "render='compact' does not work for gsm8k"),
         (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
     ],
 )
 def test_contradicting_settings_are_refused(train, tiny, flags, words):
-    """One of two was silently ignored."""
+    """Guards against silently ignoring one of two conflicting options."""
     code, _, err = train(tiny, *flags, "--out_dir=new")
     assert code == 2 and words in err and err.count("\n") <= 2 and "Traceback" not in err
     assert not checkpoint.list_checkpoints(Path("new"))
 
 
 def test_half_precision_trains_everything(train, tiny):
-    """Under autocast, the default on a GPU, hidden states and parameters differ in dtype."""
+    """Guards autocast, under which hidden states and parameters differ in dtype."""
     flags = [tiny, "--dtype=bfloat16", "--max_steps=3", "--stop=classifier"]
     flags += ["--first_stage_epochs=0", "--max_latent_stage=0", "--final_thoughts=2"]
     for method in ("coconut", "soft_thought", "projected", "pause_multipass"):
@@ -585,7 +585,7 @@ def test_half_precision_trains_everything(train, tiny):
 
 
 def test_kernels_train_as_torch_does(train, tiny):
-    """--kernels could pick another path than the one it prints."""
+    """Guards against a different backend than the one printed."""
     pytest.importorskip("triton")
     losses = []
     for kernels in ("torch", "triton"):
@@ -598,13 +598,13 @@ def test_kernels_train_as_torch_does(train, tiny):
 
 
 def test_generated_examples_are_never_skipped(train, tiny):
-    """A block_size too small for the settings silently trained on the short examples."""
+    """Guards against silently dropping generated examples that exceed block_size."""
     code, _, err = train(tiny, "--skip_bad_rows", "--block_size=40", "--out_dir=new")
     assert code == 2 and "block_size=40" in err
 
 
 def test_hub_commit_stays_the_first_ones(train, tiny, monkeypatch):
-    """A branch that moved between two calls changed the examples of a resumed run."""
+    """Guards against other examples after resuming: a branch on the hub may move."""
     tips, asked = {"main": "c0ffee", "v1": "beef"}, []
 
     def from_hub(split, name="", revision="main", skipped=None):
@@ -635,14 +635,14 @@ def test_hub_commit_stays_the_first_ones(train, tiny, monkeypatch):
 
 
 def test_refused_run_leaves_no_folder(train, tiny):
-    """An empty folder was then in the way of the corrected command."""
+    """Guards against an empty folder that blocks the corrected command."""
     for wrong in ("--kernels=triton", "--graph=on", "--data=nowhere.json"):
         code, _, err = train(tiny, wrong, "--out_dir=refused")
         assert code == 2 and err.count("\n") == 2 and not Path("refused").exists()
 
 
 def test_tensorboard_gets_every_step(train, tiny):
-    """Events of steps that a resumed run takes again would be shown twice."""
+    """Guards against duplicate events of steps that a resumed run repeats."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     code, _, err = train(tiny, "--tensorboard", "--out_dir=run", "--max_steps=8")
     assert (code, err) == (0, "")
@@ -660,7 +660,7 @@ def test_tensorboard_gets_every_step(train, tiny):
 
 
 def test_tensorboard_missing_is_an_error(train, tiny, monkeypatch):
-    """It was found out after the data had been generated, by a traceback."""
+    """Guards against a traceback after the data was generated."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec",

@@ -1,4 +1,4 @@
-"""Several processes train what one trains, stop together, and resume in any number.
+"""Several processes train the same as one, stop together, and resume in any number.
 
 Most runs are forked from this process, which has imported torch already; one uses torchrun.
 """
@@ -68,7 +68,7 @@ def folder(monkeypatch, tmp_path):
 
 
 class Run:
-    """train.py in `world` forked processes; each calls before(rank) first."""
+    """Run train.py in `world` forked processes, each of which calls before(rank) first."""
 
     def __init__(self, world, *argv, before=None):
         # outlives the processes, as torchrun's does
@@ -115,12 +115,12 @@ def assert_same(run, expected):
         assert line.keys() == other.keys()
         for key in line:
             if key.startswith("thought_"):
-                continue  # geometry of the first rank's share of the validation examples
+                continue  # computed on the first rank's share of the validation examples
             assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), (key, line, other)
 
 
 def test_two_processes_train_what_one_trains(script):
-    """A gradient that only some ranks have, or none, could be lost or averaged."""
+    """Guards against losing or averaging a gradient that only some ranks have."""
     # projected: unused in stage 0 and for some examples; the stop classifier is not clipped
     flags = ["--method=projected", "--muon_learning_rate=5e-3", "--stop=classifier"]
     flags += ["--advance_at=0.01", "--max_steps=22"]
@@ -132,7 +132,7 @@ def test_two_processes_train_what_one_trains(script):
 
 
 def test_torchrun_trains_the_same(script):
-    """The real launcher sets variables, and owns the store, that a fork does not."""
+    """Guards the real launcher, which sets more variables than a fork and owns the store."""
     flags = ["--max_steps=20", "--eval_interval=4"]
     assert script("tiny.py", "--out_dir=one", *flags)[0] == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -144,7 +144,7 @@ def test_torchrun_trains_the_same(script):
 
 
 def test_resumes_in_another_number_of_processes(script):
-    """Examples or dropout could depend on the number of processes."""
+    """Guards against examples or dropout that depend on the number of processes."""
     assert script("tiny.py", "--out_dir=whole", "--max_steps=20")[0] == 0
     assert Run(2, "--out_dir=parts", "--max_steps=7").end()[0] == [0, 0]
     assert script("tiny.py", "--out_dir=parts", "--max_steps=14", "--resume")[0] == 0
@@ -155,7 +155,7 @@ def test_resumes_in_another_number_of_processes(script):
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("how", ["UserError", "SIGKILL"])
 def test_failure_of_one_ends_all_with_one_error(failing, how):
-    """The others waited for it for ever, or each printed an error of its own."""
+    """Guards against the other processes hanging, or printing errors of their own."""
 
     def before(rank):
         think, calls = coconut.think, []
@@ -181,14 +181,14 @@ def test_failure_of_one_ends_all_with_one_error(failing, how):
 
 
 def test_error_of_all_is_printed_once():
-    """Eight processes printed it eight times."""
+    """Guards against an error printed by every process."""
     codes, out, err = Run(2, "--n_layr=2").end()
     assert (codes, out) == ([2, 2], "")
     assert err.count("error: ") == 1 and "--n_layer" in err and err.count("\n") == 2
 
 
 def test_bug_shows_its_traceback_once():
-    """Eight tracebacks, interleaved, cannot be read."""
+    """Guards against interleaved tracebacks of all processes."""
 
     def before(rank):
         coconut.loss_sum = None
@@ -198,7 +198,7 @@ def test_bug_shows_its_traceback_once():
 
 
 def test_unusable_path_is_one_line_for_all():
-    """An OSError with a file's name was a traceback, unlike in a single process."""
+    """Guards against a traceback for an OSError with a file name."""
 
     def before(rank):
         def fails(*args, **kwargs):
@@ -211,7 +211,7 @@ def test_unusable_path_is_one_line_for_all():
 
 
 def test_signal_to_one_stops_all_at_the_same_step(script):
-    """A rank that stops a step early leaves the others waiting in the all-reduce."""
+    """Guards against a rank that stops a step early: the others wait in the all-reduce."""
     assert script("tiny.py", "--out_dir=whole")[0] == 0
     run = Run(2, "--out_dir=run")
     log = Path("run/metrics.jsonl")
@@ -230,7 +230,7 @@ def test_signal_to_one_stops_all_at_the_same_step(script):
 
 
 def test_dropout_differs_between_processes():
-    """The CPU generator reads 32 bits of the seed: seeds far apart can be equal."""
+    """Guards against equal seeds: the CPU generator reads only 32 bits of them."""
     drawn = set()
     for rank in range(64):
         torch.manual_seed(Distributed(rank, 64).seed(12_345))
@@ -239,7 +239,7 @@ def test_dropout_differs_between_processes():
 
 
 def test_shards_cover_everything_once():
-    """An example could be lost, or trained twice."""
+    """Guards against an example that is lost or trained twice."""
     shares = [list(Distributed(rank, 3).shard(range(10))) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(10)) and max(map(len, shares)) == 4
 
@@ -260,7 +260,7 @@ def test_shards_cover_everything_once():
     ],
 )
 def test_half_a_launch_is_refused(monkeypatch, env, named):
-    """Each process trained the whole run alone, all in one folder."""
+    """Guards against processes that each train the whole run, in the same folder."""
     for name in (*distributed.TORCHRUN, *distributed.TASK_COUNTS):
         monkeypatch.delenv(name, raising=False)
     for name, value in (pair.split("=") for pair in env.split()):
@@ -275,7 +275,7 @@ def test_half_a_launch_is_refused(monkeypatch, env, named):
 
 
 def test_one_device_is_refused_for_several_processes():
-    """Eight processes on one GPU run out of memory, and why is hard to see."""
+    """Guards against an unclear out-of-memory error of several processes on one GPU."""
     with pytest.raises(UserError, match="a GPU of its own"):
         Distributed(1, 2).device("cuda:1")
     assert (

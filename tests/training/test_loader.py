@@ -1,4 +1,4 @@
-"""What an epoch holds: the parts that its fractions ask for."""
+"""An epoch has the requested fractions of each kind of example."""
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
@@ -22,7 +22,7 @@ def generated(epoch, **settings):
 
 
 def test_long_fraction_adds_the_longest_chains():
-    """They are rare among plain examples, and there a shortcut finds almost all answers."""
+    """Guards against missing long examples without a shortcut, rare among plain ones."""
     examples = generated(0, short_fraction=0.3, long_fraction=0.5)
     plain, short, longest = examples[:40], examples[40:100], examples[100:]
     assert len(examples) == 200
@@ -33,7 +33,7 @@ def test_long_fraction_adds_the_longest_chains():
 
 
 def test_graphs_grow_after_the_first_epochs():
-    """Guards against an epoch too many of small graphs, or none."""
+    """Guards against one epoch of small graphs too many, or none."""
     small, large = generated(1, grow_epochs=2), generated(2, grow_epochs=2)
     assert {len(x["steps"]) for x in small} == {1, 2}
     assert max(len(x["idx_to_symbol"]) for x in small) <= 8

@@ -1,4 +1,4 @@
-"""The console of a run: when a line is due, and when steps became slow."""
+"""The console of a run: when it prints a line, and when it warns about slow steps."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ def new_log(path, metrics):
 
 @pytest.fixture
 def log_steps(monkeypatch, capsys):
-    """Return log_steps(seconds of each step) -> lines on the console, which is no terminal."""
+    """Return log_steps(seconds of each step) -> lines on a console that is not a terminal."""
 
     def run(seconds):
         now = [0.0]
@@ -46,7 +46,7 @@ def log_steps(monkeypatch, capsys):
 
 
 def test_slow_steps_are_logged_by_time(log_steps):
-    """A run of slow steps printed nothing in its first 100: an hour of silence."""
+    """Guards against an hour without a line if steps are slow."""
     lines = log_steps([4.0] * 20)
     assert [line.split("/")[0] for line in lines] == ["step 2", "step 10", "step 18"]  # 8, 40, 72 s
     assert "2 examples/s" in lines[0]  # 10 each 4 s
@@ -55,19 +55,19 @@ def test_slow_steps_are_logged_by_time(log_steps):
 
 
 def test_collapse_of_the_speed_is_warned_of_once(log_steps):
-    """A neighbour that takes the processors looked like a slow model."""
+    """Guards against missing a slowdown by other programs, and a warning at every step."""
     warnings = [x for x in log_steps([0.1] * 60 + [1.0] * 60 + [0.1] * 60 + [1.0] * 60)
                 if "SLOW" in x]  # fmt: skip
-    assert len(warnings) == 1 and "10 examples/s, 100 earlier" in warnings[0]
+    assert len(warnings) == 1 and "10 examples/s, 100 before" in warnings[0]
 
 
 def test_validation_is_no_collapse_of_the_speed(log_steps):
-    """A long pause between steps is a validation, a save or a suspended laptop."""
+    """Guards against a warning for a single pause: a validation, a save or a suspended laptop."""
     assert not any("SLOW" in x for x in log_steps(([0.1] * 19 + [100.0]) * 5 + [0.3] * 50))
 
 
 def test_full_disk_before_a_checkpoint_names_no_resume(tmp_path):
-    """--resume was advised where nothing had been saved."""
+    """Guards against advice to use --resume when nothing was saved."""
     log, state = new_log(tmp_path, Path("/dev/full").open("w"))
     for expected in (False, True):
         with pytest.raises(UserError, match="Free some space") as e:
@@ -87,7 +87,7 @@ def test_full_disk_before_a_checkpoint_names_no_resume(tmp_path):
     ],
 )
 def test_repeated_questions_are_counted(capsys, train, valid, line):
-    """Validation questions that are also trained on gave a high accuracy without a word."""
+    """Guards against validation questions that are also in training, without a warning."""
     train, valid = ([{"question": f"Is  it {c}?"} for c in text] if text else None
                     for text in (train, valid))  # fmt: skip
     valid = [{"question": example["question"].replace("  ", " ") + "\n"} for example in valid]

@@ -1,4 +1,4 @@
-"""Muon against torch.optim.Muon, and against the definition of orthogonal."""
+"""Muon equals torch.optim.Muon, and its updates are orthogonal."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from nanococonut.training.muon import Muon, orthogonal
 
 
 def test_singular_values_are_near_one():
-    """A wrong coefficient still trains, only worse."""
+    """Guards against a wrong coefficient, which still trains, but worse."""
     torch.manual_seed(0)
     m = torch.randn(3, 20, 50, dtype=torch.float64)
     values = torch.linalg.svdvals(orthogonal(m))
@@ -19,7 +19,7 @@ def test_singular_values_are_near_one():
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
 def test_equals_torchs_up_to_bfloat16(shape):
-    """The scale of a tall matrix, Nesterov, or the decay could differ."""
+    """Guards against a different scale of tall matrices, Nesterov momentum or weight decay."""
     torch.manual_seed(1)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
@@ -37,7 +37,7 @@ def test_equals_torchs_up_to_bfloat16(shape):
 
 
 def test_queries_keys_and_values_are_three_matrices():
-    """Orthogonalized as one, the three share their singular values."""
+    """Guards against queries, keys and values that are orthogonalized as one matrix."""
     torch.manual_seed(2)
     joint = torch.nn.Parameter(torch.randn(24, 8))
     apart = [torch.nn.Parameter(part.clone()) for part in joint.detach().chunk(3)]

@@ -1,4 +1,4 @@
-"""Micro-batches add up to the gradient of the plain loss, eager and replayed as graphs."""
+"""Micro-batches accumulate the gradient of the plain loss, eagerly and as graphs."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ BATCHES = [(1, [3, 0, 2]), (2, [2, 1, 3]), (3, [0, 0]), (4, [1]), (1, [3, 0, 2])
 
 @pytest.fixture(autouse=True)
 def small_multiples(monkeypatch):
-    """Pad so that tiny batches have several padded shapes, and some share one."""
+    """Choose small multiples, so that tiny batches have several padded shapes."""
     monkeypatch.setattr(step_module, "PREFIX", 8)
     monkeypatch.setattr(step_module, "SUFFIX", 6)
     monkeypatch.setattr(step_module, "LABELS", 16)
@@ -50,7 +50,7 @@ def close(a, b):
 
 @pytest.mark.parametrize("seed, n_thoughts", BATCHES)
 def test_padding_changes_nothing(gpt, seed, n_thoughts):
-    """Padded positions, thoughts or sequences could reach the loss or a gradient."""
+    """Guards against padding that reaches the loss or a gradient."""
     batch, _ = random_batch(seed, n_thoughts)
     wide = batch.padded(5, 30, 12, 4, 60)
     loss, grads = plain(gpt, [batch], batch.n_labels)
@@ -70,7 +70,7 @@ def test_padding_changes_nothing(gpt, seed, n_thoughts):
 @pytest.mark.parametrize("stop, thought_loss", [(False, 0), (True, 0), (True, 0.7)])
 @pytest.mark.parametrize("smear", [False, True])
 def test_graphs_train_as_eager_does(stop, thought_loss, smear):
-    """A graph could keep an input, a count or a gradient of the step it was captured in."""
+    """Guards against a graph that keeps inputs, counts or gradients of its capture."""
     models = [random_gpt(seed=3, smear=smear, stop=stop).train()]
     models.append(copy.deepcopy(models[0]))
     FakeGraphCache.captured = FakeGraphCache.replayed = 0
@@ -106,7 +106,7 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
 
 
 def test_graphs_leave_unused_parameters_alone():
-    """Zeros for a gradient made AdamW count steps of a layer that only thoughts use."""
+    """Guards against zero gradients of unused layers, for which AdamW would count steps."""
     models = [random_gpt(seed=3, thought="projected").train()]
     models.append(copy.deepcopy(models[0]))
     train_steps = [TrainStep(models[0]), TrainStep(models[1], graphs=FakeGraphCache(8))]
@@ -126,7 +126,7 @@ def test_graphs_leave_unused_parameters_alone():
 
 @pytest.mark.parametrize("thought_loss", [0.0, 0.5])
 def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
-    """The mean of two micro-batches' means weighs labels of the smaller one more."""
+    """Guards against a mean of means, which weighs labels of small micro-batches more."""
     batches = [random_batch(5, [2, 1, 0])[0], random_batch(6, [3])[0]]
     n_labels = sum(b.n_labels for b in batches)
     n_thought_labels = sum(map(count_thought_labels, batches))
@@ -142,7 +142,7 @@ def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_micro_batches_change_what_dropout_draws(dropout):
-    """The README and the configs promised other roundings only, though their recipe has dropout."""
+    """Guards a claim of the README and configs: micro_batch_size changes dropout masks, too."""
     model = random_gpt(dropout=dropout).train()
     batch, _ = random_batch(5, [2, 1, 0, 2])
     grads = []
