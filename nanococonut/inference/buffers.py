@@ -43,6 +43,10 @@ class StaticBuffers:
         self.noise = torch.ones(batch, config.vocab_size, device=w.device)
         self.temperature = torch.ones((), device=w.device)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
+
 
 class BatchView:
     """A batch of one shape inside StaticBuffers, and the steps that update it in place."""

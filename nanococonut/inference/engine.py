@@ -150,6 +150,16 @@ class Engine:
         """Whether steps are replayed from CUDA graphs."""
         return self.graphs.max_graphs > 0
 
+    def memory(self) -> dict[str, int]:
+        """Return the bytes held in addition to the weights, by use."""
+        buffers, packed = self._buffers, self._packed
+        return {
+            "cache": buffers.cache.nbytes if buffers else 0,  # keys and values
+            "buffers": buffers.nbytes - buffers.cache.nbytes if buffers else 0,
+            "graphs": self.graphs.bytes,
+            "packed": packed.nbytes if packed else 0,  # copies of the linear layers, on a CPU
+        }
+
     def generate(
         self,
         questions: Sequence[str],
