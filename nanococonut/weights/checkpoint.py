@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -322,7 +323,7 @@ class RunDir:
         self.path, self.config, self.dist = Path(path), config, dist
         self.metrics_path = self.path / "metrics.jsonl"
         self.manifest: dict[str, Any] = {}
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[Path] | None = None
         if (self.path / MANIFEST).is_file():
@@ -355,7 +356,7 @@ class RunDir:
         """Wait for a save in the background, then end the lock."""
         self.end_save()
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if a setting that matters differs from those the run started with."""

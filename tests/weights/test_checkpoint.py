@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-import types
 from dataclasses import asdict, replace
 
 import pytest
@@ -325,8 +324,8 @@ def test_lock_ends_with_a_killed_process(tmp_path):
     reading, writing = fork.Pipe()
 
     def hold():
-        file = lock.lock_folder(tmp_path)
-        writing.send(f"{file.name} is locked")
+        held = lock.lock_folder(tmp_path)
+        writing.send(f"{held.lock_file} is locked")
         time.sleep(60)
 
     child = fork.Process(target=hold)
@@ -338,27 +337,7 @@ def test_lock_ends_with_a_killed_process(tmp_path):
     finally:
         child.kill()
         child.join()
-    lock.lock_folder(tmp_path).close()
-
-
-def test_windows_locks_a_byte_after_the_text(tmp_path, monkeypatch):
-    """Nobody else can read a locked byte there: the holder would stay unknown."""
-
-    def locking(fd, mode, n):
-        assert os.lseek(fd, 0, os.SEEK_CUR) > 1000 and n == 1
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise PermissionError(errno.EACCES, "Permission denied") from None
-
-    monkeypatch.setattr(lock, "fcntl", None)
-    windows = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
-    monkeypatch.setattr(lock, "msvcrt", windows, raising=False)
-    held = lock.lock_folder(tmp_path)
-    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-        lock.lock_folder(tmp_path)
-    held.close()
-    lock.lock_folder(tmp_path).close()
+    lock.lock_folder(tmp_path).release()
 
 
 def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
@@ -368,7 +347,7 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    lock.lock_folder(tmp_path).close()
+    lock.lock_folder(tmp_path).release()
     assert "No locks available" in capsys.readouterr().out
 
 
