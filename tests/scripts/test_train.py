@@ -440,7 +440,7 @@ def test_typed_init_from_never_falls_back(train, tiny, monkeypatch, tmp_path, ha
 
 REFUSED = {
     "misspelt key": (["--n_layr=2"], "Did you mean --n_layer?"),
-    "wrong type": (["--epochs=many"], "whole number"),
+    "wrong type": (["--epochs=many"], "an integer"),
     "missing config": (["tiy.py"], "Did you mean tiny.py?"),
     "config not literal": (["bad.py"], "not a literal"),
     "data missing": (["tiny.py", "--data=none.json"], "none.json"),
