@@ -374,7 +374,7 @@ class RunDir:
                 continue
             value = getattr(self.config, key)
             if value != saved and key in ROUNDING:
-                dropout = " and dropout's draws" if self.config.dropout else ""
+                dropout = " and dropout masks" if self.config.dropout else ""
                 print(f"{key}={value!r}, not {saved!r} as before: roundings{dropout} differ")
             elif value != saved:
                 raise UserError(

@@ -327,7 +327,7 @@ def test_resume_takes_what_changes_only_roundings(train, tiny):
     flags += ["--resume", "--micro_batch_size=2", "--eval_interval=3", "--max_new_tokens=9"]
     code, out, err = train(*flags)
     assert (code, err) == (0, "")
-    line = "micro_batch_size=2, not 6 as before: roundings and dropout's draws differ\n"
+    line = "micro_batch_size=2, not 6 as before: roundings and dropout masks differ\n"
     assert out.count("as before") == out.count(line) == 1
     code, out, err = train(*flags)
     assert (code, err) == (0, "") and "as before" not in out
