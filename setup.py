@@ -16,9 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    # an editable install adds the checkout's path; otherwise Python, started in the folder above,
-    # would take the checkout's folder for the package
-    package_dir={"": "."},
+    # bench/, config/ and tests/ stay in the checkout
+    package_dir={"": "."},  # an editable install adds this path (tests/core/test_install.py)
     packages=find_packages(include=["nanococonut*", "kernels"]),
     package_data={"nanococonut": ["py.typed", "bundled/*/*", "evaluation/*.html", "weights/*.md"]},
     install_requires=[  # lower bounds only

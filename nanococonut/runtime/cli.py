@@ -56,9 +56,8 @@ def option(
 
 def validate(config: Any) -> None:
     """Raise UserError if a field of the config dataclass has a wrong type or value."""
-    types_of = _types(type(config))
     for f in dataclasses.fields(config):
-        value, meta, types = getattr(config, f.name), f.metadata, types_of[f.name]
+        value, meta, types = getattr(config, f.name), f.metadata, _types(f)
         shown = f"--{f.name}={_shortened(value)}"
         # type(), not isinstance(), because a bool is an int
         if type(value) not in types and not (float in types and type(value) is int):
@@ -101,14 +100,12 @@ def _is_text(value: str) -> bool:
         return False
 
 
-def _types(cls: type) -> dict[str, tuple[type, ...]]:
-    """Return field name -> its types: (int,) for int, (int, NoneType) for int | None."""
-    hints = typing.get_type_hints(cls)
-    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+def _types(field: dataclasses.Field) -> tuple[Any, ...]:
+    """Return the types of a field: (int,) for int, (int, NoneType) for int | None."""
+    return typing.get_args(field.type) or (field.type,)
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean ...?" for a misspelled name or --name; "" if nothing is close."""
     name = word.removeprefix("--")
     word = word.removesuffix(name) + OTHER_NAMES.get(name, name)
     close = difflib.get_close_matches(word, known, n=1)
@@ -173,7 +170,7 @@ def parse_cli(
 
     doc: the script's __doc__ (None under `python -OO`); --help shows its first line. Return (field
     name -> value, only for the keys in argv; path of the config file or None). validate() comes
-    later, after the defaults and the config file are merged.
+    later, once the defaults and the config file are merged in.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m NAME`
     parser = _Parser(
@@ -185,11 +182,11 @@ def parse_cli(
     )
     if config_file:
         parser.add_argument("config", nargs="?", help="a file of literal assignments")
-    fields, types_of = dataclasses.fields(cls), _types(cls)  # type: ignore[arg-type]
-    names = dict.fromkeys(f.metadata["group"] for f in fields)  # unique, in order
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = dict.fromkeys(f.metadata["group"] for f in fields.values())  # unique, in order
     groups = {name: parser.add_argument_group(name) for name in names}
-    for f in fields:
-        meta, types = f.metadata, types_of[f.name]
+    for f in fields.values():
+        meta, types = f.metadata, _types(f)
         choices = f": {', '.join(meta['choices'])}" if meta["choices"] else ""
         groups[meta["group"]].add_argument(
             f"--{f.name}",
@@ -200,11 +197,11 @@ def parse_cli(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        suggestion = _suggestion(key, [f"--{f.name}" for f in fields])
+        suggestion = _suggestion(key, [f"--{name}" for name in fields])
         raise UserError(f"unknown argument {key!r}.{suggestion}\nSee --help for all keys.")
     texts = vars(namespace)
     path = texts.pop("config", None)
-    return {name: _parse_value(text, types_of[name]) for name, text in texts.items()}, path
+    return {name: _parse_value(text, _types(fields[name])) for name, text in texts.items()}, path
 
 
 def _parse_value(text: str, types: tuple[type, ...]) -> Any:

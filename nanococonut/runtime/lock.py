@@ -21,13 +21,12 @@ def lock_folder(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = holder_path.read_text(encoding="utf-8") if holder_path.exists() else ""
+        is_known = holder_path.exists()
+        holder = holder_path.read_text(encoding="utf-8") if is_known else "another process"
         raise UserError(
-            f"--out_dir {folder} is in use by {holder or 'another process'}.\n"
+            f"--out_dir {folder} is in use by {holder}.\n"
             "Wait for that run or end it, or choose another --out_dir."
         ) from None
-    except PermissionError:
-        raise
     except OSError as e:  # some network file systems have no locks
         print(f"{folder} cannot be locked ({e.strerror}): do not start a second run there")
         return lock

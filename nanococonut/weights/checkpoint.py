@@ -2,8 +2,7 @@
 
 A run's folder holds metrics.jsonl and one folder step_<n>/ per checkpoint: model.safetensors,
 optimizer.safetensors, and manifest.json with the SHA-256 digests of both. A checkpoint is written
-to a temporary folder and then renamed, so a killed run never leaves half of one. Nothing is
-unpickled.
+to a temporary folder, then renamed, so a killed run leaves no half of one. Nothing is unpickled.
 """
 
 import hashlib
@@ -203,11 +202,7 @@ def save(
 
 
 def resolve(path: str | Path, best: bool = False) -> Path:
-    """Return the path if it is a checkpoint, else the newest (or best) one in the run's folder.
-
-    best: by validation accuracy in the final stage; the newest if none was measured yet. Raise
-    UserError if there is no checkpoint.
-    """
+    """Return the path if it is a checkpoint, else the newest (or best) one in the run's folder."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
@@ -218,6 +213,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
             f"{path} {problem}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
     newest = checkpoints[-1]
+    # the best by validation accuracy in the final stage; -1 before its first validation
     step = read_manifest(newest).get("best_step", -1) if best else -1
     chosen = path / f"step_{step:08d}"
     return chosen if chosen in checkpoints else newest
@@ -286,10 +282,7 @@ def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into the model, and cast them to its dtype.
-
-    Raise UserError if the file is damaged or the shapes differ.
-    """
+    """Load a checkpoint's weights into a model of the same shapes, and cast them to its dtype."""
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as e:
@@ -318,11 +311,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 class RunDir:
     """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
 
-    The folder is created by open_metrics, so a run that fails before that leaves none behind. It
-    is locked until close() or the end of the process.
-
-    manifest   of the newest checkpoint with config.resume, else {}
-    examples   digest of the run's examples, set by load_data
+    open_metrics creates the folder, so a run that is refused before leaves none. It is locked until
+    close() or the end of the process. With config.resume, `manifest` is the newest checkpoint's,
+    else {}.
     """
 
     def __init__(self, path: str | Path, config: TrainConfig, dist: Distributed) -> None:
@@ -436,10 +427,9 @@ class RunDir:
         manifest: dict[str, Any],
         background: bool = False,
     ) -> None:
-        """Save a checkpoint. Raise UserError if a weight is NaN or infinite.
+        """Save a checkpoint. Every rank calls it. Raise UserError if a weight is NaN or infinite.
 
-        Every rank has to call it. background: write the files in a thread, for a model on a GPU,
-        whose tensors are copied to the CPU first.
+        background: write the files in a thread, for a GPU, whose tensors are copied first.
         """
         is_bad = not all(torch.isfinite(p).all() for p in model.parameters())
         if any(self.dist.all_reduce_sum([is_bad])):

@@ -89,7 +89,6 @@ def _json(data: Any) -> str:
 
 
 def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of config.json."""
     ours = {"tokenizer": tokenizer.spec, "n_thoughts": manifest["n_thoughts"]}
     return {
         "architectures": ["GPT2LMHeadModel"],

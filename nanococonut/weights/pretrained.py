@@ -1,7 +1,6 @@
 """Load GPT-2 weights: from the Hugging Face hub, a folder, a file, a run or a released checkpoint.
 
-transformers is not needed. Loading a file never runs code from it: PyTorch files are read with
-weights_only=True.
+transformers is not needed. No code in a file is run: PyTorch files load with weights_only=True.
 """
 
 import json
@@ -153,10 +152,7 @@ def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if the model lacks the module that makes the checkpoint's thoughts.
-
-    Remove the tensors of a stop classifier that the model lacks: it never changed the output.
-    """
+    """Raise UserError if the model lacks the checkpoint's thoughts. Drop an unused classifier."""
     own = {"projected": ("projected", "project."), "fixed": ("pause_multipass", "pause.")}
     if source.thought in own and model.config.thought != source.thought:
         method, module = own[source.thought]
@@ -164,7 +160,7 @@ def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str
             f"{path} was trained by --method={method}: no other method uses its {module}weight."
             f"\nContinue with --method={method}, or give a run of another method."
         )
-    if source.stop and model.stop is None:
+    if source.stop and model.stop is None:  # it never changed the output
         print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
         for name in [name for name in tensors if name.startswith("stop.")]:
             del tensors[name]
@@ -226,8 +222,7 @@ def _read(path: Path) -> Weights:
 def _from_nanogpt(saved: dict[str, Any]) -> Weights:
     """Return the weights in nanoGPT's ckpt.pt, without the rows that pad the vocabulary.
 
-    nanoGPT uses the exact GELU, GPT-2 and our GPT the tanh approximation. They differ by less than
-    0.0005.
+    nanoGPT's GELU is exact, GPT-2's and ours the tanh approximation: a difference below 0.0005.
     """
     tensors, args = _rename(saved.get("model")), saved["model_args"]
     sizes = _read_sizes(args, {field: field for field in CONFIG_KEYS})
@@ -272,10 +267,7 @@ def _load_torch(file: Path) -> Any:
 
 
 def _rename(state: Any) -> dict[str, Tensor]:
-    """Return the state dict with our GPT's names, without masks.
-
-    Raise ValueError if it is not the state dict of a GPT-2.
-    """
+    """Return the state dict with our GPT's names, without masks. ValueError if it is no GPT-2's."""
 
     def is_dense(x: Any) -> bool:
         return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
