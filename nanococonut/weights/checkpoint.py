@@ -50,7 +50,7 @@ RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tenso
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may select another checkpoint as the best
 RESUMABLE |= {"epochs"}  # Schedule.check_epochs limits the change
 RESUMABLE |= {"wte_init_std", "recompute_mlp"}  # of older versions: no effect after the first step
-ROUNDING = {"kernels", "graph", "micro_batch_size"}  # may change, too, but change roundings
+ROUNDING = {"kernels", "graph", "micro_batch_size"}  # may change, with a note
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
@@ -431,8 +431,8 @@ class RunDir:
 
         background: write the files in a thread, for a GPU, whose tensors are copied first.
         """
-        is_bad = not all(torch.isfinite(p).all() for p in model.parameters())
-        if any(self.dist.all_reduce_sum([is_bad])):
+        is_finite = all(torch.isfinite(p).all() for p in model.parameters())
+        if any(self.dist.all_reduce_sum([not is_finite])):
             raise self.diverged("weights", step)
         if not self.dist.is_master:
             return
