@@ -29,7 +29,7 @@ def bits(t):
 
 
 def check(B, nh, hs, T, dtype, device, impl, data, lengths, active):
-    """Append to layer 1 of data (2, 2, >= B, nh, >= T, hs). Compare q and the written slots with the
+    """Append to layer 1 of data (2, 2, >= B, nh, >= T, hs). Compare q and the new slots with the
     reference, and all other slots with their old content."""
     args = layer(B, nh * hs, dtype, device)
     before = data.clone()
