@@ -19,8 +19,7 @@ def round_up(n: int, multiple: int) -> int:
 class GraphCache:
     """CUDA graphs by key, at most max_graphs; the least recently used is dropped. 0: no graphs.
 
-    All graphs share one memory pool, since they never run at once and keep nothing in it between
-    replays.
+    All graphs share one memory pool: they never run at once and keep nothing in it between replays.
     """
 
     # shared by all captures, because libraries keep a workspace per stream

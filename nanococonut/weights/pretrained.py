@@ -107,7 +107,8 @@ def load_gpt2(
     """
     path = Path(path)
     source, tensors, own_spec = _read(path)
-    n_new = (vocab_size or source.vocab_size) - source.vocab_size
+    vocab_size = vocab_size or source.vocab_size
+    n_new = vocab_size - source.vocab_size
     same_vocab = abs(n_new) in (0, N_SPECIAL_TOKENS)
     if not same_vocab or (spec and own_spec and spec != own_spec):
         raise UserError(
@@ -121,7 +122,7 @@ def load_gpt2(
     tensors["wte.weight"] = torch.cat([wte, init.expand(max(n_new, 0), -1)])[:vocab_size]
     extra = dict(extra or {})
     extra["smear"] = extra.get("smear") or source.smear  # weights trained with a smear need it
-    config = replace(source, vocab_size=vocab_size or source.vocab_size, dropout=dropout, **extra)
+    config = replace(source, vocab_size=vocab_size, dropout=dropout, **extra)
     try:
         model = GPT(config)
     except (ValueError, RuntimeError) as e:  # RuntimeError: out of memory
