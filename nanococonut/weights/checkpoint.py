@@ -74,10 +74,11 @@ def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, 
             sha.update(line.encode() + b"\n")
     digest = sha.hexdigest()
     if manifest.get("examples", digest) != digest:  # older manifests have no digest
-        source = " and ".join(p for p in (config.data, config.valid_data) if p)
+        files = [p for p in (config.data, config.valid_data) if p]
+        source = " and ".join(files) or "this version's generator"
         raise UserError(
-            f"this run was trained on other examples than those of {source or config.task}.\n"
-            "Resume with the files it started with (they may have moved), or use another --out_dir."
+            f"this run was trained on other examples than those of {source}.\n"
+            "Resume with its original data (a file may have moved), or use another --out_dir."
         )
     return data, digest
 
