@@ -7,11 +7,11 @@ lint:
 	ruff check .
 	ruff format --check .
 
-bench:  ## GPT-2 124M with random weights: speed does not depend on their values
+bench:  ## GPT-2 124M with random weights; their values do not affect speed
 	python bench/latency.py
 	python bench/throughput.py
 	python bench/training.py
 
-plots:  ## pictures, and the tables of README.md and docs/, from bench/results/
+plots:  ## plots, and the tables in README.md and docs/, from bench/results/
 	python bench/plot.py
 	python bench/plot.py --readme

@@ -17,7 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     # bench/, config/ and tests/ stay in the checkout
-    package_dir={"": "."},  # editable: a path, so that the checkout's folder is not taken for it
+    package_dir={"": "."},  # an editable install adds this path (tests/core/test_install.py)
     packages=find_packages(include=["nanococonut*", "kernels"]),
     package_data={"nanococonut": ["py.typed", "bundled/*/*", "evaluation/*.html", "weights/*.md"]},
     install_requires=[  # lower bounds only
@@ -26,6 +26,7 @@ setup(
         "numpy>=1.26",
         "tiktoken>=0.7",
         "safetensors>=0.4.3",
+        "filelock>=3.25",
         "huggingface_hub>=0.24",
         "rich>=13",
         "datasets>=2.19",

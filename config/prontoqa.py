@@ -2,20 +2,20 @@
 
 task = "prontoqa"
 init_from = "gpt2"
-fallback = "prontoqa_small.py"  # without GPT-2's weights or a GPU: a model for any machine
+fallback = "prontoqa_small.py"  # trained instead if GPT-2's weights or a GPU are missing
 
-train_examples = 9_000  # data sizes of the paper
+train_examples = 9_000  # as in the paper
 val_examples = 200
 max_hops = 5
 c_thought = 1
 max_latent_stage = 6  # five hops and the property
 epochs_per_stage = 5
-epochs = 50  # 7 stages of 5 epochs, the other 15 in the final stage
+epochs = 50  # 7 stages of 5 epochs, then 15 more in the final stage
 pad_latent_to_max = True  # as many thoughts in training as at inference
 
 batch_size = 128  # the released code's authors report that smaller batches failed
-# large, as a pass over few sequences takes a GPU as long; 32 takes about half of the memory, and
-# changes roundings and dropout's draws only
+# large, since fewer sequences take a GPU almost as long; less memory is needed with a lower value,
+# which changes only roundings and dropout masks
 micro_batch_size = 64
 learning_rate = 1e-4
 reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch

@@ -1,8 +1,8 @@
 """ProsQA at its released size, from random weights: 3 to 6 hops in graphs of 23 nodes.
 
-Not the paper's losses alone: a thought is also labelled with the nodes that the search has reached
-(thought_labels). Seed 1, half an hour of one busy CPU thread: 100 % of the released validation
-examples, 98.8 % of chains of 7 and 8 hops. docs/LOG.md has more, and what the paper's losses reach.
+In addition to the paper's losses, each thought is labelled with the nodes that the search has
+reached. Seed 1, half an hour on one busy CPU thread: 100 % of the released validation examples,
+98.8 % of chains of 7 and 8 hops. docs/LOG.md has more, also without these labels.
 """
 
 tokenizer = "words"  # no download
@@ -17,18 +17,18 @@ smear = True  # makes the previous word visible without an attention layer
 
 train_examples = 12_800  # 200 steps per epoch
 regenerate_each_epoch = True
-grow_epochs = 5  # half the nodes and hops: search is learned there in a third of the steps
+grow_epochs = 5  # with half the nodes and hops, search is learned in a third of the steps
 matched_fraction = 0.35  # examples without the depth shortcut
-short_fraction = 0.2  # examples of one or two hops: search starts with near nodes
+short_fraction = 0.2  # examples of one or two hops, because search starts with near nodes
 long_fraction = 0.15  # examples of five or six hops, which are rare otherwise
 val_examples = 500
 
-thought_labels = "frontier"  # known after the thought before; the path is not (docs/LOG.md)
-max_latent_stage = 0  # these labels need no numbered stages: written steps, then thoughts alone
-final_thoughts = 8  # more than hops, so that longer chains can be searched too
+thought_labels = "frontier"  # unlike the path, known after the previous thought (docs/LOG.md)
+max_latent_stage = 0  # these labels need no numbered stages: the final stage follows stage 0
+final_thoughts = 8  # more than max_hops, so that longer chains can be searched, too
 first_stage_epochs = 1
 epochs = 18
-uniform_prob = 0.1  # these examples sample an earlier stage, too
+uniform_prob = 0.1  # this fraction of the examples samples an earlier stage
 advance_at = 0.93  # leave a stage early once its examples are correct
 
 batch_size = 64

@@ -15,18 +15,18 @@ smear = True  # without it the model does not learn to look up edges in the firs
 
 train_examples = 6_400  # 100 steps per epoch
 regenerate_each_epoch = True
-# without matched examples the model learns the depth shortcut first, and search never
+# without matched examples the model learns the depth shortcut first and never learns search
 matched_fraction = 0.4
-short_fraction = 0.3  # examples of one hop: search starts with near nodes
+short_fraction = 0.3  # examples of one hop, because search starts with near nodes
 val_examples = 500
 max_latent_stage = 3  # the longest chain
 final_thoughts = 6  # more than the longest chain
 first_stage_epochs = 2
 epochs_per_stage = 6
 epochs = 50
-uniform_prob = 0.3  # these examples sample an earlier stage
+uniform_prob = 0.3  # this fraction of the examples samples an earlier stage
 advance_at = 0.93  # leave a stage early once its examples are correct
-icot_tokens = 0.34  # a stage is 2 tokens and 6 epochs: iCoT drops its chain as fast as Coconut
+icot_tokens = 0.34  # per epoch: 2 tokens in a stage of 6 epochs, as fast as Coconut
 
 batch_size = 64
 micro_batch_size = 64

@@ -1,15 +1,15 @@
-"""What the launchers of a step share: contracts, and programmatic dependent launch (PDL).
+"""Shared by the kernels of a step: argument checks, LayerNorm, programmatic dependent launch (PDL).
 
-All tensors are contiguous, or a ValueError is raised. The parameters are of one dtype (fp32, bf16
-or fp16), which the outputs have, too; the residual stream x and the cache may have others. Only the
-outputs are allocated, and at most two tensors between. The GPU is never synchronized.
+All tensors must be contiguous. Parameters and outputs have one dtype (fp32, bf16 or fp16); the
+residual stream x and the cache may have another. A launcher allocates its outputs and at most two
+temporary tensors, and never synchronizes with the GPU.
 
-With PDL a kernel starts while the one before it still runs. A step is a chain of some sixty
-launches of a few microseconds each, so the gaps between them count. On Hopper and newer, a kernel
-is launched early, loads its weights, and only then waits for the kernels before it. Every kernel of
-a step calls `await_launches` once. Before that it may read parameters only, which no launch of a
-step writes; whatever another has written, it reads after. Since each kernel waits, all launches
-before it have then ended, not only the last one.
+With PDL, a kernel starts while the previous one is still running. A step is a chain of about sixty
+launches of a few microseconds each, so the gaps between them matter. On Hopper and newer, a kernel
+is launched early, loads its weights, and only then waits for the previous kernels. Every kernel of
+a step therefore calls `await_launches` once. Before the call it may read only parameters, which no
+kernel of a step writes; after it, anything. Since every kernel waits, all earlier launches have
+then finished, not only the last one.
 """
 
 from functools import cache
@@ -20,17 +20,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-EPS = 1e-5  # of every LayerNorm: GPT-2's, and nn.LayerNorm's default
+EPS = 1e-5  # of every LayerNorm in GPT-2
 LINE_BYTES = tl.constexpr(128)  # of the L2 cache
-OFF, EARLY, LATE = 0, 1, 2  # whether a kernel lets the next one begin before or after its own wait
-EARLY_MAX_ROWS = 4  # more programs would keep those of the next launch from a multiprocessor
-LATE_MAX_ROWS = 128  # both measured on an H200
+OFF, EARLY, LATE = 0, 1, 2  # the next kernel may start before or after this one has waited
+EARLY_MAX_ROWS = 4  # with more, this launch leaves no multiprocessor free for the next
+LATE_MAX_ROWS = 128  # both limits measured on an H200
 
 
 def check_tensors(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ValueError unless each tensor is contiguous and of its shape. None is not checked.
+    """Raise ValueError unless each tensor is None, or contiguous and of the expected shape.
 
-    Kernels compute addresses from the sizes alone, so another shape would read foreign memory.
+    Kernels compute addresses from the sizes alone, so another shape would be read out of bounds.
     """
     for name, (t, shape) in expected.items():
         if t is not None and (t.shape != shape or not t.is_contiguous()):
@@ -42,19 +42,19 @@ def check_tensors(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
 def pdl(device: torch.device, batch: int, late: bool = False) -> dict[str, int]:
     """Return the launch options of a kernel that calls `await_launches`.
 
-    late: the next kernel begins late at any batch
+    late: never let the next kernel start early
     """
-    has_it = device.type == "cuda" and not torch.version.hip
-    if not has_it or torch.cuda.get_device_capability(device) < (9, 0) or batch > LATE_MAX_ROWS:
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    if not is_nvidia or torch.cuda.get_device_capability(device) < (9, 0) or batch > LATE_MAX_ROWS:
         return {"PDL": OFF}  # Triton's interpreter does not know launch_pdl
     return {"PDL": LATE if late or batch > EARLY_MAX_ROWS else EARLY, "launch_pdl": True}
 
 
 @triton.jit
 def await_launches(PDL: tl.constexpr):
-    """Wait until all launches before have ended, and let the next one begin.
+    """Wait until all previous launches have finished, and let the next kernel start.
 
-    Loads above this call are issued before it, with PDL and without.
+    The compiler does not move loads above this call below it, with PDL or without.
     """
     if PDL == 1:
         gdc_launch_dependents()
@@ -67,8 +67,16 @@ def await_launches(PDL: tl.constexpr):
 
 
 @triton.jit
+def normalize(x, mask, ln_w, ln_b, eps, N: tl.constexpr, AXIS: tl.constexpr):
+    """Return LayerNorm of x (fp32) along AXIS, which has N elements; x is zero outside the mask."""
+    x = tl.where(mask, x - tl.sum(x, AXIS, keep_dims=True) / N, 0.0)
+    var = tl.sum(x * x, AXIS, keep_dims=True) / N
+    return x * tl.rsqrt(var + eps) * ln_w + ln_b
+
+
+@triton.jit
 def prefetch(ptrs, PDL: tl.constexpr):
-    """Fetch lines into the L2 cache. Safe for data that is still being written, unlike a load."""
+    """Fetch lines into the L2 cache. Unlike a load, this may run while they are being written."""
     if PDL:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)],

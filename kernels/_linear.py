@@ -1,19 +1,18 @@
-"""Building blocks of the linear maps of one step: (B, N) = f(x) W^T, f a LayerNorm or the identity.
+"""Building blocks of a step's linear layers: (B, N) = f(x) W^T + b, f a LayerNorm or the identity.
 
-A step has one row of x per sequence, so reading the weights dominates and their bytes are the lower
-bound. W is an nn.Linear's, (N, K) with K contiguous. The implementations have one program per block
-of outputs and fp32 accumulation:
+A step has one row of x per sequence, so its speed is bound by reading the weights. W is the weight
+of an nn.Linear, (N, K) with K contiguous. One program computes one block of outputs and accumulates
+in fp32. The implementations are:
 
 - `gemv`, for a few rows: each warp loads all weights of a few columns at once, before it reads x,
   and multiplies them with every row while they are in registers. No loop, no shared memory. It
-  also applies LayerNorm: for K values from the L2 cache that costs less than another launch.
-- `gemm_tile`, for up to 32 rows and a long K: tensor cores (`tl.dot`), warps that share K.
-- `gemm`, for all other rows: the usual pipelined loop over K.
-- "library": PyTorch's, for fp32, which tensor cores do not have.
+  also applies LayerNorm: every program repeats it, which costs less than another launch.
+- `gemm_tile`, for up to 32 rows and a large K: tensor cores (`tl.dot`), with K split among warps.
+- `gemm`, for all other sizes: the usual pipelined loop over K.
+- "library": PyTorch's, for fp32, which tensor cores only support as TF32.
 
-All but `gemv` take rows that `layer_norm` has normalized.
-
-`launch_config` depends on static shapes only, so a captured graph replays what an eager call does.
+All but `gemv` expect rows that `layer_norm` has normalized. `launch_config` depends only on static
+shapes, so a captured graph replays the same launches as an eager call.
 """
 
 from functools import cache
@@ -22,15 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import EPS, await_launches, pdl, prefetch_rows
+from kernels._launch import EPS, await_launches, normalize, pdl, prefetch_rows
 
-# all measured on an H200 with GPT-2 124M's sizes
+# measured on an H200 with the sizes of GPT-2 124M
 GEMV_MAX_ROWS = 4
 TILE_MAX_ROWS = 32
 TILE_MIN_INPUTS = 2048
-MAX_PROGRAMS = 96  # of gemm, before it takes larger blocks
+MAX_PROGRAMS = 96  # of gemm; it takes larger blocks rather than more programs
 MULTIPROCESSORS = 132  # of an H100 or H200
-SHARED_BYTES = 96 << 10  # of a multiprocessor, that a program may use: consumer GPUs have 99 KiB
+SHARED_BYTES = 96 << 10  # limit per program, since consumer GPUs have 99 KiB of shared memory
 
 
 @triton.jit
@@ -44,11 +43,10 @@ def gemv(
     N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N): (BLOCK_M, BLOCK_N).
+    """Return outputs [row0, row0 + BLOCK_M) x [col0, col0 + BLOCK_N), without the bias, in fp32.
 
-    BLOCK_K is a power of two and at least K. All threads lie along K, so rows and weights have the
-    same layout and are multiplied in place; only the final sums cross threads. The launches before
-    are awaited (_launch.py) between the loads of the weights and those of the rows.
+    BLOCK_K is a power of two, at least K. All threads lie along K, so x and the weights have the
+    same layout and are multiplied in place; only the final sums are reduced across threads.
     """
     offs_m = row0 + tl.arange(0, BLOCK_M)[:, None, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
@@ -58,14 +56,12 @@ def gemv(
     if ln_w_ptr is not None:
         ln_w = tl.load(ln_w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         ln_b = tl.load(ln_b_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    await_launches(PDL)  # the compiler would delay the loads above; now all of them are in flight
+    await_launches(PDL)  # the loads of weights above are in flight meanwhile
     x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & mask_k, other=0.0)
     residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     x = x.to(tl.float32)  # (BLOCK_M, 1, BLOCK_K)
     if ln_w_ptr is not None:
-        x = tl.where(mask_k, x - tl.sum(x, 2, keep_dims=True) / K, 0.0)
-        var = tl.sum(x * x, 2, keep_dims=True) / K
-        x = x * tl.rsqrt(var + eps) * ln_w + ln_b
+        x = normalize(x, mask_k, ln_w, ln_b, eps, K, 2)
     return residual + tl.sum(x * w.to(tl.float32), 2)
 
 
@@ -78,8 +74,8 @@ def gemm_tile(
 ):  # fmt: skip
     """Return the same block as gemv without LayerNorm, computed on tensor cores.
 
-    The warps share K: each multiplies its own of CHUNKS chunks of BLOCK_K, and the products are
-    added at the end. A pipelined loop covers the rest of K.
+    Each iteration of a pipelined loop covers CHUNKS * BLOCK_K elements of K. The warps multiply
+    different chunks, whose products are added at the end.
     """
     offs_m = row0 + tl.arange(0, BLOCK_M)[None, :, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :, None]
@@ -105,7 +101,7 @@ def gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return the same block as gemv without LayerNorm, by an ordinary pipelined matrix product."""
-    # rows and columns past the end repeat the last one: loads without a mask are all asynchronous
+    # past the end, repeat the last row and column: loads without a mask are all asynchronous
     rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), B - 1)[:, None]
     columns = tl.minimum(col0 + tl.arange(0, BLOCK_N), N - 1)[None, :]
     offs_k = tl.arange(0, BLOCK_K)
@@ -127,12 +123,17 @@ def gemm(
 
 @triton.jit
 def linear(
-    x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr,  # as in gemv
+    x_ptr, w_ptr,  # as in gemv
+    bias_ptr,  # bias (N,), read
+    ln_w_ptr, ln_b_ptr, residual_ptr,  # as in gemv
     eps, B, row0, col0,
     N: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Return rows [row0, row0 + BLOCK_M) times columns [col0, col0 + BLOCK_N), in fp32."""
+    """Return outputs [row0, row0 + BLOCK_M) x [col0, col0 + BLOCK_N) in fp32, bias included."""
+    offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
+    # loaded before the matrix product, which hides the latency
+    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
     if IMPL == "gemv":
         acc = gemv(
             x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, residual_ptr, eps, B, row0, col0, N, K, PDL,
@@ -144,7 +145,7 @@ def linear(
         )
     else:
         acc = gemm(x_ptr, w_ptr, residual_ptr, B, row0, col0, N, K, PDL, BLOCK_M, BLOCK_N, BLOCK_K)
-    return acc
+    return acc + bias
 
 
 @triton.jit
@@ -175,13 +176,12 @@ def _layer_norm_kernel(
     ln_b = tl.load(ln_b_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     await_launches(PDL)
     x = tl.load(x_ptr + b * C + offs_c, mask=mask, other=0.0).to(tl.float32)
-    x = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
-    h = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * ln_w + ln_b
+    h = normalize(x, mask, ln_w, ln_b, eps, C, 0)
     tl.store(out_ptr + b * C + offs_c, h.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the LayerNorm of x (B, C), a new tensor of the weight's dtype; x may have another."""
+    """Return LayerNorm(x) for x (B, C): a new tensor of the weight's dtype; x may have another."""
     B, C = x.shape
     out = weight.new_empty(B, C)
     _layer_norm_kernel[(B,)](
@@ -192,13 +192,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def auto_impl(batch: int, n_in: int, itemsize: int) -> str:
-    """Return the implementation for a batch: "gemv", "gemm_tile", "gemm" or "library".
-
-    The middle two are for two-byte dtypes, because tensor cores have no true fp32.
-    """
+    """Return the implementation for a batch size: "gemv", "gemm_tile", "gemm" or "library"."""
     if batch <= GEMV_MAX_ROWS:
         return "gemv"
-    if itemsize > 2:
+    if itemsize > 2:  # fp32
         return "library"
     return "gemm_tile" if batch <= TILE_MAX_ROWS and n_in >= TILE_MIN_INPUTS else "gemm"
 
@@ -217,7 +214,7 @@ def launch_config(
 def _gemv_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
     block_k = triton.next_power_of_2(n_in)
     block_m = min(4, triton.next_power_of_2(batch))
-    # columns per warp that fit into registers with the rows: at most 128 weights per thread
+    # as many columns per warp as fit into registers with x: at most 128 weights per thread
     block_n = 4 if block_m < 4 and itemsize == 2 else 2
     blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=1)
     # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
@@ -225,9 +222,9 @@ def _gemv_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
 
 
 def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
-    # wider blocks only if a multiprocessor would have several of the small ones to compute
+    # use wider blocks only if there are more of the small ones than multiprocessors
     is_small = triton.cdiv(batch, 16) * triton.cdiv(n_out, 16) <= MULTIPROCESSORS
-    # three buffers of 32 KiB, which the 99 KiB of consumer GPUs hold, each for 32 or 48 (64) rows
+    # three buffers of 32 KiB each, for the 32 or 48 (rounded up to 64) rows of x and W together
     elements = SHARED_BYTES // 3 // itemsize // (32 if is_small else 64)
     elements = min(max(16, triton.next_power_of_2(n_in)), elements)
     blocks = dict(BLOCK_M=16, BLOCK_N=16 if is_small else 32, BLOCK_K=min(elements, 128))
@@ -235,7 +232,7 @@ def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
 
 
 def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
-    # the smallest of these blocks of which MAX_PROGRAMS are enough: measured on an H200
+    # the smallest of these blocks that needs at most MAX_PROGRAMS programs
     block_m = min(64, max(16, triton.next_power_of_2(batch)))
     for shape in [(block_m, 16), (block_m, 32), (block_m, 64), (2 * block_m, 64)]:
         if triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1]) <= MAX_PROGRAMS:

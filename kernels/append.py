@@ -1,8 +1,8 @@
 """Append one key and value per sequence to the KV cache, and return the query.
 
-LayerNorm, QKV projection and bias in one launch. k and v are stored at each sequence's own length:
-before the call sequence b's valid keys are [0, lengths[b]), after it [0, lengths[b] + 1). The
-lengths themselves change in kernels/feedback.py, after the last layer.
+One launch computes LayerNorm and the QKV projection. The key and value of sequence b are stored at
+index lengths[b], after its valid ones. kernels/feedback.py increments the lengths after the last
+layer.
 """
 
 import triton
@@ -20,7 +20,7 @@ def _store_qkv(
     offs_m,  # rows (BLOCK_M, 1)
     offs_n,  # columns (1, BLOCK_N): C of q, then C of k, then C of v, head by head
     q_ptr, k_ptr, v_ptr,
-    length,  # (BLOCK_M, 1) int64, which makes all offsets into the cache int64
+    length,  # (BLOCK_M, 1) int64, so that all offsets into the cache are int64
     is_stored,  # (BLOCK_M, 1): whether the row's k and v are stored
     B, stride_kb, stride_kh, stride_kt, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _store_qkv(
 
 @triton.jit
 def _append_kernel(
-    x_ptr,  # residual stream (B, C), normalized already except for gemv, read
+    x_ptr,  # residual stream (B, C), read; normalized already unless IMPL is gemv
     ln_w_ptr,  # LayerNorm weight (C,), read
     ln_b_ptr,  # LayerNorm bias (C,), read
     w_ptr,  # QKV weight (3C, C), read
@@ -53,29 +53,26 @@ def _append_kernel(
     col0 = tl.program_id(0) * BLOCK_N
     offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
-    # load before the matrix product, which hides the latency
-    bias = tl.load(bias_ptr + offs_n, mask=offs_n < 3 * C, other=0.0).to(tl.float32)
-    acc = linear(
-        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, PDL, IMPL,
+    qkv = linear(
+        x_ptr, w_ptr, bias_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, 3 * C, C, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
-    # without a mask, so that the compiler can load them during the matrix product
+    # without a mask, so that the compiler can issue these loads during the matrix product
     row = tl.minimum(offs_m, B - 1)
     length = tl.load(lengths_ptr + row)  # int64
     is_stored = (offs_m < B) & (length < T)  # a full sequence stores nothing
     if active_ptr is not None:
         is_stored = is_stored & tl.load(active_ptr + row).to(tl.int1)
     _store_qkv(
-        acc + bias, offs_m, offs_n, q_ptr, k_ptr, v_ptr, length, is_stored,
+        qkv, offs_m, offs_n, q_ptr, k_ptr, v_ptr, length, is_stored,
         B, stride_kb, stride_kh, stride_kt, C, D,
     )  # fmt: skip
 
 
 @triton.jit
 def _append_store_kernel(
-    qkv_ptr,  # projection (B, 3C) contiguous, read
-    q_ptr,  # the rest as in _append_kernel
-    k_ptr, v_ptr, lengths_ptr, active_ptr,
+    qkv_ptr,  # q, k and v (B, 3C) contiguous, read
+    q_ptr, k_ptr, v_ptr, lengths_ptr, active_ptr,  # as in _append_kernel
     B, T, stride_kb, stride_kh, stride_kt,
     C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +103,7 @@ def append(
     active         (B,) bool, read on the device; None: all
     impl           "auto" or one of _linear.py ("library": GEMM, then a kernel that only stores)
 
-    Inactive and full sequences (length T) store nothing; their q is computed but meaningless.
+    Inactive and full sequences (length T) store nothing, and their q is meaningless.
     """
     _, B, nh, T, hs = cache.shape
     C = nh * hs
@@ -117,7 +114,7 @@ def append(
     )  # fmt: skip
     q, itemsize = weight.new_empty(B, nh, hs), weight.element_size()
     impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
-    if impl != "gemv":  # which applies LayerNorm itself
+    if impl != "gemv":  # gemv applies LayerNorm itself
         x = layer_norm(x, ln_weight, ln_bias)
     state = (q, *cache, lengths, active)
     sizes = (B, T, *cache.stride()[1:4], C, hs)
@@ -129,7 +126,7 @@ def append(
         )  # fmt: skip
         return q
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
-    # late: the programs of attention could only wait, in the way of these
+    # late, because attention reads no weights: started early, it would only take up room
     _append_kernel[grid](
         x, ln_weight, ln_bias, weight, bias, *state, EPS, *sizes,
         **config, **pdl(x.device, B, late=True),

@@ -1,14 +1,14 @@
 """The end of a latent step: the last hidden state becomes the next input, one position later.
 
-Final LayerNorm, position embedding and length update in one launch, one program per sequence.
-`embed` makes the input of a step that starts from a token instead of a thought.
+One launch applies the final LayerNorm, adds the position embedding and increments the length, with
+one program per sequence. `embed` makes a step's input from a token instead of a thought.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import EPS, await_launches, check_tensors, pdl
+from kernels._launch import EPS, await_launches, check_tensors, normalize, pdl
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _feedback_kernel(
     ln_w = tl.load(ln_w_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     ln_b = tl.load(ln_b_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     await_launches(PDL)
-    # all loads first, those that others depend on before the rest
+    # issue all loads first, starting with those that other loads depend on
     length, step = tl.load(lengths_ptr + b), 1
     if active_ptr is not None:
         step = tl.load(active_ptr + b).to(tl.int64)
@@ -39,11 +39,10 @@ def _feedback_kernel(
         n_taken = tl.load(n_taken_ptr + b)
     x = tl.load(x_ptr + b * C + offs_c, mask=mask, other=0.0).to(tl.float32)
     length += step
-    # clamped: a full sequence may not advance, but must not read past wpe
+    # clamped, so that a full sequence does not read past the end of wpe
     position = tl.load(wpe_ptr + tl.minimum(length, P - 1) * C + offs_c, mask=mask, other=0.0)
     tl.debug_barrier()  # all threads must have read x and the length before they are overwritten
-    x = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
-    h = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * ln_w + ln_b
+    h = normalize(x, mask, ln_w, ln_b, eps, C, 0)
     h = h.to(hidden_ptr.dtype.element_ty)  # the next input uses the rounded hidden state
     if active_ptr is not None:
         h = tl.where(step == 1, h, before)
@@ -81,15 +80,15 @@ def feedback(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, wpe: Tensor, lengths: Tensor, hidden: Tensor,
     active: Tensor | None = None, n_taken: Tensor | None = None, thought: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Turn the output of the last layer x into the next step's input, in place.
+    """Turn x, the output of the last layer, into the input of the next step, in place.
 
     hidden    (B, C) = layer_norm(x), the head's input; unchanged for inactive sequences
     lengths   (B,) int64 += 1; unchanged for inactive sequences
     x         (B, C) = hidden + wpe[lengths], with the new lengths
-    wpe       (P, C); a sequence at its end uses the last position, because it goes no further
+    wpe       (P, C); a full sequence uses the last position, and its x is never used
     active    (B,) bool; None: all
     n_taken   (B,) int64 += 1 for active sequences; None: not counted
-    thought   (B, C) = hidden: a copy of what is fed back next; None: no copy
+    thought   (B, C) = hidden: a copy of the thought that is fed back; None: no copy
     """
     B, C = x.shape
     check_tensors(
@@ -107,8 +106,8 @@ def feedback(
 def embed(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
     """Write x (B, C) = wte[token] + wpe[lengths] in place; token is (B,) int64.
 
-    If wte is a hidden state (B, C) and token is 0 .. B-1, x is the input of a first thought.
-    Checks and the clamped position are those of `feedback`.
+    With a hidden state (B, C) as wte and 0 .. B-1 as token, x is the input of a first thought.
+    Positions are clamped as in `feedback`.
     """
     B, C = x.shape
     check_tensors(

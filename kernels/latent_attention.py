@@ -1,19 +1,18 @@
 """Attention of one query per sequence over a KV cache with per-sequence lengths: one latent step.
 
-The query of sequence b sees keys [0, lengths[b] + n_new), clipped to the cache size. `lengths` are
-the lengths before the step (KVCache.lengths changes only after the last layer). Pass n_new=1 after
-append has stored the step's own key at index lengths[b]. Empty sequences return zeros. Slots past
-the length are never read. Outputs of inactive sequences are undefined; ignore them.
+The query of sequence b attends to keys [0, lengths[b] + n_new), clipped to the cache size. Pass
+n_new=1 after append has stored the step's own key at index lengths[b], because lengths are
+incremented only after the last layer. The output of an empty sequence is zero, that of an inactive
+one undefined. Slots past the length are never read.
 
 One program handles one (sequence, head, split of the keys). It keeps an online softmax (Milakov and
 Gimelshein, arXiv 1805.02867) in fp32 for each of the BLOCK_N lanes and merges the lanes once at the
 end. With several splits (flash-decoding), each split stores a partial result, and the last split to
-finish combines all of them in a fixed order, so runs are bit-equal. The grid depends on shapes
-only, and the number of non-empty splits is read on the device: a captured CUDA graph stays valid
-while sequences grow.
+finish combines all of them in a fixed order, so results are deterministic. The grid depends only on
+shapes, and the number of non-empty splits is computed on the device, so a captured CUDA graph stays
+valid while sequences grow. K and V are read once, up to each length.
 
-Memory traffic: K and V up to each length, once. kernels/prefix_attention.py is the differentiable
-version for training.
+kernels/prefix_attention.py is the differentiable version for training.
 """
 
 import torch
@@ -84,7 +83,7 @@ def _latent_attention_fwd_kernel(
     mask_d = offs_d < D
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    if PDL:  # the first keys, by a length that may be one step old
+    if PDL:  # the length may still be that of the previous step, which is enough to prefetch
         lo, hi, n_used = split_range(lengths_ptr, b, split, T, N_NEW, SPLITS, BLOCK_N)
         first = tl.minimum(lo + offs_n, tl.maximum(hi - 1, 0))
         prefetch(k_ptr + first * stride_kt, PDL)
@@ -96,7 +95,7 @@ def _latent_attention_fwd_kernel(
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + offs_d, mask=mask_d, other=0.0)
     q = q.to(tl.float32) * scale  # (BLOCK_D,)
 
-    # One softmax state per lane, so no reduction across threads inside the loop but q . k itself.
+    # One softmax state per lane, so that q . k is the only reduction across threads in the loop.
     # The max starts finite: a lane without keys then gives exp(very negative) = 0, not NaN.
     m_i = tl.full((BLOCK_N,), -1e30, tl.float32)
     l_i = tl.zeros((BLOCK_N,), tl.float32)
@@ -158,14 +157,14 @@ def block_sizes(hs: int, elements: int = BLOCK_ELEMENTS) -> tuple[int, int]:
 
 
 def launch_form(n_heads: int) -> tuple[int, int, int]:
-    """Return (elements of a block, warps, stages) for B * nh heads: measured on an H200."""
+    """Return (elements per block, warps, stages) for B * nh heads, as measured on an H200."""
     if n_heads <= 48:  # a split is one block, so there is no loop to pipeline
         return 2 * BLOCK_ELEMENTS, 4, 1
     return BLOCK_ELEMENTS, 2 if n_heads <= 1024 else NUM_WARPS, NUM_STAGES
 
 
 class SplitWorkspace:
-    """Memory for combining the splits of one attention call over a cache (B, nh, T, hs).
+    """Buffers for combining the splits of one attention call over a cache (B, nh, T, hs).
 
     n_splits     a power of two; None: enough for two programs per multiprocessor, but no split with
                  less than one block of keys
@@ -185,9 +184,10 @@ class SplitWorkspace:
             if device.type == "cuda":
                 n_sms = torch.cuda.get_device_properties(device).multi_processor_count
             block_n, _ = block_sizes(hs, launch_form(B * nh)[0])
-            most = triton.next_power_of_2(triton.cdiv(T, block_n))
-            filling = 1 << (triton.cdiv(2 * n_sms, B * nh).bit_length() - 1)  # rounded down
-            n_splits = min(most, filling, MAX_SPLITS)
+            n_blocks = triton.next_power_of_2(triton.cdiv(T, block_n))
+            # two programs per multiprocessor, rounded down to a power of two
+            n_filling = 1 << (triton.cdiv(2 * n_sms, B * nh).bit_length() - 1)
+            n_splits = min(n_blocks, n_filling, MAX_SPLITS)
         self.n_splits = n_splits
         self.partial_acc = self.partial_ml = self.counter = None
         if n_splits > 1:

@@ -1,11 +1,11 @@
 """The LM head and its cross-entropy, one chunk of logits at a time.
 
-The matrix products are cuBLAS's: at 768 x 50,260 no Triton kernel is faster. One kernel between
-them reads a chunk of logits twice (the second time from L2). It returns each position's loss and
-whether its label is the argmax, and replaces the logits by their gradient. The gradients of h and w
-are computed right there, in the forward pass, as Liger-Kernel does: the loss is a sum, so backward
-only scales them. At most `chunk` rows of logits exist, and no separate softmax; 1,024 rows of
-GPT-2's in bf16 are 103 MB. Kept for backward: only the gradients themselves.
+cuBLAS computes the matrix products, since at 768 x 50,260 no Triton kernel is faster. In between, a
+Triton kernel reads a chunk of logits twice (the second time from L2). It computes each position's
+loss and whether its label is the argmax, and replaces the logits with their gradient. As in
+Liger-Kernel, forward also computes the gradients of h and w; the loss is a sum, so backward only
+scales them. At most `chunk` rows of logits exist at a time: 1,024 rows of GPT-2's take 103 MB in
+bf16. Only the gradients are kept for backward.
 """
 
 import torch
@@ -32,11 +32,11 @@ def _softmax_cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_x
     label = tl.load(label_ptr + row).to(tl.int32)
-    supervised = label != -100  # other rows: no loss, no gradient, correct
+    supervised = label != -100  # other rows have no loss and no gradient, and count as correct
     offs_v = tl.arange(0, BLOCK_V)
 
-    # One softmax state per lane, so no reduction across threads inside the loop. The max starts
-    # finite, so that a lane without logits makes no NaN.
+    # One softmax state per lane, so that the loop has no reduction across threads. The max starts
+    # finite, so that a lane without logits gives no NaN.
     m_i = tl.full((BLOCK_V,), -1e30, tl.float32)
     l_i = tl.zeros((BLOCK_V,), tl.float32)
     argmax = tl.zeros((BLOCK_V,), tl.int32)
@@ -51,7 +51,7 @@ def _softmax_cross_entropy_kernel(
     first = tl.min(tl.where(m_i == m, argmax, V), axis=0)
     in_vocabulary = (label >= 0) & (label < V)  # otherwise the loss is NaN
     x_label = tl.load(x_ptr + label, mask=in_vocabulary, other=float("nan")).to(tl.float32)
-    # m and log(l_i) stay separate: their sum would round by |m|, and with it every p of the row
+    # m - x_label first: m + log(l_i) would be rounded relative to |m|, which may be large
     tl.store(loss_ptr + row, tl.where(supervised, m - x_label + tl.log(l_i), 0.0))
     tl.store(correct_ptr + row, (first == label) | ~supervised)
 
@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = h.new_empty(N, dtype=torch.float32)
         correct = h.new_empty(N, dtype=torch.bool)
         dh = torch.empty_like(h)
-        # fp32 also for a bf16 head: it accumulates over chunks
+        # fp32 even for a bf16 head, because it is accumulated over the chunks
         dw = torch.zeros_like(w, dtype=torch.float32)
         # row starts are multiples of 16 elements, for 128-bit loads and for cuBLAS
         buffer = h.new_empty(min(chunk, N), triton.cdiv(V, 16) * 16)
@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)), STAGES=NUM_STAGES,
                 num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=True,
             )  # fmt: skip
-            dh[part] = logits @ w_h  # the kernel has replaced the logits by their gradient
+            dh[part] = logits @ w_h  # the kernel has replaced the logits with their gradient
             if dw.dtype == x.dtype:
                 dw.addmm_(logits.t(), x)
             else:
@@ -121,8 +121,8 @@ def linear_cross_entropy(
     chunk    rows of logits that exist at once
 
     Products use h's dtype (autocast's under autocast) and accumulate in fp32. A label outside the
-    vocabulary gives a loss of NaN. Gradients are computed in this call. The gradient of the logits
-    is in h's dtype, before any scaling of the loss.
+    vocabulary gives a loss of NaN. The gradients are computed in this call, with that of the logits
+    in h's dtype, before any scaling of the loss.
     """
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))

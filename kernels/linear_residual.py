@@ -1,4 +1,4 @@
-"""x += y W^T + b: a projection into the residual stream, bias and sum in one launch.
+"""x += y W^T + b: a projection and its addition to the residual stream in one launch.
 
 Used for both projections of a block: attention's (C, C) and the MLP's (C, 4C).
 """
@@ -26,14 +26,12 @@ def _linear_residual_kernel(
     offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m < B) & (offs_n < N)
-    # load before the matrix product, which hides the latency
-    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    acc = linear(
-        y_ptr, w_ptr, None, None, x_ptr, 0.0, B, row0, col0, N, K, PDL, IMPL,
+    x = linear(
+        y_ptr, w_ptr, bias_ptr, None, None, x_ptr, 0.0, B, row0, col0, N, K, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
-    # one rounding: product, bias and residual are all fp32 up to here
-    tl.store(x_ptr + offs_m * N + offs_n, (acc + bias).to(x_ptr.dtype.element_ty), mask=mask)
+    # one rounding: product, bias and residual are added in fp32
+    tl.store(x_ptr + offs_m * N + offs_n, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def linear_residual(

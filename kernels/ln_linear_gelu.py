@@ -11,7 +11,7 @@ from kernels._linear import auto_impl, launch_config, layer_norm, linear
 
 @triton.jit
 def _ln_linear_gelu_kernel(
-    x_ptr,  # residual stream (B, K), normalized already except for gemv, read
+    x_ptr,  # residual stream (B, K), read; normalized already unless IMPL is gemv
     ln_w_ptr,  # LayerNorm weight (K,), read
     ln_b_ptr,  # LayerNorm bias (K,), read
     w_ptr,  # weight (N, K), read
@@ -24,13 +24,10 @@ def _ln_linear_gelu_kernel(
     col0 = tl.program_id(0) * BLOCK_N
     offs_m = row0 + tl.arange(0, BLOCK_M)[:, None]
     offs_n = col0 + tl.arange(0, BLOCK_N)[None, :]
-    # load before the matrix product, which hides the latency
-    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    acc = linear(
-        x_ptr, w_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, PDL, IMPL,
+    h = linear(
+        x_ptr, w_ptr, bias_ptr, ln_w_ptr, ln_b_ptr, None, eps, B, row0, col0, N, K, PDL, IMPL,
         BLOCK_M, BLOCK_N, BLOCK_K, CHUNKS,
     )  # fmt: skip
-    h = acc + bias
     # tanh-GELU: h * (1 + tanh(u)) / 2 = h * sigmoid(2u), u = sqrt(2 / pi) * (h + 0.044715 h^3)
     h = h * tl.sigmoid(1.59576912 * (h + 0.044715 * h * h * h))
     mask = (offs_m < B) & (offs_n < N)
@@ -51,7 +48,7 @@ def ln_linear_gelu(
     )  # fmt: skip
     itemsize = weight.element_size()
     impl = auto_impl(B, K, itemsize) if impl == "auto" else impl
-    if impl != "gemv":  # which applies LayerNorm itself
+    if impl != "gemv":  # gemv applies LayerNorm itself
         x = layer_norm(x, ln_weight, ln_bias)
     if impl == "library":
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")  # GPT-2's GELU

@@ -1,9 +1,9 @@
 """Differentiable attention of one query per sequence over a fixed prefix: latent steps in training.
 
-Each of n latent steps attends to the same prefix keys and values. Summing n gradients of K and V
-through autograd would move the prefix 7 times per step (1 zero fill, 3 kernel, 3 sum). Here every
-backward call adds to one dK, dV buffer in place instead: 3 times (read K and V, read and write dK
-and dV).
+All n latent steps attend to the same prefix keys and values. If autograd summed their gradients of
+K and V, each step would move the prefix 7 times (1 for zeros, 3 in the kernel, 3 for the sum). Here
+every backward call adds to one dK, dV buffer in place, which moves it 3 times (read K and V, read
+and write dK and dV).
 """
 
 import torch
@@ -69,7 +69,7 @@ def _prefix_attention_bwd_kernel(
     dk_ptr += b * stride_dkb + h * stride_dkh
     dv_ptr += b * stride_dvb + h * stride_dvh
 
-    # one dq per lane: no reduction across threads inside the loop but the dot products
+    # one dq per lane, so that the dot products are the only reductions across threads in the loop
     dq = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         mask_n = offs_n < (hi - start).to(tl.int32)
@@ -108,11 +108,11 @@ def _prefix_attention_bwd_kernel(
 
 
 class PrefixBuffers(SplitWorkspace):
-    """Memory shared by all calls of prefix_attention over one prefix (B, nh, T, hs).
+    """Buffers shared by all calls of prefix_attention over one prefix (B, nh, T, hs).
 
-    dk and dv are the gradients that the last backward call returned, and None before the first.
-    The next one may add to them in place only if autograd hands on these very tensors: a sum that
-    autograd made, or a gradient from another reader of k and v, belongs to somebody else.
+    dk and dv are the gradients that the last backward call returned, None before the first. The
+    next call adds to them in place only if autograd passes it these very tensors. Another gradient,
+    such as a sum made by autograd, may be in use elsewhere and must not be modified.
     """
 
     dk: Tensor | None = None
@@ -169,12 +169,12 @@ def prefix_attention(
     lengths   (B,) int64, read on the device
     buffers   PrefixBuffers of this prefix, the same in every call
 
-    lse is the log-sum-exp of the scaled scores (-inf without keys). It is differentiable: the
-    softmax of several lse joins attention over several parts of a sequence.
+    lse is the log-sum-exp of the scaled scores (-inf without keys). It is differentiable: a softmax
+    over the lse of several parts of a sequence gives the weights to combine their outputs.
 
     Chain the calls: call n + 1 takes the k, v returned by call n (same memory), and any other
-    reader takes the last ones. Backward then runs in reverse and accumulates into one dK, dV
+    reader takes the last ones. Backward then runs in reverse order and accumulates into one dK, dV
     buffer. Both have k's dtype and are rounded once per call, as autograd's own sum would be.
-    No second derivative.
+    There is no second derivative.
     """
     return _PrefixAttention.apply(q, k, v, lengths, buffers)

@@ -1,6 +1,6 @@
-"""Every kernel's op in plain torch: slow, and correct in any dtype. Tests compare with these.
+"""The op of every kernel in plain torch: slow, but correct in any dtype. Tests compare with these.
 
-The residual stream x may have another dtype than the parameters: fp32 in inference.
+The residual stream x may have another dtype than the parameters (fp32 in inference).
 """
 
 import torch
@@ -23,7 +23,7 @@ def append_ref(
     qkv = F.linear(layer_norm_ref(x, ln_weight, ln_bias), weight, bias).view(B, 3, nh, hs)
     # one sequence at a time, because each has its own length
     for b, length in enumerate(lengths.tolist()):
-        if length < T and (active is None or active[b]):  # a full cache keeps what it has
+        if length < T and (active is None or active[b]):  # a full sequence stores nothing
             cache[:, b, :, length] = qkv[b, 1:]  # (2, nh, hs)
     return qkv[:, 0]
 
@@ -61,7 +61,7 @@ def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Ten
 
 def linear_residual_ref(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """Add y (B, K) @ weight (N, K)^T + bias (N,) to x (B, N) in place; return x."""
-    # in place, as the residual stream keeps its memory from layer to layer
+    # in place, because the residual stream keeps its memory from layer to layer
     return x.add_(F.linear(y, weight, bias))
 
 
@@ -79,11 +79,11 @@ def feedback_ref(
 ) -> None:  # fmt: skip
     """Update x (B, C), lengths (B,) and hidden (B, C) in place (feedback.py)."""
     active = torch.ones_like(lengths, dtype=torch.bool) if active is None else active
-    # a sequence that has ended keeps its state and its length
+    # an inactive sequence keeps its state and its length
     h = layer_norm_ref(x, ln_weight, ln_bias)
     hidden.copy_(torch.where(active[:, None], h, hidden))
     lengths += active  # before wpe: the next input is one position later
-    # a full sequence has no next position; what it reads is never used
+    # clamped, because a full sequence has no next position; its x is never used
     x.copy_(hidden.to(x.dtype) + wpe[lengths.clamp(max=len(wpe) - 1)])
 
 

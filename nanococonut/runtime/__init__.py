@@ -1,1 +1,1 @@
-"""The machine: command line, devices, processes, CUDA graphs, errors."""
+"""Command line, devices, processes, CUDA graphs and errors."""

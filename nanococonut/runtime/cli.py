@@ -1,4 +1,4 @@
-"""Command lines and config files as frozen dataclasses: each field is one --key."""
+"""Parse command lines and config files into frozen dataclasses: each field is one --key."""
 
 import argparse
 import ast
@@ -18,16 +18,16 @@ from nanococonut.runtime.errors import UserError
 
 T = TypeVar("T")
 TYPE_NAMES = {
-    int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"
+    int: "an integer", float: "a number", str: "a string", bool: "True or False", NoneType: "None"
 }  # fmt: skip
 CONSTANTS = {"true": True, "false": False, "none": None}
-BOUNDS = {  # argument of option() -> (words for the error, test)
+BOUNDS = {  # argument of option() -> (words for the error, comparison)
     "ge": ("at least", operator.ge),
     "le": ("at most", operator.le),
     "gt": ("more than", operator.gt),
     "lt": ("less than", operator.lt),
 }
-OTHER_NAMES = {  # what users type, most from nanoGPT -> what exists here
+OTHER_NAMES = {  # other names for an option, mostly nanoGPT's -> its name here
     "compile": "kernels",
     "gradient_accumulation_steps": "micro_batch_size",
     "lr": "learning_rate",
@@ -46,21 +46,20 @@ def option(
     choices: Sequence[str] = (),
     **bounds: float,
 ) -> Any:
-    """Return a dataclass field with its help, its group in --help and its allowed values.
+    """Return a dataclass field with its help text, its group in --help and its allowed values.
 
-    bounds: keys of BOUNDS.
+    bounds: limits by the keys of BOUNDS, such as ge=0.
     """
     metadata = dict(help=help, group=group, choices=choices, bounds=bounds)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def validate(config: Any) -> None:
-    """Raise UserError if a field of this config dataclass has a wrong type or value."""
-    types_of = _types(type(config))
+    """Raise UserError if a field of the config dataclass has a wrong type or value."""
     for f in dataclasses.fields(config):
-        value, meta, types = getattr(config, f.name), f.metadata, types_of[f.name]
+        value, meta, types = getattr(config, f.name), f.metadata, _types(f)
         shown = f"--{f.name}={_shortened(value)}"
-        # type(), not isinstance(): True is no whole number
+        # type(), not isinstance(), because a bool is an int
         if type(value) not in types and not (float in types and type(value) is int):
             expected = " or ".join(TYPE_NAMES[t] for t in types)
             raise UserError(
@@ -68,15 +67,15 @@ def validate(config: Any) -> None:
             )
         if type(value) is str and not _is_text(value):
             raise UserError(
-                f"{shown} has a zero byte or is not UTF-8 text.\nUse another text or path."
+                f"{shown} contains a zero byte or is not valid UTF-8.\nUse another string."
             )
         if value is None:
             continue
         for key, limit in meta["bounds"].items():
             words, holds = BOUNDS[key]
-            if not holds(value, limit):  # NaN holds for nothing
+            if not holds(value, limit):  # false for NaN
                 raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
-        largest = {int: 2**63, float: 1e30}.get(type(value))  # torch's; float32 with a margin
+        largest = {int: 2**63, float: 1e30}.get(type(value))  # what int64 and float32 can hold
         if largest and not abs(value) < largest:
             raise UserError(f"{shown} is out of range.\nUse a smaller number.")
         if meta["choices"] and value not in meta["choices"]:
@@ -89,22 +88,21 @@ def validate(config: Any) -> None:
 def _shortened(value: Any) -> str:
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
+    except ValueError:  # Python does not print integers of more than 4,300 digits
         return "..."
 
 
 def _is_text(value: str) -> bool:
-    """Return whether files can be named so and UTF-8 can hold it."""
+    """Return whether the string can be encoded as UTF-8 and has no zero byte, as paths require."""
     try:
         return b"\0" not in value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         return False
 
 
-def _types(cls: type) -> dict[str, tuple[type, ...]]:
-    """Return field name -> (int, NoneType) for int | None, (int,) for int."""
-    hints = typing.get_type_hints(cls)
-    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+def _types(field: dataclasses.Field) -> tuple[Any, ...]:
+    """Return the types of a field: (int,) for int, (int, NoneType) for int | None."""
+    return typing.get_args(field.type) or (field.type,)
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
@@ -115,7 +113,7 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
-    """Return the assignments of a config file. Only literals: nothing in it is executed."""
+    """Return name -> value of a config file. Values are literals: nothing in it is executed."""
     path, names = Path(path), [f.name for f in dataclasses.fields(cls)]
     try:
         body = ast.parse(path.read_text(encoding="utf-8-sig")).body
@@ -131,7 +129,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
         line = getattr(e, "lineno", None) or 1
         raise UserError(
             f"{path}, line {line}: not a config file ({e.args[0]}).\n"
-            "Write one literal assignment per line, such as n_layer = 2."
+            "Write one assignment per line, such as n_layer = 2."
         ) from None
     values = {}
     for node in body:
@@ -155,26 +153,26 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
         except LITERAL_ERRORS:
             raise UserError(
                 f"{at}: the value of {name} is not a literal.\n"
-                "Write a number, a text in quotes, True, False or None."
+                "Write a number, a string in quotes, True, False or None."
             ) from None
     return values
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:  # argparse would print all of the usage
+    def error(self, message: str) -> typing.NoReturn:  # argparse would print the whole usage
         raise UserError(f"{message}.\nSee --help for all keys.")
 
 
 def parse_cli(
     cls: type[T], argv: Sequence[str], doc: str | None, config_file: bool = False
 ) -> tuple[dict[str, Any], str | None]:
-    """Parse --key=value, --key value, and a bare --flag for True.
+    """Parse --key=value and --key value; a bare --flag means True.
 
-    doc: the script's __doc__, whose first line --help shows; None under `python -OO`. Return (field
-    name -> value of the keys in argv, path of the config file or None). Nothing is merged or
-    validated yet.
+    doc: the script's __doc__ (None under `python -OO`); --help shows its first line. Return (field
+    name -> value, only for the keys in argv; path of the config file or None). validate() comes
+    later, once the defaults and the config file are merged in.
     """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m NAME`
     parser = _Parser(
         prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=(doc or "").split("\n")[0],
@@ -184,11 +182,11 @@ def parse_cli(
     )
     if config_file:
         parser.add_argument("config", nargs="?", help="a file of literal assignments")
-    fields, types_of = dataclasses.fields(cls), _types(cls)  # type: ignore[arg-type]
-    names = dict.fromkeys(f.metadata["group"] for f in fields)  # a set in their order
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = dict.fromkeys(f.metadata["group"] for f in fields.values())  # unique, in order
     groups = {name: parser.add_argument_group(name) for name in names}
-    for f in fields:
-        meta, types = f.metadata, types_of[f.name]
+    for f in fields.values():
+        meta, types = f.metadata, _types(f)
         choices = f": {', '.join(meta['choices'])}" if meta["choices"] else ""
         groups[meta["group"]].add_argument(
             f"--{f.name}",
@@ -199,17 +197,17 @@ def parse_cli(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        suggestion = _suggestion(key, [f"--{f.name}" for f in fields])
+        suggestion = _suggestion(key, [f"--{name}" for name in fields])
         raise UserError(f"unknown argument {key!r}.{suggestion}\nSee --help for all keys.")
     texts = vars(namespace)
     path = texts.pop("config", None)
-    return {name: _parse_value(text, types_of[name]) for name, text in texts.items()}, path
+    return {name: _parse_value(text, _types(fields[name])) for name, text in texts.items()}, path
 
 
 def _parse_value(text: str, types: tuple[type, ...]) -> Any:
-    """Return the value as one of these types, or the text itself, which validate() refuses."""
+    """Return the text's value of one of these types, or the text, which validate() then refuses."""
     constant = CONSTANTS.get(text.lower(), text)
-    if type(constant) in types:  # also a text
+    if type(constant) in types:  # a constant, or any text if str is allowed
         return constant
     try:
         return ast.literal_eval(text) if int in types or float in types else text
@@ -218,9 +216,9 @@ def _parse_value(text: str, types: tuple[type, ...]) -> Any:
 
 
 def make_config(cls: type[T], *layers: Mapping[str, Any]) -> T:
-    """Return the dataclass with these settings. Later layers override earlier ones.
+    """Return cls(**settings). Later layers override earlier ones.
 
-    Raise UserError if it has no such field: the layer is a manifest's.
+    Raise UserError if a setting is unknown, as one from another version's manifest can be.
     """
     values = {name: value for layer in layers for name, value in layer.items()}
     if unknown := values.keys() - {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]
@@ -239,6 +237,6 @@ def format_config(config: Any, unused: Iterable[str] = ()) -> str:
         if (value := getattr(config, f.name)) != f.default and f.name not in unused
     ]
     text = " ".join(changed) or "all settings are the defaults"
-    # a path stays in one piece
+    # do not break paths
     text = textwrap.fill(text, width=78, break_long_words=False, break_on_hyphens=False)
     return textwrap.indent(text, "  ")

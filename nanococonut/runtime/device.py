@@ -22,30 +22,30 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" holds no data
+        torch.zeros(1, device=device).item()  # fails on "meta", which holds no data
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         first = str(e).splitlines()[0]
         raise UserError(f"device={name!r} cannot be used: {first}\nTry --device=cpu.") from None
     if device.type == "cuda":
         if device.index is not None:
             torch.cuda.set_device(device)  # streams, graphs and Triton use the current device
-        # cuDNN plans attention again for every length (tens of ms each); flash attention does not
+        # cuDNN plans attention anew for every length (tens of ms each); flash attention does not
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def select_precision(dtype: str, device: torch.device) -> bool:
-    """Set the precision of float32 products. Return whether to autocast to bfloat16."""
+    """Set the precision of float32 matrix products. Return whether to autocast to bfloat16."""
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return dtype == "bfloat16" or (dtype == "auto" and on_gpu)
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks.
+    """Tell glibc to keep large freed blocks of memory.
 
-    By default it returns them to the system and faults them in again at every step, which costs
-    a small model on a CPU much of its time.
+    By default it returns them to the system, so every step causes the same page faults again. On a
+    CPU they take much of a small model's time.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -59,25 +59,25 @@ HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM or SIGHUP as a request: the loop finishes its step, saves and exits.
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a request that the loop reads after each step.
 
-    In a single process a second signal exits at once. Under torchrun it does not: torchrun adds
-    its own signal to the terminal's. Nor does SIGHUP, which a closed terminal's shell repeats.
+    In a single process, a second signal exits at once. Two cases do not count as a second signal:
+    torchrun sends its own after the terminal's, and a shell may send SIGHUP twice.
     """
 
     def __init__(self, n_processes: int = 1) -> None:
         self.n_processes = n_processes
-        self.signal = 0  # the first one received, but for SIGHUP
-        self._before: dict[int, Any] = {}  # signal -> handler
+        self.signal = 0  # the first one received; any other replaces a SIGHUP
+        self._before: dict[int, Any] = {}  # signal -> previous handler
         if threading.current_thread() is not threading.main_thread():
-            return  # a notebook or web page runs the loop: signals are its own
+            return  # in a notebook or web app; Python sets handlers in the main thread only
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup ignores it
+        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # ignored under nohup
             numbers.append(HANGUP)
         self._before = {number: signal.signal(number, self._receive) for number in numbers}
 
     def close(self) -> None:
-        """Put back the handlers: a notebook that ran a script needs its own Ctrl-C."""
+        """Restore the previous handlers, since a notebook that ran the loop needs its Ctrl-C."""
         if self.n_processes == 1:  # torchrun's own signal may come after the last save
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -88,8 +88,8 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """Return the shell's code for a process that ended by this signal."""
-        return 128 + (self.signal or signal.SIGTERM)  # another process received it
+        """Return the exit code that shells use for a process ended by this signal."""
+        return 128 + (self.signal or signal.SIGTERM)  # 0 if only another process received it
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         alone = self.n_processes == 1
@@ -100,5 +100,5 @@ class Interrupt:
             self.signal = number
         if is_first:
             hint = "; interrupt again to exit at once" if alone else ""
-            with suppress(RuntimeError, OSError):  # within a print no other may start
+            with suppress(RuntimeError, OSError):  # the signal may have interrupted another print
                 print(f"stopping after this step{hint}", flush=True)

@@ -1,10 +1,8 @@
-"""One training run in several processes: torchrun starts them, an all-reduce sums their gradients.
+"""Data-parallel training: torchrun starts the processes, one all-reduce sums their gradients.
 
-Every process samples the same examples and stages from the seed and computes every n-th example of
-the batch. Its gradient is added to the others' in a single all-reduce, so weights and moments stay
-equal everywhere without being sent.
-
-docs/SCALING.md says why this is not DistributedDataParallel.
+Every process samples the same batches and stages from the seed, and computes every n-th example of
+a batch. Since all get the same summed gradients, weights and optimizer states stay equal without
+being sent. docs/SCALING.md explains why this is not DistributedDataParallel.
 """
 
 import os
@@ -22,10 +20,8 @@ from torch import Tensor
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main, user_message
 
-# between the seeds of two processes; odd, because torch's CPU generator reads 32 bits
+# between the seeds of two ranks; odd, so that the 32 bits that torch's CPU generator reads differ
 SEED_STRIDE = 0x9E3779B1
-
-
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TASK_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun, mpiexec
 
@@ -39,7 +35,7 @@ def _launched() -> bool:
 def _refuse_half_launched() -> None:
     """Raise UserError if there are several processes without all of torchrun's variables.
 
-    Each would train the whole run.
+    Otherwise each of them would train the whole run.
     """
     env = {name: value for name, value in os.environ.items() if value}
     names = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in env]
@@ -49,24 +45,24 @@ def _refuse_half_launched() -> None:
         names = [name for name in TASK_COUNTS if env.get(name, "1") != "1"]
     if names:
         raise UserError(
-            f"{', '.join(f'{name}={env[name]}' for name in names)}, but processes that train "
-            f"together need all of {', '.join(TORCHRUN)}.\n"
-            f"Start them with torchrun. To train in one process: unset {' '.join(names)}"
+            f"{', '.join(f'{name}={env[name]}' for name in names)} is set, but training in several "
+            f"processes needs all of {', '.join(TORCHRUN)}.\n"
+            f"Start them with torchrun. To train in one process, run: unset {' '.join(names)}"
         )
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among those of the run. Only rank 0 prints, logs and saves."""
+    """The rank of this process and their number. Only rank 0 prints, logs and saves."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def from_env(cls) -> "Distributed":
-        """Return this process's rank in the group that run_distributed joined, or a single one.
+        """Return the rank in the process group that run_distributed joined, or rank 0 of 1.
 
-        Raise UserError if others run, but torchrun's variables are missing.
+        Raise UserError if there are several processes without all of torchrun's variables.
         """
         if dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
@@ -78,7 +74,7 @@ class Distributed:
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """Return the device of this process: its own GPU, by LOCAL_RANK, if there are several.
+        """Return the device of this process. Each of several gets its own GPU, by LOCAL_RANK.
 
         Raise UserError if the device cannot be used, or if several processes would share it.
         """
@@ -100,7 +96,7 @@ class Distributed:
         return seed + self.rank * SEED_STRIDE
 
     def shard(self, items: Sequence) -> Sequence:
-        """Return every n-th item. If they are sorted by length, all processes get like lengths."""
+        """Return every n-th item. Of items sorted by length, each process gets similar lengths."""
         return items[self.rank :: self.world]
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
@@ -116,9 +112,9 @@ class Distributed:
     ) -> tuple[Tensor, bool]:
         """Sum every gradient over all processes, in place.
 
-        Return (the sum of totals, whether any process set its flag): both travel with the
-        gradients in float32. A parameter without a gradient in any process stays without one, so
-        that optimizers skip it as in a single process.
+        Return (the sum of totals, whether any process set its flag); both are sent with the
+        gradients, in float32. A parameter that has no gradient in any process keeps None, so that
+        optimizers skip it as in a single process.
         """
         if self.world == 1:
             return totals, flag
@@ -134,11 +130,11 @@ class Distributed:
         )
         self._sum(flat)
         *gradients, extras = flat.split([*sizes, len(extras)])
-        users = extras[: len(parameters)].tolist()  # processes with a gradient, per parameter
-        for p, gradient, n_users in zip(parameters, gradients, users, strict=True):
+        counts = extras[: len(parameters)].tolist()  # processes with a gradient, per parameter
+        for p, gradient, count in zip(parameters, gradients, counts, strict=True):
             if p.grad is not None:
                 p.grad.copy_(gradient.view_as(p))
-            elif n_users:
+            elif count:
                 p.grad = gradient.view_as(p).clone()
         return extras[len(parameters) : -1], bool(extras[-1])
 
@@ -153,10 +149,10 @@ class Distributed:
 
 
 def run_distributed(main: Callable[[], None]) -> None:
-    """Run main() as errors.run_main does, in a script that may run as several processes.
+    """Run main() like errors.run_main, in a script that may run as several processes.
 
-    The processes join before main(). The first to fail prints the reason; the others then exit
-    silently instead of waiting for it. A closed stdout does not end a run.
+    The processes form a group first. If main() fails, the first process to fail prints the reason;
+    the others exit silently instead of waiting for it. A closed stdout does not end a run.
     """
     if not _launched():
         return run_main(main, goes_on=True)
@@ -171,8 +167,8 @@ def run_distributed(main: Callable[[], None]) -> None:
             main()
         except Exception as e:
             is_users = bool(user_message(e))
-            if store.add("failed", 1) > 1:  # not the first one
-                # torchrun kills all once one exits, so the first one has to print before that
+            if store.add("failed", 1) > 1:  # not the first to fail
+                # wait until the first has printed, because torchrun kills all when one exits
                 with suppress(RuntimeError):
                     store.wait(["reported"], timedelta(seconds=10))
                 sys.exit(2 if is_users else 1)
@@ -189,4 +185,4 @@ def run_distributed(main: Callable[[], None]) -> None:
             store.set("reported", "")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(e.code)  # a communicator that lost the other processes may never shut down
+        os._exit(e.code)  # without the other processes, the group may never shut down

@@ -1,4 +1,4 @@
-"""Errors a user can fix, in at most two lines; an output that may end before its script."""
+"""Errors that a user can fix, in at most two lines, and output streams that may close early."""
 
 import errno
 import os
@@ -9,20 +9,20 @@ from typing import Any, TextIO
 
 
 class UserError(Exception):
-    """A mistake of the user. run_main prints the message without a traceback."""
+    """An error that the user can fix. run_main prints its message without a traceback."""
 
 
 class _Output:
-    """A text stream that fails at most once, because it is closed or its disk is full.
+    """A text stream that fails at most once, when it is closed or its disk is full.
 
-    goes_on   without a word then, the rest is dropped; else the script ends there
+    goes_on   silently drop all further output then; otherwise the script ends
     """
 
     def __init__(self, stream: TextIO, goes_on: bool) -> None:
         self._stream, self._goes_on = stream, goes_on
-        # a notebook's stream has no encoding, and no method of this name
+        # a notebook's stream has no reconfigure()
         if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
-            stream.reconfigure(errors="replace")  # what its encoding (cp1252) lacks becomes "?"
+            stream.reconfigure(errors="replace")  # "?" for characters that cp1252 cannot encode
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -38,20 +38,20 @@ class _Output:
         try:
             method(*args)
         except OSError as e:
-            with suppress(OSError):  # so that what is buffered does not fail again
+            with suppress(OSError):  # so that flushing the buffer does not fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if self._goes_on:
                 return
-            if e.errno in (errno.EPIPE, errno.EINVAL):  # `| head` ended; EINVAL: on Windows
-                sys.exit(141)  # the shell's code for it
+            if e.errno in (errno.EPIPE, errno.EINVAL):  # a closed pipe; EINVAL on Windows
+                sys.exit(141)  # as after SIGPIPE
             raise UserError(
                 f"the output cannot be written: {e.strerror}.\nFree some space, or write elsewhere."
             ) from None
 
 
 def user_message(e: Exception) -> str:
-    """Return what to print in place of a traceback; "" if the error is a bug."""
-    if isinstance(e, OSError) and e.filename is not None:  # too long, no permission, a disk is gone
+    """Return what to print instead of a traceback; "" if the error is a bug."""
+    if isinstance(e, OSError) and e.filename is not None:  # such as a path that is too long
         return f"{e.filename} cannot be used: {e.strerror}."
     return str(e) if isinstance(e, UserError) else ""
 
@@ -59,10 +59,10 @@ def user_message(e: Exception) -> str:
 def run_main(main: Callable[[], None], goes_on: bool = False) -> None:
     """Run a script's main(). Exit with code 2 on a UserError, with 130 on Ctrl-C.
 
-    goes_on   if stdout is closed or full, finish all the same
+    goes_on   finish even if stdout is closed or its disk is full
     """
     streams = sys.stdout, sys.stderr
-    # a stream is None if it was closed from the start
+    # a stream is None if the script was started without it
     out, err = (stream or open(os.devnull, "w") for stream in streams)
     sys.stdout, sys.stderr = _Output(out, goes_on), _Output(err, goes_on=True)
     try:
@@ -78,5 +78,5 @@ def run_main(main: Callable[[], None], goes_on: bool = False) -> None:
     finally:
         for stream in (sys.stderr, sys.stdout):
             with suppress(UserError, SystemExit):
-                stream.flush()  # at exit, a failure would change the exit code
+                stream.flush()  # a failure at interpreter exit would change the exit code
         sys.stdout, sys.stderr = streams

@@ -1,8 +1,8 @@
 """A bounded cache of CUDA graphs.
 
 A step of a small model is about a hundred kernels of a few microseconds each, so launching them one
-by one costs more than running them. A graph launches all at once. A replay always uses the same
-tensors, so per-step inputs must be copied into them.
+by one takes longer than running them. A graph launches all of them at once. Every replay uses the
+same tensors, so a step's inputs must be copied into them.
 """
 
 from collections import OrderedDict
@@ -12,17 +12,17 @@ import torch
 
 
 def round_up(n: int, multiple: int) -> int:
-    """Return n rounded up to a multiple: fewer shapes, so fewer graphs."""
+    """Return n rounded up to a multiple, so that there are fewer shapes to capture."""
     return -(-n // multiple) * multiple
 
 
 class GraphCache:
     """CUDA graphs by key, at most max_graphs; the least recently used is dropped. 0: no graphs.
 
-    All graphs share one memory pool: they run one after another and keep nothing in it in between.
+    All graphs share one memory pool: they never run at once and keep nothing in it between replays.
     """
 
-    # one stream for every first run and capture: libraries keep memory per stream
+    # shared by all captures, because libraries keep a workspace per stream
     stream: torch.cuda.Stream | None = None
 
     def __init__(self, max_graphs: int) -> None:
@@ -32,7 +32,7 @@ class GraphCache:
         self.pool: torch.cuda.MemPool | None = None
 
     def run(self, key: tuple, fn: Callable[[], None]) -> None:
-        """Do the work of `fn`: call it on first use and capture it, replay its graph later."""
+        """Run `fn`: on the first use of `key` call and capture it, later replay its graph."""
         if self.max_graphs == 0:
             fn()
             return
@@ -50,9 +50,8 @@ class GraphCache:
         self.bytes, self.pool = 0, None
 
     def _run_and_capture(self, fn: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Call `fn`, which triggers lazy compilation, then return its graph: capturing it computes
-        nothing."""
-        if self.pool is None or not self.graphs:  # a pool does not outlive its last graph
+        """Call `fn`, which also compiles its kernels, then capture it and return the graph."""
+        if self.pool is None or not self.graphs:  # a pool is freed with its last graph
             self.pool = torch.cuda.MemPool()
         current = torch.cuda.current_stream()
         side = GraphCache.stream = GraphCache.stream or torch.cuda.Stream()
@@ -60,15 +59,15 @@ class GraphCache:
         reserved = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # other threads may use CUDA during the capture
-        # backward on this thread too: use_mem_pool is for one, and cuBLAS keeps memory per thread
+        # backward has to run on this thread: use_mem_pool and cuBLAS workspaces are per thread
         with torch.autograd.set_multithreading_enabled(False):
-            # in the pool, so that no second peak of memory stands next to the graphs'. What fn
-            # leaves allocated there (new gradients, cuBLAS workspaces) is not used for a graph
+            # the first call uses the pool too, or its peak memory would add to that of the graphs.
+            # Graphs do not reuse what it leaves allocated (new gradients, cuBLAS workspaces)
             side.wait_stream(current)
             with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(side):
                 fn()
             current.wait_stream(side)
             with torch.cuda.graph(graph, self.pool.id, side, capture_error_mode=mode):
-                fn()
+                fn()  # only recorded
         self.bytes += max(0, torch.cuda.memory_reserved() - reserved)
         return graph

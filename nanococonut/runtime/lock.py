@@ -1,49 +1,36 @@
-"""A lock on a folder. It ends with its process, however that ends."""
+"""A lock on a run's folder. It ends with the process that holds it, even if that is killed."""
 
-import errno
 import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from nanococonut.runtime.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 
-LOCK = ".lock"  # stays when the lock ends: to delete it is a race
+def lock_folder(folder: Path) -> FileLock:
+    """Lock a folder until release() is called on the returned lock or the process ends.
 
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Lock a folder until the returned file is closed, at the latest by the end of the process.
-
-    Raise UserError with the holder's name if another process, or this one, holds the lock.
+    Raise UserError that names the holder if another process, or this one, has locked it already.
     """
-    file = (folder / LOCK).open("a+", encoding="utf-8")
+    lock = FileLock(folder / ".lock")
+    # a file of its own, because Windows lets nobody else read a locked one
+    holder_path = folder / ".lock_holder"
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            # a byte after the text: nobody else can read a locked one
-            os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as e:
-        if e.errno not in (errno.EAGAIN, errno.EACCES):
-            print(f"{folder} cannot be locked ({e.strerror}): start no second run there")
-            return file
-        file.seek(0)
-        holder = file.read() or "another process"
-        file.close()
+        lock.acquire(timeout=0)
+    except Timeout:
+        is_known = holder_path.exists()
+        holder = holder_path.read_text(encoding="utf-8") if is_known else "another process"
         raise UserError(
             f"--out_dir {folder} is in use by {holder}.\n"
             "Wait for that run or end it, or choose another --out_dir."
         ) from None
-    file.truncate(0)
+    except OSError as e:  # some network file systems have no locks
+        print(f"{folder} cannot be locked ({e.strerror}): do not start a second run there")
+        return lock
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}")
-    file.flush()
-    return file
+    holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+    holder_path.write_text(holder, encoding="utf-8")
+    return lock

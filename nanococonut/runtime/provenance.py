@@ -17,11 +17,11 @@ def provenance() -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    commit = os.environ.get("NANOCOCONUT_COMMIT", commit)  # of a copy that came without its git
+    commit = os.environ.get("NANOCOCONUT_COMMIT", commit)  # for a copy without a git repository
     versions = {"python": platform.python_version()}
     for package in ("nanococonut", "torch", "numpy", "tiktoken", "safetensors", "triton"):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # triton on a CPU, nanococonut without pip install
+        except PackageNotFoundError:  # such as triton on a CPU
             pass
     return {"commit": commit, "versions": versions, "platform": sys.platform}

@@ -1,6 +1,6 @@
-"""Make a bundled checkpoint: prosqa_small, which sample.py uses if there is no run, or another.
+"""Bundle a run's best checkpoint with the package. sample.py uses prosqa_small if there is no run.
 
-python -m nanococonut.weights.bundle out/RUN [NAME]
+python -m nanococonut.weights.bundle out/RUN [NAME]    # NAME: prosqa_small by default
 """
 
 import shutil
@@ -15,13 +15,13 @@ from nanococonut.weights.checkpoint import BUNDLED
 
 
 def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
-    """Write a run's best checkpoint to target, in bfloat16 and without optimizer. Return target."""
+    """Write a run's best checkpoint in bfloat16, without its optimizer state. Return target."""
     model, _, manifest = checkpoint.load(run)
-    own = ("files", "format", "progress", "removed")
-    manifest = {k: v for k, v in manifest.items() if k not in own}
-    # write_checkpoint adds these three of the bundling itself
+    dropped = ("files", "format", "progress", "removed")
+    manifest = {k: v for k, v in manifest.items() if k not in dropped}
+    # write_checkpoint adds these three keys again, with the values of the bundling
     manifest["trained_with"] = {k: manifest.pop(k) for k in ("commit", "versions", "platform")}
-    manifest["config"] |= {"out_dir": None}  # drop the local path
+    manifest["config"] |= {"out_dir": None}  # a path of this machine
     shutil.rmtree(target, ignore_errors=True)
     files = checkpoint.gather_tensors(model.to(torch.bfloat16))
     checkpoint.write_checkpoint(target, files, manifest)
@@ -30,7 +30,7 @@ def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
 
 def main() -> None:
     if not 2 <= len(sys.argv) <= 3 or any(a.startswith("-") for a in sys.argv[1:]):
-        raise UserError("expected a run, such as out/prosqa_small, and perhaps a new name.")
+        raise UserError("expected a run, such as out/prosqa_small, and optionally a name.")
     if checkpoint.verify(checkpoint.resolve(sys.argv[1], best=True)).get("best_step", -1) < 0:
         raise UserError(
             f"{sys.argv[1]} has no validation in its final stage.\nTrain it to the end first."

@@ -1,8 +1,8 @@
-"""Checkpoints: safetensors weights, training state, and a manifest that describes them.
+"""Checkpoints: safetensors weights, optimizer state, and a manifest that describes them.
 
-A run's folder holds metrics.jsonl and step_<n>/ folders, each complete: model.safetensors,
-optimizer.safetensors and manifest.json with the digests of both. A folder is written under another
-name and then renamed, so a run killed at any moment leaves only whole ones. Nothing is unpickled.
+A run's folder holds metrics.jsonl and one folder step_<n>/ per checkpoint: model.safetensors,
+optimizer.safetensors, and manifest.json with the SHA-256 digests of both. A checkpoint is written
+to a temporary folder, then renamed, so a killed run leaves no half of one. Nothing is unpickled.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,20 +35,22 @@ from nanococonut.tokenizer import Tokenizer
 T = TypeVar("T")
 FORMAT = 2
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
-TYPES = {  # of the manifest's values
-    **dict.fromkeys(("config", "model", "tokenizer", "files", "progress"), dict),
-    **dict.fromkeys(("stage", "n_thoughts", "step", "threads", "best_step"), int),
-    **dict.fromkeys(("method", "device", "examples"), str),
+TYPES = {  # manifest key -> type of its value; a key that may be None may also be missing
+    **dict.fromkeys(("config", "model", "tokenizer", "files"), dict),
+    **dict.fromkeys(("stage", "n_thoughts", "step", "threads"), int),
+    **dict.fromkeys(("method", "device"), str),
     "minutes": int | float,
+    "best_step": int | None,
+    "progress": dict | None,
+    "examples": str | None,
     "hub_commit": str | None,
 }
-OPTIONAL = {"best_step", "progress", "examples", "hub_commit"}
-# settings that may change when a run is resumed: the mathematics stay the same
+# options that may change when a run is resumed
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
-RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may choose another checkpoint as the best
-RESUMABLE |= {"epochs"}  # Schedule.check_epochs
-RESUMABLE |= {"wte_init_std", "recompute_mlp"}  # of older runs: neither changes a later step
-ROUNDING = {"kernels", "graph", "micro_batch_size"}  # not to the bit
+RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may select another checkpoint as the best
+RESUMABLE |= {"epochs"}  # Schedule.check_epochs limits the change
+RESUMABLE |= {"wte_init_std", "recompute_mlp"}  # of older versions: no effect after the first step
+ROUNDING = {"kernels", "graph", "micro_batch_size"}  # may change, with a note
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
 
@@ -57,30 +60,31 @@ def _digest(path: Path) -> str:
 
 
 def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, str]:
-    """Return the examples of a run and the digest of what they say, in order, in any format.
+    """Return a run's examples and a digest of their content, whatever format their file has.
 
-    manifest: of the run, {} for a new one. Raise UserError if it was trained on other examples.
+    manifest: the run's; {} for a new run. Raise UserError if it was trained on other examples.
     """
-    # a branch on the hub may move, so the commit that the run started with is read
+    # a branch on the hub may move, so load the commit that the run started with
     revision = manifest.get("hub_commit") or config.hub_revision
-    data, sha = load_data(replace(config, hub_revision=revision)), hashlib.sha256()
+    data = load_data(replace(config, hub_revision=revision))
+    sha = hashlib.sha256()
     for split, examples in ({"train": data.train or []} | data.val).items():
         for x in examples:
             line = json.dumps([split, x["question"], x["steps"], x["answer"]])
             sha.update(line.encode() + b"\n")
-    if manifest.get("examples", sha.hexdigest()) != sha.hexdigest():  # old manifests have none
-        paths = [p for p in (config.data, config.valid_data) if p]
+    digest = sha.hexdigest()
+    if manifest.get("examples", digest) != digest:  # older manifests have no digest
+        files = [p for p in (config.data, config.valid_data) if p]
+        source = " and ".join(files) or "this version's generator"
         raise UserError(
-            "this run was trained on other examples than those "
-            f"{'of ' + ' and '.join(paths) if paths else 'that are generated now'}.\n"
-            "Resume with the --data and --valid_data it started with (the path is free), "
-            "or use another --out_dir."
+            f"this run was trained on other examples than those of {source}.\n"
+            "Resume with its original data (a file may have moved), or use another --out_dir."
         )
-    return data, sha.hexdigest()
+    return data, digest
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically. Raise UserError if it cannot be written."""
+    """Replace a file's content atomically. Raise UserError if the file cannot be written."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -88,12 +92,12 @@ def replace_text(path: Path, text: str) -> None:
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written: {e.strerror}.\nMake room or choose another --out_dir."
+            f"{path} cannot be written: {e.strerror}.\nFree some space or choose another folder."
         ) from None
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a line to a JSONL file of results. Raise UserError if it cannot be written."""
+    """Append a row to a JSONL file of results. Raise UserError if the file cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -104,7 +108,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def gather_tensors(
     model: nn.Module, optimizers: Sequence[Optimizer] = ()
 ) -> dict[str, dict[str, Tensor]]:
-    """Return file -> name -> tensor on the CPU: everything that a checkpoint holds."""
+    """Return the tensors of a checkpoint on the CPU: file name -> tensor name -> tensor."""
     files: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(model.state_dict())}
     if optimizers:
         files[OPTIMIZER] = {
@@ -120,7 +124,7 @@ def gather_tensors(
 
 
 def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
-    """Load the moments of a checkpoint folder into optimizers of the same parameters."""
+    """Load the optimizer state of a checkpoint folder. The parameters must be the same."""
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for key, tensor in load_file(folder / OPTIMIZER).items():
         o, i, name = key.split(".", 2)
@@ -132,33 +136,33 @@ def load_optimizers(optimizers: Sequence[Optimizer], folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder to write files to, and rename it to `folder`, which must not exist.
+    """Yield a temporary folder to write to, then rename it to `folder`, which must not exist.
 
-    Leave nothing and raise UserError if a file cannot be written.
+    If a file cannot be written, delete the temporary folder and raise UserError.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        usual_mode = next(temporary.glob("*.json"))
+        json_path = next(temporary.glob("*.json"))
         for path in temporary.iterdir():
-            shutil.copymode(usual_mode, path)  # safetensors writes 0600
-            with path.open("rb+") as file:  # "+": Windows syncs no read-only file
-                os.fsync(file.fileno())  # a power cut must not leave an empty file of that name
+            shutil.copymode(json_path, path)  # safetensors writes its files with mode 0600
+            with path.open("rb+") as file:  # "+", because Windows cannot sync a read-only file
+                os.fsync(file.fileno())  # a power cut must not leave an empty file
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        advice = "Make room or choose another folder."
+        advice = "Free some space or choose another folder."
         if list_checkpoints(folder.parent):
-            advice = "Earlier checkpoints are untouched: make room, then continue with --resume."
+            advice = "Earlier checkpoints are untouched: free some space, then use --resume."
         raise UserError(f"{folder} could not be written: {e}.\n{advice}") from None
 
 
 def write_checkpoint(
     folder: Path, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
 ) -> None:
-    """Write a complete checkpoint at `folder`; see new_folder. files: as of gather_tensors."""
+    """Write a checkpoint to `folder`, all of it or nothing. files: from gather_tensors."""
     with new_folder(folder) as new:
         for name, tensors in files.items():
             save_file(tensors, new / name)
@@ -168,48 +172,49 @@ def write_checkpoint(
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    # not step_00000008_backup, a user's own folder
+    """Return the checkpoint folders of a run, oldest first."""
+    # exactly eight digits: step_00000008_backup is a user's own copy
     return sorted(p.parent for p in run.glob(f"step_{'[0-9]' * 8}/{MANIFEST}"))
 
 
 def is_run(path: Path) -> bool:
-    """Return whether this is a checkpoint, or a run's folder with one in it."""
+    """Return whether the path is a checkpoint, or a run's folder with at least one."""
     return (path / MANIFEST).is_file() or bool(list_checkpoints(path))
 
 
 def save(
     run: Path, step: int, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
 ) -> Path:
-    """Write run/step_<step>. Keep the last two checkpoints and the best; delete the rest.
+    """Write run/step_<step>, then delete all but the last two checkpoints and the best one.
 
-    files: as of gather_tensors.
+    files: from gather_tensors.
     """
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
         write_checkpoint(folder, files, manifest | {"step": step})
-    for old in list_checkpoints(run)[:-2]:  # two, in case the run went wrong at the last one
+    for old in list_checkpoints(run)[:-2]:  # two, in case the last one is already diverging
         if old.name != f"step_{manifest.get('best_step', -1):08d}":
-            with suppress(OSError):  # Windows renames no folder that is being read
-                old.rename(old.with_name(f".{old.name}.partial"))  # never half a checkpoint
-    for partial in run.glob(".step_*.partial"):  # also of runs that were killed
+            with suppress(OSError):  # Windows cannot rename a folder while a file in it is open
+                # rename before deleting, so that a kill never leaves half a checkpoint
+                old.rename(old.with_name(f".{old.name}.partial"))
+    for partial in run.glob(".step_*.partial"):  # including those of killed runs
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def resolve(path: str | Path, best: bool = False) -> Path:
-    """Return the checkpoint folder at a path, or the newest (or best) one of a run's folder."""
+    """Return the path if it is a checkpoint, else the newest (or best) one in the run's folder."""
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        what = "holds no checkpoint" if path.exists() else "does not exist"
+        problem = "holds no checkpoint" if path.exists() else "does not exist"
         raise UserError(
-            f"{path} {what}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
+            f"{path} {problem}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
     newest = checkpoints[-1]
-    # the best by validation accuracy in the final stage, if there was one
+    # the best by validation accuracy in the final stage; -1 before its first validation
     step = read_manifest(newest).get("best_step", -1) if best else -1
     chosen = path / f"step_{step:08d}"
     return chosen if chosen in checkpoints else newest
@@ -223,24 +228,19 @@ def _damaged(folder: Path, reason: str) -> UserError:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest, its config with the defaults of options added since.
+    """Return the manifest. Options that its version did not have get their defaults.
 
-    Raise UserError if it is damaged or of another format.
+    Raise UserError if the manifest is damaged or has another format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version == 1:
-        raise UserError(
-            f"{folder} was written by nanococonut 0.1, whose settings have other names.\n"
-            "Use it with commit a32b7b1, or train again."
-        )
     if version != FORMAT:
-        raise _damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    for key in TYPES.keys() - (OPTIONAL - manifest.keys()):
-        if not isinstance(manifest.get(key), TYPES[key]):
+        raise _damaged(folder, f"{MANIFEST} has format {version!r}, expected {FORMAT}")
+    for key, expected in TYPES.items():
+        if not isinstance(manifest.get(key), expected):
             raise _damaged(folder, f"{MANIFEST} has no valid {key!r}")
     try:
         config = config_from_saved(manifest["config"])
@@ -251,26 +251,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
-    """Return the manifest after checking the digest of every file.
+    """Return the manifest. Raise UserError if a file is missing or its digest differs.
 
-    Raise UserError if one differs, or if `resume` and there is no training state.
+    resume: also raise UserError if there is no training state to resume from.
     """
     manifest = read_manifest(folder)
     if resume and not (OPTIMIZER in manifest["files"] and "progress" in manifest):
         raise UserError(
-            f"{folder} holds a model without its training state, so it cannot be resumed.\n"
+            f"{folder} holds no training state, so it cannot be resumed.\n"
             "Start a new run in another --out_dir."
         )
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
             raise _damaged(folder, f"{name} is missing")
         if _digest(folder / name) != digest:
-            raise _damaged(folder, f"{name} is not the file that was saved")
+            raise _damaged(folder, f"{name} has changed since it was saved")
     return manifest
 
 
 def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return a sentence for each tensor of a file that does not fit the model, or is missing."""
+    """Return one description for each tensor that is unknown, does not fit or is missing."""
     params, problems = model.state_dict(), []
     for name, tensor in tensors.items():
         if name not in params:
@@ -283,7 +283,7 @@ def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into a model of the same shapes; float dtypes are cast."""
+    """Load a checkpoint's weights into a model of the same shapes, and cast them to its dtype."""
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as e:
@@ -291,13 +291,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     if problems := tensor_problems(model, weights):
         raise UserError(
             f"{folder} holds a model of another shape: {problems[0]} ({len(problems)} tensors "
-            "differ).\nUse the settings it was trained with, see its manifest.json."
+            "differ).\nUse the settings in its manifest.json."
         )
     model.load_state_dict(weights)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Return (model in eval mode, tokenizer, manifest) of a checkpoint, or of a run's best one."""
+    """Return (model in eval mode, tokenizer, manifest) of a checkpoint or a run's best one."""
     folder = resolve(path, best=True)
     manifest = verify(folder)
     try:
@@ -312,9 +312,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 class RunDir:
     """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
 
-    Opening makes no folder, so a run that is refused later leaves none. One that exists is locked,
-    until close() or the end of the process. With config.resume, `manifest` is the newest
-    checkpoint's, else {}.
+    open_metrics creates the folder, so a run that is refused before leaves none. It is locked until
+    close() or the end of the process. With config.resume, `manifest` is the newest checkpoint's,
+    else {}.
     """
 
     def __init__(self, path: str | Path, config: TrainConfig, dist: Distributed) -> None:
@@ -322,7 +322,7 @@ class RunDir:
         self.path, self.config, self.dist = Path(path), config, dist
         self.metrics_path = self.path / "metrics.jsonl"
         self.manifest: dict[str, Any] = {}
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[Path] | None = None
         if (self.path / MANIFEST).is_file():
@@ -335,63 +335,66 @@ class RunDir:
             if not list_checkpoints(self.path):
                 raise UserError(
                     f"{path} holds no checkpoint to resume.\n"
-                    "Leave --resume out to start there, or give the --out_dir of a run."
+                    "Give the --out_dir of a run, or start a new run there without --resume."
                 )
             self.manifest = verify(resolve(self.path), resume=True)
             self._check_resumable(self.manifest["config"] | self.manifest["removed"])
 
     def _claim(self) -> None:
-        """Lock the folder. Raise UserError if another process has, or if it holds another run."""
+        """Lock the folder. Raise UserError if it is locked already or holds another run."""
         if self.dist.is_master and self._lock is None:
             self._lock = lock_folder(self.path)
         checkpoints = list_checkpoints(self.path)
         if checkpoints and not self.config.resume:
             raise UserError(
-                f"{self.path} already holds a run (saved at step {_step(checkpoints[-1])}).\n"
+                f"{self.path} already holds a run, saved as {checkpoints[-1].name}.\n"
                 "Continue it with --resume, or choose another --out_dir."
             )
 
     def close(self) -> None:
-        """Wait for a save in the background, then end the lock."""
+        """Wait for a save in the background, then release the lock."""
         self.end_save()
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
-        """Raise UserError if a setting that matters differs from those the run started with."""
-        # the examples have a digest, except in old checkpoints: there the path has to do
+        """Raise UserError if an option that changes the training differs from the saved one."""
+        # examples are compared by their digest; older manifests have none, so there by the path
         free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
-            if key in free or saved == (value := getattr(self.config, key)):
+            if key in free:
                 continue
-            if key in ROUNDING:
-                dropout = " and dropout's draws" if self.config.dropout else ""
+            value = getattr(self.config, key)
+            if value != saved and key in ROUNDING:
+                dropout = " and dropout masks" if self.config.dropout else ""
                 print(f"{key}={value!r}, not {saved!r} as before: roundings{dropout} differ")
-            else:
+            elif value != saved:
                 raise UserError(
                     f"{self.path} was trained with {key}={saved!r}, not {value!r}.\n"
                     "Resume with the settings it started with, or use another --out_dir."
                 )
 
     def load_data(self) -> Data:
-        """Return the examples of this run. UserError if a resumed run was trained on others."""
+        """Return the run's examples. Raise UserError if a resumed run was trained on others."""
         data, self.examples = load_run_data(self.config, self.manifest)
         return data
 
     def restore(
         self, model: nn.Module, optimizers: Sequence[Optimizer], parse: Callable[[dict], T]
     ) -> T:
-        """Load weights and moments. Return parse(what save() got as "progress"; {} for a new run).
+        """Load the weights and the optimizer state of a resumed run. Return its training state.
 
-        Raise UserError if parse raises a TypeError, KeyError or ValueError.
+        parse: make the state from manifest["progress"], or from {} for a new run. Its TypeError,
+        KeyError or ValueError is raised as a UserError: the manifest is damaged.
         """
         if not self.manifest:
             return parse({})
         folder = resolve(self.path)
         try:
-            state = parse(progress := self.manifest["progress"])
+            progress = self.manifest["progress"]
+            state = parse(progress)
             if progress["step"] != self.manifest["step"]:
-                raise ValueError(f"step {progress['step']}, not {self.manifest['step']}")
+                raise ValueError(f"step {progress['step']}, expected {self.manifest['step']}")
         except (TypeError, KeyError, ValueError) as e:
             raise _damaged(folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
         load_weights(model, folder)
@@ -399,19 +402,18 @@ class RunDir:
         return state
 
     def open_metrics(self, step: int) -> IO[str]:
-        """Create the folder and return metrics.jsonl, open after its lines up to `step`."""
+        """Create the folder. Return metrics.jsonl, cut after `step` and open for appending."""
         if not self.dist.is_master:
             return open(os.devnull, "w")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._claim()  # if the folder is new; another process may have made it meanwhile
+        self._claim()  # if the folder is new; another process may have created it meanwhile
         path, kept = self.metrics_path, []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        if text and not self.manifest:  # of a run killed before its first save
+        if text and not self.manifest:  # left by a run that was killed before its first save
             path.replace(self.path / "metrics.before.jsonl")
             text = ""
         for line in text.splitlines(True):
-            # steps that a killed run logged after its last save will be logged again; half a line,
-            # or one that is not ours, goes too
+            # drop the steps after the last save, which will be logged again, and damaged lines
             with suppress(ValueError, TypeError, KeyError):
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     kept.append(line)
@@ -426,12 +428,12 @@ class RunDir:
         manifest: dict[str, Any],
         background: bool = False,
     ) -> None:
-        """Save the model unless a weight is NaN or infinite. Collective: every rank calls it.
+        """Save a checkpoint. Every rank calls it. Raise UserError if a weight is NaN or infinite.
 
-        background: copy the tensors to the CPU and write the files in a thread (for a GPU).
+        background: write the files in a thread, for a GPU, whose tensors are copied first.
         """
-        is_bad = not all(torch.isfinite(p).all() for p in model.parameters())
-        if any(self.dist.all_reduce_sum([is_bad])):
+        is_finite = all(torch.isfinite(p).all() for p in model.parameters())
+        if any(self.dist.all_reduce_sum([not is_finite])):
             raise self.diverged("weights", step)
         if not self.dist.is_master:
             return
@@ -444,15 +446,15 @@ class RunDir:
             "threads": torch.get_num_threads(),
             "processes": self.dist.world,
         }
-        self.end_save()  # never two at once
+        self.end_save()  # one at a time
         files = gather_tensors(model, optimizers)
         if background:
             self._saving = self._writer.submit(save, self.path, step, files, manifest)
-        else:  # the CPU's tensors are the model's own, which the next step changes
+        else:  # on a CPU the tensors are not copied, and the next step would change them
             save(self.path, step, files, manifest)
 
     def end_save(self, wait: bool = True) -> None:
-        """Raise the error of a save in the background; wait: if it still runs, wait for its end."""
+        """Raise the error of a background save. wait: if it is still running, wait for it."""
         if self._saving and (wait or self._saving.done()):
             saving, self._saving = self._saving, None
             saving.result()
@@ -461,12 +463,8 @@ class RunDir:
         """Return the error for a loss or weights that are no longer finite."""
         self.end_save()
         checkpoints = list_checkpoints(self.path)
-        kept = f"the last checkpoint is step {_step(checkpoints[-1])}" if checkpoints else "no save"
+        last = f"the last checkpoint is {checkpoints[-1].name}" if checkpoints else "no checkpoint"
         return UserError(
-            f"the {what} became infinite or NaN at step {step}; {kept}.\n"
+            f"the {what} became infinite or NaN at step {step}; {last}.\n"
             "Try a lower --learning_rate, --grad_clip=1 or more --warmup_steps, in a new --out_dir."
         )
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))

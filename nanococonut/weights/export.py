@@ -2,7 +2,7 @@
 
     python -m nanococonut.weights.export out/RUN FOLDER
 
-All files are written here as plain JSON and text; transformers is not needed.
+transformers is not needed: the files are plain JSON and text.
 """
 
 import json
@@ -27,10 +27,10 @@ from nanococonut.weights.pretrained import (
     WEIGHTS_NAME,
 )
 
-# sizes and initialization; any other field of GPTConfig makes a model that transformers lacks
+# fields of GPTConfig that a GPT-2 may set; with any other, transformers cannot run the model
 GPT2_FIELDS = {*CONFIG_KEYS, "vocab_size", "dropout", "wte_init_std", "wpe_init_std"}
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-EXAMPLES = {  # task -> the question in the card's program, for a run on generated data
+EXAMPLES = {  # task -> question in the model card, if the run was trained on the task's own data
     "prosqa": "Tom is a terpus. Sam is a gorpus. Every terpus is a lempus. "
     "Every gorpus is a zumpus. Is Tom a lempus or zumpus?",
     "prontoqa": "Max is a vumpus. Every vumpus is a lempus. Lempuses are not windy. Each impus is "
@@ -40,7 +40,7 @@ EXAMPLES = {  # task -> the question in the card's program, for a run on generat
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Write a run's best checkpoint to `folder`: all of it or nothing. Return the folder.
+    """Write a run's best checkpoint to `folder`, all of it or nothing. Return the folder.
 
     Raise UserError if the folder exists, or if the model or its vocabulary is not GPT-2's.
     """
@@ -80,7 +80,7 @@ def _check_exportable(run: str | Path, model: GPT, tokenizer: Tokenizer) -> None
     if extra:
         raise UserError(
             f"{run} is not a plain GPT-2, it has {', '.join(extra)}: transformers cannot run it.\n"
-            "Train without these settings, or share the checkpoint folder itself."
+            "Train without these settings, or share the checkpoint folder instead."
         )
 
 
@@ -103,24 +103,25 @@ def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[
 
 
 def _card(model: GPT, manifest: dict[str, Any]) -> str:
-    """Return the README.md: what the model is and a program that runs it."""
+    """Return the model card: how the model was trained, and a program that runs it."""
     config, method = manifest["config"], METHODS[manifest["method"]]
     question = "a question, written as in the training data"
     if not config["data"] and not config.get("valid_data"):
         question = EXAMPLES[config["task"]]
     n, has_pauses = manifest["n_thoughts"], method.thought_type == "pause"
-    # exported thoughts are hidden states: _check_exportable refuses soft and projected ones
+    # thoughts are hidden states here, since _check_exportable refuses soft and projected ones
     template = "card_thoughts.md" if n and not has_pauses else "card.md"
     slots = "pauses" if has_pauses else "thoughts"
     fewer = f"\nIn training, examples with fewer steps had fewer {slots}."
     pauses = f' + "{LATENT}" * {n}' if n and has_pauses else ""
     values = {
         **manifest,
-        "commit": manifest.get("trained_with", manifest)["commit"],  # a bundled run has two commits
+        # of the training: in a bundled checkpoint, manifest["commit"] is that of the bundling
+        "commit": manifest.get("trained_with", manifest)["commit"],
         "slots": slots,
         "n_params": model.n_params(),
-        "question": question + "\n",  # never compact: that needs a word vocabulary
-        "prompt": " if the prompt holds its pauses and their markers" if pauses else "",
+        "question": question + "\n",  # in sentences: compact ones need the word-level vocabulary
+        "prompt": " if the prompt contains its pauses and their markers" if pauses else "",
         "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
         "max_new_tokens": config["max_new_tokens"],
         "note": fewer if n and not config["pad_latent_to_max"] else "",
@@ -129,7 +130,7 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
 
 
 def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
-    """Return file name -> text, such that AutoTokenizer gives the same ids as `tokenizer`."""
+    """Return file name -> text, with which AutoTokenizer gives the same ids as `tokenizer`."""
     special = {EOS: tokenizer.eos, BOT: tokenizer.bot, EOT: tokenizer.eot, LATENT: tokenizer.latent}
     special = {name: i for name, i in special.items() if i < config.vocab_size}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -138,14 +139,14 @@ def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
         "added_tokens_decoder": {
             str(i): {"content": name, "special": True, **flags} for name, i in special.items()
         },
-        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 has no token types
+        "model_input_names": ["input_ids", "attention_mask"],  # no token_type_ids
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOS),
         "additional_special_tokens": [name for name in special if name != EOS],
     }
     files = {"tokenizer_config.json": _json(settings)}
-    # OpenAI's two files, which tiktoken made the encoding from and keeps in its cache
+    # OpenAI's two files, from which tiktoken builds the encoding, are in its cache
     for name, source in (("merges.txt", "vocab.bpe"), ("vocab.json", "encoder.json")):
         files[name] = tiktoken.load.read_file_cached(OPENAI_URL + source).decode()
     return files

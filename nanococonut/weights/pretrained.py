@@ -1,6 +1,6 @@
 """Load GPT-2 weights: from the Hugging Face hub, a folder, a file, a run or a released checkpoint.
 
-transformers is not needed. No file can run code: PyTorch files are read as plain tensors only.
+transformers is not needed. No code in a file is run: PyTorch files load with weights_only=True.
 """
 
 import json
@@ -23,15 +23,15 @@ from nanococonut.weights import checkpoint
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"  # of weights in several files
-GPT2_VOCAB, PADDED_VOCAB = 50257, 50304  # nanoGPT pads it to a multiple of 64
+GPT2_VOCAB, PADDED_VOCAB = 50257, 50304  # nanoGPT pads GPT-2's to a multiple of 64
 N_SPECIAL_TOKENS = 3  # <bot>, <eot>, <latent>: their ids follow GPT-2's own
-INIT_TOKEN = 16791  # "<<" in GPT-2's vocabulary: the released code copies it to new tokens
+INIT_TOKEN = 16791  # "<<" in GPT-2's vocabulary: as in the released code, new tokens copy it
 N_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # by n_layer, n_embd
-# transformers stores these as (in, out): GPT-2's Conv1D is a transposed Linear
+# transformers stores these as (in, out), because GPT-2's Conv1D is a transposed nn.Linear
 CONV1D_WEIGHTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # field of GPTConfig -> key of config.json
 CONFIG_KEYS = {"block_size": "n_positions"} | {key: key for key in ("n_layer", "n_head", "n_embd")}
-# other keys of config.json that change the model: GPT implements these values only
+# keys of config.json for which our GPT implements only one value
 FIXED_SETTINGS = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -40,31 +40,31 @@ FIXED_SETTINGS = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-MAX_SIZE = 10**6  # a model of absurd sizes would be built before its tensors are compared
-NANOGPT_ARGS = {*CONFIG_KEYS, "vocab_size", "dropout", "bias"}  # nanoGPT's model_args
+MAX_SIZE = 10**6  # checked first, since the model is built before its tensors are compared
+NANOGPT_ARGS = {*CONFIG_KEYS, "vocab_size", "dropout", "bias"}  # keys of nanoGPT's model_args
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)*(base_causallm\.)?(transformer\.)?")
 MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
 ACCEPTED = (
     f"Give {', '.join(GPT2_SIZES)}, a folder with a GPT-2's {CONFIG_NAME} and {WEIGHTS_NAME}, one "
-    "such file, a run of ours, a released checkpoint, or nanoGPT's ckpt.pt."
+    "such file, one of our runs, a released checkpoint, or nanoGPT's ckpt.pt."
 )
-Spec = dict[str, Any]  # a tokenizer's description, as in a manifest
+Spec = dict[str, Any]  # Tokenizer.spec
 
 
 class Weights(NamedTuple):
-    """The weights in a file, by the names and in the layout of our GPT."""
+    """The content of a weights file, with the tensor names and layouts of our GPT."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
-    spec: Spec | None = None  # of its tokenizer, if it has one
+    spec: Spec | None = None  # of its tokenizer, if the file names one
 
 
 class WeightsUnavailable(UserError):
-    """The weights are neither cached nor downloadable. train.py may use its fallback."""
+    """The weights are neither cached nor downloadable. train.py may use its fallback config."""
 
 
 def load_pretrained(name_or_path: str, dropout: float = 0.0) -> GPT:
-    """Return a GPT with the weights of anything that --init_from takes."""
+    """Return a GPT with pretrained weights. name_or_path: any value of --init_from."""
     return load_gpt2(resolve_weights(name_or_path), dropout=dropout)
 
 
@@ -73,15 +73,15 @@ def resolve_weights(init_from: str) -> Path:
 
     Raise WeightsUnavailable if the hub cannot be reached, UserError if the path has no weights.
     """
-    if init_from in GPT2_SIZES:  # a folder of this name is ./gpt2
+    if init_from in GPT2_SIZES:  # even if there is a folder of this name; that one is ./gpt2
         return _from_hub(init_from)
     path = Path(init_from)
     if not path.exists():
         raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
-    if path.is_dir() and not checkpoint.is_run(path) and not _weights_files(path):
+    if path.is_dir() and not checkpoint.is_run(path) and not _weights_file(path).is_file():
         suffixes = (".bin", ".pt", ".pth", ".safetensors")
         files = sorted(p for p in path.iterdir() if p.suffix in suffixes)
-        files = [p for p in files if p.name != "training_args.bin"]  # no weights, and pickled
+        files = [p for p in files if p.name != "training_args.bin"]  # transformers' settings
         advice = f"Give its file: {files[0]}" if len(files) == 1 else ACCEPTED
         raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{advice}")
     return path
@@ -94,24 +94,26 @@ def load_gpt2(
     spec: Spec | None = None,
     extra: dict[str, Any] | None = None,
 ) -> GPT:
-    """Return a GPT in fp32 with the weights at `path` and their sizes.
+    """Return a GPT in fp32 with the weights at `path`, which also decide its sizes.
 
     path        as returned by resolve_weights
-    vocab_size  None keeps the checkpoint's; otherwise it may be N_SPECIAL_TOKENS larger (the new
-                tokens copy "<<") or smaller (its special tokens are dropped)
-    spec        tokenizer to check the checkpoint against
-    extra       GPTConfig fields GPT-2 lacks (smear, ...); modules missing from the checkpoint
-                start at zero
+    vocab_size  None: the checkpoint's. Else it may be N_SPECIAL_TOKENS larger (the new tokens
+                copy "<<") or smaller (the checkpoint's special tokens are dropped)
+    spec        the tokenizer that the checkpoint should have been trained with
+    extra       values for fields of GPTConfig that GPT-2 lacks, such as smear. Modules that the
+                checkpoint lacks start at zero
+
     Raise UserError if anything does not fit. One error lists all bad tensors.
     """
     path = Path(path)
     source, tensors, own_spec = _read(path)
-    n_new = (vocab_size or source.vocab_size) - source.vocab_size
-    fits = abs(n_new) in (0, N_SPECIAL_TOKENS)
-    if not fits or (spec and own_spec and spec != own_spec):
+    vocab_size = vocab_size or source.vocab_size
+    n_new = vocab_size - source.vocab_size
+    same_vocab = abs(n_new) in (0, N_SPECIAL_TOKENS)
+    if not same_vocab or (spec and own_spec and spec != own_spec):
         raise UserError(
             f"{path} was trained with another vocabulary: {source.vocab_size} tokens, this run has "
-            f"{vocab_size}.\nUse its --tokenizer and data with the same words, or train "
+            f"{vocab_size}.\nUse its --tokenizer and data with the same words, or train with "
             "--init_from=scratch."
         )
     problems = _remove_tied_copies(tensors)
@@ -119,11 +121,11 @@ def load_gpt2(
     init = wte[min(INIT_TOKEN, len(wte) - 1)]  # (C,)
     tensors["wte.weight"] = torch.cat([wte, init.expand(max(n_new, 0), -1)])[:vocab_size]
     extra = dict(extra or {})
-    extra["smear"] = extra.get("smear") or source.smear  # weights trained with smear need it
-    config = replace(source, vocab_size=vocab_size or source.vocab_size, dropout=dropout, **extra)
+    extra["smear"] = extra.get("smear") or source.smear  # weights trained with a smear need it
+    config = replace(source, vocab_size=vocab_size, dropout=dropout, **extra)
     try:
         model = GPT(config)
-    except (ValueError, RuntimeError) as e:  # RuntimeError: its sizes exceed the memory
+    except (ValueError, RuntimeError) as e:  # RuntimeError: out of memory
         raise _not_gpt2(path, str(e).split("\n")[0]) from None
     _check_thoughts(path, source, model, tensors)
     ours = ("smear.", "project.", "pause.", "stop.")
@@ -141,7 +143,7 @@ def load_gpt2(
 
 
 def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
-    """Remove copies of wte.weight (GPT-2's head is tied to it). Return those that differ."""
+    """Remove copies of wte.weight, since GPT-2's head is tied to it. Return those that differ."""
     wte, problems = tensors["wte.weight"].float(), []
     for name in ("lm_head.weight", "embedding.weight"):
         copy = tensors.pop(name, None)
@@ -151,7 +153,7 @@ def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if the model lacks the checkpoint's own thoughts; drop its classifier."""
+    """Raise UserError if the model lacks the checkpoint's thoughts. Drop an unused classifier."""
     own = {"projected": ("projected", "project."), "fixed": ("pause_multipass", "pause.")}
     if source.thought in own and model.config.thought != source.thought:
         method, module = own[source.thought]
@@ -159,7 +161,7 @@ def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str
             f"{path} was trained by --method={method}: no other method uses its {module}weight."
             f"\nContinue with --method={method}, or give a run of another method."
         )
-    if source.stop and model.stop is None:  # it never changed the model's output
+    if source.stop and model.stop is None:  # it never changed the output
         print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
         for name in [name for name in tensors if name.startswith("stop.")]:
             del tensors[name]
@@ -173,33 +175,33 @@ def _not_gpt2(path: Path, reason: object) -> UserError:
 
 
 def _from_hub(name: str) -> Path:
-    """Return the cache folder with both files of `name`. Download what is missing."""
+    """Return the cache folder of a model on the hub. Download its two files if they are missing."""
     repo, files = f"openai-community/{name}", [CONFIG_NAME, WEIGHTS_NAME]
     cached = [try_to_load_from_cache(repo, file) for file in files]
     if all(isinstance(file, str) for file in cached):
-        return Path(cached[0]).parent  # without asking the network for a newer one
+        return Path(cached[0]).parent  # without asking the hub for a newer version
     try:
         folder = Path(snapshot_download(repo, allow_patterns=files))
         for file in files:
-            (folder / file).stat()  # without a network, half a download is returned
+            (folder / file).stat()  # offline, snapshot_download also returns half a download
         return folder
-    except Exception as e:  # the hub raises whatever its HTTP client raises
+    except Exception as e:  # anything that the hub's HTTP client raises
         raise WeightsUnavailable(
             f"no weights of {name!r}: not in {constants.HF_HUB_CACHE}, and the hub cannot be "
-            f"reached ({type(e).__name__}).\nGive a folder instead, made elsewhere by `hf download "
+            f"reached ({type(e).__name__}).\nGive a folder, downloaded elsewhere by `hf download "
             f"{repo} {' '.join(files)} --local-dir FOLDER`, or train from scratch "
             "(config/prosqa_small.py)."
         ) from None
 
 
 def _read(path: Path) -> Weights:
-    """Read the weights of any format. Raise UserError if it is none of them."""
+    """Read weights in any of the formats of ACCEPTED. Raise UserError for any other."""
     if path.name == WEIGHTS_NAME and checkpoint.is_run(path.parent):
         path = path.parent
     if checkpoint.is_run(path):
         model, tokenizer, _ = checkpoint.load(path)
         return Weights(model.config, model.state_dict(), tokenizer.spec)
-    file = (_weights_files(path) or [path / WEIGHTS_NAME])[0] if path.is_dir() else path
+    file = _weights_file(path) if path.is_dir() else path
     readers = {".safetensors": load_file, ".json": _load_shards}
     try:
         state = readers.get(file.suffix, _load_torch)(file)
@@ -214,34 +216,36 @@ def _read(path: Path) -> Weights:
     tensors = {
         k: v.mT if k.endswith(CONV1D_WEIGHTS) and v.dim() > 1 else v for k, v in tensors.items()
     }
-    ours = settings.get("nanococonut")  # in an export
+    ours = settings.get("nanococonut")  # written by export.py
     return Weights(config, tensors, ours.get("tokenizer") if isinstance(ours, dict) else None)
 
 
 def _from_nanogpt(saved: dict[str, Any]) -> Weights:
-    """Return the weights in nanoGPT's ckpt.pt, without the rows that pad its vocabulary.
+    """Return the weights in nanoGPT's ckpt.pt, without the rows that pad the vocabulary.
 
-    nanoGPT's GELU is exact, GPT-2's and ours a formula with tanh: they differ by less than 0.0005.
+    nanoGPT's GELU is exact, GPT-2's and ours the tanh approximation: a difference below 0.0005.
     """
     tensors, args = _rename(saved.get("model")), saved["model_args"]
     sizes = _read_sizes(args, {field: field for field in CONFIG_KEYS})
-    if extra := args.keys() - NANOGPT_ARGS:  # of a fork: another activation, another norm
+    if extra := args.keys() - NANOGPT_ARGS:  # a fork, perhaps with another activation or norm
         raise ValueError(f"its model_args have {', '.join(sorted(map(str, extra)))}")
     padded = {k: v for k, v in tensors.items() if v.shape[:1] == (PADDED_VOCAB,)}
     tensors |= {k: v[:GPT2_VOCAB] for k, v in padded.items()}
-    if not args.get("bias", True):  # zeros say the same
+    if not args.get("bias", True):  # our GPT always has biases; zeros change nothing
         for name in [name for name in tensors if name.startswith(("h.", "ln_f."))]:
             bias = torch.zeros(tensors[name].shape[:1])
             tensors.setdefault(name.replace("weight", "bias"), bias)
     return Weights(GPTConfig(vocab_size=len(tensors["wte.weight"]), **sizes), tensors)
 
 
-def _weights_files(folder: Path) -> list[Path]:
-    return [file for name in (WEIGHTS_NAME, INDEX_NAME) if (file := folder / name).is_file()]
+def _weights_file(folder: Path) -> Path:
+    """Return the path of a folder's safetensors file, or of the index if there are several."""
+    file, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    return index if index.is_file() and not file.is_file() else file
 
 
 def _load_shards(index: Path) -> dict[str, Tensor]:
-    """Load the safetensors files that an index names, from its folder."""
+    """Load the safetensors files that an index lists. They must be in the index's folder."""
     content = json.loads(index.read_text(encoding="utf-8-sig"))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     names = {str(n) for n in weight_map.values()} if isinstance(weight_map, dict) else set()
@@ -251,12 +255,12 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _load_torch(file: Path) -> Any:
-    """Load a file of torch.save, as the released code and nanoGPT do. Unpickle plain data only."""
+    """Load a file of torch.save, which the released code and nanoGPT use. Never run its code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the ValueError below says what is wrong
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # a torn or hostile pickle may raise anything
+    except Exception as e:  # a damaged or malicious pickle may raise anything
         raise ValueError(
             f"neither safetensors nor a state dict of plain tensors ({type(e).__name__}), and "
             "nothing else is unpickled"
@@ -264,7 +268,7 @@ def _load_torch(file: Path) -> Any:
 
 
 def _rename(state: Any) -> dict[str, Tensor]:
-    """Return a state dict by GPT's own names, without masks. ValueError if it is none of GPT-2."""
+    """Return the state dict with our GPT's names, without masks. ValueError if it is no GPT-2's."""
 
     def is_dense(x: Any) -> bool:
         return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
@@ -282,9 +286,9 @@ def _rename(state: Any) -> dict[str, Tensor]:
 
 
 def _read_config(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the settings in a config.json. Raise ValueError if GPT does not implement them.
+    """Return the settings in a config.json. Raise ValueError if our GPT does not implement them.
 
-    GPT-2's own sizes, and so released checkpoints, need no file.
+    Weights of one of GPT-2's own sizes, as in released checkpoints, need no config.json.
     """
     n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
     n_embd = tensors["wte.weight"].shape[1]
@@ -294,7 +298,7 @@ def _read_config(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(
             f"{file.parent} has no {CONFIG_NAME} next to its weights, so their sizes are unknown.\n"
-            "Put its GPT-2's there, as by `hf download openai-community/gpt2 "
+            "Copy it there, for example with `hf download openai-community/gpt2 "
             f"{CONFIG_NAME} --local-dir {file.parent}`."
         )
     settings = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -307,7 +311,7 @@ def _read_config(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _read_sizes(settings: Any, keys: dict[str, str]) -> dict[str, int]:
-    """Return the sizes in settings. keys: GPTConfig's name -> name in settings."""
+    """Return the sizes in settings. keys: field of GPTConfig -> key of settings."""
     settings = settings if isinstance(settings, dict) else {}
     sizes = {field: settings.get(key) for field, key in keys.items()}
     bad = [keys[f] for f, n in sizes.items() if type(n) is not int or not 0 < n < MAX_SIZE]

@@ -63,8 +63,8 @@ def test_config_file_saved_by_notepad_is_read(tmp_path):
     ("argv", "words"),
     [
         (["--n_layr=3"], ["--n_layr", "Did you mean --n_layer?"]),
-        (["--n_layer=three"], ["--n_layer='three'", "'three'", "whole number"]),
-        (["--n_layer=3.5"], ["n_layer", "3.5", "whole number"]),
+        (["--n_layer=three"], ["--n_layer='three'", "'three'", "an integer"]),
+        (["--n_layer=3.5"], ["n_layer", "3.5", "an integer"]),
         (["--n_layer"], ["--n_layer", "expected one argument"]),
         (["--n_layer=0"], ["--n_layer=0", "at least 1"]),
         (["--dropout=1"], ["dropout=1", "less than 1"]),
@@ -81,8 +81,8 @@ def test_config_file_saved_by_notepad_is_read(tmp_path):
         (["--task=gsm8k", "--thought_labels=frontier"], ["frontier", "gsm8k", "=path"]),
         (["--grow_epochs=2"], ["grow_epochs", "--regenerate_each_epoch"]),
         (["--resume=1"], ["resume='1'", "True or False"]),
-        (["--n_layer=True"], ["n_layer=True", "whole number"]),
-        (["--n_layer=None"], ["n_layer", "whole number"]),
+        (["--n_layer=True"], ["n_layer=True", "an integer"]),
+        (["--n_layer=None"], ["n_layer", "an integer"]),
         (["--n-layer=3"], ["--n-layer", "Did you mean --n_layer?"]),
         (["a.py", "b.py"], ["b.py"]),
         (["--compile=False"], ["--compile", "Did you mean --kernels?"]),  # as in nanoGPT

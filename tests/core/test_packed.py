@@ -47,7 +47,7 @@ def test_packed_copies_follow_the_weights():
     assert not torch.equal(before.thoughts, after.thoughts)
     expected = ask(Engine(model, kernels="torch")).thoughts
     torch.testing.assert_close(after.thoughts, expected, rtol=1e-5, atol=1e-5)
-    assert packed.PackedGPT(model).nbytes == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
+    assert engine.memory()["packed"] == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
 
 
 def test_packing_leaves_the_model_as_it_is():

@@ -15,7 +15,7 @@ AOT = Path("tests/kernels/aot.py")
 
 
 def run(*argv, **env):
-    """Run in a new process: here kernels may be interpreted, and those have no machine code."""
+    """Run a new process, since kernels are interpreted in this one and have no machine code."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
     return subprocess.run(
         [sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True
@@ -57,7 +57,7 @@ def test_unknown_name_is_an_error():
 
 
 def test_cases_cover_every_kernel():
-    """A kernel that somebody adds without a case would never be audited."""
+    """A new kernel without a case would never be audited."""
     text = "".join(p.read_text() for p in (ROOT / "kernels").glob("*.py"))
     names = {line.split("(")[0] for line in text.split("\ndef ")[1:]}
     kernels = {name for name in names if name.endswith("_kernel")}

@@ -1,4 +1,4 @@
-"""append against its reference: q and the due cache slots; all other slots keep their bits."""
+"""append against its reference: q and the slots to be written; no other slot may change."""
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def bits(t):
 
 
 def check(B, nh, hs, T, dtype, device, impl, data, lengths, active):
-    """Append to layer 1 of data (2, 2, >= B, nh, >= T, hs). Compare q and every due slot with the
-    reference, and all other slots with their old bits."""
+    """Append to layer 1 of data (2, 2, >= B, nh, >= T, hs). Compare q and the new slots with the
+    reference, and all other slots with their old content."""
     args = layer(B, nh * hs, dtype, device)
     before = data.clone()
     q = append(*args, data[1, :, :B, :, :T], lengths, active, impl=impl)
@@ -71,7 +71,7 @@ def test_query_and_slots_match_reference(B, nh, hs, dtype, impl, device, seed, n
 
 @pytest.mark.parametrize("impl", ["gemm_tile", "library"])
 def test_views_of_a_larger_cache(impl, device, seed, nan_memory):
-    """Fewer sequences and slots than allocated, another dtype, all sequences full but one."""
+    """Fewer sequences and slots than allocated, another dtype, only one sequence not full."""
     data = torch.full((2, 2, 4, 2, 9, 8), NAN, dtype=torch.float32, device=device)
     lengths = torch.tensor([7, 7, 6], device=device)
     check(3, 2, 8, 7, torch.float32, device, impl, data, lengths, None)

@@ -1,4 +1,4 @@
-"""feedback and embed against their references, and a whole chain of thoughts run by the kernels."""
+"""feedback and embed against their references, and a whole chain of thoughts by all kernels."""
 
 import copy
 

@@ -60,7 +60,7 @@ def test_linear_residual_matches_reference(B, N, K, dtype, impl, device, seed):
 
 @pytest.mark.parametrize("impl", ["gemv", "gemm_tile"])
 def test_rows_do_not_affect_each_other(impl, device, seed):
-    """Neither padded rows and columns nor NaN of a neighbor leak."""
+    """Neither padding nor the NaN of another row leaks into a row."""
     x, *rest = layer(3, 20, 24, torch.float32, device)
     expected = ln_linear_gelu(x, *rest, impl=impl)
     x[1] = float("nan")
@@ -88,7 +88,7 @@ def test_gpt2_sizes(B, C, impl, seed, nan_memory):
 
 
 def test_implementation_follows_the_sizes():
-    """A limit off by one would leave a batch to a slower kernel."""
+    """An off-by-one limit would select a slower kernel."""
     impls = [auto_impl(B, K, 2) for B in (1, 4, 5, 32, 33) for K in (768, 3072)]
     assert impls == ["gemv"] * 4 + ["gemm", "gemm_tile"] * 2 + ["gemm"] * 2
     assert [auto_impl(B, 3072, 4) for B in (4, 5)] == ["gemv", "library"]  # no fp32 tensor cores
@@ -101,7 +101,7 @@ def test_implementation_follows_the_sizes():
     [("gemv", 1), ("gemv", 4), ("gemm_tile", 8), ("gemm_tile", 63), ("gemm", 5), ("gemm", 999)],
 )
 def test_launch_configs_cover_and_fit(impl, batch, C, itemsize):
-    """The grid covers every row and column; registers and a consumer GPU's shared memory hold."""
+    """The grid covers all outputs; blocks fit registers and a consumer GPU's shared memory."""
     for n_out, n_in in [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]:
         if impl == "gemm" and itemsize == 4:
             continue

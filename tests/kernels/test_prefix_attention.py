@@ -159,7 +159,7 @@ def test_backward_adds_within_the_lengths_only(device, seed):
 
 
 def test_lse_joins_two_parts(device, seed):
-    """A prefix and thoughts attended to separately: the same as one sequence of keys."""
+    """Attention over a prefix and over thoughts, combined, equals attention over all keys."""
     T, a = 45, 30
     q, k, v, _ = random_inputs([T, T], 2, T, 16, torch.float32, device)
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
@@ -259,7 +259,7 @@ def test_two_graphs_do_not_mix(device, seed):
 
 
 def test_two_graphs_may_share_buffers(device, seed):
-    """Shared by mistake, buffers of another graph are copied, not added to."""
+    """If two graphs share buffers by mistake, they are copied instead of being added to."""
     leaves, lengths = random_leaves(device)
     expected = torch.autograd.grad(chained(*leaves, lengths), leaves)
     buffers = buffers_for(leaves[1])
@@ -270,7 +270,7 @@ def test_two_graphs_may_share_buffers(device, seed):
 
 
 def test_foreign_gradients_are_not_written_to(device, seed):
-    """Autograd hands one tensor to both terms of a sum, and an expanded one to every element."""
+    """Autograd passes one tensor to both terms of a sum, and an expanded one for each element."""
     (q, k, v), lengths = random_leaves(device)
     buffers = buffers_for(k)
     for read in (lambda k, v: (k + v).square().sum(), lambda k, v: k.sum() + 3 * v.sum()):

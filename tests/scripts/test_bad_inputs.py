@@ -182,8 +182,8 @@ CASES = {
 
 
 def contents(folder):
-    """Return path -> bytes of all files in a folder, except for a run's lock."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
+    """Return path -> bytes of all files in a folder, except a run's lock and its holder's name."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and ".lock" not in p.name]
     return {p: p.read_bytes() for p in files}
 
 

@@ -327,7 +327,7 @@ def test_resume_takes_what_changes_only_roundings(train, tiny):
     flags += ["--resume", "--micro_batch_size=2", "--eval_interval=3", "--max_new_tokens=9"]
     code, out, err = train(*flags)
     assert (code, err) == (0, "")
-    line = "micro_batch_size=2, not 6 as before: roundings and dropout's draws differ\n"
+    line = "micro_batch_size=2, not 6 as before: roundings and dropout masks differ\n"
     assert out.count("as before") == out.count(line) == 1
     code, out, err = train(*flags)
     assert (code, err) == (0, "") and "as before" not in out
@@ -363,7 +363,7 @@ def test_resume_refuses_another_generator(train, tiny, monkeypatch):
     generate = prosqa.generate
     monkeypatch.setattr(prosqa, "generate", lambda *a, **k: generate(*a, **k)[::-1])
     code, _, err = train(tiny, "--out_dir=run", "--resume")
-    assert code == 2 and "that are generated now" in err and err.count("\n") == 2
+    assert code == 2 and "than those of this version's generator" in err and err.count("\n") == 2
 
 
 def test_trains_on_a_task_of_your_own(train, tiny):
@@ -440,7 +440,7 @@ def test_typed_init_from_never_falls_back(train, tiny, monkeypatch, tmp_path, ha
 
 REFUSED = {
     "misspelt key": (["--n_layr=2"], "Did you mean --n_layer?"),
-    "wrong type": (["--epochs=many"], "whole number"),
+    "wrong type": (["--epochs=many"], "an integer"),
     "missing config": (["tiy.py"], "Did you mean tiny.py?"),
     "config not literal": (["bad.py"], "not a literal"),
     "data missing": (["tiny.py", "--data=none.json"], "none.json"),
@@ -459,7 +459,7 @@ REFUSED = {
     "brackets": (["tiny.py", "--data=[/x].json"], "[/x].json"),
     "too long": (["tiny.py", "--block_size=30"], "block_size=30"),
     "out_dir a file": (["tiny.py", "--out_dir=tiny.py"], "cannot be used"),
-    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "Leave --resume out"),
+    "nothing to resume": (["tiny.py", "--resume", "--out_dir=none"], "without --resume"),
     "run exists": (["tiny.py", "--out_dir=run"], "already holds a run"),
     "model changed": (["tiny.py", "--out_dir=run", "--resume", "--n_embd=32"], "n_embd=16"),
     "data changed": (["tiny.py", "--out_dir=run", "--resume", "--n_nodes=12"], "n_nodes=10"),

@@ -61,7 +61,7 @@ def test_export_loads_back_unchanged(exported):
 
 
 def test_export_of_cot_has_no_special_tokens(tmp_path, gpt2):
-    """config.json said 50,260 tokens whatever the model had: transformers refused the weights."""
+    """config.json always said 50,260 tokens, so transformers refused the weights."""
     model = save_random_run(tmp_path / "run", gpt2, "cot", 0)
     folder = export(tmp_path / "run", tmp_path / "hf")
     theirs = auto("AutoModelForCausalLM", folder)
@@ -169,7 +169,7 @@ def test_card_says_how_it_was_trained(exported):
 
 
 def test_card_asks_a_question_of_its_own_task(tmp_path, gpt2):
-    """A model of a user's own file was asked about wumpuses; its examples may be private."""
+    """The card of a model trained on a user's own file asked about wumpuses."""
     save_random_run(tmp_path / "run", gpt2)
     manifest = checkpoint.read_manifest(checkpoint.resolve(tmp_path / "run"))
     card = export_module._card(random_gpt(), manifest)

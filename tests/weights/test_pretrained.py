@@ -119,7 +119,7 @@ TINY = dict(n_layer=1, n_head=1, n_embd=4, block_size=8, c_thought=0)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_special_rows_exist_only_if_used(method):
-    """They took part in the softmax of CoT, No-CoT and others; the released code has 50,257."""
+    """The softmax of CoT and others included unused tokens; the released code has 50,257."""
     config = TrainConfig(method=method, **TINY)
     without = ("cot", "no_cot", "icot", "coconut_no_thought")
     n = 50257 if method in without else 50260
@@ -127,7 +127,7 @@ def test_special_rows_exist_only_if_used(method):
 
 
 def test_coconut_after_cot_copies_the_special_rows(tmp_path):
-    """They were made when CoT started, so they had drifted from "<<" when Coconut did."""
+    """Rows made at the start of CoT had drifted from "<<" by the start of Coconut."""
     gpt2 = gpt2_tokenizer()
     cot = save_random_run(tmp_path / "cot", gpt2, "cot", n_thoughts=0)
     config = TrainConfig(init_from=str(tmp_path / "cot"), block_size=96)
@@ -139,7 +139,7 @@ def test_coconut_after_cot_copies_the_special_rows(tmp_path):
 
 
 def test_word_level_model_has_all_special_rows(tokenizer):
-    """The results of small models were made with them: without, they could not be repeated."""
+    """The results of small models were made with these rows and need them to be reproduced."""
     for method in METHODS:
         model = init_model(TrainConfig(method=method, tokenizer="words", **TINY), tokenizer)
         assert model.config.vocab_size == tokenizer.vocab_size
@@ -183,7 +183,7 @@ def save_nanogpt(file, theirs, prefix="", bias=True, **more):
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_checkpoint_equals_transformers(tmp_path, theirs, prefix, bias):
-    """ckpt.pt was "not a state dict of names and tensors", or asked for a config.json."""
+    """ckpt.pt was refused as "not a state dict", or a config.json was missing for it."""
     if not bias:
         for name, p in theirs.named_parameters():
             p.data.mul_(not name.endswith(".bias"))
@@ -230,7 +230,7 @@ def test_bad_nanogpt_checkpoint_is_refused(tmp_path, monkeypatch, theirs, change
 
 
 def test_sharded_safetensors_are_read(tmp_path, theirs):
-    """transformers writes large models in several files: the folder had "no model.safetensors"."""
+    """transformers splits large models into several files; they were not found."""
     folder = tmp_path / "shards"
     theirs.save_pretrained(folder, max_shard_size="200KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -365,7 +365,7 @@ def test_sizes_beyond_the_memory_are_refused(tmp_path, theirs, monkeypatch):
 
 
 def test_folder_with_another_file_names_that_file(tmp_path, theirs):
-    """A folder with pytorch_model.bin alone was refused without a word of how to give it."""
+    """A folder with only pytorch_model.bin was refused without saying how to load it."""
     folder = tmp_path / "theirs"
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     torch.save({}, folder / "training_args.bin")
@@ -380,7 +380,7 @@ def test_folder_with_another_file_names_that_file(tmp_path, theirs):
 
 
 def test_config_json_with_byte_order_mark_is_read(tmp_path, theirs):
-    """An editor on Windows adds one: the folder held "no GPT-2"."""
+    """Editors on Windows may add one; the folder was refused as "no GPT-2"."""
     file = tmp_path / "theirs" / "config.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert load_gpt2(file.parent).config.n_layer == 3
@@ -444,7 +444,7 @@ def test_cached_weights_need_no_network(cache, monkeypatch):
 
 
 def test_offline_error_names_three_ways_on(cache, monkeypatch):
-    """The hub's own error says nothing of the ways out."""
+    """The hub's own error suggests no alternative."""
 
     def no_route(*_, **__):
         raise ConnectionError("no route to host")
@@ -494,7 +494,7 @@ def settings(monkeypatch, tmp_path, capsys):
 
 
 def test_without_gpu_nothing_is_downloaded(settings, monkeypatch):
-    """The fallback is trained anyway, so half a gigabyte would be fetched in vain."""
+    """The fallback is trained anyway, so half a gigabyte would be downloaded for nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(pretrained, "_from_hub", None)
     config, name, fell_back = settings()
