@@ -4,7 +4,7 @@
     python train.py config/prosqa_small.py --seed=1         # any setting, by name
     torchrun --nproc_per_node=8 train.py config/prosqa.py   # the same batch on eight GPUs
 
-main() is the whole loop: examples -> three blocks -> loss -> optimizer -> validation -> next stage.
+main() is the whole loop: examples -> batch -> loss -> optimizer -> validation -> next stage.
 """
 
 import math

@@ -173,7 +173,7 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
     else:
         logits = model.head(h)
         total = loss_sum(logits, labels)
-        # a padded batch has n_labels above the true number, so some targets are IGNORE
+        # a padded batch has a larger n_labels, so some labels here are IGNORE
         is_label = (logits.argmax(-1) == labels) | (labels == IGNORE)
     correct = torch.ones_like(targets, dtype=torch.bool)
     correct[index] = is_label

@@ -33,8 +33,8 @@ class TrainConfig:
     max_hops: int = option(
         6, "ProsQA: maximum steps to the answer; ProntoQA: steps to the property", "data", ge=1
     )
-    matched_fraction: float = option(0.0, "fraction without depth shortcut", "data", ge=0, le=1)
-    short_fraction: float = option(0.0, "fraction of 1 .. min_hops - 1 steps", "data", ge=0, le=1)
+    matched_fraction: float = option(0.0, "fraction without the shortcut", "data", ge=0, le=1)
+    short_fraction: float = option(0.0, "fraction with fewer steps", "data", ge=0, le=1)
     long_fraction: float = option(
         0.0, "ProsQA: fraction of max_hops - 1 or max_hops steps, no shortcut", "data", ge=0, le=1
     )
@@ -163,6 +163,8 @@ class TrainConfig:
         if self.data or from_hub:  # nothing is generated
             names |= {"train_examples", "grow_epochs", "n_nodes", "min_hops", "max_hops"}
             names |= {"matched_fraction", "short_fraction", "long_fraction"}
+        if self.task == "prontoqa":  # its examples have max_hops steps
+            names |= {"n_nodes", "min_hops", "long_fraction"}
         return names
 
     @property

@@ -204,12 +204,13 @@ class GPT(nn.Module):
 
     def thought_embedding(self, hidden: Tensor) -> Tensor:
         """Return the thoughts (..., C): the input embeddings made from hidden states (..., C)."""
-        if self.project is not None:
-            return hidden + self.project(hidden)
-        if self.pause is not None:
-            return self.pause.weight.expand_as(hidden)
-        if self.config.thought == "hidden":
-            return hidden  # Coconut (paper, section 3)
+        match self.config.thought:
+            case "hidden":
+                return hidden  # Coconut (paper, section 3)
+            case "projected":
+                return hidden + self.project(hidden)
+            case "fixed":
+                return self.pause.weight.expand_as(hidden)
         # "soft": the average of the token embeddings, weighted by the head's probabilities
         logits = self.head(hidden) / self.config.soft_temperature
         if not self.config.soft_top_k:

@@ -1,7 +1,7 @@
 """Linear layers packed for oneDNN, so that a CPU reads the weights at the speed of its memory.
 
-F.linear on a row-major weight reaches two thirds of it at batch 1, and less at batch 8. oneDNN
-packs a weight once into the blocks that its kernels read in order.
+F.linear on a row-major weight reaches two thirds of that at batch 1, less at batch 8. oneDNN packs
+a weight once into blocks that its kernels read in order.
 """
 
 import copy

@@ -164,7 +164,8 @@ def latency(rows: Rows) -> str:
     texts = []
     for run in newest_runs(rows):
         texts.append(f"{title(run)}, commit {run[0]['commit']}; ms, batch 1:")
-        texts += [_answers(run), _steps(run)]
+        texts += [_answers(run)] if tasks(run) else []
+        texts.append(_steps(run))
         texts += [_others(run)] if select(run, metric="answer", relative_to=OURS) else []
     return "\n\n".join(texts) or "Not run."
 
@@ -181,7 +182,7 @@ def _answers(run: Rows) -> str:
 
 
 def _steps(run: Rows) -> str:
-    header = "batch|context|thought|roofline|token|roofline|token / thought|of their bytes"
+    header = "batch|context|thought|roofline|token|roofline|token / thought|roofline ratio"
     lines = [header.split("|")]
     for batch, context in points(run):
         where = {"batch": batch, "context": context}

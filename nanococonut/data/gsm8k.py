@@ -43,7 +43,7 @@ def from_hub(
     except Exception as e:  # many types: of the hub, the HTTP library, pyarrow, the disk
         reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise UserError(
-            f"{source} ({revision}) is neither in the Hugging Face cache nor can it be downloaded: "
+            f"{source} ({revision}) is not in the Hugging Face cache and cannot be downloaded: "
             f"{reason}\nGo online (unset HF_HUB_OFFLINE), copy the cache of another machine, or "
             "train on text files (train.py: --data, --valid_data). Their addresses are in "
             "preprocessing/gsm_icot.bash of github.com/facebookresearch/coconut."

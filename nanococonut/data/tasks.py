@@ -49,7 +49,7 @@ class Task:
         return self.module.solve(question) if self.splits else None
 
     def twin(self, example: Example) -> Example | None:
-        """Return the counterfactual: it differs in one thing, so that another answer is correct.
+        """Return the counterfactual, which differs in one thing and has another answer.
 
         None if there is none. A user's example may store its own, an example, under "twin"; raise
         ValueError if that is invalid.

@@ -116,7 +116,7 @@ def score(
     batch_size: int = 100,
     max_new_tokens: int = 128,
 ) -> Score:
-    """Return the score on examples as in their file. n_thoughts: for all, or for each."""
+    """Return the score on unrendered examples. n_thoughts: for all, or for each."""
     if engine.render and not engine.config:
         raise ValueError("score needs Engine.from_config, to render answers like questions")
     config, rendered = engine.config, examples
@@ -148,8 +148,8 @@ def score(
 def thoughts_until_repeat(
     engine: Engine, examples: Sequence[Example], n_thoughts: int, batch_size: int = 100
 ) -> list[int]:
-    """Return after how many thoughts (1 to n_thoughts) the LM head's best token repeats, for each
-    example: a rule that could end the thoughts without training."""
+    """Return, for each example, the number of thoughts (1 to n_thoughts) until the LM head's best
+    token repeats: a stopping rule that needs no training."""
     counts: list[int] = []
     for start in range(0, len(examples), batch_size):
         questions = [x["question"] for x in examples[start : start + batch_size]]

@@ -125,13 +125,13 @@ def interchange(
     slot1, slot2, ...  only the slots of one step replaced by the twin's
     half               of a chain: replaced by the first half of the twin's
 
-    and "thoughts", the hidden states that were fed back (N, n, C), and "by_inputs" (N, 1): 1 if
+    and "thoughts", the hidden states fed back (N, n + EXTRA, C), and "by_inputs" (N, 1): 1 if
     the inputs of the slots were replaced, 0 if their keys and values.
 
     candidates  answers of each question: its own, then its twin's, then any others
     donors      name -> a further donor of each question, or None; the outcome has this name and is
                 NaN without a donor
-    groups      a number for each question, by which unrelated donors are chosen
+    groups      a number per question; an unrelated donor has the same
     """
     config, N, n, out = engine.model.config, len(questions), n_slots(engine), {}
     groups, kind = groups or [0] * N, kind_of(engine)
@@ -209,7 +209,7 @@ class Figures:
 
     groups      (N,)       number of steps
     both_deep   (N,) bool  question and twin have two steps or more (None: all)
-    deep        (N,) bool  the question has: with fewer, no thought may be needed (all, if none has)
+    deep        (N,) bool  the question has; one step may need no thought (all, if none has)
     both_right  (N,) bool  question and twin are answered correctly without intervention
     """
 

@@ -46,21 +46,22 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
         row["refused"] = ["No other test applies: the model is no better than guessing."]
     elif kind == "none":
         findings = shortcut
-        row["refused"] = ["Only test 1 applies: there is nothing between question and answer."]
+        row["refused"] = ["There is nothing between question and answer to replace."]
     else:
         needed = insight.judge_needed(own, f.accuracy("mean"), f.chance, noun)
         interchanged = _judge_interchange(row, f, plain and p, pairs)
         if ignores:
             findings = [*shortcut, needed]
-            row["refused"] = ["Tests 3 to 7 do not apply: the answer ignores what is asked."]
+            row["refused"] = ["No other test applies: the answer ignores what is asked."]
         else:
             read = _judge_readout(row, engine, f, pairs) if kind == "thought" else []
             findings = [needed, *interchanged, *read, *shortcut]
         if plain and kind != "chain":
             findings.append(_judge_free(row, engine, plain, p.accuracy("k0")))
         row["warnings"] += _warnings(engine, f, pairs)
-    verdicts = [x["verdict"] for x in findings[: 1 if ignores or len(findings) < 3 else 3]]
-    return row | {"findings": findings, "verdict": ", ".join(verdicts)}, f
+    n_shown = 1 if ignores or len(findings) < 3 else 3
+    verdict = ", ".join(x["verdict"] for x in findings[:n_shown])
+    return row | {"findings": findings, "verdict": verdict}, f
 
 
 def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
@@ -95,7 +96,7 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     flips = {name: f.flips(name) for name in labels}
     row["scale"] = [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]
     if not twin or twin["n"] < MIN_PAIRS:
-        row["refused"].append("Too few pairs have both answers correct for tests 3 to 7.")
+        row["refused"].append("Too few pairs have both answers correct for more tests.")
     stays, unrelated = f.flips("twin", candidate=0), flips["unrelated"]
     findings = [insight.judge_carried(twin, unrelated, stays, noun, pairs.twinned)]
     if "same_other" in f.outcomes:
@@ -122,13 +123,13 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
 def _judge_readout(row: Row, engine: Engine, f: Figures, pairs: Pairs) -> list[Finding]:
     """Return the findings of tests 6 and 7, and add their figures to the row."""
     if not pairs.is_prosqa or not pairs.twinned:
-        row["warnings"].append("Test 7 is left out: it needs ProsQA's graphs and twins.")
+        row["warnings"].append("No steering: it needs ProsQA's graphs and twins.")
         words = words_by_step(engine, f, pairs, row["thoughts"])
         return [insight.judge_words(words)] if words else []
     try:
         row["names"], best, row["write"] = readout(engine, f, pairs, row["thoughts"])
     except UserError as e:
-        row["warnings"].append(f"Tests 6 and 7 are left out: {str(e).splitlines()[0]}")
+        row["warnings"].append(f"No logit lens, no steering: {str(e).splitlines()[0]}")
         return []
     return [insight.judge_read(best), insight.judge_write(row["write"])]
 

@@ -361,9 +361,7 @@ class Engine:
         if self.graph:
             width = min(round_up(width, 64), block_size)
             capacity = min(round_up(capacity, 128), block_size)
-        batch = (
-            self._batch_size(B) if request.edit is None else B
-        )  # an edit sees the questions only
+        batch = B if request.edit is not None else self._batch_size(B)  # edits see only questions
         view = self._view(batch, capacity, width, request.n_thoughts)
         buffers = self._buffers
         # extra sequences fill the batch: one token, no thoughts, done from the start

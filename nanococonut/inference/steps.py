@@ -86,7 +86,7 @@ def latent_step(
     i: int = 0,
     edit: Edit | None = None,
 ) -> DecodeState:
-    """Append one thought: the last hidden state becomes the next input, no token is chosen.
+    """Append one thought, made from the last hidden state. No token is chosen.
 
     i, edit  index of the thought, and a function that replaces its input. Raise UserError if the
              replacement is not a finite tensor of the same shape, dtype and device.

@@ -107,8 +107,8 @@ def _types(field: dataclasses.Field) -> tuple[Any, ...]:
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
     name = word.removeprefix("--")
-    word = word.removesuffix(name) + OTHER_NAMES.get(name, name)
-    close = difflib.get_close_matches(word, known, n=1)
+    ours = word.removesuffix(name) + OTHER_NAMES.get(name, name)
+    close = [ours] if ours in known else difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 

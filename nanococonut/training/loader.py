@@ -172,9 +172,9 @@ class TrainLoader:
         ]
         parts: list[tuple[int, GeneratorConfig]] = []
         for fraction, configs in kinds:
-            n = round(fraction * c.train_examples)
-            for i, generator_config in enumerate(configs):
-                parts.append((len(range(i, n, len(configs))), generator_config))  # equal shares
+            for i, generator_config in enumerate(configs):  # equal shares
+                share, rest = divmod(round(fraction * c.train_examples), len(configs))
+                parts.append((share + (i < rest), generator_config))
         parts.insert(0, (c.train_examples - sum(n for n, _ in parts), plain(c)))
         examples: list[Example] = []
         for i, (n, generator_config) in enumerate(parts):

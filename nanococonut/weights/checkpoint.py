@@ -312,7 +312,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 class RunDir:
     """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
 
-    open_metrics creates the folder, so a run that is refused before leaves none. It is locked until
+    open_metrics creates the folder, so a refused run leaves none. It is locked until
     close() or the end of the process. With config.resume, `manifest` is the newest checkpoint's,
     else {}.
     """
@@ -359,7 +359,7 @@ class RunDir:
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if an option that changes the training differs from the saved one."""
-        # examples are compared by their digest; older manifests have none, so there by the path
+        # examples are compared by digest, or by path if an older manifest has no digest
         free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
         for key, saved in saved_config.items():
             if key in free:

@@ -410,7 +410,7 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
     monkeypatch.setattr(type(pairs), "figures", lambda *args, **options: figures)
     row, _ = measure(engine, "pauses", None, pairs)
     assert row["verdict"] == "ignores what is asked" and row["noun"] == "pauses"
-    assert "do not apply" in row["refused"][0]
+    assert "No other test applies" in row["refused"][0]
     assert [f["id"] for f in row["findings"]] == ["pairs", "needed"]
 
 
