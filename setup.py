@@ -26,7 +26,6 @@ setup(
         "numpy>=1.26",
         "tiktoken>=0.7",
         "safetensors>=0.4.3",
-        "filelock>=3.25",
         "huggingface_hub>=0.24",
         "rich>=13",
         "datasets>=2.19",

@@ -70,7 +70,7 @@ class AccuracyConfig:
     max_new_tokens: int | None = option(None, "maximum length of an answer (None: the run's)", ge=1)
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("float32", "of weights and KV cache", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "of the weights", choices=("float32", "bfloat16"))
     method: str | None = option(
         None, "how weights without a run were trained", choices=tuple(METHODS)
     )

@@ -54,7 +54,7 @@ class InsightConfig:
 
 def load(config: InsightConfig, path: str | None) -> tuple[str, Engine, Pairs | None, Pairs]:
     """Return (name, engine, pairs distributed as in training, pairs to measure) of a checkpoint."""
-    # plain steps: tests edit thoughts, which kernels and graphs cannot do
+    # plain steps, as the interventions run without kernels and graphs in any case
     engine = nanococonut.load(path or checkpoint.BUNDLED, config.device, "torch", "off")
     engine.model.float()
     n = 100 if config.quick else config.rows
@@ -93,8 +93,9 @@ def main() -> None:
     paths = [config.checkpoint, *filter(None, [config.against])]
     subjects = [load(config, path) for path in paths]
     target = Path(config.html or Path(config.checkpoint or "") / "insight.html")
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise UserError(f"{target} cannot be written.\nGive a file in a folder that exists.")
+    for path in map(Path, filter(None, (target, config.out))):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be written.\nGive a file in a folder that exists.")
     about = [f"{e.config.task} with {e.manifest['n_thoughts']} thoughts" for _, e, *_ in subjects]
     if about[0] != about[-1]:
         raise UserError(f"--against is of {about[1]}, not of {about[0]}.\nGive another control.")
@@ -104,7 +105,7 @@ def main() -> None:
     results = ResultWriter("insight", config, w.device, w.dtype, **labels)
 
     # ---- measure
-    print("plain torch in float32: kernels and CUDA graphs cannot edit thoughts", file=sys.stderr)
+    print("plain torch in float32: interventions use no kernels and CUDA graphs", file=sys.stderr)
     row, *controls = [evaluate(config, *subject) for subject in subjects]
     for control in controls:  # at most one
         row["against"] = {k: control[k] for k in control if k not in ("trained", "view", "paper")}

@@ -56,7 +56,7 @@ class TrainConfig:
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
     c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0, le=100)
     max_latent_stage: int = option(6, "last numbered stage", "curriculum", ge=0, le=100)
-    pad_latent_to_max: bool = option(True, "final stage: same for all examples", "curriculum")
+    pad_latent_to_max: bool = option(True, "final stage: as many thoughts for all", "curriculum")
     final_thoughts: int | None = option(
         None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum",
         ge=0, le=10_000,

@@ -33,7 +33,7 @@ FIELDS: dict[str, type] = {  # of a row
     "repeats": int,
     "detail": dict,  # what does not identify the row: categories, losses, the evaluated run, ...
     "device": str,  # "NVIDIA H200", or "CPU x86_64 AVX2, 2 threads"
-    "dtype": str,  # of weights and KV cache
+    "dtype": str,  # of the weights
     "commit": str,  # of this repository; "-dirty" if files had changed
     "versions": dict,  # Python and packages of the measured process
     "command": str,  # that measures the row again; local paths become RELEASED, PYTHON, ...

@@ -89,8 +89,8 @@ def _states(
         state: State = {"p": None, "attention": None}
         if k:
             branch.think(1)
-            q = queries[-1].view(layer.n_head, -1, 1)  # (nh, hs, 1), of the last position
             keys = branch.cache.data[0, 0, 0, :, : int(branch.cache.lengths[0])]  # (nh, T, hs)
+            q = queries[-1].view(layer.n_head, -1, 1).to(keys)  # (nh, hs, 1), of the last position
             weights = ((keys @ q)[..., 0] / keys.shape[-1] ** 0.5).softmax(-1).mean(0)  # (T,)
             of_facts = weights[: sum(n_tokens)].split(n_tokens)
             state["attention"] = [round(float(w.sum()), 3) for w in of_facts]

@@ -91,7 +91,7 @@ class BatchView:
         """Append thought i to every active sequence.
 
         stop  first deactivate the sequences that the stop classifier ends
-        edit  replaces the input of the thought; the step is then plain PyTorch
+        edit  replaces the input of the thought; the step then runs without Triton kernels
         """
         if stop:
             self.active &= self.model.stop_logit(self.hidden) <= 0
@@ -120,7 +120,7 @@ class BatchView:
         logits = self.model.head(self.hidden)  # (B, V)
         if not greedy:  # the argmax of p / noise is a sample from p, since noise ~ Exp(1)
             logits = (logits.float() / self.buffers.temperature).softmax(-1) / self.noise
-        self.token.copy_(logits.argmax(-1).masked_fill(self.done, eos))
+        self.token.copy_(logits.argmax(-1).masked_fill(self.done, max(eos, 0)))
         column = self.buffers.n_tokens.expand(self.batch)
         self.buffers.tokens[self.token_row, column] = self.token
         self.buffers.n_tokens += 1

@@ -175,7 +175,7 @@ class Engine:
         max_new_tokens  reduced to what fits in block_size
         temperature     0: greedy; otherwise tokens are sampled with `seed`
         edit            (i, fed) -> replacement for `fed`, the (B, C) inputs of thought i, one per
-                        question. The thoughts then run without kernels and graph.
+                        question. All steps then run without CUDA graphs.
         """
         if edit is not None:
             self._check_editable(latent)
@@ -353,6 +353,13 @@ class Engine:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def _run_graph(self, request: Request, key: tuple, fn: Callable[[], None]) -> None:
+        """Run fn, as a graph unless the request has an edit: its batch may have any size."""
+        if request.edit is None:
+            self.graphs.run(key, fn)
+        else:
+            fn()
+
     def _prefill(self, request: Request) -> BatchView:
         """Prefill the prompts and return the view of their batch."""
         B, width = len(request.prefixes), max(map(len, request.prefixes))
@@ -377,7 +384,7 @@ class Engine:
         buffers.tokens.fill_(request.eos)
         buffers.n_tokens.zero_()
         buffers.temperature.fill_(1.0 if request.is_greedy else request.temperature)
-        self.graphs.run(("prefill", batch, capacity, width), partial(view.prefill, idx))
+        self._run_graph(request, ("prefill", batch, capacity, width), partial(view.prefill, idx))
         return view
 
     def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
@@ -410,7 +417,7 @@ class Engine:
 
         if not greedy:  # drawn outside of the graph
             view.noise.exponential_(generator=self._generator)
-        self.graphs.run(("token", view.batch, view.capacity, decode, eos, greedy), step)
+        self._run_graph(request, ("token", view.batch, view.capacity, decode, eos, greedy), step)
 
     def _other_tokens(self, view: BatchView, request: Request) -> None:
         """Generate all tokens after the first. Shrink the batch once half of it is finished."""

@@ -98,7 +98,8 @@ def latent_step(
         actual = type(new).__name__
         if isinstance(new, Tensor):
             actual = f"{tuple(new.shape)} {new.dtype} on {new.device}"
-            actual = actual if new.isfinite().all() else "NaN or infinite values"
+            if actual == expected and not new.isfinite().all():
+                actual = "NaN or infinite values"
         if actual != expected:
             raise UserError(
                 f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."

@@ -67,7 +67,7 @@ def validate(config: Any) -> None:
             )
         if type(value) is str and not _is_text(value):
             raise UserError(
-                f"{shown} contains a zero byte or is not valid UTF-8.\nUse another string."
+                f"{shown} contains a zero byte or is not valid UTF-8.\nUse another string or path."
             )
         if value is None:
             continue
@@ -75,7 +75,9 @@ def validate(config: Any) -> None:
             words, holds = BOUNDS[key]
             if not holds(value, limit):  # false for NaN
                 raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
-        largest = {int: 2**63, float: 1e30}.get(type(value))  # what int64 and float32 can hold
+        largest = {int: 2**63, float: 1e30}.get(
+            type(value)
+        )  # what int64 and, with a margin, float32 can hold
         if largest and not abs(value) < largest:
             raise UserError(f"{shown} is out of range.\nUse a smaller number.")
         if meta["choices"] and value not in meta["choices"]:

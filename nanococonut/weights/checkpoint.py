@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,16 +34,14 @@ from nanococonut.tokenizer import Tokenizer
 T = TypeVar("T")
 FORMAT = 2
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
-TYPES = {  # manifest key -> type of its value; a key that may be None may also be missing
-    **dict.fromkeys(("config", "model", "tokenizer", "files"), dict),
-    **dict.fromkeys(("stage", "n_thoughts", "step", "threads"), int),
-    **dict.fromkeys(("method", "device"), str),
+TYPES = {  # manifest key -> type of its value
+    **dict.fromkeys(("config", "model", "tokenizer", "files", "progress"), dict),
+    **dict.fromkeys(("stage", "n_thoughts", "step", "threads", "best_step"), int),
+    **dict.fromkeys(("method", "device", "examples"), str),
     "minutes": int | float,
-    "best_step": int | None,
-    "progress": dict | None,
-    "examples": str | None,
     "hub_commit": str | None,
 }
+OPTIONAL = {"best_step", "progress", "examples", "hub_commit"}  # keys that may be missing
 # options that may change when a run is resumed
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may select another checkpoint as the best
@@ -237,10 +234,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({e})") from None
     version = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(version) is int and version != FORMAT:
+        raise UserError(
+            f"{folder} was written by another version of nanococonut: format {version}, expected "
+            f"{FORMAT}.\nUse that version (for format 1, commit a32b7b1), or train again."
+        )
     if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} has format {version!r}, expected {FORMAT}")
-    for key, expected in TYPES.items():
-        if not isinstance(manifest.get(key), expected):
+    for key in TYPES.keys() - (OPTIONAL - manifest.keys()):
+        if not isinstance(manifest.get(key), TYPES[key]):
             raise _damaged(folder, f"{MANIFEST} has no valid {key!r}")
     try:
         config = config_from_saved(manifest["config"])
@@ -322,7 +324,7 @@ class RunDir:
         self.path, self.config, self.dist = Path(path), config, dist
         self.metrics_path = self.path / "metrics.jsonl"
         self.manifest: dict[str, Any] = {}
-        self._lock: FileLock | None = None
+        self._lock: IO[str] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[Path] | None = None
         if (self.path / MANIFEST).is_file():
@@ -355,7 +357,7 @@ class RunDir:
         """Wait for a save in the background, then release the lock."""
         self.end_save()
         if self._lock:
-            self._lock.release()
+            self._lock.close()
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if an option that changes the training differs from the saved one."""

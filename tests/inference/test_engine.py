@@ -282,3 +282,12 @@ def test_thoughts_without_special_tokens_refused(tokenizer):
         assert str(e.value).count("\n") == 1
     out = Engine(model, tokenizer, Curriculum("cot")).generate(["Tom is"], 0, 3)
     assert out.n_thoughts == [0]
+
+
+def test_a_filled_batch_may_have_no_eos():
+    """The sequences that fill a batch for a graph read token -1, which no embedding has."""
+    engine = Engine(random_gpt(vocab_size=40), kernels="torch", graph="off")
+    request = Request([[1], [2], [3]], 1, [33], eos=-1, max_new_tokens=3)
+    plain = engine.run(request).tokens
+    engine.graphs = FakeGraphCache(8)
+    assert engine.run(request).tokens == plain

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import types
 from dataclasses import asdict, replace
 
 import pytest
@@ -161,6 +162,11 @@ def flip(path):
     path.write_bytes(bytes(data))
 
 
+def change_manifest(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
 DAMAGE = {
     "weights truncated": lambda f: truncate(f / "model.safetensors"),
     "one bit flipped": lambda f: flip(f / "model.safetensors"),
@@ -168,9 +174,16 @@ DAMAGE = {
     "optimizer flipped": lambda f: flip(f / "optimizer.safetensors"),
     "manifest truncated": lambda f: truncate(f / "manifest.json"),
     "manifest foreign": lambda f: (f / "manifest.json").write_text('{"model_type": "gpt2"}'),
-    "manifest of format 1": lambda f: (f / "manifest.json").write_text('{"format": 1}'),
+    "no best step": lambda f: change_manifest(f, best_step=None),
     "manifest a list": lambda f: (f / "manifest.json").write_text("[]"),
 }
+
+
+def test_another_format_names_its_version(saved):
+    """Format 1 names its settings differently, so nothing in it could be read."""
+    (saved[0] / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="format 1, expected 2.\nUse that version"):
+        checkpoint.load(saved[0])
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -318,8 +331,8 @@ def test_lock_ends_with_a_killed_process(tmp_path):
     reading, writing = fork.Pipe()
 
     def hold():
-        held = lock.lock_folder(tmp_path)
-        writing.send(f"{held.lock_file} is locked")
+        file = lock.lock_folder(tmp_path)
+        writing.send(f"{file.name} is locked")
         time.sleep(60)
 
     child = fork.Process(target=hold)
@@ -331,7 +344,27 @@ def test_lock_ends_with_a_killed_process(tmp_path):
     finally:
         child.kill()
         child.join()
-    lock.lock_folder(tmp_path).release()
+    lock.lock_folder(tmp_path).close()
+
+
+def test_windows_locks_a_byte_after_the_text(tmp_path, monkeypatch):
+    """Nobody else can read a locked byte there: the holder would stay unknown."""
+
+    def locking(fd, mode, n):
+        assert os.lseek(fd, 0, os.SEEK_CUR) > 1000 and n == 1
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    monkeypatch.setattr(lock, "fcntl", None)
+    windows = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setattr(lock, "msvcrt", windows, raising=False)
+    held = lock.lock_folder(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        lock.lock_folder(tmp_path)
+    held.close()
+    lock.lock_folder(tmp_path).close()
 
 
 def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
@@ -341,7 +374,7 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    lock.lock_folder(tmp_path).release()
+    lock.lock_folder(tmp_path).close()
     assert "No locks available" in capsys.readouterr().out
 
 
