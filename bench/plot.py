@@ -124,6 +124,7 @@ def draw(docs: Path) -> list[Path]:
         drawn.append(docs / "methods.png")
         figures.methods(accuracy, drawn[-1])
     runs = tables.newest_runs(read_results(RESULTS / "latency.jsonl"))
+    runs = [run for run in runs if tables.tasks(run)]  # those that measured answers
     newest = {run[0]["device"]: run for run in sorted(runs, key=lambda run: run[0]["date"])}
     for device, run in newest.items():
         name = "cpu" if device.startswith("CPU") else device.replace(" ", "_")

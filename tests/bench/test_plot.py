@@ -179,8 +179,10 @@ def test_figures_show_the_newest_run(results, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "answers", lambda run, path: drawn.append(run[0]["date"]))
     for day, own in ((3, {}), (1, {"dtype": "bfloat16"}), (2, {})):
-        rows = rows_of("latency", f"2026-01-0{day}T00:00:00Z")[:1]
+        rows = rows_of("latency", f"2026-01-0{day}T00:00:00Z")
         write(results / "latency.jsonl", [row | own for row in rows])
+    steps = rows_of("latency", "2026-01-04T00:00:00Z")[:1]  # a run without answers
+    write(results / "latency.jsonl", [row | {"dtype": "bfloat16"} for row in steps])
     assert [path.name for path in plot.draw(results)] == ["answers_cpu.png"]
     assert drawn == ["2026-01-03T00:00:00Z"]
 
