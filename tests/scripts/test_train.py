@@ -565,7 +565,7 @@ def test_stop_classifier_does_not_change_the_model(train, tiny):
         (["--kernels=triton"], "kernels=triton cannot run here"),
         (["--graph=on"], "graph=on cannot run here"),
         (["--task=gsm8k"], "render='compact' does not work for gsm8k"),
-        (["--task=gsm8k", "--render=sentences"], "nor can it be downloaded"),
+        (["--task=gsm8k", "--render=sentences"], "cannot be downloaded"),
     ],
 )
 def test_contradicting_settings_are_refused(train, tiny, flags, words):
