@@ -16,7 +16,7 @@ smear = True  # makes the previous word visible without an attention layer
 
 train_examples = 6_400  # 100 steps per epoch
 regenerate_each_epoch = True
-grow_epochs = 15  # half the hops: else some seeds never learn who is asked about (docs/LOG.md)
+grow_epochs = 15  # half the hops: more seeds learn who is asked about, not all (docs/LOG.md)
 # without matched examples the model learns the shortcut: the wrong concept occurs only once
 matched_fraction = 0.5
 short_fraction = 0.3  # chains of one or two hops are learned first
