@@ -125,6 +125,5 @@ def methods(rows: Rows, path: Path) -> None:
     legend = figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.55, 0.95), ncol=3)
     legend.set_in_layout(False)
     seeds = {row["detail"]["trained"]["seed"] for row in rows}
-    commits = ", ".join(dict.fromkeys(row["detail"]["trained"]["commit"] for row in rows))
-    title = f"Small models, at most {len(seeds)} seeds, {rows[0]['device'].upper()}, "
-    _save(figure, f"{title}trained at {commits}\n", path)  # the legend takes the second line
+    title = f"Small models, at most {len(seeds)} seeds, {rows[0]['device'].upper()}"
+    _save(figure, f"{title}\n", path)  # the legend takes the second line
