@@ -80,7 +80,7 @@ def task_questions(engine: Engine, seed: int) -> Iterator[Example]:
 
 
 def read_questions(interactive: bool) -> Iterator[str | None]:
-    """Yield the questions from stdin. None stands for a question of the model's task.
+    """Yield questions from stdin, or None to request an example question from the task.
 
     In a terminal, yield None first, then what the user types, or None for an empty line. Otherwise
     yield the lines of a file or pipe, or a single None if there are none.

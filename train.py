@@ -75,7 +75,7 @@ def main() -> None:
             "graph": use_graphs,
             **state.manifest(),
         }
-        # on a GPU, training goes on while the checkpoint is written
+        # on a GPU, write the checkpoint in the background while training continues
         run.save(model, optimizers, state.step, manifest, background=device.type == "cuda")
 
     # ---- the loop: one iteration is one optimizer step

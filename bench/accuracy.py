@@ -177,7 +177,7 @@ def choose_thoughts(
     if not config.sweep:
         return [(maximum, counts, {})]
     evaluations = [(n, [min(n, count) for count in counts], {}) for n in range(maximum + 1)]
-    # the stopping rule reads thoughts that are fed back; a stop classifier decides by itself
+    # the rule needs hidden states that are fed back; with a stop classifier, that decides instead
     feeds_back = rules.thought_type not in ("", "pause")
     if feeds_back and not engine.model.config.stop and min(counts) == maximum > 0:
         counts = thoughts_until_repeat(engine, examples, maximum, config.batch_size)

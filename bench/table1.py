@@ -5,8 +5,8 @@
     python bench/table1.py --seeds 3 --minutes 9            repeat until all runs are done
     python bench/table1.py --methods coconut --set c_thought=2,final_thoughts=None
 
-Each run is a train.py process of its own, with the same data, steps and learning rates. If stopped,
-the same command continues. --out gets a result per run and split, with a Markdown table next to it.
+Each run is a separate train.py process with the same data, steps and learning rates. To continue
+after an interruption, repeat the command. --out gets a row per run and split, and a Markdown table.
 """
 
 import itertools

@@ -108,7 +108,7 @@ def out_of_memory(work: Callable[[], object]) -> bool:
         return False
     except (MemoryError, torch.OutOfMemoryError):
         pass
-    except RuntimeError as e:  # the CPU allocator has no error class of its own
+    except RuntimeError as e:  # raised by the CPU allocator, which has no specific error class
         if "can't allocate memory" not in str(e):
             raise
     if torch.cuda.is_available():

@@ -161,7 +161,7 @@ def pick_question(
     root = np.where(deepest[:, 0] == deepest[:, 1], coin, deepest[:, 1] > deepest[:, 0]).astype(int)
     n_hops = deepest.max(1)
     orphan = graphs.depth == 0
-    # deepest is 0 if the root itself is a leaf, and -1 if it has no leaf of its own
+    # deepest is 0 for a root that is a leaf, and -1 for one without exclusive leaves
     ok = (deepest.min(1) >= 1) & (c.min_hops <= n_hops) & (n_hops <= c.max_hops)
     ok &= (orphan & ~graphs.leaf).sum(1) <= len(NAMES)
     ok &= (~orphan).sum(1) <= len(CONCEPTS)

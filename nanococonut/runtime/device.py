@@ -29,7 +29,7 @@ def select_device(name: str) -> torch.device:
     if device.type == "cuda":
         if device.index is not None:
             torch.cuda.set_device(device)  # streams, graphs and Triton use the current device
-        # cuDNN plans attention anew for every length (tens of ms each); flash attention does not
+        # cuDNN builds a new attention plan per sequence length (tens of ms each); flash does not
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
