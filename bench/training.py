@@ -161,14 +161,12 @@ class Trainer:
         for start in range(0, n * size, size):
             rows, n_before = [], []  # n_before: tokens before the thoughts, 0 if there are none
             for example in self.examples[start : start + size]:
-                prefix, n_thoughts, suffix, n_forced = build_sequence(
-                    self.curriculum, self.stage, example, self.tokenizer
-                )
-                ids = prefix + [self.tokenizer.latent] * n_thoughts + suffix
-                labels = [IGNORE] * (len(ids) - len(suffix) + n_forced) + suffix[n_forced:]
+                s = build_sequence(self.curriculum, self.stage, example, self.tokenizer)
+                ids = s.prefix + [self.tokenizer.latent] * s.n_thoughts + s.suffix
+                labels = [IGNORE] * (len(ids) - s.n_labels) + s.suffix[s.n_forced :]
                 row = dict(input_ids=ids, labels=labels, attention_mask=[1] * len(ids))
                 rows.append(row | {"position_ids": [*range(len(ids))]})
-                n_before.append(len(prefix) if n_thoughts else 0)
+                n_before.append(len(s.prefix) if s.n_thoughts else 0)
             n_left = [max(n_before) - n for n in n_before]
             batch = {}
             for name, fill in fills.items():

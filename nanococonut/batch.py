@@ -12,6 +12,8 @@ from nanococonut.runtime.graphs import round_up
 from nanococonut.tokenizer import Tokenizer
 
 IGNORE = -100  # cross_entropy's ignore_index, for targets that are not supervised
+# a batch for a CUDA graph is padded to multiples of these sizes, to capture fewer graphs
+PREFIX, SUFFIX, LABELS, THOUGHT_LABELS = 64, 16, 512, 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,24 @@ class TokenizedExample:
     thought_labels: list[list[int]] = field(default_factory=list)  # labels of each step's thought
 
 
-Examples = Sequence[TokenizedExample]
+@dataclass(frozen=True)
+class TokenSequence:
+    """An example at one stage, or a padding sequence: one token, no thoughts and no labels."""
+
+    prefix: list[int]
+    n_thoughts: int  # latent steps, between prefix and suffix
+    suffix: list[int]
+    n_forced: int = 0  # first tokens of the suffix, which are not supervised
+    n_needed: int = 0  # thoughts needed to replace all steps
+    thought_labels: list[list[int]] = field(default_factory=list)  # of each latent step, or []
+
+    def __len__(self) -> int:
+        """Return the number of positions."""
+        return len(self.prefix) + self.n_thoughts + len(self.suffix)
+
+    @property
+    def n_labels(self) -> int:
+        return len(self.suffix) - self.n_forced
 
 
 def tokenize(
@@ -58,40 +77,24 @@ def build_prompt(
 
 def build_sequence(
     curriculum: Curriculum, stage: int, example: TokenizedExample, tokenizer: Tokenizer
-) -> tuple[list[int], int, list[int], int]:
-    """Return (prefix, number of latent steps, suffix, number of forced tokens in the suffix)."""
-    n_dropped, n_thoughts = curriculum.plan(stage, len(example.steps))
+) -> TokenSequence:
+    """Return the sequence of an example at a stage."""
+    c_thought, n_steps = curriculum.c_thought, len(example.steps)
+    n_dropped, n_thoughts = curriculum.plan(stage, n_steps)
     prefix, n, forced = build_prompt(curriculum, example.question, n_thoughts, tokenizer)
     chain = [token for step in example.steps[n_dropped:] for token in step]
     if curriculum.rules.drop_rule == "tokens":  # iCoT drops tokens, not steps
         chain = chain[int(stage * curriculum.icot_tokens) :]
-    return prefix, n, [*forced, *chain, *example.answer, tokenizer.eos], len(forced)
-
-
-def count_labels(
-    curriculum: Curriculum, stages: Sequence[int], examples: Examples, tokenizer: Tokenizer
-) -> int:
-    """Return the number of supervised labels of examples, each at its own stage."""
-    pairs = zip(stages, examples, strict=True)
-    sequences = (build_sequence(curriculum, stage, x, tokenizer) for stage, x in pairs)
-    return sum(len(suffix) - n_forced for _, _, suffix, n_forced in sequences)
-
-
-def thought_targets(
-    curriculum: Curriculum, stage: int, example: TokenizedExample
-) -> list[list[int]]:
-    """Return the labels of each latent step; [] if it comes after the example's last step."""
-    _, n = curriculum.plan(stage, len(example.steps))
-    n = 0 if curriculum.rules.thought_type == "pause" else n  # pauses are not latent steps
-    labels = [ids for ids in example.thought_labels for _ in range(curriculum.c_thought)][:n]
-    return labels + [[]] * (n - len(labels))
+    suffix = [*forced, *chain, *example.answer, tokenizer.eos]
+    # a thought after those of the last step has no label
+    labels = [ids for ids in example.thought_labels for _ in range(c_thought)] + [[]] * n
+    return TokenSequence(prefix, n, suffix, len(forced), n_steps * c_thought, labels[:n])
 
 
 def max_length(curriculum: Curriculum, example: TokenizedExample, tokenizer: Tokenizer) -> int:
     """Return the block_size that the example needs: its maximum length over all stages."""
     stages = range(curriculum.max_latent_stage + 2)  # the last one is the final stage
-    sequences = [build_sequence(curriculum, stage, example, tokenizer) for stage in stages]
-    return max(len(prefix) + n + len(suffix) for prefix, n, suffix, _ in sequences)
+    return max(len(build_sequence(curriculum, stage, example, tokenizer)) for stage in stages)
 
 
 @dataclass(frozen=True)
@@ -117,60 +120,44 @@ class Batch:
         """Return the batch with fn applied to every tensor."""
         return Batch(*map(fn, self.tensors), self.max_thoughts, self.n_labels)
 
-    def padded(self, B: int, Tp: int, Ts: int, max_thoughts: int, n_labels: int) -> "Batch":
-        """Return this batch padded to a larger shape, to capture fewer CUDA graphs."""
-        K = self.thought_targets.shape[2]
 
-        def pad(t: Tensor, *shape: int, fill: int = 0) -> Tensor:
-            padded = t.new_full((B, *shape), fill)
-            padded[tuple(map(slice, t.shape))] = t
-            return padded
-
-        # a padding sequence has a prefix of one token, no thoughts and no labels
-        return Batch(
-            prefix=pad(self.prefix, Tp),
-            length=pad(self.length, fill=1),
-            n_thoughts=pad(self.n_thoughts),
-            n_needed=pad(self.n_needed),
-            suffix=pad(self.suffix, Ts),
-            targets=pad(self.targets, Ts, fill=IGNORE),
-            thought_targets=pad(self.thought_targets, max_thoughts, round_up(K, 8), fill=IGNORE),
-            max_thoughts=max_thoughts,
-            n_labels=n_labels,
-        )
-
-
-def pad_lists(lists: Sequence[list[int]], fill: int = 0) -> Tensor:
-    """Return the lists of token ids as one right-padded tensor."""
-    width = max(map(len, lists), default=0)
+def pad_lists(lists: Sequence[list[int]], fill: int = 0, width: int = 0) -> Tensor:
+    """Return lists of token ids as one right-padded tensor (n, width or the longest list)."""
+    width = max(width, max(map(len, lists), default=0))
     padded = [ids + [fill] * (width - len(ids)) for ids in lists]
     return torch.tensor(padded, dtype=torch.int64)
 
 
-def pad_thought_labels(labels: Sequence[list[list[int]]]) -> Tensor:
-    """Return the labels of the thoughts of each sequence as one padded tensor (B, n, K)."""
-    n = max(map(len, labels))
-    flat = pad_lists([ids for x in labels for ids in x + [[]] * (n - len(x))], IGNORE)  # (B * n, K)
-    return flat.view(len(labels), n, flat.shape[-1])
-
-
 def collate(
-    curriculum: Curriculum, stages: Sequence[int], examples: Examples, tokenizer: Tokenizer
+    sequences: Sequence[TokenSequence], block_size: int = 0, max_thoughts: int = 0
 ) -> Batch:
-    """Return the batch of examples, each at its own stage, on the CPU."""
-    pairs = list(zip(stages, examples, strict=True))
-    sequences = [build_sequence(curriculum, stage, x, tokenizer) for stage, x in pairs]
-    prefixes, n_thoughts, suffixes, n_forced = zip(*sequences, strict=True)  # tuples of length B
-    # the model does not learn to generate forced tokens
-    targets = [[IGNORE] * n + s[n:] for s, n in zip(suffixes, n_forced, strict=True)]
+    """Return the batch of the sequences on the CPU.
+
+    block_size    the model's: pad the batch for a CUDA graph (0: as little as possible)
+    max_thoughts  minimum of Batch.max_thoughts, for a graph
+    """
+    n_thoughts = max(s.n_thoughts for s in sequences)
+    n_labels = sum(s.n_labels for s in sequences)
+    Tp = max(len(s.prefix) for s in sequences)
+    Ts = max(len(s.suffix) for s in sequences)
+    K = max((len(ids) for s in sequences for ids in s.thought_labels), default=0)
+    if block_size:
+        B = 1 << (len(sequences) - 1).bit_length()  # the next power of two
+        sequences = [*sequences, *[TokenSequence([0], 0, [])] * (B - len(sequences))]
+        n_thoughts = max(n_thoughts, max_thoughts)
+        Tp, Ts = min(round_up(Tp, PREFIX), block_size), min(round_up(Ts, SUFFIX), block_size)
+        K, n_labels = round_up(K, THOUGHT_LABELS), min(round_up(n_labels, LABELS), B * Ts)
+    targets = [[IGNORE] * s.n_forced + s.suffix[s.n_forced :] for s in sequences]
+    labels = [s.thought_labels + [[]] * (n_thoughts - len(s.thought_labels)) for s in sequences]
+    thought_targets = pad_lists([ids for thoughts in labels for ids in thoughts], IGNORE, K)
     return Batch(
-        prefix=pad_lists(prefixes),
-        length=torch.tensor([len(prefix) for prefix in prefixes]),
-        n_thoughts=torch.tensor(n_thoughts),
-        n_needed=torch.tensor([len(x.steps) * curriculum.c_thought for x in examples]),
-        suffix=pad_lists(suffixes),
-        targets=pad_lists(targets, IGNORE),
-        thought_targets=pad_thought_labels([thought_targets(curriculum, *x) for x in pairs]),
-        max_thoughts=max(n_thoughts),
-        n_labels=sum(map(len, suffixes)) - sum(n_forced),
+        prefix=pad_lists([s.prefix for s in sequences], width=Tp),
+        length=torch.tensor([len(s.prefix) for s in sequences]),
+        n_thoughts=torch.tensor([s.n_thoughts for s in sequences]),
+        n_needed=torch.tensor([s.n_needed for s in sequences]),
+        suffix=pad_lists([s.suffix for s in sequences], width=Ts),
+        targets=pad_lists(targets, IGNORE, Ts),
+        thought_targets=thought_targets.view(len(sequences), n_thoughts, K),
+        max_thoughts=n_thoughts,
+        n_labels=n_labels,
     )

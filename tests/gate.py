@@ -35,7 +35,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_residual import linear_residual
 from kernels.ln_linear_gelu import ln_linear_gelu
 from kernels.prefix_attention import PrefixBuffers, prefix_attention
-from nanococonut.batch import collate, tokenize
+from nanococonut.batch import build_sequence, collate, tokenize
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS, Curriculum
 from nanococonut.data import prosqa
@@ -126,7 +126,8 @@ def layouts() -> dict[str, Any]:
         for method in METHODS:
             curriculum = Curriculum.from_config(make_config(TrainConfig, given, {"method": method}))
             for stage in range(curriculum.max_latent_stage + 2):
-                batches = (collate(curriculum, [stage], [row], tokenizer) for row in encoded)
+                sequences = (build_sequence(curriculum, stage, x, tokenizer) for x in encoded)
+                batches = (collate([sequence]) for sequence in sequences)
                 parts = ((b.prefix, b.n_thoughts, b.suffix, b.targets) for b in batches)
                 found[f"{task} {method} {stage}"] = digest(*(x for part in parts for x in part))
     return found

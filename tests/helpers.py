@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanococonut import coconut
-from nanococonut.batch import IGNORE, Batch, pad_lists, pad_thought_labels
+from nanococonut.batch import IGNORE, Batch, TokenSequence, collate
 from nanococonut.config import TrainConfig
 from nanococonut.inference.engine import Engine, Generation, Request
 from nanococonut.model import GPT, GPTConfig
@@ -141,8 +141,8 @@ def forward(model: GPT, batch: Batch) -> torch.Tensor:
     return model.head(coconut.suffix_hidden(model, batch, trace))
 
 
-def random_batch(seed, n_thoughts, markers=True, vocab=41):
-    """Return a batch of sequences of random lengths, and the sequences it was built from.
+def random_sequences(seed, n_thoughts, markers=True, vocab=41):
+    """Return sequences of random lengths.
 
     n_thoughts  number of thoughts of each sequence
     markers     the first suffix token is not supervised, as <eot>
@@ -153,23 +153,23 @@ def random_batch(seed, n_thoughts, markers=True, vocab=41):
         n = int(torch.randint(low, high, (1,), generator=g))
         return torch.randint(1, vocab, (n,), generator=g).tolist()
 
-    sequences = [(tokens(1, 14), n, tokens(1, 10)) for n in n_thoughts]
-    n_forced = 1 if markers else 0
-    targets = [[IGNORE] * n_forced + suffix[n_forced:] for _, _, suffix in sequences]
+    blocks = [(tokens(1, 14), n, tokens(1, 10)) for n in n_thoughts]
     # thought i has i labels; the last thought of a sequence replaces no step, so it has none
-    thought_targets = [
+    labels = [
         [torch.randint(1, vocab, ((i + 1) % n,), generator=g).tolist() for i in range(n)]
         for n in n_thoughts
     ]
-    batch = Batch(
-        prefix=pad_lists([prefix for prefix, _, _ in sequences]),
-        length=torch.tensor([len(prefix) for prefix, _, _ in sequences]),
-        n_thoughts=torch.tensor(n_thoughts),
-        n_needed=torch.tensor(n_thoughts),
-        suffix=pad_lists([suffix for _, _, suffix in sequences]),
-        targets=pad_lists(targets, IGNORE),
-        thought_targets=pad_thought_labels(thought_targets),
-        max_thoughts=max(n_thoughts),
-        n_labels=sum(t != IGNORE for labels in targets for t in labels),
-    )
-    return batch, [(*sequence, t) for sequence, t in zip(sequences, targets, strict=True)]
+    return [
+        TokenSequence(*block, n_forced=int(markers), n_needed=block[1], thought_labels=ids)
+        for block, ids in zip(blocks, labels, strict=True)
+    ]
+
+
+def random_batch(*args, **kwargs):
+    """Return a batch of random_sequences, and (prefix, thoughts, suffix, targets) of each."""
+    sequences = random_sequences(*args, **kwargs)
+    blocks = [
+        (s.prefix, s.n_thoughts, s.suffix, [IGNORE] * s.n_forced + s.suffix[s.n_forced :])
+        for s in sequences
+    ]
+    return collate(sequences), blocks

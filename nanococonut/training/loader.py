@@ -12,14 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanococonut.batch import (
-    TokenizedExample,
-    collate,
-    count_labels,
-    max_length,
-    thought_targets,
-    tokenize,
-)
+from nanococonut.batch import TokenizedExample, build_sequence, max_length, tokenize
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa
@@ -100,20 +93,21 @@ class TrainLoader:
         # every process samples the same stages, then takes its shard
         rng = np.random.default_rng((config.seed, STAGE_STREAM, step))
         stages = curriculum.sample_stages(stage, [len(x.steps) for x in examples], rng)
-        # over all processes, because the loss is a mean over the labels of the whole step
-        n_labels = count_labels(curriculum, stages, examples, tokenizer)
-        pairs = list(zip(stages, examples, strict=True))
-        thought_labels = [ids for pair in pairs for ids in thought_targets(curriculum, *pair)]
-        counts = n_labels, len(examples), sum(map(bool, thought_labels))
         # similar lengths share a micro-batch, so that there is little padding
-        pairs = self.dist.shard(sorted(pairs, key=lambda pair: len(pair[1].question)))
-        size, micro_batches = config.micro_batch_size, []
-        for start in range(0, len(pairs), size):
-            own_stages, own_examples = zip(*pairs[start : start + size], strict=True)
-            batch = collate(curriculum, own_stages, own_examples, tokenizer)
-            # only examples of the current stage count towards its accuracy
-            counted = [own_stage == stage for own_stage in own_stages]
-            micro_batches.append(prepare(batch, counted, counts, curriculum.n_thoughts(stage)))
+        pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
+        sequences = [build_sequence(curriculum, *pair, tokenizer) for pair in pairs]
+        # over all processes, because the losses are means over the labels of the whole step
+        n_labels = sum(s.n_labels for s in sequences)
+        n_thought_labels = sum(bool(ids) for s in sequences for ids in s.thought_labels)
+        counts = n_labels, len(examples), n_thought_labels
+        # only examples of the current stage count towards its accuracy
+        counted = [own_stage == stage for own_stage, _ in pairs]
+        sequences, counted = self.dist.shard(sequences), self.dist.shard(counted)
+        size, n_thoughts = config.micro_batch_size, curriculum.n_thoughts(stage)
+        micro_batches = [
+            prepare(sequences[i : i + size], counted[i : i + size], counts, n_thoughts)
+            for i in range(0, len(sequences), size)
+        ]
         return StepBatch(micro_batches, len(examples))
 
     def epoch(self, epoch: int) -> list[TokenizedExample]:

@@ -1,8 +1,7 @@
 """One micro-batch of a training step: forward, backward, and the totals that the loop logs.
 
-On a GPU this is one CUDA graph per shape. To keep the number of shapes small, batches are padded to
-multiples of PREFIX and SUFFIX tokens and of LABELS supervised tokens, and to a power of two of
-sequences. Nothing here syncs with the device; the loop reads the totals once per step.
+On a GPU this is one CUDA graph per shape; batch.collate pads the batches, so that there are few.
+Nothing here syncs with the device; the loop reads the totals once per step.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,14 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanococonut import coconut
-from nanococonut.batch import Batch
+from nanococonut.batch import Batch, TokenSequence, collate
 from nanococonut.model import GPT
-from nanococonut.runtime.graphs import GraphCache, round_up
-
-PREFIX, SUFFIX, LABELS = 64, 16, 512
+from nanococonut.runtime.graphs import GraphCache
 
 
 class MicroBatch(NamedTuple):
@@ -82,32 +78,27 @@ class TrainStep:
 
     def prepare(
         self,
-        batch: Batch,
+        sequences: Sequence[TokenSequence],
         counted: Sequence[bool],
         counts: tuple[int, int, int],
         n_thoughts: int = 0,
     ) -> MicroBatch:
-        """Return the micro-batch, padded if graphs are used. Runs on the host.
+        """Return the micro-batch of the sequences, padded if graphs are used. Runs on the host.
 
-        counted     whether each example counts towards the training accuracy
+        counted     whether each sequence counts towards the training accuracy
         counts      labels, examples and thought labels of the whole step, over all processes; the
                     three losses are means over these
-        n_thoughts  pad to at least this many thoughts
+        n_thoughts  if graphs are used, pad to at least this many thoughts
         """
-        B, count_mask = len(batch.length), torch.tensor(counted)
+        block_size = self.model.config.block_size if self.graphs.max_graphs else 0
+        batch = collate(sequences, block_size, n_thoughts)
+        n_padding = len(batch.length) - len(sequences)
+        count_mask = torch.tensor([*counted, *[False] * n_padding])
         n_labels, n_examples, n_thought_labels = counts
         # a tensor, because a graph would replay Python numbers as captured
-        factors = n_labels, B / n_examples, self.thought_loss / max(1, n_thought_labels)
+        fraction = len(sequences) / n_examples
+        factors = n_labels, fraction, self.thought_loss / max(1, n_thought_labels)
         scale = torch.tensor(factors, dtype=self.model.wte.weight.dtype)
-        if self.graphs.max_graphs:
-            block_size = self.model.config.block_size
-            prefix = min(round_up(batch.prefix.shape[1], PREFIX), block_size)
-            suffix = min(round_up(batch.suffix.shape[1], SUFFIX), block_size)
-            padded_B = 1 << (B - 1).bit_length()  # the next power of two
-            n_labels = min(round_up(batch.n_labels, LABELS), padded_B * suffix)
-            n_thoughts = max(n_thoughts, batch.max_thoughts)
-            batch = batch.padded(padded_B, prefix, suffix, n_thoughts, n_labels)
-            count_mask = F.pad(count_mask, (0, padded_B - B))
         micro_batch = MicroBatch(batch, count_mask, scale)
         # copies from pinned memory do not block the host
         return micro_batch.map(Tensor.pin_memory) if self.device.type == "cuda" else micro_batch

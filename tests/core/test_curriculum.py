@@ -15,7 +15,6 @@ from nanococonut.batch import (
     build_sequence,
     collate,
     max_length,
-    thought_targets,
     tokenize,
 )
 from nanococonut.config import TrainConfig
@@ -26,6 +25,21 @@ from nanococonut.tokenizer import Tokenizer
 
 EXAMPLE = TokenizedExample([1, 2], [[3], [4, 5], [6]], [7, 8], thought_labels=[[3], [5], [6]])
 SHORT = TokenizedExample([9], [[3]], [7], thought_labels=[[3]])
+
+
+def layout(*args):
+    """Return (prefix, thoughts, suffix, forced tokens) of build_sequence."""
+    s = build_sequence(*args)
+    return s.prefix, s.n_thoughts, s.suffix, s.n_forced
+
+
+def thought_labels(c, stage, example, tokenizer):
+    return build_sequence(c, stage, example, tokenizer).thought_labels
+
+
+def collate_examples(c, stages, examples, tokenizer):
+    pairs = zip(stages, examples, strict=True)
+    return collate([build_sequence(c, *pair, tokenizer) for pair in pairs])
 
 
 @pytest.fixture
@@ -44,7 +58,7 @@ def test_coconut_layout_by_stage(tokenizer, ids):
         3: ([1, 2, bot], 4, [eot, 7, 8, eos], 1),  # the final stage drops all steps
     }
     for stage, sequence in expected.items():
-        assert build_sequence(c, stage, EXAMPLE, tokenizer) == sequence
+        assert layout(c, stage, EXAMPLE, tokenizer) == sequence
 
 
 def test_short_example_has_the_stages_thoughts(tokenizer, ids):
@@ -52,10 +66,10 @@ def test_short_example_has_the_stages_thoughts(tokenizer, ids):
     bot, eot, eos = ids
     c = Curriculum("coconut", c_thought=1, max_latent_stage=3)
     for stage, thoughts in [(1, 1), (2, 2), (3, 3), (4, 3)]:
-        assert build_sequence(c, stage, SHORT, tokenizer) == ([9, bot], thoughts, [eot, 7, eos], 1)
+        assert layout(c, stage, SHORT, tokenizer) == ([9, bot], thoughts, [eot, 7, eos], 1)
     unpadded = Curriculum("coconut", max_latent_stage=3, pad_latent_to_max=False)
-    assert build_sequence(unpadded, 4, SHORT, tokenizer)[1] == 1  # final stage only
-    assert build_sequence(unpadded, 3, SHORT, tokenizer)[1] == 3
+    assert build_sequence(unpadded, 4, SHORT, tokenizer).n_thoughts == 1  # final stage only
+    assert build_sequence(unpadded, 3, SHORT, tokenizer).n_thoughts == 3
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3, 7])
@@ -63,14 +77,16 @@ def test_cot_and_no_cot_ignore_the_stage(tokenizer, ids, stage):
     """Guards the baselines: no thoughts, no markers, the same layout at every stage."""
     eos = ids[2]
     cot, no_cot = Curriculum("cot"), Curriculum("no_cot")
-    assert build_sequence(cot, stage, EXAMPLE, tokenizer) == ([1, 2], 0, [3, 4, 5, 6, 7, 8, eos], 0)
-    assert build_sequence(no_cot, stage, EXAMPLE, tokenizer) == ([1, 2], 0, [7, 8, eos], 0)
+    assert layout(cot, stage, EXAMPLE, tokenizer) == ([1, 2], 0, [3, 4, 5, 6, 7, 8, eos], 0)
+    assert layout(no_cot, stage, EXAMPLE, tokenizer) == ([1, 2], 0, [7, 8, eos], 0)
 
 
 def test_collate_pads_right_and_supervises_text(tokenizer, ids):
     """Guards against a loss on <eot> or on padding."""
     bot, eot, eos = ids
-    batch = collate(Curriculum("coconut", max_latent_stage=3), [1, 4], [EXAMPLE, SHORT], tokenizer)
+    batch = collate_examples(
+        Curriculum("coconut", max_latent_stage=3), [1, 4], [EXAMPLE, SHORT], tokenizer
+    )
     assert batch.prefix.tolist() == [[1, 2, bot], [9, bot, 0]]
     assert batch.length.tolist() == [3, 2]
     assert batch.n_thoughts.tolist() == [1, 3] and batch.max_thoughts == 3
@@ -88,16 +104,18 @@ def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
     c = Curriculum("coconut", max_latent_stage=3, final_thoughts=4)
     expected = {0: [], 1: [[3]], 2: [[3], [5]], 3: [[3], [5], [6]], 4: [[3], [5], [6], []]}
     for stage, labels in expected.items():
-        assert thought_targets(c, stage, EXAMPLE) == labels
-    assert thought_targets(c, 2, SHORT) == [[3], []]
-    assert thought_targets(replace(c, c_thought=2), 2, EXAMPLE) == [[3], [3], [5], [5]]
-    assert thought_targets(Curriculum("pause_as_thought"), 2, EXAMPLE) == []  # no latent steps
-    assert thought_targets(Curriculum("cot"), 2, EXAMPLE) == []
+        assert thought_labels(c, stage, EXAMPLE, tokenizer) == labels
+    assert thought_labels(c, 2, SHORT, tokenizer) == [[3], []]
+    assert thought_labels(replace(c, c_thought=2), 2, EXAMPLE, tokenizer) == [[3], [3], [5], [5]]
+    assert (
+        thought_labels(Curriculum("pause_as_thought"), 2, EXAMPLE, tokenizer) == []
+    )  # no latent steps
+    assert thought_labels(Curriculum("cot"), 2, EXAMPLE, tokenizer) == []
     several = replace(EXAMPLE, thought_labels=[[3, 9], [5]])
-    batch = collate(c, [2, 1], [several, SHORT], tokenizer)
+    batch = collate_examples(c, [2, 1], [several, SHORT], tokenizer)
     x = IGNORE
     assert batch.thought_targets.tolist() == [[[3, 9], [5, x]], [[3, x], [x, x]]]
-    assert collate(c, [0], [EXAMPLE], tokenizer).thought_targets.shape == (1, 0, 0)
+    assert collate_examples(c, [0], [EXAMPLE], tokenizer).thought_targets.shape == (1, 0, 0)
 
 
 def test_thought_targets_name_nodes_of_prosqa():
@@ -106,7 +124,7 @@ def test_thought_targets_name_nodes_of_prosqa():
     words = Tokenizer.words(task.module.VOCABULARY)
     raw = task.module.generate(3, 1)
     for example, plain in zip(task.render(raw, "compact"), raw, strict=True):
-        labels = thought_targets(Curriculum("coconut"), 7, tokenize(words, example))
+        labels = thought_labels(Curriculum("coconut"), 7, tokenize(words, example), words)
         n = len(example["steps"])
         reached = [f" {step.split()[1]}" for step in example["steps"]]
         assert [words.decode(ids) for ids in labels[:n]] == reached
@@ -124,7 +142,7 @@ def test_thought_targets_name_nodes_of_prosqa():
 
 def test_first_token_is_supervised_without_markers(tokenizer, ids):
     """Guards against a loss that never trains the first generated token."""
-    batch = collate(Curriculum("no_cot"), [7, 7], [EXAMPLE, SHORT], tokenizer)
+    batch = collate_examples(Curriculum("no_cot"), [7, 7], [EXAMPLE, SHORT], tokenizer)
     assert batch.targets.tolist() == [[7, 8, ids[2]], [7, ids[2], IGNORE]]
 
 
@@ -199,7 +217,7 @@ def test_max_length_covers_every_stage(tokenizer):
     c = Curriculum("coconut", c_thought=3, max_latent_stage=3)
     lengths = []
     for stage in range(5):
-        prefix, n, suffix, _ = build_sequence(c, stage, EXAMPLE, tokenizer)
+        prefix, n, suffix, _ = layout(c, stage, EXAMPLE, tokenizer)
         lengths.append(len(prefix) + n + len(suffix))
     assert max_length(c, EXAMPLE, tokenizer) == max(lengths) and lengths[0] != max(lengths)
 
@@ -275,7 +293,7 @@ def test_layout_equals_the_hand_written_one(tokenizer, method, stage):
     """Guards tokens, labels and positions of every method against the paper."""
     sequence, first_label = expected_layout(method, stage, tokenizer)
     c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
-    batch = collate(c, [stage, stage], [EXAMPLE, SHORT], tokenizer)
+    batch = collate_examples(c, [stage, stage], [EXAMPLE, SHORT], tokenizer)
     n, k = int(batch.length[0]), int(batch.n_thoughts[0])
     s = int((batch.targets[0] != IGNORE).sum()) + len(sequence[n + k : first_label])
     assert batch.prefix[0, :n].tolist() == sequence[:n]
@@ -300,7 +318,7 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
         smear=True,
     )
     c = Curriculum(method, max_latent_stage=3, icot_tokens=1.5)
-    batch = collate(c, [stage], [EXAMPLE], tokenizer)
+    batch = collate_examples(c, [stage], [EXAMPLE], tokenizer)
     loss = coconut.loss_sum(forward(model, batch), batch.targets)
 
     sequence, first_label = expected_layout(method, stage, tokenizer)
@@ -329,7 +347,7 @@ def test_unpadded_short_example_has_fewer_thoughts(tokenizer):
     """Guards pad_latent_to_max=False for latent steps and for pauses."""
     for method in ("pause", "coconut_no_curriculum", "pause_as_thought"):
         c = Curriculum(method, c_thought=2, max_latent_stage=3, pad_latent_to_max=False)
-        prefix, thoughts, _, _ = build_sequence(c, 4, SHORT, tokenizer)
+        prefix, thoughts, *_ = layout(c, 4, SHORT, tokenizer)
         assert thoughts + prefix.count(tokenizer.latent) == 2
         assert c.n_thoughts(4) == 6
 
@@ -355,7 +373,7 @@ def trained_on(config, tokenizer):
     epochs = [s.index for s in schedule(c, 12, *schedules) for _ in range(s.epochs)]
     sampled = [c.sample_stages(stage, [3, 1], rng) for stage in epochs]
     sequences = [
-        [build_sequence(c, s, x, tokenizer) for s, x in zip(stages, (EXAMPLE, SHORT), strict=True)]
+        [layout(c, s, x, tokenizer) for s, x in zip(stages, (EXAMPLE, SHORT), strict=True)]
         for stages in sampled
     ]
     return sequences, c.n_thoughts(epochs[-1])
@@ -372,7 +390,7 @@ def test_ignored_options_change_nothing(tokenizer, method):
         assert changed == (name not in ignored), name
     assert ("soft_top_k" in ignored) == (method != "soft_thought")
     assert ("advance_at" in ignored) == (METHODS[method].advance_by == "never")
-    labels = thought_targets(Curriculum(method), 1, EXAMPLE)
+    labels = thought_labels(Curriculum(method), 1, EXAMPLE, tokenizer)
     assert ("thought_labels" in ignored) == (labels == [])
     others = {"soft_top_k", "soft_temperature", "advance_at", "thought_labels"}
     assert ignored - set(SETTINGS) <= others

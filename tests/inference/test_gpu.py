@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import forward, generate, random_batch, random_gpt
+from helpers import forward, generate, random_gpt, random_sequences
 
 from nanococonut import coconut
+from nanococonut.batch import collate
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.runtime.graphs import GraphCache
 from nanococonut.training.step import TrainStep
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("smear", [False, True])
 def test_loss_and_gradients_equal_the_cpus(smear):
     """Guards against a GPU kernel that masks or reduces differently."""
-    batch, _ = random_batch(1, [3, 0, 5, 1])
+    batch = collate(random_sequences(1, [3, 0, 5, 1]))
     grads = []
     for name in ("cpu", "cuda"):
         model = random_gpt(smear=smear).to(name)
@@ -92,11 +93,11 @@ def test_training_with_graphs_equals_training_without(kernels, half):
         TrainStep(models[1], kernels, half, graphs=GraphCache(8)),
     ]
     for step in range(4):
-        batches = [random_batch(30 * step + n, list(range(n)))[0] for n in (4, 3, 1, 4)]
-        labels, rows = sum(b.n_labels for b in batches), sum(len(b.length) for b in batches)
+        parts = [random_sequences(30 * step + n, list(range(n))) for n in (4, 3, 1, 4)]
+        labels, rows = sum(s.n_labels for part in parts for s in part), sum(map(len, parts))
         for model, one in zip(models, steppers, strict=True):
             counts = labels, rows, 0
-            ready = [one.prepare(b, [True] * len(b.length), counts, 3) for b in batches]
+            ready = [one.prepare(part, [True] * len(part), counts, 3) for part in parts]
             one.zero_grad()
             # the first step captures
             torch.cuda.set_sync_debug_mode("error" if step else "default")
@@ -137,12 +138,13 @@ def test_dropout_in_graphs_follows_the_seed():
     """Guards against a graph that repeats the dropout mask of its capture."""
     model = random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32, dropout=0.3)
     one = TrainStep(model.cuda().train(), graphs=GraphCache(8))
-    batch, _ = random_batch(1, [3, 0, 2])
+    sequences = random_sequences(1, [3, 0, 2])
+    counts = sum(s.n_labels for s in sequences), 3, 0
     losses = []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
         one.zero_grad()
-        one(one.prepare(batch, [True] * 3, (batch.n_labels, 3, 0)))
+        one(one.prepare(sequences, [True] * 3, counts))
         losses.append(one.totals[0].item())
     assert losses[0] == losses[2] != losses[1]
 

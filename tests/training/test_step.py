@@ -6,12 +6,12 @@ import dataclasses
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import ROOT, exact_match, forward, random_batch, random_gpt
+from helpers import ROOT, exact_match, forward, random_gpt, random_sequences
 
+from nanococonut import batch as batch_module
 from nanococonut import coconut
-from nanococonut.batch import IGNORE, Batch
+from nanococonut.batch import IGNORE, collate
 from nanococonut.config import TrainConfig
-from nanococonut.training import step as step_module
 from nanococonut.training.step import TrainStep
 
 BATCHES = [(1, [3, 0, 2]), (2, [2, 1, 3]), (3, [0, 0]), (4, [1]), (1, [3, 0, 2])]
@@ -20,9 +20,8 @@ BATCHES = [(1, [3, 0, 2]), (2, [2, 1, 3]), (3, [0, 0]), (4, [1]), (1, [3, 0, 2])
 @pytest.fixture(autouse=True)
 def small_multiples(monkeypatch):
     """Choose small multiples, so that tiny batches have several padded shapes."""
-    monkeypatch.setattr(step_module, "PREFIX", 8)
-    monkeypatch.setattr(step_module, "SUFFIX", 6)
-    monkeypatch.setattr(step_module, "LABELS", 16)
+    for name, multiple in dict(PREFIX=8, SUFFIX=6, LABELS=16).items():
+        monkeypatch.setattr(batch_module, name, multiple)
 
 
 def count_thought_labels(batch):
@@ -51,8 +50,10 @@ def close(a, b):
 @pytest.mark.parametrize("seed, n_thoughts", BATCHES)
 def test_padding_changes_nothing(gpt, seed, n_thoughts):
     """Guards against padding that reaches the loss or a gradient."""
-    batch, _ = random_batch(seed, n_thoughts)
-    wide = batch.padded(5, 30, 12, 4, 60)
+    sequences = random_sequences(seed, n_thoughts)
+    batch, wide = collate(sequences), collate(sequences, gpt.config.block_size, 4)
+    assert wide.prefix.numel() > batch.prefix.numel() and wide.max_thoughts == 4
+    assert wide.suffix.numel() > batch.suffix.numel() and wide.n_labels > batch.n_labels
     loss, grads = plain(gpt, [batch], batch.n_labels)
     padded_loss, padded_grads = plain(gpt, [wide], batch.n_labels)
     close(padded_loss, loss)
@@ -80,16 +81,17 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
     ]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
     for step in range(3):
-        batches = [random_batch(10 * step + seed, n)[0] for seed, n in BATCHES]
+        parts = [random_sequences(10 * step + seed, n) for seed, n in BATCHES]
+        batches = list(map(collate, parts))
         n_labels = sum(b.n_labels for b in batches)
         n_examples = sum(len(b.length) for b in batches)
         n_thought_labels = sum(map(count_thought_labels, batches))
         for train_step in train_steps:
             train_step.zero_grad()
-            for batch in batches:
-                even = [b % 2 == 0 for b in range(len(batch.length))]
+            for sequences in parts:
+                even = [b % 2 == 0 for b in range(len(sequences))]
                 counts = n_labels, n_examples, n_thought_labels
-                train_step(train_step.prepare(batch, even, counts, 3))
+                train_step(train_step.prepare(sequences, even, counts, 3))
         loss, _ = plain(copy.deepcopy(models[0]), batches, n_labels)
         close(train_steps[0].totals[0], loss.detach())
         close(train_steps[1].totals, train_steps[0].totals)
@@ -113,10 +115,11 @@ def test_graphs_leave_unused_parameters_alone():
     # a large eps, or AdamW would magnify roundings of gradients near zero
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01, eps=1e-3) for m in models]
     for n_thoughts in (0, 0, 2, 2):  # as in the stages of a curriculum
-        batch, _ = random_batch(7, [n_thoughts] * 3)
+        sequences = random_sequences(7, [n_thoughts] * 3)
+        counts = sum(s.n_labels for s in sequences), 3, 0
         for train_step, optimizer in zip(train_steps, optimizers, strict=True):
             train_step.zero_grad()
-            train_step(train_step.prepare(batch, [True] * 3, (batch.n_labels, 3, 0)))
+            train_step(train_step.prepare(sequences, [True] * 3, counts))
             optimizer.step()
         is_used = n_thoughts > 0
         assert all((p.grad is not None) == is_used for p in models[1].project.parameters())
@@ -127,15 +130,16 @@ def test_graphs_leave_unused_parameters_alone():
 @pytest.mark.parametrize("thought_loss", [0.0, 0.5])
 def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
     """Guards against a mean of means, which weighs labels of small micro-batches more."""
-    batches = [random_batch(5, [2, 1, 0])[0], random_batch(6, [3])[0]]
+    parts = [random_sequences(5, [2, 1, 0]), random_sequences(6, [3])]
+    batches = list(map(collate, parts))
     n_labels = sum(b.n_labels for b in batches)
     n_thought_labels = sum(map(count_thought_labels, batches))
     loss, grads = plain(gpt, batches, n_labels, thought_loss)
     train_step = TrainStep(gpt, thought_loss=thought_loss)
     train_step.zero_grad()
-    for batch in batches:
+    for sequences in parts:
         counts = n_labels, 4, n_thought_labels
-        train_step(train_step.prepare(batch, [True] * len(batch.length), counts))
+        train_step(train_step.prepare(sequences, [True] * len(sequences), counts))
     close(train_step.totals[0], loss.detach())
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
 
@@ -144,16 +148,16 @@ def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
 def test_micro_batches_change_what_dropout_draws(dropout):
     """Guards a claim of the README and configs: micro_batch_size changes dropout masks, too."""
     model = random_gpt(dropout=dropout).train()
-    batch, _ = random_batch(5, [2, 1, 0, 2])
+    sequences = random_sequences(5, [2, 1, 0, 2])
+    counts = sum(s.n_labels for s in sequences), 4, 0
     grads = []
     for size in (4, 2):
         train_step = TrainStep(model)
         train_step.zero_grad()
         torch.manual_seed(0)  # as train.py in every step
         for start in range(0, 4, size):
-            rows = [t[start : start + size] for t in batch.tensors]
-            piece = Batch(*rows, batch.max_thoughts, batch.n_labels)
-            train_step(train_step.prepare(piece, [True] * size, (batch.n_labels, 4, 0)))
+            part = sequences[start : start + size]
+            train_step(train_step.prepare(part, [True] * size, counts))
         grads.append(model.wte.weight.grad.clone())
     assert torch.allclose(*grads) == (dropout == 0)
     (help_text,) = (
