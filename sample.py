@@ -34,7 +34,7 @@ from nanococonut.evaluation.page import view_page
 from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.evaluation.view import question_view
 from nanococonut.ops import BACKENDS
-from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
 
@@ -42,7 +42,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Options):
     latent: int | None = option(None, "thoughts before the answer (None: as in training)", ge=0)
     question: str | None = option(None, "question to ask (None: one of the model's task)")
     out_dir: str | None = option(None, "run or checkpoint (None: newest in out/, or bundled)")
@@ -55,9 +55,6 @@ class SampleConfig:
     kernels: str = option("auto", "backend", choices=BACKENDS)
     dtype: str = option("float32", "dtype of the model", choices=("float32", "bfloat16"))
     graph: str = option("auto", "replay steps as CUDA graphs", choices=("auto", "on", "off"))
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def find_checkpoint(out_dir: str | None) -> Path:
@@ -217,8 +214,7 @@ def ask(engine: Engine, config: SampleConfig, example: Example, latent: int) -> 
 
 
 def main() -> None:
-    overrides, _ = parse_cli(SampleConfig, sys.argv[1:], __doc__)
-    config = make_config(SampleConfig, overrides)
+    config = SampleConfig.from_cli(__doc__)
 
     # ---- model
     path, dtype = find_checkpoint(config.out_dir), getattr(torch, config.dtype)

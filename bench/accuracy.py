@@ -44,7 +44,7 @@ from nanococonut.evaluation.accuracy import (
 )
 from nanococonut.evaluation.paper import category_fractions
 from nanococonut.inference.engine import Engine
-from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ from nanococonut.weights.pretrained import CONFIG_NAME, load_pretrained
 
 
 @dataclass(frozen=True)
-class AccuracyConfig:
+class AccuracyConfig(Options):
     checkpoint: str | None = option(
         None, "a run, one of its checkpoints, or, with --method, a file (None: the bundled model)"
     )
@@ -74,9 +74,6 @@ class AccuracyConfig:
     method: str | None = option(
         None, "how weights without a run were trained", choices=tuple(METHODS)
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def load_engine(config: AccuracyConfig) -> Engine:
@@ -254,8 +251,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
 
 def main() -> None:
-    overrides, _ = parse_cli(AccuracyConfig, sys.argv[1:], __doc__)
-    print(evaluate(make_config(AccuracyConfig, overrides)).summary())
+    print(evaluate(AccuracyConfig.from_cli(__doc__)).summary())
 
 
 if __name__ == "__main__":

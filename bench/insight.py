@@ -27,13 +27,13 @@ from nanococonut.evaluation.pairs import Pairs, load_pairs
 from nanococonut.evaluation.paper import paper_figures
 from nanococonut.evaluation.report import Row, measure
 from nanococonut.evaluation.view import question_views
-from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
 
 
 @dataclass(frozen=True)
-class InsightConfig:
+class InsightConfig(Options):
     checkpoint: str | None = option(None, "a run or checkpoint (None: the bundled model)")
     data: str | None = option(None, "a file of examples (None: generated, by number of hops)")
     twins: str | None = option(None, "a file whose example i is the twin of example i of --data")
@@ -47,9 +47,6 @@ class InsightConfig:
     device: str = option("auto", "auto, cpu, cuda, mps")
     out: str | None = option(None, "append the row to this file")
     redraw: str | None = option(None, "a file of rows: only draw its last one")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def load(config: InsightConfig, path: str | None) -> tuple[str, Engine, Pairs | None, Pairs]:
@@ -75,8 +72,7 @@ def evaluate(
 
 
 def main() -> None:
-    overrides, _ = parse_cli(InsightConfig, sys.argv[1:], __doc__)
-    config = make_config(InsightConfig, overrides)
+    config = InsightConfig.from_cli(__doc__)
 
     # ---- draw a page from a row, without a model
     if config.redraw:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from bench.common.results import ResultWriter
 from bench.common.workload import Bandwidth, parse_ints
 from nanococonut.model import GPTConfig
-from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import run_main
 
 SIZES = GPTConfig(block_size=400)  # GPT-2 124M; a step attends to block_size keys
@@ -38,12 +38,12 @@ CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 
 
 @dataclass(frozen=True)
-class KernelsConfig:
+class KernelsConfig(Options):
     batches: str = option("1,8,64,256", "batch sizes, separated by commas")
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         parse_ints("--batches", self.batches)
 
 
@@ -212,8 +212,7 @@ def time_cases(config: KernelsConfig) -> ResultWriter:
 
 
 def main() -> None:
-    overrides, _ = parse_cli(KernelsConfig, sys.argv[1:], __doc__)
-    config = make_config(KernelsConfig, overrides)
+    config = KernelsConfig.from_cli(__doc__)
     if not torch.cuda.is_available():
         print("There is no GPU: times under Triton's interpreter would mean nothing.")
         print("To compare the kernels' outputs with plain torch: pytest tests/kernels")

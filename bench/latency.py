@@ -37,7 +37,7 @@ from bench.common.workload import (
     out_of_memory,
     parse_ints,
 )
-from nanococonut.runtime.cli import make_config, option, parse_cli
+from nanococonut.runtime.cli import option
 from nanococonut.runtime.errors import UserError, run_main
 
 STEP_TOKENS = 9  # generated when single steps are timed: 8 token steps
@@ -177,8 +177,7 @@ def measure(
 
 
 def main() -> None:
-    overrides, _ = parse_cli(LatencyConfig, sys.argv[1:], __doc__)
-    config = make_config(LatencyConfig, overrides)
+    config = LatencyConfig.from_cli(__doc__)
     load = load_average()
     workload = Workload(config)
     device, dtype = workload.device, workload.dtype

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installati
 import nanococonut  # isort: skip  # noqa: F401  # first: sets how OpenMP waits
 from bench.common import tables
 from bench.common.results import read_jsonl, read_results
-from nanococonut.runtime.cli import make_config, option, parse_cli
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
 
@@ -29,13 +29,14 @@ STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a short run averages fewer s
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class PlotConfig(Options):
     readme: bool = option(False, "rewrite the marked tables instead of drawing")
     check: bool = option(False, "only compare the tables; exit with 1 if they differ")
     curve: str | None = option(None, "draw this run's learning curve only")
     out: str | None = option(None, "with --curve: the .png to draw")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.curve is None) != (self.out is None):
             raise UserError("--curve and --out go together: --curve out/RUN --out curve.png")
         if self.out and Path(self.out).suffix != ".png":
@@ -134,8 +135,7 @@ def draw(docs: Path) -> list[Path]:
 
 
 def main() -> None:
-    overrides, _ = parse_cli(PlotConfig, sys.argv[1:], __doc__)
-    config = make_config(PlotConfig, overrides)
+    config = PlotConfig.from_cli(__doc__)
     if config.readme or config.check:
         update_docs(config.check)
     elif config.curve:

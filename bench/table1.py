@@ -27,7 +27,7 @@ from bench.common.tables import select, table1
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import METHODS
 from nanococonut.data.tasks import TASKS
-from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
+from nanococonut.runtime.cli import Options, make_config, option, parse_cli, read_config_file
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
 
@@ -37,7 +37,7 @@ DONE = "table1.done"  # marks the folder of a completed run
 
 
 @dataclass(frozen=True)
-class Table1Config:
+class Table1Config(Options):
     task: str = option("prosqa", "task to train on", choices=tuple(TASKS))
     preset: str = option("small", "from random weights, or GPT-2", choices=("small", "gpt2"))
     seeds: int = option(1, "seeds 0 .. seeds - 1", ge=1)
@@ -51,7 +51,7 @@ class Table1Config:
     device: str = option("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         names = [Path(f).name for f in self.files]
         if len(set(names)) < len(names) or not all(Path(f).is_file() for f in self.files):
             raise UserError(f"--data {self.data}: expected files that exist, with different names.")
@@ -133,8 +133,7 @@ def train(folder: Path, command: list[str], seconds: float | None) -> bool:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally` in train()
-    overrides, _ = parse_cli(Table1Config, sys.argv[1:], __doc__)
-    config = make_config(Table1Config, overrides)
+    config = Table1Config.from_cli(__doc__)
     task, preset = config.task, config.preset
     runs, out = plan_runs(config), Path(config.out)
     if out.is_dir():

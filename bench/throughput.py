@@ -27,7 +27,7 @@ from bench.common.workload import (
     out_of_memory,
 )
 from bench.latency import Case, time_case
-from nanococonut.runtime.cli import make_config, option, parse_cli
+from nanococonut.runtime.cli import option
 from nanococonut.runtime.errors import run_main
 
 FASTER = 1.02  # smaller gains count as none
@@ -40,8 +40,7 @@ class ThroughputConfig(WorkloadOptions):
 
 
 def main() -> None:
-    overrides, _ = parse_cli(ThroughputConfig, sys.argv[1:], __doc__)
-    config = make_config(ThroughputConfig, overrides)
+    config = ThroughputConfig.from_cli(__doc__)
     workload, lengths = Workload(config), TASK_LENGTHS[config.task]
     device, dtype = workload.device, workload.dtype
     workload.model.to(dtype)

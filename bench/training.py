@@ -35,7 +35,7 @@ from nanococonut.batch import IGNORE, build_sequence, pad_lists
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import Data
-from nanococonut.runtime.cli import make_config, option, parse_cli, read_config_file, validate
+from nanococonut.runtime.cli import Options, make_config, option, parse_cli, read_config_file
 from nanococonut.runtime.device import keep_freed_memory, select_device, select_precision
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.runtime.graphs import GraphCache
@@ -56,7 +56,7 @@ MALLOC = {
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepConfig(Options):
     config: str = option("config/prosqa_small.py", "training config with the model and the data")
     batch_size: int = option(32, "sequences per step", ge=1)
     latent: int = option(6, "thoughts per sequence", ge=0)
@@ -69,7 +69,7 @@ class StepConfig:
     out: str | None = option(None, "append the results to this file")
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         check_released(self.released, self.released_python)
         if self.released and self.dtype != "float32":
             raise UserError("--released is compared in float32.\nLeave --dtype out.")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanococonut.curriculum import METHODS, ignored_options
-from nanococonut.runtime.cli import make_config, option, validate
+from nanococonut.runtime.cli import Options, make_config, option
 from nanococonut.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """All options of train.py. The defaults are the paper's ProsQA recipe."""
 
     # data
@@ -117,7 +117,7 @@ class TrainConfig:
     graph: str = option("auto", "replay steps as CUDA graphs", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         is_compact = self.render == "compact"
         problems = {  # message: whether it applies
             "init_from='resume' is not a path of weights.\n"

@@ -9,7 +9,7 @@ import torch
 
 from nanococonut.inference.engine import Request
 from nanococonut.model import GPT, GPTConfig
-from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
 
@@ -32,7 +32,7 @@ BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # larger than most caches
 
 
 @dataclass(frozen=True)
-class WorkloadOptions:
+class WorkloadOptions(Options):
     """Options shared by the scripts that time inference."""
 
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -40,9 +40,6 @@ class WorkloadOptions:
         "auto", "auto is float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16")
     )
     out: str | None = option(None, "append the results to this file")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 class Workload:

@@ -10,14 +10,14 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k
 from nanococonut.data.files import write_examples
 from nanococonut.data.tasks import TASKS, generated
-from nanococonut.runtime.cli import make_config, option, parse_cli, validate
+from nanococonut.runtime.cli import Options, make_config, option, parse_cli
 from nanococonut.runtime.errors import run_main
 
 TASK_OF = {split: name for name, task in TASKS.items() for split in task.splits or [name]}
 
 
 @dataclass(frozen=True)
-class Options:
+class DataOptions(Options):
     data: str = option("prosqa", "split, or gsm8k", choices=list(TASK_OF))
     out: str = option("examples.json", "file to write; it must not exist")
     n: int = option(1000, "number of generated examples", ge=1)
@@ -28,16 +28,13 @@ class Options:
     split: str = option("test", "GSM8k-Aug: split of the data set", choices=gsm8k.HUB_SPLITS)
     revision: str = option("main", "GSM8k-Aug: branch, tag or commit")
 
-    def __post_init__(self) -> None:
-        validate(self)
-
 
 def main() -> None:
     """Write the file that the options in sys.argv describe."""
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv[0] = f"--data={argv[0]}"
-    c = make_config(Options, parse_cli(Options, argv, __doc__)[0])
+    c = make_config(DataOptions, parse_cli(DataOptions, argv, __doc__)[0])
     sizes = {"n_nodes": c.n_nodes, "min_hops": c.min_hops, "max_hops": c.max_hops}
     config = TrainConfig(task=TASK_OF[c.data], **sizes)
     examples, source = generated(c.data, c.n, c.seed, config), f"seed {c.seed}"

@@ -1,6 +1,6 @@
 """Graph isomorphism: keys that are equal for graphs that differ only in their node numbers.
 
-Other graphs with equal keys are rare (none in docs/LOG.md's count) and only cost a training example.
+Other graphs with equal keys are rare (none in docs/LOG.md's count), and cost a training example.
 
 A graph is a pair of lists: edges (parent, child) between nodes 0 to n - 1, and the mark of each
 node (the entity, an option, or 0). An isomorphism also maps each node to one with the same mark.

@@ -25,7 +25,7 @@ from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
 from nanococonut.data.search import children_of, distances
-from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError
 
 NAMES = "Alex Fae Max Polly Rex Sally Sam Stella Wren".split()
@@ -95,14 +95,14 @@ def _sentence(claim: Claim, wording: str = "Every") -> str:
 
 
 @dataclass(frozen=True)
-class OntologyConfig:
+class OntologyConfig(Options):
     """Settings of the ontologies."""
 
     hops: int = option(5, "steps from the entity's concept to the queried property", ge=1, le=6)
     matched: bool = option(False, "the wrong property is at the end of a second chain")
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if self.matched and self.hops > 5:  # two chains need more concepts
             raise UserError(f"hops={self.hops}: matched has at most 5.\nLower hops (--max_hops).")
 

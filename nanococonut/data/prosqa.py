@@ -25,7 +25,7 @@ from nanococonut.data import isomorphism
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
 from nanococonut.data.search import children_of, distances, parents_of, reachable
-from nanococonut.runtime.cli import option, validate
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError
 
 NAMES = (
@@ -48,7 +48,7 @@ ROOT_PROBABILITY, DEPTH_WEIGHT = (0.35, 0.455), 1.5
 
 
 @dataclass(frozen=True)
-class GraphConfig:
+class GraphConfig(Options):
     """Settings of the graphs. The defaults fit the released examples."""
 
     n_nodes: int = option(28, "nodes, before those without edges are removed", ge=4, le=len(WORDS))
@@ -59,9 +59,6 @@ class GraphConfig:
     matched: bool = option(False, "options are equally far from their nearest parentless node")
     # each graph is equally likely with either answer
     balanced: bool = option(False, "options are the deepest nodes of their roots, equally deep")
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 def _graphs(trained: TrainConfig | GraphConfig, **changes: Any) -> GraphConfig:

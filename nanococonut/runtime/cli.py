@@ -54,37 +54,48 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def validate(config: Any) -> None:
-    """Raise UserError if a field of the config dataclass has a wrong type or value."""
-    for f in dataclasses.fields(config):
-        value, meta, types = getattr(config, f.name), f.metadata, _types(f)
-        shown = f"--{f.name}={_shortened(value)}"
-        # type(), not isinstance(), because a bool is an int
-        if type(value) not in types and not (float in types and type(value) is int):
-            expected = " or ".join(TYPE_NAMES[t] for t in types)
-            raise UserError(
-                f"{shown} has the wrong type: {type(value).__name__}.\nUse {expected}, see --help."
-            )
-        if type(value) is str and not _is_text(value):
-            raise UserError(
-                f"{shown} contains a zero byte or is not valid UTF-8.\nUse another string or path."
-            )
-        if value is None:
-            continue
-        for key, limit in meta["bounds"].items():
-            words, holds = BOUNDS[key]
-            if not holds(value, limit):  # false for NaN
-                raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
-        largest = {int: 2**63, float: 1e30}.get(
-            type(value)
-        )  # what int64 and, with a margin, float32 can hold
-        if largest and not abs(value) < largest:
-            raise UserError(f"{shown} is out of range.\nUse a smaller number.")
-        if meta["choices"] and value not in meta["choices"]:
-            raise UserError(
-                f"{shown} is unknown.{_suggestion(value, meta['choices'])}\n"
-                f"Choose one of: {', '.join(meta['choices'])}."
-            )
+class Options:
+    """Base class of the options of a script: a frozen dataclass whose fields are option()s."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError if a field has a wrong type or value."""
+        for f in dataclasses.fields(self):
+            _check(f, getattr(self, f.name))
+
+    @classmethod
+    def from_cli(cls, doc: str | None) -> typing.Self:
+        """Return the options in sys.argv. Raise UserError if one is unknown or invalid."""
+        return make_config(cls, parse_cli(cls, sys.argv[1:], doc)[0])
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """Raise UserError if a field of Options cannot have this value."""
+    meta, types, shown = field.metadata, _types(field), f"--{field.name}={_shortened(value)}"
+    # type(), not isinstance(), because a bool is an int
+    if type(value) not in types and not (float in types and type(value) is int):
+        expected = " or ".join(TYPE_NAMES[t] for t in types)
+        raise UserError(
+            f"{shown} has the wrong type: {type(value).__name__}.\nUse {expected}, see --help."
+        )
+    if type(value) is str and not _is_text(value):
+        raise UserError(
+            f"{shown} contains a zero byte or is not valid UTF-8.\nUse another string or path."
+        )
+    if value is None:
+        return
+    for key, limit in meta["bounds"].items():
+        words, holds = BOUNDS[key]
+        if not holds(value, limit):  # false for NaN
+            raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
+    # what int64 and, with a margin, float32 can hold
+    largest = {int: 2**63, float: 1e30}.get(type(value))
+    if largest and not abs(value) < largest:
+        raise UserError(f"{shown} is out of range.\nUse a smaller number.")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(
+            f"{shown} is unknown.{_suggestion(value, meta['choices'])}\n"
+            f"Choose one of: {', '.join(meta['choices'])}."
+        )
 
 
 def _shortened(value: Any) -> str:
@@ -171,8 +182,8 @@ def parse_cli(
     """Parse --key=value and --key value; a bare --flag means True.
 
     doc: the script's __doc__ (None under `python -OO`); --help shows its first line. Return (field
-    name -> value, only for the keys in argv; path of the config file or None). validate() comes
-    later, once the defaults and the config file are merged in.
+    name -> value, only for the keys in argv; path of the config file or None). The values are
+    checked later, once the defaults and the config file are merged in.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by `python -m NAME`
     parser = _Parser(
@@ -207,7 +218,7 @@ def parse_cli(
 
 
 def _parse_value(text: str, types: tuple[type, ...]) -> Any:
-    """Return the text's value of one of these types, or the text, which validate() then refuses."""
+    """Return the text's value of one of these types, or the text, which Options refuses."""
     constant = CONSTANTS.get(text.lower(), text)
     if type(constant) in types:  # a constant, or any text if str is allowed
         return constant
