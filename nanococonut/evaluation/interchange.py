@@ -51,7 +51,7 @@ def take(content: Content, index: list[int]) -> Content:
     return [content[i] for i in index]
 
 
-class Batch:
+class QuestionBatch:
     """Questions that are read once and answered under many interventions.
 
     content   of their own slots (None: the method has none)
@@ -92,7 +92,7 @@ class Batch:
             b.think(self.n, lambda i, _: (content if i in only else self.content).inputs[i])
         return b.answer()
 
-    def intervene(self, twin: "Batch", mean: Content, c_thought: int) -> Outcomes:
+    def intervene(self, twin: "QuestionBatch", mean: Content, c_thought: int) -> Outcomes:
         """Return the answers under each intervention, see interchange."""
         B = len(self.branch)
         outcomes = {"by_inputs": torch.full((B, 1), float(not self.use_kv))}
@@ -141,9 +141,9 @@ def interchange(
     bytes_per_question = 32 * config.n_layer * config.n_embd * (max(n_tokens) + n)
     size = max(8, min(200, 10**9 // bytes_per_question))
 
-    def batch(index: list[int], texts: Sequence[str | None]) -> Batch:
+    def batch(index: list[int], texts: Sequence[str | None]) -> QuestionBatch:
         texts = [texts[i] or questions[i] for i in index]
-        return Batch(engine, texts, [candidates[i] for i in index], n)
+        return QuestionBatch(engine, texts, [candidates[i] for i in index], n)
 
     mean: Content = [[]]
     if kind in ("thought", "pause"):

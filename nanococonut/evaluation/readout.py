@@ -51,7 +51,7 @@ def concept_probabilities(engine: Engine, question: str, n_thoughts: int) -> dic
     return dict(zip(names, log_p.exp().tolist(), strict=True))
 
 
-class Graph(NamedTuple):
+class QuestionGraph(NamedTuple):
     """The concepts of a ProsQA question."""
 
     nodes: list[str]
@@ -73,16 +73,16 @@ class Graph(NamedTuple):
         return written
 
 
-def graph(example: Example, twin: Example | None = None) -> Graph:
+def graph(example: Example, twin: Example | None = None) -> QuestionGraph:
     """Return the graph of a question. UserError if it is not ProsQA."""
     edges, entity, _ = parse_question(example["question"])
     target, nodes = parse_sentence(example["answer"])[1], concepts_of(edges)
     right = {node for node in nodes if target in reachable(edges, node)}
     other = parse_question(twin["question"]).entity if twin else entity
-    return Graph(nodes, reachable(edges, entity), reachable(edges, other), right)
+    return QuestionGraph(nodes, reachable(edges, entity), reachable(edges, other), right)
 
 
-def name_tokens(engine: Engine, graphs: Sequence[Graph]) -> dict[str, int]:
+def name_tokens(engine: Engine, graphs: Sequence[QuestionGraph]) -> dict[str, int]:
     """Map each concept to the token of its name. UserError if a name has several tokens."""
     tokens = {}
     for node in {node for g in graphs for node in g.nodes}:
@@ -97,7 +97,7 @@ def name_tokens(engine: Engine, graphs: Sequence[Graph]) -> dict[str, int]:
 
 @torch.no_grad()
 def names_by_distance(
-    engine: Engine, graphs: Sequence[Graph], thoughts: Tensor
+    engine: Engine, graphs: Sequence[QuestionGraph], thoughts: Tensor
 ) -> dict[str, Tensor]:
     """Apply the LM head to thoughts (N, K, C). Return, for the D columns of DISTANCES:
 
@@ -121,7 +121,7 @@ def names_by_distance(
 
 
 def steer(
-    engine: Engine, graphs: Sequence[Graph], pairs: Pairs, thoughts: Tensor, t: int, d: int
+    engine: Engine, graphs: Sequence[QuestionGraph], pairs: Pairs, thoughts: Tensor, t: int, d: int
 ) -> tuple[int, dict[str, Tensor]]:
     """Answer with one thought changed: concepts are written into it, or a branch is erased.
 
