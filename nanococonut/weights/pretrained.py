@@ -131,7 +131,7 @@ def load_gpt2(
     ours = ("smear.", "project.", "pause.", "stop.")
     new = {name: p for name, p in model.state_dict().items() if name.startswith(ours)}
     tensors = new | tensors
-    problems += checkpoint.tensor_problems(model, tensors)
+    problems += _tensor_problems(model, tensors)
     if problems:
         rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise _not_gpt2(path, "; ".join(problems[:4]) + rest)
@@ -150,6 +150,19 @@ def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
         if copy is not None and not torch.equal(copy.float(), wte):
             problems.append(f"{name} differs from wte.weight, to which it should be tied")
     return problems
+
+
+def _tensor_problems(model: GPT, tensors: dict[str, Tensor]) -> list[str]:
+    """Return one description for each tensor that is unknown, does not fit or is missing."""
+    params, problems = model.state_dict(), []
+    for name, tensor in tensors.items():
+        if name not in params:
+            problems.append(f"{name} is unknown")
+        elif params[name].shape != tensor.shape or not tensor.is_floating_point():
+            dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+            expected = tuple(params[name].shape)
+            problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
+    return problems + [f"{name} is missing" for name in params if name not in tensors]
 
 
 def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:

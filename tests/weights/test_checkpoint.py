@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from helpers import random_gpt
-from safetensors.torch import load_file, save_file
 
 from nanococonut.config import TrainConfig
 from nanococonut.runtime import lock
@@ -174,7 +173,7 @@ DAMAGE = {
     "optimizer flipped": lambda f: flip(f / "optimizer.safetensors"),
     "manifest truncated": lambda f: truncate(f / "manifest.json"),
     "manifest foreign": lambda f: (f / "manifest.json").write_text('{"model_type": "gpt2"}'),
-    "no best step": lambda f: change_manifest(f, best_step=None),
+    "manifest changed": lambda f: change_manifest(f, best_step=7),
     "manifest a list": lambda f: (f / "manifest.json").write_text("[]"),
 }
 
@@ -196,23 +195,11 @@ def test_damage_is_one_clear_error(saved, damage):
     assert str(e.value).count("\n") == 1
 
 
-def test_other_shape_is_named(saved):
-    """torch's own error is a page long."""
-    folder, model, _ = saved
-    weights = load_file(folder / "model.safetensors")
-    weights["wpe.weight"] = weights["wpe.weight"][:5].clone()
-    save_file(weights, folder / "model.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = checkpoint._digest(folder / "model.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"another shape: wpe.weight is \(5, 24\)"):
-        checkpoint.load(folder)
-
-
 def test_options_that_are_gone_still_load(saved):
     """Bundled manifests still have them; resuming with other values would change the training."""
     folder, _, _ = saved
     manifest = json.loads((folder / "manifest.json").read_text()) | {"progress": {}}
+    del manifest["digest"]  # older manifests have none
     old = {"beta2": 0.999, "thought_loss": 0.0, "thought_labels": "path", "wte_init_std": 0.3}
     style = {"render": "compact", "tokenizer": "words"}
     manifest["config"] = {"recompute_mlp": True, **old, **style}
