@@ -25,9 +25,9 @@ KV = tuple[Tensor, Tensor]  # keys and values, (B, nh, T, hs) each
 class ThoughtTrace:
     """The keys and values of all blocks so far, and the attention of a new block to them.
 
-    hidden  list of (B, C): hidden states after 0, 1, ... thoughts
-    inputs  list of (B, C): input embeddings that produced these hidden states
-            An inactive sequence repeats its last entries.
+    hidden          list of (B, C): hidden states after 0, 1, ... thoughts; an inactive sequence
+                    repeats its last one
+    prev_embedding  (B, C): input embedding that produced the last hidden state, for the smear
 
     Every block has its own tensors, so nothing that backward needs is overwritten.
     """
@@ -41,7 +41,7 @@ class ThoughtTrace:
         self.buffers: list[ops.PrefixBuffers] = []  # per layer, Triton only
         self.thoughts: list[list[KV]] = [[] for _ in model.h]  # per layer and thought, T = 1
         self.hidden: list[Tensor] = []
-        self.inputs: list[Tensor] = []
+        self.prev_embedding: Tensor | None = None
 
     def key_mask(self, n: int, prefix_as_single_key: bool = False) -> Tensor:
         """Return the valid keys of the prefix and n thoughts, (B, Tp + n) or (B, 1 + n) bool."""
@@ -116,7 +116,7 @@ def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
     last_pos = batch.length - 1  # (B,)
     h = model.backbone(emb, pos, trace.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
     trace.hidden.append(h)
-    trace.inputs.append(emb[torch.arange(B, device=device), last_pos])  # (B, C)
+    trace.prev_embedding = emb[torch.arange(B, device=device), last_pos]  # (B, C)
     for i in range(batch.max_thoughts):
         active = (i < batch.n_thoughts)[:, None]  # (B, 1)
         # an inactive sequence still attends to its prefix, so no softmax is empty (NaN)
@@ -125,9 +125,9 @@ def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
         pos = (batch.length + i).clamp(max=model.config.block_size - 1)[:, None]  # (B, 1)
         attend = partial(trace.attend, attention_bias(mask)[:, None, None], True)
         thought = model.thought_embedding(trace.hidden[-1])  # (B, C)
-        h = model.backbone(thought[:, None], pos, attend, trace.inputs[-1])[:, 0]  # (B, C)
+        h = model.backbone(thought[:, None], pos, attend, trace.prev_embedding)[:, 0]  # (B, C)
         trace.hidden.append(torch.where(active, h, trace.hidden[-1]))
-        trace.inputs.append(torch.where(active, thought, trace.inputs[-1]))
+        trace.prev_embedding = torch.where(active, thought, trace.prev_embedding)
     return trace
 
 
@@ -143,7 +143,7 @@ def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     pos = (batch.length + batch.n_thoughts)[:, None] + torch.arange(T, device=device)  # (B, T)
     pos = pos.clamp(max=model.config.block_size - 1)  # only padding exceeds block_size
     attend = partial(trace.attend, attention_bias(mask)[:, None], False)
-    out = model.backbone(model.embed(batch.suffix[:, :-1]), pos, attend, trace.inputs[-1])
+    out = model.backbone(model.embed(batch.suffix[:, :-1]), pos, attend, trace.prev_embedding)
     return torch.cat([h, out], dim=1)
 
 
