@@ -5,7 +5,6 @@ Every rank may call these functions; only rank 0 writes and prints.
 
 import importlib.util
 import json
-import statistics
 import time
 from collections import Counter, deque
 from contextlib import suppress
@@ -27,7 +26,6 @@ from nanococonut.weights.checkpoint import RunDir, list_checkpoints
 # without a terminal, print a line every PRINT_INTERVAL steps, or after FIRST_LINE seconds and then
 # every LATER_LINES seconds if the steps are slow
 PRINT_INTERVAL, FIRST_LINE, LATER_LINES = 100, 5, 30
-SLOW_STEPS, SLOW_FACTOR = 20, 4  # warn if SLOW_STEPS steps are SLOW_FACTOR times slower than before
 COLLAPSED = 0.999  # cosine similarity of the thoughts of different questions
 console = Console(highlight=False, soft_wrap=True)
 
@@ -56,8 +54,6 @@ class RunLog:
         self._recent: deque[tuple[float, int]] = deque(maxlen=PRINT_INTERVAL)  # seconds, examples
         self._last_step = time.monotonic()
         self._next_line = self._last_step + FIRST_LINE
-        self._fastest: dict[int, float] = {}  # stage -> examples/s
-        self._is_warned = False
         columns = BarColumn(), TextColumn("{task.description}")
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=schedule.max_steps, completed=state.step)
@@ -99,7 +95,6 @@ class RunLog:
             "examples_per_s": round(speed, 1),
         }
         self._write(state.step, "train", values)
-        self._warn_if_slow(state)
         n_left = (self.schedule.max_steps - state.step) * self.config.batch_size
         line = (
             f"step {state.step}/{self.schedule.max_steps} stage {state.stage} loss {loss:.3f} "
@@ -111,22 +106,6 @@ class RunLog:
         if is_due and not console.is_terminal:
             self._next_line = now + LATER_LINES
             console.print(line)
-
-    def _warn_if_slow(self, state: TrainState) -> None:
-        """Warn once if the steps of a stage become SLOW_FACTOR times slower."""
-        n_steps = state.step - state.stage_start
-        if n_steps == 0 or n_steps % SLOW_STEPS or len(self._recent) < SLOW_STEPS:
-            return
-        recent = list(self._recent)[-SLOW_STEPS:]
-        # the median ignores single steps slowed down by a validation or a save
-        speed = statistics.median(n / max(1e-9, seconds) for seconds, n in recent)
-        fastest = self._fastest[state.stage] = max(speed, self._fastest.get(state.stage, 0.0))
-        if speed * SLOW_FACTOR < fastest and not self._is_warned:
-            self._is_warned = True
-            console.print(
-                f"[bold red]SLOW[/] at step {state.step}: {speed:.0f} examples/s, {fastest:.0f} "
-                "before. If other programs use the CPU, OMP_NUM_THREADS=1 may be faster."
-            )
 
     def validation(self, state: TrainState, validation: dict[str, Any]) -> None:
         """Log the accuracy of every split."""
