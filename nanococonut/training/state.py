@@ -46,25 +46,13 @@ class TrainState:
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> "TrainState":
-        """Return the state with these fields.
-
-        Raise TypeError, KeyError or ValueError if a field is invalid.
-        """
-        state = cls(**saved)
-        integers = {"step", "stage", "stage_index", "stage_start", "best_step"}
-        if any(type(saved[name]) is not int for name in integers & saved.keys()):
-            raise ValueError("a step or stage is not an integer")
-        if not 0 <= state.stage_start <= state.step or state.stage_index < 0:
-            raise ValueError("steps or stages are out of order")
-        numbers = [state.best_accuracy, state.seconds]
-        numbers += [x for correct, counted in state.window for x in (correct, counted)]
-        shown = {"stage", "thoughts", "valid_accuracy", "valid_tokens", "minutes"}
-        for validation in state.validations:
-            shown |= {key for key in validation if key.endswith("_accuracy")}
-            numbers += [validation[key] for key in shown]
-        if any(type(x) not in (int, float) for x in numbers):
-            raise ValueError("a value in accuracy, window or validations is not a number")
-        return state
+        """Return the state with these fields. Raise UserError if a field is unknown."""
+        if unknown := saved.keys() - asdict(cls()).keys():
+            raise UserError(
+                "the run was saved by another version of nanococonut: its progress has "
+                f"{', '.join(sorted(unknown))}.\nUse that version, or another --out_dir."
+            )
+        return cls(**saved)
 
     @property
     def n_counted(self) -> float:

@@ -1,20 +1,21 @@
 """Checkpoints: safetensors weights, optimizer state, and a manifest that describes them.
 
 A run's folder holds metrics.jsonl and one folder step_<n>/ per checkpoint: model.safetensors,
-optimizer.safetensors, and manifest.json with the SHA-256 digests of both. A checkpoint is written
-to a temporary folder, then renamed, so a killed run leaves no half of one. Nothing is unpickled.
+optimizer.safetensors, and manifest.json with the SHA-256 digests of both and of its own content. A
+checkpoint is written to a temporary folder, then renamed, so a killed run leaves no half of one.
+Nothing is unpickled.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,17 +32,8 @@ from nanococonut.runtime.lock import lock_folder
 from nanococonut.runtime.provenance import provenance
 from nanococonut.tokenizer import Tokenizer
 
-T = TypeVar("T")
 FORMAT = 2
 WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
-TYPES = {  # manifest key -> type of its value
-    **dict.fromkeys(("config", "model", "tokenizer", "files", "progress"), dict),
-    **dict.fromkeys(("stage", "n_thoughts", "step", "threads", "best_step"), int),
-    **dict.fromkeys(("method", "device", "examples"), str),
-    "minutes": int | float,
-    "hub_commit": str | None,
-}
-OPTIONAL = {"best_step", "progress", "examples", "hub_commit"}  # keys that may be missing
 # options that may change when a run is resumed
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may select another checkpoint as the best
@@ -54,6 +46,11 @@ BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 def _digest(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _json_digest(manifest: dict[str, Any]) -> str:
+    """Return the digest of a manifest's content, whatever white space its file has."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, str]:
@@ -165,6 +162,7 @@ def write_checkpoint(
             save_file(tensors, new / name)
         digests = {name: _digest(new / name) for name in sorted(files)}
         manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
+        manifest["digest"] = _json_digest(manifest)
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -241,9 +239,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} has format {version!r}, expected {FORMAT}")
-    for key in TYPES.keys() - (OPTIONAL - manifest.keys()):
-        if not isinstance(manifest.get(key), TYPES[key]):
-            raise _damaged(folder, f"{MANIFEST} has no valid {key!r}")
+    digest = manifest.pop("digest", None)  # older manifests have none
+    if digest is not None and digest != _json_digest(manifest):
+        raise _damaged(folder, f"{MANIFEST} has changed since it was saved")
     try:
         config = config_from_saved(manifest["config"])
     except UserError as e:
@@ -284,30 +282,13 @@ def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return problems + [f"{name} is missing" for name in params if name not in tensors]
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into a model of the same shapes, and cast them to its dtype."""
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as e:
-        raise _damaged(folder, f"{WEIGHTS} cannot be read ({e})") from None
-    if problems := tensor_problems(model, weights):
-        raise UserError(
-            f"{folder} holds a model of another shape: {problems[0]} ({len(problems)} tensors "
-            "differ).\nUse the settings in its manifest.json."
-        )
-    model.load_state_dict(weights)
-
-
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Return (model in eval mode, tokenizer, manifest) of a checkpoint or a run's best one."""
     folder = resolve(path, best=True)
     manifest = verify(folder)
-    try:
-        model = GPT(GPTConfig(**manifest["model"]))
-        tokenizer = Tokenizer.from_spec(manifest["tokenizer"])
-    except (TypeError, KeyError, ValueError, RuntimeError) as e:
-        raise _damaged(folder, f"its manifest does not describe a model ({e})") from None
-    load_weights(model, folder)
+    model = GPT(GPTConfig(**manifest["model"]))
+    model.load_state_dict(load_file(folder / WEIGHTS))  # and cast them to its dtype
+    tokenizer = Tokenizer.from_spec(manifest["tokenizer"])
     return model.to(device).eval(), tokenizer, manifest
 
 
@@ -381,27 +362,24 @@ class RunDir:
         data, self.examples = load_run_data(self.config, self.manifest)
         return data
 
-    def restore(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], parse: Callable[[dict], T]
-    ) -> T:
-        """Load the weights and the optimizer state of a resumed run. Return its training state.
+    def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+        """Load the weights and the optimizer state of a resumed run.
 
-        parse: make the state from manifest["progress"], or from {} for a new run. Its TypeError,
-        KeyError or ValueError is raised as a UserError: the manifest is damaged.
+        Return the saved training state; {} for a new run. Raise UserError if the model's shape has
+        changed, as with other weights at --init_from.
         """
         if not self.manifest:
-            return parse({})
+            return {}
         folder = resolve(self.path)
-        try:
-            progress = self.manifest["progress"]
-            state = parse(progress)
-            if progress["step"] != self.manifest["step"]:
-                raise ValueError(f"step {progress['step']}, expected {self.manifest['step']}")
-        except (TypeError, KeyError, ValueError) as e:
-            raise _damaged(folder, f"{MANIFEST} has a bad 'progress' ({e})") from None
-        load_weights(model, folder)
+        weights = load_file(folder / WEIGHTS)
+        if problems := tensor_problems(model, weights):
+            raise UserError(
+                f"{folder} holds a model of another shape: {problems[0]} ({len(problems)} tensors "
+                "differ).\nIts --init_from or its data have changed: resume with the original ones."
+            )
+        model.load_state_dict(weights)
         load_optimizers(optimizers, folder)
-        return state
+        return self.manifest["progress"]
 
     def open_metrics(self, step: int) -> IO[str]:
         """Create the folder. Return metrics.jsonl, cut after `step` and open for appending."""
