@@ -44,6 +44,16 @@ class TrainState:
     def __post_init__(self) -> None:
         self._measured_at = time.monotonic()  # not a field, so it is not saved
 
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any]) -> "TrainState":
+        """Return the state with these fields. Raise UserError if a field is unknown."""
+        if unknown := saved.keys() - asdict(cls()).keys():
+            raise UserError(
+                "the run was saved by another version of nanococonut: its progress has "
+                f"{', '.join(sorted(unknown))}.\nUse that version, or another --out_dir."
+            )
+        return cls(**saved)
+
     @property
     def n_counted(self) -> float:
         return sum(counted for _, counted in self.window)

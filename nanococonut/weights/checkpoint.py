@@ -1,7 +1,7 @@
 """Checkpoints: safetensors weights, optimizer state, and a manifest that describes them.
 
 A run's folder holds metrics.jsonl and one folder step_<n>/ per checkpoint: model.safetensors,
-optimizer.safetensors, and manifest.json with the SHA-256 digests of both and of itself. A
+optimizer.safetensors, and manifest.json with the SHA-256 digests of both and of its own content. A
 checkpoint is written to a temporary folder, then renamed, so a killed run leaves no half of one.
 Nothing is unpickled.
 """
@@ -48,10 +48,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """Return the SHA-256 digest of a manifest without its own digest."""
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _json_digest(manifest: dict[str, Any]) -> str:
+    """Return the digest of a manifest's content, whatever white space its file has."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, str]:
@@ -163,7 +162,7 @@ def write_checkpoint(
             save_file(tensors, new / name)
         digests = {name: _digest(new / name) for name in sorted(files)}
         manifest = {"format": FORMAT, **manifest, **provenance(), "files": digests}
-        manifest["digest"] = manifest_digest(manifest)
+        manifest["digest"] = _json_digest(manifest)
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -226,7 +225,7 @@ def _damaged(folder: Path, reason: str) -> UserError:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest. Options that its version did not have get their defaults.
 
-    Raise UserError if the manifest was changed by hand or damaged, or has another format.
+    Raise UserError if the manifest is damaged or has another format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -240,8 +239,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} has format {version!r}, expected {FORMAT}")
-    digest = manifest_digest(manifest)
-    if manifest.get("digest", digest) != digest:  # older manifests have no digest
+    digest = manifest.pop("digest", None)  # older manifests have none
+    if digest is not None and digest != _json_digest(manifest):
         raise _damaged(folder, f"{MANIFEST} has changed since it was saved")
     try:
         config = config_from_saved(manifest["config"])
@@ -270,13 +269,27 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
     return manifest
 
 
+def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return one description for each tensor that is unknown, does not fit or is missing."""
+    params, problems = model.state_dict(), []
+    for name, tensor in tensors.items():
+        if name not in params:
+            problems.append(f"{name} is unknown")
+        elif params[name].shape != tensor.shape or not tensor.is_floating_point():
+            dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
+            expected = tuple(params[name].shape)
+            problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
+    return problems + [f"{name} is missing" for name in params if name not in tensors]
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Return (model in eval mode, tokenizer, manifest) of a checkpoint or a run's best one."""
     folder = resolve(path, best=True)
     manifest = verify(folder)
     model = GPT(GPTConfig(**manifest["model"]))
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    return model.to(device).eval(), Tokenizer.from_spec(manifest["tokenizer"]), manifest
+    model.load_state_dict(load_file(folder / WEIGHTS))  # and cast them to its dtype
+    tokenizer = Tokenizer.from_spec(manifest["tokenizer"])
+    return model.to(device).eval(), tokenizer, manifest
 
 
 class RunDir:
@@ -352,12 +365,19 @@ class RunDir:
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         """Load the weights and the optimizer state of a resumed run.
 
-        Return the fields of its TrainState; {} for a new run.
+        Return the saved training state; {} for a new run. Raise UserError if the model's shape has
+        changed, as with other weights at --init_from.
         """
         if not self.manifest:
             return {}
         folder = resolve(self.path)
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        if problems := tensor_problems(model, weights):
+            raise UserError(
+                f"{folder} holds a model of another shape: {problems[0]} ({len(problems)} tensors "
+                "differ).\nIts --init_from or its data have changed: resume with the original ones."
+            )
+        model.load_state_dict(weights)
         load_optimizers(optimizers, folder)
         return self.manifest["progress"]
 

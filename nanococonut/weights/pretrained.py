@@ -43,6 +43,12 @@ FIXED_SETTINGS = {
 MAX_SIZE = 10**6  # checked first, since the model is built before its tensors are compared
 NANOGPT_ARGS = {*CONFIG_KEYS, "vocab_size", "dropout", "bias"}  # keys of nanoGPT's model_args
 WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)*(base_causallm\.)?(transformer\.)?")
+TIED = ("lm_head.weight", "embedding.weight")  # GPT-2's head and the released code's copy of wte
+UNKNOWN = {  # tensor that a model does not have -> why it cannot be dropped
+    **dict.fromkeys(TIED, "differs from wte.weight, to which it should be tied"),
+    "project.weight": "is used only by --method=projected",
+    "pause.weight": "is used only by --method=pause_multipass",
+}
 MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
 ACCEPTED = (
     f"Give {', '.join(GPT2_SIZES)}, a folder with a GPT-2's {CONFIG_NAME} and {WEIGHTS_NAME}, one "
@@ -116,8 +122,10 @@ def load_gpt2(
             f"{vocab_size}.\nUse its --tokenizer and data with the same words, or train with "
             "--init_from=scratch."
         )
-    problems = _remove_tied_copies(tensors)
     wte = tensors["wte.weight"]  # (V, C)
+    for name in TIED:
+        if name in tensors and torch.equal(tensors[name].float(), wte.float()):
+            del tensors[name]
     init = wte[min(INIT_TOKEN, len(wte) - 1)]  # (C,)
     tensors["wte.weight"] = torch.cat([wte, init.expand(max(n_new, 0), -1)])[:vocab_size]
     extra = dict(extra or {})
@@ -127,57 +135,19 @@ def load_gpt2(
         model = GPT(config)
     except (ValueError, RuntimeError) as e:  # RuntimeError: out of memory
         raise _not_gpt2(path, str(e).split("\n")[0]) from None
-    _check_thoughts(path, source, model, tensors)
+    if model.stop is None and "stop.weight" in tensors:  # it never changed the output
+        print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("stop.")}
     ours = ("smear.", "project.", "pause.", "stop.")
     new = {name: p for name, p in model.state_dict().items() if name.startswith(ours)}
     tensors = new | tensors
-    problems += _tensor_problems(model, tensors)
-    if problems:
+    if problems := checkpoint.tensor_problems(model, tensors):
+        reasons = {f"{name} is unknown": f"{name} {reason}" for name, reason in UNKNOWN.items()}
+        problems = [reasons.get(problem, problem) for problem in problems]
         rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise _not_gpt2(path, "; ".join(problems[:4]) + rest)
     model.load_state_dict(tensors)
     return model
-
-
-# ---- checks of the tensors
-
-
-def _remove_tied_copies(tensors: dict[str, Tensor]) -> list[str]:
-    """Remove copies of wte.weight, since GPT-2's head is tied to it. Return those that differ."""
-    wte, problems = tensors["wte.weight"].float(), []
-    for name in ("lm_head.weight", "embedding.weight"):
-        copy = tensors.pop(name, None)
-        if copy is not None and not torch.equal(copy.float(), wte):
-            problems.append(f"{name} differs from wte.weight, to which it should be tied")
-    return problems
-
-
-def _tensor_problems(model: GPT, tensors: dict[str, Tensor]) -> list[str]:
-    """Return one description for each tensor that is unknown, does not fit or is missing."""
-    params, problems = model.state_dict(), []
-    for name, tensor in tensors.items():
-        if name not in params:
-            problems.append(f"{name} is unknown")
-        elif params[name].shape != tensor.shape or not tensor.is_floating_point():
-            dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
-            expected = tuple(params[name].shape)
-            problems.append(f"{name} is {tuple(tensor.shape)}{dtype}, expected {expected}")
-    return problems + [f"{name} is missing" for name in params if name not in tensors]
-
-
-def _check_thoughts(path: Path, source: GPTConfig, model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Raise UserError if the model lacks the checkpoint's thoughts. Drop an unused classifier."""
-    own = {"projected": ("projected", "project."), "fixed": ("pause_multipass", "pause.")}
-    if source.thought in own and model.config.thought != source.thought:
-        method, module = own[source.thought]
-        raise UserError(
-            f"{path} was trained by --method={method}: no other method uses its {module}weight."
-            f"\nContinue with --method={method}, or give a run of another method."
-        )
-    if source.stop and model.stop is None:  # it never changed the output
-        print(f"{path}: its stop classifier is left out; --stop=classifier keeps it")
-        for name in [name for name in tensors if name.startswith("stop.")]:
-            del tensors[name]
 
 
 def _not_gpt2(path: Path, reason: object) -> UserError:

@@ -41,9 +41,15 @@ def damaged(name, change, command=SAMPLE):
     return [*command], f"run/step_00000001/{name}", change
 
 
-def manifest(command=SAMPLE, **changes):
-    """Return a command that reads a run with a changed manifest."""
-    return damaged("manifest.json", lambda b: json.dumps(json.loads(b) | changes).encode(), command)
+def old_manifest(command=SAMPLE, **changes):
+    """Return a command that reads a run with this manifest of an older version, without digest."""
+
+    def change(text):
+        saved = json.loads(text)
+        del saved["digest"]
+        return json.dumps(saved | changes).encode()
+
+    return damaged("manifest.json", change, command)
 
 
 # name: argv, or (argv, file, its new text or bytes or a function of its old bytes)
@@ -107,16 +113,18 @@ CASES = {
     "manifest a list": damaged("manifest.json", b"[]"),
     "manifest not UTF-8": damaged("manifest.json", b"\xff\xfe{}"),
     "manifest nested": damaged("manifest.json", b"[" * 100_000),
-    "manifest changed by hand": manifest(model={"n_layer": -1, "vocab_size": 3}),
-    "manifest file outside": manifest(files={"../../good.json": "0"}),
-    "manifest unknown setting": manifest(config={"n_layers": 3}),
+    "manifest another stage": damaged(
+        "manifest.json", lambda b: b.replace(b'"stage": 0', b'"stage": 1')
+    ),
+    "manifest unknown setting": old_manifest(config={"n_layers": 3}),
+    "manifest file outside": old_manifest(files={"../../good.json": "0"}),
     "resume with damaged moments": damaged("optimizer.safetensors", lambda b: b[:-9], RESUME),
     "resume without moments": damaged("optimizer.safetensors", b"", RESUME),
-    "resume of no progress": damaged(
-        "manifest.json", lambda b: b.replace(b"progress", b"p"), RESUME
+    "resume of another window": damaged(
+        "manifest.json", lambda b: b.replace(b'"window"', b'"windows"'), RESUME
     ),
-    "resume of changed progress": manifest(RESUME, progress={"step": 0}),
-    "resume of a changed config": manifest(RESUME, config={}),
+    "resume of no progress": old_manifest(RESUME, files={}),
+    "resume of unknown progress": old_manifest(RESUME, progress={"steps": 1}),
     "run exists": [*TRAIN, RUN],
     "out_dir a checkpoint": [*TRAIN, "--out_dir=run/step_00000001"],
     # weights to start from

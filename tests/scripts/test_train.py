@@ -312,8 +312,7 @@ def test_resume_knows_the_examples_not_their_path(train, tiny):
 
     manifest = checkpoint.resolve("run") / "manifest.json"  # as one of an older version
     old = json.loads(manifest.read_text())
-    del old["digest"]
-    del old["examples"]
+    del old["examples"], old["digest"]
     manifest.write_text(json.dumps(old))
     code, _, err = train(*flags, "--data=a.json")
     assert code == 2 and "data='b.jsonl'" in err

@@ -1,4 +1,4 @@
-"""The console of a run: when it prints a line."""
+"""The console of a run: when it prints a line, and what it says about the disk and the data."""
 
 import io
 from pathlib import Path

@@ -19,9 +19,11 @@ import torch
 from helpers import random_gpt
 
 from nanococonut.config import TrainConfig
+from nanococonut.model import GPT
 from nanococonut.runtime import lock
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
+from nanococonut.training.state import TrainState
 from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
 from nanococonut.weights.checkpoint import RunDir
@@ -166,6 +168,13 @@ def change_manifest(folder, **changes):
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
+def write_old_manifest(folder, **changes):
+    """Change the manifest to one of an older version, which has no digest."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    manifest.pop("digest", None)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 DAMAGE = {
     "weights truncated": lambda f: truncate(f / "model.safetensors"),
     "one bit flipped": lambda f: flip(f / "model.safetensors"),
@@ -173,7 +182,8 @@ DAMAGE = {
     "optimizer flipped": lambda f: flip(f / "optimizer.safetensors"),
     "manifest truncated": lambda f: truncate(f / "manifest.json"),
     "manifest foreign": lambda f: (f / "manifest.json").write_text('{"model_type": "gpt2"}'),
-    "manifest changed": lambda f: change_manifest(f, best_step=7),
+    "manifest changed": lambda f: change_manifest(f, minutes=0.6),
+    "no best step": lambda f: change_manifest(f, best_step=None),
     "manifest a list": lambda f: (f / "manifest.json").write_text("[]"),
 }
 
@@ -195,22 +205,47 @@ def test_damage_is_one_clear_error(saved, damage):
     assert str(e.value).count("\n") == 1
 
 
+def test_resume_names_another_shape(saved, model):
+    """The weights at --init_from may be others by now; torch's own error is a page long."""
+    folder, _, optimizer = saved
+    write_old_manifest(folder, progress={"step": 7})
+    run = RunDir(folder.parent, TrainConfig(resume=True), Distributed(1, 2))
+    assert run.restore(model, [optimizer]) == {"step": 7}
+    other = GPT(replace(model.config, block_size=5))
+    with pytest.raises(
+        UserError, match=r"another shape: wpe.weight is .*, expected \(5, 24\)"
+    ) as e:
+        run.restore(other, [optimizer])
+    assert str(e.value).count("\n") == 1
+
+
+def test_digest_ignores_the_layout_of_the_json(saved):
+    """A manifest that an editor indents again is the same manifest."""
+    folder, _, _ = saved
+    change_manifest(folder)
+    assert "digest" not in checkpoint.load(folder)[2]
+
+
+def test_progress_of_another_version_is_refused():
+    """An unknown key was an unexpected keyword argument, in a traceback."""
+    assert TrainState.from_saved({"step": 3}).step == 3
+    with pytest.raises(UserError, match="has bad_steps.\nUse that version"):
+        TrainState.from_saved({"step": 3, "bad_steps": 1})
+
+
 def test_options_that_are_gone_still_load(saved):
     """Bundled manifests still have them; resuming with other values would change the training."""
     folder, _, _ = saved
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"progress": {}}
-    del manifest["digest"]  # older manifests have none
     old = {"beta2": 0.999, "thought_loss": 0.0, "thought_labels": "path", "wte_init_std": 0.3}
     style = {"render": "compact", "tokenizer": "words"}
-    manifest["config"] = {"recompute_mlp": True, **old, **style}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    config = {"recompute_mlp": True, **old, **style}
+    write_old_manifest(folder, progress={}, config=config)
     assert checkpoint.load(folder)[2]["config"]["thought_labels"] == "none"
     now = TrainConfig(resume=True, **style)
     assert RunDir(folder.parent, now, Distributed(1, 2)).manifest
     labelled = replace(now, thought_labels="path")
     for key, other in (("beta2", now), ("thought_loss", labelled)):
-        changed = manifest | {"config": manifest["config"] | {key: 0.5}}
-        (folder / "manifest.json").write_text(json.dumps(changed))
+        write_old_manifest(folder, config=config | {key: 0.5})
         with pytest.raises(UserError, match=f"{key}=0.5, not"):
             RunDir(folder.parent, other, Distributed(1, 2))
 
