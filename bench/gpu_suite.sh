@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Run everything that needs a GPU, in one call of at most nine minutes:
+# Run everything that needs a GPU, in one call of at most nine minutes (ten with the released code):
 #   bash bench/gpu_suite.sh FOLDER
 #   bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train  # some parts
 #   bash bench/gpu_suite.sh FOLDER checks  # compute-sanitizer and losses, slow, not part of the rest
 # Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. If a part fails or runs out
-# of time, the others still run. With NANOCOCONUT_RELEASED (a clone of facebookresearch/coconut) and
-# NANOCOCONUT_RELEASED_PYTHON the released code is timed too.
+# of time, the others still run. "training" needs GPT-2's vocabulary (TIKTOKEN_CACHE_DIR, if there is
+# no network), and a copy without .git needs NANOCOCONUT_COMMIT. With NANOCOCONUT_RELEASED (a clone of
+# facebookresearch/coconut) and NANOCOCONUT_RELEASED_PYTHON the released code is timed too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 # a run that is killed keeps its output
 dir=${1:-out/gpu}
+if [[ -e "$dir/run" || "$(realpath -m "$dir")/" = "$(realpath -m "${OUT:-/nowhere}")/"* ]]; then
+  echo "error: $dir holds an earlier run, or is in \$OUT. Give another folder." >&2
+  exit 2
+fi
 mkdir -p "$dir"
 "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
   echo "error: $PYTHON has no torch with a CUDA GPU. Run this on a GPU, or set PYTHON." >&2
@@ -22,12 +27,12 @@ failed=0
 # run SECONDS NAME COMMAND...: run with a time limit, and copy the output to FOLDER/NAME.log
 run() {
   echo "== ${*:3}"
-  timeout "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; false; }
+  timeout -k 5 "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; false; }
 }
 # print all results again at the end, as only the end of a long output may be kept
 finish() {
   [ -z "${OUT:-}" ] || tar czf "$OUT/gpu.tgz" -C "$dir" --exclude='*.safetensors' .
-  grep -hE '^ *[0-9.,e+-]+ (us|ms|x|GB/s|questions/s|examples/s|fraction) ' "$dir"/*.log
+  grep -hE '^ *[0-9.,e+-]+(%| (us|ms|x|GB/s|questions/s|examples/s)) ' "$dir"/*.log
   exit $failed
 }
 
@@ -43,7 +48,7 @@ if [[ "$parts" = *" checks "* ]]; then # at most 500 s
   finish
 fi
 
-# at most 540 s. The tests compile hundreds of kernels, one core each, so files run in parallel
+# at most 540 s, or 580. The tests compile hundreds of kernels, one core each, so files run in parallel
 files=(tests/kernels/test_{append,feedback,latent_attention,prefix_attention,linear}.py
   tests/kernels/test_linear_cross_entropy.py tests/inference/test_gpu.py
   tests/core/test_{coconut,ops}.py tests/bench/test_kernels.py tests/training/test_precision.py)
@@ -51,7 +56,7 @@ pids=()
 if has tests; then
   for file in "${files[@]}"; do
     log="$dir/$(basename "$file" .py).log"
-    timeout -s INT 110 "$PYTHON" -m pytest -q -m "gpu and not slow" "$file" > "$log" 2>&1 &
+    timeout -k 5 -s INT 110 "$PYTHON" -m pytest -q -m "gpu and not slow" "$file" > "$log" 2>&1 &
     pids+=($!)
   done
 fi
@@ -64,19 +69,21 @@ if [ -n "${NANOCOCONUT_RELEASED:-}" ] && [ -n "${NANOCOCONUT_RELEASED_PYTHON:-}"
   released=("--released=$NANOCOCONUT_RELEASED" "--released_python=$NANOCOCONUT_RELEASED_PYTHON")
 fi
 has latency &&
-  run 120 latency "$PYTHON" bench/latency.py "${released[@]}" --out="$dir/latency.jsonl"
+  run 90 latency "$PYTHON" bench/latency.py --contexts=400 "${released[@]}" \
+    --out="$dir/latency.jsonl"
 has kernels && run 60 kernels "$PYTHON" bench/kernels.py --out="$dir/kernels.jsonl"
 has throughput && run 50 throughput "$PYTHON" bench/throughput.py --out="$dir/throughput.jsonl"
 if has training; then
   run 40 "training GPT-2" "$PYTHON" bench/training.py --config=config/prosqa.py --batch_size=128 \
     --device=cuda --dtype=bfloat16 --out="$dir/training.jsonl"
-  run 20 "training small" "$PYTHON" bench/training.py --config=config/prosqa_scratch.py \
+  run 30 "training small" "$PYTHON" bench/training.py --config=config/prosqa_scratch.py \
     --batch_size=64 --device=cuda --dtype=bfloat16 --out="$dir/training.jsonl"
   [ ${#released[@]} = 0 ] || run 40 "training released" "$PYTHON" bench/training.py \
     --config=config/prosqa.py --device=cuda "${released[@]}" --out="$dir/training.jsonl"
 fi
-# evaluate the model only if its training finished
-has train && run 110 train "$PYTHON" train.py config/prosqa_scratch.py --device=cuda \
-  --out_dir="$dir/run" && run 20 accuracy "$PYTHON" bench/accuracy.py --checkpoint="$dir/run" \
-  --out="$dir/accuracy.jsonl"
+if has train; then # a run that is stopped saves a checkpoint
+  run 140 train "$PYTHON" train.py config/prosqa_scratch.py --device=cuda --out_dir="$dir/run"
+  ls "$dir"/run/step_* > /dev/null && run 20 accuracy "$PYTHON" bench/accuracy.py \
+    --checkpoint="$dir/run" --out="$dir/accuracy.jsonl"
+fi
 finish

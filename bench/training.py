@@ -89,6 +89,7 @@ def recipe_of(config: StepConfig) -> TrainConfig:
         "final_thoughts": config.latent,
         "pad_latent_to_max": True,
         "uniform_prob": 0.0,  # every example is in the final stage
+        "grow_epochs": 0,  # and has full size
         "batch_size": config.batch_size,
         "micro_batch_size": min(micro_batch_size, config.batch_size),
         "device": config.device,
@@ -96,6 +97,7 @@ def recipe_of(config: StepConfig) -> TrainConfig:
     }
     if config.released:  # without what the released code lacks
         settings |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
+        settings["thought_labels"] = "none"
         settings["micro_batch_size"] = config.batch_size
     return make_config(TrainConfig, settings)
 
@@ -113,7 +115,7 @@ class Trainer:
         self.graph = ops.choose_graph(recipe.graph, self.model)
         use_bf16 = select_precision(recipe.dtype, self.model.wte.weight.device)
         graphs = GraphCache(64 if self.graph else 0)
-        self.train_step = TrainStep(self.model, self.kernels, use_bf16, graphs)
+        self.train_step = TrainStep(self.model, self.kernels, use_bf16, graphs, recipe.thought_loss)
         self.optimizers = init_optimizers(recipe, self.model)
         self.loader = TrainLoader(recipe, self.curriculum, self.tokenizer, Data(None, {}))
         self.examples = self.loader.epoch(0)

@@ -55,6 +55,17 @@ def test_run_writes_every_metric(tmp_path):
     assert str(ROOT) not in last and str(tmp_path) not in last
 
 
+def test_steps_are_those_of_the_final_stage(clone):
+    """The small graphs of grow_epochs were timed, and thought_loss was not."""
+    given = dict(config=str(ROOT / "config" / "prosqa_scratch.py"), batch_size=3, repeats=1)
+    recipe = training.recipe_of(training.StepConfig(**given, set="n_layer=1"))
+    ours = training.Trainer(recipe)
+    assert max(len(x.steps) for x in ours.examples) > 3  # 2 or 3 in the first epochs
+    assert ours.train_step.thought_loss == 1.0
+    released = training.StepConfig(**given, released=str(clone), released_python="python")
+    assert training.recipe_of(released).thought_loss == 0.0
+
+
 def test_more_layers_are_more_parameters(bench):
     runs = []
     for own in (["--latent=0"], ["--latent=0", f"--set={SIZES},n_layer=2"]):

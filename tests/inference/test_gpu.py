@@ -45,11 +45,12 @@ def test_generation_equals_the_cpus(kernels, graph):
     model = random_gpt(seed=8, dtype=torch.float32, n_head=2, n_embd=32, stop=True)
     cpu_engine = Engine(model)
     gpu_engine = Engine(copy.deepcopy(model).cuda(), kernels=kernels, graph=graph)
-    for n, thoughts, stop in [(3, 4, False), (1, 4, True), (5, 2, True), (3, 4, False)]:
+    requests = [(3, 4, False, 40), (1, 4, True, 40), (5, 2, True, -1), (3, 4, False, -1)]
+    for n, thoughts, stop, eos in requests:
         prefixes = [[(7 * b + t) % 39 for t in range(1 + 3 * b)] for b in range(n)]
-        expected = cpu_engine.run(Request(prefixes, thoughts, [39], 40, 8, stop))
+        expected = cpu_engine.run(Request(prefixes, thoughts, [39], eos, 8, stop))
         for _ in range(2):
-            out = gpu_engine.run(Request(prefixes, thoughts, [39], 40, 8, stop))
+            out = gpu_engine.run(Request(prefixes, thoughts, [39], eos, 8, stop))
             assert (out.tokens, out.n_thoughts) == (expected.tokens, expected.n_thoughts)
     assert bool(gpu_engine.graphs.graphs) == (graph == "on")
 
@@ -71,6 +72,19 @@ def test_graphs_equal_eager_steps(kernels, dtype):
         assert replayed.tokens == eager.tokens
         if kernels == "triton":  # bit for bit; torch's attention has a different width
             assert torch.equal(replayed.thoughts, eager.thoughts)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_edits_equal_the_cpus(kernels):
+    """Guards edits, which run without graphs, between requests that use them."""
+    model = random_gpt(seed=8, dtype=torch.float32, n_head=2, n_embd=32)
+    engines = Engine(model), Engine(copy.deepcopy(model).cuda(), kernels=kernels, graph="on")
+    prefixes = [[(7 * b + t) % 39 for t in range(1 + 3 * b)] for b in range(3)]
+    for edit in (None, lambda i, fed: -fed if i == 1 else fed, None):
+        request = Request(prefixes, 4, [39], -1, 8, edit=edit)
+        expected, out = (engine.run(request) for engine in engines)
+        assert out.tokens == expected.tokens
+        torch.testing.assert_close(out.thoughts.cpu(), expected.thoughts, rtol=1e-3, atol=1e-4)
 
 
 def test_at_most_max_graphs_are_kept():
