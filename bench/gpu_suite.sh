@@ -48,7 +48,8 @@ if [[ "$parts" = *" checks "* ]]; then # at most 500 s
   finish
 fi
 
-# at most 540 s, or 580. The tests compile hundreds of kernels, one core each, so files run in parallel
+# at most 540 s (580 with the released code). The tests compile hundreds of kernels, one core each,
+# so their files run in parallel
 files=(tests/kernels/test_{append,feedback,latent_attention,prefix_attention,linear}.py
   tests/kernels/test_linear_cross_entropy.py tests/inference/test_gpu.py
   tests/core/test_{coconut,ops}.py tests/bench/test_kernels.py tests/training/test_precision.py)

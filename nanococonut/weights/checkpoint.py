@@ -1,16 +1,16 @@
 """Checkpoints: safetensors weights, optimizer state, and a manifest that describes them.
 
 A run's folder holds metrics.jsonl and one folder step_<n>/ per checkpoint: model.safetensors,
-optimizer.safetensors, and manifest.json with the SHA-256 digests of both and of its own content. A
-checkpoint is written to a temporary folder, then renamed, so a killed run leaves no half of one.
-Nothing is unpickled.
+optimizer.safetensors and manifest.json. The manifest stores SHA-256 digests that reveal a change of
+any of the three files. A checkpoint is written to a temporary folder, then renamed, so a killed run
+leaves no half of one. Nothing is unpickled.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -269,12 +269,17 @@ def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def tensor_problems(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return one description for each tensor that is unknown, does not fit or is missing."""
-    params, problems = model.state_dict(), []
+def tensor_problems(
+    model: nn.Module, tensors: dict[str, Tensor], unknown: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return one description for each tensor that is unknown, does not fit or is missing.
+
+    unknown: name -> what to say of this tensor if the model does not have it
+    """
+    params, problems, unknown = model.state_dict(), [], unknown or {}
     for name, tensor in tensors.items():
         if name not in params:
-            problems.append(f"{name} is unknown")
+            problems.append(f"{name} {unknown.get(name, 'is unknown')}")
         elif params[name].shape != tensor.shape or not tensor.is_floating_point():
             dtype = "" if tensor.is_floating_point() else f" {tensor.dtype}"
             expected = tuple(params[name].shape)

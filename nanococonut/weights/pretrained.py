@@ -141,9 +141,7 @@ def load_gpt2(
     ours = ("smear.", "project.", "pause.", "stop.")
     new = {name: p for name, p in model.state_dict().items() if name.startswith(ours)}
     tensors = new | tensors
-    if problems := checkpoint.tensor_problems(model, tensors):
-        reasons = {f"{name} is unknown": f"{name} {reason}" for name, reason in UNKNOWN.items()}
-        problems = [reasons.get(problem, problem) for problem in problems]
+    if problems := checkpoint.tensor_problems(model, tensors, UNKNOWN):
         rest = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise _not_gpt2(path, "; ".join(problems[:4]) + rest)
     model.load_state_dict(tensors)
