@@ -1,8 +1,9 @@
 """Backend selection, and the interface to the Triton kernels that training uses.
 
-    "torch"   plain PyTorch, everywhere
-    "triton"  kernels/: fused attention, projections and loss, on a GPU
-    "packed"  inference on a CPU: linear layers packed for oneDNN (packed.py)
+    "torch"     plain PyTorch, everywhere
+    "triton"    kernels/: fused attention, projections and loss, on a GPU
+    "packed"    inference on a CPU: linear layers packed for oneDNN (packed.py)
+    "compiled"  the same; single rows run in loops compiled by torch.compile
 
 There is no silent fallback: "auto" comes with the reason for its choice, and requesting a backend
 that cannot run raises UserError.
@@ -23,18 +24,19 @@ if TYPE_CHECKING:  # kernels/ needs triton, which is optional
     from kernels.prefix_attention import PrefixBuffers
 
 
-BACKENDS = ("auto", "triton", "packed", "torch")  # for inference
+BACKENDS = ("auto", "triton", "packed", "compiled", "torch")  # for inference
 
 
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
-    """Return the inference backend ("triton", "packed" or "torch") and the reason.
+    """Return the inference backend and the reason.
 
     kernels: one of BACKENDS. "auto" packs a large model on a CPU if that is faster.
     """
-    if kernels == "packed":
-        if why := packed.unavailable(model):
-            raise UserError(f"--kernels=packed cannot run here: {why}.\nUse --kernels=torch.")
-        return "packed", "as requested"
+    if kernels in ("packed", "compiled"):
+        why = packed.unavailable(model)
+        if why := why or (packed.compile_error() if kernels == "compiled" else ""):
+            raise UserError(f"--kernels={kernels} cannot run here: {why}.\nUse --kernels=torch.")
+        return kernels, "as requested"
     unsupported = "the smear" if model.config.smear else ""
     if model.config.thought != "hidden":
         unsupported = f"{model.config.thought} thoughts"

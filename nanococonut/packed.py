@@ -1,7 +1,8 @@
 """Linear layers packed for oneDNN, so that a CPU reads the weights at the speed of its memory.
 
 F.linear on a row-major weight reaches two thirds of that at batch 1, less at batch 8. oneDNN packs
-a weight once into blocks that its kernels read in order.
+a weight once into blocks that its kernels read in order. A single row of float32 is faster still in
+loops compiled by torch.compile, after some seconds of compilation.
 """
 
 import copy
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanococonut.model import GPT
+from nanococonut.model import GPT, Block, BlockAttend
 
 MIN_PARAMS = 10_000_000  # smaller models stay in the CPU's caches: nothing to gain
 MIN_SPEEDUP = 1.05
@@ -32,11 +33,49 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
 
 
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Return layer(x) as a product and a sum, which torch.compile fuses into one loop."""
+    return (layer.weight * x[..., None, :]).sum(-1) + layer.bias
+
+
+@torch.compile
+def _qkv(block: Block, x: Tensor) -> Tensor:
+    return _linear(block.ln_1(x), block.attn.c_attn)
+
+
+@torch.compile
+def _after_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    x = x + _linear(y, block.attn.c_proj)
+    return x + _linear(block.mlp.gelu(_linear(block.ln_2(x), block.mlp.c_fc)), block.mlp.c_proj)
+
+
+class OneRowBlock(nn.Module):
+    """A packed block that runs a single row, such as a latent step of batch 1, in compiled loops.
+
+    block   the block with plain linear layers
+    packed  the same block with packed ones, for more rows
+    """
+
+    def __init__(self, block: Block, packed: Block) -> None:
+        super().__init__()
+        self.block, self.packed = block, packed
+
+    def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
+        if x.shape[:2] != (1, 1) or last_pos is not None:
+            return self.packed(x, attend, last_pos)
+        qkv = _qkv(self.block, x).view(1, 1, 3, self.block.attn.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (1, nh, 1, hs) each
+        return _after_attention(self.block, x, attend(q, k, v).transpose(1, 2).flatten(2))
+
+
 class PackedGPT(GPT):
     """A GPT for inference that shares all parameters of `model` and has packed copies of the large
-    ones. The copies do not follow later changes of the weights."""
+    ones. The copies do not follow later changes of the weights.
 
-    def __init__(self, model: GPT) -> None:
+    compiled: run a single row in compiled loops
+    """
+
+    def __init__(self, model: GPT, compiled: bool = False) -> None:
         shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
         self.__dict__.update(copy.deepcopy(model, shared).__dict__)  # new modules, same tensors
         for block in self.h:
@@ -46,6 +85,8 @@ class PackedGPT(GPT):
             mlp.c_fc = PackedLinear(mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
             mlp.gelu = nn.Identity()  # c_fc applies it
             mlp.c_proj = PackedLinear(mlp.c_proj.weight, mlp.c_proj.bias)
+        if compiled:
+            self.h = nn.ModuleList(map(OneRowBlock, model.h, self.h))
         self.packed_head = PackedLinear(model.wte.weight)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -70,6 +111,15 @@ def unavailable(model: GPT) -> str:
         return "this CPU has no bfloat16"
     if (error := _relative_error(model)) > (1e-6 if w.dtype == torch.float32 else 1e-2):
         return f"packed layers differ by {error:.0e} from plain ones"
+    return ""
+
+
+def compile_error() -> str:
+    """Return why torch.compile cannot run here, such as a missing C++ compiler; "" if it can."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1))
+    except Exception as e:
+        return f"torch.compile failed ({str(e).strip().splitlines()[0]})"
     return ""
 
 

@@ -179,6 +179,8 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         providers.append(eager)
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
+    if ours.engine.kernels == "packed":
+        providers.append(EngineProvider(f"{OURS}, compiled", workload, "compiled", "off"))
     request = workload.request(workload.prompts(1, N_PROMPT, 0), "thoughts", N_CHECKED)
     expected = eager.generate(request)["tokens"]
     for provider in providers:

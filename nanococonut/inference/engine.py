@@ -105,7 +105,7 @@ class Engine:
     Thread-safe: a lock serializes the calls.
 
     curriculum  determines the token layout of a prompt (None: Coconut's)
-    kernels     "auto", "triton", "packed" or "torch", see ops.choose_backend
+    kernels     one of ops.BACKENDS, see ops.choose_backend
     graph       "auto", "on" or "off", see ops.choose_graph
     render      question -> prompt text, as in training (None: a question is its own prompt)
     """
@@ -308,7 +308,7 @@ class Engine:
                 f"{self.model.config.block_size} leaves room for {available}"
             )
         with self._eval_mode():
-            is_packed = self.kernels == "packed"
+            is_packed = self.kernels in ("packed", "compiled")
             # a graph becomes stale if a weight moves, a packed copy also if it changes in place
             key = [
                 (p.data_ptr(), p.dtype, p._version if is_packed else 0)
@@ -317,7 +317,9 @@ class Engine:
             if key != self._weights_key:
                 self._reset()
                 self._weights_key = key
-                self._packed = PackedGPT(self.model) if is_packed else None
+                self._packed = None
+                if is_packed:
+                    self._packed = PackedGPT(self.model, compiled=self.kernels == "compiled")
             return self._generate(request)
 
     def _generate(self, request: Request) -> Generation:

@@ -27,6 +27,29 @@ def test_packed_generates_the_same(gpt):
     torch.testing.assert_close(fast.thoughts, plain.thoughts, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(packed.compile_error() != "", reason="torch.compile needs a C++ compiler")
+def test_compiled_generates_the_same():
+    """Guards against a single row that takes other weights, or is compiled again for each layer."""
+    model = random_gpt(**MODEL)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for prefixes in (PREFIXES[:1], PREFIXES):  # one row per step, and more
+        plain = generate(model, prefixes, 3, [39], -1, 6)
+        engine = Engine(model, kernels="compiled")
+        fast = engine.run(Request(prefixes, 3, [39], -1, 6))
+        assert fast.tokens == plain.tokens
+        torch.testing.assert_close(fast.thoughts, plain.thoughts, rtol=1e-5, atol=1e-5)
+    n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert n_graphs == 3  # two for all layers, and one that checks for a compiler
+
+
+def test_compiled_without_a_compiler_is_refused(monkeypatch):
+    """Guards against an error from within torch.compile, after the model was loaded."""
+    monkeypatch.setattr(packed, "compile_error", lambda: "torch.compile failed (no g++)")
+    with pytest.raises(UserError, match=r"--kernels=compiled cannot run here: .* \(no g\+\+\)"):
+        ops.choose_backend("compiled", random_gpt(**MODEL))
+
+
 @pytest.mark.parametrize("thought", ["soft", "projected"])
 def test_packed_feeds_back_every_thought(thought):
     """Guards against losing the layers that only some methods have."""
