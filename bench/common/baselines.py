@@ -20,6 +20,7 @@ from bench.common.results import OURS
 from bench.common.workload import Workload
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.model import GPT
+from nanococonut.packed import compile_error
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights.pretrained import CONFIG_KEYS, CONV1D_WEIGHTS
 
@@ -179,8 +180,13 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
         providers.append(eager)
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
+    missing: dict[str, str] = {}
     if ours.engine.kernels == "packed":
-        providers.append(EngineProvider(f"{OURS}, compiled", workload, "compiled", "off"))
+        name = f"{OURS}, compiled"
+        if why := compile_error():
+            missing[name] = why
+        else:
+            providers.append(EngineProvider(name, workload, "compiled", "off"))
     request = workload.request(workload.prompts(1, N_PROMPT, 0), "thoughts", N_CHECKED)
     expected = eager.generate(request)["tokens"]
     for provider in providers:
@@ -190,7 +196,6 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
                 "This is a bug in nanococonut; nothing was timed."
             )
 
-    missing: dict[str, str] = {}
     here = sys.executable if importlib.util.find_spec("transformers") else None
     peers = (  # name, Python, clone, how to get it
         ("released", options.released_python, options.released,
