@@ -24,11 +24,15 @@ class KVCache:
         self.batch_index = torch.arange(B, device=data.device)[:, None]  # (B, 1), pairs with pos
 
     def key_mask(self, pos: Tensor, span: int) -> Tensor:
-        """Return the causal mask (B, 1, T, span), bool, of queries at positions pos (B, T).
+        """Return the causal mask (B, 1, T, span) of queries at positions pos (B, T).
+
+        It is added to the scores: 0 or -inf, in the dtype of `data`. A boolean mask would be
+        converted again in every layer.
 
         span: upper bound of pos + 1; a Python integer, so that no step syncs with the GPU
         """
-        return torch.arange(span, device=pos.device) <= pos[:, None, :, None]
+        hidden = torch.arange(span, device=pos.device) > pos[:, None, :, None]
+        return self.data.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
     def append(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Write the keys and values of one layer. `lengths` does not change.

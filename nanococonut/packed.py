@@ -38,12 +38,10 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return (layer.weight * x[..., None, :]).sum(-1) + layer.bias
 
 
-@torch.compile
 def _qkv(block: Block, x: Tensor) -> Tensor:
     return _linear(block.ln_1(x), block.attn.c_attn)
 
 
-@torch.compile
 def _after_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
     x = x + _linear(y, block.attn.c_proj)
     return x + _linear(block.mlp.gelu(_linear(block.ln_2(x), block.mlp.c_fc)), block.mlp.c_proj)
@@ -59,13 +57,15 @@ class OneRowBlock(nn.Module):
     def __init__(self, block: Block, packed: Block) -> None:
         super().__init__()
         self.block, self.packed = block, packed
+        # here, because torch.compile imports triton; all blocks share the compiled code
+        self.qkv, self.after_attention = torch.compile(_qkv), torch.compile(_after_attention)
 
     def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
         if x.shape[:2] != (1, 1) or last_pos is not None:
             return self.packed(x, attend, last_pos)
-        qkv = _qkv(self.block, x).view(1, 1, 3, self.block.attn.n_head, -1)
+        qkv = self.qkv(self.block, x).view(1, 1, 3, self.block.attn.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (1, nh, 1, hs) each
-        return _after_attention(self.block, x, attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.after_attention(self.block, x, attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class PackedGPT(GPT):
