@@ -119,7 +119,8 @@ def compile_error() -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1))
     except Exception as e:
-        return f"torch.compile failed ({str(e).strip().splitlines()[0]})"
+        first = str(e).strip().split("\n")[0]
+        return f"torch.compile failed ({first})"
     return ""
 
 
