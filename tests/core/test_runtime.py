@@ -124,6 +124,7 @@ def handlers():
 @pytest.mark.skipif(HANGUP is None, reason="Windows has no SIGHUP")
 def test_closed_terminal_stops_after_the_step(handlers, capsys):
     """Guards against SIGHUP ending a run without a save, even if the shell sends it twice."""
+    signal.signal(HANGUP, signal.SIG_DFL)  # pytest may run under nohup
     interrupt = Interrupt()
     os.kill(os.getpid(), HANGUP)
     os.kill(os.getpid(), HANGUP)
