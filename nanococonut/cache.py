@@ -31,8 +31,8 @@ class KVCache:
 
         span: upper bound of pos + 1; a Python integer, so that no step syncs with the GPU
         """
-        hidden = torch.arange(span, device=pos.device) > pos[:, None, :, None]
-        return self.data.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        is_later = torch.arange(span, device=pos.device) > pos[:, None, :, None]
+        return self.data.new_zeros(is_later.shape).masked_fill_(is_later, float("-inf"))
 
     def append(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Write the keys and values of one layer. `lengths` does not change.
