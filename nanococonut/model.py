@@ -182,7 +182,7 @@ class GPT(nn.Module):
 
         emb             (B, T, C)       input embeddings
         pos             (T,) or (B, T)  their positions
-        attend                          attention of all layers (None: causal)
+        attend                          attention of all layers (None: causal, without last_pos)
         prev_embedding  (B, C)          input embedding before emb, for the smear (None: zeros)
         last_pos        (B,)            return only the hidden state at this position, (B, 1, C)
         """

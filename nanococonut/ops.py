@@ -32,6 +32,7 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
 
     kernels: one of BACKENDS. "auto" packs a large model on a CPU if that is faster.
     """
+    _check_option("kernels", kernels, BACKENDS)
     if kernels in ("packed", "compiled"):
         why = packed.unavailable(model)
         if why := why or (packed.compile_error() if kernels == "compiled" else ""):
@@ -40,6 +41,8 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     unsupported = "the smear" if model.config.smear else ""
     if model.config.thought != "hidden":
         unsupported = f"{model.config.thought} thoughts"
+    if type(model) is not GPT:
+        unsupported = "a subclass of GPT"
     name, reason = _choose(kernels, model, unsupported, "a GPU and a plain GPT-2")
     if kernels == "auto" and name == "torch" and model.n_params() >= packed.MIN_PARAMS:
         if not packed.unavailable(model) and (x := packed.speedup(model)) >= packed.MIN_SPEEDUP:
@@ -49,6 +52,7 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
 
 def choose_training_backend(kernels: str, model: GPT) -> tuple[str, str]:
     """Return the training backend ("triton" or "torch") of attention and loss, and the reason."""
+    _check_option("kernels", kernels, ("auto", "triton", "torch"))
     dropout = model.config.dropout
     unsupported = f"attention with dropout, which is {dropout}" if dropout else ""
     return _choose(kernels, model, unsupported, "a GPU and no dropout")
@@ -75,6 +79,7 @@ def _choose(kernels: str, model: GPT, unsupported: str, supported: str) -> tuple
 
 def choose_graph(graph: str, model: GPT) -> bool:
     """Return whether steps are replayed from CUDA graphs. graph: auto, on or off."""
+    _check_option("graph", graph, ("auto", "on", "off"))
     device = model.wte.weight.device
     if graph == "on" and device.type != "cuda":
         raise UserError(
@@ -82,6 +87,11 @@ def choose_graph(graph: str, model: GPT) -> bool:
             "Use --graph=off."
         )
     return device.type == "cuda" and graph != "off"
+
+
+def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
 
 
 def prefix_buffers(k: Tensor) -> "PrefixBuffers":

@@ -8,6 +8,7 @@ loops compiled by torch.compile, after some seconds of compilation.
 import copy
 import itertools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,13 @@ class OneRowBlock(nn.Module):
 
     block   the block with plain linear layers
     packed  the same block with packed ones, for more rows
+    fns     compiled _qkv and _after_attention
     """
 
-    def __init__(self, block: Block, packed: Block) -> None:
+    def __init__(self, block: Block, packed: Block, fns: tuple[Callable, Callable]) -> None:
         super().__init__()
         self.block, self.packed = block, packed
-        # here, because torch.compile imports triton; all blocks share the compiled code
-        self.qkv, self.after_attention = torch.compile(_qkv), torch.compile(_after_attention)
+        self.qkv, self.after_attention = fns
 
     def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
         if x.shape[:2] != (1, 1) or last_pos is not None:
@@ -85,8 +86,10 @@ class PackedGPT(GPT):
             mlp.c_fc = PackedLinear(mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
             mlp.gelu = nn.Identity()  # c_fc applies it
             mlp.c_proj = PackedLinear(mlp.c_proj.weight, mlp.c_proj.bias)
-        if compiled:
-            self.h = nn.ModuleList(map(OneRowBlock, model.h, self.h))
+        if compiled:  # here and not on import, because torch.compile imports triton
+            fns = torch.compile(_qkv), torch.compile(_after_attention)
+            pairs = zip(model.h, self.h, strict=True)
+            self.h = nn.ModuleList([OneRowBlock(*pair, fns) for pair in pairs])
         self.packed_head = PackedLinear(model.wte.weight)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -101,6 +104,8 @@ class PackedGPT(GPT):
 def unavailable(model: GPT) -> str:
     """Return why the linear layers of a model cannot be packed; "" if they can."""
     w = model.wte.weight
+    if type(model) is not GPT:
+        return "the model is a subclass of GPT"
     if w.device.type != "cpu":
         return f"the model is on {w.device}, not on a CPU"
     if not torch.backends.mkldnn.is_available():
@@ -117,11 +122,17 @@ def unavailable(model: GPT) -> str:
 def compile_error() -> str:
     """Return why torch.compile cannot run here, such as a missing C++ compiler; "" if it can."""
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(1))
+        compiled = torch.compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(1))
     except Exception as e:
         first = str(e).strip().split("\n")[0]
         return f"torch.compile failed ({first})"
-    return ""
+    return "" if compiled else "torch.compile is turned off (TORCHDYNAMO_DISABLE or the like)"
+
+
+def fingerprint(weight: Tensor) -> tuple[int, float]:
+    """Return values that change with the weight: a change through `.data` changes only the sum."""
+    version = 0 if weight.is_inference() else weight._version
+    return version, weight.detach().sum(dtype=torch.float32).item()
 
 
 @torch.no_grad()

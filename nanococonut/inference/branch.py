@@ -17,6 +17,7 @@ from nanococonut.inference.steps import (
     decode_step,
     latent_step,
     prefill,
+    without_grad,
 )
 from nanococonut.model import GPT
 
@@ -51,7 +52,7 @@ class Branch:
     pause       token that is appended in place of each thought (None: append thoughts)
     """
 
-    @torch.no_grad()
+    @without_grad
     def __init__(
         self, model: GPT, prefixes: Sequence[list[int]], n_slots: int, forced: Sequence[int],
         candidates: Sequence[Sequence[list[int]]], pause: int | None = None,
@@ -80,7 +81,7 @@ class Branch:
         self.cache.lengths.copy_(lengths)
         self.state = state
 
-    @torch.no_grad()
+    @without_grad
     def think(self, n: int, edit: Edit | None = None) -> None:
         """Append n more thoughts or pauses. edit: see Engine.generate."""
         for i in range(len(self.inputs), len(self.inputs) + n):
@@ -92,7 +93,7 @@ class Branch:
                 self.state = decode_step(self.model, self.cache, token, self.state)
             self.inputs.append(self.state.prev_embedding)
 
-    @torch.no_grad()
+    @without_grad
     def write(self, tokens: Sequence[list[int]]) -> None:
         """Append a list of tokens, of any length, to each sequence."""
         for token in pad_lists(tokens, -1).to(self.start).T:  # (B,)
@@ -102,7 +103,7 @@ class Branch:
         emb = self.model.embed(token.clamp(min=0))  # (B, C)
         self.state = append_step(self.model, self.cache, emb, self.state, active)
 
-    @torch.no_grad()
+    @without_grad
     def answer(self) -> Tensor:
         """Return the log-probability (B, m) of each candidate if the answer is forced now.
 

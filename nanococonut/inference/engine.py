@@ -23,10 +23,10 @@ from nanococonut.curriculum import Curriculum
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.branch import Branch
 from nanococonut.inference.buffers import BatchView, StaticBuffers
-from nanococonut.inference.steps import Edit
+from nanococonut.inference.steps import Edit, without_grad
 from nanococonut.model import GPT
 from nanococonut.ops import choose_backend, choose_graph
-from nanococonut.packed import PackedGPT
+from nanococonut.packed import PackedGPT, fingerprint
 from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError
@@ -44,7 +44,8 @@ class Generation:
 
     tokens         generated tokens of each prompt, without eos
     thoughts       (B, n, C) hidden states, before model.thought_embedding and any edit
-    n_thoughts     thoughts of each prompt: n, or fewer if the stop classifier ended them
+    n_thoughts     thoughts of each prompt: n, or fewer if the stop classifier ended them; the last
+                   hidden state is then repeated in `thoughts`
     seconds_first  time to the first token, including prefill and thoughts
     text           the tokens as text (only from Engine.generate)
     """
@@ -102,7 +103,8 @@ class Request:
 class Engine:
     """Batched generation with a model. Buffers and CUDA graphs are reused across calls.
 
-    Thread-safe: a lock serializes the calls.
+    Thread-safe: a lock serializes the calls of one engine. Engines of one model must not run at the
+    same time if it is in training mode, because each call puts it in eval mode.
 
     curriculum  determines the token layout of a prompt (None: Coconut's)
     kernels     one of ops.BACKENDS, see ops.choose_backend
@@ -128,8 +130,7 @@ class Engine:
         self._packed: PackedGPT | None = None
         self._buffers: StaticBuffers | None = None
         self._views: dict[tuple[int, int], BatchView] = {}
-        # (address, dtype, version) of each weight that the graphs and packed copies were made from
-        self._weights_key: list[tuple] = []
+        self._weights_key: list[tuple] = []  # of the weights of the graphs and packed copies
         self._generator = torch.Generator()  # replaced by every call
         self._lock = threading.Lock()
         self._lock_owner: int | None = None  # thread id
@@ -245,6 +246,8 @@ class Engine:
             raise ValueError("questions need Engine(model, tokenizer); run() takes token ids")
         if isinstance(questions, str) or not questions:
             raise ValueError("questions: expected a list of at least one question")
+        if latent < 0:
+            raise ValueError(f"latent: expected 0 or more, got {latent}")
         prefixes = []
         for text in map(self.render, questions) if self.render else questions:
             ids = tokenizer.encode(text)
@@ -259,10 +262,12 @@ class Engine:
         Raise UserError if none fits, or if the model has no special tokens.
         """
         block_size, longest = self.model.config.block_size, max(map(len, prefixes))
-        # a special token ends a prefix or is forced; on a GPU, a bad index would kill the process
-        if max(p[-1] for p in [*prefixes, forced or [0]]) >= self.model.config.vocab_size:
+        vocab_size = self.model.config.vocab_size
+        largest = max(max(tokens, default=0) for tokens in [*prefixes, forced])
+        if largest >= vocab_size:  # on a GPU, a bad index would kill the process
             raise UserError(
-                "the model has no tokens for thoughts: it was trained without thoughts.\n"
+                f"token {largest} is not one of the model's {vocab_size}: it was trained without "
+                "thoughts, or with another tokenizer.\n"
                 "Use the method it was trained with, or a run trained with thoughts."
             )
         n_forced = n_thoughts + len(forced)
@@ -283,6 +288,15 @@ class Engine:
                 "Use latent=1 or more. To change pauses, use Engine.branch."
             )
 
+    def _check_hooks(self) -> None:
+        """Raise UserError if the model has forward hooks that this engine would not call."""
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        if hooked and (self.kernels != "torch" or self.graph):
+            raise UserError(
+                f"kernels={self.kernels!r} and CUDA graphs do not call the model's forward hooks.\n"
+                'Use kernels="torch" and graph="off", or the argument edit.'
+            )
+
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
         """Take the lock and put the model in eval mode, which concurrent calls share."""
@@ -298,9 +312,10 @@ class Engine:
                 self._lock_owner = None
                 self.model.train(training)
 
-    @torch.no_grad()
+    @without_grad
     def run(self, request: Request) -> Generation:
         """Generate from token ids. Raise ValueError or UserError if they cannot fit."""
+        self._check_hooks()
         available = self._available(request.prefixes, request.forced_tokens, request.n_thoughts)
         if request.max_new_tokens > available:
             raise ValueError(
@@ -311,7 +326,7 @@ class Engine:
             is_packed = self.kernels in ("packed", "compiled")
             # a graph becomes stale if a weight moves, a packed copy also if it changes in place
             key = [
-                (p.data_ptr(), p.dtype, p._version if is_packed else 0)
+                (p.data_ptr(), p.dtype, fingerprint(p) if is_packed else ())
                 for p in self.model.parameters()
             ]
             if key != self._weights_key:
@@ -329,6 +344,7 @@ class Engine:
         prefill_time = self._now()
         thoughts = self._append_thoughts(view, request)
         n_thoughts = view.n_taken[: len(thoughts)].tolist()
+        thoughts = thoughts[:, : max(n_thoughts)]  # a graph goes on after all have stopped
         thoughts_time = self._now()
         for i, token in enumerate(request.forced_tokens):
             if i:

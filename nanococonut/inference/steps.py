@@ -19,6 +19,12 @@ from nanococonut.runtime.errors import UserError
 Edit = Callable[[int, Tensor], Tensor]  # (i, (B, C) inputs of thought i) -> their replacement
 
 
+def without_grad(fn: Callable) -> Callable:
+    """Decorate fn with torch.no_grad, and leave torch.inference_mode: the engine keeps its buffers,
+    and a tensor made in that mode cannot be updated outside of it."""
+    return torch.inference_mode(False)(torch.no_grad()(fn))
+
+
 @dataclass
 class DecodeState:
     """The state that one step passes to the next, in addition to the cache.
@@ -50,6 +56,7 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
         mask = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
         return F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
 
+    cache.data[..., T:, :] = 0  # a NaN that an earlier request left would survive the mask
     cache.lengths.copy_(lengths)
     emb = model.embed(idx)  # (B, T, C)
     pos = torch.arange(T, device=device)

@@ -70,6 +70,11 @@ def test_inference_backend_gives_its_reason(monkeypatch):
     assert ops.choose_backend("auto", plain) == ("torch", "the model is on cpu, not on a GPU")
     with pytest.raises(UserError, match="triton cannot run here: the model is on cpu"):
         ops.choose_backend("triton", plain)
+    for misspelt in (lambda: ops.choose_backend("tritn", plain),
+                     lambda: ops.choose_training_backend("packed", plain),
+                     lambda: ops.choose_graph("yes", plain)):  # fmt: skip
+        with pytest.raises(UserError, match="'(tritn|packed|yes)': expected one of auto"):
+            misspelt()
     for graph, on in (("auto", False), ("off", False)):
         assert ops.choose_graph(graph, plain) is on
     with pytest.raises(UserError, match="graph=on cannot run here: the model is on cpu"):

@@ -6,6 +6,7 @@ from helpers import generate, random_gpt
 
 from nanococonut import ops, packed
 from nanococonut.inference.engine import Engine, Request
+from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
 MODEL = {"dtype": torch.float32, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -45,7 +46,11 @@ def test_compiled_generates_the_same():
 
 
 def test_compiled_without_a_compiler_is_refused(monkeypatch):
-    """Guards against an error from within torch.compile, after the model was loaded."""
+    """Guards against an error from within torch.compile, after the model was loaded, and against
+    plain Python in place of compiled loops."""
+    with monkeypatch.context() as m:
+        m.setattr(torch, "compile", lambda fn: fn)
+        assert "turned off" in packed.compile_error()
     monkeypatch.setattr(packed, "compile_error", lambda: "torch.compile failed (no g++)")
     with pytest.raises(UserError, match=r"--kernels=compiled cannot run here: .* \(no g\+\+\)"):
         ops.choose_backend("compiled", random_gpt(**MODEL))
@@ -71,6 +76,9 @@ def test_packed_copies_follow_the_weights():
     assert not torch.equal(before.thoughts, after.thoughts)
     expected = ask(Engine(model, kernels="torch")).thoughts
     torch.testing.assert_close(after.thoughts, expected, rtol=1e-5, atol=1e-5)
+    model.h[0].attn.c_attn.weight.data[:, 16:] = 0  # a common ablation, which no version counts
+    expected = ask(Engine(model, kernels="torch")).thoughts
+    torch.testing.assert_close(ask(engine).thoughts, expected, rtol=1e-5, atol=1e-5)
     assert engine.memory()["packed"] == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
 
 
@@ -94,6 +102,19 @@ def test_auto_packs_large_models_if_faster(monkeypatch):
     assert ops.choose_backend("torch", model)[0] == "torch"
     monkeypatch.setattr(packed, "speedup", lambda model: 1.01)
     assert ops.choose_backend("auto", model)[0] == "torch"
+
+
+def test_subclass_is_not_packed():
+    """Guards against a packed copy that ignores what the subclass changes."""
+
+    class Louder(GPT):
+        def thought_embedding(self, hidden):
+            return 2 * hidden
+
+    model = Louder(random_gpt(**MODEL).config)
+    with pytest.raises(UserError, match="a subclass of GPT"):
+        Engine(model, kernels="packed")
+    assert Engine(model).kernels == "torch"
 
 
 def test_packing_that_computes_something_else_is_refused(monkeypatch):

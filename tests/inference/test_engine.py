@@ -182,6 +182,7 @@ def test_replayed_steps_equal_the_naive_loop(thought, smear):
         for b, prefix in enumerate(prefixes):
             tokens, thoughts = naive(model, prefix, n_thoughts, forced, 9, stop)
             n_taken = 0 if thoughts is None else thoughts.shape[1]
+            assert out.thoughts.shape[1] == max(out.n_thoughts)
             assert (out.tokens[b], out.n_thoughts[b]) == (tokens, n_taken)
             if n_taken:
                 actual = out.thoughts[b, :n_taken]
@@ -277,11 +278,55 @@ def test_thoughts_without_special_tokens_refused(tokenizer):
     model = random_gpt(vocab_size=tokenizer.bot)
     engine = Engine(model, tokenizer, Curriculum("coconut"))
     for ask in (engine.generate, lambda questions, n: engine.choose(questions, [["Tom"]], n)):
-        with pytest.raises(UserError, match="no tokens for thoughts") as e:
+        with pytest.raises(UserError, match=r"token \d+ is not one of the model's") as e:
             ask(["Tom is"], 2)
         assert str(e.value).count("\n") == 1
-    out = Engine(model, tokenizer, Curriculum("cot")).generate(["Tom is"], 0, 3)
-    assert out.n_thoughts == [0]
+    engine = Engine(model, tokenizer, Curriculum("cot"))
+    assert engine.generate(["Tom is"], 0, 3).n_thoughts == [0]
+    with pytest.raises(UserError, match="is not one of"):  # not only the last token counts
+        engine.run(Request([[1, tokenizer.vocab_size, 2]], 0, [], EOS, 3))
+    with pytest.raises(ValueError, match="none of them empty"):
+        engine.generate([""], 0, 3)
+    with pytest.raises(ValueError, match="latent: expected 0 or more, got -1"):
+        engine.generate(["Tom is"], -1, 3)
+
+
+def test_a_nan_does_not_outlive_its_request(tokenizer):
+    """Guards against keys and values of an earlier request past the end of a shorter sequence."""
+    model = random_gpt(vocab_size=tokenizer.vocab_size, dtype=torch.float32)
+    engine = Engine(model, tokenizer, kernels="torch", graph="off")
+    questions = ["Tom is a lempus.", "Tom"]
+    expected = engine.generate(questions, 2, 4)
+    long = ["Every lempus is a wumpus. Tom is a lempus."] * 2
+    nan = engine.generate(long, 1, 4, edit=lambda i, fed: fed * 1e38)  # finite, until it is squared
+    assert engine.generate(long, 1, 4, edit=lambda i, fed: fed).tokens != nan.tokens
+    after = engine.generate(questions, 2, 4)
+    assert after.tokens == expected.tokens and torch.equal(after.thoughts, expected.thoughts)
+
+
+def test_inference_mode_is_left(tokenizer):
+    """Guards against buffers that no later call can update, since they were made in this mode."""
+    engine = Engine(random_gpt(vocab_size=tokenizer.vocab_size), tokenizer)
+    with torch.inference_mode():
+        first = engine.generate(["Tom is"], 2, 4)
+        branch = engine.branch(["Tom is"], [["Tom"]], 2)
+    assert engine.generate(["Tom is"], 2, 4).tokens == first.tokens
+    branch.think(2)
+    assert not torch.is_grad_enabled() or not branch.answer().requires_grad
+
+
+def test_forward_hooks_are_called_or_refused(tokenizer):
+    """Guards against a hook that a replayed graph or a packed copy never calls."""
+    model, calls = random_gpt(vocab_size=tokenizer.vocab_size), []
+    engine = Engine(model, tokenizer, kernels="torch", graph="off")
+    handle = model.h[0].register_forward_hook(lambda *_: calls.append(1))
+    engine.generate(["Tom is"], 2, 4)
+    assert calls
+    engine.graphs = FakeGraphCache(8)
+    with pytest.raises(UserError, match="do not call the model's forward hooks"):
+        engine.generate(["Tom is"], 2, 4)
+    handle.remove()
+    assert engine.generate(["Tom is"], 2, 4).tokens
 
 
 def test_a_filled_batch_may_have_no_eos():
