@@ -29,6 +29,7 @@ from nanococonut.data.examples import Example, is_correct, split_answer
 from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import held_out_examples, is_capped, thoughts_as_trained
+from nanococonut.evaluation.insight import count
 from nanococonut.evaluation.interchange import NOUNS, kind_of
 from nanococonut.evaluation.page import view_page
 from nanococonut.evaluation.readout import concept_probabilities
@@ -52,7 +53,9 @@ class SampleConfig(Options):
     view: str | None = option(None, "ProsQA: write an interactive page about the thoughts")
     seed: int | None = option(None, "of questions and samples (None: random)", ge=0, le=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-    kernels: str = option("auto", "backend", choices=BACKENDS)
+    kernels: str = option(
+        "auto", "backend (packed, compiled: faster linear layers on a CPU)", choices=BACKENDS
+    )
     dtype: str = option("float32", "dtype of the model", choices=("float32", "bfloat16"))
     graph: str = option("auto", "replay steps as CUDA graphs", choices=("auto", "on", "off"))
 
@@ -192,7 +195,7 @@ def ask(engine: Engine, config: SampleConfig, example: Example, latent: int) -> 
     verdict = "[green](correct)[/]" if answer else ""
     if answer and not is_correct(text, answer):
         missing = "" if model_answer else ', no answer after "###"'
-        verdict = f"[red](wrong{missing}: {escape(answer)})[/]"
+        verdict = f"[red](wrong{missing}; correct: {escape(answer)})[/]"
     shown = text.strip() if model_answer is None else model_answer
     console.print(f"[bold]answer[/]    {escape(shown)}  {verdict}")
 
@@ -232,13 +235,13 @@ def main() -> None:
     console.print(
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
-        f"parameters, {up_to}{latent} thoughts; kernels: {engine.kernels} "
+        f"parameters, {up_to}{count(latent, 'thought')}; kernels: {engine.kernels} "
         f"({engine.reason}), CUDA graphs {'on' if engine.graph else 'off'}",
         markup=False,
     )
     if latent != n_trained or capped:
         fewer = ", or fewer for examples with fewer steps; your questions get all" * capped
-        console.print(f"[yellow]note[/]      trained with {n_trained} thoughts{fewer}")
+        console.print(f"[yellow]note[/]      trained with {count(n_trained, 'thought')}{fewer}")
     if latent and not has_thoughts:
         console.print(f"[yellow]note[/]      {manifest['method']} trains without thoughts")
 
@@ -249,6 +252,7 @@ def main() -> None:
     is_terminal = all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
     interactive = is_terminal and config.question is None
     examples = task_questions(engine, seed)
+    failed = False  # a question of a file or pipe
     questions = read_questions(interactive) if config.question is None else [config.question]
     for question in questions:
         n_thoughts = latent
@@ -262,9 +266,15 @@ def main() -> None:
         try:
             ask(engine, config, example, n_thoughts)
         except UserError as e:
-            if not interactive:
+            if config.question is not None:
                 raise
-            console.print(f"[red]{escape(str(e))}[/]")
+            if interactive:
+                console.print(f"[red]{escape(str(e))}[/]")
+            else:  # the other questions can be answered
+                print(f"error: {e}", file=sys.stderr, flush=True)
+                failed = True
+    if failed:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

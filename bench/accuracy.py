@@ -12,7 +12,7 @@ Answers are generated greedily, with as many thoughts as in training, or --laten
 1, ... up to that many thoughts, then stops each example once the head's best token repeats.
 Generated splits have graphs of the size that the checkpoint was trained on. ProsQA answers are also
 sorted into the paper's categories (evaluation/paper.py). --out appends one result per number of
-thoughts; the last line of the output is JSON.
+thoughts; the last line of the output is JSON, unless it is a terminal.
 """
 
 import sys
@@ -44,7 +44,7 @@ from nanococonut.evaluation.accuracy import (
 )
 from nanococonut.evaluation.paper import category_fractions
 from nanococonut.inference.engine import Engine
-from nanococonut.runtime.cli import Options, option
+from nanococonut.runtime.cli import Options, option, suggestion
 from nanococonut.runtime.device import select_device
 from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.tokenizer import Tokenizer
@@ -63,9 +63,9 @@ class AccuracyConfig(Options):
         + ", ".join(name for task in TASKS.values() for name in task.splits),
     )
     n: int = option(1000, "generated examples", ge=1)
-    seed: int = option(TEST_SEED, "of generated examples; training never uses this one", ge=0)
+    seed: int = option(TEST_SEED, "of generated examples (never used in training)", ge=0)
     latent: int | None = option(None, "thoughts (None: as in training)", ge=0)
-    sweep: bool = option(False, "evaluate with 0, 1, ... up to that many thoughts")
+    sweep: bool = option(False, "evaluate with 0, 1, ..., --latent thoughts")
     batch_size: int = option(100, "examples in a batch", ge=1)
     max_new_tokens: int | None = option(None, "maximum length of an answer (None: the run's)", ge=1)
     out: str | None = option(None, "append the results to this file")
@@ -156,6 +156,13 @@ def choose_examples(
             f"the checkpoint is of {trained.task}, --data is {name}.\n"
             f"Give --data: {', '.join((*splits, 'a file of its examples'))}."
         )
+    if not Path(name).exists():
+        raise UserError(
+            f"--data={name} is neither a file nor a split.{suggestion(name, splits)}\n"
+            f"Give a file of examples or one of: {', '.join(splits)}."
+        )
+    if trained.data and Path(name).resolve() == Path(trained.data).resolve():
+        print(f"note: {name} has this run's training examples; leave --data out for unseen ones")
     return read_examples(name), Path(name).name, None
 
 
@@ -251,7 +258,7 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
 
 
 def main() -> None:
-    print(evaluate(AccuracyConfig.from_cli(__doc__)).summary())
+    evaluate(AccuracyConfig.from_cli(__doc__)).print_summary()
 
 
 if __name__ == "__main__":

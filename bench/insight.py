@@ -120,7 +120,7 @@ def main() -> None:
         spread={"ci_low": trained["lo"], "ci_high": trained["hi"]},
         examples=trained["n"], thoughts=row["thoughts"],
     )  # fmt: skip
-    print(results.summary())
+    results.print_summary()
 
 
 if __name__ == "__main__":

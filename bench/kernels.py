@@ -219,7 +219,7 @@ def main() -> None:
         print("There is no GPU: times under Triton's interpreter would mean nothing.")
         print("To compare the kernels' outputs with plain torch: pytest tests/kernels")
         return
-    print(time_cases(config).summary())
+    time_cases(config).print_summary()
 
 
 if __name__ == "__main__":

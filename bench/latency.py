@@ -202,7 +202,7 @@ def main() -> None:
     for case in left_out:
         print(f"left out: {case}")
     about = {"load_at_start": round(load, 2), "graph": engine.graph, "kernels": engine.kernels}
-    print(results.summary(**about, missing=missing, left_out=left_out))
+    results.print_summary(**about, missing=missing, left_out=left_out)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
                 rates.append(row["value"])
         batch *= 2
     print(f"ended by {ended}")
-    print(results.summary(kernels=engine.kernels, graph=engine.graph, ended=ended))
+    results.print_summary(kernels=engine.kernels, graph=engine.graph, ended=ended)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def main() -> None:
         extra = {"versions": worker.versions}
         results.add("step", "released", times["released"], "ms", detail=checked, **extra)
         results.add_ratio("step", "released", times["released"], times[OURS], OURS, **extra)
-    print(results.summary())
+    results.print_summary()
 
 
 if __name__ == "__main__":

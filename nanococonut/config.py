@@ -163,6 +163,8 @@ class TrainConfig(Options):
         if self.data or from_hub:  # nothing is generated
             names |= {"train_examples", "grow_epochs", "n_nodes", "min_hops", "max_hops"}
             names |= {"matched_fraction", "short_fraction", "long_fraction"}
+        if self.init_from != "scratch":  # the weights have their own
+            names |= {"n_layer", "n_head", "n_embd"}
         if self.task == "prontoqa":  # its examples have max_hops steps
             names |= {"n_nodes", "min_hops", "long_fraction"}
         return names

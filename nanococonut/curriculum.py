@@ -32,6 +32,17 @@ class Method:
     markers: bool  # put <bot> and <eot> around the thoughts, even if there are none
     paper: str = ""  # name of its row in the paper's Table 1; "" if it has none
 
+    def __post_init__(self) -> None:
+        allowed = {
+            "drop_rule": ("none", "stage", "all", "tokens"),
+            "n_thoughts_rule": ("none", "stage", "all"),
+            "thought_type": ("hidden", "soft", "projected", "fixed", "pause", ""),
+            "advance_by": ("stages", "epochs", "never"),
+        }
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"Method: {name}={value!r}, expected one of {values}")
+
 
 METHODS: dict[str, Method] = {
     "coconut": Method("stage", "stage", "hidden", "stages", True, "Coconut"),

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -161,10 +162,11 @@ class ResultWriter:
         ratios = [a / b for a, b in zip(slower, faster, strict=True)]
         self.add(metric, provider, ratios, "x", **extra, relative_to=relative_to)
 
-    def summary(self, **extra: Any) -> str:
-        """Return all rows as one JSON line, with their common fields written once."""
-        rows = [{k: v for k, v in row.items() if k not in self.common} for row in self.rows]
-        return json.dumps(self.common | extra | {"rows": rows})
+    def print_summary(self, **extra: Any) -> None:
+        """Print all rows as one JSON line, for other programs: nothing in a terminal."""
+        if not sys.stdout.isatty():
+            rows = [{k: v for k, v in row.items() if k not in self.common} for row in self.rows]
+            print(json.dumps(self.common | extra | {"rows": rows}))
 
 
 def _line(row: Row, own: dict[str, str | int]) -> str:

@@ -18,7 +18,9 @@ TASK_OF = {split: name for name, task in TASKS.items() for split in task.splits 
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    data: str = option("prosqa", "split, or gsm8k", choices=list(TASK_OF))
+    data: str = option(
+        "prosqa", "split, or gsm8k (also as the first argument)", choices=list(TASK_OF)
+    )
     out: str = option("examples.json", "file to write; it must not exist")
     n: int = option(1000, "number of generated examples", ge=1)
     seed: int = option(0, "random seed", ge=0)

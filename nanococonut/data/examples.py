@@ -24,12 +24,12 @@ def parse_object(value: Any) -> Example:
             raise ValueError(f"{key!r} is missing")
     steps = value["steps"]
     if not isinstance(steps, list):
-        raise ValueError(f"'steps': expected a list of texts, got {type(steps).__name__}")
+        raise ValueError(f"'steps': expected a list of strings, got {type(steps).__name__}")
     texts = {"'question'": value["question"], "'answer'": value["answer"]}
     texts |= {f"'steps'[{i}]": step for i, step in enumerate(steps)}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise ValueError(f"{name}: expected a text, got {type(text).__name__}")
+            raise ValueError(f"{name}: expected a string, got {type(text).__name__}")
         if name in ("'question'", "'answer'") and not text.strip():
             raise ValueError(f"{name} is blank")
         # json.loads accepts a lone surrogate, but UTF-8 and the tokenizer do not

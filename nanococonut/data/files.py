@@ -20,7 +20,7 @@ from nanococonut.runtime.errors import UserError
 
 Parse = Callable[[Any], Example]  # raises ValueError for an invalid entry
 
-OBJECT = "An example is an object: question (text), steps (list of texts), answer (text)."
+OBJECT = "An example is an object: question (string), steps (list of strings), answer (string)."
 
 
 def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None) -> list[Example]:

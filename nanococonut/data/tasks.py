@@ -83,13 +83,14 @@ class Task:
                 for x in examples
             ]
         rendered = []
-        for i, example in enumerate(examples):
+        for example in examples:
             try:
                 rendered.append(self.module.compact_example(example))
             except UserError as e:
+                reason = str(e).splitlines()[0]
                 raise UserError(
-                    f"example {i} has no compact form: {str(e).splitlines()[0]}\n"
-                    "Use --render=sentences for your own examples."
+                    f"{example['question'][:50]!r}... has no compact form: {reason}\n"
+                    "To train on your own examples, use --render=sentences."
                 ) from None
         return rendered
 

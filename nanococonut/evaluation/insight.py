@@ -244,11 +244,15 @@ def judge_write(w: dict[str, Any]) -> Finding:
     )  # fmt: skip
 
 
-def judge_unsolved(trained: Figure, own: Figure, chance: float) -> Finding:
-    """Return the finding that the model is no better than guessing."""
+def judge_unsolved(trained: Figure, own: Figure, chance: float, both: bool) -> Finding:
+    """Return the finding that the model is no better than guessing.
+
+    both  `own` is the accuracy on other questions than `trained`, without a shortcut
+    """
     return finding(
         "solves",
-        f"Accuracy is {{0}}, and {{1}} without a shortcut; guessing gives {percent(chance)}.",
+        f"Accuracy is {{0}}{', and {1} without a shortcut' * both}; guessing gives "
+        f"{percent(chance)}.",
         [trained, own],
         (True, "no", "does not solve these questions", "The model does not solve these questions."),
     )

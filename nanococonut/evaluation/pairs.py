@@ -19,6 +19,7 @@ from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 MIN_PAIRS = 100  # with fewer, the intervals are too wide for a verdict
+MAX_ANSWERS = 50  # candidate answers of a question without a twin
 
 
 @dataclass
@@ -40,10 +41,19 @@ class Pairs:
         return [x["question"] for x in self.examples], [x["question"] for x in self.twins]
 
     def candidates(self, engine: Engine) -> list[tuple[str, ...]]:
-        """Return (its answer, the twin's answer) of each question, as the model writes them."""
+        """Return (its answer, the twin's answer) of each question, as the model writes them.
+
+        Without twins, the most frequent other answers follow, equally many for each question.
+        """
         task, style = TASKS[engine.config.task], engine.config.render
         own, twin = (task.render(side, style) for side in (self.examples, self.twins))
-        return [(x["answer"], t["answer"]) for x, t in zip(own, twin, strict=True)]
+        answers = [(x["answer"], t["answer"]) for x, t in zip(own, twin, strict=True)]
+        if self.twinned:
+            return answers
+        frequent = [answer for answer, _ in Counter(a for a, _ in answers).most_common(MAX_ANSWERS)]
+        others = [[a for a in frequent if a not in pair] for pair in answers]
+        n = max(0, len(frequent) - 2)
+        return [(*pair, *other[:n]) for pair, other in zip(answers, others, strict=True)]
 
     @property
     def is_prosqa(self) -> bool:
@@ -62,10 +72,6 @@ class Pairs:
         outcomes = interchange(
             engine, *self.questions(), self.candidates(engine), donors=donors, groups=self.groups
         )
-        if not self.twinned:  # a third candidate, any other answer: the replacement destroyed it
-            for name in outcomes.keys() - {"thoughts", "by_inputs"}:
-                rest = (1 - outcomes[name].exp().sum(1, keepdim=True)).clamp(min=1e-9).log()
-                outcomes[name] = torch.cat([outcomes[name], rest], 1)
         both_deep = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in pairs])
         f = Figures(outcomes, torch.tensor(self.groups), both_deep if both_deep.any() else None)
         if not self.twinned:

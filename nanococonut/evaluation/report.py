@@ -42,7 +42,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
         "warnings": [],
     }
     if max(trained["lo"], own["lo"]) <= f.chance + 0.05:
-        findings = [insight.judge_unsolved(trained, own, f.chance)]
+        findings = [insight.judge_unsolved(trained, own, f.chance, plain is not None)]
         row["refused"] = ["No other test applies: the model is no better than guessing."]
     elif kind == "none":
         findings = shortcut

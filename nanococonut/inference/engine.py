@@ -270,15 +270,14 @@ class Engine:
                 "thoughts, or with another tokenizer.\n"
                 "Use the method it was trained with, or a run trained with thoughts."
             )
-        n_forced = n_thoughts + len(forced)
-        available = block_size - longest - n_forced
-        if available < 1:
+        room = block_size - longest - len(forced) - 1  # at least one token is generated
+        if n_thoughts > room:
             raise UserError(
-                f"a question of {longest} tokens with {n_forced} thoughts and forced tokens does "
-                f"not fit into the model's block_size={block_size}.\n"
-                "Ask a shorter question or use fewer thoughts."
+                f"{n_thoughts} thoughts do not fit: a question of {longest} tokens leaves room for "
+                f"{max(0, room)} in the model's block_size={block_size}.\n"
+                "Use fewer thoughts or ask a shorter question."
             )
-        return available
+        return room + 1 - n_thoughts
 
     def _check_editable(self, latent: int) -> None:
         """Raise UserError if there is no thought that `edit` could change."""

@@ -28,11 +28,13 @@ BOUNDS = {  # argument of option() -> (words for the error, comparison)
     "lt": ("less than", operator.lt),
 }
 OTHER_NAMES = {  # other names for an option, mostly nanoGPT's -> its name here
+    "checkpoint": "out_dir",
     "compile": "kernels",
     "gradient_accumulation_steps": "micro_batch_size",
     "lr": "learning_rate",
     "lr_decay_iters": "decay_fraction",
     "min_lr": "decay_fraction",
+    "out_dir": "checkpoint",
     "start": "question",
     "wandb_log": "tensorboard",
 }
@@ -74,9 +76,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     # type(), not isinstance(), because a bool is an int
     if type(value) not in types and not (float in types and type(value) is int):
         expected = " or ".join(TYPE_NAMES[t] for t in types)
-        raise UserError(
-            f"{shown} has the wrong type: {type(value).__name__}.\nUse {expected}, see --help."
-        )
+        raise UserError(f"{shown}: expected {expected}.\nSee --help.")
     if type(value) is str and not _is_text(value):
         raise UserError(
             f"{shown} contains a zero byte or is not valid UTF-8.\nUse another string or path."
@@ -86,14 +86,14 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     for key, limit in meta["bounds"].items():
         words, holds = BOUNDS[key]
         if not holds(value, limit):  # false for NaN
-            raise UserError(f"{shown} is out of range.\nUse {words} {limit}, see --help.")
+            raise UserError(f"{shown}: expected {words} {limit}.\nSee --help.")
     # what int64 and, with a margin, float32 can hold
     largest = {int: 2**63, float: 1e30}.get(type(value))
     if largest and not abs(value) < largest:
-        raise UserError(f"{shown} is out of range.\nUse a smaller number.")
+        raise UserError(f"{shown} is too large.\nUse a smaller number.")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(
-            f"{shown} is unknown.{_suggestion(value, meta['choices'])}\n"
+            f"{shown} is unknown.{suggestion(value, meta['choices'])}\n"
             f"Choose one of: {', '.join(meta['choices'])}."
         )
 
@@ -118,7 +118,8 @@ def _types(field: dataclasses.Field) -> tuple[Any, ...]:
     return typing.get_args(field.type) or (field.type,)
 
 
-def _suggestion(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" for a known word like this one, or ""."""
     name = word.removeprefix("--")
     ours = word.removesuffix(name) + OTHER_NAMES.get(name, name)
     close = [ours] if ours in known else difflib.get_close_matches(word, known, n=1)
@@ -133,11 +134,14 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as e:
         missing = isinstance(e, FileNotFoundError)
         reason = "does not exist" if missing else "is not readable as UTF-8 text"
-        near = sorted(p.name for p in path.parent.glob("*.py") if p != path)
-        advice = f"{path.parent}/ has: {', '.join(near)}" if near else "Give a file of assignments"
-        raise UserError(
-            f"config file {path} {reason}.{_suggestion(path.name, near)}\n{advice}."
-        ) from None
+        reason = "is a folder" if path.is_dir() else reason
+        folder = path if path.is_dir() else path.parent
+        if str(folder) == "." and Path("config").is_dir():  # train.py prosqa_small
+            folder = Path("config")
+        near = sorted(p.as_posix() for p in folder.glob("*.py") if p != path)
+        hint = suggestion((folder / path.with_suffix(".py").name).as_posix(), near)
+        advice = f"There are: {', '.join(near)}" if near else "Give a file of assignments"
+        raise UserError(f"config file {path} {reason}.{hint}\n{advice}.") from None
     except (SyntaxError, ValueError) as e:
         line = getattr(e, "lineno", None) or 1
         raise UserError(
@@ -159,7 +163,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
                 )
         if name not in names:
             raise UserError(
-                f"{at}: unknown key {name!r}.{_suggestion(name, names)}\nSee --help for all keys."
+                f"{at}: unknown key {name!r}.{suggestion(name, names)}\nSee --help for all options."
             )
         try:
             values[name] = ast.literal_eval(value)
@@ -173,7 +177,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:  # argparse would print the whole usage
-        raise UserError(f"{message}.\nSee --help for all keys.")
+        raise UserError(f"{message}.\nSee --help for all options.")
 
 
 def parse_cli(
@@ -210,8 +214,10 @@ def parse_cli(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        suggestion = _suggestion(key, [f"--{name}" for name in fields])
-        raise UserError(f"unknown argument {key!r}.{suggestion}\nSee --help for all keys.")
+        hint = suggestion(key, [f"--{name}" for name in fields])
+        if not key.startswith("-"):
+            hint = " Options start with --, such as --seed=1."
+        raise UserError(f"unknown argument {key!r}.{hint}\nSee --help for all options.")
     texts = vars(namespace)
     path = texts.pop("config", None)
     return {name: _parse_value(text, _types(fields[name])) for name, text in texts.items()}, path

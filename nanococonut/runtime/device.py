@@ -22,6 +22,10 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError:
+        choices = "auto, cpu, cuda, cuda:1 or mps"
+        raise UserError(f"device={name!r} is unknown.\nUse {choices}.") from None
+    try:
         torch.zeros(1, device=device).item()  # fails on "meta", which holds no data
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         first = str(e).splitlines()[0]

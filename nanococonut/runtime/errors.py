@@ -52,7 +52,7 @@ class _Output:
 def user_message(e: Exception) -> str:
     """Return what to print instead of a traceback; "" if the error is a bug."""
     if isinstance(e, OSError) and e.filename is not None:  # such as a path that is too long
-        return f"{e.filename} cannot be used: {e.strerror}."
+        return f"{e.filename} cannot be used: {e.strerror}.\nChoose another path."
     return str(e) if isinstance(e, UserError) else ""
 
 

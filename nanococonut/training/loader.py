@@ -66,12 +66,14 @@ class TrainLoader:
         self._prefetched: dict[tuple[int, int], StepBatch] = {}  # one batch, by (step, stage)
         self._fixed: list[TokenizedExample] | None = None  # used in every epoch, if not None
         if not generates:
-            self._fixed = [tokenized for _, tokenized in self._fitting(data.train)]
+            source = config.data or config.task
+            self._fixed = [tokenized for _, tokenized in self._fitting(data.train, source)]
         elif not config.regenerate_each_epoch:
             self._fixed = self._generate(0)
         # checked now, so that a validation example that does not fit fails before training
+        source = config.valid_data or config.data or "validation"
         self.val_splits = {
-            name: [example for example, _ in self._fitting(split)]
+            name: [example for example, _ in self._fitting(split, source)]
             for name, split in data.val.items()
         }
         self.n_examples = len(self._fixed) if self._fixed else config.train_examples
@@ -177,15 +179,18 @@ class TrainLoader:
                 examples += task.module.generate(n, seed, generator_config, self.exclude)
         return [tokenized for _, tokenized in self._fitting(examples)]
 
-    def _fitting(self, examples: list[Example]) -> list[tuple[Example, TokenizedExample]]:
+    def _fitting(
+        self, examples: list[Example], source: str = "generated"
+    ) -> list[tuple[Example, TokenizedExample]]:
         """Return (example, tokens) for the examples that fit into block_size at every stage.
 
-        Raise UserError if one does not fit and `skipped` is None, or if none fits.
+        source: where they come from, for errors. Raise UserError if one does not fit and `skipped`
+        is None, or if none fits.
         """
         fitting, error, block_size = [], "", self.config.block_size
         is_frontier = self.config.thought_labels == "frontier"
         all_rendered = self.task.render(examples, self.config.render)
-        for i, (example, rendered) in enumerate(zip(examples, all_rendered, strict=True)):
+        for example, rendered in zip(examples, all_rendered, strict=True):
             try:
                 labels = prosqa.frontiers(example["question"]) if is_frontier else None
                 tokenized = tokenize(self.tokenizer, rendered, labels)
@@ -198,10 +203,11 @@ class TrainLoader:
                     )
                 fitting.append((example, tokenized))
             except UserError as e:  # also if the text contains a special token
-                error = f"example {i}, {example['question'][:30]!r}...: {e}"
+                # by its text, since the examples of a file are shuffled before some are held out
+                error = f"{source}, the example {example['question'][:50]!r}...: {e}"
                 if self.skipped is None:
                     raise UserError(error) from None
                 self.skipped.append(error.split("\n")[0])
         if not fitting:
-            raise UserError(f"no example can be used. The last one, {error}")
+            raise UserError(f"no example can be used. The last error: {error}")
         return fitting

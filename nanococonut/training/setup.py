@@ -16,7 +16,7 @@ from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.log import console, require_tensorboard
 from nanococonut.training.muon import Muon
-from nanococonut.weights import pretrained
+from nanococonut.weights import checkpoint, pretrained
 
 BETA1 = 0.9  # of AdamW, in every recipe
 WEIGHT_DECAY = 0.01  # the released code's, and torch's default
@@ -29,7 +29,16 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
     doc: the script's __doc__, for --help.
     """
     overrides, path = parse_cli(TrainConfig, argv, doc, config_file=True)
-    values = read_config_file(path, TrainConfig) if path else {}
+    if path:
+        values = read_config_file(path, TrainConfig)
+    elif overrides.get("resume") is True and type(out_dir := overrides.get("out_dir")) is str:
+        path = out_dir  # the run's own settings
+        values = checkpoint.read_manifest(checkpoint.resolve(out_dir))["config"]
+    else:
+        raise UserError(
+            "no config file.\nGive one, as in: python train.py config/prosqa.py. "
+            "To continue a run: python train.py --resume --out_dir=out/NAME."
+        )
     config, fallback_info = make_config(TrainConfig, values, overrides), {}
     if reason := _fallback_reason(config):
         # never replace weights that the user asked for on the command line
@@ -38,7 +47,7 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
                 f"--init_from={config.init_from}: {reason}.\n"
                 f"Leave it out to train {config.fallback}, or force it with --fallback=None."
             )
-        fallback = str(Path(path or ".").parent / config.fallback)
+        fallback = str(Path(path).parent / config.fallback)
         console.print(f"[bold red]NOT TRAINING {path}[/]: {escape(reason)}.")
         console.print(f"[bold red]TRAINING {fallback} INSTEAD[/]. To prevent it: --fallback=None")
         fallback_info = {"instead_of": path, "because": reason}
@@ -47,11 +56,11 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
         path = fallback
     # a config file may serve several methods, but a typed option should have an effect
     if ignored := [f"--{name}" for name in overrides if name in config.unused]:
-        how = f"by method {config.method} with this data"
+        how = f"by method {config.method} with this data and init_from"
         console.print(f"[bold red]NOT USED[/] {how}: {', '.join(ignored)}")
     if config.tensorboard:
         require_tensorboard()
-    return config, Path(path).stem if path else "run", fallback_info
+    return config, Path(path).stem, fallback_info
 
 
 def _fallback_reason(config: TrainConfig) -> str:

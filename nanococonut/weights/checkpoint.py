@@ -148,7 +148,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         advice = "Free some space or choose another folder."
-        if list_checkpoints(folder.parent):
+        if is_run(folder.parent):
             advice = "Earlier checkpoints are untouched: free some space, then use --resume."
         raise UserError(f"{folder} could not be written: {e}.\n{advice}") from None
 
@@ -167,14 +167,18 @@ def write_checkpoint(
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first."""
+    """Return the checkpoint folders of a run, oldest first. UserError if one has no manifest."""
     # exactly eight digits: step_00000008_backup is a user's own copy
-    return sorted(p.parent for p in run.glob(f"step_{'[0-9]' * 8}/{MANIFEST}"))
+    folders = sorted(run.glob(f"step_{'[0-9]' * 8}"))
+    for folder in folders:  # a copy that was interrupted would be skipped, then never replaced
+        if not (folder / MANIFEST).is_file():
+            raise _damaged(folder, f"{MANIFEST} is missing")
+    return folders
 
 
 def is_run(path: Path) -> bool:
     """Return whether the path is a checkpoint, or a run's folder with at least one."""
-    return (path / MANIFEST).is_file() or bool(list_checkpoints(path))
+    return (path / MANIFEST).is_file() or any(path.glob(f"step_{'[0-9]' * 8}"))
 
 
 def save(
@@ -205,6 +209,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
     checkpoints = list_checkpoints(path)
     if not checkpoints:
         problem = "holds no checkpoint" if path.exists() else "does not exist"
+        problem = "is a file, not a folder" if path.is_file() else problem
         raise UserError(
             f"{path} {problem}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
@@ -218,7 +223,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
 def _damaged(folder: Path, reason: str) -> UserError:
     return UserError(
         f"the checkpoint {folder} is damaged or not one of ours: {reason}.\n"
-        "Use an older step_ folder of the run, or train again."
+        "Move this folder away to use the checkpoint before it, or train again."
     )
 
 
@@ -348,7 +353,8 @@ class RunDir:
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if an option that changes the training differs from the saved one."""
         # examples are compared by digest, or by path if an older manifest has no digest
-        free = RESUMABLE | ({"data", "valid_data"} if "examples" in self.manifest else set())
+        free = RESUMABLE | self.config.unused
+        free |= {"data", "valid_data"} if "examples" in self.manifest else set()
         for key, saved in saved_config.items():
             if key in free:
                 continue
@@ -359,7 +365,7 @@ class RunDir:
             elif value != saved:
                 raise UserError(
                     f"{self.path} was trained with {key}={saved!r}, not {value!r}.\n"
-                    "Resume with the settings it started with, or use another --out_dir."
+                    "To keep its settings, give only --resume and --out_dir."
                 )
 
     def load_data(self) -> Data:

@@ -153,6 +153,9 @@ def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
 
 
 def main() -> None:
+    if "--help" in sys.argv:
+        print(__doc__.strip())
+        return
     if len(sys.argv) != 3 or sys.argv[1].startswith("-"):
         raise UserError(
             f"expected a run and a folder to write, got {' '.join(sys.argv[1:]) or 'nothing'}.\n"

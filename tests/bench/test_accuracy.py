@@ -86,10 +86,10 @@ def test_examples_of_a_file(accuracy, tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--data=prosqa_wide"], "prosqa_wide does not exist"),
-        (["--sweep=maybe"], "sweep='maybe' has the wrong type"),
+        (["--data=prosqa_wide"], "Did you mean prosqa_dense?"),
+        (["--sweep=maybe"], "sweep='maybe': expected True or False"),
         (["--latent=-1"], "latent=-1"),
-        (["--n=5", "--latent=150"], "does not fit"),
+        (["--n=5", "--latent=150"], "do not fit"),
     ],
 )
 def test_bad_input_is_refused_in_two_lines(accuracy, argv, words):
@@ -138,7 +138,7 @@ def test_answers_are_as_long_as_the_run_says(accuracy, script, tmp_path):
         assert detail["generated_tokens"] == 6 + longest
         code, out, _ = script("--out_dir=run", "--seed=1", *more, script="sample.py")
         assert code == 0 and f", {longest} tokens" in out
-        assert ('(wrong, no answer after "###": ' in out) == (longest == 1)
+        assert ('(wrong, no answer after "###"; correct: ' in out) == (longest == 1)
 
 
 def test_unpadded_runs_use_the_trained_thoughts(accuracy, script, tmp_path):

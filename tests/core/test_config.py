@@ -118,12 +118,12 @@ def test_unreadable_config_file_is_refused(tmp_path):
     refused(
         lambda: read_config_file(tmp_path / "mien.py", TrainConfig),
         "does not exist",
-        "mean mine.py",
+        "mine.py?",
     )
     refused(lambda: read_config_file("nowhere/x.py", TrainConfig), "nowhere/x.py", "does not exist")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
     refused(lambda: read_config_file(tmp_path / "latin.py", TrainConfig), "UTF-8")
-    refused(lambda: read_config_file(tmp_path, TrainConfig), "not readable")
+    refused(lambda: read_config_file(tmp_path, TrainConfig), "is a folder")
 
 
 def test_help_is_grouped_and_complete(capsys):

@@ -97,21 +97,21 @@ WRONG = {
     "no answer": (json.dumps([without("answer")]), "example 0: 'answer' is missing"),
     "number as question": (
         json.dumps([GOOD | {"question": 3}]),
-        "'question': expected a text, got int",
+        "'question': expected a string, got int",
     ),
     "true answer": (
         json.dumps([GOOD | {"answer": True}]),
-        "'answer': expected a text, got bool",
+        "'answer': expected a string, got bool",
     ),
     "blank question": (json.dumps([GOOD | {"question": " \n"}]), "example 0: 'question' is blank"),
     "empty answer": (json.dumps([GOOD | {"answer": ""}]), "example 0: 'answer' is blank"),
     "steps in one": (
         json.dumps([GOOD | {"steps": "a. b."}]),
-        "'steps': expected a list of texts, got str",
+        "'steps': expected a list of strings, got str",
     ),
     "no text in steps": (
         json.dumps([GOOD | {"steps": ["a", None]}]),
-        r"'steps'\[1\]: expected a text, got NoneType",
+        r"'steps'\[1\]: expected a string, got NoneType",
     ),
 }
 

@@ -71,7 +71,7 @@ def test_others_rows_are_read(tmp_path, rows):
         ({"question": "Eggs?", "answer": "24"}, "'steps' is missing"),
         ({"question": "Eggs?", "answer": "<<4*6=24>> ####"}, "'answer' is blank"),
         ({"answer": "<<4*6=24>> #### 24"}, "'question' is missing"),
-        ({"question": "Eggs?", "cot": "<<4*6=24>>"}, "'answer': expected a text, got NoneType"),
+        ({"question": "Eggs?", "cot": "<<4*6=24>>"}, "'answer': expected a string, got NoneType"),
         ({"question": "Eggs?", "cot": None, "answer": "#### 24"}, "'steps' is missing"),
         ({"question": "Eggs?", "cot": "\ud800", "answer": "24"}, "half of a surrogate pair"),
     ],
@@ -166,9 +166,12 @@ def test_the_copy_gives_the_examples(hub, columns, kind):
     "columns, complaint",
     [
         ({"question": ["a?"], "answer": ["1"]}, "example 0: 'steps' is missing"),
-        ({**ONE, "answer": ["4", None, "9"]}, "example 1: 'answer': expected a text, got NoneType"),
+        (
+            {**ONE, "answer": ["4", None, "9"]},
+            "example 1: 'answer': expected a string, got NoneType",
+        ),
         ({**ONE, "question": ["a?", "b?", " "]}, "example 2: 'question' is blank"),
-        ({**ONE, "answer": [4, 5, 6]}, "example 0: 'answer': expected a text, got int"),
+        ({**ONE, "answer": [4, 5, 6]}, "example 0: 'answer': expected a string, got int"),
     ],
 )
 def test_other_columns_and_bad_examples_are_refused(hub, columns, complaint):
@@ -186,7 +189,7 @@ def test_bad_examples_of_a_copy_are_skipped(hub):
     examples, _ = gsm8k.from_hub("validation", skipped=skipped)
     assert [example["answer"] for example in examples] == ["4", "9"]
     assert skipped == [
-        f"{gsm8k.HUB} validation, example 1: 'answer': expected a text, got NoneType"
+        f"{gsm8k.HUB} validation, example 1: 'answer': expected a string, got NoneType"
     ]
 
 

@@ -393,7 +393,15 @@ def test_without_twins_destroyed_is_not_ignored(bundled):
     engine, twinned = bundled
     plain = [{k: x[k] for k in ("question", "steps", "answer")} for x in twinned.examples]
     pairs = type(twinned)(plain, plain[1:] + plain[:1], twinned.groups, False)
-    f = pairs.figures(engine)
+    f, candidates = pairs.figures(engine), pairs.candidates(engine)
+    own = [answer for answer, *_ in candidates]
+    assert len(set(map(len, candidates))) == 1 and len(set(candidates[0])) == len(set(own))
+    # accuracy is that of the best of all answers, not that of an answer above one half
+    answers = sorted(set(own))
+    texts = [x["question"] for x in pairs.examples]
+    best = engine.choose(texts, [answers] * len(texts), 6).argmax(1).tolist()
+    right = [answers[i] == answer for i, answer in zip(best, own, strict=True)]
+    assert f.right.tolist() == right
     assert f.accuracy("own")["lo"] > f.accuracy("mean")["hi"] and f.chance < 0.2
     assert f.flips("twin")["hi"] < 0.2 and f.flips("twin", candidate=0)["hi"] < 0.9
     figures = f.flips("twin"), f.flips("unrelated"), f.flips("twin", candidate=0)

@@ -164,9 +164,16 @@ REFUSED = {
     "no run there": (["--out_dir=nowhere"], "nowhere does not exist"),
     "nothing in it": (["--out_dir=."], "holds no checkpoint"),
     "not ProsQA": (["--question=What is 2+2?"], "not a ProsQA question"),
-    "too long": (["--question", QUESTION.replace("Sam", "Sam is a gorpus. " * 99 + "Sam")], "fit"),
+    "too long": (
+        ["--question", QUESTION.replace("Sam", "Sam is a gorpus. " * 99 + "Sam")],
+        "leaves room for 0",
+    ),
     "special token": (["--question", QUESTION.replace("Sam", "<|latent|>")], "ProsQA"),
-    "no device": (["--device=toaster"], "cannot be used"),
+    "no device": (["--device=toaster"], "auto, cpu, cuda"),
+    "too many thoughts": (["--latent=1000"], "1000 thoughts do not fit"),
+    "a bare question": (["Is Tom a lempus?"], "Options start with --"),
+    "another name": (["--checkpoint=out"], "Did you mean --out_dir?"),
+    "a file": ([f"--out_dir={__file__}"], "is a file, not a folder"),
     "unknown key": (["--latnt=3"], "Did you mean --latent?"),
 }
 

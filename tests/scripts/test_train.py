@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,16 @@ def test_resume_knows_the_examples_not_their_path(train, tiny):
     assert "examples" in checkpoint.read_manifest(checkpoint.resolve("run"))
 
 
+def test_resume_needs_only_the_folder(train, tiny):
+    """Guards against other settings than the run's, if its command is forgotten."""
+    flags = [tiny, "--seed=3", "--method=cot"]
+    assert train(*flags, "--out_dir=run", "--max_steps=2")[0] == 0
+    code, _, err = train("--resume", "--out_dir=run", "--max_steps=4")
+    assert (code, err) == (0, "")
+    assert train(*flags, "--out_dir=whole", "--max_steps=4")[0] == 0
+    assert digests("run") == digests("whole")
+
+
 def test_resume_takes_what_changes_only_roundings(train, tiny):
     """Guards against refusing a smaller micro-batch or other evaluation settings on resume."""
     flags = [tiny, "--out_dir=run", "--max_steps=4"]
@@ -346,7 +357,7 @@ def test_resume_with_other_rates_names_init_from(train, tiny):
     """Guards against resuming with epochs that would have changed the past learning rates."""
     train(tiny, "--epochs=7", "--epochs_per_stage=1", "--out_dir=run")
     code, _, err = train(tiny, "--epochs=9", "--epochs_per_stage=1", "--out_dir=run", "--resume")
-    assert code == 2 and "learning rates and stages of epochs=7, not 9." in err
+    assert code == 2 and "planned for epochs=7; it is too late for 9." in err
     assert err.count("\n") == 2
     options = [x for x in err.split() if x.startswith("--") and x != "--out_dir:"]
     assert options == ["--epochs=7,", "--init_from=RUN", "--first_stage_epochs=0",
@@ -403,13 +414,16 @@ def test_ignored_options_are_named_if_typed(train, tiny):
     assert code == 0 and "NOT USED" not in out
     flags += ["--first_stage_epochs=0"]
     code, out, _ = train(*flags, "--method=cot", "--dropout=0", "--out_dir=b")
-    assert code == 0 and "NOT USED by method cot with this data: --first_stage_epochs\n" in out
+    assert code == 0
+    assert "NOT USED by method cot with this data and init_from: --first_stage_epochs\n" in out
+    code, out, _ = train(tiny, "--max_steps=1", "--init_from=b", "--n_layer=5", "--out_dir=e")
+    assert code == 0 and "with this data and init_from: --n_layer\n" in out
     code, out, _ = train(*flags, "--out_dir=c")
     assert code == 0 and "NOT USED" not in out
     write_examples("rows.json", prosqa.generate(40, 5, prosqa.GraphConfig(10, 2, 3)))
     flags = [tiny, "--max_steps=1", "--data=rows.json", "--train_examples=9", "--out_dir=d"]
     code, out, _ = train(*flags)
-    assert code == 0 and "with this data: --train_examples\n" in out
+    assert code == 0 and "with this data and init_from: --train_examples\n" in out
     assert "n_nodes" not in out and "val_examples=12" in out  # four are held out
 
 
@@ -439,8 +453,10 @@ def test_typed_init_from_never_falls_back(train, tiny, monkeypatch, tmp_path, ha
 
 
 REFUSED = {
-    "misspelt key": (["--n_layr=2"], "Did you mean --n_layer?"),
-    "wrong type": (["--epochs=many"], "an integer"),
+    "misspelt key": (["tiny.py", "--n_layr=2"], "Did you mean --n_layer?"),
+    "no config": (["--max_steps=1"], "no config file"),
+    "a folder as config": (["run"], "run is a folder"),
+    "wrong type": (["tiny.py", "--epochs=many"], "expected an integer"),
     "missing config": (["tiy.py"], "Did you mean tiny.py?"),
     "config not literal": (["bad.py"], "not a literal"),
     "data missing": (["tiny.py", "--data=none.json"], "none.json"),
@@ -463,9 +479,10 @@ REFUSED = {
     "run exists": (["tiny.py", "--out_dir=run"], "already holds a run"),
     "model changed": (["tiny.py", "--out_dir=run", "--resume", "--n_embd=32"], "n_embd=16"),
     "data changed": (["tiny.py", "--out_dir=run", "--resume", "--n_nodes=12"], "n_nodes=10"),
-    "damaged": (["tiny.py", "--out_dir=torn", "--resume"], "damaged"),
+    "damaged": (["tiny.py", "--out_dir=torn", "--resume"], "Move this folder away"),
+    "no manifest": (["tiny.py", "--out_dir=torn_copy", "--resume"], "manifest.json is missing"),
     "no such device": (["tiny.py", "--device=cuda:99"], "cannot be used"),
-    "no device": (["tiny.py", "--device=toaster"], "cannot be used"),
+    "no device": (["tiny.py", "--device=toaster"], "auto, cpu, cuda"),
     "impossible graphs": (["tiny.py", "--min_hops=7", "--max_hops=7"], "hops"),
     "no weights": (["tiny.py", "--init_from=gpt2"], "no weights of 'gpt2'"),
 }
@@ -488,12 +505,16 @@ def test_bad_input_is_refused_in_two_lines(train, tiny, tmp_path, monkeypatch, c
     (tmp_path / "other.json").write_text('[{"question": "2+2?", "steps": [], "answer": "4"}]')
     argv, words = REFUSED[case]
     if "run" in str(argv) or "torn" in str(argv):
-        name = "run" if "run" in str(argv) else "torn"
+        name = "run" if "run" in str(argv) else argv[1].removeprefix("--out_dir=")
         assert train(tiny, f"--out_dir={name}", "--max_steps=1")[0] == 0
         before = digests(name)
         if name == "torn":
             weights = checkpoint.resolve(name) / "model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-8])
+        if name == "torn_copy":  # an older checkpoint is whole
+            newest = tmp_path / name / "step_00000002"
+            shutil.copytree(checkpoint.resolve(name), newest)
+            (newest / "manifest.json").unlink()
     code, _, err = train(*argv)
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") <= 2 and "Traceback" not in err, err

@@ -107,9 +107,16 @@ def test_half_written_checkpoint_is_not_one(saved):
     """kill -9 in the middle of a save leaves a folder under another name."""
     folder, _, _ = saved
     shutil.copytree(folder, folder.with_name(".step_00000009.partial"))
+    assert checkpoint.resolve(folder.parent) == folder
+
+
+def test_copy_without_manifest_is_refused(saved):
+    """Guards against a resumed run that trains up to this step and then cannot save it."""
+    folder, _, _ = saved
     shutil.copytree(folder, folder.with_name("step_00000010"))
     (folder.with_name("step_00000010") / "manifest.json").unlink()
-    assert checkpoint.resolve(folder.parent) == folder
+    with pytest.raises(UserError, match="manifest.json is missing"):
+        checkpoint.resolve(folder.parent)
 
 
 def test_leftovers_of_kills_are_deleted(tmp_path, model, tokenizer, monkeypatch):
