@@ -143,7 +143,7 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
     """
     edges, entity, _ = prosqa.parse_question(question)
     steps = reachable(edges, entity)  # node -> fewest steps
-    title = f"Concepts after # thoughts (steps from {entity})"
+    title = f"Next concept if the thoughts end after # of them (steps from {entity})"
     table = new_table(title, "#", *(f"concept {i}" for i in range(1, 4)), "total")
     for k in range(n_thoughts + 1):
         values = concept_probabilities(engine, question, k)

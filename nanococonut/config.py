@@ -27,7 +27,7 @@ class TrainConfig(Options):
     regenerate_each_epoch: bool = option(
         False, "generate new examples every epoch, and batch examples of similar length", "data"
     )
-    val_examples: int = option(300, "generated validation examples", "data", ge=1)
+    val_examples: int = option(300, "validation examples (file: a tenth at most)", "data", ge=1)
     n_nodes: int = option(28, "ProsQA: nodes before pruning", "data", ge=4, le=55)
     min_hops: int = option(3, "ProsQA: minimum steps to the answer", "data", ge=1)
     max_hops: int = option(

@@ -214,7 +214,7 @@ def test_nodes_have_names_and_distances(sample):
     """Guards the three most probable concepts after each thought, and their distances."""
     code, out, err = sample("--latent=6", "--nodes", "--question", GRAPH)
     assert (code, err) == (0, "")
-    table = out[out.index("Concepts after") : out.index("answer")]
+    table = out[out.index("Next concept if") : out.index("answer")]
     lines = [line for line in table.splitlines() if "%" in line]
     engine = nanococonut.load(device="cpu")
     shown = {}
