@@ -203,9 +203,10 @@ def ask(engine: Engine, config: SampleConfig, example: Example, latent: int) -> 
     thought_ms = 1e3 * out.seconds_thoughts / max(1, n_thoughts)
     per_thought = f"{thought_ms:.2f} ms per thought, " if n_thoughts else ""
     token_ms = 1e3 * out.seconds_decode / max(1, n_tokens)
+    per_token = f"{token_ms:.2f} ms per token, " if n_tokens > 1 else ""  # without the first
     console.print(
         f"[dim]first token after {1e3 * out.seconds_first:.1f} ms, {per_thought}"
-        f"{token_ms:.2f} ms per token, {n_tokens} tokens[/]"
+        f"{per_token}{n_tokens} tokens[/]"
     )
 
     # ---- view

@@ -183,7 +183,7 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
 def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     """Return the summed cross-entropy of the head's predictions from the states fed back.
 
-    The label of a state is the uniform distribution over its thought_targets.
+    The label of a state is the uniform distribution over its thought_targets. At least one thought.
     """
     h = torch.stack(trace.hidden[:-1], dim=1)  # (B, n, C), all but the last state are fed back
     logits = _at_least_fp32(model.head(h))  # (B, n, V)
