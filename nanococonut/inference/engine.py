@@ -107,7 +107,7 @@ class Engine:
     same time if it is in training mode, because each call puts it in eval mode.
 
     curriculum  determines the token layout of a prompt (None: Coconut's)
-    kernels     one of ops.BACKENDS, see ops.choose_backend; choose and branch always run plain torch
+    kernels     one of ops.BACKENDS, see ops.choose_backend; choose and branch always run torch
     graph       "auto", "on" or "off", see ops.choose_graph
     render      question -> prompt text, as in training (None: a question is its own prompt)
     """
