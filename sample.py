@@ -63,11 +63,11 @@ class SampleConfig(Options):
 def find_checkpoint(out_dir: str | None) -> Path:
     """Return the best checkpoint of out_dir (None: of the newest run in out/, or the bundled)."""
     if out_dir is None:
-        checkpoints = [c for run in Path("out").glob("*") for c in checkpoint.list_checkpoints(run)]
-        if not checkpoints:
+        manifests = list(Path("out").glob(f"*/step_*/{checkpoint.MANIFEST}"))
+        if not manifests:
             console.print("no run in out/, so this is the bundled model (config/prosqa_small.py)")
             return checkpoint.BUNDLED
-        out_dir = max(checkpoints, key=lambda c: c.stat().st_mtime).parent
+        out_dir = max(manifests, key=lambda path: path.stat().st_mtime).parents[1]
     return checkpoint.resolve(out_dir, best=True)
 
 
