@@ -197,7 +197,7 @@ def test_bug_shows_its_traceback_once():
     assert codes == [1, 1] and err.count("Traceback") == err.count("TypeError") == 1
 
 
-def test_unusable_path_is_one_line_for_all():
+def test_unusable_path_is_one_error_for_all():
     """Guards against a traceback for an OSError with a file name."""
 
     def before(rank):
@@ -207,7 +207,8 @@ def test_unusable_path_is_one_line_for_all():
         coconut.loss_sum = fails
 
     codes, _, err = Run(2, "--out_dir=run", before=before).end()
-    assert (codes, err) == ([2, 2], "error: there/file cannot be used: Permission denied.\n")
+    error = "error: there/file cannot be used: Permission denied.\nChoose another path.\n"
+    assert (codes, err) == ([2, 2], error)
 
 
 def test_signal_to_one_stops_all_at_the_same_step(script):
