@@ -110,8 +110,11 @@ def methods(rows: Rows, path: Path) -> None:
             if not all(own):
                 axes.text(50, y, " not run", va="center", fontsize=8, color=GREY)
                 continue
-            a, b = (100 * statistics.fmean(row["value"] for row in cells) for cells in own)
+            seeds = [[100 * row["value"] for row in cells] for cells in own]
+            a, b = map(statistics.fmean, seeds)
             axes.plot([a, b], [y, y], color="0.8", linewidth=3, zorder=0)
+            for values, color in zip(seeds, (RED, BLUE), strict=True):
+                axes.plot(values, [y] * len(values), "|", color=color, markersize=9)
             labels = (None, None) if y else ("with the data's shortcut", "without a shortcut")
             axes.plot(a, y, "o", mfc="white", color=RED, label=labels[0])
             axes.plot(b, y, "D", color=BLUE, markersize=6, label=labels[1])
@@ -124,6 +127,5 @@ def methods(rows: Rows, path: Path) -> None:
     handles = both[0].get_legend_handles_labels()
     legend = figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.55, 0.95), ncol=3)
     legend.set_in_layout(False)
-    seeds = {row["detail"]["trained"]["seed"] for row in rows}
-    title = f"Small models, at most {len(seeds)} seeds, {rows[0]['device'].upper()}"
+    title = f"Small models, mean (and bars: every seed), {rows[0]['device']}"
     _save(figure, f"{title}\n", path)  # the legend takes the second line
