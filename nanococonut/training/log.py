@@ -158,8 +158,8 @@ def print_data(loader: TrainLoader, data: Data) -> None:
     n_overlap = sum(" ".join(question.split()) in train for question in held_out)
     if n_repeated or n_overlap:
         console.print(
-            f"  [bold]REPEATED QUESTIONS[/]: {n_repeated:,} of {train.total():,} for training, and "
-            f"{n_overlap:,} of {len(held_out):,} for validation are training questions, too"
+            f"  [bold]REPEATED QUESTIONS[/]: {n_repeated:,} of {train.total():,} in training; "
+            f"{n_overlap:,} of {len(held_out):,} for validation are also in training"
         )
 
 

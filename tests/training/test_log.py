@@ -68,8 +68,8 @@ def test_full_disk_before_a_checkpoint_names_no_resume(tmp_path):
 @pytest.mark.parametrize(
     ("train", "valid", "line"),
     [
-        ("abcb", "xy", "1 of 4 for training, and 0 of 2 for validation"),
-        ("abc", "axa", "0 of 3 for training, and 2 of 3 for validation"),
+        ("abcb", "xy", "1 of 4 in training; 0 of 2 for validation"),
+        ("abc", "axa", "0 of 3 in training; 2 of 3 for validation"),
         ("abc", "xyx", None),
         (None, "xyx", None),  # generated: never repeats a validation graph
     ],
