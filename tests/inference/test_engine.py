@@ -298,8 +298,11 @@ def test_a_nan_does_not_outlive_its_request(tokenizer):
     questions = ["Tom is a lempus.", "Tom"]
     expected = engine.generate(questions, 2, 4)
     long = ["Every lempus is a wumpus. Tom is a lempus."] * 2
-    nan = engine.generate(long, 1, 4, edit=lambda i, fed: fed * 1e38)  # finite, until it is squared
-    assert engine.generate(long, 1, 4, edit=lambda i, fed: fed).tokens != nan.tokens
+    weights = model.wpe.weight.clone()
+    with torch.no_grad():  # as a diverged model; an edit can overflow as well
+        model.wpe.weight.fill_(torch.nan)
+        assert engine.generate(long, 2, 4).thoughts.isnan().all()
+        model.wpe.weight.copy_(weights)
     after = engine.generate(questions, 2, 4)
     assert after.tokens == expected.tokens and torch.equal(after.thoughts, expected.thoughts)
 
