@@ -116,6 +116,14 @@ def test_piped_questions_are_answered(sample, piped):
     assert "Tom is a lempus.  (correct)" in out and "Sam is a lorpus.  (correct)" in out
 
 
+def test_a_bad_piped_question_does_not_end_the_rest(sample, piped):
+    """Guards against questions that nobody asks because of one bad line before them."""
+    piped(f"What is 2+2?\n{QUESTION}\n".encode())
+    code, out, err = sample()
+    assert code == 2 and err.startswith("error: not a ProsQA question") and err.count("\n") == 2
+    assert out.count("answer") == 1
+
+
 def test_a_typed_question_leaves_stdin_alone(sample, piped):
     """Guards a shell's `while read` loop, whose next lines are on stdin."""
     piped(b"not for us\n")
