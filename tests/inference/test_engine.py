@@ -315,7 +315,7 @@ def test_inference_mode_is_left(tokenizer):
         branch = engine.branch(["Tom is"], [["Tom"]], 2)
     assert engine.generate(["Tom is"], 2, 4).tokens == first.tokens
     branch.think(2)
-    assert not torch.is_grad_enabled() or not branch.answer().requires_grad
+    assert torch.is_grad_enabled() and not branch.answer().requires_grad
 
 
 def test_forward_hooks_are_called_or_refused(tokenizer):
