@@ -126,7 +126,8 @@ def draw(docs: Path) -> list[Path]:
         figures.methods(accuracy, drawn[-1])
     runs = tables.newest_runs(read_results(RESULTS / "latency.jsonl"))
     runs = [run for run in runs if tables.tasks(run)]  # those that measured answers
-    newest = {run[0]["device"]: run for run in sorted(runs, key=lambda run: run[0]["date"])}
+    runs.sort(key=lambda run: (len(tables.tasks(run)), run[0]["date"]))  # most tasks, then newest
+    newest = {run[0]["device"]: run for run in runs}
     for device, run in newest.items():
         name = "cpu" if device.startswith("CPU") else device.replace(" ", "_")
         drawn.append(docs / f"answers_{name}.png")

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from bench.common import tables
-from bench.common.results import OURS
+from bench.common.results import OURS, fmt
 from bench.common.tables import Rows, select
 from nanococonut.curriculum import METHODS
 
@@ -48,7 +48,7 @@ def answers(run: Rows, path: Path) -> None:
             axes.barh(y, whole - rest, 0.24, color="0.8", label=None if i or j else "question")
             name = None if i else NAMES[kind]
             axes.barh(y, rest, 0.24, left=whole - rest, color=colour, label=name)
-            axes.text(whole + 0.01 * scale * longest, y, f"{whole:,.3g}", va="center", fontsize=8)
+            axes.text(whole + 0.01 * scale * longest, y, fmt(whole), va="center", fontsize=8)
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * scale * longest)
