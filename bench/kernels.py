@@ -2,8 +2,10 @@
 
     python bench/kernels.py                    GPT-2 124M's sizes, batch 1, 8, 64, 256
 
-Each time is the mean of REPEATS calls captured in one CUDA graph. They cycle through copies of the
-arguments that together exceed the L2 cache. Training kernels are timed with their backward pass.
+Each time is the mean of the calls captured in one CUDA graph. They cycle through copies of the
+arguments that together exceed the L2 cache, unless a call touches less than a megabyte (feedback,
+whose input has just been written in practice, too). Training kernels are timed with their backward
+pass.
 The roofline is the time to read and write every operand once, at the bandwidth measured in the same
 run. Tests compare the kernels' outputs (tests/bench/test_kernels.py, tests/kernels/).
 """
@@ -32,9 +34,10 @@ from nanococonut.runtime.errors import run_main
 
 SIZES = GPTConfig(block_size=400)  # GPT-2 124M; a step attends to block_size keys
 POSITIONS = 2048  # supervised positions in a training step
-REPEATS = 20  # calls per CUDA graph, so that launching it hardly counts
+REPEATS = 20  # least calls per CUDA graph, so that launching it hardly counts
 SAMPLES = 20  # timed replays of that graph
-CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
+CACHE_BYTES = 128 << 20  # more than the L2 cache of any GPU
+MAX_COPIES = 128
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,11 @@ def head_case(sizes: GPTConfig, device: str, dtype: torch.dtype) -> KernelCase:
 
 
 def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:
-    """Return the microseconds per call of each replay of a CUDA graph with REPEATS calls."""
+    """Return the microseconds per call of each replay of a CUDA graph of many calls."""
     # a KV cache is much larger than what a call touches of it
     touched = case.n_numbers * case.args[0].element_size()
-    n_copies = min(REPEATS, 1 + CACHE_BYTES // touched)
+    n_copies = min(MAX_COPIES, 1 + CACHE_BYTES // touched)
+    n_calls = max(REPEATS, n_copies)
     copies = [case.copy_args() for _ in range(n_copies)]
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()  # the copies were made on the default stream
@@ -182,7 +186,7 @@ def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for i in range(REPEATS):
+        for i in range(n_calls):
             case.run(fn, copies[i % n_copies])
     times = []
     for _ in range(1 + SAMPLES):  # the first replay also uploads the graph
@@ -191,7 +195,7 @@ def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / REPEATS)
+        times.append(1e3 * start.elapsed_time(end) / n_calls)
     return times[1:]
 
 

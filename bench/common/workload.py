@@ -106,9 +106,10 @@ def out_of_memory(work: Callable[[], object]) -> bool:
     except (MemoryError, torch.OutOfMemoryError):
         pass
     except RuntimeError as e:
-        # the CPU's allocator has no specific error class; ending a graph's capture hides the error
+        # only CUDA's caching allocator has an error class; ending a graph's capture hides the error
         in_capture = isinstance(e.__context__, torch.OutOfMemoryError)
-        if not in_capture and "can't allocate memory" not in str(e):
+        texts = "can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED"
+        if not in_capture and not any(text in str(e) for text in texts):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # here, because the caught error holds on to tensors

@@ -116,7 +116,7 @@ class TrainLoader:
         """Return the examples of an epoch in order, and let the worker prepare the next epoch."""
         self._epochs = {
             n: self._epochs.get(n) or self._worker.submit(self._make_epoch, n)
-            for n in (epoch, epoch + 1)
+            for n in sorted({epoch, min(epoch + 1, self.config.epochs - 1)})
         }
         return self._epochs[epoch].result()
 

@@ -209,10 +209,11 @@ def test_out_of_memory_is_caught():
     def fail(error):
         raise error
 
-    cpu_allocator = RuntimeError("can't allocate memory")
+    texts = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
     in_capture = RuntimeError("operation failed due to a previous error during capture")
     in_capture.__context__ = torch.OutOfMemoryError("x")
-    for error in (torch.OutOfMemoryError("x"), MemoryError(), cpu_allocator, in_capture):
+    errors = torch.OutOfMemoryError("x"), MemoryError(), in_capture, *map(RuntimeError, texts)
+    for error in errors:
         assert workload.out_of_memory(partial(fail, error))
     for text in ("another thing", str(in_capture)):  # a bug in a capture is no lack of memory
         with pytest.raises(RuntimeError, match="other|previous error"):

@@ -1,4 +1,4 @@
-"""An epoch has the requested fractions of each kind of example."""
+"""An epoch has the requested fractions of each kind of example, and is generated once."""
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
@@ -8,17 +8,31 @@ from nanococonut.training.loader import TrainLoader
 from nanococonut.training.setup import init_tokenizer
 
 
-def generated(epoch, **settings):
-    """Return the examples of an epoch, as texts."""
+def make_loader(**settings):
     config = TrainConfig(
         tokenizer="words", render="compact", n_nodes=16, min_hops=2, max_hops=4,
         train_examples=200, regenerate_each_epoch=True, **settings,
     )  # fmt: skip
     curriculum, tokenizer = Curriculum.from_config(config), init_tokenizer(config, None)
-    loader = TrainLoader(config, curriculum, tokenizer, Data(None, {}))
+    return TrainLoader(config, curriculum, tokenizer, Data(None, {}))
+
+
+def generated(epoch, **settings):
+    """Return the examples of an epoch, as texts."""
+    loader = make_loader(**settings)
     loader._fitting = lambda examples: [(x, x) for x in examples]
     loader.close()
     return loader._generate(epoch)
+
+
+def test_the_last_epoch_prepares_no_other():
+    """Guards against generating an epoch that is never used, which delays the end of a run."""
+    loader, made = make_loader(epochs=3), []
+    loader._make_epoch = made.append
+    for epoch in range(3):
+        loader.epoch(epoch)
+    loader.close(wait=True)
+    assert made == [0, 1, 2]
 
 
 def test_long_fraction_adds_the_longest_chains():
