@@ -45,6 +45,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    # name: drop_rule, n_thoughts_rule, thought_type, advance_by, markers, paper
     "coconut": Method("stage", "stage", "hidden", "stages", True, "Coconut"),
     "cot": Method("none", "none", "", "never", False, "CoT"),
     "no_cot": Method("all", "none", "", "never", False, "No-CoT"),
