@@ -69,6 +69,7 @@ class KernelCase:
         """Call fn. Return its output and either its gradients or the args it may have changed."""
         inputs = [a for a in args if a.requires_grad]
         out = fn(*args)
+        out = out[0] if isinstance(out, tuple) else out
         if inputs:
             return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
         return [t for t in (out, *args) if t is not None]
@@ -145,14 +146,10 @@ def cases(sizes: GPTConfig, batch: int, device: str, dtype: torch.dtype) -> Iter
     yield KernelCase("latent_attention", attention, plain_attention, args, n_numbers, shape)
 
     buffers = PrefixBuffers(B, nh, T, hs, torch.device(device))
-
-    def attend_prefix(*args: Tensor) -> Tensor:
-        return prefix_attention(*args, buffers)[0]
-
-    n_numbers = 6 * B * C * T + 5 * B * C
+    attention, n_numbers = partial(prefix_attention, buffers=buffers), 6 * B * C * T + 5 * B * C
     qkv = [randn(B, nh, hs), randn(B, nh, T, hs), randn(B, nh, T, hs)]
     args = [*(t.requires_grad_() for t in qkv), full(T)]
-    yield KernelCase("prefix_attention", attend_prefix, plain_attention, args, n_numbers, shape)
+    yield KernelCase("prefix_attention", attention, plain_attention, args, n_numbers, shape)
 
 
 def head_case(sizes: GPTConfig, device: str, dtype: torch.dtype) -> KernelCase:
@@ -160,15 +157,11 @@ def head_case(sizes: GPTConfig, device: str, dtype: torch.dtype) -> KernelCase:
     from kernels.linear_cross_entropy import linear_cross_entropy
 
     P, C, V = POSITIONS, sizes.n_embd, sizes.vocab_size
-
-    def cross_entropy(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(h, w, targets)[0]
-
     args = [scaled_randn(n, C, device=device, dtype=dtype).requires_grad_() for n in (P, V)]
     args.append(torch.randint(V, (P,), device=device))
     n_numbers, shape = 2 * C * (P + V), dict(positions=P, n_embd=C, vocab_size=V)
     name = "linear_cross_entropy"
-    return KernelCase(name, cross_entropy, plain_cross_entropy, args, n_numbers, shape)
+    return KernelCase(name, linear_cross_entropy, plain_cross_entropy, args, n_numbers, shape)
 
 
 def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:

@@ -205,9 +205,7 @@ def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str,
 
 
 def main() -> None:
-    # parse_cli returns the value of --config apart from the other options
-    overrides, path = parse_cli(StepConfig, sys.argv[1:], __doc__)
-    config = make_config(StepConfig, overrides, {"config": path} if path else {})
+    config = StepConfig.from_cli(__doc__)
     keep_freed_memory()
 
     # ---- warm up

@@ -205,39 +205,32 @@ def launch_config(
     impl: str, batch: int, n_out: int, n_in: int, itemsize: int
 ) -> tuple[tuple[int, int], dict]:
     """Return (grid, block sizes and launch options) of an implementation for (B, K) x (N, K)^T."""
-    blocks = {"gemv": _gemv_blocks, "gemm_tile": _tile_blocks, "gemm": _gemm_blocks}[impl]
-    config = blocks(batch, n_out, n_in, itemsize)
-    grid = (triton.cdiv(n_out, config["BLOCK_N"]), triton.cdiv(batch, config["BLOCK_M"]))
-    return grid, config | dict(IMPL=impl, enable_fp_fusion=True)
-
-
-def _gemv_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
-    block_k = triton.next_power_of_2(n_in)
-    block_m = min(4, triton.next_power_of_2(batch))
-    # as many columns per warp as fit into registers with x: at most 128 weights per thread
-    block_n = 4 if block_m < 4 and itemsize == 2 else 2
-    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=1)
-    # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
-    return blocks | dict(num_warps=min(8, max(1, block_k // 1024)), num_stages=1)
-
-
-def _tile_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
-    # use wider blocks only if there are more of the small ones than multiprocessors
-    is_small = triton.cdiv(batch, 16) * triton.cdiv(n_out, 16) <= MULTIPROCESSORS
-    # three buffers of 32 KiB each, for the 32 or 48 (rounded up to 64) rows of x and W together
-    elements = SHARED_BYTES // 3 // itemsize // (32 if is_small else 64)
-    elements = min(max(16, triton.next_power_of_2(n_in)), elements)
-    blocks = dict(BLOCK_M=16, BLOCK_N=16 if is_small else 32, BLOCK_K=min(elements, 128))
-    return blocks | dict(CHUNKS=elements // blocks["BLOCK_K"], num_warps=4, num_stages=4)
-
-
-def _gemm_blocks(batch: int, n_out: int, n_in: int, itemsize: int) -> dict:
-    # the smallest of these blocks that needs at most MAX_PROGRAMS programs
-    block_m = min(64, max(16, triton.next_power_of_2(batch)))
-    for shape in [(block_m, 16), (block_m, 32), (block_m, 64), (2 * block_m, 64)]:
-        if triton.cdiv(batch, shape[0]) * triton.cdiv(n_out, shape[1]) <= MAX_PROGRAMS:
-            break
-    block_k = min(128 if sum(shape) <= 128 else 64, max(16, triton.next_power_of_2(n_in)))
-    num_stages = min(4, SHARED_BYTES // (sum(shape) * block_k * itemsize))
-    blocks = dict(BLOCK_M=shape[0], BLOCK_N=shape[1], BLOCK_K=block_k, CHUNKS=1)
-    return blocks | dict(num_warps=8 if shape[0] > 64 else 4, num_stages=num_stages)
+    chunks, warps, stages = 1, 4, 4
+    if impl == "gemv":
+        block_k = triton.next_power_of_2(n_in)
+        block_m = min(4, triton.next_power_of_2(batch))
+        # as many columns per warp as fit into registers with x: at most 128 weights per thread
+        block_n = 4 if block_m < 4 and itemsize == 2 else 2
+        # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
+        warps, stages = min(8, max(1, block_k // 1024)), 1
+    elif impl == "gemm_tile":
+        # use wider blocks only if there are more of the small ones than multiprocessors
+        is_small = triton.cdiv(batch, 16) * triton.cdiv(n_out, 16) <= MULTIPROCESSORS
+        # three buffers of 32 KiB each, for the 32 or 48 (rounded up to 64) rows of x and W together
+        elements = SHARED_BYTES // 3 // itemsize // (32 if is_small else 64)
+        elements = min(max(16, triton.next_power_of_2(n_in)), elements)
+        block_m, block_n, block_k = 16, 16 if is_small else 32, min(elements, 128)
+        chunks = elements // block_k
+    else:  # gemm
+        # the smallest of these blocks that needs at most MAX_PROGRAMS programs
+        m = min(64, max(16, triton.next_power_of_2(batch)))
+        for block_m, block_n in (m, 16), (m, 32), (m, 64), (2 * m, 64):
+            if triton.cdiv(batch, block_m) * triton.cdiv(n_out, block_n) <= MAX_PROGRAMS:
+                break
+        rows = block_m + block_n
+        block_k = min(128 if rows <= 128 else 64, max(16, triton.next_power_of_2(n_in)))
+        warps = 8 if block_m > 64 else 4
+        stages = min(4, SHARED_BYTES // (rows * block_k * itemsize))
+    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, CHUNKS=chunks)
+    options = dict(num_warps=warps, num_stages=stages, IMPL=impl, enable_fp_fusion=True)
+    return (triton.cdiv(n_out, block_n), triton.cdiv(batch, block_m)), blocks | options

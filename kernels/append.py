@@ -5,32 +5,14 @@ index lengths[b], after its valid ones. kernels/feedback.py increments the lengt
 layer.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._launch import EPS, await_launches, check_tensors, pdl
+from kernels._launch import EPS, check_tensors, pdl
 from kernels._linear import auto_impl, launch_config, layer_norm, linear
-
-
-@triton.jit
-def _store_qkv(
-    qkv,  # block (BLOCK_M, BLOCK_N)
-    offs_m,  # rows (BLOCK_M, 1)
-    offs_n,  # columns (1, BLOCK_N): C of q, then C of k, then C of v, head by head
-    q_ptr, k_ptr, v_ptr,
-    length,  # (BLOCK_M, 1) int64, so that all offsets into the cache are int64
-    is_stored,  # (BLOCK_M, 1): whether the row's k and v are stored
-    B, stride_kb, stride_kh, stride_kt, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    c = offs_n % C
-    offs_kv = offs_m.to(tl.int64) * stride_kb + length * stride_kt + (c // D) * stride_kh + c % D
-    mask_q = (offs_m < B) & (offs_n < C)
-    tl.store(q_ptr + offs_m * C + c, qkv.to(q_ptr.dtype.element_ty), mask=mask_q)
-    qkv = qkv.to(k_ptr.dtype.element_ty)  # the cache may have another dtype
-    tl.store(k_ptr + offs_kv, qkv, mask=is_stored & (offs_n >= C) & (offs_n < 2 * C))
-    tl.store(v_ptr + offs_kv, qkv, mask=is_stored & (offs_n >= 2 * C) & (offs_n < 3 * C))
 
 
 @triton.jit
@@ -63,31 +45,14 @@ def _append_kernel(
     is_stored = (offs_m < B) & (length < T)  # a full sequence stores nothing
     if active_ptr is not None:
         is_stored = is_stored & tl.load(active_ptr + row).to(tl.int1)
-    _store_qkv(
-        qkv, offs_m, offs_n, q_ptr, k_ptr, v_ptr, length, is_stored,
-        B, stride_kb, stride_kh, stride_kt, C, D,
-    )  # fmt: skip
-
-
-@triton.jit
-def _append_store_kernel(
-    qkv_ptr,  # q, k and v (B, 3C) contiguous, read
-    q_ptr, k_ptr, v_ptr, lengths_ptr, active_ptr,  # as in _append_kernel
-    B, T, stride_kb, stride_kh, stride_kt,
-    C: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.program_id(1) + tl.zeros((1, 1), tl.int32)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    await_launches(PDL)
-    length = tl.load(lengths_ptr + offs_m)
-    is_stored = length < T
-    if active_ptr is not None:
-        is_stored = is_stored & tl.load(active_ptr + offs_m).to(tl.int1)
-    qkv = tl.load(qkv_ptr + offs_m * (3 * C) + offs_n, mask=offs_n < 3 * C, other=0.0)
-    _store_qkv(
-        qkv, offs_m, offs_n, q_ptr, k_ptr, v_ptr, length, is_stored,
-        B, stride_kb, stride_kh, stride_kt, C, D,
-    )  # fmt: skip
+    c = offs_n % C
+    # lengths are int64, so all offsets into the cache are, too
+    offs_kv = offs_m.to(tl.int64) * stride_kb + length * stride_kt + (c // D) * stride_kh + c % D
+    mask_q = (offs_m < B) & (offs_n < C)
+    tl.store(q_ptr + offs_m * C + c, qkv.to(q_ptr.dtype.element_ty), mask=mask_q)
+    qkv = qkv.to(k_ptr.dtype.element_ty)  # the cache may have another dtype
+    tl.store(k_ptr + offs_kv, qkv, mask=is_stored & (offs_n >= C) & (offs_n < 2 * C))
+    tl.store(v_ptr + offs_kv, qkv, mask=is_stored & (offs_n >= 2 * C) & (offs_n < 3 * C))
 
 
 def append(
@@ -101,7 +66,7 @@ def append(
     cache          (2, B, nh, T, hs), KVCache.data of one layer; hs contiguous
     lengths        (B,) int64, read on the device
     active         (B,) bool, read on the device; None: all
-    impl           "auto" or one of _linear.py ("library": GEMM, then a kernel that only stores)
+    impl           "auto" or one of _linear.py ("library": a GEMM and plain torch)
 
     Inactive and full sequences (length T) store nothing, and their q is meaningless.
     """
@@ -112,23 +77,22 @@ def append(
         weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)), lengths=(lengths, (B,)),
         active=(active, (B,)), slot=(cache[0, 0, 0, 0], (hs,)),
     )  # fmt: skip
-    q, itemsize = weight.new_empty(B, nh, hs), weight.element_size()
+    itemsize = weight.element_size()
     impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
     if impl != "gemv":  # gemv applies LayerNorm itself
         x = layer_norm(x, ln_weight, ln_bias)
-    state = (q, *cache, lengths, active)
-    sizes = (B, T, *cache.stride()[1:4], C, hs)
     if impl == "library":
-        block = min(1024, triton.next_power_of_2(3 * C))
-        _append_store_kernel[(triton.cdiv(3 * C, block), B)](
-            F.linear(x, weight, bias), *state, *sizes,
-            BLOCK_N=block, num_warps=2, enable_fp_fusion=True, **pdl(x.device, B),
-        )  # fmt: skip
-        return q
+        q, *new = F.linear(x, weight, bias).view(B, 3, nh, hs).unbind(1)
+        rows, slot = torch.arange(B, device=x.device), lengths.clamp(max=T - 1)
+        is_stored = (lengths < T if active is None else active & (lengths < T))[:, None, None]
+        for store, kv in zip(cache, new, strict=True):  # store (B, nh, T, hs), kv (B, nh, hs)
+            store[rows, :, slot] = torch.where(is_stored, kv.to(store.dtype), store[rows, :, slot])
+        return q.contiguous()
+    q = weight.new_empty(B, nh, hs)
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
     # late, because attention reads no weights: started early, it would only take up room
     _append_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, *state, EPS, *sizes,
-        **config, **pdl(x.device, B, late=True),
+        x, ln_weight, ln_bias, weight, bias, q, *cache, lengths, active,
+        EPS, B, T, *cache.stride()[1:4], C, hs, **config, **pdl(x.device, B, late=True),
     )  # fmt: skip
     return q

@@ -1,7 +1,8 @@
 """Tokenized examples, and batches of three padded blocks (see the diagram in coconut.py)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -116,9 +117,10 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         return [x for x in vars(self).values() if isinstance(x, Tensor)]
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Return the batch with fn applied to every tensor."""
-        return Batch(*map(fn, self.tensors), self.max_thoughts, self.n_labels)
+        tensors = {name: fn(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 def pad_lists(lists: Sequence[list[int]], fill: int = 0, width: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ replace the first s steps. The final stage, after max_latent_stage, drops all st
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -17,31 +17,26 @@ import numpy as np
 class Method:
     """A training method: one entry of METHODS."""
 
-    # which part of the reasoning steps to drop: "none", "stage" (the first s steps at stage s),
-    # "all", or "tokens" (the first s * icot_tokens tokens)
-    drop_rule: str
-    # number of thoughts: "none", "stage" (s * c_thought), or "all" (as many as in the final stage)
-    n_thoughts_rule: str
+    # which part of the reasoning steps to drop: the first s steps at stage s ("stage"), or the
+    # first s * icot_tokens tokens ("tokens")
+    drop_rule: Literal["none", "stage", "all", "tokens"]
+    # number of thoughts: s * c_thought ("stage"), or as many as in the final stage ("all")
+    n_thoughts_rule: Literal["none", "stage", "all"]
     # "hidden" (the last hidden state), "soft" (the mean token embedding), "projected" (a learned
     # map of the hidden state), or "fixed" (a learned embedding): one latent step each;
     # "pause" (a learned token, read with the question): no latent step; "": no thoughts
-    thought_type: str
+    thought_type: Literal["hidden", "soft", "projected", "fixed", "pause", ""]
     # "stages" (numbered stages, then the final one), "epochs" (one stage per epoch), or "never"
     # (the final stage throughout)
-    advance_by: str
+    advance_by: Literal["stages", "epochs", "never"]
     markers: bool  # put <bot> and <eot> around the thoughts, even if there are none
     paper: str = ""  # name of its row in the paper's Table 1; "" if it has none
 
     def __post_init__(self) -> None:
-        allowed = {
-            "drop_rule": ("none", "stage", "all", "tokens"),
-            "n_thoughts_rule": ("none", "stage", "all"),
-            "thought_type": ("hidden", "soft", "projected", "fixed", "pause", ""),
-            "advance_by": ("stages", "epochs", "never"),
-        }
-        for name, values in allowed.items():
-            if (value := getattr(self, name)) not in values:
-                raise ValueError(f"Method: {name}={value!r}, expected one of {values}")
+        for f in fields(self):
+            allowed, value = get_args(f.type), getattr(self, f.name)
+            if allowed and value not in allowed:
+                raise ValueError(f"Method: {f.name}={value!r}, expected one of {allowed}")
 
 
 METHODS: dict[str, Method] = {

@@ -120,7 +120,9 @@ class Worker:
             }
             self.versions: dict[str, str] = self.request(setup | extra)["versions"]
         if clone:
-            self.versions["coconut"] = clone_commit(clone)
+            git = ["git", "-C", clone, "describe", "--always", "--dirty", "--exclude=*"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            self.versions["coconut"] = commit or "unknown"
 
     def request(self, message: Any) -> Any:
         try:
@@ -159,12 +161,6 @@ def check_released(clone: str | None, python: str | None) -> None:
         raise UserError(
             f"--released {clone} has no coconut.py.\nGive a clone of facebookresearch/coconut."
         )
-
-
-def clone_commit(clone: str) -> str:
-    """Return the clone's commit, with "-dirty" if its files were changed."""
-    git = ["git", "-C", clone, "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:

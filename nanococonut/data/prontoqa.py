@@ -270,14 +270,8 @@ def concepts_of(q: Question) -> dict[str, int]:
 
 
 def solve(question: str) -> str | None:
-    """Return the answer found by search, "True" or "False".
-
-    None if the text is not a ProntoQA question, or if no answer or both answers follow.
-    """
-    try:
-        q = parse_question(question)
-    except UserError:
-        return None
+    """Return the answer found by search, "True" or "False"; None if neither or both follow."""
+    q = parse_question(question)
     concepts = concepts_of(q)
     signs = {
         claim.negated

@@ -323,10 +323,7 @@ def parse_sentence(sentence: str) -> tuple[str, str]:
 
 def solve(question: str) -> str | None:
     """Return the answer found by search, or None if not exactly one option follows."""
-    try:
-        edges, entity, options = parse_question(question)
-    except UserError:
-        return None
+    edges, entity, options = parse_question(question)
     parents = parents_of(edges)
     correct = {option for option in options if entity in distances(parents, option)}
     return f"{entity} is a {correct.pop()}." if len(correct) == 1 else None

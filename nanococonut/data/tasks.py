@@ -46,7 +46,7 @@ class Task:
 
     def solve(self, question: str) -> str | None:
         """Return the answer found by search, or None if there is none."""
-        return self.module.solve(question) if self.splits else None
+        return self._try("solve", question)
 
     def twin(self, example: Example) -> Example | None:
         """Return the counterfactual, which differs in one thing and has another answer.
@@ -60,10 +60,10 @@ class Task:
         """Return a question with the same search but another answer; None if there is none."""
         return self._try("reworded", example)
 
-    def _try(self, name: str, example: Example) -> Any:
-        """Call the module's function; None without one, or if the example is not of this task."""
+    def _try(self, name: str, arg: Example | str) -> Any:
+        """Call the module's function; None without one, or if arg is not of this task."""
         try:
-            return getattr(self.module, name)(example) if self.splits else None
+            return getattr(self.module, name)(arg) if self.splits else None
         except UserError:
             return None
 

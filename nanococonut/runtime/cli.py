@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import difflib
 import operator
+import re
 import reprlib
 import sys
 import textwrap
@@ -77,7 +78,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if type(value) not in types and not (float in types and type(value) is int):
         expected = " or ".join(TYPE_NAMES[t] for t in types)
         raise UserError(f"{shown}: expected {expected}.\nSee --help.")
-    if type(value) is str and not _is_text(value):
+    if type(value) is str and re.search("[\0\ud800-\udfff]", value):  # a lone surrogate
         raise UserError(
             f"{shown} contains a zero byte or is not valid UTF-8.\nUse another string or path."
         )
@@ -103,14 +104,6 @@ def _shortened(value: Any) -> str:
         return reprlib.repr(value)
     except ValueError:  # Python does not print integers of more than 4,300 digits
         return "..."
-
-
-def _is_text(value: str) -> bool:
-    """Return whether the string can be encoded as UTF-8 and has no zero byte, as paths require."""
-    try:
-        return b"\0" not in value.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
 
 
 def _types(field: dataclasses.Field) -> tuple[Any, ...]:
@@ -219,7 +212,7 @@ def parse_cli(
             hint = " Options start with --, such as --seed=1."
         raise UserError(f"unknown argument {key!r}.{hint}\nSee --help for all options.")
     texts = vars(namespace)
-    path = texts.pop("config", None)
+    path = texts.pop("config", None) if config_file else None
     return {name: _parse_value(text, _types(fields[name])) for name, text in texts.items()}, path
 
 

@@ -78,18 +78,14 @@ class Distributed:
 
         Raise UserError if the device cannot be used, or if several processes would share it.
         """
-        if self.world == 1 or name == "cpu":
+        if self.world == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
             return select_device(name)
         if name not in ("auto", "cuda"):
             raise UserError(
                 f"--device={name} is one device, but {self.world} processes were started.\n"
                 "Use auto, cuda or cpu: each process takes a GPU of its own."
             )
-        if name == "auto" and not torch.cuda.is_available():
-            return select_device("cpu")
-        device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-        return device
+        return select_device(f"cuda:{os.environ['LOCAL_RANK']}")
 
     def seed(self, seed: int) -> int:
         """Return the dropout seed of this process."""

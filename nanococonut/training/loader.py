@@ -4,7 +4,8 @@ The examples of a step depend only on the seed, the epoch and the step, so a res
 same examples in the same order.
 """
 
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -59,8 +60,11 @@ class TrainLoader:
         self.skipped = None if generates else data.skipped
         self.exclude = frozenset()  # keys of graphs that must not be generated
         if generates:
-            held_out = [example for split in data.val.values() for example in split]
-            self.exclude = self._graph_keys(held_out) | test_hashes(config)
+            graphs = []
+            for example in itertools.chain(*data.val.values()):
+                with suppress(UserError):  # a validation file may have examples of another task
+                    graphs.append(self.task.module.marked_graph(example))
+            self.exclude = frozenset(graph_keys(graphs)) | test_hashes(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
         self._epochs: dict[int, Future[list[TokenizedExample]]] = {}  # the current and the next
         self._prefetched: dict[tuple[int, int], StepBatch] = {}  # one batch, by (step, stage)
@@ -146,13 +150,6 @@ class TrainLoader:
             for i in [*rng.permutation(n_full), n_full]:
                 ordered += bucket[i * size :][:size]
         return ordered
-
-    def _graph_keys(self, examples: list[Example]) -> frozenset[Hashable]:
-        graphs = []
-        for example in examples:
-            with suppress(UserError):  # the validation file may have examples of another task
-                graphs.append(self.task.module.marked_graph(example))
-        return frozenset(graph_keys(graphs))
 
     def _generate(self, epoch: int) -> list[TokenizedExample]:
         """Return the examples of an epoch: plain ones, then those of the other fractions."""

@@ -3,7 +3,6 @@
 Every rank may call these functions; only rank 0 writes and prints.
 """
 
-import importlib.util
 import json
 import time
 from collections import Counter, deque
@@ -28,15 +27,6 @@ from nanococonut.weights.checkpoint import RunDir, list_checkpoints
 PRINT_INTERVAL, FIRST_LINE, LATER_LINES = 100, 5, 30
 COLLAPSED = 0.999  # cosine similarity of the thoughts of different questions
 console = Console(highlight=False, soft_wrap=True)
-
-
-def require_tensorboard() -> None:
-    """Raise UserError if tensorboard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            "--tensorboard needs the package tensorboard, which is not installed.\n"
-            'Run pip install "nanococonut[tensorboard]", or leave the option out.'
-        )
 
 
 class RunLog:

@@ -1,5 +1,6 @@
 """Set up a run: config, tokenizer, model and optimizers."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
-from nanococonut.training.log import console, require_tensorboard
+from nanococonut.training.log import console
 from nanococonut.training.muon import Muon
 from nanococonut.weights import checkpoint, pretrained
 
@@ -58,8 +59,11 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
     if ignored := [f"--{name}" for name in overrides if name in config.unused]:
         how = f"by method {config.method} with this data and init_from"
         console.print(f"[bold red]NOT USED[/] {how}: {', '.join(ignored)}")
-    if config.tensorboard:
-        require_tensorboard()
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "--tensorboard needs the package tensorboard, which is not installed.\n"
+            'Run pip install "nanococonut[tensorboard]", or leave the option out.'
+        )
     return config, Path(path).stem, fallback_info
 
 

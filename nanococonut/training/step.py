@@ -4,8 +4,8 @@ On a GPU this is one CUDA graph per shape; batch.collate pads the batches, so th
 Nothing here syncs with the device; the loop reads the totals once per step.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,25 +16,13 @@ from nanococonut.model import GPT
 from nanococonut.runtime.graphs import GraphCache
 
 
-class MicroBatch(NamedTuple):
-    """The input of a TrainStep.
+@dataclass(frozen=True)
+class MicroBatch(Batch):
+    """The input of a TrainStep: a batch, possibly padded to the shape of a graph."""
 
-    batch        the batch, possibly padded to the shape of a graph
-    count_mask   (B,) bool, sequences that count towards the training accuracy
-    scale        (3,) number of labels in the step, factor of the stop loss and of the thought loss
-    """
-
-    batch: Batch
-    count_mask: Tensor
+    count_mask: Tensor  # (B,) bool, sequences that count towards the training accuracy
+    # (3,), number of labels in the step, factors of the stop loss and of the thought loss
     scale: Tensor
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.batch.tensors, self.count_mask, self.scale]
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """Return the micro-batch with fn applied to every tensor."""
-        return MicroBatch(self.batch.map(fn), fn(self.count_mask), fn(self.scale))
 
 
 class TrainStep:
@@ -99,29 +87,28 @@ class TrainStep:
         fraction = len(sequences) / n_examples
         factors = n_labels, fraction, self.thought_loss / max(1, n_thought_labels)
         scale = torch.tensor(factors, dtype=self.model.wte.weight.dtype)
-        micro_batch = MicroBatch(batch, count_mask, scale)
+        micro_batch = MicroBatch(**vars(batch), count_mask=count_mask, scale=scale)
         # copies from pinned memory do not block the host
         return micro_batch.map(Tensor.pin_memory) if self.device.type == "cuda" else micro_batch
 
-    def __call__(self, micro_batch: MicroBatch) -> None:
+    def __call__(self, batch: MicroBatch) -> None:
         """Run forward and backward, eagerly or by replaying a graph."""
-        batch = micro_batch.batch
         shapes = *batch.prefix.shape, batch.suffix.shape[1], *batch.thought_targets.shape[1:]
         key = (*shapes, batch.n_labels)
         if key in self._inputs:
             inputs = self._inputs[key]  # the tensors that the graph reads
-            for static, new in zip(inputs.tensors, micro_batch.tensors, strict=True):
+            for static, new in zip(inputs.tensors, batch.tensors, strict=True):
                 static.copy_(new, non_blocking=True)
         else:
             # only CUDA keeps the source alive until the copy is done; MPS might read freed memory
             is_cuda = self.device.type == "cuda"
-            inputs = micro_batch.map(lambda t: t.to(self.device, non_blocking=is_cuda))
+            inputs = batch.map(lambda t: t.to(self.device, non_blocking=is_cuda))
             if self.graphs.max_graphs:
                 self._inputs[key] = inputs
-        self.graphs.run(key, lambda: self._forward_backward(*inputs))
+        self.graphs.run(key, lambda: self._forward_backward(inputs))
 
-    def _forward_backward(self, batch: Batch, count_mask: Tensor, scale: Tensor) -> None:
-        n_labels, fraction, thought_scale = scale
+    def _forward_backward(self, batch: MicroBatch) -> None:
+        n_labels, fraction, thought_scale = batch.scale
         # autocast inside the graph, so that it caches no cast weights of an earlier step
         with self.autocast():
             trace = coconut.think(self.model, batch, kernels=self.kernels)  # prefix and thoughts
@@ -133,4 +120,5 @@ class TrainStep:
                 thought_loss = coconut.thought_loss(self.model, batch, trace)
                 objective = objective + thought_loss * thought_scale
         objective.backward()
-        self.totals += torch.stack([loss.detach(), (correct & count_mask).sum(), count_mask.sum()])
+        n_correct = (correct & batch.count_mask).sum()
+        self.totals += torch.stack([loss.detach(), n_correct, batch.count_mask.sum()])

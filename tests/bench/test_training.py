@@ -89,8 +89,7 @@ def test_loss_is_that_of_all_micro_batches(latent, micro):
     before = copy.deepcopy(backend.model)
     expected = n_labels = 0
     step_batch = backend.loader.get(0, backend.stage, backend.train_step.prepare)
-    for micro_batch in step_batch.micro_batches:
-        batch = micro_batch.batch
+    for batch in step_batch.micro_batches:
         logits = forward(before, batch)
         expected += coconut.loss_sum(logits, batch.targets)
         n_labels += batch.n_labels
@@ -127,7 +126,7 @@ def test_released_code_gets_the_same_sequences(latent):
     for i, batch in enumerate(backend.released_batches(2)):
         theirs = {name: torch.tensor(values) for name, values in batch.items()}
         step_batch = backend.loader.get(i, backend.stage, backend.train_step.prepare)
-        ours = step_batch.micro_batches[0].batch
+        ours = step_batch.micro_batches[0]
         real = theirs["attention_mask"] == 1
         assert (theirs["labels"][~real] == -100).all()
         assert theirs["input_ids"].shape[1] == (

@@ -15,6 +15,7 @@ from nanococonut.data.files import parse_raw_prontoqa, read_examples
 from nanococonut.data.isomorphism import graph_keys
 from nanococonut.data.prontoqa import Claim, OntologyConfig
 from nanococonut.data.shortcuts import prontoqa_shortcuts
+from nanococonut.data.tasks import TASKS
 from nanococonut.runtime.errors import UserError
 from nanococonut.tokenizer import Tokenizer
 
@@ -364,7 +365,7 @@ def test_solve():
     assert prontoqa.solve(QUESTION.replace("an impus", "a vumpus")) is None  # nothing follows
     assert prontoqa.solve(f"Max is a jompus. {QUESTION}") is None  # both follow
     assert prontoqa.solve(f"Every wumpus is an impus. {QUESTION}") == "False"  # a cycle
-    assert prontoqa.solve("Who is Max?") is None
+    assert TASKS["prontoqa"].solve("Who is Max?") is None
 
 
 @pytest.mark.parametrize(

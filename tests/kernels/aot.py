@@ -191,8 +191,6 @@ def _append_cases() -> Iterable[Case]:
     for impl, B in [("gemv", 1), ("gemv", 4), ("gemm", 8), ("gemm", 256)]:
         more = dict(eps="fp32", x_ptr="*bf16" if impl == "gemm" else "*fp32")
         yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | more)
-    values |= dict(BLOCK_N=1024)
-    yield _case(append._append_store_kernel, "store", values, num_warps=2, wide_loads=True)
 
 
 def _feedback_cases() -> Iterable[Case]:
