@@ -3,7 +3,7 @@
 python sample.py --latent 6                    a question of its task, answered after six thoughts
 python sample.py --latent 0 --question "..."   your own question, without thoughts
 python sample.py --out_dir out/prosqa_small    a run of your own
-python sample.py --nodes                       ProsQA: the concepts that each thought encodes
+python sample.py --nodes                       ProsQA: the concept named after each thought
 python sample.py < questions.txt               one question per line, from a file or a pipe
 python sample.py --view view.html              ProsQA: an interactive page about the thoughts
 """
@@ -49,7 +49,7 @@ class SampleConfig(Options):
     out_dir: str | None = option(None, "run or checkpoint (None: newest in out/, or bundled)")
     max_new_tokens: int | None = option(None, "maximum answer length (None: as in training)", ge=1)
     temperature: float = option(0.0, "sampling temperature (below 1e-6: greedy)", ge=0)
-    nodes: bool = option(False, "ProsQA: also show the concepts that each thought encodes")
+    nodes: bool = option(False, "ProsQA: also show the concept named after each thought")
     view: str | None = option(None, "ProsQA: write an interactive page about the thoughts")
     seed: int | None = option(None, "of questions and samples (None: random)", ge=0, le=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")

@@ -1,6 +1,6 @@
 """Draw the figures and write the Markdown tables from committed result rows.
 
-python bench/plot.py                     draw docs/*.png from bench/results/*.jsonl
+python bench/plot.py                     draw docs/methods.png and docs/answers_*.png
 python bench/plot.py --readme            rewrite the marked tables in README.md, docs/RESULTS.md
 python bench/plot.py --readme --check    only check that they match the rows
 python bench/plot.py --curve out/RUN --out curve.png     draw a run's learning curve

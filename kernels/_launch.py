@@ -8,8 +8,8 @@ With PDL, a kernel starts while the previous one is still running. A step is a c
 launches of a few microseconds each, so the gaps between them matter. On Hopper and newer, a kernel
 is launched early, loads its weights, and only then waits for the previous kernels. Every kernel of
 a step therefore calls `await_launches` once. Before the call it may read only parameters, which no
-kernel of a step writes, or prefetch by what it reads; after it, anything. Since every kernel waits,
-all earlier launches have then finished, not only the last one.
+kernel of a step writes; other data may be stale, and serve only as the address of a prefetch. Since
+every kernel waits, all earlier launches have then finished, not only the last one.
 """
 
 from functools import cache

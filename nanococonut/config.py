@@ -15,7 +15,7 @@ from nanococonut.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig(Options):
-    """All options of train.py. The defaults are the paper's ProsQA recipe."""
+    """All options of train.py. The defaults: the paper's ProsQA recipe from random weights."""
 
     # data
     task: str = option("prosqa", "dataset", "data", choices=("prosqa", "prontoqa", "gsm8k"))
@@ -38,7 +38,7 @@ class TrainConfig(Options):
     long_fraction: float = option(
         0.0, "ProsQA: fraction of max_hops - 1 or max_hops steps, no shortcut", "data", ge=0, le=1
     )
-    grow_epochs: int = option(0, "first epochs, with half the nodes and steps", "data", ge=0)
+    grow_epochs: int = option(0, "first epochs: half the nodes and steps", "data", ge=0)
     render: str = option(
         "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
@@ -76,11 +76,11 @@ class TrainConfig(Options):
     soft_temperature: float = option(1.0, "soft_thought: temperature", "curriculum", gt=0)
     soft_top_k: int = option(0, "soft_thought: tokens to average (0: all)", "curriculum", ge=0)
     thought_labels: str = option(
-        "none", "labels of thought k: node of step k, or all nodes k steps away", "curriculum",
-        choices=("none", "path", "frontier"),
+        "none", "labels of thought k (path: node of step k; frontier: nodes k steps away)",
+        "curriculum", choices=("none", "path", "frontier"),
     )  # fmt: skip
     stop: str = option(
-        "constant", "what ends the thoughts at inference", "curriculum",
+        "constant", "what ends the thoughts at inference (constant: a fixed number)", "curriculum",
         choices=("constant", "classifier"),
     )  # fmt: skip
     # optimizer
@@ -92,7 +92,9 @@ class TrainConfig(Options):
     muon_learning_rate: float = option(0.0, "Muon's learning rate (0: no Muon)", "optimizer", ge=0)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
-    decay_fraction: float = option(0.0, "last fraction: linear decay", "optimizer", ge=0, le=1)
+    decay_fraction: float = option(
+        0.0, "fraction of steps at the end: decay to 0", "optimizer", ge=0, le=1
+    )
     reset_optimizer: str = option(
         "stage", "when to reset the optimizer", "optimizer", choices=("stage", "epoch", "never")
     )

@@ -102,7 +102,7 @@ def main_results(rows: Rows) -> str:
 
 def insight(rows: Rows) -> str:
     """Return what bench/insight.py found for each method: means over runs, in %."""
-    header = "method|accuracy|twins both right|averaged thoughts|swapped|verdict (runs)"
+    header = "method|accuracy|both twins correct|averaged thoughts|swapped|verdict (runs)"
     lines = [header.split("|")]
     for method in METHODS:
         own = select(rows, method=method)
@@ -113,7 +113,10 @@ def insight(rows: Rows) -> str:
             findings = [f for row in own for f in row["detail"]["findings"] if f["id"] == name]
             fractions.append([f["figures"][index]["value"] for f in findings])
         means = [f"{100 * statistics.mean(x):.1f}" if x else "-" for x in fractions]
-        verdicts = Counter(row["detail"]["verdict"] for row in own)
+        texts = [row["detail"]["verdict"] for row in own]  # verdicts of tests, with commas
+        verdicts = Counter(
+            t.replace("the search, not the answer", "hold the search") for t in texts
+        )
         lines.append((method, *means, "; ".join(f"{text} ({n})" for text, n in verdicts.items())))
     return _table(*lines)
 
@@ -199,7 +202,7 @@ def _steps(run: Rows) -> str:
 def _others(run: Rows) -> str:
     """Return times relative to ours, measured with thoughts on the first task's answers."""
     metrics = {"latent_step": "thought", "token_step": "token", "answer": "ProsQA answer"}
-    lines = [("time relative to ours (transformers version)", *metrics.values())]
+    lines = [("time relative to ours, context 363 (transformers version)", *metrics.values())]
     for row in select(run, metric="answer", relative_to=OURS):
         where = {"relative_to": OURS, "context": row["shape"]["context"]}
         slower = [value(run, metric, row["provider"], **where) for metric in metrics]

@@ -1,6 +1,7 @@
 """The tasks: how their examples are generated or read, and rendered for the model.
 
-A new task is a new entry in TASKS. Your own file needs none: --data=FILE trains on any examples.
+A new task is an entry in TASKS and a choice of `task` in config.py. Your own file needs none:
+--data=FILE trains on any examples.
 """
 
 from collections.abc import Callable, Hashable, Sequence

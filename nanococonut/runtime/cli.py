@@ -191,7 +191,7 @@ def parse_cli(
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
     )
     if config_file:
-        parser.add_argument("config", nargs="?", help="a file of literal assignments")
+        parser.add_argument("config", nargs="?", help="config file, such as config/prosqa.py")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     names = dict.fromkeys(f.metadata["group"] for f in fields.values())  # unique, in order
     groups = {name: parser.add_argument_group(name) for name in names}

@@ -165,9 +165,9 @@ class TrainLoader:
         ]
         parts: list[tuple[int, GeneratorConfig]] = []
         for fraction, configs in kinds:
-            for i, generator_config in enumerate(configs):  # equal shares
-                share, rest = divmod(round(fraction * c.train_examples), len(configs))
-                parts.append((share + (i < rest), generator_config))
+            for i, generator_config in enumerate(configs):  # as equally as possible
+                n_each, n_extra = divmod(round(fraction * c.train_examples), len(configs))
+                parts.append((n_each + (i < n_extra), generator_config))
         parts.insert(0, (c.train_examples - sum(n for n, _ in parts), plain(c)))
         examples: list[Example] = []
         for i, (n, generator_config) in enumerate(parts):

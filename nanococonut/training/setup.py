@@ -62,7 +62,7 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             "--tensorboard needs the package tensorboard, which is not installed.\n"
-            'Run pip install "nanococonut[tensorboard]", or leave the option out.'
+            "Run pip install tensorboard, or leave the option out."
         )
     return config, Path(path).stem, fallback_info
 
