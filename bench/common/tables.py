@@ -202,7 +202,7 @@ def _steps(run: Rows) -> str:
 def _others(run: Rows) -> str:
     """Return times relative to ours, measured with thoughts on the first task's answers."""
     metrics = {"latent_step": "thought", "token_step": "token", "answer": "ProsQA answer"}
-    lines = [("time relative to ours, context 363 (transformers version)", *metrics.values())]
+    lines = [("time relative to ours (transformers version)", *metrics.values())]
     for row in select(run, metric="answer", relative_to=OURS):
         where = {"relative_to": OURS, "context": row["shape"]["context"]}
         slower = [value(run, metric, row["provider"], **where) for metric in metrics]
