@@ -113,10 +113,8 @@ def insight(rows: Rows) -> str:
             findings = [f for row in own for f in row["detail"]["findings"] if f["id"] == name]
             fractions.append([f["figures"][index]["value"] for f in findings])
         means = [f"{100 * statistics.mean(x):.1f}" if x else "-" for x in fractions]
-        texts = [row["detail"]["verdict"] for row in own]  # verdicts of tests, with commas
-        verdicts = Counter(
-            t.replace("the search, not the answer", "hold the search") for t in texts
-        )
+        long, short = "the search, not the answer", "hold the search"  # commas separate verdicts
+        verdicts = Counter(row["detail"]["verdict"].replace(long, short) for row in own)
         lines.append((method, *means, "; ".join(f"{text} ({n})" for text, n in verdicts.items())))
     return _table(*lines)
 
