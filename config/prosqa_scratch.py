@@ -27,7 +27,7 @@ thought_labels = "frontier"  # unlike the path, known after the previous thought
 max_latent_stage = 0  # these labels need no numbered stages: the final stage follows stage 0
 final_thoughts = 8  # more than max_hops, so that longer chains can be searched, too
 first_stage_epochs = 1
-epochs = 18
+epochs = 24
 uniform_prob = 0.1  # this fraction of the examples samples an earlier stage
 advance_at = 0.93  # leave a stage early once its examples are correct
 
