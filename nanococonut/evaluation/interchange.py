@@ -34,6 +34,8 @@ def kind_of(engine: Engine) -> str:
     """Return what lies between question and answer: thought, pause, chain or none."""
     rules = engine.curriculum.rules
     if rules.n_thoughts_rule != "none":
+        if not engine.manifest["n_thoughts"]:  # a run that is still in stage 0
+            return "none"
         return "pause" if rules.thought_type in ("pause", "fixed") else "thought"
     return "chain" if rules.drop_rule == "none" else "none"
 
@@ -92,17 +94,20 @@ class QuestionBatch:
             b.think(self.n, lambda i, _: (content if i in only else self.content).inputs[i])
         return b.answer()
 
-    def intervene(self, twin: "QuestionBatch", mean: Content, c_thought: int) -> Outcomes:
-        """Return the answers under each intervention, see interchange."""
+    def intervene(self, twin: "QuestionBatch", mean: Content, n_per_step: int) -> Outcomes:
+        """Return the answers under each intervention, see interchange.
+
+        n_per_step: thoughts per step; the last step has fewer if it does not divide their number.
+        """
         B = len(self.branch)
         outcomes = {"by_inputs": torch.full((B, 1), float(not self.use_kv))}
         contents = {"mean": take(mean, [0] * B), "twin": twin.content}
         if B > 1:
             contents["unrelated"] = take(self.content, [*range(1, B), 0])
         if isinstance(twin.content, Slots):
-            for i in range(0, self.n, c_thought):
-                step = range(i, i + c_thought)
-                outcomes[f"slot{i // c_thought + 1}"] = self.answer(twin.content, step)
+            steps = [range(self.n)[i:][:n_per_step] for i in range(0, self.n, n_per_step)]
+            for i, step in enumerate(steps, 1):
+                outcomes[f"slot{i}"] = self.answer(twin.content, step)
         else:
             contents["half"] = [tokens[: len(tokens) // 2] for tokens in twin.content]
         return outcomes | {name: self.answer(content) for name, content in contents.items()}
@@ -156,7 +161,7 @@ def interchange(
         if kind != "none":
             # keys depend on positions: with another length, replace inputs (pauses have the same)
             own.use_kv = kind == "pause" or torch.equal(own.branch.start, twin.branch.start)
-            outcomes |= own.intervene(twin, mean, engine.curriculum.c_thought)
+            outcomes |= own.intervene(twin, mean, max(1, engine.curriculum.c_thought))
         for name, others in (donors or {}).items():
             if known := [j for j, i in enumerate(index) if others[i] is not None]:
                 answers = own.answer(batch(index, others).content)

@@ -218,7 +218,7 @@ def words_by_step(
     own    of step i
     other  of step i of another question
     """
-    task, c, result = TASKS[engine.config.task], engine.curriculum.c_thought, {}
+    task, c, result = TASKS[engine.config.task], max(1, engine.curriculum.c_thought), {}
     rendered = task.render(pairs.examples, engine.config.render)
     words = [[set(engine.tokenizer.encode(step)) for step in x["steps"]] for x in rendered]
     for i in range(n // c):

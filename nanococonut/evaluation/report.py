@@ -140,6 +140,8 @@ def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
         yield "Without twins, only an answer that changes to the donor's counts as moved."
     if f.outcomes["by_inputs"].nanmean() > 0:
         yield "Some twins have another length: their inputs were exchanged, not keys and values."
+    n = engine.manifest["n_thoughts"]
     if engine.model.config.stop:
-        n = engine.manifest["n_thoughts"]
         yield f"The stop classifier was not used: every question has {n} thoughts."
+    if not engine.curriculum.pad_latent_to_max:
+        yield f"Every question has {n} thoughts, also those that had fewer in training."

@@ -422,6 +422,7 @@ def test_thoughts_name_the_words_of_their_step(bundled):
 def test_a_model_that_ignores_what_is_asked(monkeypatch):
     """A model that uses a shortcut is often correct, but its pauses carry nothing to test."""
     engine = random_insight_engine("pause")
+    engine.curriculum = Curriculum("pause", pad_latent_to_max=False)
     _, pairs = generated_pairs(engine.config, 50, 3)
     N = len(pairs.examples)
     first = torch.tensor([[-0.1, -3.0]] * N)  # the same option for both twins
@@ -433,16 +434,29 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
     row, _ = measure(engine, "pauses", None, pairs)
     assert row["verdict"] == "ignores what is asked" and row["noun"] == "pauses"
     assert "No other test applies" in row["refused"][0]
+    assert any("fewer in training" in text for text in row["warnings"])
     assert [f["id"] for f in row["findings"]] == ["pairs", "needed"]
 
 
-def test_slots_are_grouped_by_step():
-    """With two thoughts per step, replacing one of them would look like redundancy."""
-    engine = random_insight_engine("coconut", n_thoughts=4)
-    engine.curriculum = Curriculum("coconut", c_thought=2)
+@pytest.mark.parametrize("n, c_thought, n_steps", [(4, 2, 2), (5, 2, 3), (2, 0, 2)])
+def test_slots_are_grouped_by_step(n, c_thought, n_steps):
+    """With two thoughts per step, replacing one would look like redundancy; five would crash."""
+    engine = random_insight_engine("coconut", n_thoughts=n)
+    engine.curriculum = Curriculum("coconut", c_thought=c_thought)
     _, pairs = generated_pairs(engine.config, 50, 3)
     pairs = pairs.take(range(8))
-    cells = pairs.figures(engine).outcomes
-    assert {name for name in cells if name.startswith("slot")} == {"slot1", "slot2"}
-    assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(7)}
-    assert torch.equal(cells["own"], cells["k4"]) and cells["thoughts"].shape[:2] == (8, 6)
+    figures = pairs.figures(engine)
+    cells = figures.outcomes
+    slots = {f"slot{i}" for i in range(1, n_steps + 1)}
+    assert {name for name in cells if name.startswith("slot")} == slots
+    assert {name for name in cells if name.startswith("k")} == {f"k{k}" for k in range(n + 3)}
+    assert torch.equal(cells["own"], cells[f"k{n}"]) and cells["thoughts"].shape[:2] == (8, n + 2)
+    assert words_by_step(engine, figures, pairs, n) == {}  # too few questions, but no error
+
+
+def test_a_run_in_stage_0_has_no_thoughts_to_test():
+    """A run that stopped before its first thought crashed the report."""
+    engine = random_insight_engine("coconut", n_thoughts=0)
+    plain, pairs = generated_pairs(engine.config, 50, 3)
+    row, _ = measure(engine, "early", plain.take(range(100)), pairs)
+    assert row["verdict"] == "does not solve these questions"
