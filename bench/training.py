@@ -34,7 +34,7 @@ from nanococonut import ops
 from nanococonut.batch import IGNORE, build_sequence, pad_lists
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
-from nanococonut.data.tasks import Data
+from nanococonut.data.tasks import TASKS, Data
 from nanococonut.runtime.cli import Options, make_config, option, parse_cli, read_config_file
 from nanococonut.runtime.device import keep_freed_memory, select_device, select_precision
 from nanococonut.runtime.errors import UserError, run_main
@@ -79,6 +79,11 @@ def recipe_of(config: StepConfig) -> TrainConfig:
     """Return the training config with the sizes to measure."""
     flags = [f"--{setting}" for setting in (config.set or "").split(",") if setting]
     settings = read_config_file(config.config, TrainConfig) | parse_cli(TrainConfig, flags, "")[0]
+    if not TASKS[task := settings.get("task", TrainConfig.task)].splits:
+        raise UserError(
+            f"{config.config}: {task} is read from files, but generated examples are timed."
+            "\nGive a config of ProsQA or ProntoQA."
+        )
     micro_batch_size = settings.get("micro_batch_size", TrainConfig.micro_batch_size)
     settings |= {
         "method": "coconut",

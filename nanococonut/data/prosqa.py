@@ -264,17 +264,16 @@ def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]
 def marked_graph(example: Example) -> isomorphism.Graph:
     """Return the graph with entity, target and distractor marked, for isomorphism.graph_keys.
 
-    Words, node numbers and the order of sentences and options make no difference. UserError if the
-    example does not store its graph.
+    Words, node numbers and the order of sentences and options make no difference. An example that
+    does not store its graph is parsed; UserError if it is not ProsQA.
     """
     try:
         edges = [(int(parent), int(child)) for parent, child in example["edges"]]  # type: ignore
         query = [int(example[key]) for key in ("root", "target", "neg_target")]  # type: ignore
     except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"an example does not store its graph: {example['question'][:40]!r}...\n"
-            "Give examples with edges (pairs of node numbers), root, target and neg_target."
-        ) from None
+        edges, entity, options = parse_question(example["question"])
+        target = parse_sentence(example["answer"])[1]
+        query = [entity, target, options[options[0] == target]]
     marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
     return isomorphism.marked_graph(edges, marks)
 

@@ -23,7 +23,8 @@ from nanococonut.runtime.errors import UserError, run_main, user_message
 # between the seeds of two ranks; odd, so that the 32 bits that torch's CPU generator reads differ
 SEED_STRIDE = 0x9E3779B1
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TASK_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun, mpiexec
+# of srun, mpirun, mpiexec (sbatch sets SLURM_NTASKS, also for a script that starts one process)
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def _launched() -> bool:

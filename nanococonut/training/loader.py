@@ -109,7 +109,9 @@ class TrainLoader:
         # only examples of the current stage count towards its accuracy
         counted = [own_stage == stage for own_stage, _ in pairs]
         sequences, counted = self.dist.shard(sequences), self.dist.shard(counted)
-        size, n_thoughts = config.micro_batch_size, curriculum.n_thoughts(stage)
+        # pauses are no latent steps
+        is_pause = curriculum.rules.thought_type == "pause"
+        size, n_thoughts = config.micro_batch_size, 0 if is_pause else curriculum.n_thoughts(stage)
         micro_batches = [
             prepare(sequences[i : i + size], counted[i : i + size], counts, n_thoughts)
             for i in range(0, len(sequences), size)
@@ -171,7 +173,7 @@ class TrainLoader:
         parts.insert(0, (c.train_examples - sum(n for n, _ in parts), plain(c)))
         examples: list[Example] = []
         for i, (n, generator_config) in enumerate(parts):
-            if n:
+            if n > 0:  # rounding can leave -1 plain examples
                 seed = (c.seed, TRAIN, epoch, i)  # one random stream per part
                 examples += task.module.generate(n, seed, generator_config, self.exclude)
         return [tokenized for _, tokenized in self._fitting(examples)]

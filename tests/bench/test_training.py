@@ -153,6 +153,7 @@ def test_released_code_gets_the_same_sequences(latent):
     [
         (["--repeats=0"], "repeats=0"),
         (["--config=nowhere.py"], "nowhere.py does not exist"),
+        ([f"--config={ROOT / 'config' / 'gsm8k.py'}"], "gsm8k is read from files"),
         (["--set=n_head=3"], "is not a multiple"),
         (["--set=n_heads=3"], "Did you mean --n_head?"),
         (["--latent=500"], "fewer thoughts"),

@@ -253,10 +253,10 @@ def test_shards_cover_everything_once():
         ("WORLD_SIZE=2 RANK=0", "WORLD_SIZE=2, RANK=0"),
         ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=localhost", "WORLD_SIZE=2"),
         ("WORLD_SIZE=two RANK=0 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=1", "WORLD_SIZE=two"),
-        ("SLURM_NTASKS=2 SLURM_PROCID=0", "unset SLURM_NTASKS"),
+        ("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=0", "unset SLURM_STEP_NUM_TASKS"),
         ("OMPI_COMM_WORLD_SIZE=4", "OMPI_COMM_WORLD_SIZE=4"),
-        ("SLURM_NTASKS=1", ""),
-        ("SLURM_NTASKS=4 WORLD_SIZE=1 RANK=0", ""),
+        ("SLURM_NTASKS=4 SLURM_STEP_NUM_TASKS=1", ""),  # sbatch without srun
+        ("SLURM_STEP_NUM_TASKS=4 WORLD_SIZE=1 RANK=0", ""),
         ("WORLD_SIZE= MASTER_ADDR=a", ""),
     ],
 )

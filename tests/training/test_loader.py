@@ -1,5 +1,7 @@
 """An epoch has the requested fractions of each kind of example, and is generated once."""
 
+import pytest
+
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data.shortcuts import prosqa_shortcuts
@@ -52,3 +54,18 @@ def test_graphs_grow_after_the_first_epochs():
     assert {len(x["steps"]) for x in small} == {1, 2}
     assert max(len(x["idx_to_symbol"]) for x in small) <= 8
     assert large == generated(2)
+
+
+def test_fractions_that_round_up_leave_no_plain_examples():
+    """The plain part became -1, which generated hundreds of examples."""
+    fractions = dict(matched_fraction=0.2475, short_fraction=0.2475, long_fraction=0.505)
+    assert len(generated(0, **fractions)) == 201  # 50 + 50 + 101
+
+
+@pytest.mark.parametrize("method, n", [("pause_as_thought", 0), ("coconut", 2)])
+def test_pauses_are_no_latent_steps(method, n):
+    """With CUDA graphs, the batches of pauses were padded with thoughts that do nothing."""
+    loader, seen = make_loader(method=method), []
+    loader.get(0, 2, lambda sequences, counted, counts, n_thoughts: seen.append(n_thoughts))
+    loader.close()
+    assert set(seen) == {n}
