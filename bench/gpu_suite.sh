@@ -84,7 +84,7 @@ if has training; then
 fi
 if has train; then # a run that is stopped saves a checkpoint
   run 140 train "$PYTHON" train.py config/prosqa_scratch.py --epochs=18 --device=cuda \
-    --out_dir="$dir/run" # the config's 24 epochs do not fit into the time
+    --out_dir="$dir/run" # the config's 24 epochs may not fit into the time
   ls "$dir"/run/step_* > /dev/null && run 20 accuracy "$PYTHON" bench/accuracy.py \
     --checkpoint="$dir/run" --out="$dir/accuracy.jsonl"
 fi

@@ -70,10 +70,9 @@ def build_prompt(
     """Return (prefix, number of latent steps, tokens forced after them) for one question."""
     if not curriculum.rules.markers:
         return question, n_thoughts, []
-    # pauses are ordinary tokens: part of the prefix, no latent steps
-    n_pauses = n_thoughts if curriculum.rules.thought_type == "pause" else 0
-    prefix = [*question, tokenizer.bot, *[tokenizer.latent] * n_pauses]
-    return prefix, n_thoughts - n_pauses, [tokenizer.eot]
+    n = curriculum.n_latent_steps(n_thoughts)
+    pauses = [tokenizer.latent] * (n_thoughts - n)
+    return [*question, tokenizer.bot, *pauses], n, [tokenizer.eot]
 
 
 def build_sequence(

@@ -87,6 +87,10 @@ class Curriculum:
             return self.final_thoughts
         return (self.max_latent_stage if is_final else stage) * self.c_thought
 
+    def n_latent_steps(self, n_thoughts: int) -> int:
+        """Return the latent steps of n thoughts: none for pauses, tokens of the prefix."""
+        return 0 if self.rules.thought_type == "pause" else n_thoughts
+
     def plan(self, stage: int, n_steps: int) -> tuple[int, int]:
         """Return (dropped steps, thoughts) in training for an example with n_steps steps."""
         is_final = stage > self.max_latent_stage

@@ -109,9 +109,8 @@ class TrainLoader:
         # only examples of the current stage count towards its accuracy
         counted = [own_stage == stage for own_stage, _ in pairs]
         sequences, counted = self.dist.shard(sequences), self.dist.shard(counted)
-        # pauses are no latent steps
-        is_pause = curriculum.rules.thought_type == "pause"
-        size, n_thoughts = config.micro_batch_size, 0 if is_pause else curriculum.n_thoughts(stage)
+        size = config.micro_batch_size
+        n_thoughts = curriculum.n_latent_steps(curriculum.n_thoughts(stage))
         micro_batches = [
             prepare(sequences[i : i + size], counted[i : i + size], counts, n_thoughts)
             for i in range(0, len(sequences), size)
