@@ -52,6 +52,9 @@ class TrainConfig(Options):
     block_size: int = option(1024, "maximum sequence length", "model", ge=8)
     dropout: float = option(0.1, "dropout", "model", ge=0, lt=1)
     smear: bool = option(False, "add W x_(t-1) to each input embedding x_t", "model")
+    train_positions: bool = option(
+        True, "train the position embeddings (from scratch with smear: they start at 0)", "model"
+    )
     # curriculum
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
     c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0, le=100)

@@ -154,15 +154,16 @@ def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimiz
     """Return [AdamW], or [AdamW, Muon] if muon_learning_rate > 0.
 
     Muon trains the matrices of the layers, the smear and the projection of thoughts; AdamW trains
-    the other parameters.
+    the other parameters, without the position embeddings if train_positions is False.
     """
+    model.wpe.weight.requires_grad_(config.train_positions)
     matrices = []
     if config.muon_learning_rate:
         modules = [m for m in (model.h, model.smear, model.project) if m is not None]
         matrices = [p for m in modules for p in m.parameters() if p.dim() == 2]
     muon_ids = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
-        [p for p in model.parameters() if id(p) not in muon_ids],
+        [p for p in model.parameters() if p.requires_grad and id(p) not in muon_ids],
         fused=model.wte.weight.is_cuda or None,  # None: torch's default
         lr=config.learning_rate,
         betas=(BETA1, config.beta2),

@@ -148,11 +148,13 @@ def test_kill_before_the_first_step_keeps_the_log(train, tiny):
         assert logged("run")[: len(before)] == before
 
 
-@pytest.mark.parametrize("reset", ["stage", "epoch", "never"])
-def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
+@pytest.mark.parametrize(
+    "setting",
+    [*map("--reset_optimizer={}".format, ("stage", "epoch", "never")), "--train_positions=False"],
+)
+def test_stopped_and_resumed_equals_uninterrupted(train, tiny, setting):
     """Guards against other batches, dropout masks or moments after resuming: at the end of a
     stage, within an epoch, and at the end of an epoch."""
-    setting = f"--reset_optimizer={reset}"
     assert train(tiny, setting, "--out_dir=whole", "--max_steps=30")[0] == 0
     train(tiny, setting, "--out_dir=parts", "--max_steps=8")
     for until in (11, 20, 30):
@@ -160,6 +162,8 @@ def test_stopped_and_resumed_equals_uninterrupted(train, tiny, reset):
         assert code == 0 and "resuming parts" in out
     assert digests("parts") == digests("whole")
     assert logged("parts") == logged("whole")
+    positions = checkpoint.load("parts")[0].wpe.weight
+    assert positions.any() == ("positions" not in setting)
 
 
 def test_seed_decides_the_run(train, tiny):
