@@ -1,7 +1,8 @@
 """The paper's GSM8k-Aug recipe: GPT-2 124M, 385,620 examples, two thoughts per step.
 
-The data comes from the Hugging Face hub. A resumed run uses the commit it started with; for another
-run, pass that as --hub_revision=COMMIT. Text files work, too: --data=FILE --valid_data=FILE.
+The data comes from the Hugging Face hub. A resumed run uses the commit it started with; another run
+can read that as files, which `python -m nanococonut.data gsm8k --revision=COMMIT --split=train` and
+`--split=validation` write: --data=FILE --valid_data=FILE. Text files work, too.
 
 The released code starts from a CoT checkpoint instead of stage 0 and trains epochs 3 to 24 of 25:
 

@@ -21,7 +21,6 @@ class TrainConfig(Options):
     task: str = option("prosqa", "dataset", "data", choices=("prosqa", "prontoqa", "gsm8k"))
     data: str | None = option(None, "file of training examples (None: the task's data)", "data")
     valid_data: str | None = option(None, "file of validation examples", "data")
-    hub_revision: str = option("main", "GSM8k: commit, tag or branch on the hub", "data")
     skip_bad_rows: bool = option(False, "drop and report invalid or too long examples", "data")
     train_examples: int = option(17_886, "generated examples per epoch", "data", ge=1)
     regenerate_each_epoch: bool = option(
@@ -161,8 +160,6 @@ class TrainConfig(Options):
         """Return the options that have no effect with this method and data."""
         names = ignored_options(METHODS[self.method])
         from_hub = not self.data and self.task == "gsm8k"
-        if not from_hub:
-            names |= {"hub_revision"}
         if self.valid_data or from_hub:
             names |= {"val_examples"}
         if self.data or from_hub:  # nothing is generated
@@ -186,7 +183,7 @@ class TrainConfig(Options):
 
 
 # options of earlier versions that now follow from others, or do not affect a trained model
-REMOVED_OPTIONS = ("beta2", "thought_loss", "wte_init_std", "recompute_mlp")
+REMOVED_OPTIONS = ("beta2", "thought_loss", "wte_init_std", "recompute_mlp", "hub_revision")
 
 
 def config_from_saved(saved: Mapping[str, Any]) -> TrainConfig:

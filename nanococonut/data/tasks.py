@@ -155,11 +155,12 @@ class Data:
     skipped: list[str] | None = None
 
 
-def load_data(config: TrainConfig) -> Data:
+def load_data(config: TrainConfig, revision: str = "main") -> Data:
     """Read or generate the data of a run.
 
     Without valid_data, a tenth of a file, at most val_examples, is held out for validation.
-    Generated validation examples come with a second split without shortcuts.
+    Generated validation examples come with a second split without shortcuts. `revision` is a commit
+    or branch on the hub, for GSM8k without files.
     """
     task = TASKS[config.task]
     train = commit = None
@@ -168,7 +169,7 @@ def load_data(config: TrainConfig) -> Data:
         train = read_examples(config.data, skipped)
     elif not task.splits:
         load_split = partial(task.module.from_hub, skipped=skipped)
-        train, commit = load_split("train", revision=config.hub_revision)
+        train, commit = load_split("train", revision=revision)
     if config.valid_data:
         return Data(train, {"valid": read_examples(config.valid_data, skipped)}, commit, skipped)
     if commit:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,7 +38,8 @@ WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "ma
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may select another checkpoint as the best
 RESUMABLE |= {"epochs"}  # Schedule.check_epochs limits the change
-RESUMABLE |= {"wte_init_std", "recompute_mlp"}  # of older versions: no effect after the first step
+# of older versions: no effect after the first step
+RESUMABLE |= {"wte_init_std", "recompute_mlp", "hub_revision"}
 ROUNDING = {"kernels", "graph", "micro_batch_size"}  # may change, with a note
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
@@ -59,8 +60,7 @@ def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, 
     manifest: the run's; {} for a new run. Raise UserError if it was trained on other examples.
     """
     # a branch on the hub may move, so load the commit that the run started with
-    revision = manifest.get("hub_commit") or config.hub_revision
-    data = load_data(replace(config, hub_revision=revision))
+    data = load_data(config, manifest.get("hub_commit") or "main")
     sha = hashlib.sha256()
     for split, examples in ({"train": data.train or []} | data.val).items():
         for x in examples:

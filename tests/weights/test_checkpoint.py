@@ -245,7 +245,7 @@ def test_options_that_are_gone_still_load(saved):
     folder, _, _ = saved
     old = {"beta2": 0.999, "thought_loss": 0.0, "thought_labels": "path", "wte_init_std": 0.3}
     style = {"render": "compact", "tokenizer": "words"}
-    config = {"recompute_mlp": True, **old, **style}
+    config = {"recompute_mlp": True, "hub_revision": "v1", **old, **style}
     write_old_manifest(folder, progress={}, config=config)
     assert checkpoint.load(folder)[2]["config"]["thought_labels"] == "none"
     now = TrainConfig(resume=True, **style)
