@@ -1,8 +1,11 @@
 """The paper's GSM8k-Aug recipe: GPT-2 124M, 385,620 examples, two thoughts per step.
 
-The data comes from the Hugging Face hub. A resumed run uses the commit it started with; another run
-can read that as files, which `python -m nanococonut.data gsm8k --revision=COMMIT --split=train` and
-`--split=validation` write: --data=FILE --valid_data=FILE. Text files work, too.
+The data comes from the Hugging Face hub. A resumed run uses the commit it started with; for another
+run, write that commit to files and pass them. Text files work, too:
+
+    python -m nanococonut.data gsm8k --revision=COMMIT --split=train --out=train.json
+    python -m nanococonut.data gsm8k --revision=COMMIT --split=validation --out=valid.json
+    python train.py config/gsm8k.py --data=train.json --valid_data=valid.json
 
 The released code starts from a CoT checkpoint instead of stage 0 and trains epochs 3 to 24 of 25:
 
