@@ -24,14 +24,16 @@ mkdir -p "$dir"
 parts=" ${*:2} "
 has() { [[ "$parts" = "  " || "$parts" = *" $1 "* ]]; }
 failed=0
+pack() { [ -z "${OUT:-}" ] || tar czf "$OUT/gpu.tgz" -C "$dir" --exclude='*.safetensors' .; }
 # run SECONDS NAME COMMAND...: run with a time limit, and copy the output to FOLDER/NAME.log
 run() {
   echo "== ${*:3}"
-  timeout -k 5 "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; false; }
+  timeout -k 5 "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; }
+  pack # after every part, in case the machine's time limit ends this script
 }
 # print all results again at the end, as only the end of a long output may be kept
 finish() {
-  [ -z "${OUT:-}" ] || tar czf "$OUT/gpu.tgz" -C "$dir" --exclude='*.safetensors' .
+  pack
   grep -hE '^ *[0-9.,e+-]+(%| (us|ms|x|GB/s|questions/s|examples/s)) ' "$dir"/*.log
   exit $failed
 }

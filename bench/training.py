@@ -102,7 +102,7 @@ def recipe_of(config: StepConfig) -> TrainConfig:
     }
     if config.released:  # without what the released code lacks
         settings |= {"smear": False, "grad_clip": 0.0, "muon_learning_rate": 0.0}
-        settings["thought_labels"] = "none"
+        settings |= {"thought_labels": "none", "train_positions": True}
         settings["micro_batch_size"] = config.batch_size
     return make_config(TrainConfig, settings)
 
@@ -134,7 +134,8 @@ class Trainer:
         batch = self.loader.get(0, self.stage, plain.prepare)
         for micro_batch in batch.micro_batches:
             plain(micro_batch)
-        norms = torch.stack([p.grad.norm() for p in self.model.train().parameters()])
+        grads = [p.grad for p in self.model.train().parameters() if p.requires_grad]
+        norms = torch.stack([grad.norm() for grad in grads])
         checked = {"loss": plain.totals[0].item(), "gradient": norms.norm().item()}
         plain.zero_grad()
         return checked

@@ -44,9 +44,15 @@ def pdl(device: torch.device, batch: int, late: bool = False) -> dict[str, int]:
 
     late: never let the next kernel start early
     """
-    is_nvidia = device.type == "cuda" and not torch.version.hip
-    if not is_nvidia or torch.cuda.get_device_capability(device) < (9, 0) or batch > LATE_MAX_ROWS:
+    if device.type != "cuda" or torch.version.hip:
         return {"PDL": OFF}  # Triton's interpreter does not know launch_pdl
+    return pdl_options(torch.cuda.get_device_capability(device), batch, late)
+
+
+def pdl_options(capability: tuple[int, int], batch: int, late: bool = False) -> dict[str, int]:
+    """Return the options of `pdl` for an NVIDIA GPU of this compute capability."""
+    if capability < (9, 0) or batch > LATE_MAX_ROWS:
+        return {"PDL": OFF}
     return {"PDL": LATE if late or batch > EARLY_MAX_ROWS else EARLY, "launch_pdl": True}
 
 

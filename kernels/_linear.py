@@ -211,8 +211,8 @@ def launch_config(
         block_m = min(4, triton.next_power_of_2(batch))
         # as many columns per warp as fit into registers with x: at most 128 weights per thread
         block_n = 4 if block_m < 4 and itemsize == 2 else 2
-        # one warp per 1,024 elements of K, so that many programs fit on a multiprocessor
-        warps, stages = min(8, max(1, block_k // 1024)), 1
+        # one warp per 2 KiB of a row of W, so that many programs fit on a multiprocessor
+        warps, stages = min(8, max(1, block_k * itemsize // 2048)), 1
     elif impl == "gemm_tile":
         # use wider blocks only if there are more of the small ones than multiprocessors
         is_small = triton.cdiv(batch, 16) * triton.cdiv(n_out, 16) <= MULTIPROCESSORS

@@ -82,12 +82,12 @@ def append(
     if impl != "gemv":  # gemv applies LayerNorm itself
         x = layer_norm(x, ln_weight, ln_bias)
     if impl == "library":
-        q, *new = F.linear(x, weight, bias).view(B, 3, nh, hs).unbind(1)
+        qkv = F.linear(x, weight, bias).view(B, 3, nh, hs)
         rows, slot = torch.arange(B, device=x.device), lengths.clamp(max=T - 1)
-        is_stored = (lengths < T if active is None else active & (lengths < T))[:, None, None]
-        for store, kv in zip(cache, new, strict=True):  # store (B, nh, T, hs), kv (B, nh, hs)
-            store[rows, :, slot] = torch.where(is_stored, kv.to(store.dtype), store[rows, :, slot])
-        return q.contiguous()
+        is_stored = (lengths < T if active is None else active & (lengths < T)).view(B, 1, 1, 1)
+        old = cache[:, rows, :, slot]  # (B, 2, nh, hs): keys and values
+        cache[:, rows, :, slot] = torch.where(is_stored, qkv[:, 1:].to(cache.dtype), old)
+        return qkv[:, 0].contiguous()
     q = weight.new_empty(B, nh, hs)
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
     # late, because attention reads no weights: started early, it would only take up room

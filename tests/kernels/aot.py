@@ -39,9 +39,10 @@ import kernels.linear_cross_entropy as linear_cross_entropy
 import kernels.linear_residual as linear_residual
 import kernels.ln_linear_gelu as ln_linear_gelu
 import kernels.prefix_attention as prefix_attention
-from kernels._launch import EARLY, OFF
+from kernels._launch import pdl_options
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+CAPABILITY = {"sm_80": (8, 0), "sm_90": (9, 0)}
+TARGETS = {name: GPUTarget("cuda", 10 * c[0] + c[1], 32) for name, c in CAPABILITY.items()}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes per block
 
 
@@ -53,6 +54,7 @@ class Case:
     constexprs   argument -> value (None for a pointer that is not passed)
     wide_loads   require 128-bit loads
     dots         require tensor-core instructions
+    batch, late  arguments of _launch.pdl
     divisible    arguments that are multiples of 16, which Triton detects at launch
     """
 
@@ -60,6 +62,8 @@ class Case:
     kernel: Any  # a JITFunction
     signature: dict[str, str]
     constexprs: dict[str, Any]
+    batch: int = 1
+    late: bool = False
     num_warps: int = 4
     num_stages: int = 1
     wide_loads: bool = False
@@ -126,9 +130,9 @@ def compile_case(case: Case, target: str) -> Report:
     """Compile one case for one of TARGETS and count its instructions."""
     names = case.kernel.arg_names
     constexprs, options = dict(case.constexprs), {}
-    if "PDL" in names:  # as _launch.pdl() on this chip
-        constexprs["PDL"] = EARLY if target == "sm_90" else OFF
-        options["launch_pdl"] = target == "sm_90"
+    if "PDL" in names:
+        options = pdl_options(CAPABILITY[target], case.batch, case.late)
+        constexprs["PDL"] = options.pop("PDL")
     mismatch = set(names) ^ (set(case.signature) | set(constexprs))
     if mismatch:
         raise ValueError(f"{case.name}: arguments {sorted(mismatch)} do not match the kernel's")
@@ -172,25 +176,33 @@ def _case(kernel: Any, name: str, values: dict[str, Any], **options: Any) -> Cas
 
 
 def _linear_case(
-    kernel: Any, impl: str, shape: tuple[int, int, int], values: dict[str, Any]
-) -> Case:
-    """Return a case of a linear map of shape (B, N, K), with its launcher's block sizes."""
+    kernel: Any, impl: str, shape: tuple[int, int, int], dtype: str, late: bool = False,
+    **values: Any,
+) -> Case:  # fmt: skip
+    """Return a case of a linear map of shape (B, N, K), with its launcher's block sizes.
+
+    The residual stream is fp32; `layer_norm` rounds it to the weights' dtype for all but gemv.
+    """
     B, N, K = shape
-    blocks = dict(_linear.launch_config(impl, B, N, K, 2)[1])
+    blocks = dict(_linear.launch_config(impl, B, N, K, 2 if dtype == "bf16" else 4)[1])
     del blocks["enable_fp_fusion"]
     options = dict(num_warps=blocks.pop("num_warps"), num_stages=blocks.pop("num_stages"))
-    values = dict(B="i32") | values | blocks
-    name = f"{impl} B={B} {N}x{K}"
-    return _case(kernel, name, values, **options, wide_loads=True, dots=impl != "gemv")
+    options |= dict(batch=B, late=late, wide_loads=True, dots=impl != "gemv")
+    pointers = {a: f"*{dtype}" for a in kernel.arg_names if a.endswith("_ptr")}
+    pointers["x_ptr"] = "*fp32" if impl == "gemv" or "y_ptr" in pointers else f"*{dtype}"
+    values = pointers | dict(B="i32") | values | blocks
+    return _case(kernel, f"{dtype} {impl} B={B} {N}x{K}", values, **options)
 
 
 def _append_cases() -> Iterable[Case]:
-    values = dict(lengths_ptr="*i64", active_ptr="*i1", B="i32", T="i32")
+    values = dict(lengths_ptr="*i64", active_ptr="*i1", eps="fp32", T="i32", D=64)
     values |= dict.fromkeys(("stride_kb", "stride_kh", "stride_kt"), "i32")
-    values |= dict(C=768, D=64)
-    for impl, B in [("gemv", 1), ("gemv", 4), ("gemm", 8), ("gemm", 256)]:
-        more = dict(eps="fp32", x_ptr="*bf16" if impl == "gemm" else "*fp32")
-        yield _linear_case(append._append_kernel, impl, (B, 2304, 768), values | more)
+    for impl, B, C, dtype in [
+        ("gemv", 1, 768, "bf16"), ("gemv", 4, 768, "bf16"), ("gemv", 4, 1024, "fp32"),
+        ("gemm", 8, 768, "bf16"), ("gemm", 256, 768, "bf16"),
+    ]:  # fmt: skip
+        shape = (B, 3 * C, C)
+        yield _linear_case(append._append_kernel, impl, shape, dtype, late=True, C=C, **values)
 
 
 def _feedback_cases() -> Iterable[Case]:
@@ -247,18 +259,19 @@ def _cross_entropy_cases() -> Iterable[Case]:
 
 
 def _residual_and_gelu_cases() -> Iterable[Case]:
-    for impl, B, K in [
-        ("gemv", 1, 768),
-        ("gemv", 4, 3072),
-        ("gemm_tile", 8, 3072),
-        ("gemm", 64, 3072),
-    ]:
+    for impl, B, K, dtype in [
+        ("gemv", 1, 768, "bf16"), ("gemv", 4, 3072, "bf16"), ("gemv", 4, 4096, "fp32"),
+        ("gemm_tile", 8, 3072, "bf16"), ("gemm", 64, 3072, "bf16"),
+    ]:  # fmt: skip
+        N = 1024 if dtype == "fp32" else 768
         kernel = linear_residual._linear_residual_kernel
-        yield _linear_case(kernel, impl, (B, 768, K), dict(x_ptr="*fp32", N=768, K=K))
-    for impl, B, C in [("gemv", 4, 768), ("gemm", 8, 1024), ("gemm", 256, 768)]:
+        yield _linear_case(kernel, impl, (B, N, K), dtype, N=N, K=K)
+    for impl, B, C, dtype in [
+        ("gemv", 4, 768, "bf16"), ("gemv", 4, 1024, "fp32"),
+        ("gemm", 8, 1024, "bf16"), ("gemm", 256, 768, "bf16"),
+    ]:  # fmt: skip
         kernel = ln_linear_gelu._ln_linear_gelu_kernel
-        values = dict(x_ptr="*bf16" if impl == "gemm" else "*fp32", eps="fp32", N=4 * C, K=C)
-        yield _linear_case(kernel, impl, (B, 4 * C, C), values)
+        yield _linear_case(kernel, impl, (B, 4 * C, C), dtype, eps="fp32", N=4 * C, K=C)
 
 
 def all_cases(only: str = "") -> Iterable[Case]:
