@@ -31,10 +31,11 @@ run() {
   timeout -k 5 "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; }
   pack # after every part, in case the machine's time limit ends this script
 }
-# print all results again at the end, as only the end of a long output may be kept
+# print all results again, the main ones last, as only the end of a long output may be kept
 finish() {
   pack
-  grep -hE '^ *[0-9.,e+-]+(%| (us|ms|x|GB/s|questions/s|examples/s)) ' "$dir"/*.log
+  cd "$dir" && grep -shE '^ *[0-9.,e+-]+(%| (us|ms|x|GB/s|questions/s|examples/s)) ' \
+    losses.log kernels.log throughput.log accuracy.log train*.log latency.log
   exit $failed
 }
 

@@ -11,6 +11,7 @@ rounds. --out appends the results of each case once it is done; the last line of
 """
 
 import math
+import signal
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -177,6 +178,7 @@ def measure(
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs atexit, which ends workers
     config = LatencyConfig.from_cli(__doc__)
     load = load_average()
     workload = Workload(config)

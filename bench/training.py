@@ -16,6 +16,7 @@ DataLoader does that in another process.
 
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str,
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs atexit, which ends workers
     config = StepConfig.from_cli(__doc__)
     keep_freed_memory()
 

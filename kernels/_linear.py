@@ -12,7 +12,8 @@ in fp32. The implementations are:
 - "library": PyTorch's, for fp32, which tensor cores only support as TF32.
 
 All but `gemv` expect rows that `layer_norm` has normalized. `launch_config` depends only on static
-shapes, so a captured graph replays the same launches as an eager call.
+shapes, so a captured graph replays the same launches as an eager call. They include the batch size,
+so the rounding of a row depends on how many others there are.
 """
 
 from functools import cache

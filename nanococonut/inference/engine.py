@@ -343,9 +343,10 @@ class Engine:
         view = self._prefill(request)
         prefill_time = self._now()
         thoughts = self._append_thoughts(view, request)
-        n_thoughts = view.n_taken[: len(thoughts)].tolist()
-        thoughts = thoughts[:, : max(n_thoughts)]  # a replayed graph always runs all n steps
         thoughts_time = self._now()
+        n_thoughts = view.n_taken[: len(thoughts)].tolist()
+        # a copy of the buffer, without the rest: a replayed graph always runs all n steps
+        thoughts = thoughts[:, : max(n_thoughts)].clone()
         for i, token in enumerate(request.forced_tokens):
             if i:
                 view.decode_step()
@@ -406,7 +407,7 @@ class Engine:
         return view
 
     def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
-        """Append the thoughts. Return their hidden states (B, n, C)."""
+        """Append the thoughts. Return their hidden states (B, n, C), a view of the buffers."""
         n, stop, edit = request.n_thoughts, request.stop, request.edit
 
         def chain() -> None:
@@ -422,7 +423,7 @@ class Engine:
                     n = i
                     break
                 view.latent_step(i, stop, edit)
-        return view.thoughts[:n, : len(request.prefixes)].transpose(0, 1).clone()
+        return view.thoughts[:n, : len(request.prefixes)].transpose(0, 1)
 
     def _next_token(self, view: BatchView, request: Request, decode: bool = True) -> None:
         """Append the last token if `decode` is set, then choose the next one."""

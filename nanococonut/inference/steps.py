@@ -1,7 +1,8 @@
 """The three steps of inference: prefill a prompt, append a thought, append a token.
 
 Free functions over a model, its KV cache and a DecodeState. The next position of sequence b is
-cache.lengths[b], so a batch of sequences of any length gives the same results as each one alone.
+cache.lengths[b], so a batch of sequences of any length gives the same results as each one alone,
+up to rounding.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,9 @@ One line per kernel, case and target: registers, bytes of stack (spills), shared
 128-bit and 16-bit loads from global memory (in brackets: inside loops), number of loads that go to
 shared memory asynchronously (cp.async), tensor-core instructions. The exit code is 1 if a check
 fails: no stack, shared memory within the limit of the chip, 128-bit loads if the case sets
-wide_loads (in its loops, if it loads there), tensor cores if the case sets dots.
+wide_loads (in its loops, if it loads there), tensor cores if the case sets dots, and what
+kernels/_launch.py says about programmatic dependent launch (PDL): the wait and the start of the
+next kernel in the right order, loads or prefetches before the wait.
 
 The "async" column matters because ptxas moves a masked load right before its use, no matter how
 early it is in the source: a loop without async loads has few loads in flight.
@@ -39,7 +41,7 @@ import kernels.linear_cross_entropy as linear_cross_entropy
 import kernels.linear_residual as linear_residual
 import kernels.ln_linear_gelu as ln_linear_gelu
 import kernels.prefix_attention as prefix_attention
-from kernels._launch import pdl_options
+from kernels._launch import EARLY, LATE, OFF, pdl_options
 
 CAPABILITY = {"sm_80": (8, 0), "sm_90": (9, 0)}
 TARGETS = {name: GPUTarget("cuda", 10 * c[0] + c[1], 32) for name, c in CAPABILITY.items()}
@@ -85,6 +87,9 @@ class Report:
     narrow_looped: int
     cp_async: int
     tensor: int
+    pdl: int  # the requested form of PDL
+    pdl_order: tuple[str, ...]  # its instructions
+    early: int  # 128-bit loads and prefetches before the wait
 
     def failures(self, case: Case, target: str) -> list[str]:
         failures = []
@@ -96,9 +101,15 @@ class Report:
             failures.append("no 128-bit loads")
         if case.dots and not self.tensor:
             failures.append("no tensor-core instructions")
+        if self.pdl_order != PDL_ORDER[self.pdl]:
+            failures.append(f"{' before '.join(self.pdl_order) or 'no PDL'}")
+        if case.wide_loads and self.pdl != OFF and not self.early:
+            failures.append("no load before the wait")
         return failures
 
 
+WAIT, START_NEXT = "ACQBULK", "PREEXIT"  # machine code of gdc_wait and gdc_launch_dependents
+PDL_ORDER = {OFF: (), EARLY: (START_NEXT, WAIT), LATE: (WAIT, START_NEXT)}
 LABEL = r"^(\.L_x_\w+):"
 JUMP = r"\bBRA\b.*`\((\.L_x_\w+)\)"
 INSTRUCTIONS = dict(
@@ -106,6 +117,7 @@ INSTRUCTIONS = dict(
     narrow=r"\bLDG\S*\.[US]16",
     cp_async=r"\bLDGSTS",
     tensor=r"\b(?:HMMA|HGMMA|IMMA|QGMMA)\b",
+    prefetch=r"\bCCTL\S*\.PF",
 )
 
 
@@ -129,10 +141,10 @@ def _run_tool(name: str, *args: str) -> str:
 def compile_case(case: Case, target: str) -> Report:
     """Compile one case for one of TARGETS and count its instructions."""
     names = case.kernel.arg_names
-    constexprs, options = dict(case.constexprs), {}
+    constexprs, options, pdl = dict(case.constexprs), {}, OFF
     if "PDL" in names:
         options = pdl_options(CAPABILITY[target], case.batch, case.late)
-        constexprs["PDL"] = options.pop("PDL")
+        pdl = constexprs["PDL"] = options.pop("PDL")
     mismatch = set(names) ^ (set(case.signature) | set(constexprs))
     if mismatch:
         raise ValueError(f"{case.name}: arguments {sorted(mismatch)} do not match the kernel's")
@@ -152,14 +164,16 @@ def compile_case(case: Case, target: str) -> Report:
     registers, stack = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK"))
     looped = looped_lines(lines)
 
-    def count(kind: str) -> tuple[int, int]:
-        matches = {i for i, line in enumerate(lines) if re.search(INSTRUCTIONS[kind], line)}
-        return len(matches), len(matches & looped)
+    def matches(kind: str) -> set[int]:
+        return {i for i, line in enumerate(lines) if re.search(INSTRUCTIONS[kind], line)}
 
-    cp_async, tensor = count("cp_async")[0], count("tensor")[0]
+    wide, narrow = matches("wide"), matches("narrow")
+    order = re.findall(rf"\b({WAIT}|{START_NEXT})\b", "\n".join(lines))
+    wait = next((i for i, line in enumerate(lines) if WAIT in line), 0)
     return Report(
-        registers, stack, compiled.metadata.shared, *count("wide"), *count("narrow"), cp_async,
-        tensor,
+        registers, stack, compiled.metadata.shared, len(wide), len(wide & looped), len(narrow),
+        len(narrow & looped), len(matches("cp_async")), len(matches("tensor")), pdl, tuple(order),
+        sum(i < wait for i in wide | matches("prefetch")),
     )  # fmt: skip
 
 
@@ -209,19 +223,25 @@ def _feedback_cases() -> Iterable[Case]:
     # no wide_loads: a row is too short for 128 bits per thread
     values = dict(x_ptr="*fp32", lengths_ptr="*i64", P="i32", C=768, BLOCK_C=1024)
     active = dict(active_ptr="*i1", n_taken_ptr="*i64", eps="fp32")
-    yield _case(feedback._feedback_kernel, "active", values | active)
-    yield _case(feedback._embed_kernel, "bf16", values | dict(token_ptr="*i64"))
+    all_active = dict(active_ptr=None, n_taken_ptr=None, thought_ptr=None, eps="fp32")
     norm = dict(eps="fp32", C=768, BLOCK_C=1024)
-    yield _case(_linear._layer_norm_kernel, "bf16", norm)
+    for batch in (1, 64):
+        for name, more in ("active", active), ("all active", all_active):
+            kernel, values_ = feedback._feedback_kernel, values | more
+            yield _case(kernel, f"{name} B={batch}", values_, batch=batch)
+        kernel = feedback._embed_kernel
+        yield _case(kernel, f"bf16 B={batch}", values | dict(token_ptr="*i64"), batch=batch)
+        yield _case(_linear._layer_norm_kernel, f"bf16 B={batch}", norm, batch=batch)
 
 
 def _attention_case(
-    kernel: Any, name: str, dtype: str, hs: int, n_splits: int, **pointers: str | None
+    kernel: Any, dtype: str, hs: int, batch: int, n_splits: int, **pointers: str | None
 ) -> Case:
+    """Return a case of attention with 12 heads."""
     module = latent_attention
     elements, warps, stages = module.BLOCK_ELEMENTS, module.NUM_WARPS, module.NUM_STAGES
     if kernel is module._latent_attention_fwd_kernel:
-        elements, warps, stages = module.launch_form(12 if n_splits > 1 else 768)
+        elements, warps, stages = module.launch_form(12 * batch)
     block_n, block_d = module.block_sizes(hs, elements)
     values = {a: "fp32" if a == "scale" else "i32" for a in kernel.arg_names}
     values |= {a: f"*{dtype}" for a in kernel.arg_names if a.endswith("_ptr")}
@@ -231,21 +251,22 @@ def _attention_case(
     if n_splits == 1:
         values |= dict(partial_acc_ptr=None, partial_ml_ptr=None, counter_ptr=None)
     values = {a: values[a] for a in kernel.arg_names if a != "PDL"}
-    return _case(kernel, name, values, num_warps=warps, num_stages=stages, wide_loads=True)
+    name = f"{dtype} hs={hs} B={batch} splits={n_splits}"
+    options = dict(num_warps=warps, num_stages=stages, wide_loads=True)
+    return _case(kernel, name, values, batch=batch, **options)
 
 
 def _attention_cases() -> Iterable[Case]:
     fwd = latent_attention._latent_attention_fwd_kernel
     bwd = prefix_attention._prefix_attention_bwd_kernel
-    fp32 = dict(dk_ptr="*fp32", dv_ptr="*fp32")
-    yield _attention_case(fwd, "bf16 hs=64", "bf16", 64, 1, lse_ptr=None)
-    yield _attention_case(fwd, "bf16 hs=64 splits=8", "bf16", 64, 8, lse_ptr=None)
-    yield _attention_case(fwd, "fp32 hs=64 lse", "fp32", 64, 1)
-    yield _attention_case(fwd, "fp16 hs=80 splits=32 lse", "fp16", 80, 32)
-    yield _attention_case(fwd, "bf16 hs=128 splits=32", "bf16", 128, 32, lse_ptr=None)
-    yield _attention_case(bwd, "bf16 hs=64", "bf16", 64, 1)
-    yield _attention_case(bwd, "bf16 hs=64 splits=4 dk fp32", "bf16", 64, 4, **fp32)
-    yield _attention_case(bwd, "fp32 hs=128", "fp32", 128, 1)
+    for batch, n_splits in (1, 8), (8, 2), (64, 1), (256, 1):  # a step of GPT-2 124M
+        yield _attention_case(fwd, "bf16", 64, batch, n_splits, lse_ptr=None)
+    yield _attention_case(fwd, "bf16", 128, 1, 32, lse_ptr=None)
+    yield _attention_case(fwd, "fp16", 80, 1, 32)
+    yield _attention_case(fwd, "fp32", 64, 64, 1)
+    yield _attention_case(bwd, "bf16", 64, 64, 1)
+    yield _attention_case(bwd, "bf16", 64, 8, 4, dk_ptr="*fp32", dv_ptr="*fp32")
+    yield _attention_case(bwd, "fp32", 128, 64, 1)
 
 
 def _cross_entropy_cases() -> Iterable[Case]:
@@ -262,8 +283,9 @@ def _residual_and_gelu_cases() -> Iterable[Case]:
     for impl, B, K, dtype in [
         ("gemv", 1, 768, "bf16"), ("gemv", 4, 3072, "bf16"), ("gemv", 4, 4096, "fp32"),
         ("gemm_tile", 8, 3072, "bf16"), ("gemm", 64, 3072, "bf16"),
+        ("gemv", 4, 6400, "bf16"), ("gemv", 4, 6400, "fp32"), ("gemm_tile", 32, 6400, "bf16"),
     ]:  # fmt: skip
-        N = 1024 if dtype == "fp32" else 768
+        N = K if K == 768 else K // 4
         kernel = linear_residual._linear_residual_kernel
         yield _linear_case(kernel, impl, (B, N, K), dtype, N=N, K=K)
     for impl, B, C, dtype in [
@@ -296,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only={args.only!r} matches no kernel and no case")
 
     print(f"triton {triton.__version__}; static instruction counts, (n) of them in loops")
-    row = "{:<34} {:<26} {:<7} {:>5} {:>5} {:>7} {:>9} {:>9} {:>5} {:>6}  {}"
+    row = "{:<34} {:<30} {:<7} {:>5} {:>5} {:>7} {:>9} {:>9} {:>5} {:>6}  {}"
     heads = "kernel case target regs stack shared 128-bit 16-bit async tensor checks"
     print(row.format(*heads.split()))
     n_failed = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from aot import SHARED_LIMIT, Case, Report, all_cases, looped_lines
+from aot import EARLY, LATE, OFF, SHARED_LIMIT, Case, Report, all_cases, looped_lines
 
 ROOT = Path(__file__).parent.parent.parent
 AOT = Path("tests/kernels/aot.py")
@@ -23,7 +23,7 @@ def run(*argv, **env):
 
 
 def test_attention_kernel_compiles_for_hopper(tmp_path):
-    only = "_latent_attention_fwd_kernel bf16 hs=64"
+    only = "_latent_attention_fwd_kernel bf16 hs=64 B=64"
     done = run(AOT, "--target=sm_90", "--only", only, TRITON_CACHE_DIR=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("_latent")).split()
@@ -85,6 +85,9 @@ GOOD = dict(
     narrow_looped=0,
     cp_async=4,
     tensor=2,
+    pdl=EARLY,
+    pdl_order=("PREEXIT", "ACQBULK"),
+    early=1,
 )
 
 
@@ -97,6 +100,10 @@ GOOD = dict(
         ({"wide": 0, "wide_looped": 0}, ["no 128-bit loads"]),
         ({"wide_looped": 0, "narrow": 9, "narrow_looped": 9}, ["no 128-bit loads"]),
         ({"wide_looped": 0}, []),  # unrolled: nothing is loaded in a loop
+        ({"pdl": LATE}, ["PREEXIT before ACQBULK"]),
+        ({"pdl_order": ()}, ["no PDL"]),
+        ({"early": 0}, ["no load before the wait"]),
+        ({"pdl": OFF, "pdl_order": (), "early": 0}, []),
         ({"tensor": 0, "stack": 4}, ["4 bytes of stack", "no tensor-core"]),
     ],
 )
