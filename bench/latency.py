@@ -104,14 +104,19 @@ def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> lis
     return [*whole[:1], *steps, *whole[1:]]
 
 
+def warm_up(case: Case, workload: Workload) -> None:
+    """Compile the kernels and capture the graphs of a case."""
+    prompts = workload.prompts(case.batch, case.context, 0)
+    for provider, path, n in 2 * case.requests:  # twice: longer requests drop earlier graphs
+        provider.generate(workload.request(prompts, path, n))
+
+
 def time_case(
     case: Case, rounds: int, workload: Workload, bandwidth: Bandwidth | None = None
 ) -> None:
     """Fill in the timings of a case: every request once per round, in rotating order."""
-    if workload.device.type == "cuda":  # warm up: compile kernels, capture graphs
-        prompts = workload.prompts(case.batch, case.context, 0)
-        for provider, path, n in 2 * case.requests:  # twice: longer requests drop earlier graphs
-            provider.generate(workload.request(prompts, path, n))
+    if workload.device.type == "cuda":
+        warm_up(case, workload)
     for i in range(rounds):
         if bandwidth:
             case.bandwidth.append(bandwidth.measure())

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_graphs import FakeGraphCache
 
 from bench import latency as bench
 from bench.common import baselines, tables, workload
 from bench.common.results import OURS, read_results
+from nanococonut.inference.engine import MAX_GRAPHS
 from nanococonut.model import GPTConfig
 from nanococonut.runtime.errors import UserError
 
@@ -115,6 +117,19 @@ def test_missing_load_average_is_nan(latency, monkeypatch):
     argv = ["--rounds=1", "--peers=False", "--batches=1", "--contexts=16", "--tasks="]
     code, out, err = latency(*argv)
     assert code == 0 and "load nan" in out, err
+
+
+def test_nothing_is_captured_in_a_timed_round(tiny):
+    """A capture takes as long as many steps, and would be part of the first round's time."""
+    work, config = tiny(batches="1,3", contexts="40", tasks="prosqa,gsm8k")
+    provider = baselines.EngineProvider(OURS, work, "torch", "off")
+    provider.engine.graphs = FakeGraphCache(MAX_GRAPHS)
+    for case in bench.cases(config, [provider], on_gpu=True):
+        FakeGraphCache.captured = FakeGraphCache.replayed = 0
+        bench.warm_up(case, work)
+        captured = FakeGraphCache.captured
+        bench.time_case(case, 2, work)
+        assert captured == FakeGraphCache.captured > 0 and FakeGraphCache.replayed > 0
 
 
 def test_results_are_written_after_every_case(tiny, tmp_path, monkeypatch):
