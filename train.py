@@ -106,7 +106,7 @@ def main() -> None:
                 optimizer.step()
             if device.type == "cuda" and state.step + 1 < schedule.max_steps:
                 loader.prefetch(state.step + 1, stage, train_step.prepare)  # while the GPU is busy
-            loss, n_correct, n_counted = totals.tolist()  # the only host-device sync of a step
+            loss, n_correct, n_counted = totals.tolist()  # on one GPU, the only sync of a step
             if not math.isfinite(loss):
                 raise run.diverged("loss", state.step)
             state.advance(stage, n_correct, n_counted)

@@ -172,7 +172,7 @@ class Trainer:
             for example in self.examples[start : start + size]:
                 s = build_sequence(self.curriculum, self.stage, example, self.tokenizer)
                 ids = s.prefix + [self.tokenizer.latent] * s.n_thoughts + s.suffix
-                labels = [IGNORE] * (len(ids) - s.n_labels) + s.suffix[s.n_forced :]
+                labels = [IGNORE] * (len(ids) - s.n_targets) + s.suffix[s.n_forced :]
                 row = dict(input_ids=ids, labels=labels, attention_mask=[1] * len(ids))
                 rows.append(row | {"position_ids": [*range(len(ids))]})
                 n_before.append(len(s.prefix) if s.n_thoughts else 0)

@@ -26,7 +26,7 @@ final_thoughts = 6  # more than the longest chain
 first_stage_epochs = 20  # at most; with 6, the model never learns the matched examples
 epochs_per_stage = 10
 epochs = 80
-uniform_prob = 0.3  # this fraction of the examples samples an earlier stage
+uniform_prob = 0.3  # this fraction of the examples draws its stage, 0 to the current one
 advance_at = 0.98  # leave a stage early; at 0.93, one of three seeds lost the search (docs/LOG.md)
 icot_tokens = 0.5  # per epoch, so that iCoT drops its chain as fast as Coconut
 

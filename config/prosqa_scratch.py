@@ -24,11 +24,11 @@ long_fraction = 0.15  # examples of five or six hops, which are rare otherwise
 val_examples = 500
 
 thought_labels = "frontier"  # unlike the path, known after the previous thought (docs/LOG.md)
-max_latent_stage = 0  # these labels need no numbered stages: the final stage follows stage 0
+max_latent_stage = 0  # with these labels the final stage can follow stage 0
 final_thoughts = 8  # more than max_hops, so that longer chains can be searched, too
 first_stage_epochs = 1
 epochs = 24
-uniform_prob = 0.1  # this fraction of the examples samples an earlier stage
+uniform_prob = 0.1  # this fraction of the examples draws its stage, 0 to the current one
 advance_at = 0.93  # leave a stage early once its examples are correct
 
 batch_size = 64

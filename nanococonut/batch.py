@@ -14,7 +14,7 @@ from nanococonut.tokenizer import Tokenizer
 
 IGNORE = -100  # cross_entropy's ignore_index, for targets that are not supervised
 # a batch for a CUDA graph is padded to multiples of these sizes, to capture fewer graphs
-PREFIX, SUFFIX, LABELS, THOUGHT_LABELS = 64, 16, 512, 8
+PREFIX, SUFFIX, TARGETS, THOUGHT_LABELS = 64, 16, 512, 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """An example at one stage, or a padding sequence: one token, no thoughts and no labels."""
+    """An example at one stage, or a padding sequence: one token, no thoughts and no targets."""
 
     prefix: list[int]
     n_thoughts: int  # latent steps, between prefix and suffix
@@ -43,7 +43,7 @@ class TokenSequence:
         return len(self.prefix) + self.n_thoughts + len(self.suffix)
 
     @property
-    def n_labels(self) -> int:
+    def n_targets(self) -> int:
         return len(self.suffix) - self.n_forced
 
 
@@ -110,7 +110,7 @@ class Batch:
     thought_targets: Tensor  # (B, max_thoughts, K), labels of the states fed back, or IGNORE
     # Python integers, so that the training loop does not sync with the GPU
     max_thoughts: int  # upper bound of n_thoughts
-    n_labels: int  # upper bound of the number of supervised targets
+    n_targets: int  # upper bound of the number of supervised targets
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -138,7 +138,7 @@ def collate(
     max_thoughts  minimum of Batch.max_thoughts, for a graph
     """
     n_thoughts = max(s.n_thoughts for s in sequences)
-    n_labels = sum(s.n_labels for s in sequences)
+    n_targets = sum(s.n_targets for s in sequences)
     Tp = max(len(s.prefix) for s in sequences)
     Ts = max(len(s.suffix) for s in sequences)
     K = max((len(ids) for s in sequences for ids in s.thought_labels), default=0)
@@ -147,7 +147,7 @@ def collate(
         sequences = [*sequences, *[TokenSequence([0], 0, [])] * (B - len(sequences))]
         n_thoughts = max(n_thoughts, max_thoughts)
         Tp, Ts = min(round_up(Tp, PREFIX), block_size), min(round_up(Ts, SUFFIX), block_size)
-        K, n_labels = round_up(K, THOUGHT_LABELS), min(round_up(n_labels, LABELS), B * Ts)
+        K, n_targets = round_up(K, THOUGHT_LABELS), min(round_up(n_targets, TARGETS), B * Ts)
     targets = [[IGNORE] * s.n_forced + s.suffix[s.n_forced :] for s in sequences]
     labels = [s.thought_labels + [[]] * (n_thoughts - len(s.thought_labels)) for s in sequences]
     thought_targets = pad_lists([ids for thoughts in labels for ids in thoughts], IGNORE, K)
@@ -160,5 +160,5 @@ def collate(
         targets=pad_lists(targets, IGNORE, Ts),
         thought_targets=thought_targets.view(len(sequences), n_thoughts, K),
         max_thoughts=n_thoughts,
-        n_labels=n_labels,
+        n_targets=n_targets,
     )

@@ -73,11 +73,9 @@ class ThoughtTrace:
         """
         if is_thought:
             self.thoughts[layer].append((k, v))
-        scored: list[tuple[Tensor, Tensor]] = []  # scores and values of each block
-        blocks = [self.prefix[layer]]
-        if is_thought and self.triton:  # the kernel attends to the prefix
-            scored = [self._prefix_as_single_key(layer, q)]
-            blocks = []
+        use_kernel = is_thought and self.triton  # the kernel attends to the prefix
+        scored = [self._prefix_as_single_key(layer, q)] if use_kernel else []  # (scores, values)
+        blocks = [] if use_kernel else [self.prefix[layer]]
         if self.thoughts[layer]:
             keys, values = zip(*self.thoughts[layer], strict=True)
             blocks.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)
@@ -85,11 +83,11 @@ class ThoughtTrace:
             blocks.append((k, v))
         q = q * q.shape[-1] ** -0.5
         # concatenate the scores, not the keys: a copy of the prefix would be expensive
-        scored += [(q @ k.transpose(2, 3), v) for k, v in blocks]
+        scored += [(q @ keys.transpose(2, 3), values) for keys, values in blocks]
         scores = torch.cat([s for s, _ in scored], dim=-1) + bias  # (B, nh, T, keys)
         p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
         pieces = p.split([s.shape[-1] for s, _ in scored], dim=-1)
-        return sum(piece @ v for piece, (_, v) in zip(pieces, scored, strict=True))
+        return sum(piece @ values for piece, (_, values) in zip(pieces, scored, strict=True))
 
     def _prefix_as_single_key(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return the score (B, nh, 1, 1) and the value (B, nh, 1, hs) of the whole prefix."""
@@ -158,25 +156,25 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]:
-    """Return (cross-entropy summed over the supervised labels, correct).
+    """Return (cross-entropy summed over the supervised targets, correct).
 
-    correct (B,) bool: the argmax equals every label of the sequence (teacher-forced).
+    correct (B,) bool: the argmax equals every target of the sequence (teacher-forced).
     """
     h = suffix_hidden(model, batch, trace).flatten(0, 1)  # (B * Ts, C)
     targets = batch.targets.flatten()  # (B * Ts,)
-    # supervised positions first, in order; n_labels is known without a GPU sync
-    index = (targets == IGNORE).int().argsort(stable=True)[: batch.n_labels]  # (n_labels,)
-    h, labels = h[index], targets[index]
+    # supervised positions first, in order; n_targets is known without a GPU sync
+    index = (targets == IGNORE).int().argsort(stable=True)[: batch.n_targets]  # (n_targets,)
+    h, supervised = h[index], targets[index]
     if trace.triton:
         # computes the logits in chunks, and their gradients already in the forward pass
-        total, is_label = ops.linear_cross_entropy(h, model.wte.weight, labels)
+        total, is_correct = ops.linear_cross_entropy(h, model.wte.weight, supervised)
     else:
         logits = model.head(h)
-        total = loss_sum(logits, labels)
-        # a padded batch has a larger n_labels, so some labels here are IGNORE
-        is_label = (logits.argmax(-1) == labels) | (labels == IGNORE)
+        total = loss_sum(logits, supervised)
+        # a padded batch has a larger n_targets, so some of these are IGNORE
+        is_correct = (logits.argmax(-1) == supervised) | (supervised == IGNORE)
     correct = torch.ones_like(targets, dtype=torch.bool)
-    correct[index] = is_label
+    correct[index] = is_correct
     return total, correct.view(batch.targets.shape).all(dim=1)
 
 

@@ -109,15 +109,13 @@ class Curriculum:
         With probability uniform_prob the stage is uniform over 0..n_steps, as in the released code,
         or over 0..stage (with advance_at, or for iCoT). Otherwise it is `stage`.
         """
-        u, v = rng.random((2, len(n_steps)))
+        own, draw = rng.random((2, len(n_steps)))
         # with advance_at, training may not have reached stage n_steps yet; iCoT's stages count
         # tokens, so the number of steps does not limit them
         to_stage = self.advance_at > 0 or self.rules.advance_by == "epochs"
-        limits = [stage] * len(n_steps) if to_stage else n_steps
-        return [
-            int(b * (limit + 1)) if a < self.uniform_prob else stage
-            for limit, a, b in zip(limits, u, v, strict=True)
-        ]
+        limits = np.full(len(n_steps), stage) if to_stage else np.asarray(n_steps)
+        sampled = (draw * (limits + 1)).astype(int)
+        return np.where(own < self.uniform_prob, sampled, stage).tolist()
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Stage:
     epochs: int
 
 
-def schedule(
+def list_stages(
     curriculum: Curriculum,
     epochs: int,
     epochs_per_stage: int,

@@ -30,7 +30,7 @@ def without_grad(fn: Callable) -> Callable:
 class DecodeState:
     """The state that one step passes to the next, in addition to the cache.
 
-    hidden          (B, C)  last hidden state: the next thought, or the input of the head
+    hidden          (B, C)  last hidden state, from which the next thought or token is made
     prev_embedding  (B, C)  last input embedding, which the smear adds to the next one
     span            int     upper bound of the cache's lengths, known without a device sync
     """
@@ -51,7 +51,7 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.data[layer, 0, :, :, :T] = k
         cache.data[layer, 1, :, :, :T] = v
-        if q.shape[2] == T > 1:
+        if q.shape[2] > 1:
             return causal_attention(layer, q, k, v)  # right-padding needs no mask
         # the last layer has one query per sequence, at its last token
         mask = torch.arange(T, device=device) < lengths[:, None]  # (B, T)

@@ -102,10 +102,10 @@ class TrainLoader:
         # similar lengths share a micro-batch, so that there is little padding
         pairs = sorted(zip(stages, examples, strict=True), key=lambda pair: len(pair[1].question))
         sequences = [build_sequence(curriculum, *pair, tokenizer) for pair in pairs]
-        # over all processes, because the losses are means over the labels of the whole step
-        n_labels = sum(s.n_labels for s in sequences)
+        # over all processes, because the losses are means over the targets of the whole step
+        n_targets = sum(s.n_targets for s in sequences)
         n_thought_labels = sum(bool(ids) for s in sequences for ids in s.thought_labels)
-        counts = n_labels, len(examples), n_thought_labels
+        counts = n_targets, len(examples), n_thought_labels
         # only examples of the current stage count towards its accuracy
         counted = [own_stage == stage for own_stage, _ in pairs]
         sequences, counted = self.dist.shard(sequences), self.dist.shard(counted)

@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from nanococonut.config import TrainConfig
-from nanococonut.curriculum import Curriculum, schedule
+from nanococonut.curriculum import Curriculum, list_stages
 from nanococonut.runtime.errors import UserError
 
 ACCURACY_WINDOW = 1280  # recent examples in the training accuracy, which advance_at refers to
@@ -114,7 +114,7 @@ class Schedule:
     def __init__(self, config: TrainConfig, curriculum: Curriculum, steps_per_epoch: int) -> None:
         self.config, self.curriculum, self.rules = config, curriculum, curriculum.rules
         self.steps_per_epoch = steps_per_epoch
-        self.stages = schedule(
+        self.stages = list_stages(
             curriculum, config.epochs, config.epochs_per_stage, config.first_stage_epochs
         )
         self.total_steps = config.epochs * steps_per_epoch

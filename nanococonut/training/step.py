@@ -21,7 +21,7 @@ class MicroBatch(Batch):
     """The input of a TrainStep: a batch, possibly padded to the shape of a graph."""
 
     count_mask: Tensor  # (B,) bool, sequences that count towards the training accuracy
-    # (3,), number of labels in the step, factors of the stop loss and of the thought loss
+    # (3,), number of targets in the step, factors of the stop loss and of the thought loss
     scale: Tensor
 
 
@@ -74,7 +74,7 @@ class TrainStep:
         """Return the micro-batch of the sequences, padded if graphs are used. Runs on the host.
 
         counted     whether each sequence counts towards the training accuracy
-        counts      labels, examples and thought labels of the whole step, over all processes; the
+        counts      targets, examples and thought labels of the whole step, over all processes; the
                     three losses are means over these
         n_thoughts  if graphs are used, pad to at least this many thoughts
         """
@@ -82,10 +82,10 @@ class TrainStep:
         batch = collate(sequences, block_size, n_thoughts)
         n_padding = len(batch.length) - len(sequences)
         count_mask = torch.tensor([*counted, *[False] * n_padding])
-        n_labels, n_examples, n_thought_labels = counts
+        n_targets, n_examples, n_thought_labels = counts
         # a tensor, because a graph would replay Python numbers as captured
         fraction = len(sequences) / n_examples
-        factors = n_labels, fraction, self.thought_loss / max(1, n_thought_labels)
+        factors = n_targets, fraction, self.thought_loss / max(1, n_thought_labels)
         scale = torch.tensor(factors, dtype=self.model.wte.weight.dtype)
         micro_batch = MicroBatch(**vars(batch), count_mask=count_mask, scale=scale)
         # copies from pinned memory do not block the host
@@ -94,7 +94,7 @@ class TrainStep:
     def __call__(self, batch: MicroBatch) -> None:
         """Run forward and backward, eagerly or by replaying a graph."""
         shapes = *batch.prefix.shape, batch.suffix.shape[1], *batch.thought_targets.shape[1:]
-        key = (*shapes, batch.n_labels)
+        key = (*shapes, batch.n_targets)
         if key in self._inputs:
             inputs = self._inputs[key]  # the tensors that the graph reads
             for static, new in zip(inputs.tensors, batch.tensors, strict=True):
@@ -108,12 +108,12 @@ class TrainStep:
         self.graphs.run(key, lambda: self._forward_backward(inputs))
 
     def _forward_backward(self, batch: MicroBatch) -> None:
-        n_labels, fraction, thought_scale = batch.scale
+        n_targets, fraction, thought_scale = batch.scale
         # autocast inside the graph, so that it caches no cast weights of an earlier step
         with self.autocast():
             trace = coconut.think(self.model, batch, kernels=self.kernels)  # prefix and thoughts
             loss_sum, correct = coconut.loss(self.model, batch, trace)  # suffix: (), (B,)
-            loss = objective = loss_sum / n_labels
+            loss = objective = loss_sum / n_targets
             if self.model.stop is not None:  # its inputs are detached, so it only observes
                 objective = loss + coconut.stop_loss(self.model, batch, trace) * fraction
             if self.thought_loss and batch.max_thoughts:

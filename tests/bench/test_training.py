@@ -87,14 +87,14 @@ def trainer(micro_batch_size=64, **settings):
 def test_loss_is_that_of_all_micro_batches(latent, micro):
     backend = trainer(micro, latent=latent)
     before = copy.deepcopy(backend.model)
-    expected = n_labels = 0
+    expected = n_targets = 0
     step_batch = backend.loader.get(0, backend.stage, backend.train_step.prepare)
     for batch in step_batch.micro_batches:
         logits = forward(before, batch)
         expected += coconut.loss_sum(logits, batch.targets)
-        n_labels += batch.n_labels
+        n_targets += batch.n_targets
     assert len(step_batch.micro_batches) == -(-5 // micro)
-    expected = pytest.approx((expected / n_labels).item(), rel=1e-5)
+    expected = pytest.approx((expected / n_targets).item(), rel=1e-5)
     assert backend.check()["loss"] == expected
     reply = backend.step(0)
     assert reply["loss"] == expected and reply["seconds"] > 0

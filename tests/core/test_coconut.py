@@ -78,7 +78,7 @@ def test_loss_and_gradients_equal_the_naive_loop(gpt, case, seed):
     loss = training_loss(gpt, batch)
     expected = naive_loss(gpt, sequences)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
-    if batch.n_labels:
+    if batch.n_targets:
         assert_gradients_equal(gpt, loss, expected)
 
 
@@ -230,7 +230,7 @@ def test_padding_does_not_change_logits(gpt):
             targets=batch.targets[b : b + 1, :s],
             thought_targets=batch.thought_targets[b : b + 1],
             max_thoughts=int(batch.n_thoughts[b]),
-            n_labels=s - 1,
+            n_targets=s - 1,
         )
         torch.testing.assert_close(forward(gpt, alone)[0], together[b, :s], rtol=1e-10, atol=1e-10)
 

@@ -18,7 +18,7 @@ from nanococonut.batch import (
     tokenize,
 )
 from nanococonut.config import TrainConfig
-from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, schedule
+from nanococonut.curriculum import METHODS, Curriculum, Stage, ignored_options, list_stages
 from nanococonut.data.tasks import TASKS
 from nanococonut.runtime.cli import make_config, parse_cli, read_config_file
 from nanococonut.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def test_collate_pads_right_and_supervises_text(tokenizer, ids):
         [IGNORE, 4, 5, 6, 7, 8, eos],
         [IGNORE, 7, eos, IGNORE, IGNORE, IGNORE, IGNORE],
     ]
-    assert batch.n_labels == 8
+    assert batch.n_targets == 8
     assert batch.prefix.dtype == batch.targets.dtype == torch.int64
 
 
@@ -148,14 +148,14 @@ def test_first_token_is_supervised_without_markers(tokenizer, ids):
 
 def test_schedules_equal_the_papers():
     """Guards the epochs per stage of the paper and the released code."""
-    prosqa = schedule(Curriculum("coconut", max_latent_stage=6), epochs=50, epochs_per_stage=5)
+    prosqa = list_stages(Curriculum("coconut", max_latent_stage=6), epochs=50, epochs_per_stage=5)
     assert prosqa == [Stage(s, 5) for s in range(7)] + [Stage(7, 15)]
     gsm = Curriculum("coconut", c_thought=2, max_latent_stage=3)
-    paper = schedule(gsm, epochs=50, epochs_per_stage=3, first_stage_epochs=6)
+    paper = list_stages(gsm, epochs=50, epochs_per_stage=3, first_stage_epochs=6)
     assert paper == [Stage(0, 6), Stage(1, 3), Stage(2, 3), Stage(3, 3), Stage(4, 35)]
-    assert schedule(gsm, epochs=4, epochs_per_stage=3) == [Stage(0, 3), Stage(1, 1)]
+    assert list_stages(gsm, epochs=4, epochs_per_stage=3) == [Stage(0, 3), Stage(1, 1)]
     for method in ("cot", "no_cot"):
-        assert schedule(Curriculum(method), 50, 5) == [Stage(7, 50)]
+        assert list_stages(Curriculum(method), 50, 5) == [Stage(7, 50)]
 
 
 # args/*_coconut.yaml: c_thought, epochs_per_stage, max_latent_stage, resume, num_epochs
@@ -173,7 +173,9 @@ def test_configs_follow_the_released_schedule(task):
     overrides, path = parse_cli(TrainConfig, argv, "", config_file=True)
     config = make_config(TrainConfig, read_config_file(ROOT / path, TrainConfig), overrides)
     curriculum = Curriculum.from_config(config)
-    stages = schedule(curriculum, config.epochs, config.epochs_per_stage, config.first_stage_epochs)
+    stages = list_stages(
+        curriculum, config.epochs, config.epochs_per_stage, config.first_stage_epochs
+    )
     epochs = [stage.index for stage in stages for _ in range(stage.epochs)]
     released = [epoch // epochs_per_stage for epoch in range(resume, num_epochs)]
     assert epochs == [min(stage, max_stage + 1) for stage in released]
@@ -353,7 +355,7 @@ def test_unpadded_short_example_has_fewer_thoughts(tokenizer):
 
 def test_icot_has_one_stage_per_epoch():
     """Guards against iCoT stages limited by the number of steps."""
-    assert schedule(Curriculum("icot"), 4, 5) == [Stage(i, 1) for i in range(4)]
+    assert list_stages(Curriculum("icot"), 4, 5) == [Stage(i, 1) for i in range(4)]
     samples = Curriculum("icot", uniform_prob=1.0).sample_stages(
         9, [2] * 500, np.random.default_rng(0)
     )
@@ -369,7 +371,7 @@ def trained_on(config, tokenizer):
     """Return the sequences of every epoch, and the number of thoughts at inference."""
     c, rng = Curriculum.from_config(config), np.random.default_rng(1)
     schedules = config.epochs_per_stage, config.first_stage_epochs
-    epochs = [s.index for s in schedule(c, 12, *schedules) for _ in range(s.epochs)]
+    epochs = [s.index for s in list_stages(c, 12, *schedules) for _ in range(s.epochs)]
     sampled = [c.sample_stages(stage, [3, 1], rng) for stage in epochs]
     sequences = [
         [layout(c, s, x, tokenizer) for s, x in zip(stages, (EXAMPLE, SHORT), strict=True)]

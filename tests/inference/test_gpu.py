@@ -108,7 +108,7 @@ def test_training_with_graphs_equals_training_without(kernels, half):
     ]
     for step in range(4):
         parts = [random_sequences(30 * step + n, list(range(n))) for n in (4, 3, 1, 4)]
-        labels, rows = sum(s.n_labels for part in parts for s in part), sum(map(len, parts))
+        labels, rows = sum(s.n_targets for part in parts for s in part), sum(map(len, parts))
         for model, one in zip(models, steppers, strict=True):
             counts = labels, rows, 0
             ready = [one.prepare(part, [True] * len(part), counts, 3) for part in parts]
@@ -153,7 +153,7 @@ def test_dropout_in_graphs_follows_the_seed():
     model = random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32, dropout=0.3)
     one = TrainStep(model.cuda().train(), graphs=GraphCache(8))
     sequences = random_sequences(1, [3, 0, 2])
-    counts = sum(s.n_labels for s in sequences), 3, 0
+    counts = sum(s.n_targets for s in sequences), 3, 0
     losses = []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ BATCHES = [(1, [3, 0, 2]), (2, [2, 1, 3]), (3, [0, 0]), (4, [1]), (1, [3, 0, 2])
 @pytest.fixture(autouse=True)
 def small_multiples(monkeypatch):
     """Choose small multiples, so that tiny batches have several padded shapes."""
-    for name, multiple in dict(PREFIX=8, SUFFIX=6, LABELS=16).items():
+    for name, multiple in dict(PREFIX=8, SUFFIX=6, TARGETS=16).items():
         monkeypatch.setattr(batch_module, name, multiple)
 
 
@@ -53,16 +53,16 @@ def test_padding_changes_nothing(gpt, seed, n_thoughts):
     sequences = random_sequences(seed, n_thoughts)
     batch, wide = collate(sequences), collate(sequences, gpt.config.block_size, 4)
     assert wide.prefix.numel() > batch.prefix.numel() and wide.max_thoughts == 4
-    assert wide.suffix.numel() > batch.suffix.numel() and wide.n_labels > batch.n_labels
-    loss, grads = plain(gpt, [batch], batch.n_labels)
-    padded_loss, padded_grads = plain(gpt, [wide], batch.n_labels)
+    assert wide.suffix.numel() > batch.suffix.numel() and wide.n_targets > batch.n_targets
+    loss, grads = plain(gpt, [batch], batch.n_targets)
+    padded_loss, padded_grads = plain(gpt, [wide], batch.n_targets)
     close(padded_loss, loss)
     close(padded_grads, grads)
     gpt.zero_grad()
     trace = coconut.think(gpt, wide)
     summed, right = coconut.loss(gpt, wide, trace)
-    (summed / batch.n_labels).backward()
-    close(summed / batch.n_labels, loss)
+    (summed / batch.n_targets).backward()
+    close(summed / batch.n_targets, loss)
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
     want = exact_match(forward(gpt, batch), batch.targets)
     assert torch.equal(right[: len(want)], want)
@@ -83,16 +83,16 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
     for step in range(3):
         parts = [random_sequences(10 * step + seed, n) for seed, n in BATCHES]
         batches = list(map(collate, parts))
-        n_labels = sum(b.n_labels for b in batches)
+        n_targets = sum(b.n_targets for b in batches)
         n_examples = sum(len(b.length) for b in batches)
         n_thought_labels = sum(map(count_thought_labels, batches))
         for train_step in train_steps:
             train_step.zero_grad()
             for sequences in parts:
                 even = [b % 2 == 0 for b in range(len(sequences))]
-                counts = n_labels, n_examples, n_thought_labels
+                counts = n_targets, n_examples, n_thought_labels
                 train_step(train_step.prepare(sequences, even, counts, 3))
-        loss, _ = plain(copy.deepcopy(models[0]), batches, n_labels)
+        loss, _ = plain(copy.deepcopy(models[0]), batches, n_targets)
         close(train_steps[0].totals[0], loss.detach())
         close(train_steps[1].totals, train_steps[0].totals)
         assert train_steps[0].totals[2] == sum((len(b.length) + 1) // 2 for b in batches)
@@ -116,7 +116,7 @@ def test_graphs_leave_unused_parameters_alone():
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01, eps=1e-3) for m in models]
     for n_thoughts in (0, 0, 2, 2):  # as in the stages of a curriculum
         sequences = random_sequences(7, [n_thoughts] * 3)
-        counts = sum(s.n_labels for s in sequences), 3, 0
+        counts = sum(s.n_targets for s in sequences), 3, 0
         for train_step, optimizer in zip(train_steps, optimizers, strict=True):
             train_step.zero_grad()
             train_step(train_step.prepare(sequences, [True] * 3, counts))
@@ -132,13 +132,13 @@ def test_loss_is_the_mean_of_the_whole_step(gpt, thought_loss):
     """Guards against a mean of means, which weighs labels of small micro-batches more."""
     parts = [random_sequences(5, [2, 1, 0]), random_sequences(6, [3])]
     batches = list(map(collate, parts))
-    n_labels = sum(b.n_labels for b in batches)
+    n_targets = sum(b.n_targets for b in batches)
     n_thought_labels = sum(map(count_thought_labels, batches))
-    loss, grads = plain(gpt, batches, n_labels, thought_loss)
+    loss, grads = plain(gpt, batches, n_targets, thought_loss)
     train_step = TrainStep(gpt, thought_loss=thought_loss)
     train_step.zero_grad()
     for sequences in parts:
-        counts = n_labels, 4, n_thought_labels
+        counts = n_targets, 4, n_thought_labels
         train_step(train_step.prepare(sequences, [True] * len(sequences), counts))
     close(train_step.totals[0], loss.detach())
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
@@ -149,7 +149,7 @@ def test_micro_batches_change_what_dropout_draws(dropout):
     """Guards a claim of the README and configs: micro_batch_size changes dropout masks, too."""
     model = random_gpt(dropout=dropout).train()
     sequences = random_sequences(5, [2, 1, 0, 2])
-    counts = sum(s.n_labels for s in sequences), 4, 0
+    counts = sum(s.n_targets for s in sequences), 4, 0
     grads = []
     for size in (4, 2):
         train_step = TrainStep(model)
