@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs without installation
 
 import nanococonut  # isort: skip  # first: sets how OpenMP waits
+from bench.accuracy import training_record
 from bench.common.results import ResultWriter, read_jsonl
 from nanococonut import Engine
 from nanococonut.data.generator import TEST_SEED
@@ -108,7 +109,8 @@ def main() -> None:
     origin = {k: results.common[k] for k in ("commit", "device", "command", "date")}
     origin |= {"torch": results.versions["torch"], "rows": len(pairs.examples)}
     seconds = round(time.perf_counter() - began, 1)
-    row["provenance"] = origin | {"seed": config.seed, "seconds": seconds}
+    origin |= {"seed": config.seed, "seconds": seconds}
+    row["provenance"] = origin | {"trained": training_record(engine.manifest)}
 
     # ---- write the page, then the row
     trained = row.pop("trained")
