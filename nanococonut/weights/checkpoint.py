@@ -214,7 +214,7 @@ def resolve(path: str | Path, best: bool = False) -> Path:
             f"{path} {problem}.\nGive the folder of a run (out/NAME) or of one of its checkpoints."
         )
     newest = checkpoints[-1]
-    # the best by validation accuracy in the final stage; -1 before its first validation
+    # see TrainState; -1 before the first validation of the last stage
     step = read_manifest(newest).get("best_step", -1) if best else -1
     chosen = path / f"step_{step:08d}"
     return chosen if chosen in checkpoints else newest

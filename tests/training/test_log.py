@@ -1,4 +1,4 @@
-"""The console of a run: when it prints a line, and what it says about the disk and the data."""
+"""The console of a run: when it prints a line, what it says about disk and data; its best step."""
 
 import io
 from pathlib import Path
@@ -52,6 +52,16 @@ def test_slow_steps_are_logged_by_time(log_steps):
     assert "2 examples/s" in lines[0]  # 10 each 4 s
     lines = log_steps([0.01] * 250)
     assert [line.split("/")[0] for line in lines] == ["step 100", "step 200"]
+
+
+def test_best_step_counts_all_splits():
+    """Guards against keeping the checkpoint that knows the shortcut best."""
+    state = TrainState()
+    for step, plain, matched, best in [(1, 0.9, 0.5, 1), (2, 0.8, 0.9, 2), (3, 0.95, 0.6, 2)]:
+        state.step = step
+        scores = {"valid_accuracy": plain, "matched_accuracy": matched, "valid_tokens": 99.0}
+        state.record(scores, n_thoughts=6, is_last_stage=True, stage_done=False)
+        assert state.best_step == best
 
 
 def test_full_disk_before_a_checkpoint_names_no_resume(tmp_path):
