@@ -1,12 +1,12 @@
-"""ProsQA at its released size, from random weights: 3 to 6 hops in graphs of 23 nodes.
+r"""ProsQA at its released size, from random weights: 3 to 6 hops in graphs of 23 nodes.
 
 In addition to the paper's losses, each thought is labelled with the nodes that the search has
 reached. Seed 1, 22 minutes on two CPU threads: 99.3 % of the released validation examples, all of
 1,000 chains of 7 and 8 hops. By the paper's losses alone, three seeds answer 96.7 to 97.7 % of the
 former and 95.5 to 96.2 % of the latter (with ten thoughts) after an hour (docs/RESULTS.md):
 
-    python train.py config/prosqa_scratch.py --train_positions=False --thought_labels=none
-        --max_latent_stage=4 --grow_epochs=15 --first_stage_epochs=3 --epochs_per_stage=2
+    python train.py config/prosqa_scratch.py --train_positions=False --thought_labels=none \
+        --max_latent_stage=4 --grow_epochs=15 --first_stage_epochs=3 --epochs_per_stage=2 \
         --epochs=70 --uniform_prob=0.8
 """
 
