@@ -37,7 +37,7 @@ POSITIONS = 2048  # supervised positions in a training step
 REPEATS = 20  # least calls per CUDA graph, so that launching it hardly counts
 SAMPLES = 20  # timed replays of that graph
 CACHE_BYTES = 128 << 20  # more than the L2 cache of any GPU
-MAX_COPIES, MAX_BYTES = 128, 8 << 30  # of one case's arguments
+MAX_COPIES, MAX_BYTES = 128, 8 << 30  # copies of a case's arguments, and their size
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ def time_in_graph(case: KernelCase, fn: Callable[..., Any]) -> list[float]:
     """Return the microseconds per call of each replay of a CUDA graph of many calls."""
     # a KV cache is much larger than what a call touches of it
     touched = case.n_numbers * case.args[0].element_size()
-    n_copies = min(MAX_COPIES, 1 + CACHE_BYTES // touched)
-    n_copies = min(n_copies, 1 + MAX_BYTES // sum(a.nbytes for a in case.args))
+    fitting = 1 + MAX_BYTES // sum(a.nbytes for a in case.args)
+    n_copies = min(MAX_COPIES, 1 + CACHE_BYTES // touched, fitting)
     n_calls = max(REPEATS, n_copies)
     copies = [case.copy_args() for _ in range(n_copies)]
     stream = torch.cuda.Stream()

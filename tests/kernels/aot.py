@@ -226,11 +226,10 @@ def _feedback_cases() -> Iterable[Case]:
     all_active = dict(active_ptr=None, n_taken_ptr=None, thought_ptr=None, eps="fp32")
     norm = dict(eps="fp32", C=768, BLOCK_C=1024)
     for batch in (1, 64):
-        for name, more in ("active", active), ("all active", all_active):
-            kernel, values_ = feedback._feedback_kernel, values | more
-            yield _case(kernel, f"{name} B={batch}", values_, batch=batch)
-        kernel = feedback._embed_kernel
-        yield _case(kernel, f"bf16 B={batch}", values | dict(token_ptr="*i64"), batch=batch)
+        for name, more in ("active", values | active), ("all active", values | all_active):
+            yield _case(feedback._feedback_kernel, f"{name} B={batch}", more, batch=batch)
+        embed = values | dict(token_ptr="*i64")
+        yield _case(feedback._embed_kernel, f"bf16 B={batch}", embed, batch=batch)
         yield _case(_linear._layer_norm_kernel, f"bf16 B={batch}", norm, batch=batch)
 
 
