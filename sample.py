@@ -54,7 +54,7 @@ class SampleConfig(Options):
     seed: int | None = option(None, "of questions and samples (None: random)", ge=0, le=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
     kernels: str = option(
-        "auto", "backend (packed, compiled: faster linear layers on a CPU)", choices=BACKENDS
+        "auto", "backend (c, packed: faster for GPT-2 on a CPU)", choices=BACKENDS
     )
     dtype: str = option("float32", "dtype of the model", choices=("float32", "bfloat16"))
     graph: str = option("auto", "replay steps as CUDA graphs", choices=("auto", "on", "off"))

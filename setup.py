@@ -19,7 +19,10 @@ setup(
     # bench/, config/ and tests/ stay in the checkout
     package_dir={"": "."},  # an editable install adds this path (tests/core/test_install.py)
     packages=find_packages(include=["nanococonut*", "kernels"]),
-    package_data={"nanococonut": ["py.typed", "bundled/*/*", "evaluation/*.html", "weights/*.md"]},
+    package_data={
+        "nanococonut": ["py.typed", "bundled/*/*", "evaluation/*.html", "weights/*.md"],
+        "kernels": ["*.c"],
+    },
     install_requires=[  # lower bounds only
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -170,6 +170,14 @@ class GPT(nn.Module):
         """Return the token embeddings (B, T, C) of ids (B, T), before smear and positions."""
         return self.wte(idx)
 
+    def block_input(self, emb: Tensor, pos: Tensor, prev_embedding: Tensor | None) -> Tensor:
+        """Return the input (B, T, C) of the first block. The arguments are those of backbone."""
+        x = emb
+        if self.smear is not None:
+            prev = torch.zeros_like(emb[:, 0]) if prev_embedding is None else prev_embedding
+            x = emb + self.smear(torch.cat([prev[:, None], emb[:, :-1]], dim=1))
+        return self.drop(x + self.wpe(pos))
+
     def backbone(
         self,
         emb: Tensor,
@@ -186,17 +194,25 @@ class GPT(nn.Module):
         prev_embedding  (B, C)          input embedding before emb, for the smear (None: zeros)
         last_pos        (B,)            return only the hidden state at this position, (B, 1, C)
         """
-        x = emb
-        if self.smear is not None:
-            prev = torch.zeros_like(emb[:, 0]) if prev_embedding is None else prev_embedding
-            x = emb + self.smear(torch.cat([prev[:, None], emb[:, :-1]], dim=1))
-        x = self.drop(x + self.wpe(pos))
+        x = self.block_input(emb, pos, prev_embedding)
         attend = attend or partial(causal_attention, dropout=self.attn_dropout)
         for layer, block in enumerate(self.h):
             is_last = layer == len(self.h) - 1
             # cheaper and exact: the last layer computes only keys and values at other positions
             x = block(x, partial(attend, layer), last_pos if is_last else None)
         return self.ln_f(x)
+
+    def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:
+        """Append an input embedding to each sequence of a cache. Return the hidden states (B, C).
+
+        The lengths of the cache do not change.
+
+        emb, prev_embedding  (B, C)  this input embedding, and the one before it
+        span                         see KVCache.key_mask
+        """
+        pos = cache.lengths[:, None]  # (B, 1)
+        attend = partial(cached_attention, cache, pos, cache.key_mask(pos, span))
+        return self.backbone(emb[:, None], pos, attend, prev_embedding)[:, 0]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., C)."""

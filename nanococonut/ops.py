@@ -3,7 +3,7 @@
     "torch"     plain PyTorch, everywhere
     "triton"    kernels/: fused attention, projections and loss, on a GPU
     "packed"    inference on a CPU: linear layers packed for oneDNN (packed.py)
-    "compiled"  the same; single rows run in loops compiled by torch.compile
+    "c"         the same, and steps of up to three sequences in C
 
 There is no silent fallback: "auto" comes with the reason for its choice, and requesting a backend
 that cannot run raises UserError.
@@ -24,18 +24,17 @@ if TYPE_CHECKING:  # kernels/ needs triton, which is optional
     from kernels.prefix_attention import PrefixBuffers
 
 
-BACKENDS = ("auto", "triton", "packed", "compiled", "torch")  # for inference
+BACKENDS = ("auto", "triton", "c", "packed", "torch")  # for inference
 
 
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     """Return the inference backend and the reason.
 
-    kernels: one of BACKENDS. "auto" packs a large model on a CPU if that is faster.
+    kernels: one of BACKENDS. "auto" chooses the fastest one for a large model on a CPU.
     """
     _check_option("kernels", kernels, BACKENDS)
-    if kernels in ("packed", "compiled"):
-        why = packed.unavailable(model)
-        if why := why or (packed.compile_error() if kernels == "compiled" else ""):
+    if kernels in ("c", "packed"):
+        if why := packed.unavailable(model, kernels):
             raise UserError(f"--kernels={kernels} cannot run here: {why}.\nUse --kernels=torch.")
         return kernels, "as requested"
     unsupported = "the smear" if model.config.smear else ""
@@ -45,8 +44,12 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
         unsupported = "a subclass of GPT"
     name, reason = _choose(kernels, model, unsupported, "a GPU and a plain GPT-2")
     if kernels == "auto" and name == "torch" and model.n_params() >= packed.MIN_PARAMS:
-        if not packed.unavailable(model) and (x := packed.speedup(model)) >= packed.MIN_SPEEDUP:
-            return "packed", f"{x:.1f}x as fast as plain linear layers on this CPU"
+        missing = {k: packed.unavailable(model, k) for k in ("c", "packed")}
+        speedups = {k: packed.speedup(model, k) for k, why in missing.items() if not why}
+        best = max(speedups, key=speedups.get, default="torch")
+        if speedups.get(best, 0) >= packed.MIN_SPEEDUP:
+            without_c = f"; {missing['c']}" if missing["c"] else ""
+            return best, f"{speedups[best]:.1f}x as fast as plain PyTorch on this CPU{without_c}"
     return name, reason
 
 

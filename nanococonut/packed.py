@@ -1,8 +1,8 @@
-"""Linear layers packed for oneDNN, so that a CPU reads the weights at the speed of its memory.
+"""GPT-2 on a CPU at the speed of its memory: packed linear layers, and steps in C.
 
-F.linear on a row-major weight reaches two thirds of that at batch 1, less at batch 8. oneDNN packs
-a weight once into blocks that its kernels read in order. A single row of float32 is faster still in
-loops compiled by torch.compile, after some seconds of compilation.
+F.linear on a row-major weight reads it at two thirds of that speed, slower at batch 8. oneDNN packs
+a weight once into blocks that its kernels read in order. A step of up to three sequences is faster
+still in C (kernels/cpu_step.c).
 """
 
 import copy
@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from nanococonut.model import GPT, Block, BlockAttend
+from nanococonut.cache import KVCache
+from nanococonut.model import GPT
 
 MIN_PARAMS = 10_000_000  # smaller models stay in the CPU's caches: nothing to gain
 MIN_SPEEDUP = 1.05
@@ -34,51 +34,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
 
 
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Return layer(x) as a product and a sum, which torch.compile fuses into one loop."""
-    return (layer.weight * x[..., None, :]).sum(-1) + layer.bias
-
-
-def _qkv(block: Block, x: Tensor) -> Tensor:
-    return _linear(block.ln_1(x), block.attn.c_attn)
-
-
-def _after_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
-    x = x + _linear(y, block.attn.c_proj)
-    return x + _linear(block.mlp.gelu(_linear(block.ln_2(x), block.mlp.c_fc)), block.mlp.c_proj)
-
-
-class OneRowBlock(nn.Module):
-    """A packed block that runs a single row, such as a latent step of batch 1, in compiled loops.
-
-    block   the block with plain linear layers
-    packed  the same block with packed ones, for more rows
-    fns     compiled _qkv and _after_attention
-    """
-
-    def __init__(self, block: Block, packed: Block, fns: tuple[Callable, Callable]) -> None:
-        super().__init__()
-        self.block, self.packed = block, packed
-        self.qkv, self.after_attention = fns
-
-    def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
-        if x.shape[:2] != (1, 1) or last_pos is not None:
-            return self.packed(x, attend, last_pos)
-        qkv = self.qkv(self.block, x).view(1, 1, 3, self.block.attn.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (1, nh, 1, hs) each
-        return self.after_attention(self.block, x, attend(q, k, v).transpose(1, 2).flatten(2))
-
-
 class PackedGPT(GPT):
     """A GPT for inference that shares all parameters of `model` and has packed copies of the large
     ones. The copies do not follow later changes of the weights.
 
-    compiled: run a single row in compiled loops
+    in_c: run steps of up to CpuStep.MAX_BATCH sequences in C
     """
 
-    def __init__(self, model: GPT, compiled: bool = False) -> None:
-        shared = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-        self.__dict__.update(copy.deepcopy(model, shared).__dict__)  # new modules, same tensors
+    def __init__(self, model: GPT, in_c: bool = False) -> None:
+        self.__dict__.update(_share(model).__dict__)
         for block in self.h:
             attn, mlp = block.attn, block.mlp
             attn.c_attn = PackedLinear(attn.c_attn.weight, attn.c_attn.bias)
@@ -86,11 +50,18 @@ class PackedGPT(GPT):
             mlp.c_fc = PackedLinear(mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
             mlp.gelu = nn.Identity()  # c_fc applies it
             mlp.c_proj = PackedLinear(mlp.c_proj.weight, mlp.c_proj.bias)
-        if compiled:  # here and not on import, because torch.compile imports triton
-            fns = torch.compile(_qkv), torch.compile(_after_attention)
-            pairs = zip(model.h, self.h, strict=True)
-            self.h = nn.ModuleList([OneRowBlock(*pair, fns) for pair in pairs])
         self.packed_head = PackedLinear(model.wte.weight)
+        self.step = None
+        if in_c:
+            from kernels.cpu_step import CpuStep  # on use: `kernels` may be another package
+
+            self.step = CpuStep(step_weights(model), model.config.n_head)
+
+    def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:
+        if self.step is None or len(emb) > self.step.MAX_BATCH:
+            return super().append(cache, emb, prev_embedding, span)
+        x = self.block_input(emb[:, None], cache.lengths[:, None], prev_embedding)[:, 0]  # (B, C)
+        return self.step(x.float(), cache.data, cache.lengths).to(emb.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.packed_head(hidden)
@@ -101,8 +72,22 @@ class PackedGPT(GPT):
         return sum(m.nbytes for m in self.modules() if isinstance(m, PackedLinear))
 
 
-def unavailable(model: GPT) -> str:
-    """Return why the linear layers of a model cannot be packed; "" if they can."""
+def step_weights(model: GPT) -> list[Tensor]:
+    """Return the parameters that CpuStep needs, in its order."""
+    layers = [(b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)
+              for b in model.h]  # fmt: skip
+    return [w for m in (*itertools.chain(*layers), model.ln_f) for w in (m.weight, m.bias)]
+
+
+def _share(model: GPT) -> GPT:
+    """Return a copy of the modules that shares all parameters and buffers."""
+    return copy.deepcopy(
+        model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    )
+
+
+def unavailable(model: GPT, kernels: str = "packed") -> str:
+    """Return why a backend, "packed" or "c", cannot run a model; "" if it can."""
     w = model.wte.weight
     if type(model) is not GPT:
         return "the model is a subclass of GPT"
@@ -114,19 +99,16 @@ def unavailable(model: GPT) -> str:
         return f"there is no packed form of {w.dtype}"
     if w.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16"
-    if (error := _relative_error(model)) > (1e-6 if w.dtype == torch.float32 else 1e-2):
-        return f"packed layers differ by {error:.0e} from plain ones"
+    for batch in (1, 4):  # of which only the first can run in C
+        try:
+            actual = _latent_step(model, kernels, batch)()
+        except (ImportError, OSError) as e:
+            return f"the step in C cannot be compiled ({e})"
+        expected = _latent_step(model, "torch", batch)()
+        error = float((actual - expected).norm() / expected.norm())
+        if not error <= (1e-6 if w.dtype == torch.float32 else 2e-2):  # NaN too
+            return f"its results differ by {error:.0e} from plain PyTorch's"
     return ""
-
-
-def compile_error() -> str:
-    """Return why torch.compile cannot run here, such as a missing C++ compiler; "" if it can."""
-    try:
-        compiled = torch.compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(1))
-    except Exception as e:
-        first = str(e).strip().split("\n")[0]
-        return f"torch.compile failed ({first})"
-    return "" if compiled else "torch.compile is turned off (TORCHDYNAMO_DISABLE or the like)"
 
 
 def fingerprint(weight: Tensor) -> tuple[int, float]:
@@ -135,29 +117,29 @@ def fingerprint(weight: Tensor) -> tuple[int, float]:
     return version, weight.detach().sum(dtype=torch.float32).item()
 
 
-@torch.no_grad()
-def speedup(model: GPT, repeats: int = 9) -> float:
-    """Return how many times faster the layers of one block are at batch 1 if packed."""
-    linears = [m for m in model.h[0].modules() if isinstance(m, nn.Linear)]
-    packed = [PackedLinear(m.weight, m.bias) for m in linears]
-    inputs = [m.weight.new_ones(1, 1, m.in_features) for m in linears]
+def speedup(model: GPT, kernels: str, repeats: int = 9) -> float:
+    """Return how many times faster a backend runs a latent step of one block at batch 1."""
+    steps = [_latent_step(model, name) for name in ("torch", kernels)]
 
-    def seconds(layers: list) -> float:
+    def seconds(step: Callable[[], Tensor]) -> float:
         start = time.perf_counter()
-        for layer, x in zip(layers, inputs, strict=True):
-            layer(x)
+        step()
         return time.perf_counter() - start
 
-    rounds = [(seconds(linears), seconds(packed)) for _ in range(repeats)]
+    rounds = [[seconds(step) for step in steps] for _ in range(repeats)]
     plain, fast = map(min, zip(*rounds, strict=True))  # the least disturbed round of each
     return plain / fast
 
 
-@torch.no_grad()
-def _relative_error(model: GPT) -> float:
-    linear = model.h[0].mlp.c_fc
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, linear.in_features, generator=generator).to(linear.weight.dtype)
-    plain = F.linear(x, linear.weight, linear.bias)
-    packed = PackedLinear(linear.weight, linear.bias)(x)
-    return float((packed - plain).norm() / plain.norm())
+def _latent_step(model: GPT, kernels: str, batch: int = 1) -> Callable[[], Tensor]:
+    """Return a function that runs a latent step of the first block with a backend.
+
+    Raise ImportError or OSError if it is in C and cannot be compiled.
+    """
+    small = _share(model)
+    small.h, small.wte = small.h[:1], nn.Embedding.from_pretrained(model.wte.weight[:1].detach())
+    if kernels != "torch":
+        small = PackedGPT(small, in_c=kernels == "c")
+    x = torch.randn(batch, model.config.n_embd, generator=torch.Generator().manual_seed(0))
+    x, cache = x.to(model.wte.weight.dtype), model.new_cache(batch, capacity=1)
+    return torch.no_grad()(lambda: small.append(cache, x, x, 1))

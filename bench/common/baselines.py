@@ -20,7 +20,6 @@ from bench.common.results import OURS
 from bench.common.workload import Workload
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.model import GPT
-from nanococonut.packed import compile_error
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights.pretrained import CONFIG_KEYS, CONV1D_WEIGHTS
 
@@ -177,12 +176,8 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
     if workload.device.type == "cuda" and ours.engine.kernels != "torch":
         providers.append(EngineProvider(f"{OURS}, torch graph", workload, "torch", "on"))
     missing: dict[str, str] = {}
-    if ours.engine.kernels == "packed":
-        name = f"{OURS}, compiled"
-        if why := compile_error():
-            missing[name] = why
-        else:
-            providers.append(EngineProvider(name, workload, "compiled", "off"))
+    if ours.engine.kernels == "c":
+        providers.append(EngineProvider(f"{OURS}, packed", workload, "packed", "off"))
     request = workload.request(workload.prompts(1, N_PROMPT, 0), "thoughts", N_CHECKED)
     expected = eager.generate(request)["tokens"]
     for provider in providers:

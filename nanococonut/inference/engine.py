@@ -323,7 +323,7 @@ class Engine:
                 f"{self.model.config.block_size} leaves room for {available}"
             )
         with self._eval_mode():
-            is_packed = self.kernels in ("packed", "compiled")
+            is_packed = self.kernels in ("c", "packed")
             # a graph becomes stale if a weight moves, a packed copy also if it changes in place
             key = [
                 (p.data_ptr(), p.dtype, fingerprint(p) if is_packed else ())
@@ -334,7 +334,7 @@ class Engine:
                 self._weights_key = key
                 self._packed = None
                 if is_packed:
-                    self._packed = PackedGPT(self.model, compiled=self.kernels == "compiled")
+                    self._packed = PackedGPT(self.model, in_c=self.kernels == "c")
             return self._generate(request)
 
     def _generate(self, request: Request) -> Generation:

@@ -7,14 +7,13 @@ up to rounding.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nanococonut.cache import KVCache
-from nanococonut.model import GPT, cached_attention, causal_attention
+from nanococonut.model import GPT, causal_attention
 from nanococonut.runtime.errors import UserError
 
 Edit = Callable[[int, Tensor], Tensor]  # (i, (B, C) inputs of thought i) -> their replacement
@@ -73,10 +72,8 @@ def append_step(
 
     active  (B,) bool  sequences to advance; the others keep their state and length (None: all)
     """
-    pos = cache.lengths[:, None]  # (B, 1)
     span = state.span + 1
-    attend = partial(cached_attention, cache, pos, cache.key_mask(pos, span))
-    hidden = model.backbone(emb[:, None], pos, attend, state.prev_embedding)[:, 0]
+    hidden = model.append(cache, emb, state.prev_embedding, span)
     if active is None:
         cache.lengths += 1
         return DecodeState(hidden, emb, span)

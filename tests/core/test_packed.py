@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import generate, random_gpt
 
+from kernels.cpu_step import CpuStep, compile_step
 from nanococonut import ops, packed
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.model import GPT
@@ -12,11 +13,13 @@ from nanococonut.runtime.errors import UserError
 MODEL = {"dtype": torch.float32, "n_layer": 2, "n_head": 2, "n_embd": 32}
 if packed.unavailable(random_gpt(**MODEL)):
     pytest.skip("this PyTorch packs no linear layers", allow_module_level=True)
+needs_c = pytest.mark.skipif(packed.unavailable(random_gpt(**MODEL), "c") != "", reason="no C")
+KERNELS = ["packed", pytest.param("c", marks=needs_c)]
 PREFIXES = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
 
 
 def ask(engine):
-    return engine.run(Request(PREFIXES, 3, [39], -1, 6))
+    return engine.run(Request(PREFIXES[:3], 3, [39], -1, 6))
 
 
 def test_packed_generates_the_same(gpt):
@@ -28,47 +31,52 @@ def test_packed_generates_the_same(gpt):
     torch.testing.assert_close(fast.thoughts, plain.thoughts, rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_generates_the_same():
-    """Guards against a single row that takes other weights, or is compiled again for each layer."""
-    if why := packed.compile_error():
-        pytest.skip(why)
-    model = random_gpt(**MODEL)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for prefixes in (PREFIXES[:1], PREFIXES):  # one row per step, and more
+@needs_c
+def test_c_generates_the_same(gpt):
+    """Guards against a step in C without the smear, and a batch that it cannot run."""
+    model = gpt.float()
+    for prefixes in (PREFIXES[:1], PREFIXES[1:], PREFIXES):  # the last is too large for C
         plain = generate(model, prefixes, 3, [39], -1, 6)
-        engine = Engine(model, kernels="compiled")
-        fast = engine.run(Request(prefixes, 3, [39], -1, 6))
+        fast = generate(model, prefixes, 3, [39], -1, 6, kernels="c")
         assert fast.tokens == plain.tokens
         torch.testing.assert_close(fast.thoughts, plain.thoughts, rtol=1e-5, atol=1e-5)
-    n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert n_graphs == 3  # two for all layers, and one that checks for a compiler
 
 
-def test_compiled_without_a_compiler_is_refused(monkeypatch):
-    """Guards against an error from within torch.compile, after the model was loaded, and against
-    plain Python in place of compiled loops."""
-    with monkeypatch.context() as m:
-        m.setattr(torch, "compile", lambda fn: fn)
-        assert "turned off" in packed.compile_error()
-    monkeypatch.setattr(packed, "compile_error", lambda: "torch.compile failed (no g++)")
-    with pytest.raises(UserError, match=r"--kernels=compiled cannot run here: .* \(no g\+\+\)"):
-        ops.choose_backend("compiled", random_gpt(**MODEL))
+@needs_c
+def test_a_step_in_c_that_cannot_run_is_refused(monkeypatch):
+    """Guards against a traceback without a compiler, and against a miscompiled step."""
+    model = random_gpt(**MODEL)
+    compile_step.cache_clear()
+    for compiler, why in (("no-such-cc", "No such file"), ("false", "false: failed")):
+        monkeypatch.setenv("CC", compiler)
+        with pytest.raises(UserError, match=f"--kernels=c cannot run here: .*{why}"):
+            ops.choose_backend("c", model)
+        monkeypatch.setattr(packed, "MIN_PARAMS", 0)
+        monkeypatch.setattr(packed, "speedup", lambda model, kernels: 1.62)
+        name, reason = ops.choose_backend("auto", model)
+        assert name == "packed" and why in reason
+    monkeypatch.delenv("CC")
+    step = CpuStep.__call__
+    monkeypatch.setattr(CpuStep, "__call__", lambda *args: step(*args) * 1.00001)
+    with pytest.raises(UserError, match="its results differ by 1e-05 from plain PyTorch's"):
+        ops.choose_backend("c", model)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("thought", ["soft", "projected"])
-def test_packed_feeds_back_every_thought(thought):
+def test_packed_feeds_back_every_thought(thought, kernels):
     """Guards against losing the layers that only some methods have."""
     model = random_gpt(thought=thought, **MODEL)
-    plain = generate(model, PREFIXES, 3, [39], -1, 6)
-    fast = generate(model, PREFIXES, 3, [39], -1, 6, kernels="packed")
+    plain = generate(model, PREFIXES[:3], 3, [39], -1, 6)
+    fast = generate(model, PREFIXES[:3], 3, [39], -1, 6, kernels=kernels)
     assert fast.tokens == plain.tokens
 
 
-def test_packed_copies_follow_the_weights():
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_packed_copies_follow_the_weights(kernels):
     """Guards against stale copies after an optimizer changed the weights in place."""
     model = random_gpt(**MODEL)
-    engine = Engine(model, kernels="packed")
+    engine = Engine(model, kernels=kernels)
     before = ask(engine)
     with torch.no_grad():
         model.h[0].mlp.c_proj.weight.mul_(-3)
@@ -91,16 +99,17 @@ def test_packing_leaves_the_model_as_it_is():
     assert fast.h[0].ln_1.weight is model.h[0].ln_1.weight and fast.wpe.weight is model.wpe.weight
 
 
-def test_auto_packs_large_models_if_faster(monkeypatch):
+@needs_c
+def test_auto_chooses_the_fastest_for_large_models(monkeypatch):
     """Guards against a timing that decides the roundings of a small model."""
     model = random_gpt(**MODEL)
-    monkeypatch.setattr(packed, "speedup", lambda model: 1.62)
+    monkeypatch.setattr(packed, "speedup", lambda model, k: {"c": 1.62, "packed": 1.3}[k])
     assert ops.choose_backend("auto", model) == ("torch", "the model is on cpu, not on a GPU")
     monkeypatch.setattr(packed, "MIN_PARAMS", 0)
-    reason = "1.6x as fast as plain linear layers on this CPU"
-    assert ops.choose_backend("auto", model) == ("packed", reason)
+    reason = "1.6x as fast as plain PyTorch on this CPU"
+    assert ops.choose_backend("auto", model) == ("c", reason)
     assert ops.choose_backend("torch", model)[0] == "torch"
-    monkeypatch.setattr(packed, "speedup", lambda model: 1.01)
+    monkeypatch.setattr(packed, "speedup", lambda model, kernels: 1.01)
     assert ops.choose_backend("auto", model)[0] == "torch"
 
 
@@ -121,7 +130,7 @@ def test_packing_that_computes_something_else_is_refused(monkeypatch):
     """Guards the self-check, which compares with F.linear before the first answer."""
     forward = packed.PackedLinear.forward
     monkeypatch.setattr(packed.PackedLinear, "forward", lambda m, x: forward(m, x) * 1.001)
-    with pytest.raises(UserError, match="packed layers differ by 1e-03 from plain ones"):
+    with pytest.raises(UserError, match="its results differ by .* from plain PyTorch's"):
         ops.choose_backend("packed", random_gpt(**MODEL))
     with pytest.raises(UserError, match=r"no packed form of torch.float64"):
         ops.choose_backend("packed", random_gpt())

@@ -1,0 +1,130 @@
+/* One step of GPT-2 on a CPU: append one position to each sequence of a KV cache.
+
+A step reads every weight once, so it should take as long as that. Two things make it slower in
+PyTorch: matrix products that are made for many rows, and threads that fall asleep between a few
+hundred small operations. Here each row of a weight is one dot product, and one parallel region
+spans all layers. Weights are float32 or bfloat16 (-DBF16), everything else is float32.
+
+Shapes: B sequences, C = n_embd, nh heads of hs = C / nh. cpu_step.py compiles this file. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef BF16
+typedef uint16_t weight;
+static inline float value(weight w) {
+    union { uint32_t bits; float x; } u = {(uint32_t)w << 16};
+    return u.x;
+}
+#else
+typedef float weight;
+static inline float value(weight w) { return w; }
+#endif
+
+typedef struct {
+    const weight *w;  /* (out, in) */
+    const float *b;
+} Linear;
+
+typedef struct {
+    const float *w, *b;
+} LayerNorm;
+
+typedef struct {
+    LayerNorm ln_1;
+    Linear c_attn, attn_proj;
+    LayerNorm ln_2;
+    Linear c_fc, mlp_proj;
+} Block;
+
+enum op { SET, ADD, GELU };
+
+static float gelu(float x) {
+    return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+}
+
+/* y (B, out) = or += x (B, in) @ w.T + b. The threads share the rows of w. */
+static void linear(float *y, const float *x, Linear layer, int B, int in, int out, enum op op) {
+    #pragma omp for
+    for (int r = 0; r < out; r++) {
+        const weight *w = layer.w + (int64_t)r * in;  /* stays in the L1 cache for all b */
+        for (int b = 0; b < B; b++) {
+            const float *xb = x + b * in;
+            float sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < in; i++) sum += value(w[i]) * xb[i];
+            sum += layer.b[r];
+            float *yb = y + b * out + r;
+            *yb = op == ADD ? *yb + sum : op == GELU ? gelu(sum) : sum;
+        }
+    }
+}
+
+/* y (B, C) = the LayerNorm of x (B, C). Every thread computes all of it. */
+static void layer_norm(float *y, const float *x, LayerNorm ln, int B, int C) {
+    for (int b = 0; b < B; b++, x += C, y += C) {
+        float sum = 0, squares = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < C; i++) sum += x[i];
+        const float mean = sum / C;
+        #pragma omp simd reduction(+ : squares)
+        for (int i = 0; i < C; i++) squares += (x[i] - mean) * (x[i] - mean);
+        const float scale = 1 / sqrtf(squares / C + 1e-5f);
+        for (int i = 0; i < C; i++) y[i] = (x[i] - mean) * scale * ln.w[i] + ln.b[i];
+    }
+}
+
+/* y (hs) = the attention of one head's query q (hs) to n keys and values (n, hs) */
+static void attend(float *y, const float *q, const float *k, const float *v, int n, int hs) {
+    float p[n], max = -INFINITY, sum = 0;
+    for (int t = 0; t < n; t++, k += hs) {
+        float score = 0;
+        #pragma omp simd reduction(+ : score)
+        for (int i = 0; i < hs; i++) score += q[i] * k[i];
+        p[t] = score / sqrtf(hs);
+        max = fmaxf(max, p[t]);
+    }
+    for (int t = 0; t < n; t++) sum += p[t] = expf(p[t] - max);
+    for (int i = 0; i < hs; i++) y[i] = 0;
+    for (int t = 0; t < n; t++, v += hs)
+        for (int i = 0; i < hs; i++) y[i] += p[t] / sum * v[i];
+}
+
+/* Append to the cache and overwrite x with the hidden states after the final LayerNorm.
+
+x          (B, C)                               input embeddings with their positions
+cache      (n_layer, 2, B, nh, capacity, hs)    keys and values
+lengths    (B)                                  the positions to append; they do not change
+workspace  (B, 8 * C)                                                                         */
+void step(float *x, const Block *blocks, const LayerNorm *ln_f, int n_layer, int B, int C, int nh,
+          float *cache, int capacity, const int64_t *lengths, float *workspace, int n_threads) {
+    const int hs = C / nh;
+    const int64_t head = (int64_t)capacity * hs;  /* elements of one head's keys */
+    float *qkv = workspace, *y = qkv + B * 3 * C, *h = y + B * C;
+    #pragma omp parallel num_threads(n_threads)
+    {
+        float normed[B * C];
+        for (int layer = 0; layer < n_layer; layer++) {
+            const Block block = blocks[layer];
+            float *keys = cache + layer * 2 * B * nh * head, *values = keys + B * nh * head;
+            layer_norm(normed, x, block.ln_1, B, C);
+            linear(qkv, normed, block.c_attn, B, C, 3 * C, SET);
+            #pragma omp for
+            for (int i = 0; i < B * nh; i++) {
+                const float *q = qkv + i / nh * 3 * C + i % nh * hs;  /* then k and v, C apart */
+                float *k = keys + i * head, *v = values + i * head;
+                const int64_t pos = lengths[i / nh];
+                memcpy(k + pos * hs, q + C, hs * sizeof(float));
+                memcpy(v + pos * hs, q + 2 * C, hs * sizeof(float));
+                attend(y + i * hs, q, k, v, pos + 1, hs);
+            }
+            linear(x, y, block.attn_proj, B, C, C, ADD);
+            layer_norm(normed, x, block.ln_2, B, C);
+            linear(h, normed, block.c_fc, B, C, 4 * C, GELU);
+            linear(x, h, block.mlp_proj, B, 4 * C, C, ADD);
+        }
+        #pragma omp single
+        layer_norm(x, x, *ln_f, B, C);
+    }
+}
