@@ -1,1 +1,1 @@
-"""Triton kernels of nanococonut, one op per file. Not Hugging Face's package of this name."""
+"""Kernels of nanococonut: Triton, one op per file, and a step in C. Not Hugging Face's package."""
