@@ -1,4 +1,4 @@
-/* One step of GPT-2 on a CPU: append one position to each sequence of a KV cache.
+/* One step of GPT-2 on a CPU: append one position to each sequence of a KV cache, and the head.
 
 A step reads every weight once, so it should take as long as that. Two things make it slower in
 PyTorch: matrix products that are made for many rows, and threads that fall asleep between a few
@@ -24,7 +24,7 @@ static inline float value(weight w) { return w; }
 
 typedef struct {
     const weight *w;  /* (out, in) */
-    const float *b;
+    const float *b;   /* (out), or NULL */
 } Linear;
 
 typedef struct {
@@ -54,7 +54,7 @@ static void linear(float *y, const float *x, Linear layer, int B, int in, int ou
             float sum = 0;
             #pragma omp simd reduction(+ : sum)
             for (int i = 0; i < in; i++) sum += value(w[i]) * xb[i];
-            sum += layer.b[r];
+            if (layer.b) sum += layer.b[r];
             float *yb = y + b * out + r;
             *yb = op == ADD ? *yb + sum : op == GELU ? gelu(sum) : sum;
         }
@@ -127,4 +127,11 @@ void step(float *x, const Block *blocks, const LayerNorm *ln_f, int n_layer, int
         #pragma omp single
         layer_norm(x, x, *ln_f, B, C);
     }
+}
+
+/* logits (B, V) = hidden (B, C) @ wte (V, C).T */
+void head(float *logits, const float *hidden, const weight *wte, int B, int C, int V,
+          int n_threads) {
+    #pragma omp parallel num_threads(n_threads)
+    linear(logits, hidden, (Linear){wte, NULL}, B, C, V, SET);
 }

@@ -55,7 +55,7 @@ class PackedGPT(GPT):
         if in_c:
             from kernels.cpu_step import CpuStep  # on use: `kernels` may be another package
 
-            self.step = CpuStep(step_weights(model), model.config.n_head)
+            self.step = CpuStep(step_weights(model), model.wte.weight, model.config.n_head)
 
     def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:
         if self.step is None or len(emb) > self.step.MAX_BATCH:
@@ -64,7 +64,9 @@ class PackedGPT(GPT):
         return self.step(x.float(), cache.data, cache.lengths).to(emb.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.packed_head(hidden)
+        if self.step is None or hidden.dim() != 2 or len(hidden) > self.step.MAX_BATCH:
+            return self.packed_head(hidden)
+        return self.step.head(hidden.float()).to(hidden.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +75,7 @@ class PackedGPT(GPT):
 
 
 def step_weights(model: GPT) -> list[Tensor]:
-    """Return the parameters that CpuStep needs, in its order."""
+    """Return the weights that CpuStep takes, in its order."""
     layers = [(b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)
               for b in model.h]  # fmt: skip
     return [w for m in (*itertools.chain(*layers), model.ln_f) for w in (m.weight, m.bias)]

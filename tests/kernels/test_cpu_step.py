@@ -1,4 +1,4 @@
-"""The step in C against GPT.append: hidden states, cache, precision and errors."""
+"""The step in C against GPT.append: hidden states, logits, cache, precision and errors."""
 
 import copy
 
@@ -39,11 +39,13 @@ def test_equals_the_model(dtype, batch, n_head, head_dim):
     truth, truth_cache = run(truth_model, batch, data, lengths, x.double())
     plain, plain_cache = run(model, batch, data, lengths, x)
 
-    step = CpuStep([w.to(dtype) for w in step_weights(model)], n_head)
+    weights = [w.to(dtype) for w in step_weights(model)]
+    step = CpuStep(weights, model.wte.weight.to(dtype), n_head)
     hidden, cache = x + model.wpe.weight[lengths].detach(), data.clone()
     assert step(hidden, cache, lengths) is hidden
     assert_three_way(hidden, plain, truth)
     assert_three_way(cache, plain_cache, truth_cache)
+    assert_three_way(step.head(hidden), model.head(hidden), truth_model.head(hidden.double()))
     written = torch.zeros(data.shape, dtype=torch.bool)
     written[:, :, torch.arange(batch), :, lengths] = True
     assert torch.equal(cache[~written], data[~written])
@@ -52,7 +54,7 @@ def test_equals_the_model(dtype, batch, n_head, head_dim):
 def test_threads_and_batch_change_no_bit():
     """Guards against a race, and against sums whose order depends on the threads or the batch."""
     model = random_gpt(dtype=torch.float32, n_embd=96)
-    step = CpuStep(step_weights(model), 3)
+    step = CpuStep(step_weights(model), model.wte.weight, 3)
     data, x = torch.randn(model.cache_shape(3, 30)), torch.randn(3, 96)
     lengths, results, n_threads = torch.tensor([29, 0, 11]), [], torch.get_num_threads()
     try:
@@ -70,6 +72,6 @@ def test_threads_and_batch_change_no_bit():
 def test_a_full_cache_is_refused():
     """Guards against a write past the end of the cache, which no check in C would notice."""
     model = random_gpt(dtype=torch.float32)
-    step = CpuStep(step_weights(model), 3)
+    step = CpuStep(step_weights(model), model.wte.weight, 3)
     with pytest.raises(IndexError, match="a cache of 5 positions is full"):
         step(torch.zeros(2, 24), torch.zeros(model.cache_shape(2, 5)), torch.tensor([1, 5]))
