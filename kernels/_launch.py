@@ -1,4 +1,4 @@
-"""Shared by the kernels of a step: argument checks, LayerNorm, programmatic dependent launch (PDL).
+"""Shared by the Triton kernels of a step: LayerNorm, programmatic dependent launch (PDL).
 
 All tensors must be contiguous. Parameters and outputs have one dtype (fp32, bf16 or fp16); the
 residual stream x and the cache may have another. A launcher allocates its outputs and at most two
@@ -17,7 +17,6 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 EPS = 1e-5  # of every LayerNorm in GPT-2
@@ -25,17 +24,6 @@ LINE_BYTES = tl.constexpr(128)  # of the L2 cache
 OFF, EARLY, LATE = 0, 1, 2  # the next kernel may start before or after this one has waited
 EARLY_MAX_ROWS = 4  # with more, this launch leaves no multiprocessor free for the next
 LATE_MAX_ROWS = 128  # both limits measured on an H200
-
-
-def check_tensors(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise ValueError unless each tensor is None, or contiguous and of the expected shape.
-
-    Kernels compute addresses from the sizes alone, so another shape would be read out of bounds.
-    """
-    for name, (t, shape) in expected.items():
-        if t is not None and (t.shape != shape or not t.is_contiguous()):
-            actual = f"{tuple(t.shape)}, strides {t.stride()}"
-            raise ValueError(f"{name}: expected contiguous {shape}, got {actual}")
 
 
 @cache

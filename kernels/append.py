@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._launch import EPS, check_tensors, pdl
+from kernels._check import check_tensors
+from kernels._launch import EPS, pdl
 from kernels._linear import auto_impl, launch_config, layer_norm, linear
 
 

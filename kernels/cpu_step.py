@@ -12,80 +12,104 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels._check import check_tensors
+
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+# not -ffast-math: GCC would then make the whole process flush denormals to zero
+FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 
 
 @functools.cache
 def compile_step(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return cpu_step.c, compiled for weights of this dtype, float32 or bfloat16.
+    """Return cpu_step.c, compiled for weights of this dtype.
 
-    Raise OSError if there is no compiler ($CC, or cc), or if it fails.
+    Raise OSError if the compiler ($CC, or cc) is missing or fails, or if the library cannot be
+    loaded, such as from a folder mounted with noexec. Raise ValueError for other dtypes.
     """
-    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(SOURCE)]
-    if dtype == torch.bfloat16:
-        command.append("-DBF16")
+    define = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
+    if dtype not in define:
+        raise ValueError(f"expected weights in float32 or bfloat16, got {dtype}")
+    try:
+        command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split(), *define[dtype]]
+    except ValueError as e:
+        raise OSError(f"CC={os.environ['CC']}: {e}") from None
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/cpu_step.so"
-        out = subprocess.run([*command, "-o", library, "-lm"], capture_output=True, text=True)
+        out = subprocess.run(
+            [*command, str(SOURCE), "-o", library, "-lm"],
+            capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
         if out.returncode:
-            raise OSError(f"{command[0]}: {(out.stderr.strip() or 'failed').splitlines()[0]}")
+            lines = out.stderr.strip().splitlines() or ["failed"]
+            error = next((line for line in lines if "error" in line), lines[0])
+            raise OSError(f"{command[0]}: {error}")
         compiled = ctypes.CDLL(library)  # stays loaded without its file
     p, n = ctypes.c_void_p, ctypes.c_int
     compiled.step.argtypes = [p, p, p, n, n, n, n, p, n, p, p, n]
-    compiled.head.argtypes = [p, p, p, n, n, n, n]
+    compiled.lm_head.argtypes = [p, p, p, n, n, n, n]
     return compiled
 
 
 class CpuStep:
-    """All layers of a GPT-2 for one new position per sequence, and its head.
+    """All layers of a GPT-2 for one new position per sequence, and its LM head.
 
     weights  weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj of each layer, then of
              ln_f
     wte      (V, C), the head's weight
 
-    All contiguous, on a CPU, and float32 or bfloat16. Matrices are not copied.
+    All on a CPU, in float32 or bfloat16. Contiguous matrices are not copied. Raise like
+    compile_step.
     """
 
     MAX_BATCH = 3  # matrix products are faster for more sequences
 
     def __init__(self, weights: Sequence[Tensor], wte: Tensor, n_head: int) -> None:
+        self.compiled = compile_step(wte.dtype)
         # kept here, because C has only their addresses
-        self.weights = [w.detach() if w.dim() == 2 else w.detach().float() for w in weights]
+        self.wte = wte.detach().contiguous()
+        self.weights = [
+            w.detach().to(wte.dtype if w.dim() == 2 else torch.float32).contiguous()
+            for w in weights
+        ]
         pointers = [w.data_ptr() for w in self.weights]
         self.blocks = (ctypes.c_void_p * (len(pointers) - 2))(*pointers[:-2])
         self.ln_f = (ctypes.c_void_p * 2)(*pointers[-2:])
         self.n_layer, self.n_head = len(weights) // 12, n_head
-        self.wte, self.compiled = wte.detach(), compile_step(wte.dtype)
 
     def __call__(self, x: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
         """Append x to the cache. Return the hidden states after the final LayerNorm, which
-        overwrite x. Raise IndexError if the cache is full.
+        overwrite x. Raise ValueError for other shapes or dtypes, IndexError if the cache is full.
 
-        x        (B, C) float32                                     embeddings with positions
-        cache    (n_layer, 2, B, n_head, capacity, head_dim) fp32   KVCache.data
-        lengths  (B,) int64                                         positions to write to
+        x        (B, C) float32                                      embeddings with positions
+        cache    (n_layer, 2, B, n_head, capacity, C / n_head) fp32  KVCache.data
+        lengths  (B,) int64                                          positions to write to
         """
-        (B, C), capacity = x.shape, cache.shape[4]
-        if int(lengths.max()) >= capacity:
-            raise IndexError(f"a cache of {capacity} positions is full")
-        assert x.dtype == cache.dtype == torch.float32
-        assert x.is_contiguous() and cache.is_contiguous() and lengths.is_contiguous()
+        (B, C), nh, capacity = x.shape, self.n_head, cache.shape[4]
+        cache_shape = (self.n_layer, 2, B, nh, capacity, C // nh)
+        check_tensors(
+            x=(x, (B, self.wte.shape[1])), cache=(cache, cache_shape), lengths=(lengths, (B,))
+        )
+        dtypes = x.dtype, cache.dtype, lengths.dtype
+        if dtypes != (torch.float32, torch.float32, torch.int64):
+            raise ValueError(f"x, cache, lengths: expected float32, float32, int64, got {dtypes}")
+        if not 0 <= int(lengths.min()) <= int(lengths.max()) < capacity:
+            raise IndexError(f"lengths {lengths.tolist()} in a cache of {capacity} positions")
         workspace = x.new_empty(B, 8 * C)
         self.compiled.step(
-            x.data_ptr(), self.blocks, self.ln_f, self.n_layer, B, C, self.n_head,
-            cache.data_ptr(), capacity, lengths.data_ptr(), workspace.data_ptr(),
-            torch.get_num_threads(),
+            x.data_ptr(), self.blocks, self.ln_f, self.n_layer, B, C, nh, cache.data_ptr(),
+            capacity, lengths.data_ptr(), workspace.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return x
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return the logits (B, V) of hidden states (B, C), both float32."""
-        assert hidden.dtype == torch.float32
-        (B, C), V = hidden.shape, len(self.wte)
-        hidden, logits = hidden.contiguous(), hidden.new_empty(B, V)
-        self.compiled.head(
-            logits.data_ptr(), hidden.data_ptr(), self.wte.data_ptr(), B, C, V,
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Return the logits (B, V) of hidden states (B, C), both float32. Raise ValueError."""
+        V, C = self.wte.shape
+        check_tensors(hidden=(hidden, (len(hidden), C)))
+        if hidden.dtype != torch.float32:
+            raise ValueError(f"hidden: expected float32, got {hidden.dtype}")
+        logits = hidden.new_empty(len(hidden), V)
+        self.compiled.lm_head(
+            logits.data_ptr(), hidden.data_ptr(), self.wte.data_ptr(), len(hidden), C, V,
             torch.get_num_threads(),
         )  # fmt: skip
         return logits

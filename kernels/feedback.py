@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import EPS, await_launches, check_tensors, normalize, pdl
+from kernels._check import check_tensors
+from kernels._launch import EPS, await_launches, normalize, pdl
 
 
 @triton.jit

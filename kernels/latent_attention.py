@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import await_launches, check_tensors, pdl, prefetch
+from kernels._check import check_tensors
+from kernels._launch import await_launches, pdl, prefetch
 
 BLOCK_ELEMENTS = 2048  # elements of K (and of V) per loop iteration: 16 of each per thread
 MAX_SPLITS = 32

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import check_tensors, pdl
+from kernels._check import check_tensors
+from kernels._launch import pdl
 from kernels._linear import auto_impl, launch_config, linear
 from kernels.reference import linear_residual_ref
 

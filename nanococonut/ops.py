@@ -48,8 +48,9 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
         speedups = {k: packed.speedup(model, k) for k, why in missing.items() if not why}
         best = max(speedups, key=speedups.get, default="torch")
         if speedups.get(best, 0) >= packed.MIN_SPEEDUP:
-            without_c = f"; {missing['c']}" if missing["c"] else ""
-            return best, f"{speedups[best]:.1f}x as fast as plain PyTorch on this CPU{without_c}"
+            name, reason = best, f"{speedups[best]:.1f}x as fast as plain PyTorch on this CPU"
+        if missing["c"] != missing["packed"]:
+            reason += f"; {missing['c']}"
     return name, reason
 
 

@@ -186,14 +186,18 @@ class TrainLoader:
         is None, or if none fits.
         """
         fitting, error, block_size = [], "", self.config.block_size
+        lengths: dict[tuple[int, ...], int] = {}
         is_frontier = self.config.thought_labels == "frontier"
         all_rendered = self.task.render(examples, self.config.render)
         for example, rendered in zip(examples, all_rendered, strict=True):
             try:
                 labels = prosqa.frontiers(example["question"]) if is_frontier else None
                 tokenized = tokenize(self.tokenizer, rendered, labels)
-                length = max_length(self.curriculum, tokenized, self.tokenizer)
-                if length > block_size:
+                # many examples have the same lengths, which are all that matters here
+                key = tuple(map(len, (tokenized.question, tokenized.answer, *tokenized.steps)))
+                if key not in lengths:
+                    lengths[key] = max_length(self.curriculum, tokenized, self.tokenizer)
+                if (length := lengths[key]) > block_size:
                     raise UserError(
                         f"it needs {length} positions with its thoughts, but "
                         f"block_size={block_size}.\nUse a larger --block_size, shorter examples or "

@@ -45,7 +45,7 @@ def test_equals_the_model(dtype, batch, n_head, head_dim):
     assert step(hidden, cache, lengths) is hidden
     assert_three_way(hidden, plain, truth)
     assert_three_way(cache, plain_cache, truth_cache)
-    assert_three_way(step.head(hidden), model.head(hidden), truth_model.head(hidden.double()))
+    assert_three_way(step.lm_head(hidden), model.head(hidden), truth_model.head(hidden.double()))
     written = torch.zeros(data.shape, dtype=torch.bool)
     written[:, :, torch.arange(batch), :, lengths] = True
     assert torch.equal(cache[~written], data[~written])
@@ -64,14 +64,32 @@ def test_threads_and_batch_change_no_bit():
     finally:
         torch.set_num_threads(n_threads)
     assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(step.lm_head(results[0])[1:2], step.lm_head(results[0][1:2]))
     alone = [step(x[b : b + 1].clone(), data[:, :, b : b + 1].clone(), lengths[b : b + 1])
              for b in range(3)]  # fmt: skip
     assert torch.equal(torch.cat(alone), results[0])
 
 
-def test_a_full_cache_is_refused():
-    """Guards against a write past the end of the cache, which no check in C would notice."""
+def test_wrong_arguments_are_refused():
+    """Guards against reads and writes out of bounds, which nothing in C would notice."""
     model = random_gpt(dtype=torch.float32)
     step = CpuStep(step_weights(model), model.wte.weight, 3)
-    with pytest.raises(IndexError, match="a cache of 5 positions is full"):
-        step(torch.zeros(2, 24), torch.zeros(model.cache_shape(2, 5)), torch.tensor([1, 5]))
+    x, data, lengths = torch.zeros(2, 24), model.new_cache(2, 5).data, torch.tensor([1, 4])
+    step(x, data, lengths)
+    for args in (
+        (x, data[:, :, :1], lengths),
+        (x.double(), data, lengths),
+        (x, data, lengths.int()),
+        (x, data, lengths[:1]),
+        (torch.zeros(24, 2).t(), data, lengths),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            step(*args)
+    for full in ([1, 5], [-1, 0]):
+        with pytest.raises(IndexError, match="in a cache of 5 positions"):
+            step(x, data, torch.tensor(full))
+    for hidden in (torch.zeros(2, 23), torch.zeros(2, 24, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="expected"):
+            step.lm_head(hidden)
+    with pytest.raises(ValueError, match="float32 or bfloat16, got torch.float16"):
+        CpuStep([w.half() for w in step_weights(model)], model.wte.weight.half(), 3)
