@@ -25,22 +25,13 @@ def ask(engine):
     return engine.run(Request(PREFIXES[:3], 3, [39], -1, 6))
 
 
-def test_packed_generates_the_same(gpt):
-    """Guards against a wrong activation, bias or head, and against a missing smear layer."""
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_generates_the_same(gpt, kernels):
+    """Guards against a wrong activation, bias or head, a missing smear, and too many rows for C."""
     model = gpt.float()
-    plain = generate(model, PREFIXES, 3, [39], -1, 6)
-    fast = generate(model, PREFIXES, 3, [39], -1, 6, kernels="packed")
-    assert fast.tokens == plain.tokens
-    torch.testing.assert_close(fast.thoughts, plain.thoughts, rtol=1e-5, atol=1e-5)
-
-
-@needs_c
-def test_c_generates_the_same(gpt):
-    """Guards against a step in C without the smear, and a batch that it cannot run."""
-    model = gpt.float()
-    for prefixes in (PREFIXES[:1], PREFIXES[1:], PREFIXES):  # the last is too large for C
+    for prefixes in (PREFIXES[:1], PREFIXES[1:], PREFIXES):
         plain = generate(model, prefixes, 3, [39], -1, 6)
-        fast = generate(model, prefixes, 3, [39], -1, 6, kernels="c")
+        fast = generate(model, prefixes, 3, [39], -1, 6, kernels=kernels)
         assert fast.tokens == plain.tokens
         torch.testing.assert_close(fast.thoughts, plain.thoughts, rtol=1e-5, atol=1e-5)
 
