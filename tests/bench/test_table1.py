@@ -1,9 +1,15 @@
 """bench/table1.py: train, stop, continue."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from bench.common.results import read_results
 from nanococonut.data.tasks import TASKS
@@ -36,6 +42,26 @@ def test_stopped_table_continues(script):
     assert read_results(Path("rows.jsonl")) == rows
     code, _, err = script(*argv[:3], "--n=21", *argv[4:], script="bench/table1.py")
     assert code == 2 and "with 20 examples" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM handlers")
+def test_sigterm_saves_the_run_in_progress(tmp_path):
+    """Guards against a training process that outlives the table, and against losing its steps."""
+    settings = "--set=epochs=100000,train_examples=64,val_examples=10,save_interval=1000000"
+    command = [sys.executable, "bench/table1.py", "--task=prontoqa", "--methods=no_cot", settings]
+    command += [f"--runs={tmp_path}", f"--out={tmp_path}/rows.jsonl"]
+    table = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline, log = time.monotonic() + 100, None
+    while time.monotonic() < deadline and not log:
+        time.sleep(0.2)
+        log = next(
+            (path for path in tmp_path.rglob("train.log") if "examples/s" in path.read_text()), None
+        )
+    table.send_signal(signal.SIGTERM)
+    assert table.wait(60) == 143
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("stopped at step") and "--resume" in last
+    assert list(log.parent.glob("step_*/manifest.json"))
 
 
 def test_failed_run_does_not_stop_the_table(script):
