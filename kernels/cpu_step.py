@@ -1,4 +1,4 @@
-"""A step of GPT-2 on a CPU, in C: cpu_step.c, compiled when it is first used, in half a second."""
+"""A step of GPT-2 on a CPU, in C: cpu_step.c, compiled when it is first used."""
 
 import ctypes
 import functools

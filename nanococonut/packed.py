@@ -62,7 +62,7 @@ class PackedGPT(GPT):
         if self.step is None or len(emb) > self.step.MAX_BATCH:
             return super().append(cache, emb, prev_embedding, span)
         x = self.block_input(emb[:, None], cache.lengths[:, None], prev_embedding)[:, 0]  # (B, C)
-        x = x.float().contiguous()  # an edit may return a transposed tensor
+        x = x.float().contiguous()  # an edit may be transposed; a new tensor, which is overwritten
         return self.step(x, cache.data, cache.lengths).to(emb.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:

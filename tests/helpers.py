@@ -2,6 +2,7 @@
 
 import os
 import random
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from nanococonut.training.setup import count_tokens
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
+# an empty file, so that an error in kernels/cpu_step.c does not skip its tests
+EMPTY_C = f"{os.environ.get('CC') or 'cc'} -march=native -fopenmp -x c -c -o /dev/null /dev/null"
+needs_c = pytest.mark.skipif(
+    subprocess.run(EMPTY_C, shell=True, capture_output=True).returncode != 0,
+    reason="no C compiler with OpenMP",
+)
 
 
 def random_gpt(seed: int = 0, smear: bool = False, dtype=torch.float64, **shape) -> GPT:

@@ -52,13 +52,16 @@ def test_sigterm_saves_the_run_in_progress(tmp_path):
     command += [f"--runs={tmp_path}", f"--out={tmp_path}/rows.jsonl"]
     table = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline, log = time.monotonic() + 100, None
-    while time.monotonic() < deadline and not log:
-        time.sleep(0.2)
-        log = next(
-            (path for path in tmp_path.rglob("train.log") if "examples/s" in path.read_text()), None
-        )
-    table.send_signal(signal.SIGTERM)
-    assert table.wait(60) == 143
+    try:
+        while not log:
+            assert time.monotonic() < deadline and table.poll() is None
+            time.sleep(0.2)
+            logs = tmp_path.rglob("train.log")
+            log = next((path for path in logs if "examples/s" in path.read_text()), None)
+        table.send_signal(signal.SIGTERM)
+        assert table.wait(60) == 143
+    finally:
+        table.kill()
     last = log.read_text().splitlines()[-1]
     assert last.startswith("stopped at step") and "--resume" in last
     assert list(log.parent.glob("step_*/manifest.json"))

@@ -4,15 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_three_way, random_gpt
+from helpers import assert_three_way, needs_c, random_gpt
 
-from kernels.cpu_step import CpuStep, compile_step
+from kernels.cpu_step import CpuStep
 from nanococonut.packed import step_weights
 
-try:
-    compile_step(torch.float32)
-except OSError as e:
-    pytest.skip(f"no C compiler: {e}", allow_module_level=True)
+pytestmark = needs_c
 
 
 def run(model, batch, data, lengths, x):
