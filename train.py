@@ -47,7 +47,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = init_model(config, tokenizer).to(device)
     optimizers = init_optimizers(config, model)  # [AdamW] or [AdamW, Muon]
-    kernels, kernels_reason = ops.choose_training_backend(config.kernels, model)
+    kernels, kernels_reason = ops.choose_training_backend(config.kernels, model, use_bf16)
     use_graphs = ops.choose_graph(config.graph, model)
     graphs = GraphCache(64 if use_graphs else 0)
     train_step = TrainStep(model, kernels, use_bf16, graphs, config.thought_loss)

@@ -117,9 +117,11 @@ class Trainer:
         self.curriculum = Curriculum.from_config(recipe)
         self.stage = recipe.max_latent_stage + 1  # the final one
         self.model = init_model(recipe, self.tokenizer).to(select_device(recipe.device)).train()
-        self.kernels, self.why_kernels = ops.choose_training_backend(recipe.kernels, self.model)
-        self.graph = ops.choose_graph(recipe.graph, self.model)
         use_bf16 = select_precision(recipe.dtype, self.model.wte.weight.device)
+        self.kernels, self.why_kernels = ops.choose_training_backend(
+            recipe.kernels, self.model, use_bf16
+        )
+        self.graph = ops.choose_graph(recipe.graph, self.model)
         graphs = GraphCache(64 if self.graph else 0)
         self.train_step = TrainStep(self.model, self.kernels, use_bf16, graphs, recipe.thought_loss)
         self.optimizers = init_optimizers(recipe, self.model)

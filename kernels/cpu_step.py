@@ -1,49 +1,24 @@
 """A step of GPT-2 on a CPU, in C: cpu_step.c, compiled when it is first used."""
 
 import ctypes
-import functools
-import os
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels._check import check_tensors
-
-SOURCE = Path(__file__).with_suffix(".c")
-# not -ffast-math: GCC would then make the whole process flush denormals to zero
-FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
+from kernels._compile import compile_c
 
 
-@functools.cache
 def compile_step(dtype: torch.dtype) -> ctypes.CDLL:
     """Return cpu_step.c, compiled for weights of this dtype.
 
-    Raise OSError if the compiler ($CC, or cc) is missing or fails, or if the library cannot be
-    loaded, such as from a folder mounted with noexec. Raise ValueError for other dtypes.
+    Raise OSError as compile_c, and ValueError for other dtypes than float32 and bfloat16.
     """
-    define = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
-    if dtype not in define:
+    options = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
+    if dtype not in options:
         raise ValueError(f"expected weights in float32 or bfloat16, got {dtype}")
-    try:
-        command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split(), *define[dtype]]
-    except ValueError as e:
-        raise OSError(f"CC={os.environ['CC']}: {e}") from None
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/cpu_step.so"
-        out = subprocess.run(
-            [*command, str(SOURCE), "-o", library, "-lm"],
-            capture_output=True, text=True, errors="replace",
-        )  # fmt: skip
-        if out.returncode:
-            lines = out.stderr.strip().splitlines() or ["failed"]
-            error = next((line for line in lines if "error" in line), lines[0])
-            raise OSError(f"{command[0]}: {error}")
-        compiled = ctypes.CDLL(library)  # stays loaded without its file
+    compiled = compile_c("cpu_step.c", *options[dtype])
     p, n = ctypes.c_void_p, ctypes.c_int
     compiled.step.argtypes = [p, p, p, n, n, n, n, p, n, p, p, n]
     compiled.lm_head.argtypes = [p, p, p, n, n, n, n]
@@ -53,8 +28,7 @@ def compile_step(dtype: torch.dtype) -> ctypes.CDLL:
 class CpuStep:
     """All layers of a GPT-2 for one new position per sequence, and its LM head.
 
-    weights  weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj of each layer, then of
-             ln_f
+    weights  those of GPT.layer_weights
     wte      (V, C), the head's weight
 
     All on a CPU, in float32 or bfloat16. Contiguous matrices are not copied. Raise like

@@ -9,6 +9,7 @@ has n_thoughts[b] <= n thoughts. After these it is inactive: later thoughts are 
 suffix starts right after its last thought.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -102,11 +103,42 @@ def attention_bias(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
+@dataclass
+class CpuTrace:
+    """The hidden states of a batch from kernels/cpu_train.c, which runs the suffix, too."""
+
+    hidden: list[Tensor]  # as in ThoughtTrace
+    suffix: Tensor  # (B, Ts, C), see suffix_hidden
+    triton = False
+
+
+Trace = ThoughtTrace | CpuTrace
+
+
+def run_in_c(model: GPT, batch: Batch) -> CpuTrace:
+    """Run prefix, thoughts and suffix in C, without padding: N rows of valid positions."""
+    (B, Tp), n, Ts = batch.prefix.shape, batch.max_thoughts, batch.suffix.shape[1]
+    # the last target of a sequence is no input (the first maximum is its index)
+    n_suffix = (batch.targets != IGNORE).int().cumsum(1).argmax(1)
+    counts = (Tp, batch.length), (n, batch.n_thoughts), (Ts, n_suffix)
+    mask = torch.cat([torch.arange(T) < count[:, None] for T, count in counts], dim=1)
+    tokens = torch.cat([batch.prefix, batch.prefix.new_zeros(B, n), batch.suffix], dim=1)
+    first = F.pad(mask.sum(1).cumsum(0), (1, 0))  # (B + 1,), the first row of each sequence, and N
+    emb, pos = model.embed(tokens[mask]), model.wpe((mask.cumsum(1) - 1)[mask])  # (N, C)
+    h = ops.hidden_states(model, first, batch.length, batch.n_thoughts, emb, pos)  # (N, C)
+    last = (first[:-1] + batch.length - 1)[:, None]  # (B, 1), the last row of the prefix
+    thought = last + torch.arange(n + 1).clamp(max=batch.n_thoughts[:, None])  # (B, n + 1)
+    suffix = last + batch.n_thoughts[:, None] + torch.arange(Ts).clamp(max=n_suffix[:, None])
+    return CpuTrace([*h[thought].unbind(1)], h[suffix])
+
+
+def think(model: GPT, batch: Batch, kernels: str = "torch") -> Trace:
     """Run the prefill and all latent steps. Shapes depend only on those of the batch.
 
-    kernels: "torch" or "triton" (no dropout), see ops.choose_training_backend.
+    kernels: "torch", "triton" or "c", see ops.choose_training_backend. C runs the suffix, too.
     """
+    if kernels == "c":
+        return run_in_c(model, batch)
     (B, Tp), device = batch.prefix.shape, batch.prefix.device
     trace = ThoughtTrace(model, batch, kernels)
     emb = model.embed(batch.prefix)  # (B, Tp, C)
@@ -129,8 +161,10 @@ def think(model: GPT, batch: Batch, kernels: str = "torch") -> ThoughtTrace:
     return trace
 
 
-def suffix_hidden(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
+def suffix_hidden(model: GPT, batch: Batch, trace: Trace) -> Tensor:
     """Return the hidden states (B, Ts, C) that predict batch.suffix: state j predicts token j."""
+    if isinstance(trace, CpuTrace):
+        return trace.suffix
     T, device = batch.suffix.shape[1] - 1, batch.prefix.device  # the last token is not an input
     h = trace.hidden[-1][:, None]  # (B, 1, C), predicts the first token
     if T == 0:
@@ -155,7 +189,7 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]:
+def loss(model: GPT, batch: Batch, trace: Trace) -> tuple[Tensor, Tensor]:
     """Return (cross-entropy summed over the supervised targets, correct).
 
     correct (B,) bool: the argmax equals every target of the sequence (teacher-forced).
@@ -178,7 +212,7 @@ def loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> tuple[Tensor, Tensor]
     return total, correct.view(batch.targets.shape).all(dim=1)
 
 
-def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
+def thought_loss(model: GPT, batch: Batch, trace: Trace) -> Tensor:
     """Return the summed cross-entropy of the head's predictions from the states fed back.
 
     The label of a state is the uniform distribution over its thought_targets. At least one thought.
@@ -191,7 +225,7 @@ def thought_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
     return (nll.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
 
 
-def stop_loss(model: GPT, batch: Batch, trace: ThoughtTrace) -> Tensor:
+def stop_loss(model: GPT, batch: Batch, trace: Trace) -> Tensor:
     """Return the mean binary cross-entropy of the stop classifier.
 
     The label after k thoughts is whether k thoughts are enough to replace all steps.

@@ -115,8 +115,8 @@ class TrainConfig(Options):
         choices=("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
     kernels: str = option(
-        "auto", "backend (auto: triton on a GPU without dropout)",
-        choices=("auto", "triton", "torch"),
+        "auto", "backend (auto: without dropout, triton on a GPU and c on a CPU)",
+        choices=("auto", "triton", "c", "torch"),
     )  # fmt: skip
     graph: str = option("auto", "replay steps as CUDA graphs", choices=("auto", "on", "off"))
 

@@ -146,6 +146,14 @@ class GPT(nn.Module):
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def layer_weights(self) -> list[Tensor]:
+        """Return weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj of each block, then
+        of ln_f."""
+        modules = []
+        for b in self.h:
+            modules += [b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj]
+        return [w for m in (*modules, self.ln_f) for w in (m.weight, m.bias)]
+
     @property
     def cache_dtype(self) -> torch.dtype:
         """Return the dtype of KVCache.data: the weights' dtype, but float32 for bfloat16 on a CPU.

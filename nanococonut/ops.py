@@ -1,9 +1,10 @@
-"""Backend selection, and the interface to the Triton kernels that training uses.
+"""Backend selection, and the interface to the kernels that training uses.
 
     "torch"     plain PyTorch, everywhere
     "triton"    kernels/: fused attention, projections and loss, on a GPU
     "packed"    inference on a CPU: linear layers packed for oneDNN (packed.py)
-    "c"         the same, and steps of up to three sequences in C
+    "c"         inference on a CPU: the same, and steps of up to three sequences in C; training on a
+                CPU: all layers of whole sequences in C
 
 There is no silent fallback: "auto" comes with the reason for its choice, and requesting a backend
 that cannot run raises UserError.
@@ -54,12 +55,43 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     return name, reason
 
 
-def choose_training_backend(kernels: str, model: GPT) -> tuple[str, str]:
-    """Return the training backend ("triton" or "torch") of attention and loss, and the reason."""
-    _check_option("kernels", kernels, ("auto", "triton", "torch"))
+def choose_training_backend(
+    kernels: str, model: GPT, use_bf16: bool = False
+) -> tuple[str, str]:
+    """Return the training backend ("triton", "c" or "torch") of a model, and the reason.
+
+    use_bf16: the forward pass is autocast to bfloat16
+    """
+    _check_option("kernels", kernels, ("auto", "triton", "c", "torch"))
     dropout = model.config.dropout
     unsupported = f"attention with dropout, which is {dropout}" if dropout else ""
+    if kernels == "c" or (kernels == "auto" and model.wte.weight.device.type == "cpu"):
+        if reason := _no_training_in_c(model, use_bf16, unsupported):
+            if kernels == "c":
+                raise UserError(f"--kernels=c cannot run here: {reason}.\nUse --kernels=torch.")
+            return "torch", reason
+        return "c", "a CPU and no dropout"
     return _choose(kernels, model, unsupported, "a GPU and no dropout")
+
+
+def _no_training_in_c(model: GPT, use_bf16: bool, unsupported: str) -> str:
+    """Return why kernels/cpu_train.c cannot train a model; "" if it can."""
+    w, c = model.wte.weight, model.config
+    if c.thought != "hidden":
+        unsupported = f"{c.thought} thoughts"
+    if unsupported:
+        return f"there is no kernel for {unsupported}"
+    if (w.device.type, w.dtype, use_bf16) != ("cpu", torch.float32, False):
+        return f"there is no kernel in C for {'bfloat16' if use_bf16 else w.dtype} on {w.device}"
+    if c.n_embd % 32:
+        return f"there is no kernel in C for n_embd={c.n_embd}, only for multiples of 32"
+    try:
+        from kernels.cpu_train import compile_train  # on use: `kernels` may be another package
+
+        compile_train(c.n_embd, c.n_head)
+    except (ImportError, OSError) as e:
+        return f"kernels/cpu_train.c cannot be compiled or loaded ({e})"
+    return ""
 
 
 def _choose(kernels: str, model: GPT, unsupported: str, supported: str) -> tuple[str, str]:
@@ -119,3 +151,14 @@ def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> tuple[Tensor, 
     from kernels.linear_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(h, w, labels)
+
+
+def hidden_states(
+    model: GPT, first: Tensor, n_prefix: Tensor, n_thoughts: Tensor, emb: Tensor, pos: Tensor
+) -> Tensor:
+    """Return the hidden states of whole sequences, see kernels/cpu_train.py. On a CPU only."""
+    from kernels.cpu_train import Rows, hidden_states
+
+    rows, weights = Rows(first, n_prefix, n_thoughts), model.layer_weights()
+    smear = None if model.smear is None else model.smear.weight
+    return hidden_states(rows, emb, pos, weights, model.config.n_head, smear)

@@ -56,7 +56,7 @@ class PackedGPT(GPT):
         if in_c:
             from kernels.cpu_step import CpuStep  # on use: `kernels` may be another package
 
-            self.step = CpuStep(step_weights(model), model.wte.weight, model.config.n_head)
+            self.step = CpuStep(model.layer_weights(), model.wte.weight, model.config.n_head)
 
     def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:
         if self.step is None or len(emb) > self.step.MAX_BATCH:
@@ -74,13 +74,6 @@ class PackedGPT(GPT):
     def nbytes(self) -> int:
         """The bytes of the packed copies."""
         return sum(m.nbytes for m in self.modules() if isinstance(m, PackedLinear))
-
-
-def step_weights(model: GPT) -> list[Tensor]:
-    """Return the weights that CpuStep takes, in its order."""
-    layers = [(b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)
-              for b in model.h]  # fmt: skip
-    return [w for m in (*itertools.chain(*layers), model.ln_f) for w in (m.weight, m.bias)]
 
 
 def _share(model: GPT) -> GPT:

@@ -50,7 +50,8 @@ TRAIN, CONFIGS = ROOT / "train.py", ROOT / "config"
 # four steps an epoch: stages end at steps 4, 12, 20, 28, and 15 is within a stage and an epoch
 SETTINGS = (
     "--train_examples=256 --batch_size=64 --micro_batch_size=32 --val_examples=40 --epochs=12 "
-    "--first_stage_epochs=1 --epochs_per_stage=2 --warmup_steps=5 --advance_at=1 --device=cpu"
+    "--first_stage_epochs=1 --epochs_per_stage=2 --warmup_steps=5 --advance_at=1 --device=cpu "
+    "--kernels=torch"
 ).split()
 
 

@@ -28,7 +28,7 @@ class MicroBatch(Batch):
 class TrainStep:
     """Forward and backward of a micro-batch; gradients and `totals` accumulate.
 
-    kernels       backend of coconut.think, "torch" or "triton"
+    kernels       backend of coconut.think: "torch", "triton" or "c"
     use_bf16      autocast the forward pass to bfloat16
     graphs        cache of CUDA graphs (None: no graphs)
     thought_loss  weight of coconut.thought_loss in the objective (0: as in the paper)

@@ -7,7 +7,6 @@ import torch
 from helpers import assert_three_way, needs_c, random_gpt
 
 from kernels.cpu_step import CpuStep
-from nanococonut.packed import step_weights
 
 pytestmark = needs_c
 
@@ -36,7 +35,7 @@ def test_equals_the_model(dtype, batch, n_head, head_dim):
     truth, truth_cache = run(truth_model, batch, data, lengths, x.double())
     plain, plain_cache = run(model, batch, data, lengths, x)
 
-    weights = [w.to(dtype) for w in step_weights(model)]
+    weights = [w.to(dtype) for w in model.layer_weights()]
     step = CpuStep(weights, model.wte.weight.to(dtype), n_head)
     hidden, cache = x + model.wpe.weight[lengths].detach(), data.clone()
     assert step(hidden, cache, lengths) is hidden
@@ -51,7 +50,7 @@ def test_equals_the_model(dtype, batch, n_head, head_dim):
 def test_threads_and_batch_change_no_bit():
     """Guards against a race, and against sums whose order depends on the threads or the batch."""
     model = random_gpt(dtype=torch.float32, n_embd=96)
-    step = CpuStep(step_weights(model), model.wte.weight, 3)
+    step = CpuStep(model.layer_weights(), model.wte.weight, 3)
     data, x = torch.randn(model.cache_shape(3, 30)), torch.randn(3, 96)
     lengths, results, n_threads = torch.tensor([29, 0, 11]), [], torch.get_num_threads()
     try:
@@ -70,7 +69,7 @@ def test_threads_and_batch_change_no_bit():
 def test_wrong_arguments_are_refused():
     """Guards against reads and writes out of bounds, which nothing in C would notice."""
     model = random_gpt(dtype=torch.float32)
-    step = CpuStep(step_weights(model), model.wte.weight, 3)
+    step = CpuStep(model.layer_weights(), model.wte.weight, 3)
     x, data, lengths = torch.zeros(2, 24), model.new_cache(2, 5).data, torch.tensor([1, 4])
     step(x, data, lengths)
     for args in (
@@ -89,4 +88,4 @@ def test_wrong_arguments_are_refused():
         with pytest.raises(ValueError, match="expected"):
             step.lm_head(hidden)
     with pytest.raises(ValueError, match="float32 or bfloat16, got torch.float16"):
-        CpuStep([w.half() for w in step_weights(model)], model.wte.weight.half(), 3)
+        CpuStep([w.half() for w in model.layer_weights()], model.wte.weight.half(), 3)

@@ -1,0 +1,310 @@
+/* Training of a small GPT-2 on a CPU: whole sequences, thoughts included, forward and backward.
+
+In PyTorch, a step of a small model is thousands of operations on small tensors, and most take longer
+to start than to compute. Here a thread takes GROUP sequences through the whole pass and waits for
+nobody: each prefix at once, then thought by thought for the whole group, then each suffix at once.
+PyTorch computes the gradients of the weights from what is left in memory, one product per weight.
+
+Shapes: N rows are the positions of all sequences, one sequence after another, without padding. C is
+n_embd, a multiple of COLS, and NH heads have HS dimensions each. cpu_train.py compiles this file for
+one C and NH, because constant sizes make attention twice as fast. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { GROUP = 8, COLS = 32, HS = C / NH };
+
+typedef struct {
+    const float *w, *b;  /* (C) each */
+} LayerNorm;
+
+typedef struct {
+    const float *w, *w_t, *b;  /* (out, in) and its transpose, both in panels (see mul), and (out) */
+} Linear;
+
+typedef struct {  /* what a LayerNorm saves: out = normed * w + b, normed = (x - mean) * scale */
+    float *out, *normed, *scale;  /* (N, C), (N, C), (N) */
+} Norm;
+
+typedef struct {
+    LayerNorm ln_1;
+    Linear c_attn, attn_proj;
+    LayerNorm ln_2;
+    Linear c_fc, mlp_proj;
+    /* saved by forward: (N, 3C), log of the sum of exponentials (N, NH), (N, C), (N, 4C), (N, 4C) */
+    Norm norm_1, norm_2;
+    float *qkv, *lse, *y, *h, *gelu_grad;
+    /* gradients of the outputs of the six layers, (N, .); d_qkv is zero before backward */
+    float *d_norm_1, *d_qkv, *d_attn, *d_norm_2, *d_fc, *d_mlp;
+} Block;
+
+typedef struct {
+    int64_t n_layer, B, max_length, n_threads;
+    const int64_t *first, *n_prefix, *n_thoughts;  /* first row of each sequence (B + 1), (B), (B) */
+    const int64_t *start;                          /* (N) first row of the row's sequence */
+    const Block *blocks;
+    LayerNorm ln_f;
+    Linear smear;   /* without bias; without weights if the model has none */
+    float *emb;     /* (N, C) input embeddings; forward writes those of thoughts */
+    float *prev;    /* (N, C) the embedding one row before, for the smear */
+    const float *pos;  /* (N, C) position embeddings */
+    float *x;          /* (N, C) workspace: the residual stream, and in backward its gradient */
+    Norm norm_f;       /* its out are the hidden states */
+    float *d_hidden, *d_emb;  /* (N, C); backward adds to both */
+    float *work;              /* (N, C) */
+} Pass;
+
+/* For n rows, a constant: columns [o, o + COLS) of y (N, out) = [y +] x (N, in) @ w [+ b]. */
+static inline __attribute__((always_inline)) void mul_rows(
+    const int n, float *y, const float *x, const int64_t *rows, const float *w, const float *b,
+    int in, int out, int o, int add) {
+    float sum[GROUP][COLS];  /* in registers */
+    for (int r = 0; r < n; r++)
+        for (int j = 0; j < COLS; j++)
+            sum[r][j] = (b ? b[o + j] : 0) + (add ? y[rows[r] * out + o + j] : 0);
+    for (int i = 0; i < in; i++)
+        for (int r = 0; r < n; r++) {
+            const float xi = x[rows[r] * in + i];
+            for (int j = 0; j < COLS; j++) sum[r][j] += xi * w[i * COLS + j];
+        }
+    for (int r = 0; r < n; r++) memcpy(y + rows[r] * out + o, sum[r], sizeof(sum[r]));
+}
+
+/* w is the matrix (in, out) in panels of COLS columns, so (out / COLS, in, COLS). */
+static void mul(float *y, const float *x, const int64_t *rows, int n, const float *w,
+                const float *b, int in, int out, int add) {
+    for (int o = 0; o < out; o += COLS, w += in * COLS) {
+        int r = 0;
+        for (; n - r >= 8; r += 8) mul_rows(8, y, x, rows + r, w, b, in, out, o, add);
+        if (n - r >= 4) mul_rows(4, y, x, rows + r, w, b, in, out, o, add), r += 4;
+        if (n - r >= 2) mul_rows(2, y, x, rows + r, w, b, in, out, o, add), r += 2;
+        if (n - r >= 1) mul_rows(1, y, x, rows + r, w, b, in, out, o, add);
+    }
+}
+
+static inline float dot(const float *a, const float *b, int n) {
+    float sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* exp(x) to a relative 2e-7. Compilers vectorize it, unlike expf. The polynomial is Cephes'. */
+static inline float exp_(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    const float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    union { int32_t bits; float x; } power = {((int32_t)n + 127) << 23};  /* 2 ** n */
+    return (y * r * r + r + 1) * power.x;
+}
+
+static void layer_norm(Norm to, const float *x, const int64_t *rows, int n, LayerNorm ln) {
+    for (int r = 0; r < n; r++) {
+        const int64_t at = rows[r] * C;
+        float sum = 0, squares = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < C; i++) sum += x[at + i];
+        const float mean = sum / C;
+        #pragma omp simd reduction(+ : squares)
+        for (int i = 0; i < C; i++) squares += (x[at + i] - mean) * (x[at + i] - mean);
+        const float scale = to.scale[rows[r]] = 1 / sqrtf(squares / C + 1e-5f);  /* torch's eps */
+        #pragma omp simd
+        for (int i = 0; i < C; i++) {
+            to.normed[at + i] = (x[at + i] - mean) * scale;
+            to.out[at + i] = to.normed[at + i] * ln.w[i] + ln.b[i];
+        }
+    }
+}
+
+/* Add the gradient of the input to dx. */
+static void layer_norm_backward(float *dx, const float *d_out, Norm saved, const int64_t *rows,
+                                int n, LayerNorm ln) {
+    for (int r = 0; r < n; r++) {
+        const float *d = d_out + rows[r] * C, *normed = saved.normed + rows[r] * C;
+        float *to = dx + rows[r] * C, mean = 0, product = 0;
+        #pragma omp simd reduction(+ : mean, product)
+        for (int i = 0; i < C; i++) {
+            mean += d[i] * ln.w[i] / C;
+            product += d[i] * ln.w[i] * normed[i] / C;
+        }
+        const float scale = saved.scale[rows[r]];
+        #pragma omp simd
+        for (int i = 0; i < C; i++) to[i] += scale * (d[i] * ln.w[i] - mean - normed[i] * product);
+    }
+}
+
+/* Attention of a row to itself and to the earlier rows of its sequence. */
+static void attend(const Pass *g, const Block *l, int64_t row) {
+    const int64_t start = g->start[row], n = row - start + 1;
+    for (int h = 0; h < NH; h++) {
+        const float *q = l->qkv + row * 3 * C + h * HS;
+        const float *k = l->qkv + start * 3 * C + C + h * HS, *v = k + C;
+        float p[n], y[HS] = {0}, max = -INFINITY, sum = 0;
+        for (int s = 0; s < n; s++) p[s] = dot(q, k + s * 3 * C, HS) / sqrtf(HS);
+        #pragma omp simd reduction(max : max)
+        for (int s = 0; s < n; s++) max = p[s] > max ? p[s] : max;
+        #pragma omp simd reduction(+ : sum)
+        for (int s = 0; s < n; s++) sum += p[s] = exp_(p[s] - max);
+        for (int s = 0; s < n; s++)
+            for (int i = 0; i < HS; i++) y[i] += p[s] / sum * v[s * 3 * C + i];
+        memcpy(l->y + row * C + h * HS, y, sizeof(y));
+        l->lse[row * NH + h] = max + logf(sum);
+    }
+}
+
+/* Add the gradients of the row's query, and of the keys and values that it attends to. */
+static void attend_backward(const Pass *g, const Block *l, const float *d_y, int64_t row) {
+    const int64_t start = g->start[row], n = row - start + 1;
+    for (int h = 0; h < NH; h++) {
+        const int64_t at = row * 3 * C + h * HS, keys = start * 3 * C + C + h * HS;
+        const float *q = l->qkv + at, *k = l->qkv + keys, *v = k + C, *d = d_y + row * C + h * HS;
+        const float mean = dot(d, l->y + row * C + h * HS, HS), lse = l->lse[row * NH + h];
+        float *dk = l->d_qkv + keys, *dv = dk + C, p[n], dq[HS] = {0};
+        for (int s = 0; s < n; s++) p[s] = dot(q, k + s * 3 * C, HS) / sqrtf(HS);
+        #pragma omp simd
+        for (int s = 0; s < n; s++) p[s] = exp_(p[s] - lse);
+        for (int s = 0; s < n; s++) {
+            const int64_t o = s * 3 * C;
+            const float d_score = p[s] * (dot(d, v + o, HS) - mean) / sqrtf(HS);
+            #pragma omp simd
+            for (int i = 0; i < HS; i++) {
+                dq[i] += d_score * k[o + i];
+                dk[o + i] += d_score * q[i];
+                dv[o + i] += p[s] * d[i];
+            }
+        }
+        for (int i = 0; i < HS; i++) l->d_qkv[at + i] += dq[i];
+    }
+}
+
+static void copy_rows(float *to, const float *from, const int64_t *rows, int n) {
+    for (int r = 0; r < n; r++) memcpy(to + rows[r] * C, from + rows[r] * C, C * sizeof(float));
+}
+
+/* All layers for n rows: of one sequence, or one thought each of several sequences. Of a prefix, the
+last layer computes only keys and values, except in the last row. */
+static void forward_rows(const Pass *g, const int64_t *rows, int n, int is_prefix) {
+    for (int r = 0; r < n; r++)
+        for (int64_t i = rows[r] * C; i < (rows[r] + 1) * C; i++) {
+            g->x[i] = g->emb[i] + g->pos[i];
+            if (g->smear.w) g->prev[i] = rows[r] > g->start[rows[r]] ? g->emb[i - C] : 0;
+        }
+    if (g->smear.w) mul(g->x, g->prev, rows, n, g->smear.w_t, NULL, C, C, 1);
+    for (int layer = 0; layer < g->n_layer; layer++) {
+        const Block *l = g->blocks + layer;
+        layer_norm(l->norm_1, g->x, rows, n, l->ln_1);
+        mul(l->qkv, l->norm_1.out, rows, n, l->c_attn.w_t, l->c_attn.b, C, 3 * C, 0);
+        if (is_prefix && layer == g->n_layer - 1) rows += n - 1, n = 1;
+        for (int r = 0; r < n; r++) attend(g, l, rows[r]);
+        mul(g->x, l->y, rows, n, l->attn_proj.w_t, l->attn_proj.b, C, C, 1);
+        layer_norm(l->norm_2, g->x, rows, n, l->ln_2);
+        mul(l->h, l->norm_2.out, rows, n, l->c_fc.w_t, l->c_fc.b, C, 4 * C, 0);
+        for (int r = 0; r < n; r++) {
+            float *h = l->h + rows[r] * 4 * C, *grad = l->gelu_grad + rows[r] * 4 * C;
+            #pragma omp simd
+            for (int i = 0; i < 4 * C; i++) {  /* GELU: u * (1 + tanh(z)) / 2 = u * sigmoid(2 * z) */
+                const float u = h[i], a = 1.595769122f, b = 0.044715f;
+                const float s = 1 / (1 + exp_(-a * (u + b * u * u * u)));
+                h[i] = u * s;
+                grad[i] = s + u * s * (1 - s) * a * (1 + 3 * b * u * u);
+            }
+        }
+        mul(g->x, l->h, rows, n, l->mlp_proj.w_t, l->mlp_proj.b, 4 * C, C, 1);
+    }
+    layer_norm(g->norm_f, g->x, rows, n, g->ln_f);
+}
+
+/* The same rows, after all later ones. */
+static void backward_rows(const Pass *g, const int64_t *rows, int n, int is_prefix) {
+    const int64_t *all = rows;
+    const int n_all = n;
+    for (int r = 0; r < n; r++) memset(g->x + rows[r] * C, 0, C * sizeof(float));
+    if (is_prefix) rows += n - 1, n = 1;
+    layer_norm_backward(g->x, g->d_hidden, g->norm_f, rows, n, g->ln_f);
+    for (int layer = g->n_layer - 1; layer >= 0; layer--, rows = all, n = n_all) {
+        const Block *l = g->blocks + layer;
+        copy_rows(l->d_mlp, g->x, rows, n);
+        mul(l->d_fc, l->d_mlp, rows, n, l->mlp_proj.w, NULL, C, 4 * C, 0);
+        for (int r = 0; r < n; r++)
+            for (int64_t i = rows[r] * 4 * C; i < (rows[r] + 1) * 4 * C; i++)
+                l->d_fc[i] *= l->gelu_grad[i];
+        mul(l->d_norm_2, l->d_fc, rows, n, l->c_fc.w, NULL, 4 * C, C, 0);
+        layer_norm_backward(g->x, l->d_norm_2, l->norm_2, rows, n, l->ln_2);
+        copy_rows(l->d_attn, g->x, rows, n);
+        mul(g->work, l->d_attn, rows, n, l->attn_proj.w, NULL, C, C, 0);
+        for (int r = 0; r < n; r++) attend_backward(g, l, g->work, rows[r]);
+        mul(l->d_norm_1, l->d_qkv, all, n_all, l->c_attn.w, NULL, 3 * C, C, 0);
+        layer_norm_backward(g->x, l->d_norm_1, l->norm_1, all, n_all, l->ln_1);
+    }
+    if (g->smear.w) mul(g->work, g->x, rows, n, g->smear.w, NULL, C, C, 0);
+    for (int r = 0; r < n; r++)
+        for (int64_t i = rows[r] * C; i < (rows[r] + 1) * C; i++) {
+            g->d_emb[i] += g->x[i];
+            if (g->smear.w && rows[r] > g->start[rows[r]]) g->d_emb[i - C] += g->work[i];
+        }
+}
+
+/* Write the rows [from, to) and return their number. */
+static int range(int64_t *rows, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row++) rows[row - from] = row;
+    return to - from;
+}
+
+/* Write the rows of the i-th thought of n sequences from b, and return their number. */
+static int thoughts(int64_t *rows, const Pass *g, int b, int n, int i) {
+    int active = 0;
+    for (int s = b; s < b + n; s++)
+        if (i < g->n_thoughts[s]) rows[active++] = g->first[s] + g->n_prefix[s] + i;
+    return active;
+}
+
+static void forward_group(const Pass *g, int b, int n) {
+    int64_t rows[g->max_length + GROUP];
+    for (int s = b; s < b + n; s++)
+        forward_rows(g, rows, range(rows, g->first[s], g->first[s] + g->n_prefix[s]), 1);
+    for (int i = 0, active; (active = thoughts(rows, g, b, n, i)); i++) {
+        for (int r = 0; r < active; r++)  /* feed the last hidden state back */
+            memcpy(g->emb + rows[r] * C, g->norm_f.out + (rows[r] - 1) * C, C * sizeof(float));
+        forward_rows(g, rows, active, 0);
+    }
+    for (int s = b; s < b + n; s++) {
+        const int64_t suffix = g->first[s] + g->n_prefix[s] + g->n_thoughts[s];
+        forward_rows(g, rows, range(rows, suffix, g->first[s + 1]), 0);
+    }
+}
+
+static void backward_group(const Pass *g, int b, int n) {
+    int64_t rows[g->max_length + GROUP], i = 0;
+    for (int s = b; s < b + n; s++) {
+        const int64_t suffix = g->first[s] + g->n_prefix[s] + g->n_thoughts[s];
+        backward_rows(g, rows, range(rows, suffix, g->first[s + 1]), 0);
+        i = g->n_thoughts[s] > i ? g->n_thoughts[s] : i;
+    }
+    while (i--) {
+        const int active = thoughts(rows, g, b, n, i);
+        backward_rows(g, rows, active, 0);
+        for (int r = 0; r < active; r++)
+            for (int64_t j = rows[r] * C; j < (rows[r] + 1) * C; j++) {
+                g->d_hidden[j - C] += g->d_emb[j];
+                g->d_emb[j] = 0;  /* this embedding was no token's */
+            }
+    }
+    for (int s = b; s < b + n; s++)
+        backward_rows(g, rows, range(rows, g->first[s], g->first[s] + g->n_prefix[s]), 1);
+}
+
+void forward(const Pass *g) {
+    #pragma omp parallel for schedule(dynamic) num_threads(g->n_threads)
+    for (int b = 0; b < g->B; b += GROUP) forward_group(g, b, g->B - b < GROUP ? g->B - b : GROUP);
+}
+
+void backward(const Pass *g) {
+    #pragma omp parallel for schedule(dynamic) num_threads(g->n_threads)
+    for (int b = 0; b < g->B; b += GROUP) backward_group(g, b, g->B - b < GROUP ? g->B - b : GROUP);
+}

@@ -1,0 +1,160 @@
+"""Training of a small GPT-2 on a CPU, in C: cpu_train.c, as one differentiable function."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels._check import check_tensors
+from kernels._compile import compile_c
+
+COLS = 32  # n_embd must be a multiple of it
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The positions of B sequences, one sequence after another, without padding: N rows.
+
+    first       (B + 1,)  first row of each sequence, then N
+    n_prefix    (B,)      positions of the prefix, at least one
+    n_thoughts  (B,)      thoughts after the prefix; the other positions are the suffix
+
+    All int64, on a CPU. Raise ValueError if they do not fit together.
+    """
+
+    first: Tensor
+    n_prefix: Tensor
+    n_thoughts: Tensor
+
+    def __post_init__(self) -> None:
+        tensors, B = vars(self), len(self.n_prefix)
+        check_tensors(**{name: (t, (B + (name == "first"),)) for name, t in tensors.items()})
+        n_suffix = self.first.diff() - self.n_prefix - self.n_thoughts
+        smallest = min(int(t.min()) for t in (self.n_prefix - 1, self.n_thoughts, n_suffix))
+        if {t.dtype for t in tensors.values()} != {torch.int64} or self.first[0] or smallest < 0:
+            raise ValueError(f"expected int64 rows of whole sequences, got {self}")
+
+
+def compile_train(n_embd: int, n_head: int) -> ctypes.CDLL:
+    """Return cpu_train.c, compiled for a model. Raise OSError as compile_c."""
+    return compile_c("cpu_train.c", f"-DC={n_embd}", f"-DNH={n_head}")
+
+
+def hidden_states(
+    rows: Rows,
+    emb: Tensor,
+    pos: Tensor,
+    weights: Sequence[Tensor],
+    n_head: int,
+    smear: Tensor | None = None,
+) -> Tensor:
+    """Return the hidden states (N, C) after the final LayerNorm, differentiable once. Those of
+    prefixes are zero, except that of the last position.
+
+    emb, pos  (N, C)  token and position embeddings; a thought has only the latter
+    weights           those of GPT.layer_weights: weight and bias of ln_1, c_attn, c_proj, ln_2,
+                      c_fc and c_proj of each layer, then of ln_f
+    smear     (C, C)  weight of the smear, if there is one
+
+    All float32, on a CPU; C is a multiple of 32. Raise ValueError otherwise, OSError as compile_c.
+    """
+    N, C = int(rows.first[-1]), emb.shape[1]
+    layer = [(C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,)]
+    layer += [(C,), (C,), (4 * C, C), (4 * C,), (C, 4 * C), (C,)]
+    shapes = [(N, C), (N, C), *layer * (len(weights) // 12), (C,), (C,)]
+    tensors = [emb, pos, *weights]
+    if smear is not None:
+        shapes, tensors = [*shapes, (C, C)], [*tensors, smear]
+    if [t.shape for t in tensors] != shapes or C % COLS or C % n_head:
+        given = [tuple(t.shape) for t in tensors]
+        raise ValueError(f"expected {N} rows and the weights of a GPT-2, got {n_head=} and {given}")
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        raise ValueError("expected float32 tensors on a CPU")
+    return _Hidden.apply(rows, n_head, emb, pos, smear, *[w.contiguous() for w in weights])
+
+
+class _Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, n_head, emb, pos, smear, *weights):
+        N, C = emb.shape
+        lengths = rows.first.diff()
+        start = rows.first[:-1].repeat_interleave(lengths)
+        sizes = [len(weights) // 12, len(lengths), int(lengths.max()), torch.get_num_threads()]
+        indices = [rows.first, rows.n_prefix, rows.n_thoughts, start]
+
+        def new(*widths: int) -> list[Tensor]:
+            return [emb.new_empty(N, width) for width in widths]
+
+        layers = []  # the first members of the C struct Block
+        for i in range(0, len(weights) - 2, 12):
+            pairs = zip(weights[i : i + 12 : 2], weights[i + 1 : i + 12 : 2], strict=True)
+            members = [t for w, b in pairs for t in ([w] if w.dim() == 1 else _linear(w)) + [b]]
+            layers.append(members + new(C, C, 1, C, C, 1, 3 * C, n_head, C, 4 * C, 4 * C))
+        ln_f = weights[-2:]
+        smear = [None] * 3 if smear is None else [*_linear(smear), None]
+        emb, (prev, x, normed, scale) = emb.clone(), new(C, C, C, 1)
+        hidden = emb.new_zeros(N, C)
+        library = compile_train(C, n_head)
+        blocks = _struct(t for members in layers for t in [*members, *[None] * 6])
+        inputs = [*ln_f, *smear, emb, prev, pos.contiguous(), x]
+        outputs = [hidden, normed, scale, None, None, None]
+        library.forward(_struct([*sizes, *indices, blocks, *inputs, *outputs]))
+        ctx.library, ctx.start, ctx.layers = library, start, layers
+        ctx.arguments = sizes, indices, inputs, normed, scale  # not hidden: it refers to ctx
+        return hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_hidden):
+        sizes, indices, inputs, normed, scale = ctx.arguments
+        (N, C), (first, n_prefix, _, start) = d_hidden.shape, indices
+        prev, x = inputs[6], inputs[8]
+        d_hidden, d_emb = d_hidden.clone(), torch.zeros_like(d_hidden)  # C adds to both
+        d_layers = [[d_hidden.new_empty(N, n * C) for n in (1, 3, 1, 1, 4, 1)] for _ in ctx.layers]
+        for d_layer in d_layers:
+            d_layer[1].zero_()
+        members = zip(ctx.layers, d_layers, strict=True)
+        blocks = _struct(t for layer, d_layer in members for t in layer + d_layer)
+        outputs = [None, normed, scale, d_hidden, d_emb, torch.empty_like(x)]
+        ctx.library.backward(_struct([*sizes, *indices, blocks, *inputs, *outputs]))
+
+        # the rows that the last layer has computed
+        last = (first[:-1] + n_prefix - 1).repeat_interleave(first.diff())
+        tail = (torch.arange(N) >= last).nonzero()[:, 0]
+        d_weights = []
+        for layer, d_layer in zip(ctx.layers, d_layers, strict=True):
+            norm_1, normed_1, _, norm_2, normed_2, _, _, _, y, h, _ = layer[16:]
+            d_norm_1, d_qkv, d_attn, d_norm_2, d_fc, d_mlp = d_layer
+            if layer is ctx.layers[-1]:
+                norm_2, normed_2, y, h = (t[tail] for t in (norm_2, normed_2, y, h))
+                d_attn, d_norm_2, d_fc, d_mlp = (
+                    t[tail] for t in (d_attn, d_norm_2, d_fc, d_mlp)
+                )
+            d_weights += [
+                (d_norm_1 * normed_1).sum(0), d_norm_1.sum(0), d_qkv.T @ norm_1, d_qkv.sum(0),
+                d_attn.T @ y, d_attn.sum(0), (d_norm_2 * normed_2).sum(0), d_norm_2.sum(0),
+                d_fc.T @ norm_2, d_fc.sum(0), d_mlp.T @ h, d_mlp.sum(0),
+            ]  # fmt: skip
+        d_hidden, normed = d_hidden[tail], normed[tail]
+        d_weights += [(d_hidden * normed).sum(0), d_hidden.sum(0)]
+        d_smear = x.T @ prev if inputs[2] is not None else None
+        return None, None, d_emb, x.clone(), d_smear, *d_weights
+
+
+def _linear(w: Tensor) -> list[Tensor]:
+    """Return w and its transpose in panels of COLS columns, as mul in cpu_train.c reads them."""
+    return [m.unflatten(1, (-1, COLS)).transpose(0, 1).contiguous() for m in (w, w.T)]
+
+
+def _struct(members) -> ctypes.Array:
+    """Return a C struct of pointers and 64-bit integers: tensors, structs, None and integers."""
+    values = [
+        t.data_ptr() if isinstance(t, Tensor)
+        else ctypes.addressof(t) if isinstance(t, ctypes.Array)
+        else t or 0
+        for t in members
+    ]  # fmt: skip
+    return (ctypes.c_int64 * len(values))(*values)
