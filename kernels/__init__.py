@@ -1,1 +1,1 @@
-"""Kernels of nanococonut: Triton, one op per file, and a step in C. Not Hugging Face's package."""
+"""Kernels of nanococonut: Triton, one op per file, and C for CPUs. Not Hugging Face's package."""

@@ -299,12 +299,21 @@ static void backward_group(const Pass *g, int b, int n) {
         backward_rows(g, rows, range(rows, g->first[s], g->first[s] + g->n_prefix[s]), 1);
 }
 
+/* The number of sequences that a thread takes at once: fewer than GROUP if there would be threads
+without any. No sum depends on it. */
+static int group_size(const Pass *g) {
+    const int64_t n = (g->B + g->n_threads - 1) / g->n_threads;
+    return n < GROUP ? n : GROUP;
+}
+
 void forward(const Pass *g) {
+    const int n = group_size(g);
     #pragma omp parallel for schedule(dynamic) num_threads(g->n_threads)
-    for (int b = 0; b < g->B; b += GROUP) forward_group(g, b, g->B - b < GROUP ? g->B - b : GROUP);
+    for (int b = 0; b < g->B; b += n) forward_group(g, b, g->B - b < n ? g->B - b : n);
 }
 
 void backward(const Pass *g) {
+    const int n = group_size(g);
     #pragma omp parallel for schedule(dynamic) num_threads(g->n_threads)
-    for (int b = 0; b < g->B; b += GROUP) backward_group(g, b, g->B - b < GROUP ? g->B - b : GROUP);
+    for (int b = 0; b < g->B; b += n) backward_group(g, b, g->B - b < n ? g->B - b : n);
 }

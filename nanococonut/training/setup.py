@@ -164,7 +164,7 @@ def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimiz
     muon_ids = {id(p) for p in matrices}
     adamw = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad and id(p) not in muon_ids],
-        fused=model.wte.weight.is_cuda or None,  # None: torch's default
+        fused=True,
         lr=config.learning_rate,
         betas=(BETA1, config.beta2),
         weight_decay=WEIGHT_DECAY,

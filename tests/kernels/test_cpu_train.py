@@ -68,10 +68,11 @@ def test_large_scores_and_activations():
     assert coconut.loss(model, batch, coconut.think(model, batch, "c"))[0].isnan()
 
 
-def test_threads_change_no_bit_and_memory_is_freed(seed):
+@pytest.mark.parametrize("repeats", [1, 3])  # so groups of 8, 6 and 4 sequences, or all of 8
+def test_threads_change_no_bit_and_memory_is_freed(repeats, seed):
     """Guards against a race, a second backward pass with the first's sums, and a leak."""
     model = random_gpt(seed % 1000, True, torch.float32, n_head=2, n_embd=64)
-    batch, _ = random_batch(seed, THOUGHTS * 3)
+    batch, _ = random_batch(seed, THOUGHTS * repeats)
     n_threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
