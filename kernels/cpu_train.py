@@ -130,9 +130,7 @@ class _Hidden(torch.autograd.Function):
             d_norm_1, d_qkv, d_attn, d_norm_2, d_fc, d_mlp = d_layer
             if layer is ctx.layers[-1]:
                 norm_2, normed_2, y, h = (t[tail] for t in (norm_2, normed_2, y, h))
-                d_attn, d_norm_2, d_fc, d_mlp = (
-                    t[tail] for t in (d_attn, d_norm_2, d_fc, d_mlp)
-                )
+                d_attn, d_norm_2, d_fc, d_mlp = (t[tail] for t in (d_attn, d_norm_2, d_fc, d_mlp))
             d_weights += [
                 (d_norm_1 * normed_1).sum(0), d_norm_1.sum(0), d_qkv.T @ norm_1, d_qkv.sum(0),
                 d_attn.T @ y, d_attn.sum(0), (d_norm_2 * normed_2).sum(0), d_norm_2.sum(0),

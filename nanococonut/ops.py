@@ -55,9 +55,7 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     return name, reason
 
 
-def choose_training_backend(
-    kernels: str, model: GPT, use_bf16: bool = False
-) -> tuple[str, str]:
+def choose_training_backend(kernels: str, model: GPT, use_bf16: bool = False) -> tuple[str, str]:
     """Return the training backend ("triton", "c" or "torch") of a model, and the reason.
 
     use_bf16: the forward pass is autocast to bfloat16

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers import generate, random_gpt
+from helpers import generate, needs_c, random_gpt
 
+from kernels._compile import compile_c
 from nanococonut import ops
 from nanococonut.runtime.errors import UserError
 
@@ -34,10 +35,6 @@ def test_training_backend_gives_its_reason(monkeypatch):
     plain, dropout = random_gpt(dtype=torch.float32), random_gpt(dtype=torch.float32, dropout=0.1)
     assert ops.choose_training_backend("torch", plain) == ("torch", "as requested")
     if not torch.cuda.is_available():  # interpreted kernels need --kernels=triton
-        assert ops.choose_training_backend("auto", plain) == (
-            "torch",
-            "the model is on cpu, not on a GPU",
-        )
         assert ops.choose_training_backend("triton", plain)[0] == "triton"
         for model, reason in (
             (dropout, "no kernel for attention with dropout, which is 0.1"),
@@ -50,7 +47,37 @@ def test_training_backend_gives_its_reason(monkeypatch):
     with pytest.raises(UserError, match="triton cannot run here: the model is on cpu"):
         ops.choose_training_backend("triton", plain)
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
-    assert ops.choose_training_backend("auto", plain) == ("torch", "triton is not installed")
+    with pytest.raises(UserError, match="triton is not installed"):
+        ops.choose_training_backend("triton", plain)
+
+
+@needs_c
+def test_training_in_c_gives_its_reason(monkeypatch):
+    """Guards against a traceback without a compiler, and a model that C would train wrongly."""
+
+    def gpt(**options):
+        return random_gpt(**dict(dtype=torch.float32, n_head=1, n_embd=32) | options)
+
+    for kernels in ("auto", "c"):
+        assert ops.choose_training_backend(kernels, gpt())[0] == "c"
+    refused = [
+        (gpt(dropout=0.1), False, "attention with dropout, which is 0.1"),
+        (gpt(thought="projected"), False, "projected thoughts"),
+        (gpt(dtype=torch.float64), False, "float64 on cpu"),
+        (gpt(), True, "bfloat16 on cpu"),
+        (gpt(n_embd=48), False, "n_embd=48, only for multiples of 32"),
+    ]
+    with monkeypatch.context() as m:
+        m.setenv("CC", "no-such-cc")
+        compile_c.cache_clear()
+        assert "No such file" in ops.choose_training_backend("auto", gpt())[1]
+        with pytest.raises(UserError, match="--kernels=c cannot run here: .*No such file"):
+            ops.choose_training_backend("c", gpt())
+    for model, use_bf16, reason in refused:
+        kernels, why = ops.choose_training_backend("auto", model, use_bf16)
+        assert kernels == "torch" and reason in why
+        with pytest.raises(UserError, match=f"--kernels=c cannot run here: .*{reason}"):
+            ops.choose_training_backend("c", model, use_bf16)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import generate, needs_c, random_gpt
 
-from kernels.cpu_step import CpuStep, compile_step
+from kernels._compile import compile_c
+from kernels.cpu_step import CpuStep
 from nanococonut import ops, packed
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.model import GPT
@@ -46,7 +47,7 @@ def test_a_step_in_c_that_cannot_run_is_refused(monkeypatch):
         "'cc": "No closing quotation",
     }
     for compiler, why in compilers.items():
-        compile_step.cache_clear()
+        compile_c.cache_clear()
         with monkeypatch.context() as m:
             m.setenv("CC", compiler)
             with pytest.raises(UserError, match=f"--kernels=c cannot run here: .*{why}"):
