@@ -20,7 +20,7 @@ def compile_c(name: str, *options: str) -> ctypes.CDLL:
     loaded, such as from a folder mounted with noexec.
     """
     try:
-        command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split(), *options]
+        command = [*(shlex.split(os.environ.get("CC", "")) or ["cc"]), *FLAGS.split(), *options]
     except ValueError as e:
         raise OSError(f"CC={os.environ['CC']}: {e}") from None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-/* Training of a small GPT-2 on a CPU: whole sequences, thoughts included, forward and backward.
+/* Training of a GPT-2 on a CPU: whole sequences, thoughts included, forward and backward.
 
 In PyTorch, a step of a small model is thousands of operations on small tensors, and most take longer
 to start than to compute. Here a thread takes GROUP sequences through the whole pass and waits for
@@ -100,7 +100,8 @@ static inline float exp_(float x) {
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
-    union { int32_t bits; float x; } power = {((int32_t)n + 127) << 23};  /* 2 ** n */
+    /* 2 ** n; a NaN is no integer, and stays NaN in y */
+    union { uint32_t bits; float x; } power = {((uint32_t)(int32_t)(n == n ? n : 0) + 127) << 23};
     return (y * r * r + r + 1) * power.x;
 }
 

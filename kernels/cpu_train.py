@@ -1,4 +1,4 @@
-"""Training of a small GPT-2 on a CPU, in C: cpu_train.c, as one differentiable function."""
+"""Training of a GPT-2 on a CPU, in C: cpu_train.c, as one differentiable function."""
 
 import ctypes
 from collections.abc import Sequence
@@ -32,15 +32,11 @@ class Rows:
     def __post_init__(self) -> None:
         tensors, B = vars(self), len(self.n_prefix)
         check_tensors(**{name: (t, (B + (name == "first"),)) for name, t in tensors.items()})
+        kinds = {(t.dtype, t.device.type) for t in tensors.values()}
         n_suffix = self.first.diff() - self.n_prefix - self.n_thoughts
-        smallest = min(int(t.min()) for t in (self.n_prefix - 1, self.n_thoughts, n_suffix))
-        if {t.dtype for t in tensors.values()} != {torch.int64} or self.first[0] or smallest < 0:
-            raise ValueError(f"expected int64 rows of whole sequences, got {self}")
-
-
-def compile_train(n_embd: int, n_head: int) -> ctypes.CDLL:
-    """Return cpu_train.c, compiled for a model. Raise OSError as compile_c."""
-    return compile_c("cpu_train.c", f"-DC={n_embd}", f"-DNH={n_head}")
+        counts = torch.cat([self.n_prefix - 1, self.n_thoughts, n_suffix])
+        if kinds != {(torch.int64, "cpu")} or self.first[0] or B == 0 or counts.min() < 0:
+            raise ValueError(f"expected int64 rows of whole sequences on a CPU, got {self}")
 
 
 def hidden_states(
@@ -95,14 +91,16 @@ class _Hidden(torch.autograd.Function):
             layers.append(members + new(C, C, 1, C, C, 1, 3 * C, n_head, C, 4 * C, 4 * C))
         ln_f = weights[-2:]
         smear = [None] * 3 if smear is None else [*_linear(smear), None]
-        emb, (prev, x, normed, scale) = emb.clone(), new(C, C, C, 1)
+        emb = emb.clone(memory_format=torch.contiguous_format)  # thoughts are written to it
+        prev, x, normed, scale = new(C, C, C, 1)
         hidden = emb.new_zeros(N, C)
-        library = compile_train(C, n_head)
+        library = compile_c("cpu_train.c", f"-DC={C}", f"-DNH={n_head}")
         blocks = _struct(t for members in layers for t in [*members, *[None] * 6])
         inputs = [*ln_f, *smear, emb, prev, pos.contiguous(), x]
         outputs = [hidden, normed, scale, None, None, None]
+        ctx.save_for_backward(*weights)
         library.forward(_struct([*sizes, *indices, blocks, *inputs, *outputs]))
-        ctx.library, ctx.start, ctx.layers = library, start, layers
+        ctx.library, ctx.layers = library, layers
         ctx.arguments = sizes, indices, inputs, normed, scale  # not hidden: it refers to ctx
         return hidden
 
@@ -110,9 +108,11 @@ class _Hidden(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_hidden):
         sizes, indices, inputs, normed, scale = ctx.arguments
-        (N, C), (first, n_prefix, _, start) = d_hidden.shape, indices
+        (N, C), (first, n_prefix, *_) = d_hidden.shape, indices
         prev, x = inputs[6], inputs[8]
-        d_hidden, d_emb = d_hidden.clone(), torch.zeros_like(d_hidden)  # C adds to both
+        ctx.saved_tensors  # noqa: B018  # raises if a weight was changed since forward
+        d_hidden = d_hidden.clone(memory_format=torch.contiguous_format)
+        d_emb = torch.zeros_like(d_hidden)  # C adds to both
         d_layers = [[d_hidden.new_empty(N, n * C) for n in (1, 3, 1, 1, 4, 1)] for _ in ctx.layers]
         for d_layer in d_layers:
             d_layer[1].zero_()

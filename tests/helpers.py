@@ -19,7 +19,7 @@ from nanococonut.training.setup import count_tokens
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
-# an empty file, so that an error in kernels/cpu_step.c does not skip its tests
+# an empty file, so that an error in a C file of kernels/ does not skip its tests
 EMPTY_C = f"{os.environ.get('CC') or 'cc'} -march=native -fopenmp -x c -c -o /dev/null /dev/null"
 needs_c = pytest.mark.skipif(
     subprocess.run(EMPTY_C, shell=True, capture_output=True).returncode != 0,

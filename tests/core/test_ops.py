@@ -6,6 +6,7 @@ from helpers import generate, needs_c, random_gpt
 
 from kernels._compile import compile_c
 from nanococonut import ops
+from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
 pytest.importorskip("triton")
@@ -60,8 +61,13 @@ def test_training_in_c_gives_its_reason(monkeypatch):
 
     for kernels in ("auto", "c"):
         assert ops.choose_training_backend(kernels, gpt())[0] == "c"
+    changed, subclass = gpt(), gpt()
+    changed.h[0].mlp.gelu = torch.nn.ReLU()
+    subclass.__class__ = type("Other", (GPT,), {})
     refused = [
-        (gpt(dropout=0.1), False, "attention with dropout, which is 0.1"),
+        (changed, False, "its results differ by"),
+        (subclass, False, "a subclass of GPT"),
+        (gpt(dropout=0.1), False, "dropout, which is 0.1"),
         (gpt(thought="projected"), False, "projected thoughts"),
         (gpt(dtype=torch.float64), False, "float64 on cpu"),
         (gpt(), True, "bfloat16 on cpu"),

@@ -1,4 +1,4 @@
-"""Training in C against the pass of plain PyTorch: losses, gradients, threads, memory and errors."""
+"""Training in C against plain PyTorch: losses, gradients, threads, memory and errors."""
 
 import copy
 import gc
@@ -109,6 +109,7 @@ def test_wrong_arguments_are_refused():
         (first, prefix + 2, thoughts - 2),
         (first, prefix[:1], thoughts),
         (first.int(), prefix, thoughts),
+        (first[:1], prefix[:0], thoughts[:0]),
     ):
         with pytest.raises(ValueError, match="expected"):
             Rows(*wrong)
@@ -123,3 +124,24 @@ def test_wrong_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match="expected"):
             hidden_states(*wrong)
+
+
+def test_strides_and_changed_weights():
+    """Guards against embeddings or gradients that are not row-major, and against gradients of
+    weights that an optimizer has already changed."""
+    model = small_gpt(0, n_head=1, n_embd=32)
+    weights, x = model.layer_weights(), torch.randn(7, 32)
+    rows = Rows(torch.tensor([0, 7]), torch.tensor([2]), torch.tensor([1]))
+    results = []
+    for strides in (torch.Tensor.detach, lambda t: t.detach().T.contiguous().T):
+        emb, pos = strides(x).requires_grad_(), strides(x.flip(0))
+        matrices = [strides(w) if w.dim() == 2 else w for w in weights]
+        hidden = hidden_states(rows, emb, pos, matrices, 1)
+        hidden.backward(strides(torch.ones(7, 32).tril()))
+        results.append((hidden, emb.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    hidden = hidden_states(rows, x, x, weights, 1)
+    model.ln_f.bias.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()

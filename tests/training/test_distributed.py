@@ -133,7 +133,7 @@ def test_two_processes_train_what_one_trains(script):
 
 def test_torchrun_trains_the_same(script):
     """Guards the real launcher, which sets more variables than a fork and owns the store."""
-    flags = ["--max_steps=20", "--eval_interval=4"]
+    flags = ["--max_steps=20", "--eval_interval=4", "--n_embd=32"]  # in C
     assert script("tiny.py", "--out_dir=one", *flags)[0] == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += [str(ROOT / "train.py"), "tiny.py", "--out_dir=two", *flags]
