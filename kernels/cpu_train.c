@@ -2,7 +2,7 @@
 
 In PyTorch, a step of a small model is thousands of operations on small tensors, and most take longer
 to start than to compute. Here a thread takes GROUP sequences through the whole pass and waits for
-nobody: each prefix at once, then thought by thought for the whole group, then each suffix at once.
+nobody: all prefixes of the group at once, then thought by thought, then all suffixes at once.
 PyTorch computes the gradients of the weights from what is left in memory, one product per weight.
 
 Shapes: N rows are the positions of all sequences, one sequence after another, without padding. C is
@@ -40,9 +40,10 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t n_layer, B, max_length, n_threads;
+    int64_t n_layer, B, n_threads;
     const int64_t *first, *n_prefix, *n_thoughts;  /* first row of each sequence (B + 1), (B), (B) */
-    const int64_t *start;                          /* (N) first row of the row's sequence */
+    const int64_t *start;  /* (N) first row of the row's sequence */
+    int64_t *rows;         /* (N) workspace: the rows that a group computes together */
     const Block *blocks;
     LayerNorm ln_f;
     Linear smear;   /* without bias; without weights if the model has none */
@@ -60,14 +61,15 @@ static inline __attribute__((always_inline)) void mul_rows(
     const int n, float *y, const float *x, const int64_t *rows, const float *w, const float *b,
     int in, int out, int o, int add) {
     float sum[GROUP][COLS];  /* in registers */
-    for (int r = 0; r < n; r++)
+    const float *xr[GROUP];
+    for (int r = 0; r < n; r++) {
+        xr[r] = x + rows[r] * in;
         for (int j = 0; j < COLS; j++)
             sum[r][j] = (b ? b[o + j] : 0) + (add ? y[rows[r] * out + o + j] : 0);
+    }
     for (int i = 0; i < in; i++)
-        for (int r = 0; r < n; r++) {
-            const float xi = x[rows[r] * in + i];
-            for (int j = 0; j < COLS; j++) sum[r][j] += xi * w[i * COLS + j];
-        }
+        for (int r = 0; r < n; r++)
+            for (int j = 0; j < COLS; j++) sum[r][j] += xr[r][i] * w[i * COLS + j];
     for (int r = 0; r < n; r++) memcpy(y + rows[r] * out + o, sum[r], sizeof(sum[r]));
 }
 
@@ -188,9 +190,9 @@ static void copy_rows(float *to, const float *from, const int64_t *rows, int n) 
     for (int r = 0; r < n; r++) memcpy(to + rows[r] * C, from + rows[r] * C, C * sizeof(float));
 }
 
-/* All layers for n rows: of one sequence, or one thought each of several sequences. Of a prefix, the
-last layer computes only keys and values, except in the last row. */
-static void forward_rows(const Pass *g, const int64_t *rows, int n, int is_prefix) {
+/* All layers for n rows. The last one computes queries and all that follows only in the tail. */
+static void forward_rows(const Pass *g, const int64_t *rows, int n, const int64_t *tail,
+                         int n_tail) {
     for (int r = 0; r < n; r++)
         for (int64_t i = rows[r] * C; i < (rows[r] + 1) * C; i++) {
             g->x[i] = g->emb[i] + g->pos[i];
@@ -201,7 +203,7 @@ static void forward_rows(const Pass *g, const int64_t *rows, int n, int is_prefi
         const Block *l = g->blocks + layer;
         layer_norm(l->norm_1, g->x, rows, n, l->ln_1);
         mul(l->qkv, l->norm_1.out, rows, n, l->c_attn.w_t, l->c_attn.b, C, 3 * C, 0);
-        if (is_prefix && layer == g->n_layer - 1) rows += n - 1, n = 1;
+        if (layer == g->n_layer - 1) rows = tail, n = n_tail;
         for (int r = 0; r < n; r++) attend(g, l, rows[r]);
         mul(g->x, l->y, rows, n, l->attn_proj.w_t, l->attn_proj.b, C, C, 1);
         layer_norm(l->norm_2, g->x, rows, n, l->ln_2);
@@ -222,11 +224,9 @@ static void forward_rows(const Pass *g, const int64_t *rows, int n, int is_prefi
 }
 
 /* The same rows, after all later ones. */
-static void backward_rows(const Pass *g, const int64_t *rows, int n, int is_prefix) {
-    const int64_t *all = rows;
-    const int n_all = n;
-    for (int r = 0; r < n; r++) memset(g->x + rows[r] * C, 0, C * sizeof(float));
-    if (is_prefix) rows += n - 1, n = 1;
+static void backward_rows(const Pass *g, const int64_t *all, int n_all, const int64_t *rows,
+                          int n) {
+    for (int r = 0; r < n_all; r++) memset(g->x + all[r] * C, 0, C * sizeof(float));
     layer_norm_backward(g->x, g->d_hidden, g->norm_f, rows, n, g->ln_f);
     for (int layer = g->n_layer - 1; layer >= 0; layer--, rows = all, n = n_all) {
         const Block *l = g->blocks + layer;
@@ -251,53 +251,51 @@ static void backward_rows(const Pass *g, const int64_t *rows, int n, int is_pref
         }
 }
 
-/* Write the rows [from, to) and return their number. */
-static int range(int64_t *rows, int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; row++) rows[row - from] = row;
-    return to - from;
+enum part { PREFIX, LAST, THOUGHT, SUFFIX };
+
+/* Write the rows of n sequences from b: their prefixes, the last rows of these, their i-th thoughts or
+their suffixes. Return the number of rows. */
+static int find_rows(int64_t *rows, const Pass *g, int b, int n, enum part part, int i) {
+    int count = 0;
+    for (int s = b; s < b + n; s++) {
+        int64_t from = g->first[s], to = from + g->n_prefix[s];
+        if (part == LAST) from = to - 1;
+        if (part == THOUGHT) from = to + i, to += g->n_thoughts[s] > i ? i + 1 : i;
+        if (part == SUFFIX) from = to + g->n_thoughts[s], to = g->first[s + 1];
+        while (from < to) rows[count++] = from++;
+    }
+    return count;
 }
 
-/* Write the rows of the i-th thought of n sequences from b, and return their number. */
-static int thoughts(int64_t *rows, const Pass *g, int b, int n, int i) {
-    int active = 0;
-    for (int s = b; s < b + n; s++)
-        if (i < g->n_thoughts[s]) rows[active++] = g->first[s] + g->n_prefix[s] + i;
-    return active;
-}
-
-static void forward_group(const Pass *g, int b, int n) {
-    int64_t rows[g->max_length + GROUP];
-    for (int s = b; s < b + n; s++)
-        forward_rows(g, rows, range(rows, g->first[s], g->first[s] + g->n_prefix[s]), 1);
-    for (int i = 0, active; (active = thoughts(rows, g, b, n, i)); i++) {
-        for (int r = 0; r < active; r++)  /* feed the last hidden state back */
+static void forward_group(const Pass *g, int b, int size) {
+    int64_t *rows = g->rows + g->first[b], last[GROUP];
+    find_rows(last, g, b, size, LAST, 0);
+    forward_rows(g, rows, find_rows(rows, g, b, size, PREFIX, 0), last, size);
+    for (int i = 0, n; (n = find_rows(rows, g, b, size, THOUGHT, i)); i++) {
+        for (int r = 0; r < n; r++)  /* feed the last hidden state back */
             memcpy(g->emb + rows[r] * C, g->norm_f.out + (rows[r] - 1) * C, C * sizeof(float));
-        forward_rows(g, rows, active, 0);
+        forward_rows(g, rows, n, rows, n);
     }
-    for (int s = b; s < b + n; s++) {
-        const int64_t suffix = g->first[s] + g->n_prefix[s] + g->n_thoughts[s];
-        forward_rows(g, rows, range(rows, suffix, g->first[s + 1]), 0);
-    }
+    const int n = find_rows(rows, g, b, size, SUFFIX, 0);
+    forward_rows(g, rows, n, rows, n);
 }
 
-static void backward_group(const Pass *g, int b, int n) {
-    int64_t rows[g->max_length + GROUP], i = 0;
-    for (int s = b; s < b + n; s++) {
-        const int64_t suffix = g->first[s] + g->n_prefix[s] + g->n_thoughts[s];
-        backward_rows(g, rows, range(rows, suffix, g->first[s + 1]), 0);
-        i = g->n_thoughts[s] > i ? g->n_thoughts[s] : i;
-    }
+static void backward_group(const Pass *g, int b, int size) {
+    int64_t *rows = g->rows + g->first[b], last[GROUP], i = 0;
+    int n = find_rows(rows, g, b, size, SUFFIX, 0);
+    backward_rows(g, rows, n, rows, n);
+    for (int s = b; s < b + size; s++) i = g->n_thoughts[s] > i ? g->n_thoughts[s] : i;
     while (i--) {
-        const int active = thoughts(rows, g, b, n, i);
-        backward_rows(g, rows, active, 0);
-        for (int r = 0; r < active; r++)
+        n = find_rows(rows, g, b, size, THOUGHT, i);
+        backward_rows(g, rows, n, rows, n);
+        for (int r = 0; r < n; r++)
             for (int64_t j = rows[r] * C; j < (rows[r] + 1) * C; j++) {
                 g->d_hidden[j - C] += g->d_emb[j];
                 g->d_emb[j] = 0;  /* this embedding was no token's */
             }
     }
-    for (int s = b; s < b + n; s++)
-        backward_rows(g, rows, range(rows, g->first[s], g->first[s] + g->n_prefix[s]), 1);
+    find_rows(last, g, b, size, LAST, 0);
+    backward_rows(g, rows, find_rows(rows, g, b, size, PREFIX, 0), last, size);
 }
 
 /* The number of sequences that a thread takes at once: fewer than GROUP if there would be threads

@@ -78,8 +78,9 @@ class _Hidden(torch.autograd.Function):
         N, C = emb.shape
         lengths = rows.first.diff()
         start = rows.first[:-1].repeat_interleave(lengths)
-        sizes = [len(weights) // 12, len(lengths), int(lengths.max()), torch.get_num_threads()]
-        indices = [rows.first, rows.n_prefix, rows.n_thoughts, start]
+        sizes = [len(weights) // 12, len(lengths), torch.get_num_threads()]
+        workspace = torch.empty_like(start)
+        indices = [rows.first, rows.n_prefix, rows.n_thoughts, start, workspace]
 
         def new(*widths: int) -> list[Tensor]:
             return [emb.new_empty(N, width) for width in widths]
