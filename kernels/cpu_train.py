@@ -1,7 +1,7 @@
 """Training of a GPT-2 on a CPU, in C: cpu_train.c, as one differentiable function."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,18 +85,19 @@ class _Hidden(torch.autograd.Function):
         def new(*widths: int) -> list[Tensor]:
             return [emb.new_empty(N, width) for width in widths]
 
-        layers = []  # the first members of the C struct Block
+        layers = []  # weights of each layer, and what forward saves, as in the C struct Block
         for i in range(0, len(weights) - 2, 12):
             pairs = zip(weights[i : i + 12 : 2], weights[i + 1 : i + 12 : 2], strict=True)
             members = [t for w, b in pairs for t in ([w] if w.dim() == 1 else _linear(w)) + [b]]
-            layers.append(members + new(C, C, 1, C, C, 1, 3 * C, n_head, C, 4 * C, 4 * C))
+            saved = new(C, C, 1, C, C, 1, 3 * C, n_head, C, 4 * C, 4 * C)
+            layers.append((members, saved))
         ln_f = weights[-2:]
         smear = [None] * 3 if smear is None else [*_linear(smear), None]
         emb = emb.clone(memory_format=torch.contiguous_format)  # thoughts are written to it
         prev, x, normed, scale = new(C, C, C, 1)
         hidden = emb.new_zeros(N, C)
         library = compile_c("cpu_train.c", f"-DC={C}", f"-DNH={n_head}")
-        blocks = _struct(t for members in layers for t in [*members, *[None] * 6])
+        blocks = _struct(t for w, saved in layers for t in [*w, *saved, *[None] * 6])
         inputs = [*ln_f, *smear, emb, prev, pos.contiguous(), x]
         outputs = [hidden, normed, scale, None, None, None]
         ctx.save_for_backward(*weights)
@@ -115,10 +116,10 @@ class _Hidden(torch.autograd.Function):
         d_hidden = d_hidden.clone(memory_format=torch.contiguous_format)
         d_emb = torch.zeros_like(d_hidden)  # C adds to both
         d_layers = [[d_hidden.new_empty(N, n * C) for n in (1, 3, 1, 1, 4, 1)] for _ in ctx.layers]
-        for d_layer in d_layers:
-            d_layer[1].zero_()
-        members = zip(ctx.layers, d_layers, strict=True)
-        blocks = _struct(t for layer, d_layer in members for t in layer + d_layer)
+        for _, d_qkv, *_ in d_layers:
+            d_qkv.zero_()  # C adds to these
+        layers = [(*layer, grads) for layer, grads in zip(ctx.layers, d_layers, strict=True)]
+        blocks = _struct(t for w, saved, grads in layers for t in [*w, *saved, *grads])
         outputs = [None, normed, scale, d_hidden, d_emb, torch.empty_like(x)]
         ctx.library.backward(_struct([*sizes, *indices, blocks, *inputs, *outputs]))
 
@@ -126,10 +127,10 @@ class _Hidden(torch.autograd.Function):
         last = (first[:-1] + n_prefix - 1).repeat_interleave(first.diff())
         tail = (torch.arange(N) >= last).nonzero()[:, 0]
         d_weights = []
-        for layer, d_layer in zip(ctx.layers, d_layers, strict=True):
-            norm_1, normed_1, _, norm_2, normed_2, _, _, _, y, h, _ = layer[16:]
-            d_norm_1, d_qkv, d_attn, d_norm_2, d_fc, d_mlp = d_layer
-            if layer is ctx.layers[-1]:
+        for i, (_, saved, grads) in enumerate(layers):
+            norm_1, normed_1, _, norm_2, normed_2, _, _, _, y, h, _ = saved
+            d_norm_1, d_qkv, d_attn, d_norm_2, d_fc, d_mlp = grads
+            if i == len(layers) - 1:
                 norm_2, normed_2, y, h = (t[tail] for t in (norm_2, normed_2, y, h))
                 d_attn, d_norm_2, d_fc, d_mlp = (t[tail] for t in (d_attn, d_norm_2, d_fc, d_mlp))
             d_weights += [
@@ -140,6 +141,7 @@ class _Hidden(torch.autograd.Function):
         d_hidden, normed = d_hidden[tail], normed[tail]
         d_weights += [(d_hidden * normed).sum(0), d_hidden.sum(0)]
         d_smear = x.T @ prev if inputs[2] is not None else None
+        # x is the gradient of pos now; a copy, because another backward pass would overwrite it
         return None, None, d_emb, x.clone(), d_smear, *d_weights
 
 
@@ -148,7 +150,7 @@ def _linear(w: Tensor) -> list[Tensor]:
     return [m.unflatten(1, (-1, COLS)).transpose(0, 1).contiguous() for m in (w, w.T)]
 
 
-def _struct(members) -> ctypes.Array:
+def _struct(members: Iterable[Tensor | ctypes.Array | int | None]) -> ctypes.Array:
     """Return a C struct of pointers and 64-bit integers: tensors, structs, None and integers."""
     values = [
         t.data_ptr() if isinstance(t, Tensor)
