@@ -13,6 +13,7 @@ one C and NH, because constant sizes make attention twice as fast. */
 #include <stdint.h>
 #include <string.h>
 
+/* most sequences of a thread at once and rows of a product; columns of a product; head size */
 enum { GROUP = 8, COLS = 32, HS = C / NH };
 
 typedef struct {
@@ -223,7 +224,7 @@ static void forward_rows(const Pass *g, const int64_t *rows, int n, const int64_
     layer_norm(g->norm_f, g->x, rows, n, g->ln_f);
 }
 
-/* The same rows, after all later ones. */
+/* Of all rows, after those of later positions. The last layer has gradients in `rows`, the tail. */
 static void backward_rows(const Pass *g, const int64_t *all, int n_all, const int64_t *rows,
                           int n) {
     for (int r = 0; r < n_all; r++) memset(g->x + all[r] * C, 0, C * sizeof(float));
