@@ -76,15 +76,15 @@ def _no_training_in_c(model: GPT, use_bf16: bool) -> str:
     """Return why kernels/cpu_train.c cannot train a model; "" if it can."""
     w, c = model.wte.weight, model.config
     dtype = "bfloat16" if use_bf16 else str(w.dtype).removeprefix("torch.")
-    reasons = {  # what there is no code in C for: whether it applies
+    unsupported = {  # feature of the model: whether it has it
         f"{dtype} on {w.device}": (dtype, w.device.type) != ("float32", "cpu"),
         "a subclass of GPT": type(model) is not GPT,
         f"{c.thought} thoughts": c.thought != "hidden",
         f"dropout, which is {c.dropout}": c.dropout > 0,
-        f"n_embd={c.n_embd}, only for multiples of 32": c.n_embd % 32 > 0,
+        f"n_embd={c.n_embd}, only multiples of 32": c.n_embd % 32 > 0,
     }
-    if reason := next((r for r, applies in reasons.items() if applies), ""):
-        return f"there is no code in C for {reason}"
+    if feature := next((name for name, applies in unsupported.items() if applies), ""):
+        return f"kernels/cpu_train.c does not support {feature}"
     n = min(8, c.vocab_size, c.block_size)
     first, one, none = torch.tensor([0, n]), torch.tensor([1]), torch.tensor([0])
     ids = torch.arange(n)

@@ -71,7 +71,7 @@ def test_training_in_c_gives_its_reason(monkeypatch):
         (gpt(thought="projected"), False, "projected thoughts"),
         (gpt(dtype=torch.float64), False, "float64 on cpu"),
         (gpt(), True, "bfloat16 on cpu"),
-        (gpt(n_embd=48), False, "n_embd=48, only for multiples of 32"),
+        (gpt(n_embd=48), False, "n_embd=48, only multiples of 32"),
     ]
     with monkeypatch.context() as m:
         m.setenv("CC", "no-such-cc")
