@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import os
-import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,10 +18,7 @@ def compile_c(name: str, *options: str) -> ctypes.CDLL:
     Raise OSError if the compiler ($CC, or cc) is missing or fails, or if the library cannot be
     loaded, such as from a folder mounted with noexec.
     """
-    try:
-        command = [*(shlex.split(os.environ.get("CC", "")) or ["cc"]), *FLAGS.split(), *options]
-    except ValueError as e:
-        raise OSError(f"CC={os.environ['CC']}: {e}") from None
+    command = [*(os.environ.get("CC", "").split() or ["cc"]), *FLAGS.split(), *options]
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/{Path(name).stem}.so"
         out = subprocess.run(

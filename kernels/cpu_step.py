@@ -10,35 +10,24 @@ from kernels._check import check_tensors
 from kernels._compile import compile_c
 
 
-def compile_step(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return cpu_step.c, compiled for weights of this dtype.
-
-    Raise OSError as compile_c, and ValueError for other dtypes than float32 and bfloat16.
-    """
-    options = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
-    if dtype not in options:
-        raise ValueError(f"expected weights in float32 or bfloat16, got {dtype}")
-    compiled = compile_c("cpu_step.c", *options[dtype])
-    p, n = ctypes.c_void_p, ctypes.c_int
-    compiled.step.argtypes = [p, p, p, n, n, n, n, p, n, p, p, n]
-    compiled.lm_head.argtypes = [p, p, p, n, n, n, n]
-    return compiled
-
-
 class CpuStep:
     """All layers of a GPT-2 for one new position per sequence, and its LM head.
 
     weights  those of GPT.layer_weights
     wte      (V, C), the head's weight
 
-    All on a CPU, in float32 or bfloat16. Contiguous matrices are not copied. Raise like
-    compile_step.
+    All on a CPU, in float32 or bfloat16. Contiguous matrices are not copied. Raise OSError as
+    compile_c.
     """
 
     MAX_BATCH = 3  # matrix products are faster for more sequences
 
     def __init__(self, weights: Sequence[Tensor], wte: Tensor, n_head: int) -> None:
-        self.compiled = compile_step(wte.dtype)
+        options = {torch.float32: [], torch.bfloat16: ["-DBF16"]}[wte.dtype]
+        self.compiled = compile_c("cpu_step.c", *options)
+        p, n = ctypes.c_void_p, ctypes.c_int
+        self.compiled.step.argtypes = [p, p, p, n, n, n, n, p, n, p, p, n]
+        self.compiled.lm_head.argtypes = [p, p, p, n, n, n, n]
         # kept here, because C has only their addresses
         self.wte = wte.detach().contiguous()
         self.weights = [

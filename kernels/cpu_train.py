@@ -111,7 +111,7 @@ class _Hidden(torch.autograd.Function):
     def backward(ctx, d_hidden):
         sizes, indices, inputs, normed, scale = ctx.arguments
         (N, C), (first, n_prefix, *_) = d_hidden.shape, indices
-        prev, x = inputs[6], inputs[8]
+        smear, *_, prev, _, x = inputs[2:]
         ctx.saved_tensors  # noqa: B018  # raises if a weight was changed since forward
         d_hidden = d_hidden.clone(memory_format=torch.contiguous_format)
         d_emb = torch.zeros_like(d_hidden)  # C adds to both
@@ -140,7 +140,7 @@ class _Hidden(torch.autograd.Function):
             ]  # fmt: skip
         d_hidden, normed = d_hidden[tail], normed[tail]
         d_weights += [(d_hidden * normed).sum(0), d_hidden.sum(0)]
-        d_smear = x.T @ prev if inputs[2] is not None else None
+        d_smear = x.T @ prev if smear is not None else None
         # x is the gradient of pos now; a copy, because another backward pass would overwrite it
         return None, None, d_emb, x.clone(), d_smear, *d_weights
 

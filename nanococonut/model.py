@@ -22,7 +22,6 @@ from nanococonut.cache import KVCache
 
 # (layer, q, k, v) -> y; all tensors are (B, nh, T, hs)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-BlockAttend = Callable[[Tensor, Tensor, Tensor], Tensor]  # Attend with its layer bound
 
 
 @dataclass(frozen=True)
@@ -58,25 +57,31 @@ def cached_attention(
     cache.append(layer, k, v, pos)
     span = mask.shape[-1]
     keys, values = cache.data[layer, :, :, :, :span]  # (B, nh, span, hs) each
+    # on a CPU, a bfloat16 model has a float32 cache
     y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask)
     return y.to(q.dtype)
 
 
+def at_position(x: Tensor, pos: Tensor) -> Tensor:
+    """Return x (B, T, C) at one position (B,) per sequence: (B, 1, C)."""
+    return x[torch.arange(len(x), device=x.device), pos][:, None]
+
+
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.layer, self.n_head = layer, config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+    def forward(self, x: Tensor, attend: Attend, last_pos: Tensor | None = None) -> Tensor:
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
         if last_pos is not None:  # one query per sequence, but keys and values of all positions
-            q = q[torch.arange(B, device=x.device), :, last_pos][:, :, None]  # (B, nh, 1, hs)
-        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T or 1, C)
+            q = at_position(q, last_pos)  # (B, 1, C)
+        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
+        y = attend(self.layer, q, k, v)  # (B, nh, T or 1, hs)
+        y = y.transpose(1, 2).flatten(2)  # (B, T or 1, C)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -93,17 +98,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: BlockAttend, last_pos: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, last_pos: Tensor | None = None) -> Tensor:
         y = self.attn(self.ln_1(x), attend, last_pos)
         if last_pos is not None:
-            x = x[torch.arange(len(x), device=x.device), last_pos][:, None]  # (B, 1, C)
+            x = at_position(x, last_pos)
         x = x + y
         return x + self.mlp(self.ln_2(x))
 
@@ -121,7 +126,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, C)
         self.smear = nn.Linear(C, C, bias=False) if config.smear else None
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C)
         stds = {"wte.weight": config.wte_init_std, "wpe.weight": config.wpe_init_std}
         for name, p in self.named_parameters():
@@ -174,15 +179,12 @@ class GPT(nn.Module):
         data = w.new_zeros(self.cache_shape(B, capacity), dtype=self.cache_dtype)
         return KVCache(data, w.new_zeros(B, dtype=torch.int64))
 
-    def embed(self, idx: Tensor) -> Tensor:
-        """Return the token embeddings (B, T, C) of ids (B, T), before smear and positions."""
-        return self.wte(idx)
-
     def block_input(self, emb: Tensor, pos: Tensor, prev_embedding: Tensor | None) -> Tensor:
         """Return the input (B, T, C) of the first block. The arguments are those of backbone."""
         x = emb
         if self.smear is not None:
             prev = torch.zeros_like(emb[:, 0]) if prev_embedding is None else prev_embedding
+            # x_t + W x_(t-1)
             x = emb + self.smear(torch.cat([prev[:, None], emb[:, :-1]], dim=1))
         return self.drop(x + self.wpe(pos))
 
@@ -204,11 +206,11 @@ class GPT(nn.Module):
         """
         x = self.block_input(emb, pos, prev_embedding)
         attend = attend or partial(causal_attention, dropout=self.attn_dropout)
-        for layer, block in enumerate(self.h):
-            is_last = layer == len(self.h) - 1
-            # cheaper and exact: the last layer computes only keys and values at other positions
-            x = block(x, partial(attend, layer), last_pos if is_last else None)
-        return self.ln_f(x)
+        *blocks, last = self.h
+        for block in blocks:
+            x = block(x, attend)
+        # cheaper and exact: the last layer computes only keys and values at other positions
+        return self.ln_f(last(x, attend, last_pos))
 
     def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:
         """Append an input embedding to each sequence of a cache. Return the hidden states (B, C).
@@ -235,13 +237,13 @@ class GPT(nn.Module):
                 return hidden + self.project(hidden)
             case "fixed":
                 return self.pause.weight.expand_as(hidden)
-        # "soft": the average of the token embeddings, weighted by the head's probabilities
-        logits = self.head(hidden) / self.config.soft_temperature
-        if not self.config.soft_top_k:
-            return logits.softmax(-1) @ self.wte.weight
-        best = logits.topk(self.config.soft_top_k, dim=-1)
-        p = best.values.softmax(-1)  # (..., k)
-        return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
+            case "soft":  # the average token embedding, weighted by the head's probabilities
+                logits = self.head(hidden) / self.config.soft_temperature  # (..., V)
+                if not self.config.soft_top_k:
+                    return logits.softmax(-1) @ self.wte.weight
+                best = logits.topk(self.config.soft_top_k, dim=-1)
+                p = best.values.softmax(-1)  # (..., k)
+                return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
 
     def stop_logit(self, hidden: Tensor) -> Tensor:
         """Return the stop logits (...): no further thought is needed if > 0 (paper, section 3)."""
@@ -250,4 +252,4 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         """Return the logits (B, T, V) of token ids (B, T)."""
         pos = torch.arange(idx.shape[1], device=idx.device)
-        return self.head(self.backbone(self.embed(idx), pos))
+        return self.head(self.backbone(self.wte(idx), pos))

@@ -144,8 +144,8 @@ def save_random_run(
 
 def forward(model: GPT, batch: Batch) -> torch.Tensor:
     """Return the logits (B, Ts, V) that predict batch.suffix."""
-    trace = coconut.think(model, batch)
-    return model.head(coconut.suffix_hidden(model, batch, trace))
+    hidden = coconut.forward(model, batch)
+    return model.head(hidden.suffix)
 
 
 def random_sequences(seed, n_thoughts, markers=True, vocab=41):

@@ -100,7 +100,7 @@ class Branch:
             self._append(token, active=token >= 0)
 
     def _append(self, token: Tensor, active: Tensor) -> None:
-        emb = self.model.embed(token.clamp(min=0))  # (B, C)
+        emb = self.model.wte(token.clamp(min=0))  # (B, C)
         self.state = append_step(self.model, self.cache, emb, self.state, active)
 
     @without_grad

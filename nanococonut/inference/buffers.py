@@ -120,6 +120,7 @@ class BatchView:
         logits = self.model.head(self.hidden)  # (B, V)
         if not greedy:  # the argmax of p / noise is a sample from p, since noise ~ Exp(1)
             logits = (logits.float() / self.buffers.temperature).softmax(-1) / self.noise
+        # finished sequences repeat eos, or any token if there is none
         self.token.copy_(logits.argmax(-1).masked_fill(self.done, max(eos, 0)))
         column = self.buffers.n_tokens.expand(self.batch)
         self.buffers.tokens[self.token_row, column] = self.token

@@ -58,7 +58,7 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
 
     cache.data[..., T:, :] = 0  # a NaN that an earlier request left would survive the mask
     cache.lengths.copy_(lengths)
-    emb = model.embed(idx)  # (B, T, C)
+    emb = model.wte(idx)  # (B, T, C)
     pos = torch.arange(T, device=device)
     last_pos = lengths - 1  # (B,)
     hidden = model.backbone(emb, pos, attend, last_pos=last_pos)[:, 0]  # (B, C)
@@ -93,26 +93,30 @@ def latent_step(
 ) -> DecodeState:
     """Append one thought, made from the last hidden state. No token is chosen.
 
-    i, edit  index of the thought, and a function that replaces its input. Raise UserError if the
-             replacement is not a finite tensor of the same shape, dtype and device.
+    i, edit  index of the thought, and a function that replaces its input
     """
     thought = model.thought_embedding(state.hidden)
     if edit is not None:
-        new = edit(i, thought.clone())  # a copy, because the engine overwrites its memory
-        expected = f"{tuple(thought.shape)} {thought.dtype} on {thought.device}"
-        actual = type(new).__name__
-        if isinstance(new, Tensor):
-            actual = f"{tuple(new.shape)} {new.dtype} on {new.device}"
-            if actual == expected and not new.isfinite().all():
-                actual = "NaN or infinite values"
-        if actual != expected:
-            raise UserError(
-                f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
-            )
-        thought = new
+        thought = apply_edit(edit, i, thought)
     return append_step(model, cache, thought, state, active)
+
+
+def apply_edit(edit: Edit, i: int, thought: Tensor) -> Tensor:
+    """Return edit(i, thought). Raise UserError unless it is a finite tensor like thought."""
+    new = edit(i, thought.clone())  # a copy, because the engine overwrites its memory
+    expected = f"{tuple(thought.shape)} {thought.dtype} on {thought.device}"
+    actual = type(new).__name__
+    if isinstance(new, Tensor):
+        actual = f"{tuple(new.shape)} {new.dtype} on {new.device}"
+        if actual == expected and not new.isfinite().all():
+            actual = "NaN or infinite values"
+    if actual != expected:
+        raise UserError(
+            f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
+        )
+    return new
 
 
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -> DecodeState:
     """Append one token (B,) to each sequence. Return the state after it."""
-    return append_step(model, cache, model.embed(token), state)
+    return append_step(model, cache, model.wte(token), state)

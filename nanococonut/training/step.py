@@ -28,7 +28,7 @@ class MicroBatch(Batch):
 class TrainStep:
     """Forward and backward of a micro-batch; gradients and `totals` accumulate.
 
-    kernels       backend of coconut.think: "torch", "triton" or "c"
+    kernels       backend of coconut.forward: "torch", "triton" or "c"
     use_bf16      autocast the forward pass to bfloat16
     graphs        cache of CUDA graphs (None: no graphs)
     thought_loss  weight of coconut.thought_loss in the objective (0: as in the paper)
@@ -111,13 +111,13 @@ class TrainStep:
         n_targets, fraction, thought_scale = batch.scale
         # autocast inside the graph, so that it caches no cast weights of an earlier step
         with self.autocast():
-            trace = coconut.think(self.model, batch, kernels=self.kernels)  # prefix and thoughts
-            loss_sum, correct = coconut.loss(self.model, batch, trace)  # suffix: (), (B,)
+            hidden = coconut.forward(self.model, batch, self.kernels)
+            loss_sum, correct = coconut.loss(self.model, batch, hidden, self.kernels)  # (), (B,)
             loss = objective = loss_sum / n_targets
             if self.model.stop is not None:  # its inputs are detached, so it only observes
-                objective = loss + coconut.stop_loss(self.model, batch, trace) * fraction
+                objective = loss + coconut.stop_loss(self.model, batch, hidden) * fraction
             if self.thought_loss and batch.max_thoughts:
-                thought_loss = coconut.thought_loss(self.model, batch, trace)
+                thought_loss = coconut.thought_loss(self.model, batch, hidden)
                 objective = objective + thought_loss * thought_scale
         objective.backward()
         n_correct = (correct & batch.count_mask).sum()

@@ -33,11 +33,11 @@ def naive_loss(model, sequences):
     """Return the loss of the paper's section 3, without cache and batching."""
     total = 0.0
     for prefix, n, suffix, targets in sequences:
-        emb = model.embed(torch.tensor([prefix]))
+        emb = model.wte(torch.tensor([prefix]))
         for _ in range(n):
             h = model.backbone(emb, torch.arange(emb.shape[1]))
             emb = torch.cat([emb, naive_thought(model, h[:, -1:])], dim=1)
-        emb = torch.cat([emb, model.embed(torch.tensor([suffix]))], dim=1)
+        emb = torch.cat([emb, model.wte(torch.tensor([suffix]))], dim=1)
         logits = model.head(model.backbone(emb, torch.arange(emb.shape[1])))[0]
         first = len(prefix) + n - 1  # the position that predicts the first suffix token
         predicted = logits[first : first + len(suffix)]
@@ -48,7 +48,7 @@ def naive_loss(model, sequences):
 
 
 def training_loss(model, batch, kernels="torch"):
-    return coconut.loss(model, batch, coconut.think(model, batch, kernels))[0]
+    return coconut.loss(model, batch, coconut.forward(model, batch, kernels), kernels)[0]
 
 
 def assert_gradients_equal(model, loss, expected):
@@ -107,7 +107,7 @@ def naive_thought_loss(model, sequences, thought_targets):
     """Return the cross-entropy of each state fed back with its labels, one at a time."""
     total = 0.0
     for (prefix, n, _, _), labels in zip(sequences, thought_targets.tolist(), strict=True):
-        emb = model.embed(torch.tensor([prefix]))
+        emb = model.wte(torch.tensor([prefix]))
         for row in labels[:n]:
             h = model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]  # fed back below
             emb = torch.cat([emb, naive_thought(model, h)], dim=1)
@@ -122,7 +122,7 @@ def test_thought_loss_equals_the_naive_loop(thought, seed):
     """Guards against labels that are off by one: they belong to the state that is fed back."""
     model = random_gpt(seed % 1000, thought=thought)
     batch, sequences = random_batch(seed, [3, 0, 1, 5])
-    loss = coconut.thought_loss(model, batch, coconut.think(model, batch))
+    loss = coconut.thought_loss(model, batch, coconut.forward(model, batch))
     expected = naive_thought_loss(model, sequences, batch.thought_targets)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     assert_gradients_equal(model, loss, expected)
@@ -136,7 +136,7 @@ def test_loss_equals_that_of_all_logits(case, seed):
     logits = forward(model, batch)
     supervised = batch.targets[0] != IGNORE
     batch.targets[0, supervised] = logits[0].argmax(-1)[supervised]  # one correct sequence
-    loss, correct = coconut.loss(model, batch, coconut.think(model, batch))
+    loss, correct = coconut.loss(model, batch, coconut.forward(model, batch))
     torch.testing.assert_close(loss, coconut.loss_sum(logits, batch.targets))
     assert torch.equal(correct, exact_match(logits, batch.targets)) and correct[0]
 
@@ -168,7 +168,7 @@ def naive_stop_loss(model, sequences, needed):
     losses = []
     for (prefix, n, _, _), n_needed in zip(sequences, needed, strict=True):
         for k in range(n + 1):
-            emb = model.embed(torch.tensor([prefix]))
+            emb = model.wte(torch.tensor([prefix]))
             for _ in range(k):
                 h = model.backbone(emb, torch.arange(emb.shape[1]))
                 emb = torch.cat([emb, h[:, -1:]], dim=1)
@@ -185,8 +185,8 @@ def test_stop_loss_equals_the_naive_loop():
     needed = torch.tensor([2, 0, 3, 1, 9])
     suffix, targets = batch.suffix[:, :2], batch.targets[:, :2]
     batch = replace(batch, suffix=suffix, targets=targets, n_needed=needed)
-    trace = coconut.think(model, batch)
-    loss = coconut.stop_loss(model, batch, trace)
+    hidden = coconut.forward(model, batch)
+    loss = coconut.stop_loss(model, batch, hidden)
     expected = naive_stop_loss(model, sequences, batch.n_needed.tolist())
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     loss.backward()

@@ -327,7 +327,7 @@ def test_loss_equals_a_naive_loop(tokenizer, method, stage):
     h = None
     for token in sequence:
         if token is not None:
-            new = model.embed(torch.tensor([[token]]))
+            new = model.wte(torch.tensor([[token]]))
         elif thought == "hidden":
             new = h
         elif thought == "soft":

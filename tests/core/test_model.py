@@ -59,7 +59,7 @@ def test_cached_equals_uncached(gpt):
     cache, logits, start, prev_embedding = gpt.new_cache(3, 25), [], 0, None
     for n in (7, 1, 1, 5, 6):
         pos = torch.arange(start, start + n).expand(3, n)
-        emb = gpt.embed(idx[:, start : start + n])
+        emb = gpt.wte(idx[:, start : start + n])
         attend = partial(cached_attention, cache, pos, cache.key_mask(pos, start + n))
         logits.append(gpt.head(gpt.backbone(emb, pos, attend, prev_embedding)))
         prev_embedding, start = emb[:, -1], start + n

@@ -41,11 +41,7 @@ def test_a_step_in_c_that_cannot_run_is_refused(monkeypatch):
     """Guards against a traceback without a compiler, and against a miscompiled step."""
     model = random_gpt(**MODEL)
     monkeypatch.setattr(packed, "MIN_PARAMS", 0)
-    compilers = {
-        "no-such-cc": "No such file",
-        "false": "false: failed",
-        "'cc": "No closing quotation",
-    }
+    compilers = {"no-such-cc": "No such file", "false": "false: failed"}
     for compiler, why in compilers.items():
         compile_c.cache_clear()
         with monkeypatch.context() as m:

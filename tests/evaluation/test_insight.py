@@ -112,11 +112,11 @@ def test_choice_equals_a_naive_loop(tokenizer, method):
         for value, candidate in zip(row, candidates, strict=True):
             prefix = tokenizer.encode(question) + [tokenizer.bot] * (n > 0)
             prefix += [tokenizer.latent] * n * (method == "pause")
-            emb = model.embed(torch.tensor([prefix]))
+            emb = model.wte(torch.tensor([prefix]))
             for _ in range(n * (method == "coconut")):
                 emb = torch.cat([emb, model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]], 1)
             tail = [tokenizer.eot] * (n > 0) + tokenizer.encode("### " + candidate)
-            emb = torch.cat([emb, model.embed(torch.tensor([tail]))], 1)
+            emb = torch.cat([emb, model.wte(torch.tensor([tail]))], 1)
             logits = model.head(model.backbone(emb, torch.arange(emb.shape[1])))[0]
             n_tokens = len(tokenizer.encode("### " + candidate)) - 1
             expected = logits.log_softmax(-1)[-n_tokens - 1 : -1].gather(

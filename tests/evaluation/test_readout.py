@@ -20,7 +20,7 @@ QUESTION = "Tom is a lempus. Every lempus is a zonk. Sam is a imp. Is Tom a imp 
 @torch.no_grad()
 def naive(model, prefix, n_thoughts, forced_tokens, name):
     """Return the probability of a name; recompute the sequence for each thought and token."""
-    emb = model.embed(torch.tensor([prefix]))
+    emb = model.wte(torch.tensor([prefix]))
 
     def last():
         return model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]
@@ -31,7 +31,7 @@ def naive(model, prefix, n_thoughts, forced_tokens, name):
     for i, token in enumerate([*forced_tokens, *name]):
         if i >= len(forced_tokens):
             p *= float(model.head(last())[0, 0].softmax(-1)[token])
-        emb = torch.cat([emb, model.embed(torch.tensor([[token]]))], 1)
+        emb = torch.cat([emb, model.wte(torch.tensor([[token]]))], 1)
     return p
 
 

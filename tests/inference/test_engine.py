@@ -18,7 +18,7 @@ EOS, EOT = 40, 39
 
 def naive(model, prefix, n_thoughts, forced_tokens, max_new_tokens, stop=False):
     """Return (tokens, thoughts) from a loop that re-runs the sequence for every position."""
-    emb = model.embed(torch.tensor([prefix]))
+    emb = model.wte(torch.tensor([prefix]))
 
     def last():
         return model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]
@@ -30,14 +30,14 @@ def naive(model, prefix, n_thoughts, forced_tokens, max_new_tokens, stop=False):
         thoughts.append(last())
         emb = torch.cat([emb, model.thought_embedding(thoughts[-1])], 1)
     for token in forced_tokens:
-        emb = torch.cat([emb, model.embed(torch.tensor([[token]]))], 1)
+        emb = torch.cat([emb, model.wte(torch.tensor([[token]]))], 1)
     tokens = []
     for _ in range(max_new_tokens):
         token = int(model.head(last()).argmax())
         if token == EOS:
             break
         tokens.append(token)
-        emb = torch.cat([emb, model.embed(torch.tensor([[token]]))], 1)
+        emb = torch.cat([emb, model.wte(torch.tensor([[token]]))], 1)
     return tokens, torch.cat(thoughts, 1) if thoughts else None
 
 

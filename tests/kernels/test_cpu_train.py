@@ -26,11 +26,11 @@ def small_gpt(seed, smear=False, **shape):
 
 def losses_and_gradients(model, batch, kernels):
     """Return (whether each sequence is correct, the losses and the gradients of their sum)."""
-    trace = coconut.think(model, batch, kernels)
-    loss, correct = coconut.loss(model, batch, trace)
-    losses = {"loss": loss, "stop_loss": coconut.stop_loss(model, batch, trace)}
+    hidden = coconut.forward(model, batch, kernels)
+    loss, correct = coconut.loss(model, batch, hidden)
+    losses = {"loss": loss, "stop_loss": coconut.stop_loss(model, batch, hidden)}
     if batch.max_thoughts:
-        losses["thought_loss"] = coconut.thought_loss(model, batch, trace)
+        losses["thought_loss"] = coconut.thought_loss(model, batch, hidden)
     sum(losses.values()).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return correct, {name: x.detach().double() for name, x in (losses | grads).items()}
@@ -60,12 +60,12 @@ def test_large_scores_and_activations():
     for p in model.h.parameters():
         p.data *= 20
     truth, plain, got = (
-        coconut.loss(m, batch, coconut.think(m, batch, kernels))[0]
+        coconut.loss(m, batch, coconut.forward(m, batch, kernels))[0]
         for m, kernels in ((copy.deepcopy(model).double(), "torch"), (model, "torch"), (model, "c"))
     )
     assert_three_way(got, plain, truth)
     model.h[0].mlp.c_fc.bias.data[3] = float("nan")
-    assert coconut.loss(model, batch, coconut.think(model, batch, "c"))[0].isnan()
+    assert coconut.loss(model, batch, coconut.forward(model, batch, "c"))[0].isnan()
 
 
 @pytest.mark.parametrize("repeats", [1, 3])  # so groups of 8, 6 and 4 sequences, or all of 8
@@ -78,16 +78,16 @@ def test_threads_change_no_bit_and_memory_is_freed(repeats, seed):
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             for _ in range(5):
-                trace = coconut.think(model, batch, "c")
+                hidden = coconut.forward(model, batch, "c")
                 emb = model.wpe.weight  # its gradient needs no matrix product, which threads change
                 for _ in range(2):
-                    (grad,) = torch.autograd.grad(trace.suffix.sum(), emb, retain_graph=True)
-                    results.append(torch.cat([trace.suffix.detach().flatten(), grad.flatten()]))
+                    (grad,) = torch.autograd.grad(hidden.suffix.sum(), emb, retain_graph=True)
+                    results.append(torch.cat([hidden.suffix.detach().flatten(), grad.flatten()]))
     finally:
         torch.set_num_threads(n_threads)
     assert all(torch.equal(result, results[0]) for result in results)
-    freed = weakref.ref(trace.suffix.grad_fn.next_functions[0][0])
-    del trace, grad
+    freed = weakref.ref(hidden.suffix.grad_fn.next_functions[0][0])
+    del hidden, grad
     gc.disable()  # freed by its reference count
     try:
         assert freed() is None

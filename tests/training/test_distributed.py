@@ -158,18 +158,18 @@ def test_failure_of_one_ends_all_with_one_error(failing, how):
     """Guards against the other processes hanging, or printing errors of their own."""
 
     def before(rank):
-        think, calls = coconut.think, []
+        forward, calls = coconut.forward, []
 
-        def fails(model, batch, **kwargs):
+        def fails(*args):
             calls.append(1)
             if len(calls) == 9:
                 if how == "SIGKILL":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise UserError("the dog ate it.\nTry a cat.")
-            return think(model, batch, **kwargs)
+            return forward(*args)
 
         if rank == failing:
-            coconut.think = fails
+            coconut.forward = fails
 
     codes, _, err = Run(2, "--out_dir=run", "--save_interval=1", before=before).end()
     if how == "UserError":

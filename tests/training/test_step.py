@@ -37,7 +37,7 @@ def plain(model, batches, labels, thought_loss=0.0):
         logits = forward(model, batch)
         loss = loss + coconut.loss_sum(logits, batch.targets) / labels
         if thought_loss and batch.max_thoughts:
-            summed = coconut.thought_loss(model, batch, coconut.think(model, batch))
+            summed = coconut.thought_loss(model, batch, coconut.forward(model, batch))
             objective = objective + thought_loss * summed / n_thought_labels
     (loss + objective).backward()
     return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -59,8 +59,8 @@ def test_padding_changes_nothing(gpt, seed, n_thoughts):
     close(padded_loss, loss)
     close(padded_grads, grads)
     gpt.zero_grad()
-    trace = coconut.think(gpt, wide)
-    summed, right = coconut.loss(gpt, wide, trace)
+    hidden = coconut.forward(gpt, wide)
+    summed, right = coconut.loss(gpt, wide, hidden)
     (summed / batch.n_targets).backward()
     close(summed / batch.n_targets, loss)
     close([p.grad for p in gpt.parameters() if p.grad is not None], grads)
