@@ -31,6 +31,7 @@ setup(
         "safetensors>=0.4.3",
         "huggingface_hub>=0.24",
         "rich>=13",
+        "jinja2>=3.1",
         "datasets>=2.19",
     ],
     extras_require={

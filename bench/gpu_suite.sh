@@ -4,9 +4,8 @@
 #   bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train  # some parts
 #   bash bench/gpu_suite.sh FOLDER checks  # compute-sanitizer and losses, slow, not part of the rest
 # Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. If a part fails or runs out
-# of time, the others still run. "training" needs GPT-2's vocabulary (TIKTOKEN_CACHE_DIR, if there is
-# no network), and a copy without .git needs NANOCOCONUT_COMMIT. With NANOCOCONUT_RELEASED (a clone of
-# facebookresearch/coconut) and NANOCOCONUT_RELEASED_PYTHON the released code is timed too.
+# of time, the others still run. With NANOCOCONUT_RELEASED (a clone of facebookresearch/coconut) and
+# NANOCOCONUT_RELEASED_PYTHON the released code is timed too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -21,14 +20,22 @@ mkdir -p "$dir"
   echo "error: $PYTHON has no torch with a CUDA GPU. Run this on a GPU, or set PYTHON." >&2
   exit 2
 }
+git rev-parse -q HEAD > /dev/null 2>&1 || [ -n "${NANOCOCONUT_COMMIT:-}" ] || {
+  echo "error: no git repository. Set NANOCOCONUT_COMMIT, which every result records." >&2
+  exit 2
+}
 parts=" ${*:2} "
 has() { [[ "$parts" = "  " || "$parts" = *" $1 "* ]]; }
+! has training || "$PYTHON" -c 'from nanococonut.tokenizer import Tokenizer; Tokenizer.gpt2()' || {
+  echo "error: \"training\" needs GPT-2's vocabulary. Set TIKTOKEN_CACHE_DIR, or name the parts." >&2
+  exit 2
+}
 failed=0
 pack() { [ -z "${OUT:-}" ] || tar czf "$OUT/gpu.tgz" -C "$dir" --exclude='*.safetensors' .; }
 # run SECONDS NAME COMMAND...: run with a time limit, and copy the output to FOLDER/NAME.log
 run() {
   echo "== ${*:3}"
-  timeout -k 5 "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; }
+  timeout -k 20 "$1" "${@:3}" 2>&1 | tee "$dir/$2.log" || { echo "failed: ${*:3}"; failed=1; }
   pack # after every part, in case the machine's time limit ends this script
 }
 # print all results again, the main ones last, as only the end of a long output may be kept

@@ -4,12 +4,10 @@ Each field has a default, a help text, a group in --help and its allowed values.
 overrides the config file, which overrides the defaults. All values are checked before any work.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from nanococonut.curriculum import METHODS, ignored_options
-from nanococonut.runtime.cli import Options, make_config, option
+from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError
 
 
@@ -180,15 +178,3 @@ class TrainConfig(Options):
     def thought_loss(self) -> float:
         """Return the weight of the loss on thought labels: 1, or 0 if there are none."""
         return float(self.thought_labels != "none")
-
-
-# options of earlier versions that now follow from others, or do not affect a trained model
-REMOVED_OPTIONS = ("beta2", "thought_loss", "wte_init_std", "recompute_mlp", "hub_revision")
-
-
-def config_from_saved(saved: Mapping[str, Any]) -> TrainConfig:
-    """Return the config saved by this or an earlier version. UserError if options are unknown."""
-    current = {name: value for name, value in saved.items() if name not in REMOVED_OPTIONS}
-    if saved.get("thought_loss") == 0:
-        current["thought_labels"] = "none"
-    return make_config(TrainConfig, current)

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nanococonut.config import REMOVED_OPTIONS, TrainConfig, config_from_saved
+from nanococonut.config import TrainConfig
 from nanococonut.data.tasks import Data, load_data
 from nanococonut.model import GPT, GPTConfig
+from nanococonut.runtime.cli import make_config
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.lock import lock_folder
@@ -38,8 +39,7 @@ WEIGHTS, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "ma
 RESUMABLE = {"resume", "out_dir", "max_steps", "save_interval", "device", "tensorboard", "fallback"}
 RESUMABLE |= {"eval_interval", "max_new_tokens"}  # may select another checkpoint as the best
 RESUMABLE |= {"epochs"}  # Schedule.check_epochs limits the change
-# of older versions: no effect after the first step
-RESUMABLE |= {"wte_init_std", "recompute_mlp", "hub_revision"}
+RESUMABLE |= {"data", "valid_data"}  # load_run_data compares the examples
 ROUNDING = {"kernels", "graph", "micro_batch_size"}  # may change, with a note
 BUNDLED = Path(__file__).parent.parent / "bundled" / "prosqa_small"
 
@@ -67,7 +67,7 @@ def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, 
             line = json.dumps([split, x["question"], x["steps"], x["answer"]])
             sha.update(line.encode() + b"\n")
     digest = sha.hexdigest()
-    if manifest.get("examples", digest) != digest:  # older manifests have no digest
+    if manifest.get("examples", digest) != digest:
         files = [p for p in (config.data, config.valid_data) if p]
         source = " and ".join(files) or "this version's generator"
         raise UserError(
@@ -244,15 +244,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} has format {version!r}, expected {FORMAT}")
-    digest = manifest.pop("digest", None)  # older manifests have none
+    digest = manifest.pop("digest", None)  # delete it to edit a manifest by hand
     if digest is not None and digest != _json_digest(manifest):
         raise _damaged(folder, f"{MANIFEST} has changed since it was saved")
     try:
-        config = config_from_saved(manifest["config"])
+        config = make_config(TrainConfig, manifest["config"])
     except UserError as e:
         raise UserError(f"{folder / MANIFEST}: {e}") from None
-    removed = {k: v for k, v in manifest["config"].items() if k in REMOVED_OPTIONS}
-    return manifest | {"config": asdict(config), "removed": removed}
+    return manifest | {"config": asdict(config)}
 
 
 def verify(folder: Path, resume: bool = False) -> dict[str, Any]:
@@ -331,7 +330,7 @@ class RunDir:
                     "Give the --out_dir of a run, or start a new run there without --resume."
                 )
             self.manifest = verify(resolve(self.path), resume=True)
-            self._check_resumable(self.manifest["config"] | self.manifest["removed"])
+            self._check_resumable(self.manifest["config"])
 
     def _claim(self) -> None:
         """Lock the folder. Raise UserError if it is locked already or holds another run."""
@@ -352,11 +351,8 @@ class RunDir:
 
     def _check_resumable(self, saved_config: dict[str, Any]) -> None:
         """Raise UserError if an option that changes the training differs from the saved one."""
-        # examples are compared by digest, or by path if an older manifest has no digest
-        free = RESUMABLE | self.config.unused
-        free |= {"data", "valid_data"} if "examples" in self.manifest else set()
         for key, saved in saved_config.items():
-            if key in free:
+            if key in RESUMABLE | self.config.unused:
                 continue
             value = getattr(self.config, key)
             if value != saved and key in ROUNDING:

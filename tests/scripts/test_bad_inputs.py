@@ -41,8 +41,8 @@ def damaged(name, change, command=SAMPLE):
     return [*command], f"run/step_00000001/{name}", change
 
 
-def old_manifest(command=SAMPLE, **changes):
-    """Return a command that reads a run with this manifest of an older version, without digest."""
+def edited_manifest(command=SAMPLE, **changes):
+    """Return a command that reads a run with a manifest edited by hand, without its digest."""
 
     def change(text):
         saved = json.loads(text)
@@ -116,15 +116,15 @@ CASES = {
     "manifest another stage": damaged(
         "manifest.json", lambda b: b.replace(b'"stage": 0', b'"stage": 1')
     ),
-    "manifest unknown setting": old_manifest(config={"n_layers": 3}),
-    "manifest file outside": old_manifest(files={"../../good.json": "0"}),
+    "manifest unknown setting": edited_manifest(config={"n_layers": 3}),
+    "manifest file outside": edited_manifest(files={"../../good.json": "0"}),
     "resume with damaged moments": damaged("optimizer.safetensors", lambda b: b[:-9], RESUME),
     "resume without moments": damaged("optimizer.safetensors", b"", RESUME),
     "resume of another window": damaged(
         "manifest.json", lambda b: b.replace(b'"window"', b'"windows"'), RESUME
     ),
-    "resume of no progress": old_manifest(RESUME, files={}),
-    "resume of unknown progress": old_manifest(RESUME, progress={"steps": 1}),
+    "resume of no progress": edited_manifest(RESUME, files={}),
+    "resume of unknown progress": edited_manifest(RESUME, progress={"steps": 1}),
     "run exists": [*TRAIN, RUN],
     "out_dir a checkpoint": [*TRAIN, "--out_dir=run/step_00000001"],
     # weights to start from

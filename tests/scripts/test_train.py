@@ -222,7 +222,7 @@ def wait_for_lines(path, n, process):
     raise AssertionError("no progress in a minute")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(train, tiny, number):
     """Guards against saving half a step after a signal, and against losing lines of the log."""
     train(tiny, "--out_dir=whole", "--save_interval=3")
@@ -323,15 +323,6 @@ def test_resume_knows_the_examples_not_their_path(train, tiny):
         code, _, err = train(*flags, *data)
         assert code == 2 and "was trained on other examples" in err and err.count("\n") == 2
     assert digests("run") == digests("whole")
-
-    manifest = checkpoint.resolve("run") / "manifest.json"  # as one of an older version
-    old = json.loads(manifest.read_text())
-    del old["examples"], old["digest"]
-    manifest.write_text(json.dumps(old))
-    code, _, err = train(*flags, "--data=a.json")
-    assert code == 2 and "data='b.jsonl'" in err
-    assert train(*flags, "--data=b.jsonl", "--max_steps=5")[0] == 0
-    assert "examples" in checkpoint.read_manifest(checkpoint.resolve("run"))
 
 
 def test_resume_needs_only_the_folder(train, tiny):
