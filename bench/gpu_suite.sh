@@ -5,7 +5,8 @@
 #   bash bench/gpu_suite.sh FOLDER checks  # compute-sanitizer and losses, slow, not part of the rest
 # Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. If a part fails or runs out
 # of time, the others still run. With NANOCOCONUT_RELEASED (a clone of facebookresearch/coconut) and
-# NANOCOCONUT_RELEASED_PYTHON the released code is timed too.
+# NANOCOCONUT_RELEASED_PYTHON the released code is timed too. Needs a commit (git, or
+# NANOCOCONUT_COMMIT) and, for "training", GPT-2's vocabulary (TIKTOKEN_CACHE_DIR).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -20,8 +21,8 @@ mkdir -p "$dir"
   echo "error: $PYTHON has no torch with a CUDA GPU. Run this on a GPU, or set PYTHON." >&2
   exit 2
 }
-git rev-parse -q HEAD > /dev/null 2>&1 || [ -n "${NANOCOCONUT_COMMIT:-}" ] || {
-  echo "error: no git repository. Set NANOCOCONUT_COMMIT, which every result records." >&2
+git rev-parse -q --verify HEAD > /dev/null 2>&1 || [ -n "${NANOCOCONUT_COMMIT:-}" ] || {
+  echo "error: the commit is unknown (no git repository?). Set NANOCOCONUT_COMMIT, which every result records." >&2
   exit 2
 }
 parts=" ${*:2} "

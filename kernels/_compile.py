@@ -18,6 +18,7 @@ def compile_c(name: str, *options: str) -> ctypes.CDLL:
     Raise OSError if the compiler ($CC, or cc) is missing or fails, or if the library cannot be
     loaded, such as from a folder mounted with noexec.
     """
+    # split at spaces, so $CC may have options, but no path with spaces
     command = [*(os.environ.get("CC", "").split() or ["cc"]), *FLAGS.split(), *options]
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/{Path(name).stem}.so"

@@ -25,62 +25,67 @@ KV = tuple[Tensor, Tensor]  # keys and values, (B, nh, T, hs) each
 
 @dataclass
 class HiddenStates:
-    """The hidden states of a batch that the losses need.
+    """What the losses need of a forward pass.
 
-    thoughts  list of n + 1 tensors (B, C): after 0, 1, ..., n thoughts. A sequence with fewer
-              thoughts repeats its last state.
-    suffix    (B, Ts, C): state j predicts token j of the suffix
+    states   list of n + 1 tensors (B, C): hidden state after 0, 1, ..., n thoughts.
+             A sequence with fewer thoughts repeats its last state.
+    suffix   (B, Ts, C): hidden state j predicts token j of the suffix
+    kernels  backend of the pass, which `loss` uses too
     """
 
-    thoughts: list[Tensor]
+    states: list[Tensor]
     suffix: Tensor
+    kernels: str
 
 
 def forward(model: GPT, batch: Batch, kernels: str = "torch") -> HiddenStates:
-    """Run prefix, thoughts and suffix. Shapes depend only on those of the batch, for CUDA graphs.
+    """Run prefix, thoughts and suffix. Return their hidden states.
+
+    Except in C, no shape depends on the values in the batch, so a CUDA graph can replay it.
 
     kernels: "torch", "triton" or "c", see ops.choose_training_backend
     """
     if kernels == "c":
         return forward_in_c(model, batch)
     (B, Tp), n, device = batch.prefix.shape, batch.max_thoughts, batch.prefix.device
-    blocks = AttentionBlocks(model, batch, use_triton=kernels == "triton")
+    cache = TrainingCache(model, batch, use_triton=kernels == "triton")
 
     # ---- prefix: one causal pass, of which only the last hidden state is needed
     emb = model.wte(batch.prefix)  # (B, Tp, C)
     pos = torch.arange(Tp, device=device)
     last_pos = batch.length - 1  # (B,)
-    h = model.backbone(emb, pos, blocks.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
+    h = model.backbone(emb, pos, cache.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
     prev_embedding = emb[torch.arange(B, device=device), last_pos]  # (B, C), for the smear
 
     # ---- thoughts: the last hidden state is the next input embedding
     states = [h]
     for i in range(n):
         active = (i < batch.n_thoughts)[:, None]  # (B, 1)
-        attend = blocks.attend_as_thought(i)
-        # only inactive sequences can exceed block_size
+        # clamp: only inactive sequences exceed block_size
         pos = (batch.length + i).clamp(max=model.config.block_size - 1)[:, None]  # (B, 1)
         thought = model.thought_embedding(h)  # (B, C)
+        attend = cache.thought_attention(i)
         out = model.backbone(thought[:, None], pos, attend, prev_embedding)[:, 0]  # (B, C)
         h = torch.where(active, out, h)
         prev_embedding = torch.where(active, thought, prev_embedding)
         states.append(h)
 
-    # ---- suffix: all tokens in one pass; the last one is not an input
-    suffix, T = h[:, None], batch.suffix.shape[1] - 1  # (B, 1, C) predicts the first token
-    if T:
+    # ---- suffix: all tokens in one pass
+    suffix = h[:, None]  # (B, 1, C), predicts the first token
+    T = batch.suffix.shape[1] - 1  # the last token is only a target
+    if T > 0:
+        emb = model.wte(batch.suffix[:, :-1])  # (B, T, C)
         pos = (batch.length + batch.n_thoughts)[:, None] + torch.arange(T, device=device)  # (B, T)
         pos = pos.clamp(max=model.config.block_size - 1)  # only padding exceeds block_size
-        emb, attend = model.wte(batch.suffix[:, :-1]), blocks.attend_as_suffix(T)
-        out = model.backbone(emb, pos, attend, prev_embedding)  # (B, T, C)
+        out = model.backbone(emb, pos, cache.suffix_attention(T), prev_embedding)  # (B, T, C)
         suffix = torch.cat([suffix, out], dim=1)
-    return HiddenStates(states, suffix)
+    return HiddenStates(states, suffix, kernels)
 
 
-class AttentionBlocks:
-    """The keys and values of prefix and thoughts, and the attention of each block to them.
+class TrainingCache:
+    """Keys and values of the prefix and the thoughts so far, and attention to them.
 
-    Every block has its own tensors, so nothing that backward needs is overwritten.
+    Like KVCache, but every step appends new tensors: backward needs the old ones unchanged.
     """
 
     def __init__(self, model: GPT, batch: Batch, use_triton: bool) -> None:
@@ -89,7 +94,7 @@ class AttentionBlocks:
         self.length, self.n_thoughts = batch.length, batch.n_thoughts  # (B,) each
         self.prefix_mask = torch.arange(Tp, device=device) < batch.length[:, None]  # (B, Tp)
         self.prefix: list[KV] = []  # per layer
-        self.buffers: list = []  # per layer, the kernel's PrefixBuffers; Triton only
+        self.buffers: list[ops.PrefixBuffers] = []  # per layer, Triton only
         self.thoughts: list[list[KV]] = [[] for _ in model.h]  # per layer and thought, T = 1
 
     def attend_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -97,9 +102,7 @@ class AttentionBlocks:
         # make them contiguous once, or the matrix products of every thought would copy them
         self.prefix.append((k.contiguous(), v.contiguous()))
         if self.use_triton:
-            from kernels.prefix_attention import PrefixBuffers  # on use, because it needs triton
-
-            self.buffers.append(PrefixBuffers(*k.shape, k.device))
+            self.buffers.append(ops.prefix_buffers(k))
         if q.shape[2] > 1:
             return causal_attention(layer, q, k, v, self.dropout)
         # last layer: the only query is the last token of each sequence
@@ -109,20 +112,20 @@ class AttentionBlocks:
         mask = self.prefix_mask[:, None, None]  # (B, 1, 1, Tp)
         return F.scaled_dot_product_attention(q, k, v, mask, self.dropout)
 
-    def attend_as_thought(self, i: int) -> Attend:
-        """Return the attention of thought i to the prefix, the thoughts before it and itself."""
+    def thought_attention(self, i: int) -> Attend:
+        """Return the `attend` of thought i: to the prefix, earlier thoughts and itself."""
         # the Triton kernel masks the prefix itself, and returns it as a single key
         prefix = self.prefix_mask[:, :1] if self.use_triton else self.prefix_mask
         # an inactive sequence still attends to its prefix, so no softmax is empty (NaN)
         mask = torch.cat([prefix, self._thought_mask(i + 1)], dim=1)  # (B, keys)
         return partial(self._attend, attention_bias(mask)[:, None, None], True)
 
-    def attend_as_suffix(self, T: int) -> Attend:
-        """Return the attention of T suffix tokens to prefix, thoughts and, causally, themselves."""
+    def suffix_attention(self, T: int) -> Attend:
+        """Return the `attend` of T suffix tokens: to prefix, thoughts and, causally, themselves."""
         n = len(self.thoughts[0])
         mask = torch.cat([self.prefix_mask, self._thought_mask(n)], dim=1)  # (B, Tp + n)
-        causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
         mask = mask[:, None].expand(-1, T, -1)  # (B, T, Tp + n)
+        causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
         mask = torch.cat([mask, causal.expand(len(mask), -1, -1)], dim=2)  # (B, T, Tp + n + T)
         return partial(self._attend, attention_bias(mask)[:, None], False)
 
@@ -133,24 +136,24 @@ class AttentionBlocks:
     def _attend(
         self, bias: Tensor, is_thought: bool, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        """Return the attention (B, nh, T, hs) of a new block: one softmax over all keys.
+        """Return the attention (B, nh, T, hs) of new positions: one softmax over all keys.
 
         bias        (B, 1, T or 1, keys)  see attention_bias
-        is_thought  later blocks attend to this one
+        is_thought  keep k and v: later positions attend to them
         """
         if is_thought:
             self.thoughts[layer].append((k, v))
         use_kernel = is_thought and self.use_triton  # the kernel attends to the prefix
         pieces = [self._prefix_as_single_key(layer, q)] if use_kernel else []  # (scores, values)
-        blocks = [] if use_kernel else [self.prefix[layer]]
+        pairs = [] if use_kernel else [self.prefix[layer]]  # (keys, values)
         if self.thoughts[layer]:
             keys, values = zip(*self.thoughts[layer], strict=True)
-            blocks.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)
+            pairs.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)
         if not is_thought:
-            blocks.append((k, v))
+            pairs.append((k, v))
         q = q * q.shape[-1] ** -0.5
         # concatenate the scores, not the keys: a copy of the prefix would be expensive
-        pieces += [(q @ keys.transpose(2, 3), values) for keys, values in blocks]
+        pieces += [(q @ keys.transpose(2, 3), values) for keys, values in pairs]
         scores = torch.cat([s for s, _ in pieces], dim=-1) + bias  # (B, nh, T, keys)
         p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
         ps = p.split([s.shape[-1] for s, _ in pieces], dim=-1)
@@ -158,10 +161,8 @@ class AttentionBlocks:
 
     def _prefix_as_single_key(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return the score (B, nh, 1, 1) and the value (B, nh, 1, hs) of the whole prefix."""
-        from kernels.prefix_attention import prefix_attention
-
         k, v = self.prefix[layer]
-        out, lse, k, v = prefix_attention(q[:, :, 0], k, v, self.length, self.buffers[layer])
+        out, lse, k, v = ops.prefix_attention(q[:, :, 0], k, v, self.length, self.buffers[layer])
         self.prefix[layer] = k, v  # chained: backward accumulates all gradients in one buffer
         return lse[..., None, None], out[:, :, None]
 
@@ -174,18 +175,19 @@ def attention_bias(mask: Tensor) -> Tensor:
 def forward_in_c(model: GPT, batch: Batch) -> HiddenStates:
     """Run kernels/cpu_train.c, without padding: N rows, the valid positions of all sequences."""
     (B, Tp), n, Ts = batch.prefix.shape, batch.max_thoughts, batch.suffix.shape[1]
-    # the last target of a sequence is not an input: its index is the number of suffix inputs
-    n_suffix = (batch.targets != IGNORE).int().cumsum(1).argmax(1)  # (B,)
-    counts = (Tp, batch.length), (n, batch.n_thoughts), (Ts, n_suffix)
+    # the last target of a sequence is not an input: its index is their number
+    n_inputs = (batch.targets != IGNORE).int().cumsum(1).argmax(1)  # (B,)
+    counts = (Tp, batch.length), (n, batch.n_thoughts), (Ts, n_inputs)
     mask = torch.cat([torch.arange(T) < count[:, None] for T, count in counts], dim=1)
     tokens = torch.cat([batch.prefix, batch.prefix.new_zeros(B, n), batch.suffix], dim=1)
     first = F.pad(mask.sum(1).cumsum(0), (1, 0))  # (B + 1,), the first row of each sequence, and N
     emb, pos = model.wte(tokens[mask]), model.wpe((mask.cumsum(1) - 1)[mask])  # (N, C)
     h = ops.hidden_states(model, first, batch.length, batch.n_thoughts, emb, pos)  # (N, C)
+    # rows of the states after 0, 1, ... thoughts or suffix tokens; the last one is repeated
     last = (first[:-1] + batch.length - 1)[:, None]  # (B, 1), the last row of the prefix
-    thought = last + torch.arange(n + 1).clamp(max=batch.n_thoughts[:, None])  # (B, n + 1)
-    suffix = last + batch.n_thoughts[:, None] + torch.arange(Ts).clamp(max=n_suffix[:, None])
-    return HiddenStates([*h[thought].unbind(1)], h[suffix])
+    states = last + torch.arange(n + 1).clamp(max=batch.n_thoughts[:, None])  # (B, n + 1)
+    suffix = last + batch.n_thoughts[:, None] + torch.arange(Ts).clamp(max=n_inputs[:, None])
+    return HiddenStates([*h[states].unbind(1)], h[suffix], "c")
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -198,9 +200,7 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def loss(
-    model: GPT, batch: Batch, hidden: HiddenStates, kernels: str = "torch"
-) -> tuple[Tensor, Tensor]:
+def loss(model: GPT, batch: Batch, hidden: HiddenStates) -> tuple[Tensor, Tensor]:
     """Return (cross-entropy summed over the supervised targets, correct).
 
     correct (B,) bool: the argmax equals every target of the sequence (teacher-forced).
@@ -208,12 +208,12 @@ def loss(
     targets = batch.targets.flatten()  # (B * Ts,)
     # supervised positions first, in order; like nonzero(), but without a GPU sync for the count
     index = (targets == IGNORE).int().argsort(stable=True)[: batch.n_targets]  # (n_targets,)
-    h, supervised = hidden.suffix.flatten(0, 1).index_select(0, index), targets[index]
-    if kernels == "triton":
+    # index_select, because the backward of h[index] sorts
+    h = hidden.suffix.flatten(0, 1).index_select(0, index)  # (n_targets, C)
+    supervised = targets[index]
+    if hidden.kernels == "triton":
         # computes the logits in chunks, and their gradients already in the forward pass
-        from kernels.linear_cross_entropy import linear_cross_entropy
-
-        total, is_correct = linear_cross_entropy(h, model.wte.weight, supervised)
+        total, is_correct = ops.linear_cross_entropy(h, model.wte.weight, supervised)
     else:
         logits = model.head(h)
         total = loss_sum(logits, supervised)
@@ -229,7 +229,7 @@ def thought_loss(model: GPT, batch: Batch, hidden: HiddenStates) -> Tensor:
 
     The label of a state is the uniform distribution over its thought_targets. At least one thought.
     """
-    h = torch.stack(hidden.thoughts[:-1], dim=1)  # (B, n, C), the last state is not fed back
+    h = torch.stack(hidden.states[:-1], dim=1)  # (B, n, C), the last state is not fed back
     logits = _at_least_fp32(model.head(h))  # (B, n, V)
     labels = batch.thought_targets  # (B, n, K)
     mask = labels != IGNORE
@@ -247,7 +247,7 @@ def stop_loss(model: GPT, batch: Batch, hidden: HiddenStates) -> Tensor:
     mask = (k <= batch.n_thoughts[:, None]) & is_real[:, None]  # (B, n + 1)
     labels = k >= batch.n_needed[:, None]
     # detached: the classifier observes the model and does not change it
-    h = torch.stack(hidden.thoughts, dim=1).detach()  # (B, n + 1, C)
+    h = torch.stack(hidden.states, dim=1).detach()  # (B, n + 1, C)
     logits = _at_least_fp32(model.stop_logit(h))  # (B, n + 1)
     losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
     return (losses * mask).sum() / mask.sum()

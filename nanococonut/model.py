@@ -63,14 +63,15 @@ def cached_attention(
 
 
 def at_position(x: Tensor, pos: Tensor) -> Tensor:
-    """Return x (B, T, C) at one position (B,) per sequence: (B, 1, C)."""
+    """Return x[b, pos[b]] of every sequence b, (B, 1, C)."""
     return x[torch.arange(len(x), device=x.device), pos][:, None]
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_head = layer, config.n_head
+        self.layer = layer  # tells `attend` which keys and values to use
+        self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -114,7 +115,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 of any size. model(idx) = head(backbone(embed(idx)))."""
+    """GPT-2 of any size. model(idx) = head(backbone(wte(idx), positions))."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -181,12 +182,10 @@ class GPT(nn.Module):
 
     def block_input(self, emb: Tensor, pos: Tensor, prev_embedding: Tensor | None) -> Tensor:
         """Return the input (B, T, C) of the first block. The arguments are those of backbone."""
-        x = emb
         if self.smear is not None:
             prev = torch.zeros_like(emb[:, 0]) if prev_embedding is None else prev_embedding
-            # x_t + W x_(t-1)
-            x = emb + self.smear(torch.cat([prev[:, None], emb[:, :-1]], dim=1))
-        return self.drop(x + self.wpe(pos))
+            emb = emb + self.smear(torch.cat([prev[:, None], emb[:, :-1]], dim=1))
+        return self.drop(emb + self.wpe(pos))
 
     def backbone(
         self,
@@ -200,7 +199,7 @@ class GPT(nn.Module):
 
         emb             (B, T, C)       input embeddings
         pos             (T,) or (B, T)  their positions
-        attend                          attention of all layers (None: causal, without last_pos)
+        attend                          attention of all layers (None: causal, with no last_pos)
         prev_embedding  (B, C)          input embedding before emb, for the smear (None: zeros)
         last_pos        (B,)            return only the hidden state at this position, (B, 1, C)
         """
@@ -209,7 +208,7 @@ class GPT(nn.Module):
         *blocks, last = self.h
         for block in blocks:
             x = block(x, attend)
-        # cheaper and exact: the last layer computes only keys and values at other positions
+        # with last_pos, the last layer computes only keys and values at other positions (exact)
         return self.ln_f(last(x, attend, last_pos))
 
     def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:
@@ -244,6 +243,8 @@ class GPT(nn.Module):
                 best = logits.topk(self.config.soft_top_k, dim=-1)
                 p = best.values.softmax(-1)  # (..., k)
                 return (p[..., None, :] @ self.wte(best.indices))[..., 0, :]
+            case other:
+                raise ValueError(f"thought={other!r}: expected hidden, projected, fixed or soft")
 
     def stop_logit(self, hidden: Tensor) -> Tensor:
         """Return the stop logits (...): no further thought is needed if > 0 (paper, section 3)."""

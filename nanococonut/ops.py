@@ -1,4 +1,4 @@
-"""Backend selection, and the training pass in C.
+"""Backend selection, and the interface to the kernels that training uses.
 
     "torch"     plain PyTorch, everywhere
     "triton"    kernels/: fused attention, projections and loss, on a GPU
@@ -12,6 +12,7 @@ that cannot run raises UserError.
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from torch import Tensor
 from nanococonut import packed
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
+
+if TYPE_CHECKING:  # kernels/ needs triton, which is optional
+    from kernels.prefix_attention import PrefixBuffers
+
 
 BACKENDS = ("auto", "triton", "c", "packed", "torch")  # for inference
 
@@ -130,6 +135,29 @@ def choose_graph(graph: str, model: GPT) -> bool:
 def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+
+
+def prefix_buffers(k: Tensor) -> "PrefixBuffers":
+    """Return the workspace of prefix_attention for a prefix with keys k (B, nh, T, hs)."""
+    from kernels.prefix_attention import PrefixBuffers
+
+    return PrefixBuffers(*k.shape, k.device)
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, buffers: "PrefixBuffers"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (out, lse, k, v), see kernels/prefix_attention.py. Triton only."""
+    from kernels.prefix_attention import prefix_attention
+
+    return prefix_attention(q, k, v, lengths, buffers)
+
+
+def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (loss sum, correct), see kernels/linear_cross_entropy.py. Triton only."""
+    from kernels.linear_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(h, w, labels)
 
 
 def hidden_states(

@@ -56,25 +56,27 @@ def percent(fraction: float) -> str:
 
 
 def name_grids(names: Row) -> list[tuple[str, Row, str]]:
-    """Return what the LM head reads, by steps from the entity and from the twin's, as two grids."""
+    """Return two grids of what the LM head reads: by steps from the entity, and from the twin's."""
     grids = []
-    for side, who in (("own", "the entity"), ("other", "the twin’s entity")):
-        bars = [[*bar, mass] for bar, mass in zip(names[side], names["mass"], strict=True)]
-        bars = dict(enumerate(bars, 1)) | {"nodes": names[f"base_{side}"]}
-        rows = [{"label": str(x), "cells": [{"value": v} for v in bars[x]]} for x in bars]
+    for side, entity in (("own", "the entity"), ("other", "the twin’s entity")):
+        values = [[*row, mass] for row, mass in zip(names[side], names["mass"], strict=True)]
+        values = dict(enumerate(values, 1)) | {"nodes": names[f"base_{side}"]}
+        rows = [{"label": str(x), "cells": [{"value": v} for v in values[x]]} for x in values]
         grid = {"columns": [*names["distances"], "mass"], "rows": rows}
-        grids.append((f"steps from {who}", grid, "names"))
+        grids.append((f"steps from {entity}", grid, "names"))
     return grids
 
 
 def _render(row: Row, title: str, **variables: Any) -> str:
     folder = FileSystemLoader(Path(__file__).parent)
-    env = Environment(loader=folder, autoescape=True, trim_blocks=True)
-    env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    env = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # not with sorted keys
     filters = (cell, sentence, small, percent, layout, name_grids)
     env.filters |= {fn.__name__: fn for fn in filters}
-    one = SINGULAR[row["noun"]]
-    return env.get_template("page.html").render(row, title=title, one=one, **variables).lstrip()
+    env.tests["undecided"] = lambda fig: fig.get("mass", 1) < 0.5  # drawn dashed
+    words = {"title": title, "one": SINGULAR[row["noun"]]}
+    # the macros leave empty lines before <!DOCTYPE>
+    return env.get_template("page.html").render(row, **words, **variables).lstrip()
 
 
 def view_page(row: Row) -> str:
@@ -87,7 +89,7 @@ def view_page(row: Row) -> str:
 
 def render(row: Row) -> str:
     """Return the page of a model's results as HTML. row["against"]: a control's, drawn in grey."""
-    do = "Does" if row["noun"] == "written chain" else "Do"
+    verb = "Does" if row["noun"] == "written chain" else "Do"
     about = [row.get("method"), row.get("task")]
     about += [f"{row[key]:,} {key}" for key in ("thoughts", "parameters") if row.get(key)]
     control = row.get("against") or {}
@@ -101,7 +103,7 @@ def render(row: Row) -> str:
             grids[key].append((control["name"], control[key], f"{key} grey"))
     return _render(
         row,
-        f"{do} the {row['noun']} of {row['name']} do anything?",
+        f"{verb} the {row['noun']} of {row['name']} do anything?",
         about=" · ".join(filter(None, about)),
         findings=[finding | {"control": titles.get(finding["id"])} for finding in row["findings"]],
         scale=[x for p in row.get("scale") or () for x in (p, points.get(p["id"])) if x],

@@ -112,7 +112,7 @@ class TrainStep:
         # autocast inside the graph, so that it caches no cast weights of an earlier step
         with self.autocast():
             hidden = coconut.forward(self.model, batch, self.kernels)
-            loss_sum, correct = coconut.loss(self.model, batch, hidden, self.kernels)  # (), (B,)
+            loss_sum, correct = coconut.loss(self.model, batch, hidden)  # (), (B,)
             loss = objective = loss_sum / n_targets
             if self.model.stop is not None:  # its inputs are detached, so it only observes
                 objective = loss + coconut.stop_loss(self.model, batch, hidden) * fraction

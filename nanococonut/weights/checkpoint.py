@@ -67,7 +67,7 @@ def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, 
             line = json.dumps([split, x["question"], x["steps"], x["answer"]])
             sha.update(line.encode() + b"\n")
     digest = sha.hexdigest()
-    if manifest.get("examples", digest) != digest:
+    if manifest.get("examples", digest) != digest:  # a new run has none, nor does prosqa_small's
         files = [p for p in (config.data, config.valid_data) if p]
         source = " and ".join(files) or "this version's generator"
         raise UserError(
@@ -244,7 +244,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise _damaged(folder, f"{MANIFEST} has format {version!r}, expected {FORMAT}")
-    digest = manifest.pop("digest", None)  # delete it to edit a manifest by hand
+    digest = manifest.pop("digest", None)  # a manifest edited by hand has none
     if digest is not None and digest != _json_digest(manifest):
         raise _damaged(folder, f"{MANIFEST} has changed since it was saved")
     try:

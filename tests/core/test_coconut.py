@@ -48,7 +48,7 @@ def naive_loss(model, sequences):
 
 
 def training_loss(model, batch, kernels="torch"):
-    return coconut.loss(model, batch, coconut.forward(model, batch, kernels), kernels)[0]
+    return coconut.loss(model, batch, coconut.forward(model, batch, kernels))[0]
 
 
 def assert_gradients_equal(model, loss, expected):

@@ -42,7 +42,7 @@ def damaged(name, change, command=SAMPLE):
 
 
 def edited_manifest(command=SAMPLE, **changes):
-    """Return a command that reads a run with a manifest edited by hand, without its digest."""
+    """Return a command that reads a run with a changed manifest that has no digest."""
 
     def change(text):
         saved = json.loads(text)

@@ -176,7 +176,7 @@ def change_manifest(folder, **changes):
 
 
 def edit_manifest(folder, **changes):
-    """Change the manifest as by hand, without its digest."""
+    """Change the manifest and remove its digest."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     manifest.pop("digest", None)
     (folder / "manifest.json").write_text(json.dumps(manifest))
