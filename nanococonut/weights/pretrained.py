@@ -51,8 +51,9 @@ UNKNOWN = {  # tensor that a model does not have -> why it cannot be dropped
 }
 MASKS = (".attn.bias", ".attn.masked_bias")  # old files store the causal mask
 ACCEPTED = (
-    f"Give {', '.join(GPT2_SIZES)}, a folder with a GPT-2's {CONFIG_NAME} and {WEIGHTS_NAME}, one "
-    "such file, one of our runs, a released checkpoint, or nanoGPT's ckpt.pt."
+    f"Give {', '.join(GPT2_SIZES)}, a folder with a GPT-2's {CONFIG_NAME} and {WEIGHTS_NAME} (or "
+    "pytorch_model.bin), one such file, one of our runs, a released checkpoint, or nanoGPT's "
+    "ckpt.pt."
 )
 Spec = dict[str, Any]  # Tokenizer.spec
 
@@ -85,11 +86,7 @@ def resolve_weights(init_from: str) -> Path:
     if not path.exists():
         raise UserError(f"no weights at {init_from!r}: no such file or folder.\n{ACCEPTED}")
     if path.is_dir() and not checkpoint.is_run(path) and not _weights_file(path).is_file():
-        suffixes = (".bin", ".pt", ".pth", ".safetensors")
-        files = sorted(p for p in path.iterdir() if p.suffix in suffixes)
-        files = [p for p in files if p.name != "training_args.bin"]  # transformers' settings
-        advice = f"Give its file: {files[0]}" if len(files) == 1 else ACCEPTED
-        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{advice}")
+        raise UserError(f"no weights in {init_from!r}: it has no {WEIGHTS_NAME}.\n{ACCEPTED}")
     return path
 
 
@@ -220,9 +217,10 @@ def _from_nanogpt(saved: dict[str, Any]) -> Weights:
 
 
 def _weights_file(folder: Path) -> Path:
-    """Return the path of a folder's safetensors file, or of the index if there are several."""
-    file, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
-    return index if index.is_file() and not file.is_file() else file
+    """Return the path of a folder's weights. An index lists several safetensors files."""
+    names = WEIGHTS_NAME, INDEX_NAME, "pytorch_model.bin", "ckpt.pt"  # the last is nanoGPT's
+    files = [folder / name for name in names]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def _load_shards(index: Path) -> dict[str, Tensor]:
