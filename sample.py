@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from nanococonut import Engine
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example, is_correct, split_answer
-from nanococonut.data.search import reachable
+from nanococonut.data.graph import reachable
 from nanococonut.data.tasks import TASKS, generated
 from nanococonut.evaluation.accuracy import held_out_examples, is_capped, thoughts_as_trained
 from nanococonut.evaluation.insight import count

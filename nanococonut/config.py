@@ -170,11 +170,6 @@ class TrainConfig(Options):
         return names
 
     @property
-    def beta2(self) -> float:
-        """Return AdamW's beta2: lower with Muon, whose small models train for few steps."""
-        return 0.98 if self.muon_learning_rate else 0.999
-
-    @property
     def thought_loss(self) -> float:
         """Return the weight of the loss on thought labels: 1, or 0 if there are none."""
         return float(self.thought_labels != "none")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nanococonut.data.examples import Example
-from nanococonut.data.isomorphism import Graph, graph_keys
+from nanococonut.data.graph import Graph, graph_keys
 from nanococonut.runtime.errors import UserError
 
 # independent random streams of one seed: training examples, both validation splits, the order of

@@ -21,10 +21,10 @@ from zlib import crc32
 import numpy as np
 
 from nanococonut.config import TrainConfig
-from nanococonut.data import isomorphism
+from nanococonut.data import graph
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
-from nanococonut.data.search import children_of, distances
+from nanococonut.data.graph import children_of, distances
 from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError
 
@@ -281,8 +281,8 @@ def solve(question: str) -> str | None:
     return str(signs == {q.query.negated}) if len(signs) == 1 else None
 
 
-def marked_graph(example: Example) -> isomorphism.Graph:
-    """Return the ontology with the query marked, for isomorphism.graph_keys.
+def marked_graph(example: Example) -> graph.Graph:
+    """Return the ontology with the query marked, for graph.graph_keys.
 
     Sentence order, wording and the words for entity and concepts make no difference; properties do.
     UserError as in parse_question.
@@ -292,7 +292,7 @@ def marked_graph(example: Example) -> isomorphism.Graph:
     edges = [(c.subject, c.predicate if c.names_concept else c.compact) for c in facts + rules]
     marks = {node: crc32(node.encode()) for _, node in edges if node.startswith(" ")}
     marks[query.subject] = crc32(query.compact.encode())
-    return isomorphism.marked_graph(edges, marks)
+    return graph.marked_graph(edges, marks)
 
 
 generate = partial(draw, sample_batch, marked_graph, OntologyConfig())

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanococonut.config import TrainConfig
-from nanococonut.data import isomorphism
+from nanococonut.data import graph
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
-from nanococonut.data.search import children_of, distances, parents_of, reachable
+from nanococonut.data.graph import children_of, distances, parents_of, reachable
 from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError
 
@@ -261,8 +261,8 @@ def sample_batch(rng: np.random.Generator, config: GraphConfig) -> list[Example]
     return examples
 
 
-def marked_graph(example: Example) -> isomorphism.Graph:
-    """Return the graph with entity, target and distractor marked, for isomorphism.graph_keys.
+def marked_graph(example: Example) -> graph.Graph:
+    """Return the graph with entity, target and distractor marked, for graph.graph_keys.
 
     Words, node numbers and the order of sentences and options make no difference. An example that
     does not store its graph is parsed; UserError if it is not ProsQA.
@@ -275,7 +275,7 @@ def marked_graph(example: Example) -> isomorphism.Graph:
         target = parse_sentence(example["answer"])[1]
         query = [entity, target, options[options[0] == target]]
     marks = {v: sum(1 << bit for bit, w in enumerate(query) if w == v) for v in query}
-    return isomorphism.marked_graph(edges, marks)
+    return graph.marked_graph(edges, marks)
 
 
 generate = partial(draw, sample_batch, marked_graph, GraphConfig())

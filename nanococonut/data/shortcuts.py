@@ -6,7 +6,7 @@ from typing import Any
 
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
-from nanococonut.data.search import distances, parents_of
+from nanococonut.data.graph import distances, parents_of
 from nanococonut.runtime.errors import UserError
 
 

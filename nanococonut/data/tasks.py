@@ -18,7 +18,7 @@ from nanococonut.data import gsm8k, prontoqa, prosqa, shortcuts
 from nanococonut.data.examples import Example, parse_object
 from nanococonut.data.files import read_examples
 from nanococonut.data.generator import MATCHED, N_TEST, TEST_SEED, VALID, sample_batches
-from nanococonut.data.isomorphism import graph_keys
+from nanococonut.data.graph import graph_keys
 from nanococonut.runtime.errors import UserError
 
 GeneratorConfig = prosqa.GraphConfig | prontoqa.OntologyConfig

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from nanococonut.data.examples import Example, split_answer
+from nanococonut.data.graph import children_of, reachable
 from nanococonut.data.prosqa import parse_question, parse_sentence
-from nanococonut.data.search import children_of, reachable
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.accuracy import score
 from nanococonut.evaluation.interchange import Figure, fraction, grid, mean_figure

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanococonut.data.examples import Example
+from nanococonut.data.graph import reachable
 from nanococonut.data.prosqa import parse_question, parse_sentence
-from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.interchange import Figures, chosen, mean_figure
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs

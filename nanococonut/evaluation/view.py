@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nanococonut.data.examples import Example
+from nanococonut.data.graph import reachable
 from nanococonut.data.prosqa import parse_question, parse_sentence
-from nanococonut.data.search import reachable
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.insight import count
 from nanococonut.evaluation.pairs import Pairs

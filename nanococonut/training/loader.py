@@ -19,7 +19,7 @@ from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import ORDER, STAGE_STREAM, TRAIN
-from nanococonut.data.isomorphism import graph_keys
+from nanococonut.data.graph import graph_keys
 from nanococonut.data.tasks import TASKS, Data, GeneratorConfig, test_hashes
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError

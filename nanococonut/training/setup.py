@@ -162,11 +162,12 @@ def init_optimizers(config: TrainConfig, model: GPT) -> list[torch.optim.Optimiz
         modules = [m for m in (model.h, model.smear, model.project) if m is not None]
         matrices = [p for m in modules for p in m.parameters() if p.dim() == 2]
     muon_ids = {id(p) for p in matrices}
+    beta2 = 0.98 if matrices else 0.999  # small models, which use Muon, train for few steps
     adamw = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad and id(p) not in muon_ids],
         fused=True,
         lr=config.learning_rate,
-        betas=(BETA1, config.beta2),
+        betas=(BETA1, beta2),
         weight_decay=WEIGHT_DECAY,
     )
     return [adamw, Muon(matrices, config.muon_learning_rate, WEIGHT_DECAY)] if matrices else [adamw]

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from nanococonut.data import prontoqa
 from nanococonut.data.examples import Example
-from nanococonut.data.search import children_of, parents_of
+from nanococonut.data.graph import children_of, parents_of
 from nanococonut.runtime.errors import UserError
 
 # fmt: off

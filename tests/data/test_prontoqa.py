@@ -12,7 +12,7 @@ from data.statistics import PRONTOQA_RELEASED, prontoqa_statistics
 
 from nanococonut.data import prontoqa
 from nanococonut.data.files import parse_raw_prontoqa, read_examples
-from nanococonut.data.isomorphism import graph_keys
+from nanococonut.data.graph import graph_keys
 from nanococonut.data.prontoqa import Claim, OntologyConfig
 from nanococonut.data.shortcuts import prontoqa_shortcuts
 from nanococonut.data.tasks import TASKS

@@ -11,7 +11,7 @@ from data.statistics import prosqa_statistics
 
 from nanococonut.data import generator, prosqa
 from nanococonut.data.files import read_examples
-from nanococonut.data.isomorphism import graph_keys
+from nanococonut.data.graph import graph_keys
 from nanococonut.data.prosqa import GraphConfig
 from nanococonut.data.shortcuts import prosqa_shortcuts
 from nanococonut.data.tasks import TASKS

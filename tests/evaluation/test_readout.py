@@ -7,7 +7,7 @@ from helpers import random_gpt
 import nanococonut
 from nanococonut.config import TrainConfig
 from nanococonut.data import prosqa
-from nanococonut.data.search import reachable
+from nanococonut.data.graph import reachable
 from nanococonut.data.tasks import generated
 from nanococonut.evaluation.readout import concept_probabilities
 from nanococonut.inference.engine import Engine

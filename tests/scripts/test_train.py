@@ -452,6 +452,7 @@ def test_typed_init_from_never_falls_back(train, tiny, monkeypatch, tmp_path, ha
     code, out, err = train(*flags, "--init_from=gpt2")
     assert code == 2 and "TRAINING" not in out and not Path("run").exists()
     assert "tiny.py" in err and "--fallback=None" in err and err.count("\n") == 2
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # to train without one
     code, out, _ = train(*flags, "--init_from=gpt2", "--fallback=tiny.py")
     assert code == 0 and "TRAINING" in out
 

@@ -1,19 +1,50 @@
-"""Graph isomorphism: keys that are equal for graphs that differ only in their node numbers.
+"""Graphs as lists of edges (parent, child): breadth-first search, and keys of isomorphic graphs.
 
-Other graphs with equal keys are rare (none in docs/LOG.md's count), and cost a training example.
-
-A graph is a pair of lists: edges (parent, child) between nodes 0 to n - 1, and the mark of each
-node (the entity, an option, or 0). An isomorphism also maps each node to one with the same mark.
+Graphs that differ only in their node numbers have equal keys. Other graphs with equal keys are rare
+(none in docs/LOG.md's count), and cost a training example. A Graph also has a mark for each node
+0 to n - 1 (the entity, an option, or 0), which an isomorphism keeps.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 
+Node = TypeVar("Node", bound=Hashable)  # a number or a name
 Graph = tuple[list[tuple[int, int]], list[int]]  # edges, marks
 
 ROUNDS = 4  # of refinement; with fewer, more graphs have equal keys
+
+
+def parents_of(edges: Iterable[Sequence[Node]]) -> dict[Node, list[Node]]:
+    """Map each child to its parents."""
+    parents: dict[Node, list[Node]] = {}
+    for parent, child in edges:
+        parents.setdefault(child, []).append(parent)
+    return parents
+
+
+def children_of(edges: Iterable[Sequence[Node]]) -> dict[Node, list[Node]]:
+    """Map each parent to its children."""
+    return parents_of((child, parent) for parent, child in edges)
+
+
+def distances(neighbors: Mapping[Node, Sequence[Node]], start: Node) -> dict[Node, int]:
+    """Map `start` and all nodes reachable from it to the fewest steps from `start`."""
+    steps = {start: 0}
+    queue = [start]
+    for node in queue:  # grows during the loop
+        for neighbor in neighbors.get(node, ()):
+            if neighbor not in steps:
+                steps[neighbor] = steps[node] + 1
+                queue.append(neighbor)
+    return steps
+
+
+def reachable(edges: Iterable[Sequence[Node]], root: Node) -> dict[Node, int]:
+    """Map `root` and all its descendants to the fewest steps from it."""
+    return distances(children_of(edges), root)
 
 
 def marked_graph(

@@ -9,7 +9,7 @@ import pytest
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
 from nanococonut.data import prosqa, tasks
-from nanococonut.data.isomorphism import graph_keys
+from nanococonut.data.graph import graph_keys
 from nanococonut.data.prosqa import GraphConfig
 from nanococonut.training.loader import TrainLoader
 from nanococonut.training.setup import init_tokenizer
