@@ -11,7 +11,9 @@ from helpers import ROOT
 def test_editable_install_imports_from_the_parent(tmp_path, monkeypatch):
     """Guards against an empty namespace package: in the folder above the checkout, Python finds
     the checkout's folder, which has the package's name, before setuptools' import hook."""
-    build_meta = pytest.importorskip("setuptools.build_meta")
+    pytest.importorskip("setuptools", minversion="77")  # as in pyproject.toml
+    from setuptools import build_meta
+
     checkout, wheels = tmp_path / "nanococonut", tmp_path / "wheels"
     for path in ("nanococonut/__init__.py", "kernels/__init__.py", "README.md", "setup.py"):
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
