@@ -46,7 +46,8 @@ class Generation:
     thoughts       (B, n, C) hidden states, before model.thought_embedding and any edit
     n_thoughts     thoughts of each prompt: n, or fewer if the stop classifier ended them; the last
                    hidden state is then repeated in `thoughts`
-    seconds_first  time to the first token, including prefill and thoughts
+    seconds_first  time from the start of the request to the first token, after prefill (which
+                   includes the check whether the weights have changed) and thoughts
     text           the tokens as text (only from Engine.generate)
     """
 
@@ -323,6 +324,7 @@ class Engine:
                 f"{self.model.config.block_size} leaves room for {available}"
             )
         with self._eval_mode():
+            start_time = self._now()
             is_packed = self.kernels in ("c", "packed")
             # a graph becomes stale if a weight moves, a packed copy also if it changes in place
             key = [
@@ -335,11 +337,10 @@ class Engine:
                 self._packed = None
                 if is_packed:
                     self._packed = PackedGPT(self.model, in_c=self.kernels == "c")
-            return self._generate(request)
+            return self._generate(request, start_time)
 
-    def _generate(self, request: Request) -> Generation:
+    def _generate(self, request: Request, start_time: float) -> Generation:
         self._generator = torch.Generator(self.model.wte.weight.device).manual_seed(request.seed)
-        start_time = self._now()
         view = self._prefill(request)
         prefill_time = self._now()
         thoughts = self._append_thoughts(view, request)
