@@ -166,6 +166,8 @@ def ask(engine: Engine, config: SampleConfig, example: Example, latent: int) -> 
     """
     # ---- question
     question, answer = example["question"], example["answer"]
+    if config.nodes or config.view:
+        prosqa.parse_question(question)  # raises if it is not ProsQA
     console.print(f"\n[bold]question[/]  {escape(question)}")
     if unknown := engine.tokenizer.unknown_words(engine.render(question)):
         names = escape(", ".join(unknown[:8]))
@@ -227,6 +229,7 @@ def main() -> None:
     as_trained = config.latent is None
     latent = n_trained if as_trained else config.latent
     has_thoughts = engine.curriculum.rules.n_thoughts_rule != "none"
+    seed = torch.seed() % 2**32 if config.seed is None else config.seed
     capped = is_capped(engine)  # examples with fewer steps were trained with fewer thoughts
     if (config.nodes or config.view) and task != "prosqa":
         raise UserError(f"--nodes and --view are for prosqa, not {task}.\nLeave them out.")
@@ -237,7 +240,7 @@ def main() -> None:
         f"{'bundled' if path == checkpoint.BUNDLED else path}: {manifest['method']}, "
         f"stage {manifest['stage']}, step {manifest['step']}, {engine.model.n_params():,} "
         f"parameters, {up_to}{count(latent, 'thought')}; kernels: {engine.kernels} "
-        f"({engine.reason}), CUDA graphs {'on' if engine.graph else 'off'}",
+        f"({engine.reason}), CUDA graphs {'on' if engine.graph else 'off'}, seed {seed}",
         markup=False,
     )
     if latent != n_trained or capped:
@@ -247,7 +250,6 @@ def main() -> None:
         console.print(f"[yellow]note[/]      {manifest['method']} trains without thoughts")
 
     # ---- ask
-    seed = torch.seed() % 2**32 if config.seed is None else config.seed
     n_new = config.max_new_tokens or engine.config.max_new_tokens
     config = replace(config, max_new_tokens=n_new, seed=seed)
     is_terminal = all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train.py config/prosqa.py   # the same batch on eight GPUs
 
 main() is the whole loop: examples -> batch -> loss -> optimizer -> validation -> next stage.
+The losses are added up in nanococonut/training/step.py.
 """
 
 import math

@@ -7,7 +7,7 @@
 
 Without --data, questions are generated, each with a twin: the same text with another entity asked
 about. evaluation/insight.py has the rules for each verdict. The last line of the output is the row,
-as JSON.
+as JSON, unless it is a terminal.
 """
 
 import os

@@ -44,7 +44,10 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     if type(model) is not GPT:
         unsupported = "a subclass of GPT"
     name, reason = _choose(kernels, model, unsupported, "a GPU and a plain GPT-2")
-    if kernels == "auto" and name == "torch" and model.n_params() >= packed.MIN_PARAMS:
+    is_small = model.n_params() < packed.MIN_PARAMS
+    if kernels == "auto" and is_small and model.wte.weight.device.type == "cpu":
+        return "torch", "a small model on a CPU"
+    if kernels == "auto" and name == "torch":
         missing = {k: packed.unavailable(model, k) for k in ("c", "packed")}
         speedups = {k: packed.speedup(model, k) for k, why in missing.items() if not why}
         best = max(speedups, key=speedups.get, default="torch")
@@ -66,7 +69,7 @@ def choose_training_backend(kernels: str, model: GPT, use_bf16: bool = False) ->
             if kernels == "c":
                 raise UserError(f"--kernels=c cannot run here: {reason}.\nUse --kernels=torch.")
             return "torch", reason
-        return "c", "a plain GPT-2 in float32 on a CPU, no dropout"
+        return "c", "float32 on a CPU, no dropout"
     dropout = model.config.dropout
     unsupported = f"attention with dropout, which is {dropout}" if dropout else ""
     return _choose(kernels, model, unsupported, "a GPU and no dropout")

@@ -217,7 +217,8 @@ def speed(rows: Rows) -> str:
 
 def _answer_speed(rows: Rows) -> str:
     """Return times of a ProsQA answer; others relative to ours with six thoughts."""
-    lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", "transformers", "released")]
+    peers = "transformers' time", "released code's"
+    lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", *peers)]
     where = {"task": "prosqa", "relative_to": OURS}
     for run in newest_runs(rows):
         times = [value(run, "answer", task="prosqa", path=path) for path in PATHS]
@@ -245,4 +246,4 @@ def _step_speed(rows: Rows) -> str:
         if key in released or place not in lines:
             ratio = f"{released[key]:.2g}x" if key in released else "-"
             lines[place] = config, str(batch), device, f"{fmt(ms)} ms", ratio
-    return _table(("training step", "batch", "device", "time", "released"), *lines.values())
+    return _table(("training step", "batch", "device", "time", "released code's"), *lines.values())

@@ -165,7 +165,7 @@ class Engine:
     def generate(
         self,
         questions: Sequence[str],
-        latent: int,
+        latent: int | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
@@ -173,12 +173,17 @@ class Engine:
     ) -> Generation:
         """Answer a batch of questions. Raise UserError if one does not fit in block_size.
 
-        latent          thoughts (or pauses) per question; with a stop classifier, their maximum
+        latent          thoughts (or pauses) per question, None: as the checkpoint was trained; with
+                        a stop classifier, their maximum
         max_new_tokens  reduced to what fits in block_size
         temperature     0: greedy; otherwise tokens are sampled with `seed`
         edit            (i, fed) -> replacement for `fed`, the (B, C) inputs of thought i, one per
                         question. All steps then run without CUDA graphs.
         """
+        if latent is None:
+            if "n_thoughts" not in self.manifest:
+                raise ValueError("latent: expected a number, as this model has no checkpoint")
+            latent = self.manifest["n_thoughts"]
         if edit is not None:
             self._check_editable(latent)
         prefixes, n_thoughts, forced = self._prompts(questions, latent)

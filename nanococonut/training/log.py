@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -146,6 +147,15 @@ def print_data(loader: TrainLoader, data: Data) -> None:
     n_repeated = train.total() - len(train)
     held_out = [example["question"] for split in data.val.values() for example in split]
     n_overlap = sum(" ".join(question.split()) in train for question in held_out)
+    tokenizer = loader.tokenizer
+    rendered = (loader.task.render_question(question, config.render) for question in held_out)
+    unknown = {word for question in rendered for word in tokenizer.unknown_words(question)}
+    if unknown:
+        some = escape(", ".join(sorted(unknown)[:8]))
+        console.print(
+            f"  [bold]UNKNOWN WORDS[/]: {len(unknown):,} of the validation questions are in no "
+            f"training example, such as {some}. Each is many tokens; --tokenizer=gpt2 avoids that."
+        )
     if n_repeated or n_overlap:
         console.print(
             f"  [bold]REPEATED QUESTIONS[/]: {n_repeated:,} of {train.total():,} in training; "

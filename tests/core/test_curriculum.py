@@ -278,6 +278,7 @@ LAYOUTS = {
 }
 for name in ("soft_thought", "projected", "pause_multipass"):
     LAYOUTS[name] = LAYOUTS["coconut"]
+assert set(LAYOUTS) == set(METHODS), "every method needs its layouts here"
 CASES = [(method, stage) for method, stages in LAYOUTS.items() for stage in stages]
 
 
@@ -389,7 +390,7 @@ def test_ignored_options_change_nothing(tokenizer, method):
     for name, value in SETTINGS.items():
         changed = trained_on(replace(base, **{name: value}), tokenizer) != unchanged
         assert changed == (name not in ignored), name
-    assert ("soft_top_k" in ignored) == (method != "soft_thought")
+    assert ("soft_top_k" in ignored) == (METHODS[method].thought_type != "soft")
     assert ("advance_at" in ignored) == (METHODS[method].advance_by == "never")
     labels = thought_labels(Curriculum(method), 1, EXAMPLE, tokenizer)
     assert ("thought_labels" in ignored) == (labels == [])

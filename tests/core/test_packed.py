@@ -127,6 +127,23 @@ def test_packed_copies_follow_the_weights(kernels):
     assert engine.memory()["packed"] == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fingerprint_shows_every_changed_bit(dtype):
+    """Guards against a change that a sum of floats rounds away, and against odd sizes."""
+    x = torch.randn(5, 7).to(dtype)
+    x[0, 0] = 1e9
+    for weight in (x, x.T, x[1:, 1:], x.flatten()[1:]):
+        before = packed.fingerprint(weight)
+        assert packed.fingerprint(weight) == before
+        for i in range(weight.numel()):
+            index = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), weight.shape))
+            value = weight[index].item()
+            weight.data[index] = value + 0.5 if abs(value) < 1e6 else 2 * value
+            assert packed.fingerprint(weight)[1:] != before[1:]
+            weight.data[index] = value
+        assert packed.fingerprint(weight)[1:] == before[1:]
+
+
 def test_packing_leaves_the_model_as_it_is():
     """Guards against layers replaced in the model itself, which lose gradients and state dict."""
     model = random_gpt(**MODEL)
@@ -141,7 +158,7 @@ def test_auto_chooses_the_fastest_for_large_models(monkeypatch):
     """Guards against a timing that decides the roundings of a small model."""
     model = random_gpt(**MODEL)
     monkeypatch.setattr(packed, "speedup", lambda model, k: {"c": 1.62, "packed": 1.3}[k])
-    assert ops.choose_backend("auto", model) == ("torch", "the model is on cpu, not on a GPU")
+    assert ops.choose_backend("auto", model) == ("torch", "a small model on a CPU")
     monkeypatch.setattr(packed, "MIN_PARAMS", 0)
     reason = "1.6x as fast as plain PyTorch on this CPU"
     assert ops.choose_backend("auto", model) == ("c", reason)

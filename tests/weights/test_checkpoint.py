@@ -301,6 +301,7 @@ def test_bundle_holds_the_weights_in_bfloat16(saved, tmp_path):
         assert torch.equal(a.to(torch.bfloat16).float(), b)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy's, as it is imported here
 def test_unfinished_run_is_not_bundled(saved, monkeypatch, capsys):
     """The model that sample.py uses would be replaced with a worse one."""
     before = checkpoint.verify(checkpoint.BUNDLED)
