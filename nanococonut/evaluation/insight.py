@@ -86,8 +86,8 @@ def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding
     falls = ok and mean["hi"] < own["lo"]
     return finding(
         "needed",
-        f"{ablated}, accuracy {'falls' if falls else 'goes'} from {{0}} to {{1}} (of all questions "
-        "with at least two steps, deeper ones than in training too).",
+        f"{ablated}, accuracy on questions of two or more steps {'falls' if falls else 'goes'} "
+        "from {0} to {1}.",
         [own, mean],
         (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
         (falls and lost >= 0.8, "yes", "needed", f"{the} needed.", gain),

@@ -3,6 +3,7 @@
 Every rank may call these functions; only rank 0 writes and prints.
 """
 
+import itertools
 import json
 import time
 from collections import Counter, deque
@@ -147,14 +148,15 @@ def print_data(loader: TrainLoader, data: Data) -> None:
     n_repeated = train.total() - len(train)
     held_out = [example["question"] for split in data.val.values() for example in split]
     n_overlap = sum(" ".join(question.split()) in train for question in held_out)
-    tokenizer = loader.tokenizer
-    rendered = (loader.task.render_question(question, config.render) for question in held_out)
-    unknown = {word for question in rendered for word in tokenizer.unknown_words(question)}
+    unknown: set[str] = set()
+    for example in itertools.chain(*loader.val_splits.values()):
+        question = loader.task.render_question(example["question"], config.render)
+        unknown.update(loader.tokenizer.unknown_words(question))
     if unknown:
         some = escape(", ".join(sorted(unknown)[:8]))
         console.print(
-            f"  [bold]UNKNOWN WORDS[/]: {len(unknown):,} of the validation questions are in no "
-            f"training example, such as {some}. Each is many tokens; --tokenizer=gpt2 avoids that."
+            f"  [bold]UNKNOWN WORDS[/]: {len(unknown):,} in validation questions are in no "
+            f"training example ({some}), and are split into bytes. --tokenizer=gpt2 avoids that."
         )
     if n_repeated or n_overlap:
         console.print(

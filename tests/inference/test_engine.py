@@ -235,6 +235,15 @@ def test_edit_cannot_ask_its_own_engine(tokenizer):
     assert engine.generate(["Every"], 1, 2).tokens  # the lock is free again
 
 
+def test_latent_is_as_in_training_by_default(tokenizer):
+    """Guards against thoughts that the caller has to look up in the manifest."""
+    engine = Engine(random_gpt(vocab_size=tokenizer.vocab_size), tokenizer)
+    with pytest.raises(ValueError, match="latent: expected a number"):
+        engine.generate(["Every Tom"])
+    engine.manifest = {"n_thoughts": 3}
+    assert engine.generate(["Every Tom"]).n_thoughts == [3]
+
+
 def test_threads_share_an_engine():
     """Guards against threads that write to each other's buffers."""
     model = random_gpt(seed=8)

@@ -325,6 +325,17 @@ def test_resume_knows_the_examples_not_their_path(train, tiny):
     assert digests("run") == digests("whole")
 
 
+def test_unknown_words_of_validation_are_named(train, tiny):
+    """Guards against words that are split into bytes without a note."""
+    for name, first in (("train", range(8)), ("valid", [3, 100])):
+        write_examples(f"{name}.json", [
+            {"question": f"{a} + 2 = ?", "steps": [], "answer": str(a + 2)} for a in first
+        ])  # fmt: skip
+    flags = ["--data=train.json", "--valid_data=valid.json", "--render=sentences", "--max_steps=1"]
+    code, out, _ = train(tiny, *flags)
+    assert code == 0 and "UNKNOWN WORDS: 1 in validation questions" in out and "(100)" in out
+
+
 def test_resume_needs_only_the_folder(train, tiny):
     """Guards against other settings than the run's, if its command is forgotten."""
     flags = [tiny, "--seed=3", "--method=cot"]
