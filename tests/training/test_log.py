@@ -8,8 +8,9 @@ import pytest
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
-from nanococonut.data.tasks import Data
+from nanococonut.data.tasks import TASKS, Data
 from nanococonut.runtime.errors import UserError
+from nanococonut.tokenizer import Tokenizer
 from nanococonut.training.log import RunLog, print_data
 from nanococonut.training.state import Schedule, TrainState
 
@@ -89,7 +90,11 @@ def test_repeated_questions_are_counted(capsys, train, valid, line):
     train, valid = ([{"question": f"Is  it {c}?"} for c in text] if text else None
                     for text in (train, valid))  # fmt: skip
     valid = [{"question": example["question"].replace("  ", " ") + "\n"} for example in valid]
-    loader = SimpleNamespace(config=TrainConfig(), val_splits={"valid": valid}, n_examples=3)
+    words = Tokenizer.words([*"abcxy?", "Is", "it"])
+    loader = SimpleNamespace(
+        config=TrainConfig(), val_splits={"valid": valid}, n_examples=3, task=TASKS["prosqa"],
+        tokenizer=words,
+    )  # fmt: skip
     print_data(loader, Data(train, {"valid": valid}))
     out = capsys.readouterr().out
     assert line in out if line else out == ""
