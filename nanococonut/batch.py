@@ -67,11 +67,14 @@ def tokenize(
 def build_prompt(
     curriculum: Curriculum, question: list[int], n_thoughts: int, tokenizer: Tokenizer
 ) -> tuple[list[int], int, list[int]]:
-    """Return (prefix, number of latent steps, tokens forced after them) for one question."""
+    """Return (prefix, number of latent steps, tokens forced after them) for one question.
+
+    <bot> and any pauses end the prefix; <eot> is forced.
+    """
     if not curriculum.rules.markers:
         return question, n_thoughts, []
     n = curriculum.n_latent_steps(n_thoughts)
-    pauses = [tokenizer.latent] * (n_thoughts - n)
+    pauses = [tokenizer.latent] * (n_thoughts - n)  # all thoughts are pauses, or none
     return [*question, tokenizer.bot, *pauses], n, [tokenizer.eot]
 
 

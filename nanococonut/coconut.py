@@ -70,15 +70,13 @@ def forward(model: GPT, batch: Batch, kernels: str = "torch") -> HiddenStates:
         prev_embedding = torch.where(active, thought, prev_embedding)
         states.append(h)
 
-    # ---- suffix: all tokens in one pass
-    suffix = h[:, None]  # (B, 1, C), predicts the first token
-    T = batch.suffix.shape[1] - 1  # the last token is only a target
-    if T > 0:
-        emb = model.wte(batch.suffix[:, :-1])  # (B, T, C)
-        pos = (batch.length + batch.n_thoughts)[:, None] + torch.arange(T, device=device)  # (B, T)
-        pos = pos.clamp(max=model.config.block_size - 1)  # only padding exceeds block_size
-        out = model.backbone(emb, pos, cache.suffix_attention(T), prev_embedding)  # (B, T, C)
-        suffix = torch.cat([suffix, out], dim=1)
+    # ---- suffix: all tokens in one pass, except the last, which is only a target
+    emb = model.wte(batch.suffix[:, :-1])  # (B, T, C)
+    T = emb.shape[1]
+    pos = (batch.length + batch.n_thoughts)[:, None] + torch.arange(T, device=device)  # (B, T)
+    pos = pos.clamp(max=model.config.block_size - 1)  # only padding exceeds block_size
+    out = model.backbone(emb, pos, cache.suffix_attention(T), prev_embedding)  # (B, T, C)
+    suffix = torch.cat([h[:, None], out], dim=1)  # (B, Ts, C): h predicts the first token
     return HiddenStates(states, suffix, kernels)
 
 
@@ -89,10 +87,11 @@ class TrainingCache:
     """
 
     def __init__(self, model: GPT, batch: Batch, use_triton: bool) -> None:
-        Tp, device = batch.prefix.shape[1], batch.prefix.device
+        Tp, n, device = batch.prefix.shape[1], batch.max_thoughts, batch.prefix.device
         self.dropout, self.use_triton = model.attn_dropout, use_triton
-        self.length, self.n_thoughts = batch.length, batch.n_thoughts  # (B,) each
+        self.length = batch.length  # (B,)
         self.prefix_mask = torch.arange(Tp, device=device) < batch.length[:, None]  # (B, Tp)
+        self.thought_mask = torch.arange(n, device=device) < batch.n_thoughts[:, None]  # (B, n)
         self.prefix: list[KV] = []  # per layer
         self.buffers: list[ops.PrefixBuffers] = []  # per layer, Triton only
         self.thoughts: list[list[KV]] = [[] for _ in model.h]  # per layer and thought, T = 1
@@ -114,24 +113,20 @@ class TrainingCache:
 
     def thought_attention(self, i: int) -> Attend:
         """Return the `attend` of thought i: to the prefix, earlier thoughts and itself."""
-        # the Triton kernel masks the prefix itself, and returns it as a single key
+        # the Triton kernel masks the prefix itself and returns it as a single key, which is always
+        # valid, like the first token
         prefix = self.prefix_mask[:, :1] if self.use_triton else self.prefix_mask
         # an inactive sequence still attends to its prefix, so no softmax is empty (NaN)
-        mask = torch.cat([prefix, self._thought_mask(i + 1)], dim=1)  # (B, keys)
+        mask = torch.cat([prefix, self.thought_mask[:, : i + 1]], dim=1)  # (B, keys)
         return partial(self._attend, attention_bias(mask)[:, None, None], True)
 
     def suffix_attention(self, T: int) -> Attend:
         """Return the `attend` of T suffix tokens: to prefix, thoughts and, causally, themselves."""
-        n = len(self.thoughts[0])
-        mask = torch.cat([self.prefix_mask, self._thought_mask(n)], dim=1)  # (B, Tp + n)
+        mask = torch.cat([self.prefix_mask, self.thought_mask], dim=1)  # (B, Tp + n)
         mask = mask[:, None].expand(-1, T, -1)  # (B, T, Tp + n)
         causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
         mask = torch.cat([mask, causal.expand(len(mask), -1, -1)], dim=2)  # (B, T, Tp + n + T)
         return partial(self._attend, attention_bias(mask)[:, None], False)
-
-    def _thought_mask(self, n: int) -> Tensor:
-        """Return which of the first n thoughts each sequence has, (B, n) bool."""
-        return torch.arange(n, device=self.length.device) < self.n_thoughts[:, None]
 
     def _attend(
         self, bias: Tensor, is_thought: bool, layer: int, q: Tensor, k: Tensor, v: Tensor
@@ -143,9 +138,11 @@ class TrainingCache:
         """
         if is_thought:
             self.thoughts[layer].append((k, v))
-        use_kernel = is_thought and self.use_triton  # the kernel attends to the prefix
-        pieces = [self._prefix_as_single_key(layer, q)] if use_kernel else []  # (scores, values)
-        pairs = [] if use_kernel else [self.prefix[layer]]  # (keys, values)
+        pieces, pairs = [], []  # (scores, values), (keys, values)
+        if is_thought and self.use_triton:
+            pieces.append(self._prefix_as_single_key(layer, q))
+        else:
+            pairs.append(self.prefix[layer])
         if self.thoughts[layer]:
             keys, values = zip(*self.thoughts[layer], strict=True)
             pairs.append((torch.cat(keys, dim=2), torch.cat(values, dim=2)))  # (B, nh, n, hs)
@@ -155,9 +152,9 @@ class TrainingCache:
         # concatenate the scores, not the keys: a copy of the prefix would be expensive
         pieces += [(q @ keys.transpose(2, 3), values) for keys, values in pairs]
         scores = torch.cat([s for s, _ in pieces], dim=-1) + bias  # (B, nh, T, keys)
-        p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout)
-        ps = p.split([s.shape[-1] for s, _ in pieces], dim=-1)
-        return sum(p @ values for p, (_, values) in zip(ps, pieces, strict=True))
+        widths = [s.shape[-1] for s, _ in pieces]
+        p = F.dropout(scores.softmax(dim=-1).to(q.dtype), self.dropout).split(widths, dim=-1)
+        return sum(p_i @ values for p_i, (_, values) in zip(p, pieces, strict=True))
 
     def _prefix_as_single_key(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return the score (B, nh, 1, 1) and the value (B, nh, 1, hs) of the whole prefix."""
@@ -173,9 +170,12 @@ def attention_bias(mask: Tensor) -> Tensor:
 
 
 def forward_in_c(model: GPT, batch: Batch) -> HiddenStates:
-    """Run kernels/cpu_train.c, without padding: N rows, the valid positions of all sequences."""
+    """Return the hidden states, computed by kernels/cpu_train.c.
+
+    It takes no padding: its N rows are the valid positions, one sequence after another.
+    """
     (B, Tp), n, Ts = batch.prefix.shape, batch.max_thoughts, batch.suffix.shape[1]
-    # the last target of a sequence is not an input: its index is their number
+    # the suffix tokens before the last target are inputs, so its index is their number
     n_inputs = (batch.targets != IGNORE).int().cumsum(1).argmax(1)  # (B,)
     counts = (Tp, batch.length), (n, batch.n_thoughts), (Ts, n_inputs)
     mask = torch.cat([torch.arange(T) < count[:, None] for T, count in counts], dim=1)
@@ -227,7 +227,8 @@ def loss(model: GPT, batch: Batch, hidden: HiddenStates) -> tuple[Tensor, Tensor
 def thought_loss(model: GPT, batch: Batch, hidden: HiddenStates) -> Tensor:
     """Return the summed cross-entropy of the head's predictions from the states fed back.
 
-    The label of a state is the uniform distribution over its thought_targets. At least one thought.
+    The label of a state is the uniform distribution over its thought_targets. The batch must have
+    at least one thought.
     """
     h = torch.stack(hidden.states[:-1], dim=1)  # (B, n, C), the last state is not fed back
     logits = _at_least_fp32(model.head(h))  # (B, n, V)
@@ -238,7 +239,7 @@ def thought_loss(model: GPT, batch: Batch, hidden: HiddenStates) -> Tensor:
 
 
 def stop_loss(model: GPT, batch: Batch, hidden: HiddenStates) -> Tensor:
-    """Return the mean binary cross-entropy of the stop classifier.
+    """Return the binary cross-entropy of the stop classifier, summed over the states.
 
     The label after k thoughts is whether k thoughts are enough to replace all steps.
     """
@@ -250,4 +251,4 @@ def stop_loss(model: GPT, batch: Batch, hidden: HiddenStates) -> Tensor:
     h = torch.stack(hidden.states, dim=1).detach()  # (B, n + 1, C)
     logits = _at_least_fp32(model.stop_logit(h))  # (B, n + 1)
     losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-    return (losses * mask).sum() / mask.sum()
+    return (losses * mask).sum()

@@ -82,13 +82,13 @@ class Curriculum:
         """Return the number of thoughts at inference for a model trained up to `stage`."""
         if self.rules.n_thoughts_rule == "none":
             return 0
-        is_final = self.rules.n_thoughts_rule == "all" or stage > self.max_latent_stage
-        if is_final and self.final_thoughts is not None:
+        has_all = self.rules.n_thoughts_rule == "all" or stage > self.max_latent_stage
+        if has_all and self.final_thoughts is not None:
             return self.final_thoughts
-        return (self.max_latent_stage if is_final else stage) * self.c_thought
+        return (self.max_latent_stage if has_all else stage) * self.c_thought
 
     def n_latent_steps(self, n_thoughts: int) -> int:
-        """Return the latent steps of n thoughts: none for pauses, tokens of the prefix."""
+        """Return the number of latent steps: 0 for pauses, which are tokens of the prefix."""
         return 0 if self.rules.thought_type == "pause" else n_thoughts
 
     def plan(self, stage: int, n_steps: int) -> tuple[int, int]:
@@ -139,8 +139,8 @@ def list_stages(
     final = curriculum.max_latent_stage + 1
     n_first = epochs_per_stage if first_stage_epochs is None else first_stage_epochs
     numbered = [0] * n_first + [s for s in range(1, final) for _ in range(epochs_per_stage)]
-    starts = {"stages": numbered, "epochs": list(range(epochs)), "never": []}
-    by_epoch = starts[curriculum.rules.advance_by] + [final] * epochs  # stage of each epoch
+    before_final = {"stages": numbered, "epochs": list(range(epochs)), "never": []}
+    by_epoch = before_final[curriculum.rules.advance_by] + [final] * epochs  # stage of each epoch
     return [Stage(index, n) for index, n in Counter(by_epoch[:epochs]).items()]
 
 

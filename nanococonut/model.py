@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from nanococonut.cache import KVCache
 
-# (layer, q, k, v) -> y; all tensors are (B, nh, T, hs)
+# (layer, q, k, v) -> y. k and v are (B, nh, T, hs); so are q and y, but (B, nh, 1, hs) in the last
+# layer of a pass with last_pos
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -137,7 +138,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=stds.get(name, 0.02) / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # created last, so that these options do not change the random weights above
+        # created last, unlike the smear, so that they do not change the random weights above
         self.project = nn.Linear(C, C) if config.thought == "projected" else None
         self.pause = nn.Embedding(1, C) if config.thought == "fixed" else None
         self.stop = nn.Linear(C, 1) if config.stop else None

@@ -31,22 +31,23 @@ BACKENDS = ("auto", "triton", "c", "packed", "torch")  # for inference
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     """Return the inference backend and the reason.
 
-    kernels: one of BACKENDS. "auto" chooses the fastest one for a large model on a CPU.
+    kernels: one of BACKENDS. "auto" is triton on a GPU if it can run the model, the fastest one by
+    a short measurement for a large model on a CPU, and torch otherwise.
     """
     _check_option("kernels", kernels, BACKENDS)
     if kernels in ("c", "packed"):
         if why := packed.unavailable(model, kernels):
             raise UserError(f"--kernels={kernels} cannot run here: {why}.\nUse --kernels=torch.")
         return kernels, "as requested"
+    on_cpu = model.wte.weight.device.type == "cpu"
+    if kernels == "auto" and on_cpu and model.n_params() < packed.MIN_PARAMS:
+        return "torch", "a small model on a CPU"
     unsupported = "the smear" if model.config.smear else ""
     if model.config.thought != "hidden":
         unsupported = f"{model.config.thought} thoughts"
     if type(model) is not GPT:
         unsupported = "a subclass of GPT"
     name, reason = _choose(kernels, model, unsupported, "a GPU and a plain GPT-2")
-    is_small = model.n_params() < packed.MIN_PARAMS
-    if kernels == "auto" and is_small and model.wte.weight.device.type == "cpu":
-        return "torch", "a small model on a CPU"
     if kernels == "auto" and name == "torch":
         missing = {k: packed.unavailable(model, k) for k in ("c", "packed")}
         speedups = {k: packed.speedup(model, k) for k, why in missing.items() if not why}

@@ -85,7 +85,7 @@ class BatchView:
 
     def prefill(self, idx: Tensor) -> None:
         """Prefill prompts (B, T). The caller has written their lengths to the cache."""
-        self._store(steps.prefill(self.model, self.cache, idx, self.cache.lengths.clone()))
+        self._store(steps.prefill(self.model, self.cache, idx, self.cache.lengths))
 
     def latent_step(self, i: int, stop: bool, edit: steps.Edit | None = None) -> None:
         """Append thought i to every active sequence.

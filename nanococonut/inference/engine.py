@@ -234,12 +234,12 @@ class Engine:
         prefixes, _, forced = self._prompts(questions, 0)
         tokenizer, marked = self.tokenizer, self.tokenizer.encode(mark)
         answers = [
-            [tokenizer.encode(f"{mark} {answer}")[len(marked) :] for answer in row]
-            for row in candidates
+            [tokenizer.encode(f"{mark} {answer}")[len(marked) :] for answer in options]
+            for options in candidates
         ]
         forced = [*forced, *marked]
-        longest = max(len(tokens) for row in answers for tokens in row)
-        self._available(prefixes, forced, n_slots + longest - 1)  # raises if too long
+        longest = max((tokens for options in answers for tokens in options), key=len)
+        self._available(prefixes, [*forced, *longest[:-1]], n_slots)  # raises if too long
         pause = tokenizer.latent if self.curriculum.rules.thought_type == "pause" else None
         return Branch(self.model, prefixes, n_slots, forced, answers, pause)
 
@@ -278,10 +278,12 @@ class Engine:
             )
         room = block_size - longest - len(forced) - 1  # at least one token is generated
         if n_thoughts > room:
+            problem, advice = f"{n_thoughts} thoughts do not fit", "Use fewer thoughts or ask"
+            if room < 0:
+                problem, advice = "the question does not fit", "Ask"
             raise UserError(
-                f"{n_thoughts} thoughts do not fit: a question of {longest} tokens leaves room for "
-                f"{max(0, room)} in the model's block_size={block_size}.\n"
-                "Use fewer thoughts or ask a shorter question."
+                f"{problem}: a question of {longest} tokens leaves room for {max(0, room)} "
+                f"thoughts in the model's block_size={block_size}.\n{advice} a shorter question."
             )
         return room + 1 - n_thoughts
 
@@ -348,11 +350,12 @@ class Engine:
         self._generator = torch.Generator(self.model.wte.weight.device).manual_seed(request.seed)
         view = self._prefill(request)
         prefill_time = self._now()
-        thoughts = self._append_thoughts(view, request)
+        self._append_thoughts(view, request)
         thoughts_time = self._now()
-        n_thoughts = view.n_taken[: len(thoughts)].tolist()
-        # a copy of the buffer, without the rest: a replayed graph always runs all n steps
-        thoughts = thoughts[:, : max(n_thoughts)].clone()
+        B = len(request.prefixes)
+        n_thoughts = view.n_taken[:B].tolist()
+        # a copy, because later calls overwrite the buffer
+        thoughts = view.thoughts[: max(n_thoughts), :B].transpose(0, 1).clone()  # (B, n, C)
         for i, token in enumerate(request.forced_tokens):
             if i:
                 view.decode_step()
@@ -361,7 +364,7 @@ class Engine:
         first_time = self._now()
         self._other_tokens(view, request)
         end_time = self._now()
-        eos, B = request.eos, len(request.prefixes)
+        eos = request.eos
         tokens = self._buffers.tokens[:B, : request.max_new_tokens].tolist()
         return Generation(
             tokens=[ids[: ids.index(eos)] if eos in ids else ids for ids in tokens],
@@ -412,24 +415,19 @@ class Engine:
         self._run_graph(request, ("prefill", batch, capacity, width), partial(view.prefill, idx))
         return view
 
-    def _append_thoughts(self, view: BatchView, request: Request) -> Tensor:
-        """Append the thoughts. Return their hidden states (B, n, C), a view of the buffers."""
+    def _append_thoughts(self, view: BatchView, request: Request) -> None:
+        """Append the thoughts. Without a graph, end as soon as every sequence has stopped."""
         n, stop, edit = request.n_thoughts, request.stop, request.edit
+        may_end = stop and not (self.graph and edit is None)  # a graph always runs all n steps
 
         def chain() -> None:
             for i in range(n):
-                view.latent_step(i, stop)
-
-        if n and self.graph and edit is None:
-            self.graphs.run(("thoughts", view.batch, view.capacity, n, stop), chain)
-        else:
-            for i in range(n):
-                # without a graph the chain ends as soon as every sequence has stopped
-                if stop and not (view.active & (self.model.stop_logit(view.hidden) <= 0)).any():
-                    n = i
+                if may_end and not (view.active & (self.model.stop_logit(view.hidden) <= 0)).any():
                     break
                 view.latent_step(i, stop, edit)
-        return view.thoughts[:n, : len(request.prefixes)].transpose(0, 1)
+
+        if n:
+            self._run_graph(request, ("thoughts", view.batch, view.capacity, n, stop), chain)
 
     def _next_token(self, view: BatchView, request: Request, decode: bool = True) -> None:
         """Append the last token if `decode` is set, then choose the next one."""

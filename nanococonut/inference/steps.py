@@ -20,8 +20,10 @@ Edit = Callable[[int, Tensor], Tensor]  # (i, (B, C) inputs of thought i) -> the
 
 
 def without_grad(fn: Callable) -> Callable:
-    """Decorate fn with torch.no_grad, and leave torch.inference_mode: the engine keeps its buffers,
-    and a tensor made in that mode cannot be updated outside of it."""
+    """Return fn without gradients, and outside of torch.inference_mode.
+
+    The engine keeps its buffers, and a tensor made in that mode cannot be updated outside of it.
+    """
     return torch.inference_mode(False)(torch.no_grad()(fn))
 
 

@@ -105,15 +105,16 @@ class TrainLoader:
         # over all processes, because the losses are means over the targets of the whole step
         n_targets = sum(s.n_targets for s in sequences)
         n_thought_labels = sum(bool(ids) for s in sequences for ids in s.thought_labels)
-        counts = n_targets, len(examples), n_thought_labels
+        n_states = sum(s.n_thoughts + 1 for s in sequences)  # inputs of the stop classifier
+        counts = n_targets, n_states, n_thought_labels
         # only examples of the current stage count towards its accuracy
         counted = [own_stage == stage for own_stage, _ in pairs]
         sequences, counted = self.dist.shard(sequences), self.dist.shard(counted)
         size = config.micro_batch_size
         n_thoughts = curriculum.n_latent_steps(curriculum.n_thoughts(stage))
         micro_batches = [
-            prepare(sequences[i : i + size], counted[i : i + size], counts, n_thoughts)
-            for i in range(0, len(sequences), size)
+            prepare(sequences[j : j + size], counted[j : j + size], counts, n_thoughts)
+            for j in range(0, len(sequences), size)
         ]
         return StepBatch(micro_batches, len(examples))
 
@@ -164,16 +165,16 @@ class TrainLoader:
             (c.short_fraction, task.module.easier_configs(c)),  # short chains start the search
             (c.long_fraction, task.module.longest_configs(c)),
         ]
-        parts: list[tuple[int, GeneratorConfig]] = []
+        pieces: list[tuple[int, GeneratorConfig]] = []
         for fraction, configs in kinds:
             for i, generator_config in enumerate(configs):  # as equally as possible
                 n_each, n_extra = divmod(round(fraction * c.train_examples), len(configs))
-                parts.append((n_each + (i < n_extra), generator_config))
-        parts.insert(0, (c.train_examples - sum(n for n, _ in parts), plain(c)))
+                pieces.append((n_each + (i < n_extra), generator_config))
+        pieces.insert(0, (c.train_examples - sum(n for n, _ in pieces), plain(c)))
         examples: list[Example] = []
-        for i, (n, generator_config) in enumerate(parts):
+        for i, (n, generator_config) in enumerate(pieces):
             if n > 0:  # rounding can leave -1 plain examples
-                seed = (c.seed, TRAIN, epoch, i)  # one random stream per part
+                seed = (c.seed, TRAIN, epoch, i)  # one random stream per piece
                 examples += task.module.generate(n, seed, generator_config, self.exclude)
         return [tokenized for _, tokenized in self._fitting(examples)]
 

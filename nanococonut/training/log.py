@@ -144,10 +144,6 @@ def print_data(loader: TrainLoader, data: Data) -> None:
         console.print(f"  examples from the hub at commit {data.commit}", markup=False)
     if config.data and not config.valid_data:
         console.print(f"  {n_val} examples of {config.data} held out for validation", markup=False)
-    train = Counter(" ".join(example["question"].split()) for example in data.train or ())
-    n_repeated = train.total() - len(train)
-    held_out = [example["question"] for split in data.val.values() for example in split]
-    n_overlap = sum(" ".join(question.split()) in train for question in held_out)
     unknown: set[str] = set()
     for example in itertools.chain(*loader.val_splits.values()):
         question = loader.task.render_question(example["question"], config.render)
@@ -158,6 +154,10 @@ def print_data(loader: TrainLoader, data: Data) -> None:
             f"  [bold]UNKNOWN WORDS[/]: {len(unknown):,} in validation questions are in no "
             f"training example ({some}), and are split into bytes. --tokenizer=gpt2 avoids that."
         )
+    train = Counter(" ".join(example["question"].split()) for example in data.train or ())
+    n_repeated = train.total() - len(train)
+    held_out = [example["question"] for split in data.val.values() for example in split]
+    n_overlap = sum(" ".join(question.split()) in train for question in held_out)
     if n_repeated or n_overlap:
         console.print(
             f"  [bold]REPEATED QUESTIONS[/]: {n_repeated:,} of {train.total():,} in training; "

@@ -130,12 +130,16 @@ class Schedule:
             replace(self.config, epochs=epochs), self.curriculum, self.steps_per_epoch
         )
         i, last_step = state.stage_index, max(0, state.step - 1)
-        # the past stages, whether there is a current one, whether it is the last, the last rate
-        past = [
-            (x.stages[:i], len(x.stages) > i, x.is_last_stage(state), x.lr_scale(last_step))
-            for x in (before, self)
-        ]
-        if past[0] == past[1]:
+        old, new = (
+            (
+                schedule.stages[:i],  # the finished stages
+                len(schedule.stages) > i,  # whether there is a current stage
+                schedule.is_last_stage(state),
+                schedule.lr_scale(last_step),
+            )
+            for schedule in (before, self)
+        )
+        if old == new:
             return
         options = ""
         if self.rules.advance_by == "stages":  # start in the final stage
@@ -184,7 +188,7 @@ class Schedule:
         # the window must be full, so that a few lucky examples do not end a stage
         is_full, threshold = state.n_counted >= ACCURACY_WINDOW, self.config.advance_at
         learned = threshold > 0 and is_full and state.accuracy >= threshold
-        return out_of_epochs or learned or state.step == self.total_steps
+        return out_of_epochs or learned
 
     def eval_due(self, state: TrainState, stage_done: bool) -> bool:
         """Return whether to validate: after each stage, and every eval_interval in the last."""

@@ -21,7 +21,8 @@ class MicroBatch(Batch):
     """The input of a TrainStep: a batch, possibly padded to the shape of a graph."""
 
     count_mask: Tensor  # (B,) bool, sequences that count towards the training accuracy
-    # (3,), number of targets in the step, factors of the stop loss and of the thought loss
+    # (3,), over the whole step: number of targets, number of states of the stop loss (see prepare),
+    # and the factor of the thought loss
     scale: Tensor
 
 
@@ -74,7 +75,7 @@ class TrainStep:
         """Return the micro-batch of the sequences, padded if graphs are used. Runs on the host.
 
         counted     whether each sequence counts towards the training accuracy
-        counts      targets, examples and thought labels of the whole step, over all processes; the
+        counts      targets, states and thought labels of the whole step, over all processes; the
                     three losses are means over these
         n_thoughts  if graphs are used, pad to at least this many thoughts
         """
@@ -82,10 +83,9 @@ class TrainStep:
         batch = collate(sequences, block_size, n_thoughts)
         n_padding = len(batch.length) - len(sequences)
         count_mask = torch.tensor([*counted, *[False] * n_padding])
-        n_targets, n_examples, n_thought_labels = counts
+        n_targets, n_states, n_thought_labels = counts
         # a tensor, because a graph would replay Python numbers as captured
-        fraction = len(sequences) / n_examples
-        factors = n_targets, fraction, self.thought_loss / max(1, n_thought_labels)
+        factors = n_targets, n_states, self.thought_loss / max(1, n_thought_labels)
         scale = torch.tensor(factors, dtype=self.model.wte.weight.dtype)
         micro_batch = MicroBatch(**vars(batch), count_mask=count_mask, scale=scale)
         # copies from pinned memory do not block the host
@@ -108,17 +108,17 @@ class TrainStep:
         self.graphs.run(key, lambda: self._forward_backward(inputs))
 
     def _forward_backward(self, batch: MicroBatch) -> None:
-        n_targets, fraction, thought_scale = batch.scale
+        n_targets, n_states, thought_scale = batch.scale
         # autocast inside the graph, so that it caches no cast weights of an earlier step
         with self.autocast():
             hidden = coconut.forward(self.model, batch, self.kernels)
-            loss_sum, correct = coconut.loss(self.model, batch, hidden)  # (), (B,)
-            loss = objective = loss_sum / n_targets
+            total, correct = coconut.loss(self.model, batch, hidden)  # (), (B,)
+            loss = objective = total / n_targets
             if self.model.stop is not None:  # its inputs are detached, so it only observes
-                objective = loss + coconut.stop_loss(self.model, batch, hidden) * fraction
+                objective = loss + coconut.stop_loss(self.model, batch, hidden) / n_states
             if self.thought_loss and batch.max_thoughts:
-                thought_loss = coconut.thought_loss(self.model, batch, hidden)
-                objective = objective + thought_loss * thought_scale
+                total = coconut.thought_loss(self.model, batch, hidden)
+                objective = objective + total * thought_scale
         objective.backward()
         n_correct = (correct & batch.count_mask).sum()
         self.totals += torch.stack([loss.detach(), n_correct, batch.count_mask.sum()])

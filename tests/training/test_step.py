@@ -84,13 +84,13 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
         parts = [random_sequences(10 * step + seed, n) for seed, n in BATCHES]
         batches = list(map(collate, parts))
         n_targets = sum(b.n_targets for b in batches)
-        n_examples = sum(len(b.length) for b in batches)
+        n_states = sum(s.n_thoughts + 1 for sequences in parts for s in sequences)
         n_thought_labels = sum(map(count_thought_labels, batches))
         for train_step in train_steps:
             train_step.zero_grad()
             for sequences in parts:
                 even = [b % 2 == 0 for b in range(len(sequences))]
-                counts = n_targets, n_examples, n_thought_labels
+                counts = n_targets, n_states, n_thought_labels
                 train_step(train_step.prepare(sequences, even, counts, 3))
         loss, _ = plain(copy.deepcopy(models[0]), batches, n_targets)
         close(train_steps[0].totals[0], loss.detach())
@@ -105,6 +105,21 @@ def test_graphs_train_as_eager_does(stop, thought_loss, smear):
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         close(q, p)
     assert FakeGraphCache.captured >= 5 and FakeGraphCache.replayed >= 5
+
+
+def test_stop_loss_is_a_mean_over_the_whole_step():
+    """Guards against a mean of means, which weighs the states of a small micro-batch more."""
+    model = random_gpt(stop=True)
+    sequences = random_sequences(5, [0, 0, 4, 4])
+    counts = sum(s.n_targets for s in sequences), sum(s.n_thoughts + 1 for s in sequences), 0
+    grads = []
+    for size in (4, 2):
+        train_step = TrainStep(model)
+        train_step.zero_grad()
+        for i in range(0, 4, size):
+            train_step(train_step.prepare(sequences[i : i + size], [True] * size, counts))
+        grads.append(model.stop.weight.grad.clone())
+    close(*grads)
 
 
 def test_graphs_leave_unused_parameters_alone():
