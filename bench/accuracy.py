@@ -250,8 +250,8 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
         if s.released_accuracy != s.accuracy:
             label = 'by the released code\'s rule (after the last "#", without commas)'
             print(f"  {s.released_accuracy:6.1%} {label}")
-        for category, fraction in fractions.items():
-            print(f"  {fraction:6.1%} {category}")
+        if fractions:
+            print(f"  {', '.join(f'{name} {p:.1%}' for name, p in fractions.items() if p)}")
     for rule, fraction in shortcuts.items():
         print(f"no model, {rule}: {fraction:.1%}")
     return results
