@@ -247,7 +247,7 @@ def main() -> None:
         fewer = ", or fewer for examples with fewer steps; your questions get all" * capped
         console.print(f"[yellow]note[/]      trained with {count(n_trained, 'thought')}{fewer}")
     if manifest.get("best_step", -1) < 0:
-        console.print("[yellow]note[/]      this run is not trained to the end: expect wrong answers")
+        console.print("[yellow]note[/]      not trained to the end: expect wrong answers")
     if latent and not has_thoughts:
         console.print(f"[yellow]note[/]      {manifest['method']} trains without thoughts")
 
