@@ -33,7 +33,7 @@ from nanococonut.curriculum import METHODS
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.generator import TEST_SEED
-from nanococonut.data.tasks import TASKS, Task, generated
+from nanococonut.data.tasks import TASK_OF, TASKS, Task, generated
 from nanococonut.evaluation.accuracy import (
     held_out_examples,
     is_capped,
@@ -60,7 +60,7 @@ class AccuracyConfig(Options):
     data: str | None = option(
         None,
         "a file of examples or a generated split (None: the run's held-out examples): "
-        + ", ".join(name for task in TASKS.values() for name in task.splits),
+        + ", ".join(TASK_OF),
     )
     n: int = option(1000, "generated examples", ge=1)
     seed: int = option(TEST_SEED, "of generated examples (never used in training)", ge=0)
@@ -119,14 +119,11 @@ def load_without_run(config: AccuracyConfig, path: Path) -> Engine:
 
 def find_task(data: str) -> str:
     """Return the task of a split or of a file's examples; free text counts as gsm8k."""
-    for name, task in TASKS.items():
-        if data in task.splits:
-            return name
+    if data in TASK_OF:
+        return TASK_OF[data]
     examples = read_examples(data)
-    for name, task in TASKS.items():
-        if shortcut_accuracies(task, examples):
-            return name
-    return "gsm8k"
+    fitting = (name for name, task in TASKS.items() if shortcut_accuracies(task, examples))
+    return next(fitting, "gsm8k")
 
 
 def shortcut_accuracies(task: Task, examples: list[Example]) -> dict[str, float]:
@@ -151,7 +148,7 @@ def choose_examples(
     examples = generated(name, config.n, config.seed, trained)
     if examples is not None:
         return examples, name, config.seed
-    if any(name in task.splits for task in TASKS.values()):
+    if name in TASK_OF:
         raise UserError(
             f"the checkpoint is of {trained.task}, --data is {name}.\n"
             f"Give --data: {', '.join((*splits, 'a file of its examples'))}."

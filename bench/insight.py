@@ -55,8 +55,8 @@ def load(config: InsightConfig, path: str | None) -> tuple[str, Engine, Pairs | 
     # plain steps, as the interventions run without kernels and graphs in any case
     engine = nanococonut.load(path or checkpoint.BUNDLED, config.device, "torch", "off")
     engine.model.float()
-    n = 100 if config.quick else config.rows
     name = Path(path).resolve().name if path else "bundled"
+    n = 100 if config.quick else config.rows
     return name, engine, *load_pairs(engine, n, config.seed, config.data, config.twins)
 
 
@@ -107,9 +107,8 @@ def main() -> None:
     for control in controls:  # at most one
         row["against"] = {k: control[k] for k in control if k not in ("trained", "view", "paper")}
     origin = {k: results.common[k] for k in ("commit", "device", "command", "date")}
-    origin |= {"torch": results.versions["torch"], "rows": len(pairs.examples)}
-    seconds = round(time.perf_counter() - began, 1)
-    origin |= {"seed": config.seed, "seconds": seconds}
+    origin |= {"torch": results.versions["torch"], "rows": len(pairs.examples), "seed": config.seed}
+    origin["seconds"] = round(time.perf_counter() - began, 1)
     row["provenance"] = origin | {"trained": training_record(engine.manifest)}
 
     # ---- write the page, then the row

@@ -45,8 +45,7 @@ class KernelsConfig(Options):
     batches: str = option("1,8,64,256", "batch sizes, separated by commas")
     out: str | None = option(None, "append the results to this file")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         parse_ints("--batches", self.batches)
 
 

@@ -54,8 +54,7 @@ class LatencyConfig(WorkloadOptions):
     released: str | None = option(None, "a clone of facebookresearch/coconut to compare with")
     released_python: str | None = option(None, "a Python with torch and transformers 4.46.2")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         baselines.check_released(self.released, self.released_python)
         parse_ints("--batches", self.batches or "1")
         longest = GPT2.block_size - THOUGHTS - 1 - STEP_TOKENS

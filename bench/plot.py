@@ -35,8 +35,7 @@ class PlotConfig(Options):
     curve: str | None = option(None, "draw this run's learning curve only")
     out: str | None = option(None, "with --curve: the .png to draw")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         if (self.curve is None) != (self.out is None):
             raise UserError("--curve and --out go together: --curve out/RUN --out curve.png")
         if self.out and Path(self.out).suffix != ".png":
@@ -55,7 +54,7 @@ def sections() -> dict[str, str]:
     return {
         "results": tables.main_results(accuracy),
         "insight": tables.insight(insight),
-        "speed": tables.speed(latency + training),
+        "speed": f"{tables.answer_speed(latency)}\n\n{tables.step_speed(training)}",
         "table1_prosqa_small": tables.table1(accuracy, "prosqa", "small"),
         "table1_prontoqa_small": tables.table1(accuracy, "prontoqa", "small"),
         "latency": tables.latency(latency),

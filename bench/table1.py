@@ -50,8 +50,7 @@ class Table1Config(Options):
     out: str = option("out/table1/rows.jsonl", "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         names = [Path(f).name for f in self.files]
         if len(set(names)) < len(names) or not all(Path(f).is_file() for f in self.files):
             raise UserError(f"--data {self.data}: expected files that exist, with different names.")

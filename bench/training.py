@@ -69,8 +69,7 @@ class StepConfig(Options):
     dtype: str = option("float32", "as in train.py", choices=("float32", "tf32", "bfloat16"))
     out: str | None = option(None, "append the results to this file")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         check_released(self.released, self.released_python)
         if self.released and self.dtype != "float32":
             raise UserError("--released is compared in float32.\nLeave --dtype out.")

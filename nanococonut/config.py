@@ -118,8 +118,7 @@ class TrainConfig(Options):
     )  # fmt: skip
     graph: str = option("auto", "replay steps as CUDA graphs", choices=("auto", "on", "off"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         is_compact = self.render == "compact"
         problems = {  # message: whether it applies
             "init_from='resume' is not a path of weights.\n"

@@ -199,13 +199,10 @@ def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, s
             continue
         try:
             worker = Worker(name, python, workload.model, workload.special, clone)
-            tokens = worker.generate(request)["tokens"]
+            if (tokens := worker.generate(request)["tokens"]) != expected:
+                worker.close()
+                raise UserError(f"not timed, expected tokens {expected[0]}, got {tokens[0]}")
+            providers.append(worker)
         except UserError as e:
             missing[name] = str(e).replace("\n", " ")
-            continue
-        if tokens == expected:
-            providers.append(worker)
-        else:
-            worker.close()
-            missing[name] = f"not timed, expected tokens {expected[0]}, got {tokens[0]}"
     return providers, missing

@@ -65,9 +65,7 @@ def command_line(config: Any, script: str) -> str:
         value = getattr(config, f.name)
         if f.name == "out" or value == f.default:
             continue
-        is_local = (
-            isinstance(value, str) and value and (Path(value).is_absolute() or Path(value).exists())
-        )
+        is_local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
         text = f.name.rpartition("_")[2].upper() if is_local else str(value)
         words.append(f"--{f.name}={text}")
     return shlex.join(words)

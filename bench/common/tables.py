@@ -210,12 +210,7 @@ def _others(run: Rows) -> str:
     return _table(*lines)
 
 
-def speed(rows: Rows) -> str:
-    """Return the README's speed tables from rows of latency.py and training.py."""
-    return f"{_answer_speed(rows)}\n\n{_step_speed(rows)}"
-
-
-def _answer_speed(rows: Rows) -> str:
+def answer_speed(rows: Rows) -> str:
     """Return times of a ProsQA answer; others relative to ours with six thoughts."""
     peers = "transformers' time", "released code's"
     lines = [("ProsQA answer", "6 thoughts", "written chain", "direct", *peers)]
@@ -230,7 +225,7 @@ def _answer_speed(rows: Rows) -> str:
     return _table(*lines)
 
 
-def _step_speed(rows: Rows) -> str:
+def step_speed(rows: Rows) -> str:
     """Return times of a training step, and the released code's relative to ours."""
     ours, released = {}, {}  # config, batch and device -> the newest time, and ratio
     for row in select(rows, metric="step"):

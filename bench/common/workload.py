@@ -1,7 +1,6 @@
 """What the speed benches run: a model, prompts, realistic lengths; and the memory bandwidth."""
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from nanococonut.inference.engine import Request
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.runtime.cli import Options, option
-from nanococonut.runtime.device import select_device
+from nanococonut.runtime.device import now, select_device
 from nanococonut.runtime.errors import UserError
 
 THOUGHTS = 6  # in the paper, on all three tasks
@@ -141,10 +140,3 @@ class Bandwidth:
         for _ in range(repeats):
             work()
         return repeats * n_bytes / (now(self.device) - began) / 1e9
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds after all work on the device has ended."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

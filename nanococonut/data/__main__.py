@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from nanococonut.config import TrainConfig
 from nanococonut.data import gsm8k
 from nanococonut.data.files import write_examples
-from nanococonut.data.tasks import TASKS, generated
+from nanococonut.data.tasks import TASK_OF, generated
 from nanococonut.runtime.cli import Options, make_config, option, parse_cli
 from nanococonut.runtime.errors import run_main
-
-TASK_OF = {split: name for name, task in TASKS.items() for split in task.splits or [name]}
 
 
 @dataclass(frozen=True)
 class DataOptions(Options):
     data: str = option(
-        "prosqa", "split, or gsm8k (also as the first argument)", choices=list(TASK_OF)
+        "prosqa", "split, or gsm8k (also as the first argument)", choices=[*TASK_OF, "gsm8k"]
     )
     out: str = option("examples.json", "file to write; it must not exist")
     n: int = option(1000, "number of generated examples", ge=1)
@@ -38,7 +36,7 @@ def main() -> None:
         argv[0] = f"--data={argv[0]}"
     c = make_config(DataOptions, parse_cli(DataOptions, argv, __doc__)[0])
     sizes = {"n_nodes": c.n_nodes, "min_hops": c.min_hops, "max_hops": c.max_hops}
-    config = TrainConfig(task=TASK_OF[c.data], **sizes)
+    config = TrainConfig(task=TASK_OF.get(c.data, "gsm8k"), **sizes)
     examples, source = generated(c.data, c.n, c.seed, config), f"seed {c.seed}"
     if examples is None:
         examples, commit = gsm8k.from_hub(c.split, c.revision)

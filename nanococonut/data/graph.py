@@ -30,21 +30,15 @@ def children_of(edges: Iterable[Sequence[Node]]) -> dict[Node, list[Node]]:
     return parents_of((child, parent) for parent, child in edges)
 
 
-def distances(neighbors: Mapping[Node, Sequence[Node]], start: Node) -> dict[Node, int]:
-    """Map `start` and all nodes reachable from it to the fewest steps from `start`."""
-    steps = {start: 0}
-    queue = [start]
-    for node in queue:  # grows during the loop
-        for neighbor in neighbors.get(node, ()):
-            if neighbor not in steps:
-                steps[neighbor] = steps[node] + 1
-                queue.append(neighbor)
-    return steps
-
-
 def reachable(edges: Iterable[Sequence[Node]], root: Node) -> dict[Node, int]:
     """Map `root` and all its descendants to the fewest steps from it."""
-    return distances(children_of(edges), root)
+    children, steps, queue = children_of(edges), {root: 0}, [root]
+    for node in queue:  # grows during the loop
+        for child in children.get(node, ()):
+            if child not in steps:
+                steps[child] = steps[node] + 1
+                queue.append(child)
+    return steps
 
 
 def marked_graph(

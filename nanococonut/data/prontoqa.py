@@ -24,7 +24,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import graph
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
-from nanococonut.data.graph import children_of, distances
+from nanococonut.data.graph import reachable
 from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError
 
@@ -101,8 +101,7 @@ class OntologyConfig(Options):
     hops: int = option(5, "steps from the entity's concept to the queried property", ge=1, le=6)
     matched: bool = option(False, "the wrong property is at the end of a second chain")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
         if self.matched and self.hops > 5:  # two chains need more concepts
             raise UserError(f"hops={self.hops}: matched has at most 5.\nLower hops (--max_hops).")
 
@@ -266,7 +265,7 @@ def parse_question(question: str) -> Question:
 def concepts_of(q: Question) -> dict[str, int]:
     """Map the entity and all concepts that apply to it to the fewest steps up to them."""
     edges = [(c.subject, c.predicate) for c in q.facts + q.rules if c.names_concept]
-    return distances(children_of(edges), q.query.subject)
+    return reachable(edges, q.query.subject)
 
 
 def solve(question: str) -> str | None:

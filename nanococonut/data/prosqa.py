@@ -24,7 +24,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.data import graph
 from nanococonut.data.examples import Example
 from nanococonut.data.generator import BATCH, draw
-from nanococonut.data.graph import children_of, distances, parents_of, reachable
+from nanococonut.data.graph import parents_of, reachable
 from nanococonut.runtime.cli import Options, option
 from nanococonut.runtime.errors import UserError
 
@@ -323,8 +323,7 @@ def parse_sentence(sentence: str) -> tuple[str, str]:
 def solve(question: str) -> str | None:
     """Return the answer found by search, or None if not exactly one option follows."""
     edges, entity, options = parse_question(question)
-    parents = parents_of(edges)
-    correct = {option for option in options if entity in distances(parents, option)}
+    correct = {*options} & reachable(edges, entity).keys()
     return f"{entity} is a {correct.pop()}." if len(correct) == 1 else None
 
 
@@ -393,7 +392,7 @@ def compact_question(question: str) -> str:
 def frontiers(question: str) -> list[str]:
     """Return the words 1, 2, ... steps from the entity in compact style: " a b", " c", ..."""
     edges, entity, _ = parse_question(question)
-    steps = distances(children_of(edges), entity)
+    steps = reachable(edges, entity)
     words = [""] * max(steps.values())
     for word, n in steps.items():
         if n:

@@ -6,7 +6,7 @@ from typing import Any
 
 from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
-from nanococonut.data.graph import distances, parents_of
+from nanococonut.data.graph import parents_of, reachable
 from nanococonut.runtime.errors import UserError
 
 
@@ -30,7 +30,7 @@ def prosqa_shortcuts(examples: Sequence[Example]) -> dict[str, float]:
         parents = parents_of(edges)
         scores = []
         for option in options:
-            above = distances(parents, option)
+            above = reachable([(child, parent) for parent, child in edges], option)
             # in a user's graph, an option may have only cycles above it
             depths = [depth for node, depth in above.items() if node not in parents] or [0]
             n_parents = len(parents.get(option, ()))

@@ -112,6 +112,7 @@ TASKS: dict[str, Task] = {
     "prontoqa": Task(prontoqa, shortcuts.prontoqa_shortcuts),
     "gsm8k": Task(gsm8k),
 }
+TASK_OF = {split: name for name, task in TASKS.items() for split in task.splits}  # generated splits
 
 
 def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example] | None:

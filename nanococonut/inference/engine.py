@@ -6,7 +6,6 @@ chain of thoughts and each token step are one CUDA graph each.
 
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from nanococonut.model import GPT
 from nanococonut.ops import choose_backend, choose_graph
 from nanococonut.packed import PackedGPT, fingerprint
 from nanococonut.runtime.cli import make_config
-from nanococonut.runtime.device import select_device
+from nanococonut.runtime.device import now, select_device
 from nanococonut.runtime.errors import UserError
 from nanococonut.runtime.graphs import GraphCache, round_up
 from nanococonut.tokenizer import Tokenizer
@@ -331,7 +330,7 @@ class Engine:
                 f"{self.model.config.block_size} leaves room for {available}"
             )
         with self._eval_mode():
-            start_time = self._now()
+            start_time = now(self.model.wte.weight.device)
             is_packed = self.kernels in ("c", "packed")
             # a graph becomes stale if a weight moves, a packed copy also if it changes in place
             key = [
@@ -347,11 +346,12 @@ class Engine:
             return self._generate(request, start_time)
 
     def _generate(self, request: Request, start_time: float) -> Generation:
-        self._generator = torch.Generator(self.model.wte.weight.device).manual_seed(request.seed)
+        device = self.model.wte.weight.device
+        self._generator = torch.Generator(device).manual_seed(request.seed)
         view = self._prefill(request)
-        prefill_time = self._now()
+        prefill_time = now(device)
         self._append_thoughts(view, request)
-        thoughts_time = self._now()
+        thoughts_time = now(device)
         B = len(request.prefixes)
         n_thoughts = view.n_taken[:B].tolist()
         # a copy, because later calls overwrite the buffer
@@ -361,9 +361,9 @@ class Engine:
                 view.decode_step()
             view.token.fill_(token)  # _next_token appends the last one
         self._next_token(view, request, decode=bool(request.forced_tokens))
-        first_time = self._now()
+        first_time = now(device)
         self._other_tokens(view, request)
-        end_time = self._now()
+        end_time = now(device)
         eos = request.eos
         tokens = self._buffers.tokens[:B, : request.max_new_tokens].tolist()
         return Generation(
@@ -375,11 +375,6 @@ class Engine:
             seconds_first=first_time - start_time,
             seconds_decode=end_time - first_time,
         )
-
-    def _now(self) -> float:
-        if self.model.wte.weight.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def _run_graph(self, request: Request, key: tuple, fn: Callable[[], None]) -> None:
         """Run fn, as a graph unless the request has an edit: its batch may have any size."""

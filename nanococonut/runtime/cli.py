@@ -64,6 +64,10 @@ class Options:
         """Raise UserError if a field has a wrong type or value."""
         for f in dataclasses.fields(self):
             _check(f, getattr(self, f.name))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise UserError if the options do not fit together."""
 
     @classmethod
     def from_cli(cls, doc: str | None) -> typing.Self:

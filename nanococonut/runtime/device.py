@@ -4,6 +4,7 @@ import ctypes
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -43,6 +44,13 @@ def select_precision(dtype: str, device: torch.device) -> bool:
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return dtype == "bfloat16" or (dtype == "auto" and on_gpu)
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds after all work on the device has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def keep_freed_memory() -> None:

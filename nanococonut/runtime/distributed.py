@@ -61,10 +61,7 @@ class Distributed:
 
     @classmethod
     def from_env(cls) -> "Distributed":
-        """Return the rank in the process group that run_distributed joined, or rank 0 of 1.
-
-        Raise UserError if there are several processes without all of torchrun's variables.
-        """
+        """Return the rank in the process group that run_distributed joined, or rank 0 of 1."""
         if dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         _refuse_half_launched()
@@ -116,24 +113,16 @@ class Distributed:
         if self.world == 1:
             return totals, flag
         parameters = list(parameters)
-        sizes = [p.numel() for p in parameters]
-        extras = [*(float(p.grad is not None) for p in parameters), *totals.tolist(), float(flag)]
-        flat = torch.cat(
-            [
-                p.new_zeros(n) if p.grad is None else p.grad.flatten()
-                for p, n in zip(parameters, sizes, strict=True)
-            ]
-            + [torch.tensor(extras, device=parameters[0].device)]
-        )
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        extras = [*(p.grad is not None for p in parameters), *totals.tolist(), flag]
+        tensors = [*grads, grads[0].new_tensor(extras)]  # float32, even if totals are float64
+        flat = torch.cat([x.flatten() for x in tensors])
         self._sum(flat)
-        *gradients, extras = flat.split([*sizes, len(extras)])
-        counts = extras[: len(parameters)].tolist()  # processes with a gradient, per parameter
-        for p, gradient, count in zip(parameters, gradients, counts, strict=True):
-            if p.grad is not None:
-                p.grad.copy_(gradient.view_as(p))
-            elif count:
-                p.grad = gradient.view_as(p).clone()
-        return extras[len(parameters) : -1], bool(extras[-1])
+        *sums, extras = flat.split([x.numel() for x in tensors])
+        n_with_grad = extras[: len(grads)].tolist()  # processes with a gradient, per parameter
+        for p, grad, total, n in zip(parameters, grads, sums, n_with_grad, strict=True):
+            p.grad = grad.copy_(total.view_as(grad)) if n else None  # in place, for CUDA graphs
+        return extras[len(grads) : -1], bool(extras[-1])
 
     def _sum(self, tensor: Tensor) -> None:
         try:

@@ -17,8 +17,7 @@ from nanococonut.weights.checkpoint import BUNDLED
 def bundle(run: str | Path, target: Path = BUNDLED) -> Path:
     """Write a run's best checkpoint in bfloat16, without its optimizer state. Return target."""
     model, _, manifest = checkpoint.load(run)
-    dropped = ("files", "format", "progress")
-    manifest = {k: v for k, v in manifest.items() if k not in dropped}
+    manifest.pop("progress", None)  # of the optimizer state
     # write_checkpoint adds these three keys again, with the values of the bundling
     manifest["trained_with"] = {k: manifest.pop(k) for k in ("commit", "versions", "platform")}
     manifest["config"] |= {"out_dir": None}  # a path of this machine

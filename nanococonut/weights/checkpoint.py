@@ -184,10 +184,7 @@ def is_run(path: Path) -> bool:
 def save(
     run: Path, step: int, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
 ) -> Path:
-    """Write run/step_<step>, then delete all but the last two checkpoints and the best one.
-
-    files: from gather_tensors.
-    """
+    """Write run/step_<step>, then delete all but the last two checkpoints and the best one."""
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
         write_checkpoint(folder, files, manifest | {"step": step})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken.load
+from jinja2 import StrictUndefined, Template
 from safetensors.torch import save_file
 
 from nanococonut.curriculum import METHODS
@@ -104,29 +105,19 @@ def _config(model: GPT, tokenizer: Tokenizer, manifest: dict[str, Any]) -> dict[
 
 def _card(model: GPT, manifest: dict[str, Any]) -> str:
     """Return the model card: how the model was trained, and a program that runs it."""
-    config, method = manifest["config"], METHODS[manifest["method"]]
-    question = "a question, written as in the training data"
+    config, question = manifest["config"], "a question, written as in the training data"
     if not config["data"] and not config.get("valid_data"):
         question = EXAMPLES[config["task"]]
-    n, has_pauses = manifest["n_thoughts"], method.thought_type == "pause"
-    # thoughts are hidden states here, since _check_exportable refuses soft and projected ones
-    template = "card_thoughts.md" if n and not has_pauses else "card.md"
-    slots = "pauses" if has_pauses else "thoughts"
-    fewer = f"\nIn training, examples with fewer steps had fewer {slots}."
-    pauses = f' + "{LATENT}" * {n}' if n and has_pauses else ""
-    values = {
-        **manifest,
+    text = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    template = Template(text, trim_blocks=True, undefined=StrictUndefined)
+    facts = {
         # of the training: in a bundled checkpoint, manifest["commit"] is that of the bundling
         "commit": manifest.get("trained_with", manifest)["commit"],
-        "slots": slots,
+        "rules": METHODS[manifest["method"]],
         "n_params": model.n_params(),
-        "question": question + "\n",  # in sentences: compact ones need the word-level vocabulary
-        "prompt": " if the prompt contains its pauses and their markers" if pauses else "",
-        "special": f' + "{BOT}"{pauses} + "{EOT}"' if method.markers else "",
-        "max_new_tokens": config["max_new_tokens"],
-        "note": fewer if n and not config["pad_latent_to_max"] else "",
+        "question": repr(question + "\n"),  # in sentences: compact ones need other tokens
     }
-    return Path(__file__).with_name(template).read_text(encoding="utf-8").format(**values)
+    return template.render(manifest | facts) + "\n"
 
 
 def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:

@@ -86,7 +86,7 @@ def test_readme_speed_has_a_line_per_device():
     rows = rows_of("latency", "2026-01-02T00:00:00Z")
     rows += [row | {"device": "NVIDIA H200", "dtype": "bfloat16"} for row in rows]
     steps = read_results(ROOT / "bench/results/training.jsonl")
-    text = tables.speed(rows + steps)
+    text = tables.answer_speed(rows) + tables.step_speed(steps)
     assert "| NVIDIA H200, bfloat16 | 100 ms | 300 ms | 80 ms | - | 9x |" in text
     assert text.count("| 100 ms |") == 2
     small = [r for r in steps if r["labels"]["config"] == "prosqa_small.py"]
