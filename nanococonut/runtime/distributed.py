@@ -61,7 +61,10 @@ class Distributed:
 
     @classmethod
     def from_env(cls) -> "Distributed":
-        """Return the rank in the process group that run_distributed joined, or rank 0 of 1."""
+        """Return the rank in the process group that run_distributed joined, or rank 0 of 1.
+
+        Raise UserError as _refuse_half_launched.
+        """
         if dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         _refuse_half_launched()
