@@ -373,7 +373,17 @@ def reworded(example: Example) -> str | None:
             return None
         new.append(max(same, key=lambda n: (min(steps[name][n] for name in roots[n]), n)))
     facts = example["question"].rpartition(" Is ")[0]
-    return f"{facts} Is {entity} a {new[0]} or {new[1]}?"
+    return f"{facts} Is {entity} a {new[1]} or {new[0]}?"
+
+
+def renamed(example: Example, twin: Example) -> str:
+    """Return the question with the names of the two entities exchanged, in the facts too.
+
+    The search is the same, step by step; only the name that is asked about is the twin's.
+    """
+    a, b = (parse_question(x["question"]).entity for x in (example, twin))
+    names = {a: b, b: a}
+    return re.sub(r"\w+", lambda m: names.get(m[0], m[0]), example["question"])
 
 
 # ---- compact style: "Every p is a c." becomes " p c.", the query "? Tom? A? B", a step " p c", the

@@ -3,7 +3,7 @@
 1  pairs    does the answer depend on what is asked? (counterfactual pairs: a question, its twin)
 2  needed   does accuracy fall if every thought becomes its mean over questions? (mean ablation)
 3  carried  does the answer change with the thoughts? (interchange intervention)
-4  search   do the thoughts hold the state of the search, or the answer itself?
+4  search   do the thoughts hold the state of the search, the answer, or what is asked?
 5  depth    do questions with more steps need more thoughts?
 6  read     what does the LM head predict from a thought? (logit lens)
 7  write    does the answer change with concepts that are added to a thought? (steering)
@@ -61,39 +61,53 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
     return finding(
         "pairs",
         "Accuracy on questions as in training is {0}. In {1} of the twin pairs with at least two "
-        "steps, both answers are correct; in {2} exactly one, the best result of a shortcut that "
-        "ignores what is asked.",
+        "steps, both answers are correct; in {2} exactly one, the most that a rule or a guess that "
+        "ignores what is asked can reach.",
         [trained, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked",
          "The model ignores what is asked."),
         (ok and one["hi"] < 0.1, "yes", "looks at what is asked",
          "The answer depends on what is asked."),
-        (ok and one["lo"] > 0.1, "part", "partly a shortcut",
-         "Part of the accuracy is a shortcut that ignores what is asked."),
+        (ok and one["lo"] > 0.1, "part", "partly ignores what is asked",
+         "Part of the answers ignore what is asked: by a shortcut or a guess."),
         (True, "?", "undecided", "Whether the answer depends on what is asked is undecided."),
     )  # fmt: skip
 
 
-def judge_needed(own: Figure, mean: Figure, chance: float, noun: str) -> Finding:
-    """Judge test 2 by the accuracy without intervention (own) and under mean ablation (mean)."""
+def judge_needed(
+    own: Figure, mean: Figure, chance: float, noun: str, none: Figure | None = None
+) -> Finding:
+    """Judge test 2 by the accuracy without intervention (own) and under mean ablation (mean).
+
+    none  accuracy if the answer is forced before the first thought (None: not measured)
+    """
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
     ablated = f"Under mean ablation ({noun} averaged over questions)"
     if noun == "written chain":
         ablated = f"Without the {noun}"
-    ok = decided(own) and mean is not None
-    lost = (own["value"] - mean["value"]) / max(own["value"] - chance, 0.01) if ok else 0.0
+    ok = decided(own, mean)
+    fall = own["value"] - mean["value"] if ok else 0.0
+    lost = fall / max(own["value"] - chance, 0.01) if ok else 0.0
+    is_guess = ok and own["lo"] <= chance + 0.05
+    known = ok and decided(none) and none["hi"] >= own["lo"]
     gain = f"This is {percent(min(1.0, lost))} of the gain over guessing ({percent(chance)})."
     falls = ok and mean["hi"] < own["lo"]
     return finding(
         "needed",
         f"{ablated}, accuracy on questions of two or more steps {'falls' if falls else 'goes'} "
         "from {0} to {1}.",
-        [own, mean],
+        [own, mean, *[none] * known],
         (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
+        (is_guess, "?", "undecided", f"Whether {the.lower()} needed is undecided.",
+         "The model is hardly better than guessing on these questions."),
+        (known, "no", "not needed", f"{the} not needed.",
+         "With the answer forced before the first of them, {2} are correct."),
         (falls and lost >= 0.8, "yes", "needed", f"{the} needed.", gain),
         (falls, "part", "needed in part", f"{the} needed in part.", gain),
-        (True, "no", "not needed", f"{the} not needed.", "The intervals overlap."),
-    )
+        (fall < 0.03, "no", "not needed", f"{the} not needed."),
+        (True, "?", "undecided", f"Whether {the.lower()} needed is undecided.",
+         "The intervals overlap."),
+    )  # fmt: skip
 
 
 def judge_carried(
@@ -105,6 +119,7 @@ def judge_carried(
     """
     are = "are" if noun.endswith("s") else "is"
     ok = decided(twin, stays) and unrelated is not None
+    ignored = ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
     donor, new, unchanged, figures = "the twin's", "the twin's", "", [twin, unrelated]
     if not twinned:
@@ -119,8 +134,9 @@ def judge_carried(
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
          f"The answer is carried by the {noun}."),
-        (ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9, "no", "ignored",
-         f"The {noun} {are} ignored."),
+        (ignored and unrelated["hi"] <= 0.1, "no", "ignored", f"The {noun} {are} ignored."),
+        (ignored, "?", "undecided",
+         f"The {noun} of twins are interchangeable, but not those of unrelated questions."),
         (overlap, "?", "undecided",
          f"Whether replacing the {noun} moves the answer or only destroys it is undecided."),
         (True, "part", "carried in part", f"The answer is carried in part by the {noun}."),
@@ -128,24 +144,39 @@ def judge_carried(
 
 
 def judge_search(
-    twin: Figure, other: Figure, same: Figure, noun: str, query: str = "other options"
+    twin: Figure,
+    other: Figure,
+    same: Figure,
+    noun: str,
+    query: str = "other options",
+    renamed: Figure | None = None,
 ) -> Finding:
-    """Judge test 4 by the answers that change to the twin's, for three donors of the slots.
+    """Judge test 4 by the answers that change to the twin's, for four donors of the slots.
 
     other, same  the twin and the question itself, asked with other options: the search is the same,
                  the answer is not
+    renamed      the question itself after the names of its entity and the twin's are exchanged: the
+                 search is the same, the name that is asked about is not (None: no ProsQA)
     """
-    ok = decided(twin, other, same)
+    ok = decided(twin, other, same) and twin["lo"] >= 0.9
+    asked = ok and renamed is not None and renamed["hi"] >= 0.5
+    separate = ok and other["lo"] > same["hi"]
+    text = (
+        f"If the {noun} come from the twin with {query}, {{0}} of the answers change to the twin's;"
+        f" if they come from the question itself with {query}, {{1}}"
+    )
+    text += "; with the two names exchanged, {2}." if renamed else "."
     return finding(
         "search",
-        f"If the {noun} come from the twin with {query}, {{0}} of the answers change to the twin's;"
-        f" if they come from the question itself with {query}, {{1}}.",
-        [other, same],
+        text,
+        [other, same, *filter(None, [renamed])],
         (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
+        (asked, "part", "what is asked, perhaps no search",
+         f"The {noun} carry what is asked, and perhaps no search."),
         (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",
          f"The {noun} carry the search, not the answer.",
          f"So the {noun} hold how far the search got; the options are compared afterwards."),
-        (ok and other["hi"] < 0.5 and twin["lo"] >= 0.9, "no", "the answer itself",
+        (ok and not separate and other["lo"] <= 0.5, "no", "the answer itself",
          f"The {noun} carry the answer itself, not the search."),
         (True, "part", "search and answer", f"The {noun} carry some of both, search and answer."),
     )  # fmt: skip
@@ -166,8 +197,11 @@ def judge_depth(
         f"The single slot that changes most answers is number {', '.join(map(str, strongest))} "
         f"for {', '.join(map(str, slots))} steps."
     )
-    values = list(counts.values())
-    rises = values == sorted(values) and strongest == sorted(strongest) and len(set(values)) >= 3
+    # one step may need no thought; the deepest questions must gain from the thoughts they add
+    values = [k for h, k in counts.items() if h > 1]
+    deepest = accuracy[max(accuracy)]
+    gains = bool(values) and deepest[values[0]]["hi"] < deepest[values[-1]]["lo"]
+    rises = values == sorted(values) and strongest == sorted(strongest) and gains
     return finding(
         "depth",
         f"Number of {noun} that give 80\xa0% of the gain in accuracy, and the accuracy with them: "
@@ -228,8 +262,8 @@ def judge_write(w: dict[str, Any]) -> Finding:
     if right and wrong:
         shown += [right, wrong]
         erased = " If the branch to the answer is projected out, {3} stay correct; if another, {4}"
-        split = wrong["lo"] > right["hi"]
-        erased += ": the thought holds the branches side by side." if split else "."
+        split = decided(right, wrong) and wrong["lo"] > right["hi"]
+        erased += ": the answer needs the branch to it, not the other." if split else "."
     return finding(
         "write",
         f"Steering: thought {w['thought']} becomes the mean thought plus {w['factor']} times the "
@@ -241,12 +275,14 @@ def judge_write(w: dict[str, Any]) -> Finding:
          "Concepts written into a thought steer the answer."),
         (ok and other["lo"] > control["hi"], "part", "writable in part",
          "Concepts written into a thought steer the answer in part."),
-        (True, "no", "not writable", "Concepts written into a thought do not steer the answer."),
+        (other["value"] < control["value"] + 0.05, "no", "not writable",
+         "Concepts written into a thought do not steer the answer."),
+        (True, "?", "undecided", "Whether concepts can be written into a thought is undecided."),
     )  # fmt: skip
 
 
 def judge_unsolved(trained: Figure, own: Figure, chance: float, both: bool) -> Finding:
-    """Return the finding that the model is no better than guessing.
+    """Return the finding that the model is hardly better than guessing.
 
     both  `own` is the accuracy on other questions than `trained`, without a shortcut
     """

@@ -69,6 +69,8 @@ class Pairs:
             reworded = [tuple(map(TASKS[engine.config.task].reworded, pair)) for pair in pairs]
             for i, name in enumerate(("same_other", "other_other")):
                 donors[name] = [texts[i] if all(texts) else None for texts in reworded]
+            if self.is_prosqa:
+                donors["renamed"] = [prosqa.renamed(*pair) for pair in pairs]
         outcomes = interchange(
             engine, *self.questions(), self.candidates(engine), donors=donors, groups=self.groups
         )

@@ -43,12 +43,14 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     }
     if max(trained["lo"], own["lo"]) <= f.chance + 0.05:
         findings = [insight.judge_unsolved(trained, own, f.chance, plain is not None)]
-        row["refused"] = ["No other test applies: the model is no better than guessing."]
+        row["refused"] = ["No other test applies: the model is hardly better than guessing."]
     elif kind == "none":
         findings = shortcut
         row["refused"] = ["There is nothing between question and answer to replace."]
     else:
-        needed = insight.judge_needed(own, f.accuracy("mean"), f.chance, noun)
+        needed = insight.judge_needed(
+            own, f.accuracy("mean"), f.chance, noun, None if kind == "chain" else f.accuracy("k0")
+        )
         interchanged = _judge_interchange(row, f, plain and p, pairs)
         if ignores:
             findings = [*shortcut, needed]
@@ -69,12 +71,14 @@ def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Findi
     s = score(engine, plain.examples[:400], 0, 200, engine.config.max_new_tokens)
     wrote_chain = fraction([bool(text.partition("#")[0].strip()) for text in s.texts])
     row["accuracy"] |= {"free": fraction(s.correct), "wrote_chain": wrote_chain}
+    free, noun = row["accuracy"]["free"], row["noun"]
     return finding(
         "trap",
-        f"Free generation without {row['noun']} is correct in {{0}}, but writes steps before the "
-        "answer in {1}. With the answer forced, as in all tests here, {2} are correct.",
-        [row["accuracy"]["free"], wrote_chain, forced],
-        (True, "note", "", f"Free generation can bypass the {row['noun']}."),
+        f"Free generation without {noun} is correct in {{0}}, and writes steps before the answer "
+        "in {1}. With the answer forced, as in all tests here, {2} are correct.",
+        [free, wrote_chain, forced],
+        (free["lo"] > forced["hi"], "note", "", f"Free generation can bypass the {noun}."),
+        (True, "note", "", f"No sign that free generation bypasses the {noun}."),
     )
 
 
@@ -91,6 +95,7 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
         "half": "the first half of the twin's",
         "same_other": f"of the question itself, {query}",
         "other_other": f"of the twin, {query}",
+        "renamed": "of the question itself, the two names exchanged",
         "twin": "of the twin",
     }
     flips = {name: f.flips(name) for name in labels}
@@ -101,7 +106,7 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     findings = [insight.judge_carried(twin, unrelated, stays, noun, pairs.twinned)]
     if "same_other" in f.outcomes:
         other, same = flips["other_other"], flips["same_other"]
-        findings.append(insight.judge_search(twin, other, same, noun, query))
+        findings.append(insight.judge_search(twin, other, same, noun, query, flips["renamed"]))
     if "slot1" not in f.outcomes:  # a written chain
         return findings
 

@@ -183,6 +183,11 @@ def test_a_prosqa_twin_asks_about_the_other_root(split, seed):
             assert parsed[0].options == parsed[1].options and parsed[0].entity != parsed[1].entity
             assert not set(parsed[0].options) & set(prosqa.parse_question(example["question"])[2])
             assert task.solve(new).startswith(parsed[0].entity)
+        asked = prosqa.parse_question(twin["question"]).entity
+        renamed = prosqa.renamed(example, twin)
+        assert prosqa.parse_question(renamed).entity == asked
+        answer = example["answer"].split()[-1]
+        assert task.solve(renamed) == f"{asked} is a {answer}"
 
 
 def test_a_prontoqa_twin_has_the_other_answer(seed):
@@ -219,14 +224,20 @@ MIDDLE, FEW = made_up(0.7, 0.67, 0.73), made_up(0.97, 0.9, 0.99, n=40)
 RULES = [
     (insight.judge_pairs, (HIGH, LOW, HIGH), "yes", "looks at what is asked"),
     (insight.judge_pairs, (HIGH, HIGH, LOW), "no", "ignores what is asked"),
-    (insight.judge_pairs, (HIGH, HALF, HALF), "part", "partly a shortcut"),
+    (insight.judge_pairs, (HIGH, HALF, HALF), "part", "partly ignores what is asked"),
     (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH), "?", "undecided"),
     (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts"), "yes", "needed"),
     (insight.judge_needed, (HIGH, MIDDLE, 0.5, "thoughts"), "part", "needed in part"),
     (insight.judge_needed, (HIGH, HIGH, 0.5, "pauses"), "no", "not needed"),
     (insight.judge_needed, (FEW, HALF, 0.5, "thoughts"), "?", "undecided"),
+    (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts", HALF), "yes", "needed"),
+    (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts", HIGH), "no", "not needed"),  # known before
+    (insight.judge_needed, (HALF, HALF, 0.5, "pauses"), "?", "undecided"),  # nothing to lose
+    (insight.judge_needed, (HIGH, HALF | {"mass": 0.01}, 0.5, "thoughts"), "?", "undecided"),
+    (insight.judge_needed, (HIGH, made_up(0.93, 0.9, 0.96), 0.5, "thoughts"), "?", "undecided"),
     (insight.judge_carried, (HIGH, HALF, LOW, "thoughts"), "yes", "carried"),
     (insight.judge_carried, (LOW, LOW, HIGH, "pauses"), "no", "ignored"),
+    (insight.judge_carried, (LOW, HALF, HIGH, "thoughts"), "?", "undecided"),  # the same for twins
     (insight.judge_carried, (HALF, HALF, HALF, "thoughts"), "?", "undecided"),
     (insight.judge_carried, (MIDDLE, HALF, LOW, "thoughts"), "part", "carried in part"),
     (insight.judge_carried, (FEW, HALF, LOW, "thoughts"), "?", "undecided"),
@@ -238,6 +249,20 @@ RULES = [
     (insight.judge_search, (HIGH, LOW, LOW, "thoughts"), "no", "the answer itself"),
     (insight.judge_search, (HIGH, HIGH, HIGH, "thoughts"), "part", "search and answer"),
     (insight.judge_search, (HIGH, None, LOW, "thoughts"), "?", "undecided"),
+    (insight.judge_search, (LOW, LOW, LOW, "thoughts"), "?", "undecided"),
+    (insight.judge_search, (HIGH, HALF, HALF, "thoughts"), "no", "the answer itself"),
+    (
+        insight.judge_search,
+        (HIGH, HIGH, LOW, "thoughts", "", LOW),
+        "yes",
+        "the search, not the answer",
+    ),
+    (
+        insight.judge_search,
+        (HIGH, HIGH, LOW, "thoughts", "", HIGH),
+        "part",
+        "what is asked, perhaps no search",
+    ),
 ]
 
 
