@@ -104,7 +104,7 @@ def load_without_run(config: AccuracyConfig, path: Path) -> Engine:
     model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
     n_tokens = tokenizer.vocab_size if method.markers else tokenizer.eos + 1
     vocab_size, thought = model.config.vocab_size, model.config.thought
-    if vocab_size < n_tokens or method.thought_type not in ("", "pause", thought):
+    if vocab_size < n_tokens or method.feeds_back and method.thought_type != thought:
         raise UserError(
             f"{path} has {vocab_size} tokens and {thought} thoughts, but --method={config.method} "
             f"needs {n_tokens} and {method.thought_type or 'no'} thoughts.\n"
@@ -179,8 +179,7 @@ def choose_thoughts(
         return [(maximum, counts, {})]
     evaluations = [(n, [min(n, count) for count in counts], {}) for n in range(maximum + 1)]
     # the rule needs hidden states that are fed back; with a stop classifier, that decides instead
-    feeds_back = rules.thought_type not in ("", "pause")
-    if feeds_back and not engine.model.config.stop and min(counts) == maximum > 0:
+    if rules.feeds_back and not engine.model.config.stop and min(counts) == maximum > 0:
         counts = thoughts_until_repeat(engine, examples, maximum, config.batch_size)
         evaluations.append((maximum, counts, {"stop": "the readout repeats"}))
     return evaluations

@@ -44,7 +44,7 @@ class InsightConfig(Options):
     against: str | None = option(None, "a control run to draw in grey, such as pause_as_thought's")
     questions: int = option(6, "questions in the interactive view", ge=0, le=20)
     more: bool = option(False, "also draw the paper's figures 5, 7, 8 and 9")
-    quick: bool = option(False, "100 examples per number of hops")
+    quick: bool = option(False, "100 examples per number of hops: tests 5 and 7 need more")
     device: str = option("auto", "auto, cpu, cuda, mps")
     out: str | None = option(None, "append the row to this file")
     redraw: str | None = option(None, "a file of rows: only draw its last one")
@@ -114,7 +114,10 @@ def main() -> None:
     # ---- write the page, then the row
     trained = row.pop("trained")
     checkpoint.replace_text(target, page.render(row))
-    lines = [f"[{x['mark']}] {x['title']} {page.sentence(x)}" for x in row["findings"]]
+    lines = [f"{name}, {about[0]}: {row['verdict']}"]
+    if pairs.twinned:
+        lines += ["A twin differs from its question in one thing, so another answer is correct."]
+    lines += [f"[{x['mark']}] {x['title']} {page.sentence(x)}" for x in row["findings"]]
     print("\n".join([*lines, *row["refused"], *row["warnings"], f"page: {target}"]))
     results.add(
         "accuracy", "nanococonut", [trained["value"]], "fraction", detail=row,

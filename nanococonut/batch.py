@@ -83,14 +83,15 @@ def build_sequence(
 ) -> TokenSequence:
     """Return the sequence of an example at a stage."""
     c_thought, n_steps = curriculum.c_thought, len(example.steps)
-    n_dropped, n_thoughts = curriculum.plan(stage, n_steps)
+    dropped, n_thoughts = curriculum.plan(stage, n_steps)
     prefix, n, forced = build_prompt(curriculum, example.question, n_thoughts, tokenizer)
-    chain = [token for step in example.steps[n_dropped:] for token in step]
+    chain = [token for i, step in enumerate(example.steps) if i not in dropped for token in step]
     if curriculum.rules.drop_rule == "tokens":  # iCoT drops tokens, not steps
         chain = chain[int(stage * curriculum.icot_tokens) :]
     suffix = [*forced, *chain, *example.answer, tokenizer.eos]
-    # a thought after those of the last step has no label
-    labels = [ids for ids in example.thought_labels for _ in range(c_thought)] + [[]] * n
+    # c_thought thoughts have the label of each dropped step, and any others none
+    labels = example.thought_labels[dropped.start : dropped.stop]
+    labels = [ids for ids in labels for _ in range(c_thought)] + [[]] * n
     return TokenSequence(prefix, n, suffix, len(forced), n_steps * c_thought, labels[:n])
 
 

@@ -32,6 +32,11 @@ class Method:
     markers: bool  # put <bot> and <eot> around the thoughts, even if there are none
     paper: str = ""  # name of its row in the paper's Table 1; "" if it has none
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a thought is a latent step, made from the state before it or learned."""
+        return self.thought_type not in ("", "pause")
+
     def __post_init__(self) -> None:
         for f in fields(self):
             allowed, value = get_args(f.type), getattr(self, f.name)
@@ -91,15 +96,16 @@ class Curriculum:
         """Return the number of latent steps: 0 for pauses, which are tokens of the prefix."""
         return 0 if self.rules.thought_type == "pause" else n_thoughts
 
-    def plan(self, stage: int, n_steps: int) -> tuple[int, int]:
-        """Return (dropped steps, thoughts) in training for an example with n_steps steps."""
+    def plan(self, stage: int, n_steps: int) -> tuple[range, int]:
+        """Return (which steps are dropped, number of thoughts) in training for an example with
+        n_steps steps."""
         is_final = stage > self.max_latent_stage
         staged = n_steps if is_final else min(stage, n_steps)
         n_dropped = {"stage": staged, "none": 0, "all": n_steps, "tokens": 0}[self.rules.drop_rule]
         n_thoughts = self.n_thoughts(stage)
         if (is_final or self.rules.n_thoughts_rule == "all") and not self.pad_latent_to_max:
             n_thoughts = min(n_thoughts, n_steps * self.c_thought)
-        return n_dropped, n_thoughts
+        return range(n_dropped), n_thoughts
 
     def sample_stages(
         self, stage: int, n_steps: Sequence[int], rng: np.random.Generator
@@ -146,14 +152,13 @@ def list_stages(
 
 def ignored_options(method: Method) -> set[str]:
     """Return the options of TrainConfig that have no effect on training with this method."""
-    feeds_back = method.thought_type not in ("", "pause")
     no_thoughts = method.n_thoughts_rule == "none"
     ignored = {  # option names: whether the method ignores them
         "first_stage_epochs epochs_per_stage": method.advance_by != "stages",
         "max_latent_stage": method.advance_by != "stages" and no_thoughts,
         "uniform_prob advance_at": method.advance_by == "never",
         "c_thought final_thoughts pad_latent_to_max": no_thoughts,
-        "thought_labels": not feeds_back,
+        "thought_labels": not method.feeds_back,
         "icot_tokens": method.drop_rule != "tokens",
         "soft_temperature soft_top_k": method.thought_type != "soft",
     }

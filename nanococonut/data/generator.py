@@ -52,16 +52,20 @@ def draw(
     """
     config = config or default_config
     examples: list[Example] = []
+    n_excluded = 0
     for n_batches, batch in enumerate(sample_batches(sample_batch, seed, config), 1):
         if exclude:
             keys = zip(batch, graph_keys(map(marked_graph, batch)), strict=True)
-            batch = [example for example, key in keys if key not in exclude]
+            kept = [example for example, key in keys if key not in exclude]
+            n_excluded += len(batch) - len(kept)
+            batch = kept
         examples += batch
         if len(examples) >= n:
             break
         if n_batches * BATCH >= PATIENCE * (len(examples) + 1):
+            held_out = f" ({n_excluded} more are held out)" * (n_excluded > 0)
             raise UserError(
-                f"{n_batches * BATCH:,} graphs gave {len(examples)} examples with {config}.\n"
-                "Use fewer hops or another number of nodes."
+                f"{n_batches * BATCH:,} graphs gave {len(examples)} examples{held_out} with "
+                f"{config}.\nUse fewer hops or another number of nodes."
             )
     return examples[:n]

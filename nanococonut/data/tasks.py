@@ -29,8 +29,12 @@ MAX_TEST_BATCHES = 100  # if examples are rare, do not delay the start of a run 
 class Task:
     """What training, sampling and benchmarks need to know about a task.
 
-    module      has SPLITS and VOCABULARY; with splits also generate, solve, marked_graph,
-                compact_example, ..., else from_hub(split, revision, skipped) -> (examples, commit)
+    module      has
+                  SPLITS, VOCABULARY (the words of --tokenizer=words)
+                  without splits: from_hub(split, revision, skipped) -> (examples, commit)
+                  with splits: generate, and marked_graph, from whose keys test examples are known
+                  for --render=compact: compact_question, compact_example, expand_steps
+                  optional: solve, twin, reworded, expand_answer
     shortcuts   examples -> accuracy of each shortcut rule; UserError if they are of another task
     """
 
@@ -41,7 +45,8 @@ class Task:
     def splits(self) -> dict[str, Callable[[TrainConfig], GeneratorConfig]]:
         """Map each split to a function TrainConfig -> its settings; {} if nothing is generated.
 
-        The first is the training split, the second its variant without shortcuts.
+        The first is the training split, the second its variant without shortcuts (the same if there
+        are none).
         """
         return self.module.SPLITS
 
@@ -63,8 +68,9 @@ class Task:
 
     def _try(self, name: str, arg: Example | str) -> Any:
         """Call the module's function; None without one, or if arg is not of this task."""
+        fn = getattr(self.module, name, None)
         try:
-            return getattr(self.module, name)(arg) if self.splits else None
+            return fn(arg) if fn else None
         except UserError:
             return None
 

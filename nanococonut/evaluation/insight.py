@@ -8,6 +8,7 @@
 6  read     what does the LM head predict from a thought? (logit lens)
 7  write    does the answer change with concepts that are added to a thought? (steering)
 
+The twin of a question is the same text with another entity asked about, so another answer is right.
 Verdicts of tests 1 to 4 and 7 compare whole 95 % intervals with limits. They are undecided with
 fewer than MIN_PAIRS questions, or if the candidate answers together have less than half of the
 probability. report.py runs the tests; interchange.py explains the interventions.
@@ -77,36 +78,34 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
 def judge_needed(
     own: Figure, mean: Figure, chance: float, noun: str, none: Figure | None = None
 ) -> Finding:
-    """Judge test 2 by the accuracy without intervention (own) and under mean ablation (mean).
+    """Judge test 2 by how much accuracy falls from that without intervention (own).
 
-    none  accuracy if the answer is forced before the first thought (None: not measured)
+    mean  under mean ablation, see Figures.ablated
+    none  if the answer is forced before the first thought (None: a written chain)
     """
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
-    ablated = f"Under mean ablation ({noun} averaged over questions)"
-    if noun == "written chain":
-        ablated = f"Without the {noun}"
-    ok = decided(own, mean)
-    fall = own["value"] - mean["value"] if ok else 0.0
-    lost = fall / max(own["value"] - chance, 0.01) if ok else 0.0
-    is_guess = ok and own["lo"] <= chance + 0.05
-    known = ok and decided(none) and none["hi"] >= own["lo"]
-    gain = f"This is {percent(min(1.0, lost))} of the gain over guessing ({percent(chance)})."
-    falls = ok and mean["hi"] < own["lo"]
+    ok, text = decided(own, mean), "Without the written chain, accuracy"
+    falls = [x["fall"] for x in (mean, none) if ok and decided(x)]
+    fall = min(falls, key=lambda x: x["value"], default={"value": 0, "lo": 0, "hi": 1})
+    gain = own["value"] - chance
+    if none:
+        text = f"Under mean ablation ({noun} averaged over questions), accuracy"
+    text += " on questions of two or more steps goes from {0} to {1}"
+    text += f"; with the answer forced before the first of the {noun}, to {{2}}." if none else "."
+    lost = percent(min(1.0, fall["value"] / max(gain, 0.01)))
+    lost = f"This is {lost} of the gain over guessing ({percent(chance)})."
+    unclear = f"Whether {the.lower()} needed is undecided."
     return finding(
         "needed",
-        f"{ablated}, accuracy on questions of two or more steps {'falls' if falls else 'goes'} "
-        "from {0} to {1}.",
-        [own, mean, *[none] * known],
-        (not ok, "?", "undecided", f"Whether {the.lower()} needed is undecided."),
-        (is_guess, "?", "undecided", f"Whether {the.lower()} needed is undecided.",
+        text,
+        [own, mean, *filter(None, [none])],
+        (not ok, "?", "undecided", unclear),
+        (own["lo"] <= chance + 0.05, "?", "undecided", unclear,
          "The model is hardly better than guessing on these questions."),
-        (known, "no", "not needed", f"{the} not needed.",
-         "With the answer forced before the first of them, {2} are correct."),
-        (falls and lost >= 0.8, "yes", "needed", f"{the} needed.", gain),
-        (falls, "part", "needed in part", f"{the} needed in part.", gain),
-        (fall < 0.03, "no", "not needed", f"{the} not needed."),
-        (True, "?", "undecided", f"Whether {the.lower()} needed is undecided.",
-         "The intervals overlap."),
+        (fall["lo"] >= 0.8 * gain, "yes", "needed", f"{the} needed.", lost),
+        (fall["hi"] < 0.05, "no", "not needed", f"{the} not needed."),
+        (fall["lo"] > 0, "part", "needed in part", f"{the} needed in part.", lost),
+        (True, "?", "undecided", unclear),
     )  # fmt: skip
 
 
@@ -121,15 +120,15 @@ def judge_carried(
     ok = decided(twin, stays) and unrelated is not None
     ignored = ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
-    donor, new, unchanged, figures = "the twin's", "the twin's", "", [twin, unrelated]
+    donor, new, unchanged, figures = "its twin's", "the twin's", "", [twin, unrelated]
     if not twinned:
         donor, new = "another question's (a different answer)", "that question's"
         unchanged, figures = " In the first case {2} do not change.", [twin, unrelated, stays]
     return finding(
         "carried",
-        f"Interchange intervention: if only the {noun} {are} replaced by {donor}, {{0}} of the "
-        f"answers change to {new}; if by an unrelated question's (as many steps), {{1}}."
-        + unchanged,
+        f"Interchange intervention, where both answers are correct: if only the {noun} of a "
+        f"question {are} replaced by {donor}, {{0}} of the answers change to {new}; if by an "
+        f"unrelated question's (as many steps), {{1}}." + unchanged,
         figures,
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",

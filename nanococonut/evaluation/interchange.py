@@ -26,6 +26,7 @@ Content = Slots | list[list[int]]  # what fills the slots of B questions: states
 # value, its 95 % interval lo to hi, n; of answers also mass, the probability of all candidates
 Figure = dict[str, Any]
 EXTRA = 2  # thoughts beyond the number in training, to see whether more help
+MEAN_QUESTIONS = 200  # the mean of the slots is over this many questions, evenly spaced
 
 NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
 
@@ -58,17 +59,16 @@ class QuestionBatch:
 
     content   of their own slots (None: the method has none)
     outcomes  without intervention: k0, k1, ..., own, thoughts; see interchange
-    use_kv    replace keys and values of the slots; else the inputs that they are computed from
     """
 
     def __init__(
         self, engine: Engine, questions: Sequence[str], candidates: Sequence[Sequence[str]],
         n: int,
     ) -> None:  # fmt: skip
-        self.n, self.content, self.use_kv = n, None, True
+        self.n, self.content, self.kind = n, None, kind_of(engine)
         self.branch = b = engine.branch(questions, candidates, n + EXTRA)
         self.outcomes = {"k0": b.answer()}
-        if kind_of(engine) == "chain":
+        if self.kind == "chain":
             mark, out = engine.tokenizer.encode("###")[0], engine.generate(questions, 0, n)
             self.content = [t[: t.index(mark)] if mark in t else t for t in out.tokens]
             self.outcomes["own"] = self.answer(self.content)
@@ -82,16 +82,24 @@ class QuestionBatch:
             self.outcomes["thoughts"] = torch.stack(b.thoughts, 1)  # (B, n + EXTRA, C)
         self.outcomes["own"] = self.outcomes[f"k{n}"]
 
-    def answer(self, content: Content, only: Sequence[int] | None = None) -> Tensor:
+    def needs_inputs_of(self, donor: "QuestionBatch") -> bool:
+        """Return whether the donor's keys, which depend on positions, do not fit. Then the inputs
+        that they are computed from replace the slots instead; those of pauses are all the same."""
+        same_length = torch.equal(self.branch.start, donor.branch.start)
+        return self.kind == "thought" and not same_length
+
+    def answer(
+        self, content: Content, only: Sequence[int] | None = None, by_inputs: bool = False
+    ) -> Tensor:
         """Return the answers (B, m) with this content in the slots `only` (None: in all)."""
         b, only = self.branch.restart(), range(self.n) if only is None else only
         if not isinstance(content, Slots):
             b.write(content)
-        elif self.use_kv:
+        elif by_inputs:
+            b.think(self.n, lambda i, _: (content if i in only else self.content).inputs[i])
+        else:
             b.put(self.content)
             b.put(content, only)
-        else:
-            b.think(self.n, lambda i, _: (content if i in only else self.content).inputs[i])
         return b.answer()
 
     def intervene(self, twin: "QuestionBatch", mean: Content, n_per_step: int) -> Outcomes:
@@ -99,18 +107,29 @@ class QuestionBatch:
 
         n_per_step: thoughts per step; the last step has fewer if it does not divide their number.
         """
-        B = len(self.branch)
-        outcomes = {"by_inputs": torch.full((B, 1), float(not self.use_kv))}
-        contents = {"mean": take(mean, [0] * B), "twin": twin.content}
-        if B > 1:
-            contents["unrelated"] = take(self.content, [*range(1, B), 0])
-        if isinstance(twin.content, Slots):
-            steps = [range(self.n)[i:][:n_per_step] for i in range(0, self.n, n_per_step)]
-            for i, step in enumerate(steps, 1):
-                outcomes[f"slot{i}"] = self.answer(twin.content, step)
-        else:
-            contents["half"] = [tokens[: len(tokens) // 2] for tokens in twin.content]
-        return outcomes | {name: self.answer(content) for name, content in contents.items()}
+        B, start = len(self.branch), self.branch.start.tolist()
+        by_inputs = self.needs_inputs_of(twin)
+
+        def following(i: int) -> int:  # the next question with as many tokens; i if there is none
+            after = [*range(i + 1, B), *range(i)]
+            return next((j for j in after if start[j] == start[i]), i)
+
+        donors = [following(i) for i in range(B)]
+        unrelated = self.answer(take(self.content, donors))
+        unrelated[[i == j for i, j in enumerate(donors)]] = torch.nan
+        outcomes = {
+            "by_inputs": torch.full((B, 1), float(by_inputs)),
+            "mean": self.answer(take(mean, [0] * B)),
+            "unrelated": unrelated,
+            "twin": self.answer(twin.content, by_inputs=by_inputs),
+        }
+        if self.kind == "chain":
+            half = [tokens[: len(tokens) // 2] for tokens in twin.content]
+            return outcomes | {"half": self.answer(half)}
+        steps = [range(self.n)[i:][:n_per_step] for i in range(0, self.n, n_per_step)]
+        for i, step in enumerate(steps, 1):
+            outcomes[f"slot{i}"] = self.answer(twin.content, step, by_inputs)
+        return outcomes
 
 
 def interchange(
@@ -126,12 +145,13 @@ def interchange(
     own, k0, k1, ...   no intervention; after 0, 1, ... thoughts
     twin_own           the twin, no intervention
     mean               slots replaced by their mean over questions; of a chain: nothing written
-    twin, unrelated    slots replaced by the twin's, by those of another question in the group
+    twin, unrelated    slots replaced by the twin's, by those of another question in the group with
+                       as many tokens (NaN if there is none)
     slot1, slot2, ...  only the slots of one step replaced by the twin's
     half               of a chain: replaced by the first half of the twin's
 
     and "thoughts", the hidden states fed back (N, n + EXTRA, C), and "by_inputs" (N, 1): 1 if
-    the inputs of the slots were replaced, 0 if their keys and values.
+    the twin replaces the inputs of the slots, 0 if their keys and values.
 
     candidates  answers of each question: its own, then its twin's, then any others
     donors      name -> a further donor of each question, or None; the outcome has this name and is
@@ -152,19 +172,20 @@ def interchange(
 
     mean: Content = [[]]
     if kind in ("thought", "pause"):
-        sample = batch(order[:: -(-N // size)], questions)  # one batch of evenly spaced questions
-        mean = sample.content.map(lambda x: x.mean(0, keepdim=True))
+        index = order[:: -(-N // MEAN_QUESTIONS)]
+        batches = (index[i : i + size] for i in range(0, len(index), size))
+        first, *rest = (batch(part, questions).content for part in batches)
+        mean = first.map(lambda *x: torch.cat(x).mean(0, keepdim=True), *rest)
     stderr = Console(stderr=True)
     for index in track(in_batches(order, groups, size), "interchange", console=stderr):
         own, twin = batch(index, questions), batch(index, twins)
         outcomes = own.outcomes | {"twin_own": twin.outcomes["own"]}
         if kind != "none":
-            # keys depend on positions: with another length, replace inputs (pauses have the same)
-            own.use_kv = kind == "pause" or torch.equal(own.branch.start, twin.branch.start)
             outcomes |= own.intervene(twin, mean, max(1, engine.curriculum.c_thought))
         for name, others in (donors or {}).items():
             if known := [j for j, i in enumerate(index) if others[i] is not None]:
-                answers = own.answer(batch(index, others).content)
+                donor = batch(index, others)
+                answers = own.answer(donor.content, by_inputs=own.needs_inputs_of(donor))
                 outcomes[name] = torch.full_like(answers, torch.nan)
                 outcomes[name][known] = answers[known]
         for name, value in outcomes.items():
@@ -213,27 +234,37 @@ class Figures:
     """Statistics of the outcomes of an interchange of N questions.
 
     groups      (N,)       number of steps
-    both_deep   (N,) bool  question and twin have two steps or more (None: all)
-    deep        (N,) bool  the question has; one step may need no thought (all, if none has)
+    deep        (N,) bool  question and twin have two steps or more; one may need no thought (all,
+                           if none has)
     both_right  (N,) bool  question and twin are answered correctly without intervention
     """
 
     outcomes: Outcomes
     groups: Tensor
-    both_deep: Tensor | None = None
+    deep: Tensor
 
     def __post_init__(self) -> None:
         own, twin = self.outcomes["own"].argmax(1), self.outcomes["twin_own"].argmax(1)
         self.right, self.twin_right = own == 0, twin == 1
         self.both_right = self.right & self.twin_right
-        self.every, deep = torch.ones_like(self.right), self.groups >= 2
-        self.deep = deep if deep.any() else self.every
-        self.both_deep = self.every if self.both_deep is None else self.both_deep
+        self.every = torch.ones_like(self.right)
+        self.deep = self.deep if self.deep.any() else self.every
         self.steps = sorted(set(self.groups.tolist()))
         self.chance = 1 / self.outcomes["own"].shape[1]
 
     def accuracy(self, name: str, mask: Tensor | None = None) -> Figure | None:
         return chosen(self.outcomes.get(name), 0, self.deep if mask is None else mask)
+
+    def ablated(self, name: str) -> Figure | None:
+        """Return the accuracy under an intervention. "fall" is how much lower it is than without,
+        with the interval for paired answers (Agresti and Min, 2005)."""
+        if (accuracy := self.accuracy(name)) is None:
+            return None
+        own, other = (self.outcomes[k][self.deep].argmax(1) == 0 for k in ("own", name))
+        lost, won, n = (own & ~other).sum().item(), (other & ~own).sum().item(), len(own)
+        center = (lost - won) / (n + 2)
+        half = 1.96 * (lost + won + 1 - (n + 2) * center**2) ** 0.5 / (n + 2)
+        return accuracy | {"fall": _figure((lost - won) / n, center - half, center + half, n)}
 
     def flips(self, name: str, mask: Tensor | None = None, candidate: int = 1) -> Figure | None:
         """Return how often a candidate is chosen (1: the twin's answer, 0: own), if both_right."""

@@ -74,8 +74,8 @@ class Pairs:
         outcomes = interchange(
             engine, *self.questions(), self.candidates(engine), donors=donors, groups=self.groups
         )
-        both_deep = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in pairs])
-        f = Figures(outcomes, torch.tensor(self.groups), both_deep if both_deep.any() else None)
+        deep = torch.tensor([min(len(x["steps"]), len(t["steps"])) > 1 for x, t in pairs])
+        f = Figures(outcomes, torch.tensor(self.groups), deep)
         if not self.twinned:
             answers = Counter(x["answer"] for x in self.examples)
             f.chance = max(answers.values()) / len(self.examples)  # always the most frequent one
@@ -191,7 +191,7 @@ def load_pairs(
     if data:
         own_twins = read_examples(twins) if twins else None
         pairs = own_pairs(config.task, read_examples(data), own_twins)
-    elif config.data or not TASKS[config.task].splits:
+    elif config.data or config.task not in ("prosqa", "prontoqa"):
         name = config.data or config.task
         raise UserError(f"a model of {name} needs --data.\nGive a file of its examples.")
     else:

@@ -64,7 +64,8 @@ class QuestionGraph(NamedTuple):
         own, other = ([x for x in self.nodes if steps.get(x) == d] for steps in self[1:3])
         if not own or not other:
             return {}
-        control = [x for x in self.nodes if x not in own + other]
+        # as many, since the mean of more embeddings is shorter
+        control = [x for x in self.nodes if x not in own + other][: len(other)]
         right = [node for node in own if node in self.right]
         wrong = [node for node in own if node not in self.right]
         written = {"own": own, "other": other, "control": control}

@@ -13,6 +13,7 @@ from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 Row = dict[str, Any]  # the results of one model, as JSON
+SUMMARY = ("solves", "pairs", "needed", "carried", "search")  # tests whose verdicts sum it up
 
 
 def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tuple[Row, Figures]:
@@ -27,7 +28,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
     questions, twins = (plain or pairs).questions()
     q = p if questions != twins else f  # ProntoQA as in training has no twins
-    one, both = (fraction(x[q.both_deep]) for x in (q.right ^ q.twin_right, q.both_right))
+    one, both = (fraction(x[q.deep]) for x in (q.right ^ q.twin_right, q.both_right))
     shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
     row: Row = {
@@ -48,22 +49,22 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
         findings = shortcut
         row["refused"] = ["There is nothing between question and answer to replace."]
     else:
-        needed = insight.judge_needed(
-            own, f.accuracy("mean"), f.chance, noun, None if kind == "chain" else f.accuracy("k0")
-        )
+        none = None if kind == "chain" else f.ablated("k0")
+        needed = insight.judge_needed(own, f.ablated("mean"), f.chance, noun, none)
         interchanged = _judge_interchange(row, f, plain and p, pairs)
         if ignores:
             findings = [*shortcut, needed]
             row["refused"] = ["No other test applies: the answer ignores what is asked."]
         else:
             read = _judge_readout(row, engine, f, pairs) if kind == "thought" else []
-            findings = [needed, *interchanged, *read, *shortcut]
+            findings = [*shortcut, needed, *interchanged, *read]
         if plain and kind != "chain":
-            findings.append(_judge_free(row, engine, plain, p.accuracy("k0")))
+            findings.append(_judge_free(row, engine, plain, p.accuracy("k0", p.every)))
         row["warnings"] += _warnings(engine, f, pairs)
-    n_shown = 1 if ignores or len(findings) < 3 else 3
-    verdict = ", ".join(x["verdict"] for x in findings[:n_shown])
-    return row | {"findings": findings, "verdict": verdict}, f
+    shown = [x for x in findings if x["id"] in SUMMARY][: 1 if ignores else None]
+    if len(shown) > 1 and shown[0]["verdict"] == "looks at what is asked":  # others say more
+        del shown[0]
+    return row | {"findings": findings, "verdict": ", ".join(x["verdict"] for x in shown)}, f
 
 
 def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
@@ -114,7 +115,7 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     slots = [j for j in range(1, len(f.outcomes)) if f"slot{j}" in f.outcomes]
     accuracy = {h: [f.accuracy(f"k{k}", f.groups == h) for k in numbers] for h in f.steps}
     moved = {h: [f.flips(f"slot{j}", f.groups == h) for j in slots] for h in f.steps}
-    rows = {"plain": [plain.accuracy(f"k{k}") for k in numbers]} if plain else {}
+    rows = {"plain": [plain.accuracy(f"k{k}", plain.every) for k in numbers]} if plain else {}
     rows |= {count(h, "step"): figures for h, figures in accuracy.items()}
     row["accuracy"] = grid(numbers, rows) | {"trained": n}
     row["slots"] = grid(slots, {count(h, "step"): figures for h, figures in moved.items()})

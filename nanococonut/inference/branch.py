@@ -35,10 +35,15 @@ class Slots:
     inputs: list[Tensor]
     state: DecodeState
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Slots":
-        """Return the slots with fn applied to every tensor."""
-        state = DecodeState(fn(self.state.hidden), fn(self.state.prev_embedding), self.state.span)
-        return Slots(fn(self.kv), [fn(x) for x in self.inputs], state)
+    def map(self, fn: Callable[..., Tensor], *others: "Slots") -> "Slots":
+        """Return the slots with fn applied to each tensor, together with those of `others`."""
+        slots = (self, *others)
+        states = [x.state for x in slots]
+        hidden = fn(*(state.hidden for state in states))
+        prev_embedding = fn(*(state.prev_embedding for state in states))
+        inputs = [fn(*tensors) for tensors in zip(*(x.inputs for x in slots), strict=True)]
+        state = DecodeState(hidden, prev_embedding, self.state.span)
+        return Slots(fn(*(x.kv for x in slots)), inputs, state)
 
 
 class Branch:

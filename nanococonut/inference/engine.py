@@ -229,8 +229,15 @@ class Engine:
 
         candidates, mark  as in choose
         n_slots           maximum thoughts (or pauses, or other tokens) before an answer
+
+        Raise ValueError if not every question has a list of as many candidates.
         """
         prefixes, _, forced = self._prompts(questions, 0)
+        n_answers = {0 if isinstance(x, str) else len(x) for x in candidates}
+        if len(candidates) != len(questions) or len(n_answers) != 1 or 0 in n_answers:
+            raise ValueError(
+                "candidates: expected a list of answers for each question, all of one length"
+            )
         tokenizer, marked = self.tokenizer, self.tokenizer.encode(mark)
         answers = [
             [tokenizer.encode(f"{mark} {answer}")[len(marked) :] for answer in options]

@@ -97,9 +97,8 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     Raise UserError if block_size exceeds the positions of the weights, or if an option does not
     fit the method or the vocabulary.
     """
-    thought_type = METHODS[config.method].thought_type
-    feeds_back = thought_type not in ("", "pause")
-    if config.stop == "classifier" and not feeds_back:
+    method = METHODS[config.method]
+    if config.stop == "classifier" and not method.feeds_back:
         raise UserError(
             f"--stop=classifier needs latent thoughts, but method {config.method} has none.\n"
             "Leave it out, or choose a method with thoughts, such as coconut."
@@ -112,7 +111,7 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
     n_tokens = count_tokens(config, tokenizer)
     extra = dict(  # GPTConfig fields that GPT-2 lacks
         smear=config.smear,
-        thought=thought_type if feeds_back else "hidden",
+        thought=method.thought_type if method.feeds_back else "hidden",
         soft_temperature=config.soft_temperature,
         soft_top_k=config.soft_top_k,
         stop=config.stop == "classifier",

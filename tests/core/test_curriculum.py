@@ -99,7 +99,7 @@ def test_collate_pads_right_and_supervises_text(tokenizer, ids):
     assert batch.prefix.dtype == batch.targets.dtype == torch.int64
 
 
-def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
+def test_thought_targets_are_the_dropped_steps_nodes(tokenizer, monkeypatch):
     """Guards against a label of the wrong step, and against labels of steps that are kept."""
     c = Curriculum("coconut", max_latent_stage=3, final_thoughts=4)
     expected = {0: [], 1: [[3]], 2: [[3], [5]], 3: [[3], [5], [6]], 4: [[3], [5], [6], []]}
@@ -111,6 +111,11 @@ def test_thought_targets_are_the_dropped_steps_nodes(tokenizer):
         thought_labels(Curriculum("pause_as_thought"), 2, EXAMPLE, tokenizer) == []
     )  # no latent steps
     assert thought_labels(Curriculum("cot"), 2, EXAMPLE, tokenizer) == []
+    # a new rule that keeps the first step
+    monkeypatch.setattr(Curriculum, "plan", lambda *args: (range(1, 3), 2))
+    sequence = build_sequence(c, 2, EXAMPLE, tokenizer)
+    assert sequence.thought_labels == [[5], [6]] and sequence.suffix[1:2] == [3]
+    monkeypatch.undo()
     several = replace(EXAMPLE, thought_labels=[[3, 9], [5]])
     batch = collate_examples(c, [2, 1], [several, SHORT], tokenizer)
     x = IGNORE
@@ -187,7 +192,7 @@ def test_configs_follow_the_released_schedule(task):
             9,
         ):  # dataset.py: skip the first `stage` steps, all in the final stage
             n_skipped = min(n_steps, 10_000 if stage > max_stage else stage)
-            assert curriculum.plan(epoch, n_steps) == (n_skipped, n_thoughts)
+            assert curriculum.plan(epoch, n_steps) == (range(n_skipped), n_thoughts)
     assert (config.batch_size, config.learning_rate) == (4 * 32, 1e-4)
 
 

@@ -3,10 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nanococonut.data.files import read_examples
+from nanococonut.data.tasks import TASKS, Task
 from nanococonut.weights import checkpoint
 
 TEN_LINES = """
@@ -37,6 +39,13 @@ val_examples = 10
 max_new_tokens = 8
 learning_rate = 3e-3
 """
+
+
+def test_a_task_needs_no_solver():
+    """sample.py --question ended in a traceback."""
+    task = Task(SimpleNamespace(SPLITS=TASKS["prosqa"].splits))
+    example = {"question": "2 + 3 = ?", "steps": [], "answer": "5"}
+    assert task.solve("2 + 3 = ?") is task.twin(example) is task.reworded(example) is None
 
 
 def test_ten_lines_make_a_task_that_trains(script):

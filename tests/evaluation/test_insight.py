@@ -220,21 +220,30 @@ def made_up(value, lo, hi, n=1000, mass=0.9):
 
 
 LOW, HALF, HIGH = made_up(0.02, 0.01, 0.03), made_up(0.5, 0.47, 0.53), made_up(0.97, 0.95, 0.98)
+
+
+def falls(value, lo, hi):
+    return made_up(0.98 - value, 0.4, 0.99) | {"fall": {"value": value, "lo": lo, "hi": hi}}
+
+
+KEPT, LOST, PARTLY = falls(0.01, -0.01, 0.03), falls(0.48, 0.45, 0.5), falls(0.25, 0.22, 0.28)
 MIDDLE, FEW = made_up(0.7, 0.67, 0.73), made_up(0.97, 0.9, 0.99, n=40)
 RULES = [
     (insight.judge_pairs, (HIGH, LOW, HIGH), "yes", "looks at what is asked"),
     (insight.judge_pairs, (HIGH, HIGH, LOW), "no", "ignores what is asked"),
     (insight.judge_pairs, (HIGH, HALF, HALF), "part", "partly ignores what is asked"),
     (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH), "?", "undecided"),
-    (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts"), "yes", "needed"),
-    (insight.judge_needed, (HIGH, MIDDLE, 0.5, "thoughts"), "part", "needed in part"),
-    (insight.judge_needed, (HIGH, HIGH, 0.5, "pauses"), "no", "not needed"),
-    (insight.judge_needed, (FEW, HALF, 0.5, "thoughts"), "?", "undecided"),
-    (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts", HALF), "yes", "needed"),
-    (insight.judge_needed, (HIGH, HALF, 0.5, "thoughts", HIGH), "no", "not needed"),  # known before
-    (insight.judge_needed, (HALF, HALF, 0.5, "pauses"), "?", "undecided"),  # nothing to lose
-    (insight.judge_needed, (HIGH, HALF | {"mass": 0.01}, 0.5, "thoughts"), "?", "undecided"),
-    (insight.judge_needed, (HIGH, made_up(0.93, 0.9, 0.96), 0.5, "thoughts"), "?", "undecided"),
+    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts"), "yes", "needed"),
+    (insight.judge_needed, (HIGH, PARTLY, 0.5, "thoughts"), "part", "needed in part"),
+    (insight.judge_needed, (HIGH, KEPT, 0.5, "pauses"), "no", "not needed"),
+    (insight.judge_needed, (FEW, LOST, 0.5, "thoughts"), "?", "undecided"),
+    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", LOST), "yes", "needed"),
+    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", PARTLY), "part", "needed in part"),
+    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", KEPT), "no", "not needed"),  # known before
+    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", KEPT | {"mass": 0.1}), "yes", "needed"),
+    (insight.judge_needed, (HALF, KEPT, 0.5, "pauses"), "?", "undecided"),  # nothing to lose
+    (insight.judge_needed, (HIGH, LOST | {"mass": 0.01}, 0.5, "thoughts"), "?", "undecided"),
+    (insight.judge_needed, (HIGH, falls(0.04, -0.01, 0.09), 0.5, "thoughts"), "?", "undecided"),
     (insight.judge_carried, (HIGH, HALF, LOW, "thoughts"), "yes", "carried"),
     (insight.judge_carried, (LOW, LOW, HIGH, "pauses"), "no", "ignored"),
     (insight.judge_carried, (LOW, HALF, HIGH, "thoughts"), "?", "undecided"),  # the same for twins
@@ -294,12 +303,34 @@ def test_depth_and_readout_on_made_up_figures():
         assert insight.judge_write(w)["mark"] == mark
 
 
+def test_a_fall_is_of_paired_answers():
+    """Two intervals overlap although most questions that change are lost."""
+    own = torch.tensor([[0.0, -1.0]] * 90 + [[-1.0, 0.0]] * 10)
+    mean = own.clone()
+    mean[[*range(8), 99]] = mean[[*range(8), 99]].flip(1)  # 8 of 90 are lost, 1 of 10 is won
+    f = Figures({"own": own, "twin_own": own, "mean": mean}, torch.ones(100), own[:, 0] > -9)
+    ablated, accuracy = f.ablated("mean"), f.accuracy("own")
+    assert ablated["value"] == 0.83 and ablated["hi"] > accuracy["lo"]
+    assert ablated["fall"]["value"] == 0.07 and 0 < ablated["fall"]["lo"] < 0.07
+    falls = []
+    for seed in range(400):  # of the same questions, each changed with probability 0.1
+        g = torch.Generator().manual_seed(seed)
+        changed = torch.rand(300, generator=g) < 0.1
+        own = torch.where(torch.rand(300, 1, generator=g) < 0.9, torch.tensor([1.0, 0.0]), 0.5)
+        own[:, 1] = 0.6
+        mean = torch.where(changed[:, None], own.flip(1), own)
+        f = Figures({"own": own, "twin_own": own, "mean": mean}, torch.ones(300), own[:, 0] > -9)
+        falls.append(f.ablated("mean")["fall"])
+    expected = 0.1 * (0.9 - 0.1)
+    assert 0.93 < sum(x["lo"] <= expected <= x["hi"] for x in falls) / 400 < 0.98
+
+
 def test_fractions_leave_out_what_was_not_measured():
     """A question without a reworded form would count as an unchanged answer."""
     own, nan = torch.tensor([[0.0, -3.0]] * 4), float("nan")
     moved = torch.tensor([[-3.0, 0.0], [0.0, -3.0], [nan, nan], [-3.0, 0.0]])
     cells = {"own": own, "twin_own": own.flip(1), "twin": moved}
-    f = Figures(cells, torch.tensor([1, 2, 2, 3]))
+    f = Figures(cells, torch.tensor([1, 2, 2, 3]), torch.tensor([False, True, True, True]))
     assert f.flips("twin")["n"] == 2 and f.flips("twin")["value"] == 0.5
     assert f.accuracy("own")["n"] == 3 and f.flips("mean") is None
     assert fraction(torch.tensor([])) is None and f.flips("own", f.groups > 3) is None
@@ -454,7 +485,7 @@ def test_a_model_that_ignores_what_is_asked(monkeypatch):
     first[: N // 10] = first[: N // 10].flip(1)
     names = ("own", "twin_own", "mean", "twin", "unrelated", "k0", "k1", "k2", "slot1", "slot2")
     cells = dict.fromkeys(names, first) | {"by_inputs": torch.zeros(N, 1)}
-    figures = Figures(cells, torch.tensor(pairs.groups))
+    figures = Figures(cells, torch.tensor(pairs.groups), torch.ones(N, dtype=torch.bool))
     monkeypatch.setattr(type(pairs), "figures", lambda *args, **options: figures)
     row, _ = measure(engine, "pauses", None, pairs)
     assert row["verdict"] == "ignores what is asked" and row["noun"] == "pauses"

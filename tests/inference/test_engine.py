@@ -235,6 +235,14 @@ def test_edit_cannot_ask_its_own_engine(tokenizer):
     assert engine.generate(["Every"], 1, 2).tokens  # the lock is free again
 
 
+@pytest.mark.parametrize("candidates", [[["Tom", "Sam"]], ["Tom", "Sam"], [["Tom"], []], []])
+def test_candidates_fit_the_questions(tokenizer, candidates):
+    """One list was broadcast to all questions, and a string was scored letter by letter."""
+    model = random_gpt(2, smear=False, vocab_size=tokenizer.vocab_size)
+    with pytest.raises(ValueError, match="a list of answers for each question"):
+        Engine(model, tokenizer, Curriculum("coconut")).choose(["a", "b"], candidates, 1)
+
+
 def test_latent_is_as_in_training_by_default(tokenizer):
     """Guards against thoughts that the caller has to look up in the manifest."""
     engine = Engine(random_gpt(vocab_size=tokenizer.vocab_size), tokenizer)
