@@ -108,14 +108,16 @@ def insight(rows: Rows) -> str:
         own = select(rows, method=method)
         if not own:
             continue
-        fractions = [[row["value"] for row in own]]
-        for name, index in (("pairs", 1), ("needed", 1), ("carried", 0)):
-            findings = [f for row in own for f in row["detail"]["findings"] if f["id"] == name]
-            fractions.append([f["figures"][index]["value"] for f in findings])
-        means = [f"{100 * statistics.mean(x):.1f}" if x else "-" for x in fractions]
+        cells = [f"{100 * statistics.mean(row['value'] for row in own):.1f}"]
+        for name, *indices in (("pairs", 1), ("needed", 0, 1), ("carried", 0)):
+            found = [
+                f["figures"] for row in own for f in row["detail"]["findings"] if f["id"] == name
+            ]
+            means = [statistics.mean(f[i]["value"] for f in found) for i in indices if found]
+            cells.append(" → ".join(f"{100 * x:.1f}" for x in means) or "-")
         long, short = "the search, not the answer", "hold the search"  # commas separate verdicts
         verdicts = Counter(row["detail"]["verdict"].replace(long, short) for row in own)
-        lines.append((method, *means, "; ".join(f"{text} ({n})" for text, n in verdicts.items())))
+        lines.append((method, *cells, "; ".join(f"{text} ({n})" for text, n in verdicts.items())))
     return _table(*lines)
 
 

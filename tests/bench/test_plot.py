@@ -250,8 +250,10 @@ def test_insight_table_has_a_line_for_each_method():
         return {"labels": {"method": method}, "shape": {}, "value": value, "detail": detail}
 
     pairs = {"id": "pairs", "figures": [{"value": 0.9}, {"value": 0.8}, {"value": 0.2}]}
-    rows = [row("coconut", 0.9, "needed", pairs), row("coconut", 0.8, "needed"), row("cot", 1, "?")]
+    needed = {"id": "needed", "figures": [{"value": 0.9}, {"value": 0.5}]}
+    rows = [row("coconut", 0.9, "needed", pairs, needed), row("coconut", 0.8, "needed")]
+    rows.append(row("cot", 1, "?"))
     assert tables.insight(rows).splitlines()[2:] == [
-        "| coconut | 85.0 | 80.0 | - | - | needed (2) |",
+        "| coconut | 85.0 | 80.0 | 90.0 → 50.0 | - | needed (2) |",
         "| cot | 100.0 | - | - | - | ? (1) |",
     ]
