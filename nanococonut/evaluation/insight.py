@@ -49,6 +49,11 @@ def count(n: int, word: str) -> str:
     return f"{n} {word}{'s' * (n != 1)}"
 
 
+def extent(figure: Figure, limit: float) -> str:
+    """Return how far an effect goes that is not surely above the limit."""
+    return "in part" if figure["hi"] < limit else "at least in part"
+
+
 def plateau(accuracy: list[Figure]) -> int:
     """Return the fewest thoughts that give 80 % of the gain in accuracy; 0 without a clear gain."""
     values = [f["value"] for f in accuracy]
@@ -94,7 +99,7 @@ def judge_needed(
     text += f"; with the answer forced before the first of the {noun}, to {{2}}." if none else "."
     lost = percent(min(1.0, fall["value"] / max(gain, 0.01)))
     lost = f"This is {lost} of the gain over guessing ({percent(chance)})."
-    unclear = f"Whether {the.lower()} needed is undecided."
+    unclear, part = f"Whether {the.lower()} needed is undecided.", extent(fall, 0.8 * gain)
     return finding(
         "needed",
         text,
@@ -104,7 +109,7 @@ def judge_needed(
          "The model is hardly better than guessing on these questions."),
         (fall["lo"] >= 0.8 * gain, "yes", "needed", f"{the} needed.", lost),
         (fall["hi"] < 0.05, "no", "not needed", f"{the} not needed."),
-        (fall["lo"] > 0, "part", "needed in part", f"{the} needed in part.", lost),
+        (fall["lo"] > 0, "part", f"needed {part}", f"{the} needed {part}.", lost),
         (True, "?", "undecided", unclear),
     )  # fmt: skip
 
@@ -120,6 +125,7 @@ def judge_carried(
     ok = decided(twin, stays) and unrelated is not None
     ignored = ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
+    part = extent(twin, 0.9) if ok else ""
     donor, new, unchanged, figures = "its twin's", "the twin's", "", [twin, unrelated]
     if not twinned:
         donor, new = "another question's (a different answer)", "that question's"
@@ -138,7 +144,7 @@ def judge_carried(
          f"The {noun} of twins are interchangeable, but not those of unrelated questions."),
         (overlap, "?", "undecided",
          f"Whether replacing the {noun} moves the answer or only destroys it is undecided."),
-        (True, "part", "carried in part", f"The answer is carried in part by the {noun}."),
+        (True, "part", f"carried {part}", f"The answer is carried {part} by the {noun}."),
     )  # fmt: skip
 
 
@@ -258,6 +264,7 @@ def judge_write(w: dict[str, Any]) -> Finding:
     other, own, control = map(figures.get, ("other", "own", "control"))
     right, wrong = figures.get("right"), figures.get("wrong")
     ok, shown, erased = decided(other, control), [other, own, control], ""
+    part = extent(other, 0.8) if ok else ""
     if right and wrong:
         shown += [right, wrong]
         erased = " If the branch to the answer is projected out, {3} stay correct; if another, {4}"
@@ -272,9 +279,9 @@ def judge_write(w: dict[str, Any]) -> Finding:
         (not ok, "?", "undecided", "Whether concepts can be written into a thought is undecided."),
         (ok and other["lo"] > max(0.8, control["hi"]), "yes", "writable",
          "Concepts written into a thought steer the answer."),
-        (ok and other["lo"] > control["hi"], "part", "writable in part",
-         "Concepts written into a thought steer the answer in part."),
-        (other["value"] < control["value"] + 0.05, "no", "not writable",
+        (ok and other["lo"] > control["hi"], "part", f"writable {part}",
+         f"Concepts written into a thought steer the answer {part}."),
+        (ok and other["value"] < control["value"] + 0.05, "no", "not writable",
          "Concepts written into a thought do not steer the answer."),
         (True, "?", "undecided", "Whether concepts can be written into a thought is undecided."),
     )  # fmt: skip

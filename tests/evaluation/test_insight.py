@@ -235,6 +235,12 @@ RULES = [
     (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH), "?", "undecided"),
     (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts"), "yes", "needed"),
     (insight.judge_needed, (HIGH, PARTLY, 0.5, "thoughts"), "part", "needed in part"),
+    (
+        insight.judge_needed,
+        (HIGH, falls(0.4, 0.3, 0.5), 0.5, "thoughts"),
+        "part",
+        "needed at least in part",
+    ),
     (insight.judge_needed, (HIGH, KEPT, 0.5, "pauses"), "no", "not needed"),
     (insight.judge_needed, (FEW, LOST, 0.5, "thoughts"), "?", "undecided"),
     (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", LOST), "yes", "needed"),
@@ -249,6 +255,12 @@ RULES = [
     (insight.judge_carried, (LOW, HALF, HIGH, "thoughts"), "?", "undecided"),  # the same for twins
     (insight.judge_carried, (HALF, HALF, HALF, "thoughts"), "?", "undecided"),
     (insight.judge_carried, (MIDDLE, HALF, LOW, "thoughts"), "part", "carried in part"),
+    (
+        insight.judge_carried,
+        (made_up(0.92, 0.87, 0.95), HALF, LOW, "thoughts"),
+        "part",
+        "carried at least in part",
+    ),
     (insight.judge_carried, (FEW, HALF, LOW, "thoughts"), "?", "undecided"),
     (insight.judge_carried, (HIGH | {"mass": 0.4}, HALF, LOW, "thoughts"), "?", "undecided"),
     (insight.judge_carried, (None, None, None, "thoughts"), "?", "undecided"),
