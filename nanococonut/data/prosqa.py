@@ -382,8 +382,21 @@ def renamed(example: Example, twin: Example) -> str:
     The search is the same, step by step; only the name that is asked about is the twin's.
     """
     a, b = (parse_question(x["question"]).entity for x in (example, twin))
+    return _exchange(example["question"], a, b)
+
+
+def retargeted(example: Example) -> str:
+    """Return the question with the names of the two options exchanged in the facts.
+
+    The search begins as before, but it ends at the other option.
+    """
+    facts, query = example["question"].rsplit(" Is ", 1)
+    return f"{_exchange(facts, *parse_question(example['question']).options)} Is {query}"
+
+
+def _exchange(text: str, a: str, b: str) -> str:
     names = {a: b, b: a}
-    return re.sub(r"\w+", lambda m: names.get(m[0], m[0]), example["question"])
+    return re.sub(r"\w+", lambda m: names.get(m[0], m[0]), text)
 
 
 # ---- compact style: "Every p is a c." becomes " p c.", the query "? Tom? A? B", a step " p c", the

@@ -61,85 +61,101 @@ def plateau(accuracy: list[Figure]) -> int:
     return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
 
 
-def judge_pairs(trained: Figure, one: Figure, both: Figure) -> Finding:
-    """Judge test 1: a shortcut that ignores what is asked is correct for only one of two twins."""
+def judge_pairs(trained: Figure, one: Figure, both: Figure, questions: str) -> Finding:
+    """Judge test 1: a shortcut that ignores what is asked is correct for only one of two twins.
+
+    questions  which ones, such as "questions as in training"
+    """
     ok = decided(trained, one, both)
     return finding(
         "pairs",
-        "Accuracy on questions as in training is {0}. In {1} of the twin pairs with at least two "
-        "steps, both answers are correct; in {2} exactly one, the most that a rule or a guess that "
-        "ignores what is asked can reach.",
+        f"Accuracy on {questions} is {{0}}. In {{1}} of the twin pairs with at least two steps, "
+        "both answers are correct; in {2} exactly one is. A rule that ignores what is asked never "
+        "gets both.",
         [trained, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked",
-         "The model ignores what is asked."),
+         f"On {questions}, the model ignores what is asked."),
         (ok and one["hi"] < 0.1, "yes", "looks at what is asked",
          "The answer depends on what is asked."),
-        (ok and one["lo"] > 0.1, "part", "partly ignores what is asked",
-         "Part of the answers ignore what is asked: by a shortcut or a guess."),
+        (ok and one["lo"] > 0.1, "part", "same answer to some twins",
+         "Some twins get the same answer: by a shortcut, a guess or an error."),
         (True, "?", "undecided", "Whether the answer depends on what is asked is undecided."),
     )  # fmt: skip
 
 
 def judge_needed(
-    own: Figure, mean: Figure, chance: float, noun: str, none: Figure | None = None
+    own: Figure, mean: Figure, chance: float, noun: str, **others: Figure | None
 ) -> Finding:
     """Judge test 2 by how much accuracy falls from that without intervention (own).
 
-    mean  under mean ablation, see Figures.ablated
-    none  if the answer is forced before the first thought (None: a written chain)
+    mean    under mean ablation, see Figures.ablated (of a written chain: without it)
+    others  further ablations: none, if the answer is forced before the first thought, and
+            unrelated, with another question's thoughts; the smallest fall counts
     """
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
-    ok, text = decided(own, mean), "Without the written chain, accuracy"
-    falls = [x["fall"] for x in (mean, none) if ok and decided(x)]
+    others = {name: x for name, x in others.items() if decided(x)}
+    falls = [x["fall"] for x in (mean, *others.values()) if decided(x)]
     fall = min(falls, key=lambda x: x["value"], default={"value": 0, "lo": 0, "hi": 1})
     gain = own["value"] - chance
-    if none:
-        text = f"Under mean ablation ({noun} averaged over questions), accuracy"
+    text = f"Under mean ablation ({noun} averaged over questions), accuracy"
+    if noun == "written chain":
+        text = "Without the written chain, accuracy"
     text += " on questions of two or more steps goes from {0} to {1}"
-    text += f"; with the answer forced before the first of the {noun}, to {{2}}." if none else "."
+    also = {
+        "none": f"; with the answer forced before the first of the {noun}, to ",
+        "unrelated": f"; with the {noun} of an unrelated question, to ",
+    }
+    text += "".join(f"{also[name]}{{{i}}}" for i, name in enumerate(others, 2)) + "."
     lost = percent(min(1.0, fall["value"] / max(gain, 0.01)))
-    lost = f"This is {lost} of the gain over guessing ({percent(chance)})."
+    lost = f"The smallest fall is {lost} of the gain over a guess ({percent(chance)})."
     unclear, part = f"Whether {the.lower()} needed is undecided.", extent(fall, 0.8 * gain)
     return finding(
         "needed",
         text,
-        [own, mean, *filter(None, [none])],
-        (not ok, "?", "undecided", unclear),
+        [own, mean, *others.values()],
+        (not decided(own), "?", "undecided", unclear),
         (own["lo"] <= chance + 0.05, "?", "undecided", unclear,
          "The model is hardly better than guessing on these questions."),
+        (fall["hi"] < min(0.05, 0.2 * gain), "no", "not needed", f"{the} not needed."),
+        (not decided(mean), "?", "undecided", unclear),
         (fall["lo"] >= 0.8 * gain, "yes", "needed", f"{the} needed.", lost),
-        (fall["hi"] < 0.05, "no", "not needed", f"{the} not needed."),
         (fall["lo"] > 0, "part", f"needed {part}", f"{the} needed {part}.", lost),
         (True, "?", "undecided", unclear),
     )  # fmt: skip
 
 
 def judge_carried(
-    twin: Figure, unrelated: Figure, stays: Figure, noun: str, twinned: bool = True
+    twin: Figure, unrelated: Figure, stays: Figure, kept: Figure, noun: str, twinned: bool = True
 ) -> Finding:
     """Judge test 3 by the answers that change to the twin's, for two donors of the slots.
 
-    stays  answers that do not change with the twin as donor
+    stays, kept  answers that do not change with the twin, the unrelated question as donor
     """
     are = "are" if noun.endswith("s") else "is"
-    ok = decided(twin, stays) and unrelated is not None
+    ok = decided(twin, stays) and bool(unrelated) and unrelated["n"] >= MIN_PAIRS
     ignored = ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
     part = extent(twin, 0.9) if ok else ""
-    donor, new, unchanged, figures = "its twin's", "the twin's", "", [twin, unrelated]
-    if not twinned:
-        donor, new = "another question's (a different answer)", "that question's"
-        unchanged, figures = " In the first case {2} do not change.", [twin, unrelated, stays]
+    text = "Interchange intervention, where both answers are correct: if only the "
+    text += f"{noun} of a question {are} replaced by "
+    if twinned:
+        figures = [twin, unrelated]
+        text += "its twin's, {0} of the answers change to the twin's; if by those of an unrelated "
+        text += "question (as many steps), {1}."
+    else:
+        figures = [twin, stays, kept]
+        text += (
+            "those of another question, {0} of the answers change to that question's and {1} do "
+        )
+        text += "not change; if by those of a third question (as many steps), {2} do not change."
     return finding(
         "carried",
-        f"Interchange intervention, where both answers are correct: if only the {noun} of a "
-        f"question {are} replaced by {donor}, {{0}} of the answers change to {new}; if by an "
-        f"unrelated question's (as many steps), {{1}}." + unchanged,
+        text,
         figures,
         (not ok, "?", "undecided", f"Whether the answer is carried by the {noun} is undecided."),
         (ok and twin["lo"] >= 0.9 and unrelated["hi"] < twin["lo"], "yes", "carried",
          f"The answer is carried by the {noun}."),
-        (ignored and unrelated["hi"] <= 0.1, "no", "ignored", f"The {noun} {are} ignored."),
+        (ignored and kept["lo"] >= 0.9, "no", "ignored", f"The {noun} {are} ignored."),
         (ignored, "?", "undecided",
          f"The {noun} of twins are interchangeable, but not those of unrelated questions."),
         (overlap, "?", "undecided",
@@ -155,34 +171,54 @@ def judge_search(
     noun: str,
     query: str = "other options",
     renamed: Figure | None = None,
+    retargeted: Figure | None = None,
 ) -> Finding:
-    """Judge test 4 by the answers that change to the twin's, for four donors of the slots.
+    """Judge test 4 by the answers that change to the twin's, for five donors of the slots.
 
     other, same  the twin and the question itself, asked with other options: the search is the same,
                  the answer is not
     renamed      the question itself after the names of its entity and the twin's are exchanged: the
                  search is the same, the name that is asked about is not (None: no ProsQA)
+    retargeted   the question itself after the options' names are exchanged in the facts: the search
+                 begins as before, but ends at the twin's answer (None: no ProsQA)
     """
     ok = decided(twin, other, same) and twin["lo"] >= 0.9
-    asked = ok and renamed is not None and renamed["hi"] >= 0.5
     separate = ok and other["lo"] > same["hi"]
+    no_answer = ok and other["lo"] > 0.8 and same["hi"] < 0.2
+    controlled = ok and decided(renamed, retargeted)
+    named = controlled and renamed["lo"] > max(same["hi"], 0.1)  # a part depends on the name
+    begun = controlled and retargeted["hi"] <= 0.5  # no more than what does not reach the options
     text = (
         f"If the {noun} come from the twin with {query}, {{0}} of the answers change to the twin's;"
         f" if they come from the question itself with {query}, {{1}}"
     )
-    text += "; with the two names exchanged, {2}." if renamed else "."
+    if renamed and retargeted:
+        text += (
+            "; with the two names exchanged, {2}; with the two options exchanged in the facts, so "
+        )
+        text += "that the same first steps lead to the other option, {3}"
     return finding(
         "search",
-        text,
-        [other, same, *filter(None, [renamed])],
+        f"{text}.",
+        [other, same, *filter(None, [renamed, retargeted])],
         (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
-        (asked, "part", "what is asked, perhaps no search",
+        (controlled and renamed["hi"] >= 0.5 or no_answer and begun, "part",
+         "what is asked, perhaps no search",
          f"The {noun} carry what is asked, and perhaps no search."),
-        (ok and other["lo"] > 0.5 and same["hi"] < 0.5, "yes", "the search, not the answer",
+        (named and separate, "part", "search and what is asked",
+         f"The {noun} carry what is asked, and part of the search."),
+        (no_answer and controlled and retargeted["lo"] > 0.8, "yes", "the search, not the answer",
          f"The {noun} carry the search, not the answer.",
-         f"So the {noun} hold how far the search got; the options are compared afterwards."),
+         f"So the {noun} hold where the search has arrived; the options are compared afterwards."),
+        (no_answer and controlled, "part", "part of the search",
+         f"The {noun} carry part of the search, not the answer.",
+         "For some questions they do not hold its end."),
+        (no_answer, "part", "not the answer",
+         f"The {noun} carry the search, or what is asked, but not the answer."),
         (ok and not separate and other["lo"] <= 0.5, "no", "the answer itself",
          f"The {noun} carry the answer itself, not the search."),
+        (ok and separate and other["lo"] > 0.5 and same["hi"] < 0.5, "part",
+         "more search than answer", f"The {noun} carry more of the search than of the answer."),
         (True, "part", "search and answer", f"The {noun} carry some of both, search and answer."),
     )  # fmt: skip
 
@@ -197,7 +233,10 @@ def judge_depth(
     """
     counts = {h: plateau(figures) for h, figures in accuracy.items()}
     strongest = [max(range(len(f)), key=lambda j: f[j]["value"]) + 1 for f in slots.values()]
-    parts = [f"{count(h, 'step')}: {k}, {{{i}}}" for i, (h, k) in enumerate(counts.items())]
+    parts = [
+        f"{count(h, 'step')}: {k or '0 (no clear gain)'}, {{{i}}}"
+        for i, (h, k) in enumerate(counts.items())
+    ]
     alone = (
         f"The single slot that changes most answers is number {', '.join(map(str, strongest))} "
         f"for {', '.join(map(str, slots))} steps."
@@ -237,7 +276,8 @@ def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
         (all(good) and thoughts == sorted(set(thoughts)), "yes", "readable",
          "The LM head can read the thoughts: later ones name concepts farther away."),
         (any(good), "part", "readable in part", "The LM head can read the thoughts in part."),
-        (True, "no", "not readable", "The LM head cannot read the thoughts."),
+        (True, "no", "not readable",
+         "The LM head does not name the concepts one or two steps away."),
     )  # fmt: skip
 
 
@@ -292,10 +332,17 @@ def judge_unsolved(trained: Figure, own: Figure, chance: float, both: bool) -> F
 
     both  `own` is the accuracy on other questions than `trained`, without a shortcut
     """
+    hopeless = max(trained["hi"], own["hi"]) < chance + 0.15
     return finding(
         "solves",
         f"Accuracy is {{0}}{', and {1} without a shortcut' * both}; guessing gives "
         f"{percent(chance)}.",
         [trained, own],
-        (True, "no", "does not solve these questions", "The model does not solve these questions."),
+        (
+            hopeless,
+            "no",
+            "does not solve these questions",
+            "The model does not solve these questions.",
+        ),
+        (True, "?", "undecided", "Whether the model solves these questions is undecided."),
     )

@@ -66,6 +66,7 @@ class QuestionBatch:
         n: int,
     ) -> None:  # fmt: skip
         self.n, self.content, self.kind = n, None, kind_of(engine)
+        self.questions = list(questions)
         self.branch = b = engine.branch(questions, candidates, n + EXTRA)
         self.outcomes = {"k0": b.answer()}
         if self.kind == "chain":
@@ -110,12 +111,14 @@ class QuestionBatch:
         B, start = len(self.branch), self.branch.start.tolist()
         by_inputs = self.needs_inputs_of(twin)
 
-        def following(i: int) -> int:  # the next question with as many tokens; i if there is none
+        def following(i: int) -> int:  # the next one with as many tokens; i if there is none
             after = [*range(i + 1, B), *range(i)]
-            return next((j for j in after if start[j] == start[i]), i)
+            same = self.questions[i], twin.questions[i]
+            fit = (j for j in after if start[j] == start[i] and self.questions[j] not in same)
+            return next(fit, i)
 
         donors = [following(i) for i in range(B)]
-        unrelated = self.answer(take(self.content, donors))
+        unrelated = self.answer(take(self.content, donors), by_inputs=by_inputs)
         unrelated[[i == j for i, j in enumerate(donors)]] = torch.nan
         outcomes = {
             "by_inputs": torch.full((B, 1), float(by_inputs)),
@@ -155,7 +158,7 @@ def interchange(
 
     candidates  answers of each question: its own, then its twin's, then any others
     donors      name -> a further donor of each question, or None; the outcome has this name and is
-                NaN without a donor
+                NaN without a donor, or if only the twin's keys and values fit
     groups      a number per question; an unrelated donor has the same
     """
     config, N, n, out = engine.model.config, len(questions), n_slots(engine), {}
@@ -185,7 +188,10 @@ def interchange(
         for name, others in (donors or {}).items():
             if known := [j for j, i in enumerate(index) if others[i] is not None]:
                 donor = batch(index, others)
-                answers = own.answer(donor.content, by_inputs=own.needs_inputs_of(donor))
+                by_inputs = own.needs_inputs_of(donor)
+                if by_inputs != own.needs_inputs_of(twin):  # could not be compared
+                    continue
+                answers = own.answer(donor.content, by_inputs=by_inputs)
                 outcomes[name] = torch.full_like(answers, torch.nan)
                 outcomes[name][known] = answers[known]
         for name, value in outcomes.items():
@@ -260,7 +266,8 @@ class Figures:
         with the interval for paired answers (Agresti and Min, 2005)."""
         if (accuracy := self.accuracy(name)) is None:
             return None
-        own, other = (self.outcomes[k][self.deep].argmax(1) == 0 for k in ("own", name))
+        mask = self.deep & ~self.outcomes[name][:, 0].isnan()
+        own, other = (self.outcomes[k][mask].argmax(1) == 0 for k in ("own", name))
         lost, won, n = (own & ~other).sum().item(), (other & ~own).sum().item(), len(own)
         center = (lost - won) / (n + 2)
         half = 1.96 * (lost + won + 1 - (n + 2) * center**2) ** 0.5 / (n + 2)

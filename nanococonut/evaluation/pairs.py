@@ -71,6 +71,7 @@ class Pairs:
                 donors[name] = [texts[i] if all(texts) else None for texts in reworded]
             if self.is_prosqa:
                 donors["renamed"] = [prosqa.renamed(*pair) for pair in pairs]
+                donors["retargeted"] = [prosqa.retargeted(x) for x in self.examples]
         outcomes = interchange(
             engine, *self.questions(), self.candidates(engine), donors=donors, groups=self.groups
         )

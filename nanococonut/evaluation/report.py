@@ -29,7 +29,8 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     questions, twins = (plain or pairs).questions()
     q = p if questions != twins else f  # ProntoQA as in training has no twins
     one, both = (fraction(x[q.deep]) for x in (q.right ^ q.twin_right, q.both_right))
-    shortcut = [insight.judge_pairs(trained, one, both)] if pairs.twinned else []
+    about = "questions as in training" if plain else "these questions"
+    shortcut = [insight.judge_pairs(trained, one, both, about)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
     row: Row = {
         "name": name,
@@ -49,8 +50,9 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
         findings = shortcut
         row["refused"] = ["There is nothing between question and answer to replace."]
     else:
-        none = None if kind == "chain" else f.ablated("k0")
-        needed = insight.judge_needed(own, f.ablated("mean"), f.chance, noun, none)
+        others = {"none": None if kind == "chain" else f.ablated("k0")}
+        others["unrelated"] = f.ablated("unrelated")
+        needed = insight.judge_needed(own, f.ablated("mean"), f.chance, noun, **others)
         interchanged = _judge_interchange(row, f, plain and p, pairs)
         if ignores:
             findings = [*shortcut, needed]
@@ -64,7 +66,8 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     shown = [x for x in findings if x["id"] in SUMMARY][: 1 if ignores else None]
     if len(shown) > 1 and shown[0]["verdict"] == "looks at what is asked":  # others say more
         del shown[0]
-    return row | {"findings": findings, "verdict": ", ".join(x["verdict"] for x in shown)}, f
+    verdicts = [f"{x['id']} undecided" if x["mark"] == "?" else x["verdict"] for x in shown]
+    return row | {"findings": findings, "verdict": ", ".join(verdicts) or "nothing to test"}, f
 
 
 def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
@@ -96,18 +99,21 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
         "half": "the first half of the twin's",
         "same_other": f"of the question itself, {query}",
         "other_other": f"of the twin, {query}",
-        "renamed": "of the question itself, the two names exchanged",
+        "renamed": "of the question itself, names exchanged",
+        "retargeted": "of itself, options exchanged in the facts",
         "twin": "of the twin",
     }
     flips = {name: f.flips(name) for name in labels}
     row["scale"] = [{"id": k, "label": labels[k]} | x for k, x in flips.items() if x]
     if not twin or twin["n"] < MIN_PAIRS:
         row["refused"].append("Too few pairs have both answers correct for more tests.")
-    stays, unrelated = f.flips("twin", candidate=0), flips["unrelated"]
-    findings = [insight.judge_carried(twin, unrelated, stays, noun, pairs.twinned)]
+    stays, kept = (f.flips(name, candidate=0) for name in ("twin", "unrelated"))
+    carried = twin, flips["unrelated"], stays, kept
+    findings = [insight.judge_carried(*carried, noun, pairs.twinned)]
     if "same_other" in f.outcomes:
         other, same = flips["other_other"], flips["same_other"]
-        findings.append(insight.judge_search(twin, other, same, noun, query, flips["renamed"]))
+        controls = flips["renamed"], flips["retargeted"]
+        findings.append(insight.judge_search(twin, other, same, noun, query, *controls))
     if "slot1" not in f.outcomes:  # a written chain
         return findings
 
@@ -119,7 +125,8 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     rows |= {count(h, "step"): figures for h, figures in accuracy.items()}
     row["accuracy"] = grid(numbers, rows) | {"trained": n}
     row["slots"] = grid(slots, {count(h, "step"): figures for h, figures in moved.items()})
-    solved = {h: x for h, x in accuracy.items() if decided(x[n]) and x[-1]["lo"] > 0.55}
+    best = {h: max(figure["lo"] for figure in x[n:]) for h, x in accuracy.items()}
+    solved = {h: x for h, x in accuracy.items() if decided(x[n]) and best[h] > f.chance + 0.05}
     if len(solved) > 1:
         deep = {h: moved[h] for h in solved if h > 1 and all(moved[h])}
         findings.append(insight.judge_depth(solved, deep, noun))

@@ -188,6 +188,12 @@ def test_a_prosqa_twin_asks_about_the_other_root(split, seed):
         assert prosqa.parse_question(renamed).entity == asked
         answer = example["answer"].split()[-1]
         assert task.solve(renamed) == f"{asked} is a {answer}"
+        # the search ends at the other option, of the same question
+        retargeted, query = prosqa.retargeted(example), example["question"].rsplit(" Is ")[1]
+        assert retargeted.endswith(query) and task.solve(retargeted) == twin["answer"].replace(
+            prosqa.parse_question(twin["question"]).entity,
+            prosqa.parse_question(example["question"]).entity,
+        )
 
 
 def test_a_prontoqa_twin_has_the_other_answer(seed):
@@ -229,10 +235,10 @@ def falls(value, lo, hi):
 KEPT, LOST, PARTLY = falls(0.01, -0.01, 0.03), falls(0.48, 0.45, 0.5), falls(0.25, 0.22, 0.28)
 MIDDLE, FEW = made_up(0.7, 0.67, 0.73), made_up(0.97, 0.9, 0.99, n=40)
 RULES = [
-    (insight.judge_pairs, (HIGH, LOW, HIGH), "yes", "looks at what is asked"),
-    (insight.judge_pairs, (HIGH, HIGH, LOW), "no", "ignores what is asked"),
-    (insight.judge_pairs, (HIGH, HALF, HALF), "part", "partly ignores what is asked"),
-    (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH), "?", "undecided"),
+    (insight.judge_pairs, (HIGH, LOW, HIGH, "x"), "yes", "looks at what is asked"),
+    (insight.judge_pairs, (HIGH, HIGH, LOW, "x"), "no", "ignores what is asked"),
+    (insight.judge_pairs, (HIGH, HALF, HALF, "x"), "part", "same answer to some twins"),
+    (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH, "x"), "?", "undecided"),
     (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts"), "yes", "needed"),
     (insight.judge_needed, (HIGH, PARTLY, 0.5, "thoughts"), "part", "needed in part"),
     (
@@ -243,46 +249,67 @@ RULES = [
     ),
     (insight.judge_needed, (HIGH, KEPT, 0.5, "pauses"), "no", "not needed"),
     (insight.judge_needed, (FEW, LOST, 0.5, "thoughts"), "?", "undecided"),
-    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", LOST), "yes", "needed"),
-    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", PARTLY), "part", "needed in part"),
-    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", KEPT), "no", "not needed"),  # known before
-    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", KEPT | {"mass": 0.1}), "yes", "needed"),
+    (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts", {"none": LOST}), "yes", "needed"),
+    (
+        insight.judge_needed,
+        (HIGH, LOST, 0.5, "thoughts", {"none": PARTLY}),
+        "part",
+        "needed in part",
+    ),
+    (
+        insight.judge_needed,
+        (HIGH, LOST, 0.5, "thoughts", {"unrelated": KEPT}),
+        "no",
+        "not needed",
+    ),  # known before
+    (
+        insight.judge_needed,
+        (HIGH, LOST, 0.5, "thoughts", {"none": KEPT | {"mass": 0.1}}),
+        "yes",
+        "needed",
+    ),
     (insight.judge_needed, (HALF, KEPT, 0.5, "pauses"), "?", "undecided"),  # nothing to lose
     (insight.judge_needed, (HIGH, LOST | {"mass": 0.01}, 0.5, "thoughts"), "?", "undecided"),
     (insight.judge_needed, (HIGH, falls(0.04, -0.01, 0.09), 0.5, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (HIGH, HALF, LOW, "thoughts"), "yes", "carried"),
-    (insight.judge_carried, (LOW, LOW, HIGH, "pauses"), "no", "ignored"),
-    (insight.judge_carried, (LOW, HALF, HIGH, "thoughts"), "?", "undecided"),  # the same for twins
-    (insight.judge_carried, (HALF, HALF, HALF, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (MIDDLE, HALF, LOW, "thoughts"), "part", "carried in part"),
+    (insight.judge_carried, (HIGH, HALF, LOW, HALF, "thoughts"), "yes", "carried"),
+    (insight.judge_carried, (LOW, LOW, HIGH, HIGH, "pauses"), "no", "ignored"),
+    (insight.judge_carried, (LOW, HALF, HIGH, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HALF, HALF, HALF, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (MIDDLE, HALF, LOW, HALF, "thoughts"), "part", "carried in part"),
     (
         insight.judge_carried,
-        (made_up(0.92, 0.87, 0.95), HALF, LOW, "thoughts"),
+        (made_up(0.92, 0.87, 0.95), HALF, LOW, HALF, "thoughts"),
         "part",
         "carried at least in part",
     ),
-    (insight.judge_carried, (FEW, HALF, LOW, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (HIGH | {"mass": 0.4}, HALF, LOW, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (None, None, None, "thoughts"), "?", "undecided"),
-    (insight.judge_carried, (LOW, LOW, HALF, "thoughts", False), "?", "undecided"),  # destroyed
-    (insight.judge_carried, (LOW, LOW, HIGH, "thoughts", False), "no", "ignored"),
-    (insight.judge_search, (HIGH, HIGH, LOW, "thoughts"), "yes", "the search, not the answer"),
-    (insight.judge_search, (HIGH, LOW, LOW, "thoughts"), "no", "the answer itself"),
-    (insight.judge_search, (HIGH, HIGH, HIGH, "thoughts"), "part", "search and answer"),
-    (insight.judge_search, (HIGH, None, LOW, "thoughts"), "?", "undecided"),
-    (insight.judge_search, (LOW, LOW, LOW, "thoughts"), "?", "undecided"),
-    (insight.judge_search, (HIGH, HALF, HALF, "thoughts"), "no", "the answer itself"),
-    (
-        insight.judge_search,
-        (HIGH, HIGH, LOW, "thoughts", "", LOW),
-        "yes",
-        "the search, not the answer",
-    ),
-    (
-        insight.judge_search,
-        (HIGH, HIGH, LOW, "thoughts", "", HIGH),
-        "part",
-        "what is asked, perhaps no search",
+    (insight.judge_carried, (FEW, HALF, LOW, HALF, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH, FEW, LOW, LOW, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (HIGH | {"mass": 0.4}, HALF, LOW, HALF, "pauses"), "?", "undecided"),
+    (insight.judge_carried, (None, None, None, None, "thoughts"), "?", "undecided"),
+    (insight.judge_carried, (LOW, LOW, HALF, HALF, "thoughts", False), "?", "undecided"),
+    (insight.judge_carried, (LOW, LOW, HIGH, LOW, "thoughts", False), "?", "undecided"),
+    (insight.judge_carried, (LOW, LOW, HIGH, HIGH, "thoughts", False), "no", "ignored"),
+    *(
+        (insight.judge_search, (*flips, "thoughts", "", *controls), mark, verdict)
+        for flips, controls, mark, verdict in (
+            ((HIGH, HIGH, LOW), (LOW, HIGH), "yes", "the search, not the answer"),
+            ((HIGH, HIGH, LOW), (LOW, MIDDLE), "part", "part of the search"),
+            ((HIGH, HIGH, LOW), (LOW, LOW), "part", "what is asked, perhaps no search"),
+            ((HIGH, HIGH, LOW), (HIGH, LOW), "part", "what is asked, perhaps no search"),
+            (
+                (HIGH, HIGH, LOW),
+                (made_up(0.4, 0.37, 0.43), MIDDLE),
+                "part",
+                "search and what is asked",
+            ),
+            ((HIGH, HIGH, LOW), (), "part", "not the answer"),
+            ((HIGH, MIDDLE, LOW), (LOW, HIGH), "part", "more search than answer"),
+            ((HIGH, LOW, LOW), (), "no", "the answer itself"),
+            ((HIGH, HALF, HALF), (LOW, HIGH), "no", "the answer itself"),
+            ((HIGH, HIGH, HIGH), (), "part", "search and answer"),
+            ((HIGH, None, LOW), (), "?", "undecided"),
+            ((LOW, LOW, LOW), (), "?", "undecided"),
+        )
     ),
 ]
 
@@ -290,7 +317,8 @@ RULES = [
 @pytest.mark.parametrize("rule, figures, mark, verdict", RULES)
 def test_rules_on_made_up_figures(rule, figures, mark, verdict):
     """An interval across a limit, or a figure of too few questions, could give a verdict."""
-    finding = rule(*figures)
+    options = figures[-1] if isinstance(figures[-1], dict) and "n" not in figures[-1] else {}
+    finding = rule(*figures[: len(figures) - bool(options)], **options)
     assert (finding["mark"], finding["verdict"]) == (mark, verdict)
     n = sum(f"{{{i}}}" in finding["text"] for i in range(9))
     assert n == len(finding["figures"]) and finding["title"].endswith(".")
@@ -473,7 +501,8 @@ def test_without_twins_destroyed_is_not_ignored(bundled):
     assert f.accuracy("own")["lo"] > f.accuracy("mean")["hi"] and f.chance < 0.2
     assert f.flips("twin")["hi"] < 0.2 and f.flips("twin", candidate=0)["hi"] < 0.9
     figures = f.flips("twin"), f.flips("unrelated"), f.flips("twin", candidate=0)
-    assert insight.judge_carried(*figures, "thoughts", False)["mark"] == "?"
+    kept = f.flips("unrelated", candidate=0)
+    assert insight.judge_carried(*figures, kept, "thoughts", False)["mark"] == "?"
 
 
 def test_thoughts_name_the_words_of_their_step(bundled):

@@ -66,6 +66,15 @@ MECHANISMS = {
         lambda q, x: q.guess() if x in (None, NOTHING) else q.solve(x),
         ("needed", "carried", "what is asked, perhaps no search"),
     ),
+    "the first step": Mechanism(
+        lambda q: next(
+            child
+            for parent, child in q.edges
+            if parent == q.entity and q.solve() in reachable(q.edges, child)
+        ),
+        lambda q, x: q.guess() if x in (None, NOTHING) else q.solve(x),
+        ("needed", "carried", "what is asked, perhaps no search"),
+    ),
     "number of the option": Mechanism(
         lambda q: q.options.index(q.solve()),
         lambda q, x: q.options[x] if x in (0, 1) else q.guess(),
@@ -94,7 +103,12 @@ MECHANISMS = {
     "a gate that a mean breaks": Mechanism(
         lambda q: number(q.text) % 2,
         lambda q, x: None if x in (None, NOTHING) else q.solve(),
-        ("undecided", "ignored", "undecided"),
+        ("not needed", "ignored", "undecided"),  # other thoughts do not break it
+    ),
+    "a gate that needs any thought": Mechanism(
+        lambda q: number(q.text) % 2,
+        lambda q, x: q.guess() if x in (None, NOTHING) else q.solve(),
+        ("not needed", "ignored", "undecided"),
     ),
 }
 
@@ -151,16 +165,17 @@ def test_verdicts_fit_the_mechanism(name, monkeypatch):
         return SymbolicBranch(mechanism, self, questions, candidates, n_slots)
 
     monkeypatch.setattr(Engine, "branch", branch)
-    _, pairs = generated_pairs(engine.config, rows=100, seed=0)
+    _, pairs = generated_pairs(engine.config, rows=150, seed=0)
     f = pairs.figures(engine)
-    own, mean, none = f.accuracy("own"), f.ablated("mean"), f.ablated("k0")
-    names = "twin unrelated other_other same_other renamed".split()
-    twin, unrelated, other, same, renamed = map(f.flips, names)
-    stays = f.flips("twin", candidate=0)
+    own, mean = f.accuracy("own"), f.ablated("mean")
+    others = {"none": f.ablated("k0"), "unrelated": f.ablated("unrelated")}
+    twin, unrelated = f.flips("twin"), f.flips("unrelated")
+    stays, kept = (f.flips(x, candidate=0) for x in ("twin", "unrelated"))
+    other, same, *controls = map(f.flips, "other_other same_other renamed retargeted".split())
     assert own["value"] > 0.99 and twin["n"] >= 100
     findings = (
-        insight.judge_needed(own, mean, f.chance, "thoughts", none),
-        insight.judge_carried(twin, unrelated, stays, "thoughts"),
-        insight.judge_search(twin, other, same, "thoughts", renamed=renamed),
+        insight.judge_needed(own, mean, f.chance, "thoughts", **others),
+        insight.judge_carried(twin, unrelated, stays, kept, "thoughts"),
+        insight.judge_search(twin, other, same, "thoughts", "", *controls),
     )
     assert tuple(x["verdict"] for x in findings) == mechanism.verdicts
