@@ -115,8 +115,9 @@ def insight(rows: Rows) -> str:
             ]
             means = [statistics.mean(f[i]["value"] for f in found) for i in indices if found]
             cells.append(" → ".join(f"{100 * x:.1f}" for x in means) or "-")
-        long, short = "the search, not the answer", "hold the search"  # commas separate verdicts
-        verdicts = Counter(row["detail"]["verdict"].replace(long, short) for row in own)
+        whole = "the search, not the answer"  # commas separate verdicts
+        short = [row["detail"]["verdict"].replace(whole, "hold the search") for row in own]
+        verdicts = Counter(text.replace("part of the", "hold part of the") for text in short)
         lines.append((method, *cells, "; ".join(f"{text} ({n})" for text, n in verdicts.items())))
     return _table(*lines)
 

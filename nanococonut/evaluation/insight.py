@@ -131,7 +131,7 @@ def judge_carried(
 
     stays, kept  answers that do not change with the twin, the unrelated question as donor
     """
-    are = "are" if noun.endswith("s") else "is"
+    are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
     ok = decided(twin, stays) and bool(unrelated) and unrelated["n"] >= MIN_PAIRS
     ignored = ok and twin["hi"] <= 0.1 and stays["lo"] >= 0.9
     overlap = ok and twin["lo"] <= unrelated["hi"] and unrelated["lo"] <= twin["hi"]
@@ -140,14 +140,12 @@ def judge_carried(
     text += f"{noun} of a question {are} replaced by "
     if twinned:
         figures = [twin, unrelated]
-        text += "its twin's, {0} of the answers change to the twin's; if by those of an unrelated "
-        text += "question (as many steps), {1}."
+        text += "its twin's, {0} of the answers change to the twin's; if by "
+        text += f"{those} of an unrelated question (as many steps), {{1}}."
     else:
         figures = [twin, stays, kept]
-        text += (
-            "those of another question, {0} of the answers change to that question's and {1} do "
-        )
-        text += "not change; if by those of a third question (as many steps), {2} do not change."
+        text += f"{those} of another question, {{0}} of the answers change to that question's and "
+        text += f"{{1}} do not change; if by {those} of a third (as many steps), {{2}} do not."
     return finding(
         "carried",
         text,
