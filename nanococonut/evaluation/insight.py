@@ -336,11 +336,7 @@ def judge_unsolved(trained: Figure, own: Figure, chance: float, both: bool) -> F
         f"Accuracy is {{0}}{', and {1} without a shortcut' * both}; guessing gives "
         f"{percent(chance)}.",
         [trained, own],
-        (
-            hopeless,
-            "no",
-            "does not solve these questions",
-            "The model does not solve these questions.",
-        ),
+        (hopeless, "no", "does not solve these questions",
+         "The model does not solve these questions."),
         (True, "?", "undecided", "Whether the model solves these questions is undecided."),
-    )
+    )  # fmt: skip
