@@ -152,13 +152,14 @@ def interchange(
                        as many tokens (NaN if there is none)
     slot1, slot2, ...  only the slots of one step replaced by the twin's
     half               of a chain: replaced by the first half of the twin's
+    twin_inputs        only the inputs replaced by the twin's, if a further donor has another length
 
     and "thoughts", the hidden states fed back (N, n + EXTRA, C), and "by_inputs" (N, 1): 1 if
     the twin replaces the inputs of the slots, 0 if their keys and values.
 
     candidates  answers of each question: its own, then its twin's, then any others
     donors      name -> a further donor of each question, or None; the outcome has this name and is
-                NaN without a donor, or if only the twin's keys and values fit
+                NaN without a donor
     groups      a number per question; an unrelated donor has the same
     """
     config, N, n, out = engine.model.config, len(questions), n_slots(engine), {}
@@ -189,9 +190,9 @@ def interchange(
             if known := [j for j, i in enumerate(index) if others[i] is not None]:
                 donor = batch(index, others)
                 by_inputs = own.needs_inputs_of(donor)
-                if by_inputs != own.needs_inputs_of(twin):  # could not be compared
-                    continue
                 answers = own.answer(donor.content, by_inputs=by_inputs)
+                if by_inputs and "twin_inputs" not in outcomes:
+                    outcomes["twin_inputs"] = own.answer(twin.content, by_inputs=True)
                 outcomes[name] = torch.full_like(answers, torch.nan)
                 outcomes[name][known] = answers[known]
         for name, value in outcomes.items():

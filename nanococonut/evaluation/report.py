@@ -113,7 +113,8 @@ def _judge_interchange(row: Row, f: Figures, plain: Figures | None, pairs: Pairs
     if "same_other" in f.outcomes:
         other, same = flips["other_other"], flips["same_other"]
         controls = flips["renamed"], flips["retargeted"]
-        findings.append(insight.judge_search(twin, other, same, noun, query, *controls))
+        whole = f.flips("twin_inputs") or twin  # replaced in the same way
+        findings.append(insight.judge_search(whole, other, same, noun, query, *controls))
     if "slot1" not in f.outcomes:  # a written chain
         return findings
 

@@ -432,6 +432,12 @@ def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
     assert cells["by_inputs"].mean() == 1
     flips = (cells["twin"].argmax(1) == 1)[(cells["own"].argmax(1) == 0)]
     assert flips.float().mean() > 0.8
+    # a donor of another length is compared with the twin's inputs, too
+    twins, candidates = [x["question"] for x in pairs.twins[:40]], pairs.candidates(engine)[:40]
+    both = interchange(engine, questions, twins, candidates, donors={"longer": longer})
+    assert both["by_inputs"].mean() == 0 and (both["longer"].argmax(1) == 1).float().mean() > 0.8
+    assert (both["twin_inputs"].argmax(1) == 1).float().mean() > 0.8
+    assert "twin_inputs" not in interchange(engine, questions, twins, candidates)
 
 
 def test_a_view_follows_the_thoughts(bundled):
