@@ -61,17 +61,18 @@ def plateau(accuracy: list[Figure]) -> int:
     return next(k for k, v in enumerate(values) if v - values[0] >= 0.8 * gain) if gain > 0.1 else 0
 
 
-def judge_pairs(trained: Figure, one: Figure, both: Figure, questions: str) -> Finding:
+def judge_pairs(
+    trained: Figure, one: Figure, both: Figure, questions: str, which: str = "questions"
+) -> Finding:
     """Judge test 1: a shortcut that ignores what is asked is correct for only one of two twins.
 
-    questions  which ones, such as "questions as in training"
+    questions, which  of `trained`, such as "questions as in training"; of the twins
     """
     ok = decided(trained, one, both)
     return finding(
         "pairs",
-        f"Accuracy on {questions} is {{0}}. In {{1}} of the twin pairs with at least two steps, "
-        "both answers are correct; in {2} exactly one is. A rule that ignores what is asked never "
-        "gets both.",
+        f"Accuracy on {questions} is {{0}}. Both answers are correct in {{1}} of the twin pairs of "
+        f"{which}, exactly one is in {{2}}. A rule that ignores what is asked never gets both.",
         [trained, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked",
          f"On {questions}, the model ignores what is asked."),
@@ -84,7 +85,12 @@ def judge_pairs(trained: Figure, one: Figure, both: Figure, questions: str) -> F
 
 
 def judge_needed(
-    own: Figure, mean: Figure, chance: float, noun: str, **others: Figure | None
+    own: Figure,
+    mean: Figure,
+    chance: float,
+    noun: str,
+    which: str = "questions",
+    **others: Figure | None,
 ) -> Finding:
     """Judge test 2 by how much accuracy falls from that without intervention (own).
 
@@ -100,7 +106,7 @@ def judge_needed(
     text = f"Under mean ablation ({noun} averaged over questions), accuracy"
     if noun == "written chain":
         text = "Without the written chain, accuracy"
-    text += " on questions of two or more steps goes from {0} to {1}"
+    text += f" on {which} goes from {{0}} to {{1}}"
     also = {
         "none": f"; with the answer forced before the first of the {noun}, to ",
         "unrelated": f"; with the {noun} of an unrelated question, to ",

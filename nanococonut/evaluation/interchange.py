@@ -244,6 +244,7 @@ class Figures:
     deep        (N,) bool  question and twin have two steps or more; one may need no thought (all,
                            if none has)
     both_right  (N,) bool  question and twin are answered correctly without intervention
+    which       str        what `deep` contains, in words
     """
 
     outcomes: Outcomes
@@ -255,6 +256,7 @@ class Figures:
         self.right, self.twin_right = own == 0, twin == 1
         self.both_right = self.right & self.twin_right
         self.every = torch.ones_like(self.right)
+        self.which = "questions of two or more steps" if self.deep.any() else "questions"
         self.deep = self.deep if self.deep.any() else self.every
         self.steps = sorted(set(self.groups.tolist()))
         self.chance = 1 / self.outcomes["own"].shape[1]

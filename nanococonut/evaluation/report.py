@@ -30,7 +30,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     q = p if questions != twins else f  # ProntoQA as in training has no twins
     one, both = (fraction(x[q.deep]) for x in (q.right ^ q.twin_right, q.both_right))
     about = "questions as in training" if plain else "these questions"
-    shortcut = [insight.judge_pairs(trained, one, both, about)] if pairs.twinned else []
+    shortcut = [insight.judge_pairs(trained, one, both, about, q.which)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"
     row: Row = {
         "name": name,
@@ -52,7 +52,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     else:
         others = {"none": None if kind == "chain" else f.ablated("k0")}
         others["unrelated"] = f.ablated("unrelated")
-        needed = insight.judge_needed(own, f.ablated("mean"), f.chance, noun, **others)
+        needed = insight.judge_needed(own, f.ablated("mean"), f.chance, noun, f.which, **others)
         interchanged = _judge_interchange(row, f, plain and p, pairs)
         if ignores:
             findings = [*shortcut, needed]
