@@ -72,7 +72,7 @@ def judge_pairs(
     return finding(
         "pairs",
         f"Accuracy on {questions} is {{0}}. Both answers are correct in {{1}} of the twin pairs of "
-        f"{which}, exactly one is in {{2}}. A rule that ignores what is asked never gets both.",
+        f"{which}, and exactly one in {{2}}. A rule that ignores what is asked never gets both.",
         [trained, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked",
          f"On {questions}, the model ignores what is asked."),
