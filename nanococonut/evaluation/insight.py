@@ -189,18 +189,17 @@ def judge_search(
     ok = decided(twin, other, same) and twin["lo"] >= 0.9
     separate = ok and other["lo"] > same["hi"]
     no_answer = ok and other["lo"] > 0.8 and same["hi"] < 0.2
+    mostly = separate and other["lo"] > 0.5 and same["hi"] < 0.5
     controlled = ok and decided(renamed, retargeted)
     named = controlled and renamed["lo"] > max(same["hi"], 0.1)  # a part depends on the name
-    begun = controlled and retargeted["hi"] <= 0.5  # no more than what does not reach the options
+    begun = controlled and retargeted["lo"] <= 0.5  # perhaps only the start of a search
     text = (
         f"If the {noun} come from the twin with {query}, {{0}} of the answers change to the twin's;"
         f" if they come from the question itself with {query}, {{1}}"
     )
     if renamed and retargeted:
-        text += (
-            "; with the two names exchanged, {2}; with the two options exchanged in the facts, so "
-        )
-        text += "that the same first steps lead to the other option, {3}"
+        text += "; with the two names exchanged, {2}; with the two options exchanged in the facts "
+        text += "(the same first steps lead to the other option), {3}"
     return finding(
         "search",
         f"{text}.",
@@ -221,8 +220,10 @@ def judge_search(
          f"The {noun} carry the search, or what is asked, but not the answer."),
         (ok and not separate and other["lo"] <= 0.5, "no", "the answer itself",
          f"The {noun} carry the answer itself, not the search."),
-        (ok and separate and other["lo"] > 0.5 and same["hi"] < 0.5, "part",
-         "more search than answer", f"The {noun} carry more of the search than of the answer."),
+        (mostly and begun, "part", "more than the answer",
+         f"The {noun} carry more than the answer: what is asked, or the start of the search."),
+        (mostly, "part", "more search than answer",
+         f"The {noun} carry more of the search than of the answer."),
         (True, "part", "search and answer", f"The {noun} carry some of both, search and answer."),
     )  # fmt: skip
 

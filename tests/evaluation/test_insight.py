@@ -304,6 +304,7 @@ RULES = [
             ),
             ((HIGH, HIGH, LOW), (), "part", "not the answer"),
             ((HIGH, MIDDLE, LOW), (LOW, HIGH), "part", "more search than answer"),
+            ((HIGH, MIDDLE, LOW), (LOW, HALF), "part", "more than the answer"),
             ((HIGH, LOW, LOW), (), "no", "the answer itself"),
             ((HIGH, HALF, HALF), (LOW, HIGH), "no", "the answer itself"),
             ((HIGH, HIGH, HIGH), (), "part", "search and answer"),
