@@ -34,7 +34,7 @@ class Method:
 
     @property
     def feeds_back(self) -> bool:
-        """Whether a thought is a latent step, made from the state before it or learned."""
+        """Return whether a thought is a latent step, not a token of the prefix."""
         return self.thought_type not in ("", "pause")
 
     def __post_init__(self) -> None:
