@@ -8,8 +8,8 @@
 6  read     what does the LM head predict from a thought? (logit lens)
 7  write    does the answer change with concepts that are added to a thought? (steering)
 
-A twin differs from its question in one thing, such as the entity asked about, so that another answer
-is correct.
+A twin differs from its question in one thing, such as the entity asked about, so that another
+answer is correct.
 Verdicts of tests 1 to 4 and 7 compare whole 95 % intervals with limits. They are undecided with
 fewer than MIN_PAIRS questions, or if the candidate answers together have less than half of the
 probability. report.py runs the tests; interchange.py explains the interventions.
