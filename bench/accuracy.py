@@ -37,6 +37,7 @@ from nanococonut.data.tasks import TASK_OF, TASKS, Task, generated
 from nanococonut.evaluation.accuracy import (
     held_out_examples,
     is_capped,
+    note_training_file,
     score,
     thoughts_as_trained,
     thoughts_until_repeat,
@@ -158,8 +159,7 @@ def choose_examples(
             f"--data={name} is neither a file nor a split.{suggestion(name, splits)}\n"
             f"Give a file of examples or one of: {', '.join(splits)}."
         )
-    if trained.data and Path(name).resolve() == Path(trained.data).resolve():
-        print(f"note: {name} has this run's training examples; leave --data out for unseen ones")
+    note_training_file(engine, name)
     return read_examples(name), Path(name).name, None
 
 

@@ -23,11 +23,11 @@ class KVCache:
         B = data.shape[2]
         self.batch_index = torch.arange(B, device=data.device)[:, None]  # (B, 1), pairs with pos
 
-    def key_mask(self, pos: Tensor, span: int) -> Tensor:
-        """Return the causal mask (B, 1, T, span) of queries at positions pos (B, T).
+    def attention_bias(self, pos: Tensor, span: int) -> Tensor:
+        """Return what causal attention adds to the scores: 0, or -inf for later keys.
 
-        It is added to the scores: 0 or -inf, in the dtype of `data`. A boolean mask would be
-        converted again in every layer.
+        (B, 1, T, span), for queries at positions pos (B, T), in the dtype of `data`. A boolean mask
+        would be converted again in every layer.
 
         span: upper bound of pos + 1; a Python integer, so that no step syncs with the GPU
         """

@@ -48,18 +48,18 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float
 
 
 def cached_attention(
-    cache: KVCache, pos: Tensor, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
+    cache: KVCache, pos: Tensor, bias: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """Append k and v to the cache, then attend to the cache.
 
     pos   (B, T)           positions of the queries and the new keys
-    mask  (B, 1, T, span)  cache.key_mask(pos, span), the same for all layers
+    bias  (B, 1, T, span)  cache.attention_bias(pos, span), the same for all layers
     """
     cache.append(layer, k, v, pos)
-    span = mask.shape[-1]
+    span = bias.shape[-1]
     keys, values = cache.data[layer, :, :, :, :span]  # (B, nh, span, hs) each
     # on a CPU, a bfloat16 model has a float32 cache
-    y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask)
+    y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=bias)
     return y.to(q.dtype)
 
 
@@ -218,10 +218,10 @@ class GPT(nn.Module):
         The lengths of the cache do not change.
 
         emb, prev_embedding  (B, C)  this input embedding, and the one before it
-        span                         see KVCache.key_mask
+        span                         see KVCache.attention_bias
         """
         pos = cache.lengths[:, None]  # (B, 1)
-        attend = partial(cached_attention, cache, pos, cache.key_mask(pos, span))
+        attend = partial(cached_attention, cache, pos, cache.attention_bias(pos, span))
         return self.backbone(emb[:, None], pos, attend, prev_embedding)[:, 0]
 
     def head(self, hidden: Tensor) -> Tensor:

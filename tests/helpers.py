@@ -111,8 +111,9 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def save_random_run(
-    path, tokenizer, method="coconut", n_thoughts=3, block_size=96, render=None, **extra
-) -> GPT:
+    path, tokenizer, method="coconut", n_thoughts=3, block_size=96, render=None,
+    data="/home/somebody/rows.json", valid_data=None, **extra,
+) -> GPT:  # fmt: skip
     """Write a run's folder with a random model. Return the model."""
     is_words = tokenizer.spec["kind"] == "words"
     config = TrainConfig(
@@ -120,7 +121,8 @@ def save_random_run(
         render=render or ("compact" if is_words else "sentences"),
         method=method,
         out_dir="/home/somebody/out",
-        data="/home/somebody/rows.json",
+        data=data,
+        valid_data=valid_data,
         max_new_tokens=9,
     )
     model = random_gpt(

@@ -7,6 +7,7 @@ steps. <eot> is forced and pauses are part of the prompt, so neither counts.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,13 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
         reason = str(e).splitlines()[0]
         raise UserError(f"this run's validation examples: {reason}\n{advice}") from None
     return data.val["valid"]
+
+
+def note_training_file(engine: Engine, path: str) -> None:
+    """Print a note if the engine's run was trained on this file."""
+    trained = engine.config.data if "config" in engine.manifest else None
+    if trained and Path(path).resolve() == Path(trained).resolve():
+        print(f"note: {path} has this run's training examples; leave --data out for unseen ones")
 
 
 def is_capped(engine: Engine) -> bool:

@@ -38,8 +38,19 @@ def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -
     cases  (condition, mark, verdict, title) or (condition, mark, verdict, title, last sentence)
     """
     mark, verdict, title, *last = next(case[1:] for case in cases if case[0])
+    if mark == "?" and not last:
+        last = [reason(figures)]
     text = " ".join([text, *filter(None, last)])
     return dict(id=name, mark=mark, verdict=verdict, title=title, text=text, figures=figures)
+
+
+def reason(figures: list[Figure | None]) -> str:
+    """Return why figures cannot decide, whatever their values; "" if they can."""
+    if min(f["n"] if f else 0 for f in figures) < MIN_PAIRS:
+        return f"There are fewer than {MIN_PAIRS} such questions."
+    mass = min(f.get("mass", 1) for f in figures)
+    low = f"The candidate answers have only {percent(mass)} of the probability: the model would "
+    return f"{low}write something else." if mass < 0.5 else ""
 
 
 def percent(p: float) -> str:
@@ -330,6 +341,22 @@ def judge_write(w: dict[str, Any]) -> Finding:
         (ok and other["value"] < control["value"] + 0.05, "no", "not writable",
          "Concepts written into a thought do not steer the answer."),
         (True, "?", "undecided", "Whether concepts can be written into a thought is undecided."),
+    )  # fmt: skip
+
+
+def judge_control(own: Figure, control: Figure, name: str, noun: str) -> Finding:
+    """Judge whether a model is more accurate than a control run that has no such thoughts."""
+    return finding(
+        "control",
+        f"Accuracy is {{0}}; that of {name} is {{1}}.",
+        [own, control],
+        (not decided(own, control), "?", "undecided",
+         "Whether the model is more accurate than the control is undecided."),
+        (own["lo"] > control["hi"], "yes", "better than the control",
+         "The model is more accurate than the control."),
+        (True, "no", "not better than the control",
+         "The model is not clearly more accurate than the control.",
+         f"So accuracy is no evidence that the {noun} help."),
     )  # fmt: skip
 
 

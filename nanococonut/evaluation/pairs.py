@@ -14,6 +14,7 @@ from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
+from nanococonut.evaluation.accuracy import held_out_examples, note_training_file
 from nanococonut.evaluation.interchange import EXTRA, Figures, interchange, kind_of, n_slots
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
@@ -182,7 +183,8 @@ def load_pairs(
     """Return (pairs as in training or None, pairs to measure on), all short enough for the model.
 
     rows, seed   for generated pairs, see generated_pairs
-    data, twins  files of examples and of their twins, instead of generated pairs
+    data, twins  files of examples and of their twins (None: what the run held out from its file;
+                 generated pairs if it had none)
     """
     config, plain = engine.config, None
     if bad := [k for k, p in engine.model.named_parameters() if not p.isfinite().all()]:
@@ -190,11 +192,13 @@ def load_pairs(
     if twins and not data:
         raise UserError(f"--twins={twins} without --data.\nGive --data too.")
     if data:
+        note_training_file(engine, data)
         own_twins = read_examples(twins) if twins else None
         pairs = own_pairs(config.task, read_examples(data), own_twins)
-    elif config.data or config.task not in ("prosqa", "prontoqa"):
-        name = config.data or config.task
-        raise UserError(f"a model of {name} needs --data.\nGive a file of its examples.")
+    elif held_out := held_out_examples(engine, "Give --data: a file of its examples."):
+        pairs = own_pairs(config.task, held_out, None)
+    elif config.task not in ("prosqa", "prontoqa"):
+        raise UserError(f"a model of {config.task} needs --data.\nGive a file of its examples.")
     else:
         plain, pairs = generated_pairs(config, rows, seed)
     return plain, check_lengths(engine, pairs)

@@ -40,6 +40,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
         "noun": (noun := NOUNS[kind]),
         "parameters": engine.model.n_params(),
         "trained": trained,
+        "candidates": f.outcomes["own"].shape[1],  # among which the model chooses
         "refused": [],
         "warnings": [],
     }

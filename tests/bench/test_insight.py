@@ -57,6 +57,21 @@ def test_page_and_row_of_a_users_task(insight, files, tmp_path):
     assert not re.search(r'(src|href)="?http|@import|url\(', page)
 
 
+def test_unseen_examples_and_control(insight, files, tmp_path):
+    """A run's own file was measured without a word, and a control as accurate was not mentioned."""
+    tokenizer, file = Tokenizer.words("Which is x a b ### . ?".split()), str(tmp_path / "data.json")
+    save_random_run(tmp_path / "own", tokenizer, render="sentences", data=file, valid_data=file)
+    code, out, err = insight("--checkpoint=own", "--against=own", "--html=page.html")
+    assert code == 0, err
+    assert f"own: {N} examples that it held out" in err and "training examples" not in out
+    assert "not better than the control" in out.splitlines()[0]
+    assert "[no] The model is not clearly more accurate than the control." in out
+    assert "than the control" in (tmp_path / "page.html").read_text()
+    assert insight("--checkpoint=own", "--against=run")[0] == 2  # has no held-out examples
+    out = insight("--checkpoint=own", "--data=data.json")[1]
+    assert "data.json has this run's training examples" in out
+
+
 @pytest.mark.parametrize(
     "argv, error",
     [
@@ -86,7 +101,7 @@ def test_bad_models_are_refused(insight, files, tmp_path):
     code, _, err = insight(*files, "--against=other")
     assert code == 2 and "2 thoughts" in err
     code, _, err = insight("--checkpoint=run")
-    assert code == 2 and "needs --data" in err
+    assert code == 2 and "rows.json does not exist" in err and "Give --data" in err
     code, _, err = insight("--checkpoint=run", "--twins=twins.json")
     assert code == 2 and "Give --data too" in err
     (weights,) = (tmp_path / "run").glob("step_*/model.safetensors")

@@ -39,7 +39,7 @@ def test_a_bfloat16_cache_is_float32_on_a_cpu():
     """Guards against a cache in bfloat16, which a CPU attends to at half the speed."""
     model = random_gpt(dtype=torch.bfloat16, n_layer=2, n_head=2, n_embd=8)
     cache, pos = model.new_cache(1, 3), torch.tensor([[0]])
-    attend = partial(cached_attention, cache, pos, cache.key_mask(pos, 1))
+    attend = partial(cached_attention, cache, pos, cache.attention_bias(pos, 1))
     hidden = model.backbone(model.wte(torch.tensor([[1]])), pos, attend)
     assert cache.data.dtype == torch.float32 and hidden.dtype == torch.bfloat16
 

@@ -400,4 +400,4 @@ def test_ignored_options_change_nothing(tokenizer, method):
     labels = thought_labels(Curriculum(method), 1, EXAMPLE, tokenizer)
     assert ("thought_labels" in ignored) == (labels == [])
     others = {"soft_top_k", "soft_temperature", "advance_at", "thought_labels"}
-    assert ignored - set(SETTINGS) <= others
+    assert ignored - set(SETTINGS) <= others, "add the new option to SETTINGS"

@@ -60,7 +60,7 @@ def test_cached_equals_uncached(gpt):
     for n in (7, 1, 1, 5, 6):
         pos = torch.arange(start, start + n).expand(3, n)
         emb = gpt.wte(idx[:, start : start + n])
-        attend = partial(cached_attention, cache, pos, cache.key_mask(pos, start + n))
+        attend = partial(cached_attention, cache, pos, cache.attention_bias(pos, start + n))
         logits.append(gpt.head(gpt.backbone(emb, pos, attend, prev_embedding)))
         prev_embedding, start = emb[:, -1], start + n
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-10, atol=1e-10)

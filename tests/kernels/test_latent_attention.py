@@ -55,7 +55,8 @@ def test_equals_the_models_cached_attention(device, seed):
     cache.lengths.copy_(torch.tensor([7, 0, 19, 3]))
     q, k, v = torch.randn(3, 4, 2, 1, 16, device=device)
     pos = cache.lengths[:, None]
-    expected = cached_attention(cache, pos, cache.key_mask(pos, 20), 1, q, k, v)  # (B, nh, 1, hs)
+    bias = cache.attention_bias(pos, 20)
+    expected = cached_attention(cache, pos, bias, 1, q, k, v)  # (B, nh, 1, hs)
     out = attend(q[:, :, 0], *cache.data[1], cache.lengths, n_new=1)
     torch.testing.assert_close(out, expected[:, :, 0], rtol=1e-5, atol=1e-6)
 
