@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nanococonut.data.examples import Example, is_correct, is_correct_as_released
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
+from nanococonut.inference.steps import Edit
 from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
@@ -123,8 +124,12 @@ def score(
     n_thoughts: int | Sequence[int],
     batch_size: int = 100,
     max_new_tokens: int = 128,
+    edit: Edit | None = None,
 ) -> Score:
-    """Return the score on unrendered examples. n_thoughts: for all, or for each."""
+    """Return the score on unrendered examples. n_thoughts: for all, or for each.
+
+    edit  see Engine.generate; it sees the examples sorted by length
+    """
     if engine.render and not engine.config:
         raise ValueError("score needs Engine.from_config, to render answers like questions")
     config, rendered = engine.config, examples
@@ -136,7 +141,7 @@ def score(
     texts, n_tokens, n_taken = [""] * len(examples), 0, 0
     for indices in in_batches(order, counts, batch_size):
         questions = [examples[i]["question"] for i in indices]
-        out = engine.generate(questions, counts[indices[0]], max_new_tokens)
+        out = engine.generate(questions, counts[indices[0]], max_new_tokens, edit=edit)
         for i, text in zip(indices, out.text, strict=True):
             texts[i] = text
         n_tokens += sum(map(len, out.tokens))

@@ -239,6 +239,10 @@ RULES = [
     (insight.judge_pairs, (HIGH, HIGH, LOW, "x"), "no", "ignores what is asked"),
     (insight.judge_pairs, (HIGH, HALF, HALF, "x"), "part", "same answer to some twins"),
     (insight.judge_pairs, (HIGH, made_up(0.1, 0.08, 0.12), HIGH, "x"), "?", "undecided"),
+    (insight.judge_control, (HIGH, MIDDLE, "x", "thoughts"), "yes", "better than the control"),
+    (insight.judge_control, (HIGH, FEW | {"n": 200}, "x", ""), "no", "not better than the control"),
+    (insight.judge_control, (HALF, HIGH, "x", "thoughts"), "no", "not better than the control"),
+    (insight.judge_control, (HIGH, FEW, "x", "thoughts"), "?", "undecided"),
     (insight.judge_needed, (HIGH, LOST, 0.5, "thoughts"), "yes", "needed"),
     (insight.judge_needed, (HIGH, PARTLY, 0.5, "thoughts"), "part", "needed in part"),
     (
@@ -323,6 +327,15 @@ def test_rules_on_made_up_figures(rule, figures, mark, verdict):
     assert (finding["mark"], finding["verdict"]) == (mark, verdict)
     n = sum(f"{{{i}}}" in finding["text"] for i in range(9))
     assert n == len(finding["figures"]) and finding["title"].endswith(".")
+
+
+def test_an_undecided_finding_says_why():
+    """Neither too few questions nor an answer that the model would not give were named."""
+    few = insight.judge_pairs(HIGH, FEW, HIGH, "x")["text"]
+    unlikely = insight.judge_needed(HIGH, LOST | {"mass": 0.3}, 0.5, "written chain")["text"]
+    assert few.endswith("fewer than 100 such questions.")
+    assert "only 30\xa0% of the probability" in unlikely
+    assert insight.reason([HIGH, HALF]) == "" and "fewer than 100" in insight.reason([HIGH, None])
 
 
 def test_depth_and_readout_on_made_up_figures():
