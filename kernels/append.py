@@ -27,7 +27,6 @@ def _append_kernel(
     k_ptr,  # key cache (B, nh, T, D), written at slot length
     v_ptr,  # value cache, same strides, written at slot length
     lengths_ptr,  # valid keys (B,) int64, read
-    active_ptr,  # (B,) bool, read; None: all
     eps, B, T, stride_kb, stride_kh, stride_kt,
     C: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr, IMPL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
@@ -44,8 +43,6 @@ def _append_kernel(
     row = tl.minimum(offs_m, B - 1)
     length = tl.load(lengths_ptr + row)  # int64
     is_stored = (offs_m < B) & (length < T)  # a full sequence stores nothing
-    if active_ptr is not None:
-        is_stored = is_stored & tl.load(active_ptr + row).to(tl.int1)
     c = offs_n % C
     # lengths are int64, so all offsets into the cache are, too
     offs_kv = offs_m.to(tl.int64) * stride_kb + length * stride_kt + (c // D) * stride_kh + c % D
@@ -58,7 +55,7 @@ def _append_kernel(
 
 def append(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor,
-    cache: Tensor, lengths: Tensor, active: Tensor | None = None, impl: str = "auto",
+    cache: Tensor, lengths: Tensor, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Return q (B, nh, hs), a new tensor; store k and v at [:, b, :, lengths[b]] of the cache.
 
@@ -66,17 +63,17 @@ def append(
     weight, bias   (3C, C), (3C,) of an nn.Linear; columns of q, k and v, head by head
     cache          (2, B, nh, T, hs), KVCache.data of one layer; hs contiguous
     lengths        (B,) int64, read on the device
-    active         (B,) bool, read on the device; None: all
     impl           "auto" or one of _linear.py ("library": a GEMM and plain torch)
 
-    Inactive and full sequences (length T) store nothing, and their q is meaningless.
+    A full sequence (length T) stores nothing, and its q is meaningless. An inactive one, whose
+    length feedback.py keeps, is stored past its length, where its next token overwrites it.
     """
     _, B, nh, T, hs = cache.shape
     C = nh * hs
     check_tensors(
         x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
         weight=(weight, (3 * C, C)), bias=(bias, (3 * C,)), lengths=(lengths, (B,)),
-        active=(active, (B,)), slot=(cache[0, 0, 0, 0], (hs,)),
+        slot=(cache[0, 0, 0, 0], (hs,)),
     )  # fmt: skip
     itemsize = weight.element_size()
     impl = auto_impl(B, C, itemsize) if impl == "auto" else impl
@@ -85,7 +82,7 @@ def append(
     if impl == "library":
         qkv = F.linear(x, weight, bias).view(B, 3, nh, hs)
         rows, slot = torch.arange(B, device=x.device), lengths.clamp(max=T - 1)
-        is_stored = (lengths < T if active is None else active & (lengths < T)).view(B, 1, 1, 1)
+        is_stored = (lengths < T).view(B, 1, 1, 1)
         old = cache[:, rows, :, slot]  # (B, 2, nh, hs): keys and values
         cache[:, rows, :, slot] = torch.where(is_stored, qkv[:, 1:].to(cache.dtype), old)
         return qkv[:, 0].contiguous()
@@ -93,7 +90,7 @@ def append(
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
     # late, because attention reads no weights: started early, it would only take up room
     _append_kernel[grid](
-        x, ln_weight, ln_bias, weight, bias, q, *cache, lengths, active,
+        x, ln_weight, ln_bias, weight, bias, q, *cache, lengths,
         EPS, B, T, *cache.stride()[1:4], C, hs, **config, **pdl(x.device, B, late=True),
     )  # fmt: skip
     return q

@@ -21,7 +21,6 @@ def _feedback_kernel(
     lengths_ptr,  # (B,) int64, read and written
     hidden_ptr,  # (B, C), written if active, read if not
     active_ptr,  # (B,) bool, read; None: all
-    n_taken_ptr,  # (B,) int64, read and written; None: not counted
     thought_ptr,  # (B, C), written: a copy of hidden; None: no copy
     eps, P, C: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +35,6 @@ def _feedback_kernel(
     if active_ptr is not None:
         step = tl.load(active_ptr + b).to(tl.int64)
         before = tl.load(hidden_ptr + b * C + offs_c, mask=mask, other=0.0)
-    if n_taken_ptr is not None:
-        n_taken = tl.load(n_taken_ptr + b)
     x = tl.load(x_ptr + b * C + offs_c, mask=mask, other=0.0).to(tl.float32)
     length += step
     # clamped, so that a full sequence does not read past the end of wpe
@@ -53,8 +50,6 @@ def _feedback_kernel(
     x = h.to(tl.float32) + position.to(tl.float32)
     tl.store(x_ptr + b * C + offs_c, x.to(x_ptr.dtype.element_ty), mask=mask)
     tl.store(lengths_ptr + b, length)
-    if n_taken_ptr is not None:
-        tl.store(n_taken_ptr + b, n_taken + step)
 
 
 @triton.jit
@@ -79,7 +74,7 @@ def _embed_kernel(
 
 def feedback(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, wpe: Tensor, lengths: Tensor, hidden: Tensor,
-    active: Tensor | None = None, n_taken: Tensor | None = None, thought: Tensor | None = None,
+    active: Tensor | None = None, thought: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Turn x, the output of the last layer, into the input of the next step, in place.
 
@@ -88,17 +83,16 @@ def feedback(
     x         (B, C) = hidden + wpe[lengths], with the new lengths
     wpe       (P, C); a full sequence uses the last position, and its x is never used
     active    (B,) bool; None: all
-    n_taken   (B,) int64 += 1 for active sequences; None: not counted
     thought   (B, C) = hidden: a copy of the thought that is fed back; None: no copy
     """
     B, C = x.shape
     check_tensors(
         x=(x, (B, C)), ln_weight=(ln_weight, (C,)), ln_bias=(ln_bias, (C,)),
         wpe=(wpe, (len(wpe), C)), lengths=(lengths, (B,)), hidden=(hidden, (B, C)),
-        active=(active, (B,)), n_taken=(n_taken, (B,)), thought=(thought, (B, C)),
+        active=(active, (B,)), thought=(thought, (B, C)),
     )  # fmt: skip
     _feedback_kernel[(B,)](
-        x, ln_weight, ln_bias, wpe, lengths, hidden, active, n_taken, thought, EPS,
+        x, ln_weight, ln_bias, wpe, lengths, hidden, active, thought, EPS,
         len(wpe), C, triton.next_power_of_2(C),
         num_warps=4, enable_fp_fusion=True, **pdl(x.device, B),
     )  # fmt: skip

@@ -16,14 +16,14 @@ def layer_norm_ref(x: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> Tensor:
 
 def append_ref(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor,
-    cache: Tensor, lengths: Tensor, active: Tensor | None = None,
+    cache: Tensor, lengths: Tensor,
 ) -> Tensor:  # fmt: skip
     """Return q (B, nh, hs) of x (B, C); store k and v at each sequence's length (append.py)."""
     _, B, nh, T, hs = cache.shape
     qkv = F.linear(layer_norm_ref(x, ln_weight, ln_bias), weight, bias).view(B, 3, nh, hs)
     # one sequence at a time, because each has its own length
     for b, length in enumerate(lengths.tolist()):
-        if length < T and (active is None or active[b]):  # a full sequence stores nothing
+        if length < T:  # a full sequence stores nothing
             cache[:, b, :, length] = qkv[b, 1:]  # (2, nh, hs)
     return qkv[:, 0]
 

@@ -33,7 +33,7 @@ class StaticBuffers:
 
         # flat, so that it can be viewed as any shape
         self.cache, self.idx = w.new_zeros(cache_size, dtype=model.cache_dtype), ints(idx_size)
-        self.lengths, self.n_taken, self.token = ints(batch), ints(batch), ints(batch)
+        self.lengths, self.token = ints(batch), ints(batch)
         self.tokens, self.n_tokens = ints(batch, config.block_size), ints()
         self.token_row = ints(batch)  # row of `tokens` that a sequence writes to
         self.hidden, self.prev_embedding = w.new_zeros(2, batch, config.n_embd)
@@ -64,7 +64,7 @@ class BatchView:
         cache_shape = model.cache_shape(*shape)
         self.cache = KVCache(b.cache[: math.prod(cache_shape)].view(cache_shape), b.lengths[:n])
         self.hidden, self.prev_embedding = b.hidden[:n], b.prev_embedding[:n]
-        self.active, self.done, self.n_taken = b.active[:n], b.done[:n], b.n_taken[:n]
+        self.active, self.done = b.active[:n], b.done[:n]
         self.token, self.token_row, self.noise = b.token[:n], b.token_row[:n], b.noise[:n]
         self.thoughts = b.thoughts[:, :n]
         self.fused = None
@@ -99,14 +99,13 @@ class BatchView:
         if self.fused is not None and edit is None:
             if i == 0:
                 self.thoughts[0].copy_(self.hidden)
-            # the last kernel of the step also counts this thought and stores the next one
+            # the last kernel of the step also stores the next thought
             next_thought = self.thoughts[i + 1] if i + 1 < len(self.thoughts) else None
-            self.fused.latent_step(self.hidden, active, i == 0, self.n_taken, next_thought)
+            self.fused.latent_step(self.hidden, active, i == 0, next_thought)
         else:
             self.thoughts[i].copy_(self.hidden)
             state = self._state()
             self._store(steps.latent_step(self.model, self.cache, state, active, i, edit))
-            self.n_taken += self.active
 
     def decode_step(self) -> None:
         """Append the last token of every sequence."""

@@ -360,7 +360,8 @@ class Engine:
         self._append_thoughts(view, request)
         thoughts_time = now(device)
         B = len(request.prefixes)
-        n_thoughts = view.n_taken[:B].tolist()
+        lengths = view.cache.lengths.tolist()  # prompts and thoughts so far
+        n_thoughts = [n - len(ids) for n, ids in zip(lengths, request.prefixes, strict=False)]
         # a copy, because later calls overwrite the buffer
         thoughts = view.thoughts[: max(n_thoughts), :B].transpose(0, 1).clone()  # (B, n, C)
         for i, token in enumerate(request.forced_tokens):
@@ -410,7 +411,6 @@ class Engine:
         view.token_row.copy_(torch.arange(batch, device=idx.device))
         view.active.copy_(view.token_row < B)
         view.done.copy_(~view.active)
-        view.n_taken.zero_()
         buffers.tokens.fill_(request.eos)
         buffers.n_tokens.zero_()
         buffers.temperature.fill_(1.0 if request.is_greedy else request.temperature)

@@ -32,16 +32,15 @@ class FusedStep:
         hidden: Tensor,
         active: Tensor | None,
         is_first: bool,
-        n_taken: Tensor | None = None,
         thought: Tensor | None = None,
     ) -> None:
         """Append one thought. is_first: the previous step was not a latent step of this object.
 
-        n_taken, thought: see kernels/feedback.py.
+        thought: see kernels/feedback.py.
         """
         if is_first:  # the thought plus its position, with `hidden` as the embedding table
             embed(hidden, self.batch_index, self.model.wpe.weight, self.cache.lengths, self.x)
-        self._blocks(hidden, active, n_taken, thought)
+        self._blocks(hidden, active, thought)
 
     def decode_step(self, token: Tensor, hidden: Tensor) -> None:
         """Append one token (B,), int64, to each sequence."""
@@ -54,14 +53,13 @@ class FusedStep:
         self,
         hidden: Tensor,
         active: Tensor | None = None,
-        n_taken: Tensor | None = None,
         thought: Tensor | None = None,
     ) -> None:
         """Run all layers on x, then `feedback`. A layer takes 5 launches, or 7 if B >= 5."""
         x, lengths = self.x, self.cache.lengths
         for layer, block in enumerate(self.model.h):
             cache, ln, qkv = self.cache.data[layer], block.ln_1, block.attn.c_attn
-            q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, cache, lengths, active)
+            q = append(x, ln.weight, ln.bias, qkv.weight, qkv.bias, cache, lengths)
             y = latent_attention(q, *cache, lengths, self.workspace, n_new=1)
             out = block.attn.c_proj
             linear_residual(y.flatten(1), out.weight, out.bias, x)
@@ -69,4 +67,4 @@ class FusedStep:
             h = ln_linear_gelu(x, ln.weight, ln.bias, up.weight, up.bias)
             linear_residual(h, down.weight, down.bias, x)
         ln, wpe = self.model.ln_f, self.model.wpe.weight
-        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, n_taken, thought)
+        feedback(x, ln.weight, ln.bias, wpe, lengths, hidden, active, thought)

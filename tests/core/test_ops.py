@@ -15,8 +15,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_engine_generates_the_same_with_triton(device):
-    """Guards inactive sequences, with ragged prefixes, early stops and a shrinking batch."""
-    model = random_gpt(seed=4, dtype=torch.float32, n_layer=1, n_head=2, n_embd=32, stop=True)
+    """Guards inactive sequences, with ragged prefixes, early stops and a shrinking batch. With
+    several layers, each must use its own cache."""
+    model = random_gpt(seed=2, dtype=torch.float32, n_layer=2, n_head=2, n_embd=16, stop=True)
     model = model.to(device)
     prefixes = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
     no_eos = generate(model, prefixes, 2, [39], -1, 3, stop=True)

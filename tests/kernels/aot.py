@@ -209,7 +209,7 @@ def _linear_case(
 
 
 def _append_cases() -> Iterable[Case]:
-    values = dict(lengths_ptr="*i64", active_ptr="*i1", eps="fp32", T="i32", D=64)
+    values = dict(lengths_ptr="*i64", eps="fp32", T="i32", D=64)
     values |= dict.fromkeys(("stride_kb", "stride_kh", "stride_kt"), "i32")
     for impl, B, C, dtype in [
         ("gemv", 1, 768, "bf16"), ("gemv", 4, 768, "bf16"), ("gemv", 4, 1024, "fp32"),
@@ -222,8 +222,8 @@ def _append_cases() -> Iterable[Case]:
 def _feedback_cases() -> Iterable[Case]:
     # no wide_loads: a row is too short for 128 bits per thread
     values = dict(x_ptr="*fp32", lengths_ptr="*i64", P="i32", C=768, BLOCK_C=1024)
-    active = dict(active_ptr="*i1", n_taken_ptr="*i64", eps="fp32")
-    all_active = dict(active_ptr=None, n_taken_ptr=None, thought_ptr=None, eps="fp32")
+    active = dict(active_ptr="*i1", eps="fp32")
+    all_active = dict(active_ptr=None, thought_ptr=None, eps="fp32")
     norm = dict(eps="fp32", C=768, BLOCK_C=1024)
     for batch in (1, 64):
         for name, more in ("active", values | active), ("all active", values | all_active):

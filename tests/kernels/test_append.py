@@ -28,23 +28,23 @@ def bits(t):
     return t.contiguous().view(torch.uint8)
 
 
-def check(B, nh, hs, T, dtype, device, impl, data, lengths, active):
+def check(B, nh, hs, T, dtype, device, impl, data, lengths):
     """Append to layer 1 of data (2, 2, >= B, nh, >= T, hs). Compare q and the new slots with the
     reference, and all other slots with their old content."""
     args = layer(B, nh * hs, dtype, device)
     before = data.clone()
-    q = append(*args, data[1, :, :B, :, :T], lengths, active, impl=impl)
+    q = append(*args, data[1, :, :B, :, :T], lengths, impl=impl)
 
     exact = before.double()
-    q64 = append_ref(*(a.double() for a in args), exact[1, :, :B, :, :T], lengths, active)
+    q64 = append_ref(*(a.double() for a in args), exact[1, :, :B, :, :T], lengths)
     plain = before.clone()
-    plain_q = append_ref(*args, plain[1, :, :B, :, :T], lengths, active)
+    plain_q = append_ref(*args, plain[1, :, :B, :, :T], lengths)
     assert q.shape == (B, nh, hs) and q.is_contiguous()
     assert_three_way(q, plain_q, q64)
 
     due = torch.zeros(data.shape[2], data.shape[4], dtype=torch.bool, device=device)  # (B, T)
     for b, length in enumerate(lengths.tolist()):
-        due[b, length:T][:1] = active is None or bool(active[b])
+        due[b, length:T][:1] = True
     rows, slots = due.nonzero(as_tuple=True)
     written = [d[1, :, rows, :, slots] for d in (data, plain, exact)]  # (due, 2, nh, hs) each
     if len(rows):
@@ -53,7 +53,7 @@ def check(B, nh, hs, T, dtype, device, impl, data, lengths, active):
     assert torch.equal(bits(data), bits(before)), "a slot that is not due was written"
 
     again = before.clone()
-    assert torch.equal(q, append(*args, again[1, :, :B, :, :T], lengths, active, impl=impl))
+    assert torch.equal(q, append(*args, again[1, :, :B, :, :T], lengths, impl=impl))
     assert torch.equal(again[1, :, rows, :, slots], written[0])
 
 
@@ -65,8 +65,7 @@ def test_query_and_slots_match_reference(B, nh, hs, dtype, impl, device, seed, n
     lengths = torch.randint(0, T + 1, (B,), device=device)
     lengths[0] = 0
     lengths[-1] = T if B > 2 else T - 1  # full: nothing may be written past the cache
-    active = torch.rand(B, device=device) < 0.6 if B > 1 else None
-    check(B, nh, hs, T, dtype, device, impl, data, lengths, active)
+    check(B, nh, hs, T, dtype, device, impl, data, lengths)
 
 
 @pytest.mark.parametrize("impl", ["gemm_tile", "library"])
@@ -74,20 +73,11 @@ def test_views_of_a_larger_cache(impl, device, seed, nan_memory):
     """Fewer sequences and slots than allocated, another dtype, only one sequence not full."""
     data = torch.full((2, 2, 4, 2, 9, 8), NAN, dtype=torch.float32, device=device)
     lengths = torch.tensor([7, 7, 6], device=device)
-    check(3, 2, 8, 7, torch.float32, device, impl, data, lengths, None)
+    check(3, 2, 8, 7, torch.float32, device, impl, data, lengths)
     args = layer(3, 16, torch.float16, device)
     k, v = cache = data[0, :, :3, :, :7]
     append(*args, cache, lengths, impl=impl)
     assert not k[2, :, 6].isnan().any() and k[:2].isnan().all() and v[2, :, :6].isnan().all()
-
-
-@pytest.mark.parametrize("impl", ["gemv", "gemm_tile", "library"])
-def test_inactive_sequences_write_nothing(impl, device, seed):
-    args = layer(2, 24, torch.float32, device)
-    cache = torch.full((2, 2, 3, 4, 8), NAN, device=device)
-    lengths = torch.zeros(2, dtype=torch.int64, device=device)
-    append(*args, cache, lengths, torch.zeros(2, dtype=torch.bool, device=device), impl=impl)
-    assert cache.isnan().all()
 
 
 @pytest.mark.gpu
@@ -98,8 +88,7 @@ def test_inactive_sequences_write_nothing(impl, device, seed):
 def test_gpt2_sizes(B, nh, C, impl, seed, nan_memory):
     data = torch.full((2, 2, B, nh, 40, C // nh), NAN, dtype=torch.bfloat16, device="cuda")
     lengths = torch.randint(0, 41, (B,), device="cuda")
-    active = torch.rand(B, device="cuda") < 0.8
-    check(B, nh, C // nh, 40, torch.bfloat16, "cuda", impl, data, lengths, active)
+    check(B, nh, C // nh, 40, torch.bfloat16, "cuda", impl, data, lengths)
 
 
 @pytest.mark.gpu
@@ -119,20 +108,18 @@ def test_offsets_beyond_31_bits(impl, seed):
     assert (data[:, :, :, : T - 1].amax(), data[:, :, :, : T - 1].amin()) == (0, 0)
 
 
-@pytest.mark.parametrize("wrong", ["heads", "weight", "strides", "lengths", "active"])
+@pytest.mark.parametrize("wrong", ["heads", "weight", "strides", "lengths"])
 def test_bad_input_is_an_error(wrong, device):
     x, ln_w, ln_b, w, b = layer(2, 24, torch.float32, device)
     cache = torch.zeros(2, 2, 3, 4, 8, device=device)
-    lengths, active = torch.zeros(2, dtype=torch.int64, device=device), None
+    lengths = torch.zeros(2, dtype=torch.int64, device=device)
     if wrong == "heads":
         cache = cache[:, :, :2]
     elif wrong == "weight":
         w, b = w[:-8], b[:-8]
     elif wrong == "strides":
         cache = torch.zeros(2, 2, 3, 8, 4, device=device).transpose(3, 4)
-    elif wrong == "lengths":
-        lengths = lengths[:1]
     else:
-        active = torch.ones(3, dtype=torch.bool, device=device)
+        lengths = lengths[:1]
     with pytest.raises(ValueError, match="expected"):
-        append(x, ln_w, ln_b, w, b, cache, lengths, active)
+        append(x, ln_w, ln_b, w, b, cache, lengths)
