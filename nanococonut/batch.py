@@ -89,7 +89,7 @@ def build_sequence(
     if curriculum.rules.drop_rule == "tokens":  # iCoT drops tokens, not steps
         chain = chain[int(stage * curriculum.icot_tokens) :]
     suffix = [*forced, *chain, *example.answer, tokenizer.eos]
-    # c_thought thoughts have the label of each dropped step, and any others none
+    # each dropped step labels its c_thought thoughts; further thoughts have no label
     labels = example.thought_labels[dropped.start : dropped.stop]
     labels = [ids for ids in labels for _ in range(c_thought)] + [[]] * n
     return TokenSequence(prefix, n, suffix, len(forced), n_steps * c_thought, labels[:n])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nanococonut import ops
 from nanococonut.batch import IGNORE, Batch
-from nanococonut.model import GPT, Attend, causal_attention
+from nanococonut.model import GPT, Attend, at_position, causal_attention
 
 KV = tuple[Tensor, Tensor]  # keys and values, (B, nh, T, hs) each
 
@@ -47,7 +47,7 @@ def forward(model: GPT, batch: Batch, kernels: str = "torch") -> HiddenStates:
     """
     if kernels == "c":
         return forward_in_c(model, batch)
-    (B, Tp), n, device = batch.prefix.shape, batch.max_thoughts, batch.prefix.device
+    Tp, n, device = batch.prefix.shape[1], batch.max_thoughts, batch.prefix.device
     cache = TrainingCache(model, batch, use_triton=kernels == "triton")
 
     # ---- prefix: one causal pass, of which only the last hidden state is needed
@@ -55,7 +55,7 @@ def forward(model: GPT, batch: Batch, kernels: str = "torch") -> HiddenStates:
     pos = torch.arange(Tp, device=device)
     last_pos = batch.length - 1  # (B,)
     h = model.backbone(emb, pos, cache.attend_prefix, last_pos=last_pos)[:, 0]  # (B, C)
-    prev_embedding = emb[torch.arange(B, device=device), last_pos]  # (B, C), for the smear
+    prev_embedding = at_position(emb, last_pos)[:, 0]  # (B, C), for the smear
 
     # ---- thoughts: the last hidden state is the next input embedding
     states = [h]
@@ -113,8 +113,8 @@ class TrainingCache:
 
     def thought_attention(self, i: int) -> Attend:
         """Return the `attend` of thought i: to the prefix, earlier thoughts and itself."""
-        # the Triton kernel masks the prefix itself and returns it as a single key, which is always
-        # valid, like the first token
+        # the Triton kernel returns the whole prefix as one key: its score is the log-sum-exp, its
+        # value the attention output. It is always valid, like the first token of a prefix
         prefix = self.prefix_mask[:, :1] if self.use_triton else self.prefix_mask
         # an inactive sequence still attends to its prefix, so no softmax is empty (NaN)
         mask = torch.cat([prefix, self.thought_mask[:, : i + 1]], dim=1)  # (B, keys)
@@ -175,7 +175,7 @@ def forward_in_c(model: GPT, batch: Batch) -> HiddenStates:
     It takes no padding: its N rows are the valid positions, one sequence after another.
     """
     (B, Tp), n, Ts = batch.prefix.shape, batch.max_thoughts, batch.suffix.shape[1]
-    # the suffix tokens before the last target are inputs, so its index is their number
+    # inputs are the suffix tokens before the last target: as many as its index
     n_inputs = (batch.targets != IGNORE).int().cumsum(1).argmax(1)  # (B,)
     counts = (Tp, batch.length), (n, batch.n_thoughts), (Ts, n_inputs)
     mask = torch.cat([torch.arange(T) < count[:, None] for T, count in counts], dim=1)
@@ -194,12 +194,6 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (..., V), summed over the supervised targets (...)."""
-    logits = _at_least_fp32(logits).flatten(0, -2)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
 def loss(model: GPT, batch: Batch, hidden: HiddenStates) -> tuple[Tensor, Tensor]:
     """Return (cross-entropy summed over the supervised targets, correct).
 
@@ -215,8 +209,8 @@ def loss(model: GPT, batch: Batch, hidden: HiddenStates) -> tuple[Tensor, Tensor
         # computes the logits in chunks, and their gradients already in the forward pass
         total, is_correct = ops.linear_cross_entropy(h, model.wte.weight, supervised)
     else:
-        logits = model.head(h)
-        total = loss_sum(logits, supervised)
+        logits = _at_least_fp32(model.head(h))  # (n_targets, V)
+        total = F.cross_entropy(logits, supervised, ignore_index=IGNORE, reduction="sum")
         # a padded batch has a larger n_targets, so some of these are IGNORE
         is_correct = (logits.argmax(-1) == supervised) | (supervised == IGNORE)
     correct = torch.ones_like(targets, dtype=torch.bool)

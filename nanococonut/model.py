@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from nanococonut.cache import KVCache
 
-# (layer, q, k, v) -> y. k and v are (B, nh, T, hs); so are q and y, but (B, nh, 1, hs) in the last
-# layer of a pass with last_pos
+# attend(layer, q, k, v) -> y, each (B, nh, T, hs). With last_pos, q and y of the last layer are
+# (B, nh, 1, hs)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -209,7 +209,7 @@ class GPT(nn.Module):
         *blocks, last = self.h
         for block in blocks:
             x = block(x, attend)
-        # with last_pos, the last layer computes only keys and values at other positions (exact)
+        # with last_pos: other positions need only keys and values in the last layer, so it is exact
         return self.ln_f(last(x, attend, last_pos))
 
     def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:

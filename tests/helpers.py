@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nanococonut import coconut
 from nanococonut.batch import IGNORE, Batch, TokenSequence, collate
@@ -148,6 +149,12 @@ def forward(model: GPT, batch: Batch) -> torch.Tensor:
     """Return the logits (B, Ts, V) that predict batch.suffix."""
     hidden = coconut.forward(model, batch)
     return model.head(hidden.suffix)
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of logits (..., V), summed over the supervised targets (...)."""
+    flat = logits.flatten(0, -2), targets.flatten()
+    return F.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum")
 
 
 def random_sequences(seed, n_thoughts, markers=True, vocab=41):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanococonut.cache import KVCache
-from nanococonut.model import GPT, causal_attention
+from nanococonut.model import GPT, at_position, causal_attention
 from nanococonut.runtime.errors import UserError
 
 Edit = Callable[[int, Tensor], Tensor]  # (i, (B, C) inputs of thought i) -> their replacement
@@ -47,7 +47,7 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
     idx      (B, T)  right-padded token ids
     lengths  (B,)    number of tokens of each prompt
     """
-    (B, T), device = idx.shape, idx.device
+    T, device = idx.shape[1], idx.device
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.data[layer, 0, :, :, :T] = k
@@ -64,7 +64,7 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
     pos = torch.arange(T, device=device)
     last_pos = lengths - 1  # (B,)
     hidden = model.backbone(emb, pos, attend, last_pos=last_pos)[:, 0]  # (B, C)
-    return DecodeState(hidden, emb[torch.arange(B, device=device), last_pos], T)
+    return DecodeState(hidden, at_position(emb, last_pos)[:, 0], T)
 
 
 def append_step(

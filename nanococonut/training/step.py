@@ -103,8 +103,9 @@ class TrainStep:
             # only CUDA keeps the source alive until the copy is done; MPS might read freed memory
             is_cuda = self.device.type == "cuda"
             inputs = batch.map(lambda t: t.to(self.device, non_blocking=is_cuda))
-            if self.graphs.max_graphs:
-                self._inputs[key] = inputs
+            if self.graphs.max_graphs:  # drop the inputs of graphs that were dropped
+                kept = {k: x for k, x in self._inputs.items() if k in self.graphs.graphs}
+                self._inputs = kept | {key: inputs}
         self.graphs.run(key, lambda: self._forward_backward(inputs))
 
     def _forward_backward(self, batch: MicroBatch) -> None:

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import ROOT, forward
+from helpers import ROOT, forward, loss_sum
 
 from bench import training
 from bench.common.results import read_results
 from bench.common.tables import value
-from nanococonut import coconut, ops
+from nanococonut import ops
 
 SCRIPT = ROOT / "bench" / "training.py"
 CONFIG = str(ROOT / "config" / "prosqa_small.py")
@@ -91,7 +91,7 @@ def test_loss_is_that_of_all_micro_batches(latent, micro):
     step_batch = backend.loader.get(0, backend.stage, backend.train_step.prepare)
     for batch in step_batch.micro_batches:
         logits = forward(before, batch)
-        expected += coconut.loss_sum(logits, batch.targets)
+        expected += loss_sum(logits, batch.targets)
         n_targets += batch.n_targets
     assert len(step_batch.micro_batches) == -(-5 // micro)
     expected = pytest.approx((expected / n_targets).item(), rel=1e-5)

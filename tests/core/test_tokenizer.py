@@ -1,10 +1,10 @@
 """Tokenizers round-trip every dataset and encode each word of a task as one token."""
 
 import json
-import os
 import re
 
 import pytest
+from helpers import gpt2_tokenizer
 
 from nanococonut.data import prosqa
 from nanococonut.runtime.errors import UserError
@@ -13,9 +13,7 @@ from nanococonut.tokenizer import BOT, EOS, Tokenizer
 
 @pytest.fixture
 def gpt2():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set: no GPT-2 vocabulary on this machine")
-    return Tokenizer.gpt2()
+    return gpt2_tokenizer()
 
 
 def texts_of(folder):

@@ -5,13 +5,11 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import forward, generate, random_gpt, random_sequences
+from helpers import ROOT, forward, generate, loss_sum, random_gpt, random_sequences
 
-from nanococonut import coconut
 from nanococonut.batch import collate
 from nanococonut.inference.engine import Engine, Request
 from nanococonut.runtime.graphs import GraphCache
@@ -21,7 +19,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
 ]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("smear", [False, True])
@@ -32,7 +29,7 @@ def test_loss_and_gradients_equal_the_cpus(smear):
     for name in ("cpu", "cuda"):
         model = random_gpt(smear=smear).to(name)
         moved = batch.map(lambda t, name=name: t.to(name))
-        coconut.loss_sum(forward(model, moved), moved.targets).backward()
+        loss_sum(forward(model, moved), moved.targets).backward()
         grads.append([p.grad.cpu() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)

@@ -1,9 +1,8 @@
 """The Python blocks of the README and docs/EXPERIMENTS.md run as they stand."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from helpers import ROOT
 
 
 def run_blocks(path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from nanococonut.curriculum import METHODS
 from nanococonut.data import prosqa
@@ -21,7 +22,6 @@ from nanococonut.training import log
 from nanococonut.weights import checkpoint
 from nanococonut.weights.bundle import bundle
 
-ROOT = Path(__file__).parents[2]
 # small, but with everything that has state: dropout, sampled stages, early advance, clipping
 TINY = """
 tokenizer = "words"

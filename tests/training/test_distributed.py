@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import ROOT
 
 from nanococonut import coconut
 from nanococonut.runtime import distributed
@@ -23,7 +24,6 @@ from nanococonut.runtime.distributed import Distributed
 from nanococonut.runtime.errors import UserError
 from nanococonut.weights import checkpoint
 
-ROOT = Path(__file__).parents[2]
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork"),
@@ -191,7 +191,7 @@ def test_bug_shows_its_traceback_once():
     """Guards against interleaved tracebacks of all processes."""
 
     def before(rank):
-        coconut.loss_sum = None
+        coconut.loss = None
 
     codes, _, err = Run(2, "--out_dir=run", before=before).end()
     assert codes == [1, 1] and err.count("Traceback") == err.count("TypeError") == 1
@@ -204,7 +204,7 @@ def test_unusable_path_is_one_error_for_all():
         def fails(*args, **kwargs):
             raise PermissionError(13, "Permission denied", "there/file")
 
-        coconut.loss_sum = fails
+        coconut.loss = fails
 
     codes, _, err = Run(2, "--out_dir=run", before=before).end()
     error = "error: there/file cannot be used: Permission denied.\nChoose another path.\n"

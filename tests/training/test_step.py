@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import ROOT, exact_match, forward, random_gpt, random_sequences
+from helpers import ROOT, exact_match, forward, loss_sum, random_gpt, random_sequences
 
 from nanococonut import batch as batch_module
 from nanococonut import coconut
@@ -35,7 +35,7 @@ def plain(model, batches, labels, thought_loss=0.0):
     n_thought_labels = sum(map(count_thought_labels, batches))
     for batch in batches:
         logits = forward(model, batch)
-        loss = loss + coconut.loss_sum(logits, batch.targets) / labels
+        loss = loss + loss_sum(logits, batch.targets) / labels
         if thought_loss and batch.max_thoughts:
             summed = coconut.thought_loss(model, batch, coconut.forward(model, batch))
             objective = objective + thought_loss * summed / n_thought_labels
