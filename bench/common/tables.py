@@ -118,7 +118,7 @@ def insight(rows: Rows) -> str:
         whole = "the search, not the answer"  # commas separate verdicts
         short = [row["detail"]["verdict"].replace(whole, "hold the search") for row in own]
         verdicts = Counter(text.replace("part of the", "hold part of the") for text in short)
-        lines.append((method, *cells, "; ".join(f"{text} ({n})" for text, n in verdicts.items())))
+        lines.append((method, *cells, "<br>".join(f"{text} ({n})" for text, n in verdicts.items())))
     return _table(*lines)
 
 
