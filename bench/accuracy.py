@@ -42,6 +42,7 @@ from nanococonut.evaluation.accuracy import (
     thoughts_as_trained,
     thoughts_until_repeat,
     wilson,
+    wrote_steps,
 )
 from nanococonut.evaluation.paper import category_fractions
 from nanococonut.inference.engine import Engine
@@ -226,9 +227,11 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
     shared |= {"graph": engine.graph, "generated_seed": seed}
     for n, counts, extra in choose_thoughts(config, engine, examples):
         s = score(engine, examples, counts, config.batch_size, max_new_tokens)
+        wrote = sum(map(wrote_steps, s.texts)) / s.n
         detail = {
             "generated_tokens": round(s.generated_tokens, 2),
             "thoughts_taken": round(s.thoughts, 2),  # fewer than n if a classifier stops them
+            "wrote_steps": round(wrote, 4),
             "by_steps": by_steps(examples, s.correct),
             "released_accuracy": round(s.released_accuracy, 5),
         }
@@ -242,7 +245,10 @@ def evaluate(config: AccuracyConfig) -> ResultWriter:
             spread={"ci_low": round(low, 4), "ci_high": round(high, 4)},
             examples=len(examples), thoughts=n, **extra,
         )  # fmt: skip
-        print(f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts")
+        print(
+            f"  {s.generated_tokens:.1f} generated tokens, {s.thoughts:.1f} of them thoughts; "
+            f"{wrote:.1%} write steps before the answer"
+        )
         if s.released_accuracy != s.accuracy:
             label = 'by the released code\'s rule (after the last "#", without commas)'
             print(f"  {s.released_accuracy:6.1%} {label}")

@@ -44,6 +44,11 @@ class Score:
         return sum(self.correct) / self.n
 
 
+def wrote_steps(text: str) -> bool:
+    """Return whether a generated text has written steps before the mark of the answer."""
+    return bool(text.partition("#")[0].strip())
+
+
 def wilson(p: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson interval of a fraction p of n."""
     z = 1.959964

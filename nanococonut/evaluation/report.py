@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanococonut.evaluation import insight
-from nanococonut.evaluation.accuracy import score
+from nanococonut.evaluation.accuracy import score, wrote_steps
 from nanococonut.evaluation.insight import Finding, count, decided, finding
 from nanococonut.evaluation.interchange import NOUNS, Figure, Figures, fraction, grid, kind_of
 from nanococonut.evaluation.pairs import MIN_PAIRS, Pairs
@@ -74,7 +74,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
 def _judge_free(row: Row, engine: Engine, plain: Pairs, forced: Figure) -> Finding:
     """Return the accuracy of free and forced answers without thoughts, and add it to the row."""
     s = score(engine, plain.examples[:400], 0, 200, engine.config.max_new_tokens)
-    wrote_chain = fraction([bool(text.partition("#")[0].strip()) for text in s.texts])
+    wrote_chain = fraction(list(map(wrote_steps, s.texts)))
     row["accuracy"] |= {"free": fraction(s.correct), "wrote_chain": wrote_chain}
     free, noun = row["accuracy"]["free"], row["noun"]
     return finding(
