@@ -56,7 +56,7 @@ SETTINGS = (
 
 
 def digest(*values: Any) -> str:
-    """Of tensors their dtype, shape and bytes; of all else its JSON."""
+    """Return the SHA-256 of tensors (dtype, shape and bytes) and of other values (as JSON)."""
     sha = hashlib.sha256()
     for x in values:
         if isinstance(x, Tensor):
@@ -66,10 +66,10 @@ def digest(*values: Any) -> str:
     return sha.hexdigest()
 
 
-def train(out: str, steps: int, *more: str) -> dict[str, Any]:
-    """A run -> its losses, its validations and the digest of its last weights."""
+def train(out: str, steps: int, *flags: str) -> dict[str, Any]:
+    """Train a run. Return its losses, its validations and the digest of its last weights."""
     command = [TRAIN, CONFIGS / "prosqa_small.py", *SETTINGS, f"--max_steps={steps}"]
-    command = [sys.executable, *map(str, command), f"--out_dir={out}", *more]
+    command = [sys.executable, *map(str, command), f"--out_dir={out}", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     timed = ("examples_per_s", "minutes")
@@ -85,62 +85,64 @@ def losses(method: str) -> dict[str, Any]:
 
 
 def resume() -> dict[str, Any]:
-    """With dropout: its random numbers have to go on too."""
-    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as parts:
-        one = train(whole, 30, "--dropout=0.1")
-        train(parts, 15, "--dropout=0.1")
-        two = train(parts, 30, "--dropout=0.1", "--resume")
-    assert one == two, "a resumed run is another one"
-    return one
+    """Train with dropout, whose random numbers must continue, too."""
+    with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as resumed_out:
+        uninterrupted = train(out, 30, "--dropout=0.1")
+        train(resumed_out, 15, "--dropout=0.1")
+        resumed = train(resumed_out, 30, "--dropout=0.1", "--resume")
+    assert uninterrupted == resumed, "a resumed run differs from an uninterrupted one"
+    return resumed
 
 
 def greedy() -> dict[str, Any]:
     model, tokenizer, manifest = load(BUNDLED)
     config = make_config(TrainConfig, manifest["config"])
     graphs = prosqa.GraphConfig(n_nodes=13, min_hops=2, max_hops=3)
-    rows = prosqa.generate(200, 20241209, graphs)
-    asked = [row["question"] for row in TASKS[config.task].render(rows, config.render)]
+    examples = prosqa.generate(200, 20241209, graphs)
+    rendered = TASKS[config.task].render(examples, config.render)
+    questions = [example["question"] for example in rendered]
     engine = Engine(model, tokenizer, Curriculum.from_config(config), kernels="torch", graph="off")
-    found: dict[str, Any] = {"rows": digest(rows), "questions": digest(asked)}
+    values: dict[str, Any] = {"rows": digest(examples), "questions": digest(questions)}
     for n in (0, 3, 6):
-        for start in range(0, len(asked), 50):
-            out = engine.generate(asked[start : start + 50], n, max_new_tokens=40)
+        for start in range(0, len(questions), 50):
+            out = engine.generate(questions[start : start + 50], n, max_new_tokens=40)
             for i, text in enumerate(out.text):
-                made = len(out.tokens[i]) + out.n_thoughts[i]
-                found[f"{n} thoughts, row {start + i}"] = [text, made, digest(out.thoughts[i])]
-    return found
+                n_tokens = len(out.tokens[i]) + out.n_thoughts[i]
+                values[f"{n} thoughts, row {start + i}"] = [text, n_tokens, digest(out.thoughts[i])]
+    return values
 
 
 def layouts() -> dict[str, Any]:
-    tokenizer, found = Tokenizer.gpt2(), {}
+    tokenizer, values = Tokenizer.gpt2(), {}
     data = Path(os.environ["NANOCOCONUT_DATA"])
     for task, name, n in (
         ("prosqa", "prosqa_valid.json", 300),
         ("prontoqa", "prontoqa_valid.json", 100),
         ("gsm8k", "gsm8k_valid.txt", 100),
     ):
-        rows = read_examples(data / name)[:n]
-        given = read_config_file(CONFIGS / f"{task}.py", TrainConfig)
-        assert len(rows) == n
-        style = make_config(TrainConfig, given).render
-        encoded = [tokenize(tokenizer, r) for r in TASKS[task].render(rows, style)]
+        examples = read_examples(data / name)[:n]
+        assert len(examples) == n
+        settings = read_config_file(CONFIGS / f"{task}.py", TrainConfig)
+        rendered = TASKS[task].render(examples, make_config(TrainConfig, settings).render)
+        tokenized = [tokenize(tokenizer, example) for example in rendered]
         for method in METHODS:
-            curriculum = Curriculum.from_config(make_config(TrainConfig, given, {"method": method}))
+            config = make_config(TrainConfig, settings, {"method": method})
+            curriculum = Curriculum.from_config(config)
             for stage in range(curriculum.max_latent_stage + 2):
-                sequences = (build_sequence(curriculum, stage, x, tokenizer) for x in encoded)
+                sequences = (build_sequence(curriculum, stage, x, tokenizer) for x in tokenized)
                 batches = (collate([sequence]) for sequence in sequences)
-                parts = ((b.prefix, b.n_thoughts, b.suffix, b.targets) for b in batches)
-                found[f"{task} {method} {stage}"] = digest(*(x for part in parts for x in part))
-    return found
+                tensors = ((b.prefix, b.n_thoughts, b.suffix, b.targets) for b in batches)
+                values[f"{task} {method} {stage}"] = digest(*(t for ts in tensors for t in ts))
+    return values
 
 
 def kernels() -> dict[str, Any]:
-    """On Triton's interpreter."""
+    """Return digests of the kernels' outputs on Triton's interpreter."""
     return {f"{name} {d}": digest(*x) for d in ("float32", "float16") for name, x in outputs(d)}
 
 
 def outputs(dtype: str) -> Iterator[tuple[str, list[Tensor]]]:
-    """Of every kernel: what it returns, what it writes in place, its gradients."""
+    """Yield what each kernel returns and writes in place, and its gradients."""
     rng = torch.Generator().manual_seed(1)
     B, nh, hs, T = 3, 2, 16, 40
     C = nh * hs
@@ -153,15 +155,14 @@ def outputs(dtype: str) -> Iterator[tuple[str, list[Tensor]]]:
     w, b, up = randn(3 * C, C) / C**0.5, randn(3 * C), randn(B, 3 * C)
     cache, wte, wpe = randn(2, B, nh, T, hs), randn(11, C), randn(T, C)
     for impl in ("gemv", "gemm_tile", "library", "auto"):
-        for name, rows in (("all", None), ("active", active)):
-            kv = cache.clone()
-            out = append(x, ln_w, ln_b, w, b, kv, lengths, rows, impl=impl)
-            yield f"append {impl} {name}", [out, kv]
+        kv = cache.clone()
+        out = append(x, ln_w, ln_b, w, b, kv, lengths, impl=impl)
+        yield f"append {impl}", [out, kv]
         yield f"linear_residual {impl}", [linear_residual(x, w, b, up.clone(), impl)]
         yield f"ln_linear_gelu {impl}", [ln_linear_gelu(x, ln_w, ln_b, w, b, impl=impl)]
-    for name, rows in (("all", None), ("active", active)):
+    for name, mask in (("all", None), ("active", active)):
         state = x.clone(), lengths.clone(), randn(B, C)
-        feedback(state[0], ln_w, ln_b, wpe, *state[1:], rows)
+        feedback(state[0], ln_w, ln_b, wpe, *state[1:], mask)
         yield f"feedback {name}", [*state]
     out = torch.zeros_like(x)
     embed(wte, torch.tensor([3, 0, 10]), wpe, lengths, out)
@@ -173,23 +174,23 @@ def outputs(dtype: str) -> Iterator[tuple[str, list[Tensor]]]:
         with torch.no_grad():
             workspace = SplitWorkspace(*k.shape, "cpu", splits)
             for n_new in (0, 1):
-                got = latent_attention(q, k, v, lengths, workspace, n_new)
-                yield f"latent_attention {splits} {n_new}", [got]
-        total, at, keys, values = torch.zeros(()), q, k, v
+                out = latent_attention(q, k, v, lengths, workspace, n_new)
+                yield f"latent_attention {splits} {n_new}", [out]
+        total, query, keys, values = torch.zeros(()), q, k, v
         buffers = PrefixBuffers(*k.shape, "cpu", splits)
         for _ in range(3):
-            at, lse, keys, values = prefix_attention(at, keys, values, lengths, buffers)
-            total = total + at.float().square().sum() + lse[[0, 2]].sum()
+            query, lse, keys, values = prefix_attention(query, keys, values, lengths, buffers)
+            total = total + query.float().square().sum() + lse[[0, 2]].sum()
         grads = torch.autograd.grad(total, (q, k, v))
-        yield f"prefix_attention {splits}", [total, at, *grads]
+        yield f"prefix_attention {splits}", [total, query, *grads]
 
     h, head = randn(11, 24).requires_grad_(), (randn(101, 24) / 5).requires_grad_()
     targets = torch.randint(101, (11,), generator=rng)
     targets[:3] = -100
-    loss, hits = linear_cross_entropy(h[3:], head, targets[3:], 3)
-    right = torch.cat([targets[:3] == -100, hits])
+    loss, is_correct = linear_cross_entropy(h[3:], head, targets[3:], 3)
+    correct = torch.cat([targets[:3] == -100, is_correct])
     grads = torch.autograd.grad(loss / 8, (h, head))
-    yield "linear_cross_entropy", [loss, right, *grads]
+    yield "linear_cross_entropy", [loss, correct, *grads]
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -201,15 +202,16 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def computed(part: str) -> dict[str, Any] | None:
-    """The part's numbers, by a process of its own; None where it fails (it says why)."""
+def run_part(part: str) -> dict[str, Any] | None:
+    """Return a part's values, from a process of its own; None if it fails (it prints why)."""
     env = dict.fromkeys(("TRITON_INTERPRET", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     command = [sys.executable, __file__, "part", part]
-    run = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | env)
-    return None if run.returncode else json.loads(run.stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | env)
+    return None if done.returncode else json.loads(done.stdout)
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Return path -> value of all leaves of nested dicts and lists."""
     if not isinstance(value, dict | list) or not value:
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -222,27 +224,27 @@ def main(action: str, name: str) -> int:
         print(json.dumps(PARTS[name]()))
         return 0
     with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(PARTS, pool.map(computed, PARTS), strict=True))
-    failed = [part for part, value in found.items() if value is None]
+        actual = dict(zip(PARTS, pool.map(run_part, PARTS), strict=True))
+    failed = [part for part, value in actual.items() if value is None]
     if action == "record" and not failed:
-        Path(name).write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{len(leaves(found))} values of {len(found)} parts in {name}")
+        Path(name).write_text(json.dumps(actual, indent=1) + "\n")
+        print(f"{len(leaves(actual))} values of {len(actual)} parts in {name}")
     if action == "record":
         return len(failed) > 0
-    wanted, wrong = json.loads(Path(name).read_text()), 0
-    for part in PARTS | wanted:
+    expected, n_wrong = json.loads(Path(name).read_text()), 0
+    for part in PARTS | expected:
         if part in failed:
             print(f"{part}: FAILED, see above")
-            wrong += 1
+            n_wrong += 1
             continue
-        was, now = (leaves(x.get(part)) for x in (wanted, found))
-        # a value of something new cannot have changed
-        differ = [p for p in was if p not in now or was[p] != now[p]]
-        wrong += bool(differ)
-        print(f"{part}: {f'{len(differ)} of {len(was)} DIFFER' if differ else 'equal'}")
+        before, after = (leaves(x.get(part)) for x in (expected, actual))
+        # a value that was not recorded cannot have changed
+        differ = [p for p in before if p not in after or before[p] != after[p]]
+        n_wrong += bool(differ)
+        print(f"{part}: {f'{len(differ)} of {len(before)} DIFFER' if differ else 'equal'}")
         for p in differ[:8]:
-            print(f"   {p}: {was.get(p, '(none)')!r} -> {now.get(p, '(none)')!r}")
-    return wrong > 0
+            print(f"   {p}: {before[p]!r} -> {after.get(p, '(none)')!r}")
+    return n_wrong > 0
 
 
 if __name__ == "__main__":
