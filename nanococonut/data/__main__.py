@@ -24,7 +24,7 @@ class DataOptions(Options):
     seed: int = option(0, "random seed", ge=0)
     n_nodes: int = option(28, "ProsQA: nodes per graph")
     min_hops: int = option(3, "ProsQA: fewest steps")
-    max_hops: int = option(6, "ProsQA: most steps; ProntoQA: exactly this many")
+    max_hops: int | None = option(None, "ProsQA: most steps (6); ProntoQA: their number (5)", ge=1)
     split: str = option("test", "GSM8k-Aug: split of the data set", choices=gsm8k.HUB_SPLITS)
     revision: str = option("main", "GSM8k-Aug: branch, tag or commit")
 
@@ -35,8 +35,9 @@ def main() -> None:
     if argv and not argv[0].startswith("-"):
         argv[0] = f"--data={argv[0]}"
     c = make_config(DataOptions, parse_cli(DataOptions, argv, __doc__)[0])
-    sizes = {"n_nodes": c.n_nodes, "min_hops": c.min_hops, "max_hops": c.max_hops}
-    config = TrainConfig(task=TASK_OF.get(c.data, "gsm8k"), **sizes)
+    task = TASK_OF.get(c.data, "gsm8k")
+    max_hops = c.max_hops or (5 if task == "prontoqa" else 6)
+    config = TrainConfig(task=task, n_nodes=c.n_nodes, min_hops=c.min_hops, max_hops=max_hops)
     examples, source = generated(c.data, c.n, c.seed, config), f"seed {c.seed}"
     if examples is None:
         examples, commit = gsm8k.from_hub(c.split, c.revision)

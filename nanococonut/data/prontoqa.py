@@ -301,7 +301,7 @@ def twin(example: Example) -> Example | None:
     """Return the question with the concepts of its two names exchanged, so that its answer flips.
 
     None if there is only one name, as without OntologyConfig(matched=True), or if the other answer
-    does not follow.
+    does not follow from rules.
     """
     facts, rules, (entity, _, prop) = parse_question(example["question"])
     concepts = {fact.subject: fact.predicate for fact in facts}
@@ -325,6 +325,8 @@ def twin(example: Example) -> Example | None:
         if concept in rule_of:
             break
         proofs += [[*proof, r] for r in rules if r.subject == concept and r.names_concept]
+    else:
+        return None
     last = rule_of[concept]
     compact = "".join(f" {rule.subject}{rule.compact}" for rule in [*proof[1:], last])
     steps = expand_steps(compact + last.compact, question)

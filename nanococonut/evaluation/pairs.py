@@ -201,4 +201,4 @@ def load_pairs(
         raise UserError(f"a model of {config.task} needs --data.\nGive a file of its examples.")
     else:
         plain, pairs = generated_pairs(config, rows, seed)
-    return plain, check_lengths(engine, pairs)
+    return plain and check_lengths(engine, plain), check_lengths(engine, pairs)

@@ -77,7 +77,7 @@ class Options:
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     """Raise UserError if a field of Options cannot have this value."""
-    meta, types, shown = field.metadata, _types(field), f"--{field.name}={_shortened(value)}"
+    meta, types, shown = field.metadata, _types(field), f"--{field.name}={reprlib.repr(value)}"
     # type(), not isinstance(), because a bool is an int
     if type(value) not in types and not (float in types and type(value) is int):
         expected = " or ".join(TYPE_NAMES[t] for t in types)
@@ -101,13 +101,6 @@ def _check(field: dataclasses.Field, value: Any) -> None:
             f"{shown} is unknown.{suggestion(value, meta['choices'])}\n"
             f"Choose one of: {', '.join(meta['choices'])}."
         )
-
-
-def _shortened(value: Any) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python does not print integers of more than 4,300 digits
-        return "..."
 
 
 def _types(field: dataclasses.Field) -> tuple[Any, ...]:

@@ -42,6 +42,8 @@ def test_prontoqa_is_written(command):
     code, _, err = command("--data=prontoqa", "--n=20", "--seed=3", "--out=two.json", *size)
     assert (code, err) == (0, "")
     assert read_examples("two.json") == prontoqa.generate(20, 3, prontoqa.OntologyConfig(hops=2))
+    code, _, err = command("--data=prontoqa_matched", "--n=5", "--out=matched.json")
+    assert (code, err) == (0, "")  # the default number of hops was ProsQA's
 
 
 def test_gsm8k_from_the_hub_reports_the_commit(command, monkeypatch):

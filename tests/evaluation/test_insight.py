@@ -14,7 +14,7 @@ from nanococonut.data import prontoqa, prosqa
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation import insight
 from nanococonut.evaluation.interchange import Figures, fraction, interchange
-from nanococonut.evaluation.pairs import generated_pairs, own_pairs
+from nanococonut.evaluation.pairs import check_lengths, generated_pairs, load_pairs, own_pairs
 from nanococonut.evaluation.readout import words_by_step
 from nanococonut.evaluation.report import measure
 from nanococonut.evaluation.view import question_view
@@ -206,6 +206,21 @@ def test_a_prontoqa_twin_has_the_other_answer(seed):
         assert task.solve(task.reworded(example)) == twin["answer"]
     example = prontoqa.generate(1, seed, prontoqa.OntologyConfig(3))[0]
     assert task.twin(example) is None  # both facts are about one name
+    stated = "Every wumpus is not red. Max is a wumpus. Sam is red. True or false: Max is red."
+    assert task.twin({"question": stated, "steps": [], "answer": "False"}) is None  # no rule
+
+
+def test_all_pairs_fit_in_the_model(monkeypatch):
+    """Pairs as in training were not checked, which ended the tests after minutes."""
+    checked = []
+
+    def check(engine, pairs):
+        checked.append(pairs)
+        return check_lengths(engine, pairs)
+
+    monkeypatch.setattr("nanococonut.evaluation.pairs.check_lengths", check)
+    plain, pairs = load_pairs(random_insight_engine("coconut"), 50, 1)
+    assert [len(x.examples) for x in checked] == [len(plain.examples), len(pairs.examples)]
 
 
 def test_twins_of_other_examples():
