@@ -9,6 +9,7 @@ The losses are added up in nanococonut/training/step.py.
 """
 
 import math
+import shlex
 import sys
 
 import nanococonut  # isort: skip  # noqa: F401  # before torch: sets OpenMP's wait policy
@@ -139,7 +140,7 @@ def main() -> None:
         print(f"stopped at step {state.step}, saved in {run.path}; continue with --resume")
         sys.exit(interrupt.exit_code)
     print_summary(run_name, schedule, state, loader.val_splits)
-    print(f"try it: python sample.py --out_dir {run.path}")
+    print(f"try it: python sample.py --out_dir {shlex.quote(str(run.path))}")
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def load_without_run(config: AccuracyConfig, path: Path) -> Engine:
     needs_latent = method and method.n_thoughts_rule != "none"
     if not method or not config.data or (needs_latent and config.latent is None):
         raise UserError(
-            f"{path} belongs to no run, so how it was trained is not recorded.\nGive --method, "
-            "--data and --latent, such as --method=coconut --data=FILE --latent=6."
+            f"{path} belongs to no run.\nGive --method, --data and --latent, such as "
+            "--method=coconut --data=FILE --latent=6."
         )
     model, tokenizer = load_pretrained(str(path)), Tokenizer.gpt2()
     n_tokens = tokenizer.vocab_size if method.markers else tokenizer.eos + 1

@@ -81,7 +81,10 @@ def main() -> None:
     # ---- draw a page from a row, without a model
     if config.redraw:
         target = Path(config.html or "insight.html")
-        details = [row["detail"] for row in read_jsonl(Path(config.redraw)) if "detail" in row]
+        if not Path(config.redraw).is_file():
+            raise UserError(f"{config.redraw} does not exist.\nGive a file of --out.")
+        rows = read_jsonl(Path(config.redraw))
+        details = [row["detail"] for row in rows if row.get("bench") == "insight"]
         if not details:
             raise UserError(f"{config.redraw} has no row of insight.py.\nGive a file of --out.")
         checkpoint.replace_text(target, page.render(details[-1]))

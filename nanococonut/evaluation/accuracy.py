@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanococonut.batch import max_length, tokenize
 from nanococonut.data.examples import Example, is_correct, is_correct_as_released
 from nanococonut.data.tasks import TASKS
 from nanococonut.inference.engine import Engine
@@ -93,7 +94,21 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     except UserError as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"this run's validation examples: {reason}\n{advice}") from None
-    return data.val["valid"]
+    examples = data.val["valid"]
+    if not config.skip_bad_rows:
+        return examples
+    rendered = TASKS[config.task].render(examples, config.render)
+    return [x for x, r in zip(examples, rendered, strict=True) if _was_used(engine, r)]
+
+
+def _was_used(engine: Engine, rendered: Example) -> bool:
+    """Return whether training with skip_bad_rows did not skip the example."""
+    try:
+        tokenized = tokenize(engine.tokenizer, rendered)
+    except UserError:  # its text contains a special token
+        return False
+    n_tokens = max_length(engine.curriculum, tokenized, engine.tokenizer)
+    return n_tokens <= engine.config.block_size
 
 
 def note_training_file(engine: Engine, path: str) -> None:

@@ -89,6 +89,14 @@ class QuestionBatch:
         same_length = torch.equal(self.branch.start, donor.branch.start)
         return self.kind == "thought" and not same_length
 
+    def answer_with(self, donor: "QuestionBatch", only: Sequence[int] | None = None) -> Tensor:
+        """Return the answers with the donor's content in the slots `only` (None: in all); NaN for
+        pauses of a donor with another length."""
+        answers = self.answer(donor.content, only, self.needs_inputs_of(donor))
+        if self.kind == "pause":
+            answers[self.branch.start != donor.branch.start] = torch.nan
+        return answers
+
     def answer(
         self, content: Content, only: Sequence[int] | None = None, by_inputs: bool = False
     ) -> Tensor:
@@ -124,14 +132,14 @@ class QuestionBatch:
             "by_inputs": torch.full((B, 1), float(by_inputs)),
             "mean": self.answer(take(mean, [0] * B)),
             "unrelated": unrelated,
-            "twin": self.answer(twin.content, by_inputs=by_inputs),
+            "twin": self.answer_with(twin),
         }
         if self.kind == "chain":
             half = [tokens[: len(tokens) // 2] for tokens in twin.content]
             return outcomes | {"half": self.answer(half)}
         steps = [range(self.n)[i:][:n_per_step] for i in range(0, self.n, n_per_step)]
         for i, step in enumerate(steps, 1):
-            outcomes[f"slot{i}"] = self.answer(twin.content, step, by_inputs)
+            outcomes[f"slot{i}"] = self.answer_with(twin, step)
         return outcomes
 
 
@@ -153,6 +161,8 @@ def interchange(
     slot1, slot2, ...  only the slots of one step replaced by the twin's
     half               of a chain: replaced by the first half of the twin's
     twin_inputs        only the inputs replaced by the twin's, if a further donor has another length
+
+    (of pauses NaN for a donor with another length, since they have no inputs to replace)
 
     and "thoughts", the hidden states fed back (N, n + EXTRA, C), and "by_inputs" (N, 1): 1 if
     the twin replaces the inputs of the slots, 0 if their keys and values.
@@ -189,9 +199,8 @@ def interchange(
         for name, others in (donors or {}).items():
             if known := [j for j, i in enumerate(index) if others[i] is not None]:
                 donor = batch(index, others)
-                by_inputs = own.needs_inputs_of(donor)
-                answers = own.answer(donor.content, by_inputs=by_inputs)
-                if by_inputs and "twin_inputs" not in outcomes:
+                answers = own.answer_with(donor)
+                if own.needs_inputs_of(donor) and "twin_inputs" not in outcomes:
                     outcomes["twin_inputs"] = own.answer(twin.content, by_inputs=True)
                 outcomes[name] = torch.full_like(answers, torch.nan)
                 outcomes[name][known] = answers[known]

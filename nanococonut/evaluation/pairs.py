@@ -15,7 +15,7 @@ from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
 from nanococonut.evaluation.accuracy import held_out_examples, note_training_file
-from nanococonut.evaluation.interchange import EXTRA, Figures, interchange, kind_of, n_slots
+from nanococonut.evaluation.interchange import EXTRA, NOUNS, Figures, interchange, kind_of, n_slots
 from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
@@ -168,9 +168,11 @@ def check_lengths(engine: Engine, pairs: Pairs) -> Pairs:
             keep.append(i)
     n_long = len(answers) - len(keep)
     if len(keep) < max(MIN_PAIRS, len(answers) / 2):
+        slots = NOUNS[kind := kind_of(engine)]
+        slots = f"a {slots} of up to {n} tokens" if kind == "chain" else f"{n} {slots}"
         raise UserError(
-            f"{n_long} of {len(answers)} pairs do not fit in block_size={block_size} with {n} "
-            "thoughts.\nGive shorter questions."
+            f"{n_long} of {len(answers)} pairs do not fit in block_size={block_size} with {slots}."
+            "\nGive shorter questions."
         )
     if n_long:
         print(f"note: {n_long} pairs do not fit in block_size and are left out")

@@ -47,7 +47,7 @@ def concept_probabilities(engine: Engine, question: str, n_thoughts: int) -> dic
     """
     names = concepts_of(parse_question(question).edges)
     mark = "Every" if engine.config.render == "sentences" else ""
-    [log_p] = engine.choose([question], [names], n_thoughts, mark=mark)
+    [log_p] = engine.choose([question], [names], n_thoughts, mark=mark, is_answer=False)
     return dict(zip(names, log_p.exp().tolist(), strict=True))
 
 

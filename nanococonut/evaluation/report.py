@@ -155,6 +155,8 @@ def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
         yield "Without twins, only an answer that changes to the donor's counts as moved."
     if f.outcomes["by_inputs"].nanmean() > 0:
         yield "Some twins have another length: their inputs were exchanged, not keys and values."
+    if f.outcomes["twin"].isnan().any():
+        yield "Pauses were not exchanged between twins of another length."
     n = engine.manifest["n_thoughts"]
     if engine.model.config.stop:
         yield f"The stop classifier was not used: every question has {n} thoughts."

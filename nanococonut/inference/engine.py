@@ -201,20 +201,22 @@ class Engine:
         latent: int,
         edit: Edit | None = None,
         mark: str = "###",
+        is_answer: bool = True,
     ) -> Tensor:
         """Return the log-probability (B, m) of each candidate answer.
 
-        The mark and the candidate are forced right after the thoughts, so the model writes no
-        reasoning steps. A stop classifier is ignored.
+        The mark is forced right after the thoughts, so the model writes no reasoning steps. An
+        answer ends with eos, so "3" is not the start of "3.5". A stop classifier is ignored.
 
         candidates  m answers per question, in the format that the model generates
         latent      thoughts (or pauses) per question
         edit        as in generate
+        is_answer   False: a candidate is only the start of what follows the mark, without eos
         """
         if edit is not None:
             self._check_editable(latent)
         with self._eval_mode():
-            branch = self.branch(questions, candidates, latent, mark)
+            branch = self.branch(questions, candidates, latent, mark, is_answer)
             branch.think(latent, edit)
             return branch.answer()
 
@@ -224,14 +226,17 @@ class Engine:
         candidates: Sequence[Sequence[str]],
         n_slots: int,
         mark: str = "###",
+        is_answer: bool = True,
     ) -> Branch:
         """Prefill the questions and return their Branch. The model must be in eval mode.
 
-        candidates, mark  as in choose
-        n_slots           maximum thoughts (or pauses, or other tokens) before an answer
+        candidates, mark, is_answer  as in choose
+        n_slots                      maximum thoughts (or pauses, or other tokens) before an answer
 
-        Raise ValueError if not every question has a list of as many candidates.
+        Raise ValueError if n_slots < 0, or not every question has a list of as many candidates.
         """
+        if n_slots < 0:
+            raise ValueError(f"thoughts: expected 0 or more, got {n_slots}")
         prefixes, _, forced = self._prompts(questions, 0)
         n_answers = {0 if isinstance(x, str) else len(x) for x in candidates}
         if len(candidates) != len(questions) or len(n_answers) != 1 or 0 in n_answers:
@@ -239,8 +244,9 @@ class Engine:
                 "candidates: expected a list of answers for each question, all of one length"
             )
         tokenizer, marked = self.tokenizer, self.tokenizer.encode(mark)
+        end = [tokenizer.eos] if is_answer else []
         answers = [
-            [tokenizer.encode(f"{mark} {answer}")[len(marked) :] for answer in options]
+            [tokenizer.encode(f"{mark} {answer}")[len(marked) :] + end for answer in options]
             for options in candidates
         ]
         forced = [*forced, *marked]
@@ -345,6 +351,8 @@ class Engine:
                 for p in self.model.parameters()
             ]
             if key != self._weights_key:
+                if self._packed:  # raises if the model's dtype has changed to one without packing
+                    choose_backend(self.kernels, self.model)
                 self._reset()
                 self._weights_key = key
                 self._packed = None

@@ -271,6 +271,12 @@ def test_default_data_is_what_the_run_held_out(accuracy, scored, tmp_path):
     save_bundled_as(tmp_path / "run3", config=config, examples="a digest of others")
     code, _, err = accuracy("--checkpoint=run3")
     assert code == 2 and "trained on other examples than those of" in err and "valid.json" in err
+    long = examples[0] | {"question": "Every lempus is a wumpus. " * 50 + examples[0]["question"]}
+    write_examples(tmp_path / "long.json", [*examples[:9], long])  # which training skipped
+    config |= {"valid_data": str(tmp_path / "long.json"), "skip_bad_rows": True}
+    save_bundled_as(tmp_path / "run4", config=config)
+    [row] = rows_of(accuracy("--checkpoint=run4", "--max_new_tokens=2")[1])
+    assert row["shape"]["examples"] == 9
     (tmp_path / "rows.json").unlink()
     code, _, err = accuracy("--checkpoint=run")
     assert code == 2 and "rows.json does not exist" in err and "Give --data: a file" in err

@@ -39,6 +39,7 @@ def files(tmp_path):
     write_examples(tmp_path / "data.json", examples)
     write_examples(tmp_path / "twins.json", twins)
     write_examples(tmp_path / "few.json", twins[1:])
+    (tmp_path / "other.jsonl").write_text('{"bench": "accuracy", "detail": {}}\n')
     write_examples(tmp_path / "same.json", [*twins[:4], *examples[4:]])
     return ["--checkpoint=run", "--data=data.json", "--twins=twins.json"]
 
@@ -82,7 +83,8 @@ def test_unseen_examples_and_control(insight, files, tmp_path):
         (["--html=run"], "run cannot be written"),
         (["--out=no/rows.jsonl"], "rows.jsonl cannot be written"),
         (["--redraw=data.json"], "not JSON"),
-        (["--redraw=nothing.jsonl"], "has no row"),
+        (["--redraw=nothing.jsonl"], "nothing.jsonl does not exist"),
+        (["--redraw=other.jsonl"], "has no row"),
         (["--against=nowhere"], "nowhere does not exist"),
         (["--data=nothing.json"], "nothing.json does not exist"),
     ],

@@ -125,6 +125,9 @@ def test_packed_copies_follow_the_weights(kernels):
     expected = ask(Engine(model, kernels="torch")).thoughts
     torch.testing.assert_close(ask(engine).thoughts, expected, rtol=1e-5, atol=1e-5)
     assert engine.memory()["packed"] == 4 * (2 * 12 * 32 * 32 + model.wte.weight.numel())
+    model.half()
+    with pytest.raises(UserError, match="no packed form of torch.float16"):
+        ask(engine)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -116,13 +116,25 @@ def test_choice_equals_a_naive_loop(tokenizer, method):
             for _ in range(n * (method == "coconut")):
                 emb = torch.cat([emb, model.backbone(emb, torch.arange(emb.shape[1]))[:, -1:]], 1)
             tail = [tokenizer.eot] * (n > 0) + tokenizer.encode("### " + candidate)
+            tail += [tokenizer.eos]
             emb = torch.cat([emb, model.wte(torch.tensor([tail]))], 1)
             logits = model.head(model.backbone(emb, torch.arange(emb.shape[1])))[0]
-            n_tokens = len(tokenizer.encode("### " + candidate)) - 1
+            n_tokens = len(tokenizer.encode("### " + candidate))  # with eos, without the mark
             expected = logits.log_softmax(-1)[-n_tokens - 1 : -1].gather(
                 1, torch.tensor(tail[-n_tokens:])[:, None]
             )
             assert float(value) == pytest.approx(float(expected.sum()), abs=1e-4)
+
+
+def test_an_answer_is_not_the_start_of_another(tokenizer):
+    """Without an end, "3" is at least as likely as "3.5", so the longer answer never won."""
+    engine = random_engine(tokenizer)
+    options = ["lempus", "lempus wumpus", "lempus wumpus Tom"]
+    p = engine.choose(QUESTIONS[:1], [options], 2).exp()[0]
+    start = engine.choose(QUESTIONS[:1], [options], 2, is_answer=False).exp()[0]
+    assert start[0] >= start[1] >= start[2] and (p < start).all() and p.sum() < 1
+    with pytest.raises(ValueError, match="expected 0 or more, got -1"):
+        engine.choose(QUESTIONS[:1], [options], -1)
 
 
 # ---- branches
@@ -426,8 +438,8 @@ def random_insight_engine(method, n_thoughts=2) -> Engine:
 def test_a_random_model_does_not_solve_anything(method):
     """Noise could get a verdict. The row must be JSON and the same for the same seed."""
     engine = random_insight_engine(method, n_thoughts=0 if "cot" in method else 2)
-    plain, pairs = generated_pairs(engine.config, 50, 3)
-    plain = plain.take(range(100))
+    plain, pairs = generated_pairs(engine.config, 150, 3)
+    plain = plain.take(range(300))
     rows = []
     for _ in range(2):
         row, _ = measure(engine, "random", plain, pairs)
@@ -467,6 +479,16 @@ def test_interchange_of_inputs_agrees_with_keys_and_values(bundled):
     assert both["by_inputs"].mean() == 0 and (both["longer"].argmax(1) == 1).float().mean() > 0.8
     assert (both["twin_inputs"].argmax(1) == 1).float().mean() > 0.8
     assert "twin_inputs" not in interchange(engine, questions, twins, candidates)
+
+
+def test_pauses_are_exchanged_at_the_same_positions():
+    """Keys of another position were put in without a word, if a twin had another length."""
+    engine = random_insight_engine("pause")
+    questions = ["Tom is a lempus. Is Tom a lempus or wumpus?"] * 2
+    twins = [questions[0].replace("Tom", "Sam"), f"Every gorpus is a wumpus. {questions[1]}"]
+    cells = interchange(engine, questions, twins, [["lempus", "wumpus"]] * 2)
+    for name in ("twin", "slot1", "slot2"):
+        assert cells[name].isnan().tolist() == [[False] * 2, [True] * 2]
 
 
 def test_a_view_follows_the_thoughts(bundled):

@@ -161,7 +161,7 @@ def test_verdicts_fit_the_mechanism(name, monkeypatch):
     """Guards against verdicts that another mechanism than the one they name can cause."""
     mechanism, engine = MECHANISMS[name], nanococonut.load(kernels="torch", graph="off")
 
-    def branch(self, questions, candidates, n_slots, mark="###"):
+    def branch(self, questions, candidates, n_slots, mark="###", is_answer=True):
         return SymbolicBranch(mechanism, self, questions, candidates, n_slots)
 
     monkeypatch.setattr(Engine, "branch", branch)
