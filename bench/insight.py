@@ -104,7 +104,7 @@ def main() -> None:
         raise UserError(f"--against is of {about[1]}, not of {about[0]}.\nGive another control.")
     name, engine, _, pairs = subjects[0]
     if subjects[-1][-1].questions() != pairs.questions():
-        raise UserError("--against has other held-out examples.\nGive --data for both.")
+        raise UserError("--against would be tested on other questions.\nGive --data for both.")
     w = engine.model.wte.weight
     labels = {"method": engine.manifest["method"], "task": engine.config.task, "checkpoint": name}
     results = ResultWriter("insight", config, w.device, w.dtype, **labels)
