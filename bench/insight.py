@@ -126,7 +126,7 @@ def main() -> None:
     # ---- write the page, then the row
     trained = row.pop("trained")
     checkpoint.replace_text(target, page.render(row))
-    lines = [f"{name}, {about[0]}: {row['verdict']}"]
+    lines = [f"{name}, {row['task']} with {row['thoughts']} thoughts: {row['verdict']}"]
     if pairs.twinned:
         lines += ["A twin differs from its question in one thing, so another answer is correct."]
     lines += [f"Answers are forced: the model chooses among {row['candidates']}."]

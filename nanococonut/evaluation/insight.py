@@ -45,12 +45,14 @@ def finding(name: str, text: str, figures: list[Figure | None], *cases: tuple) -
 
 
 def reason(figures: list[Figure | None]) -> str:
-    """Return why figures cannot decide, whatever their values; "" if they can."""
+    """Return why these figures give no verdict."""
     if min(f["n"] if f else 0 for f in figures) < MIN_PAIRS:
         return f"There are fewer than {MIN_PAIRS} such questions."
     mass = min(f.get("mass", 1) for f in figures)
-    low = f"The candidate answers have only {percent(mass)} of the probability: the model would "
-    return f"{low}write something else." if mass < 0.5 else ""
+    if mass < 0.5:
+        low = f"The candidate answers have only {percent(mass)} of the probability"
+        return f"{low}: the model would write something else."
+    return "The intervals are too wide for a verdict: use more questions."
 
 
 def percent(p: float) -> str:
@@ -173,7 +175,7 @@ def judge_carried(
          f"The answer is carried by the {noun}."),
         (ignored and kept["lo"] >= 0.9, "no", "ignored", f"The {noun} {are} ignored."),
         (ignored, "?", "undecided",
-         f"The {noun} of twins are interchangeable, but not those of unrelated questions."),
+         f"The {noun} of twins are interchangeable, but not those of unrelated questions.", ""),
         (overlap, "?", "undecided",
          f"Whether replacing the {noun} moves the answer or only destroys it is undecided."),
         (True, "part", f"carried {part}", f"The answer is carried {part} by the {noun}."),
@@ -198,7 +200,8 @@ def judge_search(
     retargeted   the question itself after the options' names are exchanged in the facts: the search
                  begins as before, but ends at the twin's answer (None: no ProsQA)
     """
-    ok = decided(twin, other, same) and twin["lo"] >= 0.9
+    enough = decided(twin, other, same)
+    ok = enough and twin["lo"] >= 0.9
     separate = ok and other["lo"] > same["hi"]
     no_answer = ok and other["lo"] > 0.8 and same["hi"] < 0.2
     mostly = separate and other["lo"] > 0.5 and same["hi"] < 0.5
@@ -216,7 +219,9 @@ def judge_search(
         "search",
         f"{text}.",
         [other, same, *filter(None, [renamed, retargeted])],
-        (not ok, "?", "undecided", f"What the {noun} hold is undecided."),
+        (not enough, "?", "undecided", f"What the {noun} hold is undecided."),
+        (not ok, "?", "undecided", f"What the {noun} hold is undecided.",
+         f"This test needs an answer that changes with the {noun}, see the test before."),
         (controlled and renamed["hi"] >= 0.5 or no_answer and begun, "part",
          "what is asked, perhaps no search",
          f"The {noun} carry what is asked, and perhaps no search."),

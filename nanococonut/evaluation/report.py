@@ -1,6 +1,7 @@
 """Run the seven tests of insight.py on a model. page.py draws the row that measure() returns."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from nanococonut.evaluation import insight
@@ -35,7 +36,8 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     row: Row = {
         "name": name,
         "method": engine.manifest["method"],
-        "task": engine.config.task,
+        # what it was trained on: a task's examples, or a file
+        "task": Path(engine.config.data).name if engine.config.data else engine.config.task,
         "thoughts": engine.manifest["n_thoughts"],
         "noun": (noun := NOUNS[kind]),
         "parameters": engine.model.n_params(),

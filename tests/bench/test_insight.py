@@ -65,6 +65,7 @@ def test_unseen_examples_and_control(insight, files, tmp_path):
     code, out, err = insight("--checkpoint=own", "--against=own", "--html=page.html")
     assert code == 0, err
     assert f"own: {N} examples that it held out" in err and "training examples" not in out
+    assert "own, data.json with" in out and "data.json" in (tmp_path / "page.html").read_text()
     assert "[?] Whether the model is more accurate than the control is undecided." in out
     assert "The candidate answers have only" in out  # a random model
     assert "than the control" in (tmp_path / "page.html").read_text()

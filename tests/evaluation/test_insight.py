@@ -357,12 +357,15 @@ def test_rules_on_made_up_figures(rule, figures, mark, verdict):
 
 
 def test_an_undecided_finding_says_why():
-    """Neither too few questions nor an answer that the model would not give were named."""
+    """The reason was missing: few questions, an unlikely answer, wide intervals, no effect."""
     few = insight.judge_pairs(HIGH, FEW, HIGH, "x")["text"]
     unlikely = insight.judge_needed(HIGH, LOST | {"mass": 0.3}, 0.5, "written chain")["text"]
     assert few.endswith("fewer than 100 such questions.")
     assert "only 30\xa0% of the probability" in unlikely
-    assert insight.reason([HIGH, HALF]) == "" and "fewer than 100" in insight.reason([HIGH, None])
+    wide = insight.judge_pairs(HIGH, made_up(0.1, 0.08, 0.12), HIGH, "x")["text"]
+    unmoved = insight.judge_search(LOW, LOW, LOW, "thoughts")["text"]
+    assert "use more questions" in wide and "changes with the thoughts" in unmoved
+    assert "fewer than 100" in insight.reason([HIGH, None])
 
 
 def test_depth_and_readout_on_made_up_figures():
