@@ -53,7 +53,8 @@ def sections() -> dict[str, str]:
     )
     return {
         "results": tables.main_results(accuracy),
-        "insight": tables.insight(insight),
+        "insight": tables.insight(insight, tables.SHOWN),
+        "insight_all": tables.insight(insight),
         "speed": f"{tables.answer_speed(latency)}\n\n{tables.step_speed(training)}",
         "table1_prosqa_small": tables.table1(accuracy, "prosqa", "small"),
         "table1_prontoqa_small": tables.table1(accuracy, "prontoqa", "small"),

@@ -16,7 +16,7 @@ Rows = Sequence[Row]
 # Table 1 of the paper (arXiv 2412.06769): task -> method -> accuracy in %, its standard deviation
 # or None, generated tokens
 PAPER = json.loads((Path(__file__).parent.parent / "results/paper_table1.json").read_text())
-_SHOWN = ("coconut", "cot", "no_cot", "pause_as_thought")  # in the README
+SHOWN = ("coconut", "cot", "no_cot", "pause_as_thought")  # in the README
 
 
 def _table(*rows: Sequence[str]) -> str:
@@ -90,7 +90,7 @@ def main_results(rows: Rows) -> str:
     rows = select(rows, task="prosqa", preset="small", setting="")
     splits = ("prosqa", "prosqa_matched", "prosqa_balanced")
     lines = [("method", "ProsQA", "depth-matched", "balanced", "generated tokens", "seeds")]
-    for method in _SHOWN:
+    for method in SHOWN:
         own = select(rows, method=method)
         cells = [_accuracy(select(own, data=split)) for split in splits]
         lines.append((method, *cells, _tokens(select(own, data="prosqa")), _seeds(own) or "-"))
@@ -100,11 +100,11 @@ def main_results(rows: Rows) -> str:
     return _table(*lines)
 
 
-def insight(rows: Rows) -> str:
-    """Return what bench/insight.py found for each method: means over runs, in %."""
+def insight(rows: Rows, methods: Sequence[str] = tuple(METHODS)) -> str:
+    """Return what bench/insight.py found for each of the methods: means over runs, in %."""
     header = "method|accuracy|both twins correct|averaged thoughts|swapped|verdict (runs)"
     lines = [header.split("|")]
-    for method in METHODS:
+    for method in methods:
         own = select(rows, method=method)
         if not own:
             continue
