@@ -1,7 +1,7 @@
 """Test whether a model's thoughts do anything; write an HTML page and a result row.
 
     python bench/insight.py                                  the bundled model: insight.html
-    python bench/insight.py --checkpoint out/RUN --against out/PAUSE_RUN --more
+    python bench/insight.py --checkpoint out/RUN --against out/PAUSE_RUN --paper_figures
     python bench/insight.py --checkpoint out/RUN --data FILE --twins FILE     your own task
     python bench/insight.py --redraw bench/results/insight.jsonl              from a row, no model
 
@@ -45,7 +45,7 @@ class InsightConfig(Options):
     html: str | None = option(None, "page to write (None: insight.html in the run's folder)")
     against: str | None = option(None, "a control run to draw in grey, such as pause_as_thought's")
     questions: int = option(6, "questions in the interactive view", ge=0, le=20)
-    more: bool = option(False, "also draw the paper's figures 5, 7, 8 and 9")
+    paper_figures: bool = option(False, "also draw the paper's figures 5, 7, 8 and 9")
     device: str = option("auto", "auto, cpu, cuda, mps")
     out: str | None = option(None, "append the row to this file")
     redraw: str | None = option(None, "a file of rows: only draw its last one")
@@ -69,8 +69,8 @@ def evaluate(
     """Return the row of one model."""
     row, figures = measure(engine, name, plain, pairs)
     if "accuracy" in row and pairs.is_prosqa:
-        row["view"] = question_views(engine, pairs, figures.right.tolist(), config.questions)
-        if config.more and plain is not None:
+        row["view"] = question_views(engine, pairs, figures.correct.tolist(), config.questions)
+        if config.paper_figures and plain is not None:
             row["paper"] = paper_figures(engine, plain.examples)
     return {"schema": 1, "checkpoint": name} | row
 

@@ -65,8 +65,10 @@ def hidden_states(
     if smear is not None:
         shapes, tensors = [*shapes, (C, C)], [*tensors, smear]
     if [t.shape for t in tensors] != shapes or C % COLS or C % n_head:
-        given = [tuple(t.shape) for t in tensors]
-        raise ValueError(f"expected {N} rows and the weights of a GPT-2, got {n_head=} and {given}")
+        actual = [tuple(t.shape) for t in tensors]
+        raise ValueError(
+            f"expected {N} rows and the weights of a GPT-2, got {n_head=} and {actual}"
+        )
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
         raise ValueError("expected float32 tensors on a CPU")
     return _Hidden.apply(rows, n_head, emb, pos, smear, *[w.contiguous() for w in weights])

@@ -110,10 +110,10 @@ def insight(rows: Rows, methods: Sequence[str] = tuple(METHODS)) -> str:
             continue
         cells = [f"{100 * statistics.mean(row['value'] for row in own):.1f}"]
         for name, *indices in (("pairs", 1), ("needed", 0, 1), ("carried", 0)):
-            found = [
+            figures = [
                 f["figures"] for row in own for f in row["detail"]["findings"] if f["id"] == name
             ]
-            means = [statistics.mean(f[i]["value"] for f in found) for i in indices if found]
+            means = [statistics.mean(f[i]["value"] for f in figures) for i in indices if figures]
             cells.append(" → ".join(f"{100 * x:.1f}" for x in means) or "-")
         whole = "the search, not the answer"  # commas separate verdicts
         short = [row["detail"]["verdict"].replace(whole, "hold the search") for row in own]

@@ -255,7 +255,7 @@ def judge_depth(
     """
     counts = {h: plateau(figures) for h, figures in accuracy.items()}
     strongest = [max(range(len(f)), key=lambda j: f[j]["value"]) + 1 for f in slots.values()]
-    parts = [
+    phrases = [
         f"{count(h, 'step')}: {k or '0 (no clear gain)'}, {{{i}}}"
         for i, (h, k) in enumerate(counts.items())
     ]
@@ -271,7 +271,7 @@ def judge_depth(
     return finding(
         "depth",
         f"Number of {noun} that give 80\xa0% of the gain in accuracy, and the accuracy with them: "
-        f"{'; '.join(parts)}.",
+        f"{'; '.join(phrases)}.",
         [accuracy[h][k] for h, k in counts.items()],
         (rises, "yes", "deeper takes more", f"Deeper questions need more {noun}.",
          strongest and alone),
@@ -281,9 +281,9 @@ def judge_depth(
 
 def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
     """Judge test 6. best: distance -> the thought that names concepts at this distance most."""
-    parts, good = [], []
+    phrases, good = [], []
     for i, (d, b) in enumerate(best.items()):
-        parts.append(
+        phrases.append(
             f"at thought {b['thought']}, {{{2 * i}}} of the probability of all concepts goes to "
             f"those {count(d, 'step')} from the entity (control, from the twin's entity: "
             f"{{{2 * i + 1}}}; {percent(b['base'])} of the concepts are at this distance)"
@@ -293,7 +293,7 @@ def judge_read(best: dict[int, dict[str, Any]]) -> Finding:
     thoughts = [b["thought"] for b in best.values()]
     return finding(
         "read",
-        f"{LENS}: {'; '.join(parts)}. {UNUSED}",
+        f"{LENS}: {'; '.join(phrases)}. {UNUSED}",
         [b[name] for b in best.values() for name in ("own", "other")],
         (all(good) and thoughts == sorted(set(thoughts)), "yes", "readable",
          "The LM head can read the thoughts: later ones name concepts farther away."),

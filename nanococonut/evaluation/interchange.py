@@ -252,7 +252,7 @@ class Figures:
     groups      (N,)       number of steps
     deep        (N,) bool  question and twin have two steps or more; one may need no thought (all,
                            if none has)
-    both_right  (N,) bool  question and twin are answered correctly without intervention
+    both_correct  (N,) bool  question and twin are answered correctly without intervention
     which       str        what `deep` contains, in words
     """
 
@@ -262,9 +262,9 @@ class Figures:
 
     def __post_init__(self) -> None:
         own, twin = self.outcomes["own"].argmax(1), self.outcomes["twin_own"].argmax(1)
-        self.right, self.twin_right = own == 0, twin == 1
-        self.both_right = self.right & self.twin_right
-        self.every = torch.ones_like(self.right)
+        self.correct, self.twin_correct = own == 0, twin == 1
+        self.both_correct = self.correct & self.twin_correct
+        self.every = torch.ones_like(self.correct)
         self.which = "questions of two or more steps" if self.deep.any() else "questions"
         self.deep = self.deep if self.deep.any() else self.every
         self.steps = sorted(set(self.groups.tolist()))
@@ -286,6 +286,6 @@ class Figures:
         return accuracy | {"fall": _figure((lost - won) / n, center - half, center + half, n)}
 
     def flips(self, name: str, mask: Tensor | None = None, candidate: int = 1) -> Figure | None:
-        """Return how often a candidate is chosen (1: the twin's answer, 0: own), if both_right."""
+        """Return how often a candidate is chosen if both_correct (1: the twin's answer, 0: own)."""
         mask = self.deep if mask is None else mask
-        return chosen(self.outcomes.get(name), candidate, mask & self.both_right)
+        return chosen(self.outcomes.get(name), candidate, mask & self.both_correct)

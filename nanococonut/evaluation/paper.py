@@ -79,7 +79,7 @@ def _one_question(example: Example, values: Sequence[Values]) -> Grid:
     g, height, rows = graph(example), heights(parse_question(example["question"]).edges), {}
     for node in sorted(g.nodes, key=lambda node: (g.own.get(node, 99), node)):
         distance = f"step {g.own[node]}" if node in g.own else "not reached"
-        side = "right" if node in g.right else "wrong"
+        side = "right" if node in g.correct else "wrong"
         label = f"{node} ({side}, {distance}, height {height.get(node, '-')})"
         rows[label] = _values([v[node] for v in values])
     return grid(["after 1", "after 2"], rows)
@@ -106,7 +106,7 @@ def _by_height(examples: Sequence[Example], values: Sequence[Values]) -> Grid:
         for leaf in ("nearest", "farthest"):
             height = heights(edges, longest=leaf == "farthest")
             for node in height.keys() & children:
-                side = "right" if node in g.right else "wrong"
+                side = "right" if node in g.correct else "wrong"
                 shares[f"{side}, {leaf} leaf"][height[node]].append(v[node] / total)
     columns, rows = sorted({h for by_height in shares.values() for h in by_height}), {}
     for label, by_height in sorted(shares.items()):

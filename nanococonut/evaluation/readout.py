@@ -57,7 +57,7 @@ class QuestionGraph(NamedTuple):
     nodes: list[str]
     own: dict[str, int]  # steps from the entity; unreachable concepts are missing
     other: dict[str, int]  # steps from the twin's entity
-    right: set[str]  # concepts that lead to the answer
+    correct: set[str]  # concepts that lead to the answer
 
     def chosen(self, d: int) -> dict[str, list[str]]:
         """Map the keys of WRITTEN and ERASED to concepts at distance d; {} if there are none."""
@@ -66,11 +66,11 @@ class QuestionGraph(NamedTuple):
             return {}
         # as many, since the mean of more embeddings is shorter
         control = [x for x in self.nodes if x not in own + other][: len(other)]
-        right = [node for node in own if node in self.right]
-        wrong = [node for node in own if node not in self.right]
+        correct = [node for node in own if node in self.correct]
+        wrong = [node for node in own if node not in self.correct]
         written = {"own": own, "other": other, "control": control}
-        if len(right) == 1 and wrong:
-            return written | {"right": right, "wrong": wrong[:1]}
+        if len(correct) == 1 and wrong:
+            return written | {"right": correct, "wrong": wrong[:1]}
         return written
 
 
@@ -78,9 +78,9 @@ def graph(example: Example, twin: Example | None = None) -> QuestionGraph:
     """Return the graph of a question. UserError if it is not ProsQA."""
     edges, entity, _ = parse_question(example["question"])
     target, nodes = parse_sentence(example["answer"])[1], concepts_of(edges)
-    right = {node for node in nodes if target in reachable(edges, node)}
+    correct = {node for node in nodes if target in reachable(edges, node)}
     other = parse_question(twin["question"]).entity if twin else entity
-    return QuestionGraph(nodes, reachable(edges, entity), reachable(edges, other), right)
+    return QuestionGraph(nodes, reachable(edges, entity), reachable(edges, other), correct)
 
 
 def name_tokens(engine: Engine, graphs: Sequence[QuestionGraph]) -> dict[str, int]:
@@ -203,7 +203,7 @@ def readout(
     factor, answers = steer(engine, graphs, pairs, thoughts[:, :n], t, d)
 
     def points(labels: dict[str, str], candidate: int) -> list[dict[str, Any]]:
-        figures = {name: chosen(answers[name], candidate, f.both_right[index]) for name in labels}
+        figures = {name: chosen(answers[name], candidate, f.both_correct[index]) for name in labels}
         return [{"id": name, "label": labels[name]} | x for name, x in figures.items() if x]
 
     write = {"thought": t, "distance": d, "factor": factor}

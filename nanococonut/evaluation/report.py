@@ -29,7 +29,7 @@ def measure(engine: Engine, name: str, plain: Pairs | None, pairs: Pairs) -> tup
     own, trained = f.accuracy("own"), p.accuracy("own", p.every)
     questions, twins = (plain or pairs).questions()
     q = p if questions != twins else f  # ProntoQA as in training has no twins
-    one, both = (fraction(x[q.deep]) for x in (q.right ^ q.twin_right, q.both_right))
+    one, both = (fraction(x[q.deep]) for x in (q.correct ^ q.twin_correct, q.both_correct))
     about = "questions as in training" if plain else "these questions"
     shortcut = [insight.judge_pairs(trained, one, both, about, q.which)] if pairs.twinned else []
     ignores = bool(shortcut) and shortcut[0]["mark"] == "no"

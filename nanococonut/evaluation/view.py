@@ -20,11 +20,11 @@ State = dict[str, Any]
 
 
 def question_views(
-    engine: Engine, pairs: Pairs, right: Sequence[bool], n: int
+    engine: Engine, pairs: Pairs, correct: Sequence[bool], n: int
 ) -> list[dict[str, Any]]:
-    """Return the views of n questions: the first of each depth, then the first not `right`."""
+    """Return the views of n questions: the first of each depth, then the first not `correct`."""
     first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
-    chosen = first + [i for i, x in enumerate(right) if not x and i not in first]
+    chosen = first + [i for i, x in enumerate(correct) if not x and i not in first]
     n_thoughts = engine.manifest["n_thoughts"]
     return [question_view(engine, pairs.examples[i], n_thoughts) for i in chosen[:n]]
 

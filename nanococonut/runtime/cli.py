@@ -140,7 +140,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
         ) from None
     values = {}
     for node in body:
-        at = f"{path}, line {node.lineno}"
+        location = f"{path}, line {node.lineno}"
         match node:
             case ast.Expr(value=ast.Constant()):  # a docstring
                 continue
@@ -148,18 +148,19 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
                 pass
             case _:
                 raise UserError(
-                    f"{at}: only assignments of literals are allowed.\n"
+                    f"{location}: only assignments of literals are allowed.\n"
                     "Write name = value, such as n_layer = 2."
                 )
         if name not in names:
             raise UserError(
-                f"{at}: unknown key {name!r}.{suggestion(name, names)}\nSee --help for all options."
+                f"{location}: unknown key {name!r}.{suggestion(name, names)}\n"
+                "See --help for all options."
             )
         try:
             values[name] = ast.literal_eval(value)
         except LITERAL_ERRORS:
             raise UserError(
-                f"{at}: the value of {name} is not a literal.\n"
+                f"{location}: the value of {name} is not a literal.\n"
                 "Write a number, a string in quotes, True, False or None."
             ) from None
     return values

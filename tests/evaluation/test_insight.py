@@ -556,8 +556,8 @@ def test_without_twins_destroyed_is_not_ignored(bundled):
     answers = sorted(set(own))
     texts = [x["question"] for x in pairs.examples]
     best = engine.choose(texts, [answers] * len(texts), 6).argmax(1).tolist()
-    right = [answers[i] == answer for i, answer in zip(best, own, strict=True)]
-    assert f.right.tolist() == right
+    correct = [answers[i] == answer for i, answer in zip(best, own, strict=True)]
+    assert f.correct.tolist() == correct
     assert f.accuracy("own")["lo"] > f.accuracy("mean")["hi"] and f.chance < 0.2
     assert f.flips("twin")["hi"] < 0.2 and f.flips("twin", candidate=0)["hi"] < 0.9
     figures = f.flips("twin"), f.flips("unrelated"), f.flips("twin", candidate=0)
