@@ -3,8 +3,8 @@
     "torch"     plain PyTorch, everywhere
     "triton"    kernels/: fused attention, projections and loss, on a GPU
     "packed"    inference on a CPU: linear layers packed for oneDNN (packed.py)
-    "c"         inference on a CPU: the same, and steps of up to three sequences in C; training on a
-                CPU: all layers of whole sequences in C
+    "c"         inference on a CPU: like "packed", with steps of up to three sequences in C;
+                training on a CPU: all layers of whole sequences in C
 
 There is no silent fallback: "auto" comes with the reason for its choice, and requesting a backend
 that cannot run raises UserError.
@@ -31,8 +31,8 @@ BACKENDS = ("auto", "triton", "c", "packed", "torch")  # for inference
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     """Return the inference backend and the reason.
 
-    kernels: one of BACKENDS. "auto" is triton on a GPU if it can run the model, the fastest one by
-    a short measurement for a large model on a CPU, and torch otherwise.
+    kernels: one of BACKENDS. "auto" is triton on a GPU if it can run the model. For a large model
+    on a CPU, it is the fastest backend in a short measurement. Otherwise it is torch.
     """
     _check_option("kernels", kernels, BACKENDS)
     if kernels in ("c", "packed"):
