@@ -93,7 +93,7 @@ class Distributed:
         return seed + self.rank * SEED_STRIDE
 
     def shard(self, items: Sequence) -> Sequence:
-        """Return every n-th item. If items are sorted by length, all shards have similar lengths."""
+        """Return every n-th item. If items are sorted by length, shards have similar lengths."""
         return items[self.rank :: self.world]
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
