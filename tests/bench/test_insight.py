@@ -64,7 +64,7 @@ def test_unseen_examples_and_control(insight, files, tmp_path):
     save_random_run(tmp_path / "own", tokenizer, render="sentences", data=file, valid_data=file)
     code, out, err = insight("--checkpoint=own", "--against=own", "--html=page.html")
     assert code == 0, err
-    assert f"own: {N} examples that it held out" in err and "training examples" not in out
+    assert f"own: {N} held-out examples" in err and "training examples" not in out
     assert "[?] Whether the model is more accurate than the control is undecided." in out
     assert "The candidate answers have only" in out  # a random model
     assert "than the control" in (tmp_path / "page.html").read_text()
