@@ -8,8 +8,8 @@
 It times the step of train.py in the final stage: no written steps, --latent thoughts per sequence.
 The released code (a clone of facebookresearch/coconut, in its own process) takes turns with it, in
 float32 and whole batches. Both use the same weights, examples, dropout, AdamW settings and threads.
-It is an error if their losses or gradient norms differ. Only our time includes building the batch: the
-released DataLoader does that in another process.
+It is an error if their losses or gradient norms differ. Only our time includes building the batch:
+the released DataLoader does that in another process.
 
 --out appends the results; the last line of the output is JSON.
 """

@@ -72,7 +72,7 @@ def choose_training_backend(kernels: str, model: GPT, use_bf16: bool = False) ->
             return "torch", reason
         return "c", "float32 on a CPU, no dropout"
     dropout = model.config.dropout
-    unsupported = f"attention with dropout, which is {dropout}" if dropout else ""
+    unsupported = f"attention with dropout ({dropout})" if dropout else ""
     return _choose(kernels, model, unsupported, "a GPU and no dropout")
 
 
@@ -84,7 +84,7 @@ def _no_training_in_c(model: GPT, use_bf16: bool) -> str:
         f"{dtype} on {w.device}": (dtype, w.device.type) != ("float32", "cpu"),
         "a subclass of GPT": type(model) is not GPT,
         f"{c.thought} thoughts": c.thought != "hidden",
-        f"dropout, which is {c.dropout}": c.dropout > 0,
+        f"dropout ({c.dropout})": c.dropout > 0,
         f"n_embd={c.n_embd}, only multiples of 32": c.n_embd % 32 > 0,
     }
     if feature := next((name for name, applies in unsupported.items() if applies), ""):

@@ -59,7 +59,7 @@ def test_page_and_row_of_a_users_task(insight, files, tmp_path):
 
 
 def test_unseen_examples_and_control(insight, files, tmp_path):
-    """A run's own file was measured without a word, and a control as accurate was not mentioned."""
+    """The output did not say that a run's own file was measured, or a control was as accurate."""
     tokenizer, file = Tokenizer.words("Which is x a b ### . ?".split()), str(tmp_path / "data.json")
     save_random_run(tmp_path / "own", tokenizer, render="sentences", data=file, valid_data=file)
     code, out, err = insight("--checkpoint=own", "--against=own", "--html=page.html")
