@@ -12,6 +12,6 @@ bench:  ## GPT-2 124M with random weights; their values do not affect speed
 	python bench/throughput.py
 	python bench/training.py
 
-plots:  ## plots, and the tables in README.md and docs/, from bench/results/
+plots:  ## draw the figures and write the tables of README.md and docs/ from bench/results/
 	python bench/plot.py
 	python bench/plot.py --readme

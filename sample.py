@@ -1,6 +1,6 @@
 """Ask a trained model questions and look at its thoughts.
 
-python sample.py --latent 6                    a question of its task, answered after six thoughts
+python sample.py --latent 6                    a question of the model's task, six thoughts
 python sample.py --latent 0 --question "..."   your own question, without thoughts
 python sample.py --out_dir out/prosqa_small    a run of your own
 python sample.py --nodes                       ProsQA: the concept named after each thought
@@ -51,7 +51,9 @@ class SampleConfig(Options):
     temperature: float = option(0.0, "sampling temperature (below 1e-6: greedy)", ge=0)
     nodes: bool = option(False, "ProsQA: also show the concept named after each thought")
     view: str | None = option(None, "ProsQA: write an interactive page about the thoughts")
-    seed: int | None = option(None, "of questions and samples (None: random)", ge=0, le=2**32 - 1)
+    seed: int | None = option(
+        None, "seed of questions and samples (None: random)", ge=0, le=2**32 - 1
+    )
     device: str = option("auto", "auto, cpu, cuda, mps")
     kernels: str = option(
         "auto", "backend (c, packed: faster for GPT-2 on a CPU)", choices=BACKENDS
@@ -118,7 +120,7 @@ def piped_lines() -> Iterator[str]:
 
 
 def new_table(title: str, *columns: str) -> Table:
-    # a narrow terminal wraps the texts, but must not cut a number
+    # a narrow terminal may wrap text, but must not cut off a number
     headers = [Column(name, no_wrap=name in ("#", "total")) for name in columns]
     return Table(*headers, title=title, title_justify="left", caption_justify="left")
 
@@ -160,8 +162,8 @@ def nodes_table(engine: Engine, question: str, n_thoughts: int) -> Table:
 def ask(engine: Engine, config: SampleConfig, example: Example, latent: int) -> None:
     """Ask one question. Print the thoughts, the answer and the times, and write --view.
 
-    config   with max_new_tokens and seed set
-    example  its answer is "" if unknown
+    config   options, with max_new_tokens and seed set
+    example  the question; its answer is "" if unknown
     latent   number of thoughts
     """
     # ---- question

@@ -1,7 +1,7 @@
 """Train a GPT-2 to reason in continuous thoughts, stage by stage.
 
     python train.py config/prosqa.py                        # the paper's recipe
-    python train.py config/prosqa_small.py --seed=1         # any setting, by name
+    python train.py config/prosqa_small.py --seed=1         # override any setting
     torchrun --nproc_per_node=8 train.py config/prosqa.py   # the same batch on eight GPUs
 
 main() is the whole loop: examples -> batch -> loss -> optimizer -> validation -> next stage.
@@ -115,7 +115,7 @@ def main() -> None:
             log.step(state, loss, step_batch.n_examples)
             run.end_save(wait=False)  # raises if a background save failed
 
-            # validate at the end of a stage, and every eval_interval steps of the last one
+            # validate at the end of each stage, and every eval_interval steps of the last stage
             is_last = schedule.is_last_stage(state)
             stage_done = schedule.stage_done(state)  # out of epochs, or accurate enough
             if schedule.eval_due(state, stage_done):

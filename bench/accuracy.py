@@ -12,7 +12,7 @@ Answers are generated greedily, with as many thoughts as in training, or --laten
 1, ... up to that many thoughts, then stops each example once the head's best token repeats.
 Generated splits have graphs of the size that the checkpoint was trained on. ProsQA answers are also
 sorted into the paper's categories (evaluation/paper.py). --out appends one result per number of
-thoughts; the last line of the output is JSON, unless it is a terminal.
+thoughts. The last line of the output is JSON, unless stdout is a terminal.
 """
 
 import sys
@@ -65,14 +65,14 @@ class AccuracyConfig(Options):
         + ", ".join(TASK_OF),
     )
     n: int = option(1000, "generated examples", ge=1)
-    seed: int = option(TEST_SEED, "of generated examples (never used in training)", ge=0)
+    seed: int = option(TEST_SEED, "seed of generated examples (not used in training)", ge=0)
     latent: int | None = option(None, "thoughts (None: as in training)", ge=0)
     sweep: bool = option(False, "evaluate with 0, 1, ..., --latent thoughts")
     batch_size: int = option(100, "examples in a batch", ge=1)
     max_new_tokens: int | None = option(None, "maximum length of an answer (None: the run's)", ge=1)
     out: str | None = option(None, "append the results to this file")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("float32", "of the weights", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "dtype of the weights", choices=("float32", "bfloat16"))
     method: str | None = option(
         None, "how weights without a run were trained", choices=tuple(METHODS)
     )
@@ -139,8 +139,11 @@ def shortcut_accuracies(task: Task, examples: list[Example]) -> dict[str, float]
 def choose_examples(
     config: AccuracyConfig, engine: Engine
 ) -> tuple[list[Example], str, int | None]:
-    """Return (examples, their name, the seed that generated them or None). Without --data: what the
-    run held out, or its task's first split. Raise UserError if --data is another task's split."""
+    """Return (examples, their name, the seed that generated them or None).
+
+    Without --data, they are what the run held out, or its task's first split. Raise UserError if
+    --data is another task's split.
+    """
     trained, splits = engine.config, TASKS[engine.config.task].splits
     held_out = [] if config.data else held_out_examples(engine, "Give --data: a file of examples.")
     if held_out:
@@ -179,7 +182,7 @@ def choose_thoughts(
     if not config.sweep:
         return [(maximum, counts, {})]
     evaluations = [(n, [min(n, count) for count in counts], {}) for n in range(maximum + 1)]
-    # the rule needs hidden states that are fed back; with a stop classifier, that decides instead
+    # the rule needs hidden states that are fed back; a stop classifier would decide instead of it
     if rules.feeds_back and not engine.model.config.stop and min(counts) == maximum > 0:
         counts = thoughts_until_repeat(engine, examples, maximum, config.batch_size)
         evaluations.append((maximum, counts, {"stop": "the readout repeats"}))

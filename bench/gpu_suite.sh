@@ -2,7 +2,7 @@
 # Run everything that needs a GPU, in one call of at most nine minutes (ten with the released code):
 #   bash bench/gpu_suite.sh FOLDER
 #   bash bench/gpu_suite.sh FOLDER tests latency kernels throughput training train  # some parts
-#   bash bench/gpu_suite.sh FOLDER checks  # compute-sanitizer and losses, slow, not part of the rest
+#   bash bench/gpu_suite.sh FOLDER checks  # compute-sanitizer and losses: slow, only on request
 # Results and logs go to FOLDER, and as gpu.tgz to $OUT if that is set. If a part fails or runs out
 # of time, the others still run. With NANOCOCONUT_RELEASED (a clone of facebookresearch/coconut) and
 # NANOCOCONUT_RELEASED_PYTHON the released code is timed too. Needs a commit (git, or

@@ -2,12 +2,11 @@
 
     python bench/kernels.py                    GPT-2 124M's sizes, batch 1, 8, 64, 256
 
-Each time is the mean of the calls captured in one CUDA graph. They cycle through copies of the
-arguments that together exceed the L2 cache, unless a call touches less than a megabyte (feedback,
-whose input has just been written in practice, too). Training kernels are timed with their backward
-pass.
-The roofline is the time to read and write every operand once, at the bandwidth measured in the same
-run. Tests compare the kernels' outputs (tests/bench/test_kernels.py, tests/kernels/).
+Each time is the mean of the calls captured in one CUDA graph. The calls cycle through copies of the
+arguments that together exceed the L2 cache, unless a call touches less than a megabyte (feedback:
+in practice, too, its input has just been written). Training kernels are timed with their backward
+pass. The roofline is the time to read and write every operand once, at the bandwidth measured in
+the same run. Tests compare the kernels' outputs (tests/bench/test_kernels.py, tests/kernels/).
 """
 
 import statistics
@@ -34,7 +33,7 @@ from nanococonut.runtime.errors import run_main
 
 SIZES = GPTConfig(block_size=400)  # GPT-2 124M; a step attends to block_size keys
 POSITIONS = 2048  # supervised positions in a training step
-REPEATS = 20  # least calls per CUDA graph, so that launching it hardly counts
+REPEATS = 20  # minimum calls per CUDA graph, so that the time to launch it is negligible
 SAMPLES = 20  # timed replays of that graph
 CACHE_BYTES = 128 << 20  # more than the L2 cache of any GPU
 MAX_COPIES, MAX_BYTES = 128, 8 << 30  # copies of a case's arguments, and their size
@@ -51,7 +50,7 @@ class KernelsConfig(Options):
 
 @dataclass
 class KernelCase:
-    """A kernel and its plain torch reference, which take and change the same args. If an arg
+    """A kernel and its plain torch reference, which read and modify the same args. If an arg
     requires a gradient, the backward pass is part of the case."""
 
     name: str
@@ -65,7 +64,7 @@ class KernelCase:
         return [a.detach().clone().requires_grad_(a.requires_grad) for a in self.args]
 
     def run(self, fn: Callable[..., Any], args: list[Tensor]) -> list[Tensor]:
-        """Call fn. Return its output and either its gradients or the args it may have changed."""
+        """Call fn. Return its output and either its gradients or the args, which it may change."""
         inputs = [a for a in args if a.requires_grad]
         out = fn(*args)
         out = out[0] if isinstance(out, tuple) else out

@@ -41,7 +41,7 @@ from bench.common.workload import (
 from nanococonut.runtime.cli import option
 from nanococonut.runtime.errors import UserError, run_main
 
-STEP_TOKENS = 9  # generated when single steps are timed: 8 token steps
+STEP_TOKENS = 9  # tokens generated to time single steps: 8 token steps
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class Case:
 
 
 def cases(config: LatencyConfig, providers: list[Provider], on_gpu: bool) -> list[Case]:
-    """Return everything to measure, the first task's answers before all else."""
+    """Return everything to measure, starting with the answers of the first task."""
     batches = parse_ints("--batches", config.batches or ("1,8,64,256" if on_gpu else "1,8"))
     contexts = parse_ints("--contexts", config.contexts)
     whole, steps = [], []
     for task in (t for t in TASK_LENGTHS if t in config.tasks.split(",")):
         lengths = TASK_LENGTHS[task]
         requests = [(providers[0], path, lengths[path]) for path in PATHS]
-        if not whole:  # others only generate the first task's answers
+        if not whole:  # the other providers generate answers of the first task only
             requests += [(p, "thoughts", lengths["thoughts"]) for p in providers[1:]]
         whole.append(Case(task, 1, lengths["question"], requests))
     for batch, context in sorted(product(batches, contexts), key=math.prod):

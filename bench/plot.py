@@ -25,7 +25,7 @@ from nanococonut.weights import checkpoint
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 DOCS = ("README.md", "docs/RESULTS.md")
-STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a short run averages fewer steps per point
+STEPS_PER_POINT, MIN_POINTS = 50, 20  # of a curve; a point of a short run averages fewer steps
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PlotConfig(Options):
 
 
 def sections() -> dict[str, str]:
-    """Return the name of every marked section -> its Markdown."""
+    """Return the Markdown of every marked section, by name."""
     names = ("table1", "latency", "training", "insight")
     accuracy, latency, training, insight = (
         read_results(RESULTS / f"{name}.jsonl") for name in names

@@ -32,7 +32,7 @@ from nanococonut.runtime.errors import UserError, run_main
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
-RESERVED = {"method", "seed", "device", "out_dir", "resume"}  # settings of train.py made here
+RESERVED = {"method", "seed", "device", "out_dir", "resume"}  # train.py's options set here
 DONE = "table1.done"  # marks the folder of a completed run
 
 
@@ -70,7 +70,7 @@ class Table1Config(Options):
 
 
 def plan_runs(config: Table1Config) -> dict[Path, list[str]]:
-    """Return folder -> training command of every run in the table. Raise UserError for a setting
+    """Return folder -> training command for every run of the table. Raise UserError for a setting
     that train.py would refuse."""
     flags = [f"--{setting.strip()}" for setting in (config.set or "").split(",") if setting]
     overrides, _ = parse_cli(TrainConfig, flags, "")
@@ -96,7 +96,7 @@ def evaluate_run(folder: Path, config: Table1Config) -> None:
         if Path(split).name in done:
             continue
         print(f"evaluating {folder.name} on {split}", flush=True)
-        # the same limit for all cells, not each run's own: some written chains never end
+        # the same limit for all cells instead of each run's, since some written chains never end
         options = dict(n=config.n, device=config.device, max_new_tokens=128)
         [row] = evaluate(AccuracyConfig(str(folder), split, **options)).rows
         row["labels"] |= own

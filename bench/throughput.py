@@ -3,9 +3,9 @@
     python bench/throughput.py                         ProsQA's lengths, batch 1, 2, 4, ...
     python bench/throughput.py --task=gsm8k
 
-The batch doubles until memory runs out or two batches in a row were no faster. The three paths take
-turns; no sequence ends early. --out appends results after every batch; the last line of the output
-is JSON.
+The batch doubles until memory runs out or until two batches in a row are no faster. The three paths
+take turns; no sequence ends early. --out appends results after every batch. The last line of the
+output is JSON.
 """
 
 import sys

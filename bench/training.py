@@ -6,10 +6,10 @@
     python bench/training.py --released CLONE --released_python VENV/bin/python
 
 It times the step of train.py in the final stage: no written steps, --latent thoughts per sequence.
-The released code (a clone of facebookresearch/coconut, in its own process) takes turns with it on
-the same weights, examples, dropout, AdamW settings and threads, in float32 and whole batches; it is
-an error if the two do not compute the same. Only our time includes building the batch: the released
-DataLoader does that in another process.
+The released code (a clone of facebookresearch/coconut, in its own process) takes turns with it, in
+float32 and whole batches. Both use the same weights, examples, dropout, AdamW settings and threads.
+It is an error if their losses or gradient norms differ. Only our time includes building the batch:
+the released DataLoader does that in another process.
 
 --out appends the results; the last line of the output is JSON.
 """
@@ -46,7 +46,7 @@ from nanococonut.training.step import TrainStep
 
 SETTINGS = "tokenizer render smear dropout muon_learning_rate grad_clip seed".split()
 WARMUP = 2  # untimed steps
-EPOCH = 64  # least batches per epoch, so that examples are sorted by length as in training
+EPOCH = 64  # minimum batches per epoch, so that examples are sorted by length as in training
 TOLERANCE = 1e-4  # relative, for loss and gradient; rounding causes up to 2e-5
 # keep_freed_memory() for the other process: glibc reads these variables when it starts
 MALLOC = {
@@ -143,8 +143,10 @@ class Trainer:
         return checked
 
     def step(self, i: int) -> dict[str, float]:
-        """Take one optimizer step on batch i and return its seconds and loss. As in train.py, a
-        GPU's next batch is built during this step, within its time."""
+        """Take one optimizer step on batch i. Return its seconds and loss.
+
+        As in train.py, the next batch for a GPU is built during this step, within its time.
+        """
         on_gpu, prepare = self.train_step.device.type == "cuda", self.train_step.prepare
         if on_gpu:
             self.loader.get(i, self.stage, prepare)  # usually prefetched by the last step
@@ -164,8 +166,8 @@ class Trainer:
         return {"seconds": time.perf_counter() - began, "loss": loss}
 
     def released_batches(self, n: int) -> list[dict[str, list]]:
-        """Return the first n batches, padded as by the released collator: on the left to align the
-        thoughts of all sequences, then on the right."""
+        """Return the first n batches, padded like the released collator does: on the left to align
+        the thoughts of all sequences, then on the right."""
         fills = dict(input_ids=self.tokenizer.eos, labels=IGNORE, attention_mask=0, position_ids=0)
         batches, size = [], self.recipe.batch_size
         for start in range(0, n * size, size):
@@ -187,8 +189,8 @@ class Trainer:
 
 
 def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str, Any]]:
-    """Start the released code with our model. Return it, and loss and gradient norm of both.
-    Raise UserError if they differ."""
+    """Start the released code with our model. Return its worker, and loss and gradient norm of
+    both. Raise UserError if these differ."""
     with torch.no_grad():  # at initialization, thoughts and positions hardly affect the loss
         for p in ours.model.parameters():
             p.add_(torch.randn_like(p) * ours.recipe.n_embd**-0.5)
@@ -206,7 +208,7 @@ def start_released(config: StepConfig, ours: Trainer) -> tuple[Worker, dict[str,
         if not abs(own[name] - released[name]) <= TOLERANCE * abs(released[name]):  # NaN too
             worker.close()
             raise UserError(
-                f"the two do not compute the same: {name} {own[name]:.6f} (ours), "
+                f"the two compute different values: {name} {own[name]:.6f} (ours), "
                 f"{released[name]:.6f} (released).\nComparing their speed would mean nothing."
             )
     return worker, {name: {"ours": own[name], "released": released[name]} for name in own}
@@ -232,14 +234,14 @@ def main() -> None:
         for i in range(WARMUP):
             providers["released"](i)
     n_steps = WARMUP + config.repeats
-    # a graph is captured on the first batch of its shape: run all batches once, untimed
+    # a graph is captured on the first batch of its shape, so run all batches once, untimed
     for i in range(n_steps if ours.graph else WARMUP):
         ours.step(i)
 
     # ---- steps in turns
     times: dict[str, list[float]] = {name: [] for name in providers}  # milliseconds
     for i in range(WARMUP, n_steps):
-        # in random order, so that neither always runs with the other's caches
+        # in random order, so that neither always finds the caches as the other left them
         for name in random.Random(i).sample([*providers], len(providers)):
             times[name].append(1e3 * providers[name](i)["seconds"])
 

@@ -1,7 +1,7 @@
 """The paper's GSM8k-Aug recipe: GPT-2 124M, 385,620 examples, two thoughts per step.
 
-The data comes from the Hugging Face hub. A resumed run uses the commit it started with; for another
-run, write that commit to files and pass them. Text files work, too:
+The data comes from the Hugging Face hub. A resumed run uses the commit it started with. To use that
+commit in another run, write its examples to files and pass them. Text files work, too:
 
     python -m nanococonut.data gsm8k --revision=COMMIT --split=train --out=train.json
     python -m nanococonut.data gsm8k --revision=COMMIT --split=validation --out=valid.json
@@ -25,8 +25,8 @@ epochs = 50  # 6 + 3 * 3, then 35 in the final stage
 pad_latent_to_max = True  # as many thoughts in training as at inference
 
 batch_size = 128
-# large, since fewer sequences take a GPU almost as long; less memory is needed with a lower value,
-# which changes only roundings and dropout masks
+# large, since a GPU takes almost as long for fewer sequences. A lower value needs less memory; it
+# changes only rounding and dropout masks
 micro_batch_size = 64
 learning_rate = 1e-4
 reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch

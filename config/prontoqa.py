@@ -14,8 +14,8 @@ epochs = 50  # 7 stages of 5 epochs, then 15 more in the final stage
 pad_latent_to_max = True  # as many thoughts in training as at inference
 
 batch_size = 128  # the released code's authors report that smaller batches failed
-# large, since fewer sequences take a GPU almost as long; less memory is needed with a lower value,
-# which changes only roundings and dropout masks
+# large, since a GPU takes almost as long for fewer sequences. A lower value needs less memory; it
+# changes only rounding and dropout masks
 micro_batch_size = 64
 learning_rate = 1e-4
 reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch

@@ -16,7 +16,7 @@ smear = True  # makes the previous word visible without an attention layer
 
 train_examples = 6_400  # 100 steps per epoch
 regenerate_each_epoch = True
-grow_epochs = 15  # half the hops: more seeds learn who is asked about, not all (docs/LOG.md)
+grow_epochs = 15  # half the hops: more seeds, but not all, learn who is asked about (docs/LOG.md)
 # without matched examples the model learns the shortcut: the wrong concept occurs only once
 matched_fraction = 0.5
 short_fraction = 0.3  # chains of one or two hops are learned first
@@ -26,7 +26,7 @@ final_thoughts = 6  # more than the longest chain
 first_stage_epochs = 20  # at most; with 6, the model never learns the matched examples
 epochs_per_stage = 10
 epochs = 80
-uniform_prob = 0.3  # this fraction of the examples draws its stage, 0 to the current one
+uniform_prob = 0.3  # fraction of examples at a random stage, from 0 to the current one
 advance_at = 0.98  # leave a stage early; at 0.93, one of three seeds lost the search (docs/LOG.md)
 icot_tokens = 0.5  # per epoch, so that iCoT drops its chain as fast as Coconut
 

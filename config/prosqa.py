@@ -12,7 +12,7 @@ pad_latent_to_max = True  # as many thoughts in training as at inference
 
 batch_size = 128  # the released code's authors report that smaller batches failed
 # 227 ms a step and 24 GB on an H200; 32 takes 266 ms and 23 GB, 128 takes 223 ms and 37 GB. The
-# value changes only roundings and dropout masks
+# value changes only rounding and dropout masks
 micro_batch_size = 64
 learning_rate = 1e-4
 reset_optimizer = "stage"  # as in the paper; the released code resets it every epoch

@@ -1,9 +1,10 @@
 r"""ProsQA at its released size, from random weights: 3 to 6 hops in graphs of 23 nodes.
 
 In addition to the paper's losses, each thought is labelled with the nodes that the search has
-reached. Seed 1, 22 minutes on two CPU threads: 99.3 % of the released validation examples, all of
-1,000 chains of 7 and 8 hops. By the paper's losses alone, three seeds answer 96.7 to 97.7 % of the
-former and 95.5 to 96.2 % of the latter (with ten thoughts) after an hour (docs/RESULTS.md):
+reached. After 22 minutes on two CPU threads, seed 1 answers 99.3 % of the released validation
+examples and all of 1,000 chains of 7 and 8 hops. With the paper's losses alone, three seeds answer
+96.7 to 97.7 % of these examples and 95.5 to 96.2 % of these chains (with ten thoughts) after an
+hour (docs/RESULTS.md):
 
     python train.py config/prosqa_scratch.py --train_positions=False --thought_labels=none \
         --max_latent_stage=4 --grow_epochs=15 --first_stage_epochs=3 --epochs_per_stage=2 \
@@ -28,12 +29,12 @@ short_fraction = 0.2  # examples of one or two hops, because search starts with 
 long_fraction = 0.15  # examples of five or six hops, which are rare otherwise
 val_examples = 500
 
-thought_labels = "frontier"  # unlike the path, known after the previous thought (docs/LOG.md)
+thought_labels = "frontier"  # unlike the path, follows from the previous thought (docs/LOG.md)
 max_latent_stage = 0  # with these labels the final stage can follow stage 0
 final_thoughts = 8  # more than max_hops, so that longer chains can be searched, too
 first_stage_epochs = 1
 epochs = 24
-uniform_prob = 0.1  # this fraction of the examples draws its stage, 0 to the current one
+uniform_prob = 0.1  # fraction of examples at a random stage, from 0 to the current one
 advance_at = 0.93  # leave a stage early once its examples are correct
 
 batch_size = 64

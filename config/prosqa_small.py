@@ -24,7 +24,7 @@ final_thoughts = 6  # more than the longest chain
 first_stage_epochs = 2
 epochs_per_stage = 6
 epochs = 50
-uniform_prob = 0.3  # this fraction of the examples draws its stage, 0 to the current one
+uniform_prob = 0.3  # fraction of examples at a random stage, from 0 to the current one
 advance_at = 0.93  # leave a stage early once its examples are correct
 icot_tokens = 0.34  # per epoch: 2 tokens in a stage of 6 epochs, as fast as Coconut
 

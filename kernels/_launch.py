@@ -1,4 +1,4 @@
-"""Shared by the Triton kernels of a step: LayerNorm, programmatic dependent launch (PDL).
+"""Code shared by the Triton kernels of a step: LayerNorm, programmatic dependent launch (PDL).
 
 All tensors must be contiguous. Parameters and outputs have one dtype (fp32, bf16 or fp16); the
 residual stream x and the cache may have another. A launcher allocates its outputs and at most two
@@ -8,8 +8,8 @@ With PDL, a kernel starts while the previous one is still running. A step is a c
 launches of a few microseconds each, so the gaps between them matter. On Hopper and newer, a kernel
 is launched early, loads its weights, and only then waits for the previous kernels. Every kernel of
 a step therefore calls `await_launches` once. Before the call it may read only parameters, which no
-kernel of a step writes; other data may be stale, and serve only as the address of a prefetch. Since
-every kernel waits, all earlier launches have then finished, not only the last one.
+kernel of a step writes. Other data may be stale and may only be used for the address of a prefetch.
+Since every kernel waits, all earlier launches have finished after the call, not only the last one.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 EPS = 1e-5  # of every LayerNorm in GPT-2
 LINE_BYTES = tl.constexpr(128)  # of the L2 cache
 OFF, EARLY, LATE = 0, 1, 2  # the next kernel may start before or after this one has waited
-EARLY_MAX_ROWS = 4  # with more, this launch leaves no multiprocessor free for the next
+EARLY_MAX_ROWS = 4  # with more rows, a launch leaves no multiprocessor free for the next one
 LATE_MAX_ROWS = 128  # both limits measured on an H200
 
 

@@ -9,11 +9,11 @@ in fp32. The implementations are:
   also applies LayerNorm: every program repeats it, which costs less than another launch.
 - `gemm_tile`, for up to 32 rows and a large K: tensor cores (`tl.dot`), with K split among warps.
 - `gemm`, for all other sizes: the usual pipelined loop over K.
-- "library": PyTorch's, for fp32, which tensor cores only support as TF32.
+- "library": PyTorch's matrix product, for fp32, which tensor cores only support as TF32.
 
 All but `gemv` expect rows that `layer_norm` has normalized. `launch_config` depends only on static
-shapes, so a captured graph replays the same launches as an eager call. They include the batch size,
-so the rounding of a row depends on how many others there are.
+shapes, so a captured graph replays the same launches as an eager call. The shapes include the batch
+size, so the rounding of a row depends on the size of its batch.
 """
 
 from functools import cache
@@ -57,7 +57,7 @@ def gemv(
     if ln_w_ptr is not None:
         ln_w = tl.load(ln_w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         ln_b = tl.load(ln_b_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    await_launches(PDL)  # the loads of weights above are in flight meanwhile
+    await_launches(PDL)  # meanwhile, the loads of the weights above are in flight
     x = tl.load(x_ptr + offs_m * K + offs_k, mask=(offs_m < B) & mask_k, other=0.0)
     residual = _load_residual(residual_ptr, B, row0, col0, N, BLOCK_M, BLOCK_N)
     x = x.to(tl.float32)  # (BLOCK_M, 1, BLOCK_K)

@@ -88,7 +88,7 @@ def append(
         return qkv[:, 0].contiguous()
     q = weight.new_empty(B, nh, hs)
     grid, config = launch_config(impl, B, 3 * C, C, itemsize)
-    # late, because attention reads no weights: started early, it would only take up room
+    # late, because attention reads no weights: if started early, it would only occupy the GPU
     _append_kernel[grid](
         x, ln_weight, ln_bias, weight, bias, q, *cache, lengths,
         EPS, B, T, *cache.stride()[1:4], C, hs, **config, **pdl(x.device, B, late=True),

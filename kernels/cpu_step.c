@@ -1,9 +1,10 @@
-/* One step of GPT-2 on a CPU: append one position to each sequence of a KV cache. And the LM head.
+/* One step of GPT-2 on a CPU, which appends one position to each sequence of a KV cache, and its LM
+head.
 
-A step reads every weight once, so it should take as long as that. Two things make it slower in
-PyTorch: matrix products that are made for many rows, and threads that fall asleep between a few
-hundred small operations. Here each row of a weight is one dot product, and one parallel region
-spans all layers: each `omp for` shares its loop among the threads and ends with a barrier.
+A step reads every weight once, so it should take no longer than reading them. Two things make it
+slower in PyTorch: matrix products designed for many rows, and threads that fall asleep between a
+few hundred small operations. Here each row of a weight is one dot product, and one parallel region
+spans all layers: each `omp for` splits its loop among the threads and ends with a barrier.
 Weights are float32 or bfloat16 (-DBF16), everything else is float32.
 
 Shapes: B sequences, C = n_embd, nh heads of hs = C / nh. cpu_step.py compiles this file. */

@@ -16,8 +16,8 @@ class CpuStep:
     weights  those of GPT.layer_weights
     wte      (V, C), the head's weight
 
-    All on a CPU, in float32 or bfloat16. Contiguous matrices are not copied. Raise OSError as
-    compile_c.
+    All tensors are on a CPU, in float32 or bfloat16. Contiguous matrices are not copied. Raise
+    OSError if compile_c does.
     """
 
     MAX_BATCH = 3  # matrix products are faster for more sequences
@@ -40,8 +40,8 @@ class CpuStep:
         self.n_layer, self.n_head = len(weights) // 12, n_head
 
     def __call__(self, x: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-        """Append x to the cache. Return the hidden states after the final LayerNorm, which
-        overwrite x. Raise ValueError for other shapes or dtypes, IndexError if the cache is full.
+        """Append x to the cache. Overwrite x with the hidden states after the final LayerNorm, and
+        return it. Raise ValueError for other shapes or dtypes, IndexError if the cache is full.
 
         x        (B, C) float32                                      embeddings with positions
         cache    (n_layer, 2, B, n_head, capacity, C / n_head) fp32  KVCache.data
@@ -65,7 +65,10 @@ class CpuStep:
         return x
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """Return the logits (B, V) of hidden states (B, C), both float32. Raise ValueError."""
+        """Return the logits (B, V) of hidden states (B, C), both float32.
+
+        Raise ValueError for another shape or dtype.
+        """
         V, C = self.wte.shape
         check_tensors(hidden=(hidden, (len(hidden), C)))
         if hidden.dtype != torch.float32:

@@ -1,9 +1,9 @@
 /* Training of a GPT-2 on a CPU: whole sequences, thoughts included, forward and backward.
 
 In PyTorch, a step of a small model is thousands of operations on small tensors, and most take longer
-to start than to compute. Here a thread takes GROUP sequences through the whole pass and waits for
-nobody: all prefixes of the group at once, then thought by thought, then all suffixes at once.
-PyTorch computes the gradients of the weights from what is left in memory, one product per weight.
+to start than to compute. Here a thread takes GROUP sequences through the whole pass without waiting
+for other threads: all prefixes of the group at once, then thought by thought, then all suffixes at
+once. PyTorch then computes the gradients of the weights from the saved tensors, one product each.
 
 Shapes: N rows are the positions of all sequences, one sequence after another, without padding. C is
 n_embd, a multiple of COLS, and NH heads have HS dimensions each. cpu_train.py compiles this file for
@@ -13,7 +13,8 @@ one C and NH, because constant sizes make attention twice as fast. */
 #include <stdint.h>
 #include <string.h>
 
-/* most sequences of a thread at once and rows of a product; columns of a product; head size */
+/* GROUP: maximum number of sequences per thread and of rows per product; COLS: columns per product;
+HS: head size */
 enum { GROUP = 8, COLS = 32, HS = C / NH };
 
 typedef struct {
@@ -52,7 +53,7 @@ typedef struct {
     float *prev;    /* (N, C) the embedding one row before, for the smear */
     const float *pos;  /* (N, C) position embeddings */
     float *x;          /* (N, C) workspace: the residual stream, and in backward its gradient */
-    Norm norm_f;       /* its out are the hidden states */
+    Norm norm_f;       /* norm_f.out are the hidden states */
     float *d_hidden, *d_emb;  /* (N, C); backward adds to both */
     float *work;              /* (N, C) */
 } Pass;
@@ -93,7 +94,7 @@ static inline float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* exp(x) to a relative 2e-7. Compilers vectorize it, unlike expf. The polynomial is Cephes'. */
+/* exp(x) with a relative error of 2e-7. Unlike expf, it is vectorized. The polynomial is Cephes'. */
 static inline float exp_(float x) {
     x = x < -87 ? -87 : x > 88 ? 88 : x;
     const float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -191,7 +192,8 @@ static void copy_rows(float *to, const float *from, const int64_t *rows, int n) 
     for (int r = 0; r < n; r++) memcpy(to + rows[r] * C, from + rows[r] * C, C * sizeof(float));
 }
 
-/* All layers for n rows. The last one computes queries and all that follows only in the tail. */
+/* Run all layers for n rows. In the last layer, queries and all that follows are computed only for
+the rows in `tail`. */
 static void forward_rows(const Pass *g, const int64_t *rows, int n, const int64_t *tail,
                          int n_tail) {
     for (int r = 0; r < n; r++)
@@ -224,7 +226,8 @@ static void forward_rows(const Pass *g, const int64_t *rows, int n, const int64_
     layer_norm(g->norm_f, g->x, rows, n, g->ln_f);
 }
 
-/* Of all rows, after those of later positions. The last layer has gradients in `rows`, the tail. */
+/* Run backward for the rows in `all`, after the rows of later positions. In the last layer, only
+`rows`, the tail, have gradients. */
 static void backward_rows(const Pass *g, const int64_t *all, int n_all, const int64_t *rows,
                           int n) {
     for (int r = 0; r < n_all; r++) memset(g->x + all[r] * C, 0, C * sizeof(float));
@@ -254,8 +257,8 @@ static void backward_rows(const Pass *g, const int64_t *all, int n_all, const in
 
 enum part { PREFIX, LAST, THOUGHT, SUFFIX };
 
-/* Write the rows of n sequences from b: their prefixes, the last rows of these, their i-th thoughts or
-their suffixes. Return the number of rows. */
+/* Write the row numbers of n sequences, starting with sequence b: of their prefixes, the last rows of
+their prefixes, their i-th thoughts, or their suffixes. Return the number of rows. */
 static int find_rows(int64_t *rows, const Pass *g, int b, int n, enum part part, int i) {
     int count = 0;
     for (int s = b; s < b + n; s++) {
@@ -292,15 +295,15 @@ static void backward_group(const Pass *g, int b, int size) {
         for (int r = 0; r < n; r++)
             for (int64_t j = rows[r] * C; j < (rows[r] + 1) * C; j++) {
                 g->d_hidden[j - C] += g->d_emb[j];
-                g->d_emb[j] = 0;  /* this embedding was no token's */
+                g->d_emb[j] = 0;  /* not the embedding of a token */
             }
     }
     find_rows(last, g, b, size, LAST, 0);
     backward_rows(g, rows, find_rows(rows, g, b, size, PREFIX, 0), last, size);
 }
 
-/* The number of sequences that a thread takes at once: fewer than GROUP if there would be threads
-without any. No sum depends on it. */
+/* Return the number of sequences that a thread takes at once: fewer than GROUP if some threads would
+have none otherwise. No sum depends on it. */
 static int group_size(const Pass *g) {
     const int64_t n = (g->B + g->n_threads - 1) / g->n_threads;
     return n < GROUP ? n : GROUP;

@@ -47,15 +47,16 @@ def hidden_states(
     n_head: int,
     smear: Tensor | None = None,
 ) -> Tensor:
-    """Return the hidden states (N, C) after the final LayerNorm, differentiable once. Those of
-    prefixes are zero, except that of the last position.
+    """Return the hidden states (N, C) after the final LayerNorm, differentiable once. In a prefix,
+    only the hidden state of the last position is computed; the others are zero.
 
     emb, pos  (N, C)  token and position embeddings; a thought has only the latter
     weights           those of GPT.layer_weights: weight and bias of ln_1, c_attn, c_proj, ln_2,
                       c_fc and c_proj of each layer, then of ln_f
     smear     (C, C)  weight of the smear, if there is one
 
-    All float32, on a CPU; C is a multiple of 32. Raise ValueError otherwise, OSError as compile_c.
+    All float32, on a CPU; C is a multiple of 32. Raise ValueError otherwise, and OSError if
+    compile_c does.
     """
     N, C = int(rows.first[-1]), emb.shape[1]
     layer = [(C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,)]
@@ -105,7 +106,7 @@ class _Hidden(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         library.forward(_struct([*sizes, *indices, blocks, *inputs, *outputs]))
         ctx.library, ctx.layers = library, layers
-        ctx.arguments = sizes, indices, inputs, normed, scale  # not hidden: it refers to ctx
+        ctx.arguments = sizes, indices, inputs, normed, scale  # without hidden, which refers to ctx
         return hidden
 
     @staticmethod
@@ -125,7 +126,7 @@ class _Hidden(torch.autograd.Function):
         outputs = [None, normed, scale, d_hidden, d_emb, torch.empty_like(x)]
         ctx.library.backward(_struct([*sizes, *indices, blocks, *inputs, *outputs]))
 
-        # the rows that the last layer has computed
+        # the rows that the last layer computed in forward
         last = (first[:-1] + n_prefix - 1).repeat_interleave(first.diff())
         tail = (torch.arange(N) >= last).nonzero()[:, 0]
         d_weights = []

@@ -101,7 +101,7 @@ def feedback(
 def embed(wte: Tensor, token: Tensor, wpe: Tensor, lengths: Tensor, x: Tensor) -> None:
     """Write x (B, C) = wte[token] + wpe[lengths] in place; token is (B,) int64.
 
-    With a hidden state (B, C) as wte and 0 .. B-1 as token, x is the input of a first thought.
+    With hidden states (B, C) as wte and 0 .. B - 1 as token, x is the input of a first thought.
     Positions are clamped as in `feedback`.
     """
     B, C = x.shape

@@ -2,8 +2,8 @@
 
 The query of sequence b attends to keys [0, lengths[b] + n_new), clipped to the cache size. Pass
 n_new=1 after append has stored the step's own key at index lengths[b], because lengths are
-incremented only after the last layer. The output of an empty sequence is zero, that of an inactive
-one undefined. Slots past the length are never read.
+incremented only after the last layer. The output of an empty sequence is zero, and that of an
+inactive sequence is undefined. Slots past the length are never read.
 
 One program handles one (sequence, head, split of the keys). It keeps an online softmax (Milakov and
 Gimelshein, arXiv 1805.02867) in fp32 for each of the BLOCK_N lanes and merges the lanes once at the

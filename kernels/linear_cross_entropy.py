@@ -121,8 +121,8 @@ def linear_cross_entropy(
     chunk    rows of logits that exist at once
 
     Products use h's dtype (autocast's under autocast) and accumulate in fp32. A label outside the
-    vocabulary gives a loss of NaN. The gradients are computed in this call, with that of the logits
-    in h's dtype, before any scaling of the loss.
+    vocabulary gives a loss of NaN. The gradients are computed in this call, before any scaling of
+    the loss; the gradient of the logits has h's dtype.
     """
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))

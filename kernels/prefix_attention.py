@@ -1,9 +1,9 @@
 """Differentiable attention of one query per sequence over a fixed prefix: latent steps in training.
 
 All n latent steps attend to the same prefix keys and values. If autograd summed their gradients of
-K and V, each step would move the prefix 7 times (1 for zeros, 3 in the kernel, 3 for the sum). Here
-every backward call adds to one dK, dV buffer in place, which moves it 3 times (read K and V, read
-and write dK and dV).
+K and V, each step would move data of the prefix's size 7 times (1 for zeros, 3 in the kernel, 3 for
+the sum). Here every backward call adds to one dK, dV buffer in place, which takes only 3 moves
+(read K and V, read and write dK and dV).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The op of every kernel in plain torch: slow, but correct in any dtype. Tests compare with these.
+"""Every kernel's op in plain torch: slow, but correct in any dtype. Tests compare kernels with it.
 
 The residual stream x may have another dtype than the parameters (fp32 in inference).
 """

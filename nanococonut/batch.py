@@ -53,7 +53,7 @@ def tokenize(
     """Return the tokens of a rendered example, whose texts include their separators.
 
     thought_labels: for each step, the one-token words that its thought should name with equal
-    probability (None: the step's last token; in compact style, the node it reaches).
+    probability (None: the step's last token, which in compact style is the node it reaches).
     """
     # tokenize each text separately, as in the released code, so no token spans a dropped step
     steps = [tokenizer.encode(step) for step in example["steps"]]
@@ -138,8 +138,8 @@ def collate(
 ) -> Batch:
     """Return the batch of the sequences on the CPU.
 
-    block_size    the model's: pad the batch for a CUDA graph (0: as little as possible)
-    max_thoughts  minimum of Batch.max_thoughts, for a graph
+    block_size    the model's, to pad the batch for a CUDA graph (0: pad as little as possible)
+    max_thoughts  lower bound of Batch.max_thoughts, for a graph
     """
     n_thoughts = max(s.n_thoughts for s in sequences)
     n_targets = sum(s.n_targets for s in sequences)

@@ -25,7 +25,7 @@ KV = tuple[Tensor, Tensor]  # keys and values, (B, nh, T, hs) each
 
 @dataclass
 class HiddenStates:
-    """What the losses need of a forward pass.
+    """What the losses need from a forward pass.
 
     states   list of n + 1 tensors (B, C): hidden state after 0, 1, ..., n thoughts.
              A sequence with fewer thoughts repeats its last state.
@@ -50,7 +50,7 @@ def forward(model: GPT, batch: Batch, kernels: str = "torch") -> HiddenStates:
     Tp, n, device = batch.prefix.shape[1], batch.max_thoughts, batch.prefix.device
     cache = TrainingCache(model, batch, use_triton=kernels == "triton")
 
-    # ---- prefix: one causal pass, of which only the last hidden state is needed
+    # ---- prefix: one causal pass; only its last hidden state is needed
     emb = model.wte(batch.prefix)  # (B, Tp, C)
     pos = torch.arange(Tp, device=device)
     last_pos = batch.length - 1  # (B,)
@@ -114,7 +114,7 @@ class TrainingCache:
     def thought_attention(self, i: int) -> Attend:
         """Return the `attend` of thought i: to the prefix, earlier thoughts and itself."""
         # the Triton kernel returns the whole prefix as one key: its score is the log-sum-exp, its
-        # value the attention output. It is always valid, like the first token of a prefix
+        # value the attention output. This key is always valid, like the first token of a prefix
         prefix = self.prefix_mask[:, :1] if self.use_triton else self.prefix_mask
         # an inactive sequence still attends to its prefix, so no softmax is empty (NaN)
         mask = torch.cat([prefix, self.thought_mask[:, : i + 1]], dim=1)  # (B, keys)
@@ -172,10 +172,10 @@ def attention_bias(mask: Tensor) -> Tensor:
 def forward_in_c(model: GPT, batch: Batch) -> HiddenStates:
     """Return the hidden states, computed by kernels/cpu_train.c.
 
-    It takes no padding: its N rows are the valid positions, one sequence after another.
+    The C code takes no padding: its N rows are the valid positions, one sequence after another.
     """
     (B, Tp), n, Ts = batch.prefix.shape, batch.max_thoughts, batch.suffix.shape[1]
-    # inputs are the suffix tokens before the last target: as many as its index
+    # the inputs are the suffix tokens before the last target, so its index is their number
     n_inputs = (batch.targets != IGNORE).int().cumsum(1).argmax(1)  # (B,)
     counts = (Tp, batch.length), (n, batch.n_thoughts), (Ts, n_inputs)
     mask = torch.cat([torch.arange(T) < count[:, None] for T, count in counts], dim=1)
@@ -206,7 +206,7 @@ def loss(model: GPT, batch: Batch, hidden: HiddenStates) -> tuple[Tensor, Tensor
     h = hidden.suffix.flatten(0, 1).index_select(0, index)  # (n_targets, C)
     supervised = targets[index]
     if hidden.kernels == "triton":
-        # computes the logits in chunks, and their gradients already in the forward pass
+        # computes the logits in chunks; their gradients are computed in the forward pass, too
         total, is_correct = ops.linear_cross_entropy(h, model.wte.weight, supervised)
     else:
         logits = _at_least_fp32(model.head(h))  # (n_targets, V)

@@ -35,7 +35,7 @@ class TrainConfig(Options):
     long_fraction: float = option(
         0.0, "ProsQA: fraction of max_hops - 1 or max_hops steps, no shortcut", "data", ge=0, le=1
     )
-    grow_epochs: int = option(0, "first epochs: half the nodes and steps", "data", ge=0)
+    grow_epochs: int = option(0, "first epochs with half the nodes and steps", "data", ge=0)
     render: str = option(
         "sentences", "format of ProsQA and ProntoQA", "data", choices=("sentences", "compact")
     )
@@ -50,19 +50,19 @@ class TrainConfig(Options):
     dropout: float = option(0.1, "dropout", "model", ge=0, lt=1)
     smear: bool = option(False, "add W x_(t-1) to each input embedding x_t", "model")
     train_positions: bool = option(
-        True, "train the position embeddings (from scratch with smear: they start at 0)", "model"
+        True, "train the position embeddings (they start at 0 from scratch with smear)", "model"
     )
     # curriculum
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
     c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0, le=100)
     max_latent_stage: int = option(6, "last numbered stage", "curriculum", ge=0, le=100)
-    pad_latent_to_max: bool = option(True, "final stage: as many thoughts for all", "curriculum")
+    pad_latent_to_max: bool = option(True, "final stage: equally many thoughts", "curriculum")
     final_thoughts: int | None = option(
         None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum",
         ge=0, le=10_000,
     )  # fmt: skip
     uniform_prob: float = option(
-        0.0, "probability that an example samples its own stage", "curriculum", ge=0, le=1
+        0.0, "probability that an example gets a random stage", "curriculum", ge=0, le=1
     )
     epochs: int = option(50, "total epochs", "curriculum", ge=1)
     epochs_per_stage: int = option(5, "epochs per stage", "curriculum", ge=1)
@@ -86,14 +86,14 @@ class TrainConfig(Options):
     # optimizer
     batch_size: int = option(128, "examples per optimizer step", "optimizer", ge=1)
     micro_batch_size: int = option(
-        32, "examples per forward pass (changes roundings and dropout masks)", "optimizer", ge=1
+        32, "examples per forward pass (changes rounding and dropout masks)", "optimizer", ge=1
     )
     learning_rate: float = option(1e-4, "AdamW's learning rate", "optimizer", gt=0)
     muon_learning_rate: float = option(0.0, "Muon's learning rate (0: no Muon)", "optimizer", ge=0)
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
     decay_fraction: float = option(
-        0.0, "fraction of steps at the end: decay to 0", "optimizer", ge=0, le=1
+        0.0, "fraction of steps, at the end, that decay to 0", "optimizer", ge=0, le=1
     )
     reset_optimizer: str = option(
         "stage", "when to reset the optimizer", "optimizer", choices=("stage", "epoch", "never")
@@ -141,7 +141,7 @@ class TrainConfig(Options):
             "Use --thought_labels=path.": (
                 self.thought_labels == "frontier" and self.task != "prosqa"
             ),
-            "thought_labels needs compact steps, which end in one token, their node.\n"
+            "thought_labels needs compact steps, whose last token is the node they reach.\n"
             "Use --render=compact (with --tokenizer=words), or --thought_labels=none.": (
                 self.thought_loss and not is_compact
             ),

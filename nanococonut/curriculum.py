@@ -27,7 +27,7 @@ class Method:
     # "pause" (a learned token, read with the question): no latent step; "": no thoughts
     thought_type: Literal["hidden", "soft", "projected", "fixed", "pause", ""]
     # "stages" (numbered stages, then the final one), "epochs" (one stage per epoch), or "never"
-    # (the final stage throughout)
+    # (only the final stage)
     advance_by: Literal["stages", "epochs", "never"]
     markers: bool  # put <bot> and <eot> around the thoughts, even if there are none
     paper: str = ""  # name of its row in the paper's Table 1; "" if it has none
@@ -91,8 +91,10 @@ class Curriculum:
         return 0 if self.rules.thought_type == "pause" else n_thoughts
 
     def plan(self, stage: int, n_steps: int) -> tuple[range, int]:
-        """Return (which steps are dropped, number of thoughts) in training for an example with
-        n_steps steps."""
+        """Return (indices of the dropped steps, number of thoughts) for a training example.
+
+        n_steps: number of steps of the example
+        """
         is_final = stage > self.max_latent_stage
         staged = n_steps if is_final else min(stage, n_steps)
         n_dropped = {"stage": staged, "none": 0, "all": n_steps, "tokens": 0}[self.rules.drop_rule]
@@ -132,7 +134,7 @@ def list_stages(
     epochs_per_stage: int,
     first_stage_epochs: int | None = None,
 ) -> list[Stage]:
-    """Return the stages in order: 0..max_latent_stage, then the final stage for all other epochs.
+    """Return the stages in order: 0..max_latent_stage, then the final stage until the last epoch.
 
     first_stage_epochs: epochs of stage 0 (None: epochs_per_stage; 0: skip it).
     """

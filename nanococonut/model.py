@@ -200,7 +200,7 @@ class GPT(nn.Module):
 
         emb             (B, T, C)       input embeddings
         pos             (T,) or (B, T)  their positions
-        attend                          attention of all layers (None: causal, with no last_pos)
+        attend                          attention of all layers (None: causal; needs last_pos=None)
         prev_embedding  (B, C)          input embedding before emb, for the smear (None: zeros)
         last_pos        (B,)            return only the hidden state at this position, (B, 1, C)
         """
@@ -209,7 +209,7 @@ class GPT(nn.Module):
         *blocks, last = self.h
         for block in blocks:
             x = block(x, attend)
-        # with last_pos: other positions need only keys and values in the last layer, so it is exact
+        # last_pos is exact: in the last layer, other positions are needed only as keys and values
         return self.ln_f(last(x, attend, last_pos))
 
     def append(self, cache: KVCache, emb: Tensor, prev_embedding: Tensor, span: int) -> Tensor:

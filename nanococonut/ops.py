@@ -3,8 +3,8 @@
     "torch"     plain PyTorch, everywhere
     "triton"    kernels/: fused attention, projections and loss, on a GPU
     "packed"    inference on a CPU: linear layers packed for oneDNN (packed.py)
-    "c"         inference on a CPU: the same, and steps of up to three sequences in C; training on a
-                CPU: all layers of whole sequences in C
+    "c"         inference on a CPU: like "packed", with steps of up to three sequences in C;
+                training on a CPU: all layers of whole sequences in C
 
 There is no silent fallback: "auto" comes with the reason for its choice, and requesting a backend
 that cannot run raises UserError.
@@ -31,8 +31,8 @@ BACKENDS = ("auto", "triton", "c", "packed", "torch")  # for inference
 def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     """Return the inference backend and the reason.
 
-    kernels: one of BACKENDS. "auto" is triton on a GPU if it can run the model, the fastest one by
-    a short measurement for a large model on a CPU, and torch otherwise.
+    kernels: one of BACKENDS. "auto" is triton on a GPU if it can run the model. For a large model
+    on a CPU, it is the fastest backend in a short measurement. Otherwise it is torch.
     """
     _check_option("kernels", kernels, BACKENDS)
     if kernels in ("c", "packed"):
@@ -72,7 +72,7 @@ def choose_training_backend(kernels: str, model: GPT, use_bf16: bool = False) ->
             return "torch", reason
         return "c", "float32 on a CPU, no dropout"
     dropout = model.config.dropout
-    unsupported = f"attention with dropout, which is {dropout}" if dropout else ""
+    unsupported = f"attention with dropout ({dropout})" if dropout else ""
     return _choose(kernels, model, unsupported, "a GPU and no dropout")
 
 
@@ -84,7 +84,7 @@ def _no_training_in_c(model: GPT, use_bf16: bool) -> str:
         f"{dtype} on {w.device}": (dtype, w.device.type) != ("float32", "cpu"),
         "a subclass of GPT": type(model) is not GPT,
         f"{c.thought} thoughts": c.thought != "hidden",
-        f"dropout, which is {c.dropout}": c.dropout > 0,
+        f"dropout ({c.dropout})": c.dropout > 0,
         f"n_embd={c.n_embd}, only multiples of 32": c.n_embd % 32 > 0,
     }
     if feature := next((name for name, applies in unsupported.items() if applies), ""):

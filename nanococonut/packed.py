@@ -1,8 +1,8 @@
 """GPT-2 on a CPU at the speed of its memory: packed linear layers, and steps in C.
 
-F.linear on a row-major weight reads it at two thirds of that speed, slower at batch 8. oneDNN packs
-a weight once into blocks that its kernels read in order. A step of up to three sequences is faster
-still in C (kernels/cpu_step.c).
+F.linear reads a row-major weight at two thirds of that speed, and more slowly at batch 8. oneDNN
+packs a weight once into blocks that its kernels read in order. A step of up to three sequences is
+even faster in C (kernels/cpu_step.c).
 """
 
 import copy
@@ -29,7 +29,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.bias = bias if bias is None else bias.contiguous()  # oneDNN ignores its strides
         self.activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        self.nbytes = weight.nbytes  # a packed tensor has no storage to ask
+        self.nbytes = weight.nbytes  # a packed tensor has no storage that knows its size
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
 
 class PackedGPT(GPT):
     """A GPT for inference that shares all parameters of `model` and has packed copies of the large
-    ones. The copies do not follow later changes of the weights.
+    ones. The copies are not updated if the weights change later.
 
     in_c: run steps of up to CpuStep.MAX_BATCH sequences in C
     """
@@ -54,7 +54,7 @@ class PackedGPT(GPT):
         self.packed_head = PackedLinear(model.wte.weight)
         self.step = None
         if in_c:
-            from kernels.cpu_step import CpuStep  # on use: `kernels` may be another package
+            from kernels.cpu_step import CpuStep  # only here: `kernels` may be another package
 
             self.step = CpuStep(model.layer_weights(), model.wte.weight, model.config.n_head)
 
@@ -62,7 +62,7 @@ class PackedGPT(GPT):
         if self.step is None or len(emb) > self.step.MAX_BATCH:
             return super().append(cache, emb, prev_embedding, span)
         x = self.block_input(emb[:, None], cache.lengths[:, None], prev_embedding)[:, 0]  # (B, C)
-        x = x.float().contiguous()  # an edit may be transposed; a new tensor, which is overwritten
+        x = x.float().contiguous()  # an edit may return a transposed tensor; C overwrites x
         return self.step(x, cache.data, cache.lengths).to(emb.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class PackedGPT(GPT):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the packed copies."""
+        """Return the size of the packed copies in bytes."""
         return sum(m.nbytes for m in self.modules() if isinstance(m, PackedLinear))
 
 
@@ -96,7 +96,7 @@ def unavailable(model: GPT, kernels: str = "packed") -> str:
         return f"there is no packed form of {w.dtype}"
     if w.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16"
-    for batch in (1, 4):  # of which only the first can run in C
+    for batch in (1, 4):  # only batch 1 is small enough for C
         try:
             actual = _latent_step(model, kernels, batch)()
         except (ImportError, OSError) as e:
@@ -109,9 +109,9 @@ def unavailable(model: GPT, kernels: str = "packed") -> str:
 
 
 def fingerprint(weight: Tensor) -> tuple[int, int, bytes]:
-    """Return values that change with the weight: a change through `.data` changes only its bits.
+    """Return values that change with the weight. A change through `.data` shows only in its bits.
 
-    The bits are summed as 64-bit integers, which is exact, and as fast as the memory.
+    The bits are summed as 64-bit integers, which is exact, and as fast as reading them.
     """
     version = 0 if weight.is_inference() else weight._version
     data = weight.detach().contiguous().flatten().view(torch.uint8)
@@ -136,8 +136,8 @@ def speedup(model: GPT, kernels: str, repeats: int = 9) -> float:
 
 
 def _latent_step(model: GPT, kernels: str, batch: int = 1) -> Callable[[], Tensor]:
-    """Return a function that runs a latent step of the first block, and eight rows of the head,
-    with a backend. It returns the hidden states and logits, (B, C + 8).
+    """Return a function that runs a latent step of the first block and eight rows of the head
+    with a backend. The function returns the hidden states and logits, (B, C + 8).
 
     Raise ImportError or OSError if the step is in C and cannot be compiled or loaded.
     """

@@ -1,4 +1,4 @@
-"""What every test shares: small models, and released data where the machine has it."""
+"""What every test shares: small models, and released data if the machine has it."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from nanococonut.tokenizer import Tokenizer
 # read when a kernel is decorated, so before any module of kernels/ is imported
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
+torch.set_num_threads(1)  # with tiny tensors, threads only get in each other's way
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -39,7 +39,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def nan_memory(monkeypatch):
-    """new_empty() gives NaN: what a kernel fails to write shows."""
+    """Fill new_empty() with NaN, so that whatever a kernel fails to write shows."""
     new_empty = torch.Tensor.new_empty
 
     def filled(*args, **kwargs):
@@ -51,8 +51,10 @@ def nan_memory(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path):
-    """script(*argv) -> (exit code, stdout, stderr) of train.py or another script, in an empty
-    folder and in this process: importing torch takes long."""
+    """Return script(*argv) -> (exit code, stdout, stderr) of train.py or another script.
+
+    It runs in an empty folder and in this process, because importing torch takes long.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, script="train.py"):
@@ -75,7 +77,7 @@ def gpt(request) -> GPT:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
-    """Where kernels run: Triton's interpreter where there is no GPU, else the GPU."""
+    """Return where kernels run: on the GPU, or in Triton's interpreter if there is no GPU."""
     if (request.param == "cuda") != torch.cuda.is_available():
         pytest.skip("no CUDA GPU" if request.param == "cuda" else "kernels run on the GPU here")
     return request.param
@@ -83,7 +85,7 @@ def device(request) -> str:
 
 @pytest.fixture
 def seed() -> int:
-    """Another one in every run; pytest shows it where a test fails."""
+    """Return a new seed in every run. pytest shows it if a test fails."""
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")
     torch.manual_seed(seed)
@@ -92,8 +94,8 @@ def seed() -> int:
 
 @pytest.fixture
 def released() -> Path:
-    """The folder of released rows (prosqa_valid.json, ...)."""
+    """Return the folder of released examples (prosqa_valid.json, ...)."""
     folder = os.environ.get("NANOCOCONUT_DATA")
     if not folder:
-        pytest.skip("NANOCOCONUT_DATA is not set: no released rows on this machine")
+        pytest.skip("NANOCOCONUT_DATA is not set: no released examples on this machine")
     return Path(folder)

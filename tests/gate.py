@@ -1,10 +1,11 @@
-"""Has a refactoring changed a number? Everything below is computed twice, before and after.
+"""Check that a refactoring changes no number: compute everything below before and after it.
 
-    python tests/gate.py record FILE   the numbers of this tree, as JSON
-    python tests/gate.py check FILE    computes them again; exit 1 if one differs from FILE's
+    python tests/gate.py record FILE   write the numbers of this tree to FILE, as JSON
+    python tests/gate.py check FILE    compute them again; exit with 1 if one differs from FILE's
 
-Bit for bit, so FILE is for one machine and one torch. Each part is a process with one thread, two
-of them side by side. Not collected by pytest. It needs NANOCOCONUT_DATA and TIKTOKEN_CACHE_DIR.
+The comparison is bit for bit, so FILE is for one machine and one torch. Each part is a process with
+one thread, and two run at a time. pytest does not collect this file. It needs NANOCOCONUT_DATA and
+TIKTOKEN_CACHE_DIR.
 """
 
 import hashlib

@@ -20,7 +20,7 @@ from nanococonut.training.setup import count_tokens
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
-# an empty file, so that an error in a C file of kernels/ does not skip its tests
+# compile an empty file, so that an error in a C file of kernels/ does not skip its tests
 EMPTY_C = f"{os.environ.get('CC') or 'cc'} -march=native -fopenmp -x c -c -o /dev/null /dev/null"
 needs_c = pytest.mark.skipif(
     subprocess.run(EMPTY_C, shell=True, capture_output=True).returncode != 0,
@@ -69,7 +69,7 @@ def assert_three_way(got, in_dtype, truth, floor: float = 4.0) -> None:
 
     got       the kernel's result
     in_dtype  the result of plain torch in the same dtype
-    truth     the result in fp64; a rounding is relative to its largest value
+    truth     the result in fp64; one rounding is eps times its largest value
     """
     assert got.shape == truth.shape and got.dtype == in_dtype.dtype, (got.dtype, in_dtype.dtype)
     error, usual = ((x.double() - truth).abs().max().item() for x in (got, in_dtype))
@@ -97,7 +97,7 @@ def transformers_gpt2(shape: tuple[int, int, int, int, int], **extra):
 
 @torch.no_grad()
 def logit_error(theirs, ours: GPT) -> float:
-    """Return the largest difference of logits over the largest logit, on their vocabulary."""
+    """Return the largest difference of the logits, relative to the largest, on their vocabulary."""
     n = theirs.config.vocab_size
     idx = torch.randint(n, (3, theirs.config.n_positions))
     a, b = theirs(idx).logits, ours.eval()(idx)[..., :n]
@@ -161,7 +161,7 @@ def random_sequences(seed, n_thoughts, markers=True, vocab=41):
     """Return sequences of random lengths.
 
     n_thoughts  number of thoughts of each sequence
-    markers     the first suffix token is not supervised, as <eot>
+    markers     the first suffix token is not supervised, like <eot>
     """
     g = torch.Generator().manual_seed(seed)
 

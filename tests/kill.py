@@ -4,7 +4,7 @@
 
 A run is killed with SIGKILL several times, anywhere between Python's start and the last save, then
 resumed and finished. Its weights, moments and log must equal those of an uninterrupted run. 100
-kills take 15 minutes on two cores. Not collected by pytest.
+kills take 15 minutes on two cores. pytest does not collect this file.
 """
 
 import json

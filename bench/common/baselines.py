@@ -25,10 +25,10 @@ from nanococonut.weights.pretrained import CONFIG_KEYS, CONV1D_WEIGHTS
 
 WORKER = Path(__file__).with_name("worker.py")
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # set by nanococonut/__init__.py
-N_PROMPT = 48  # tokens of the prompt on which all providers have to agree
+N_PROMPT = 48  # length of the prompt on which all providers must agree
 N_CHECKED = 9  # greedy tokens that are compared
-# tokens, and seconds: prefill, latent_step, first_token, token_step, answer. first_token and answer
-# count from the start of the request.
+# tokens, and the seconds of prefill, latent_step, first_token, token_step and answer. first_token
+# and answer are measured from the start of the request.
 Timing = dict[str, Any]
 
 
@@ -75,7 +75,7 @@ class Worker:
         **extra: Any,
     ) -> None:
         self.name, self.model = name, model
-        # absolute, as it starts in another folder; not resolved, as a venv's python is a link
+        # absolute, since it starts in another folder; not resolved, since a venv's python is a link
         python = os.path.abspath(python) if os.sep in python else python
         self.stderr = tempfile.TemporaryFile("w+")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -104,7 +104,7 @@ class Worker:
             name: (p.t() if name.endswith(CONV1D_WEIGHTS) else p).contiguous()
             for name, p in model.state_dict().items()
         }
-        atexit.register(self.close)  # a worker left running would slow down what is measured next
+        atexit.register(self.close)  # a worker left running would slow down later measurements
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model.safetensors"
             save_file(weights, path)
@@ -165,8 +165,8 @@ def check_released(clone: str | None, python: str | None) -> None:
 def start(workload: Workload, options: Any) -> tuple[list[Provider], dict[str, str]]:
     """Return (providers, missing provider -> reason). The first is our engine with its defaults.
 
-    A provider whose greedy tokens after thoughts differ from our plain eager steps' is not timed;
-    if it is ours, raise UserError. options: LatencyConfig.
+    A provider is not timed if its greedy tokens after thoughts differ from those of our plain eager
+    steps. Raise UserError if this provider is one of ours. options: LatencyConfig.
     """
     ours = EngineProvider(OURS, workload, "auto", "auto")
     eager = EngineProvider(f"{OURS}, eager", workload, "torch", "off")

@@ -54,7 +54,7 @@ def validate_row(row: Row) -> None:
 
 
 def fmt(value: float) -> str:
-    """Format a positive number with three significant digits; from 100 on, as an integer."""
+    """Format a positive number with three significant digits, or as an integer from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -163,7 +163,7 @@ class ResultWriter:
         self.add(metric, provider, ratios, "x", **extra, relative_to=relative_to)
 
     def print_summary(self, **extra: Any) -> None:
-        """Print all rows as one JSON line, for other programs: nothing in a terminal."""
+        """Print all rows as one JSON line for other programs. Print nothing in a terminal."""
         if not sys.stdout.isatty():
             rows = [{k: v for k, v in row.items() if k not in self.common} for row in self.rows]
             print(json.dumps(self.common | extra | {"rows": rows}))
@@ -187,7 +187,7 @@ def _line(row: Row, own: dict[str, str | int]) -> str:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read a file of JSON lines, [] if it is missing. Raise UserError for a bad line."""
+    """Return the rows of a JSONL file, [] if it is missing. Raise UserError for a bad line."""
     if not path.is_file():
         return []
     rows = []
@@ -202,7 +202,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def read_results(path: Path) -> list[Row]:
-    """Read a file of results, [] if it is missing. Raise UserError for an invalid row."""
+    """Return the rows of a file of results, [] if it is missing. Raise UserError for a bad row."""
     rows = read_jsonl(path)
     for row in rows:
         validate_row(row)

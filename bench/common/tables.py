@@ -61,8 +61,10 @@ def _shortcuts(rows: Rows) -> dict[str, dict[str, float]]:
 
 
 def table1(rows: Rows, task: str, preset: str) -> str:
-    """Return accuracy in % / generated tokens of every method on every split, with the paper's. A
-    method has another line for each other setting it was run with."""
+    """Return accuracy in % / generated tokens of every method on every split, with the paper's.
+
+    A method has a separate line for each other setting that it was run with.
+    """
     rows = select(rows, task=task, preset=preset)
     splits = list(dict.fromkeys(r["labels"]["data"] for r in rows))
     lines = [("method", "paper (GPT-2 124M)", *splits, "seeds")]

@@ -4,8 +4,8 @@
     transformers     thoughts by `inputs_embeds` and a DynamicCache, tokens by generate()
     released_train   optimizer steps of the released code
 
-It runs under another Python and shares only JSON lines and a weights file with nanococonut. The
-first line on stdin is the setup; each further line is a request, answered by one line on stdout.
+The worker runs under another Python and shares only JSON lines and a weights file with nanococonut.
+The first line on stdin is the setup; each further line is a request, answered by one on stdout.
 """
 
 import json
@@ -49,8 +49,8 @@ def released(gpt2: Any, setup: dict[str, Any]) -> Callable:
         ids = torch.tensor([ids], device=device)
         tokens = model.generate(ids, None, max_new_tokens=n_tokens)[0, ids.shape[1] :].tolist()
         end = now(device)
-        # passes: the prompt, then one per thought (the last also reads the forced tokens), then one
-        # per token after the first; the next pass's input is built in between
+        # passes: the prompt, one per thought (the last one also reads the forced tokens), and one
+        # per token after the first; between passes, the code builds the next input
         first = n_thoughts + 1
         return {
             "tokens": [tokens],

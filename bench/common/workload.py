@@ -1,4 +1,4 @@
-"""What the speed benches run: a model, prompts, realistic lengths; and the memory bandwidth."""
+"""What the speed benches run (a model, prompts, realistic lengths), and the memory bandwidth."""
 
 import random
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Workload:
     """GPT-2 124M with random weights, which is as fast as a trained one.
 
     model    float32; the script converts it once the providers have been compared
-    dtype    of the measurement
+    dtype    dtype of the measurement
     special  name of a special token -> its id
     """
 
@@ -74,8 +74,8 @@ class Workload:
         return Request(prompts, THOUGHTS * is_latent, forced, -1, n_tokens)
 
     def step_bytes(self, batch: int, context: int, with_head: bool) -> int:
-        """Return the fewest bytes a step can read: the layers' weights, the keys and values it
-        attends to, and, if it predicts a token, the head's weights."""
+        """Return the minimum number of bytes that a step reads: the layers' weights, the keys and
+        values it attends to, and, if it predicts a token, the head's weights."""
         c, w = self.model.config, self.model.wte.weight
         n_weights = sum(p.numel() for p in self.model.h.parameters())
         n_weights += w.numel() if with_head else 0
@@ -105,7 +105,7 @@ def out_of_memory(work: Callable[[], object]) -> bool:
     except (MemoryError, torch.OutOfMemoryError):
         pass
     except RuntimeError as e:
-        # only CUDA's caching allocator has an error class; ending a graph's capture hides the error
+        # only CUDA's caching allocator has its own error class, and a graph's capture hides it
         in_capture = isinstance(e.__context__, torch.OutOfMemoryError)
         texts = "can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED"
         if not in_capture and not any(text in str(e) for text in texts):
@@ -119,12 +119,12 @@ def out_of_memory(work: Callable[[], object]) -> bool:
 
 
 class Bandwidth:
-    """Measures memory bandwidth in GB/s: of a sum, or of a copy if that is faster on a GPU."""
+    """The memory bandwidth in GB/s: of a sum, or of a copy if that is faster on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.a = torch.ones(BUFFER_BYTES[device.type] // 4, device=device)
-        # no copy on a CPU: it also reads what it overwrites, so it is no bound for a step
+        # no copy on a CPU: it also reads what it overwrites, so it gives no bound for a step
         self.b = torch.ones_like(self.a) if device.type == "cuda" else None
         self.measure()  # touch every page
 

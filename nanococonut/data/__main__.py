@@ -24,7 +24,7 @@ class DataOptions(Options):
     seed: int = option(0, "random seed", ge=0)
     n_nodes: int = option(28, "ProsQA: nodes per graph")
     min_hops: int = option(3, "ProsQA: fewest steps")
-    max_hops: int | None = option(None, "ProsQA: most steps (6); ProntoQA: their number (5)", ge=1)
+    max_hops: int | None = option(None, "ProsQA: most steps (6); ProntoQA: steps (5)", ge=1)
     split: str = option("test", "GSM8k-Aug: split of the data set", choices=gsm8k.HUB_SPLITS)
     revision: str = option("main", "GSM8k-Aug: branch, tag or commit")
 

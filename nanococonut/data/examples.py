@@ -41,7 +41,7 @@ def parse_object(value: Any) -> Example:
 def split_answer(text: str, known: str = "") -> tuple[str, str | None]:
     """Return (text before the mark, answer after it). The answer is None if there is no mark.
 
-    known   the correct answer; if it contains marks itself, so may the answer in the text
+    known   the correct answer; if it contains marks, the answer in the text may contain as many
     """
     steps, *answer = text.rsplit(MARK, 1 + known.count(MARK))
     return steps, MARK.join(answer).strip() if answer else None

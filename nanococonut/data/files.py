@@ -27,7 +27,8 @@ def read_examples(path: str | os.PathLike[str], skipped: list[str] | None = None
     """Return the validated examples of a file in any format.
 
     An invalid example raises a UserError that names file and place. If `skipped` is a list, invalid
-    examples are dropped and their errors appended to it. No valid example is always a UserError.
+    examples are dropped and their errors appended to it. A file without a valid example always
+    raises a UserError.
     """
     path = Path(path)
     try:
@@ -69,7 +70,7 @@ def collect(
 
 
 def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) -> None:
-    """Write a new file: a JSON list, one example per line. UserError if the file exists."""
+    """Write a new JSON list, one example per line. Raise UserError if the file exists."""
     text = "[\n" + ",\n".join(json.dumps(example) for example in examples) + "\n]\n"
     created = False
     try:
@@ -84,7 +85,7 @@ def write_examples(path: str | os.PathLike[str], examples: Sequence[Example]) ->
         raise UserError(f"{path} cannot be written: {reason}.\nChoose another file.") from None
 
 
-# ---- parse one entry of each format; ValueError if it is invalid
+# ---- parse one entry of each format, or raise ValueError if it is invalid
 
 
 def parse_gsm8k_line(line: str) -> Example:
@@ -139,7 +140,7 @@ def parse_raw_prontoqa(raw: Any) -> Example:
 
 
 def _detect_format(path: Path, text: str) -> tuple[list[tuple[str, Any]], Parse, str]:
-    """Return collect()'s (entries, parse, expected) for a text. UserError if no format fits."""
+    """Return collect()'s (entries, parse, expected). Raise UserError if the text fits no format."""
     try:
         value = _load_json(text)
     except ValueError as e:

@@ -18,7 +18,7 @@ TEST_SEED, N_TEST = 1_000_003, 2000
 BATCH = 1024  # graphs drawn at once; constant, so that the first examples do not depend on n
 PATIENCE = 100_000  # graphs drawn per example before giving up
 
-# draws BATCH graphs, returns the examples of those that fit the settings
+# draws BATCH graphs and returns the examples of the graphs that fit the settings
 SampleBatch = Callable[[np.random.Generator, Any], list[Example]]
 
 

@@ -1,8 +1,8 @@
 """Graphs as lists of edges (parent, child): breadth-first search, and keys of isomorphic graphs.
 
-Graphs that differ only in their node numbers have equal keys. Other graphs with equal keys are rare
-(none in docs/LOG.md's count), and cost a training example. A Graph also has a mark for each node
-0 to n - 1 (the entity, an option, or 0), which an isomorphism keeps.
+Graphs that differ only in their node numbers have equal keys. Different graphs rarely have equal
+keys (never in docs/LOG.md's count); this only costs a training example. A Graph also has a mark for
+each node 0 to n - 1 (the entity, an option, or 0), which an isomorphism must preserve.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -51,7 +51,7 @@ def marked_graph(
 
 
 def graph_keys(graphs: Iterable[Graph]) -> list[int]:
-    """Return the key of each graph. Many graphs at once are faster.
+    """Return the key of each graph. It is faster to pass many graphs at once.
 
     Weisfeiler-Lehman refinement: in each round, a node's color (uint64) is mixed with the sum of
     its parents' colors and the sum of its children's. A graph's key is the sum of its colors.

@@ -44,7 +44,7 @@ FAMILIES = [
     ).split(", ")
 ]
 PROPERTIES = [word for family in FAMILIES for word in family]
-# all words and signs of both styles, and the mark before the answer
+# all words and punctuation of both styles, and the mark before the answer
 VOCABULARY = [
     *NAMES,
     *CONCEPTS,
@@ -114,7 +114,7 @@ SPLITS: dict[str, Callable[[TrainConfig], OntologyConfig]] = {
 
 
 def easier_configs(trained: TrainConfig) -> list[OntologyConfig]:
-    """Return settings with fewer steps than the task, from which search is easier to learn."""
+    """Return settings with fewer steps than the task, which make search easier to learn."""
     return [OntologyConfig(hops, matched=True) for hops in range(1, trained.max_hops)]
 
 
@@ -124,7 +124,7 @@ def longest_configs(trained: TrainConfig) -> list[OntologyConfig]:
 
 
 def _negated_probability(c: OntologyConfig) -> np.ndarray:
-    """Return (P) the probability that each property is negated: of concepts 1 to hops, then others.
+    """Return (P): the probability that a property is negated, for concepts 1 to hops, then others.
 
     The public generator negates a third of all properties. It walks up the chain; at each concept
     it ends at the property with weight 0.3 (negated: 0.7) or continues with weight 1, and it keeps
@@ -225,7 +225,7 @@ PLURAL_RE = re.compile(rf"([A-Z][a-z]*pus)es are (?:([a-z]*pus)es|{PROPERTY})")
 
 
 def parse_sentence(sentence: str) -> Claim:
-    """Parse a sentence of any wording, without full stop. UserError if it is not ProntoQA."""
+    """Parse a sentence of any wording, without full stop, or raise UserError if it does not fit."""
     if m := SINGULAR_RE.fullmatch(sentence):
         return Claim(m[1] or m[2], bool(m[4]), m[3] or m[5])
     if m := PLURAL_RE.fullmatch(sentence):
@@ -248,7 +248,7 @@ def split_question(question: str) -> tuple[list[str], str]:
 
 
 def parse_question(question: str) -> Question:
-    """Parse a question. UserError if it is not ProntoQA."""
+    """Parse a question. Raise UserError if it is not ProntoQA."""
     sentences, query_text = split_question(question)
     m = SINGULAR_RE.fullmatch(query_text.removesuffix("."))
     if not sentences or not m or not m[2] or not m[5]:  # a name and a property
@@ -284,7 +284,7 @@ def marked_graph(example: Example) -> graph.Graph:
     """Return the ontology with the query marked, for graph.graph_keys.
 
     Sentence order, wording and the words for entity and concepts make no difference; properties do.
-    UserError as in parse_question.
+    Raise UserError as in parse_question.
     """
     facts, rules, query = parse_question(example["question"])
     # nodes: names, concepts, and properties with their "not", such as " not red"
@@ -300,8 +300,8 @@ generate = partial(draw, sample_batch, marked_graph, OntologyConfig())
 def twin(example: Example) -> Example | None:
     """Return the question with the concepts of its two names exchanged, so that its answer flips.
 
-    None if there is only one name, as without OntologyConfig(matched=True), or if the other answer
-    does not follow from rules.
+    Return None if there is only one name, as without OntologyConfig(matched=True), or if the other
+    answer does not follow from rules.
     """
     facts, rules, (entity, _, prop) = parse_question(example["question"])
     concepts = {fact.subject: fact.predicate for fact in facts}
@@ -342,18 +342,18 @@ def reworded(example: Example) -> str:
 
 # ---- compact style: "Each p is a c." becomes " p c.", "Ps are not red." " p not red.", the query
 # "? Max? not red". A step "Max is a p. Each p is a c." becomes " p c", the last one " not red"; the
-# answer is unchanged. Spaces and signs are as in prosqa.py. Only the wording is lost.
+# answer is unchanged. Spaces and "?" are as in prosqa.py. Only the wording is lost.
 
 
 def compact_question(question: str) -> str:
-    """Return the rules, the facts, then "? Max? not red". UserError as in parse_question."""
+    """Return the rules, the facts, then "? Max? not red". Raise UserError as in parse_question."""
     facts, rules, query = parse_question(question)
     claims = "".join([f" {claim.subject}{claim.compact}." for claim in rules + facts])
     return f"{claims}? {query.subject}?{query.compact}"
 
 
 def compact_step(step: str) -> str:
-    """Return a step in compact style, see above. UserError if it is not a step."""
+    """Return a step in compact style, see above. Raise UserError if it is not a step."""
     fact, *rule = [parse_sentence(sentence) for sentence in split_sentences(step)]
     if fact.is_fact and not rule:
         return fact.compact
@@ -377,8 +377,8 @@ STEP_RE = re.compile(r"([a-z]*pus) (not )?(?!not\b)([a-z]+)|(not )?(?!not\b)([a-
 def expand_steps(text: str, question: str) -> list[str]:
     """Return concatenated compact steps as sentences; text that is not a step is unchanged.
 
-    Rules are worded as in the question, rules that it does not have with Every. UserError as in
-    parse_question.
+    Rules are worded as in the question; rules that are not in the question start with Every. Raise
+    UserError as in parse_question.
     """
     entity = parse_question(question).query.subject
     wording = {parse_sentence(s): f"{s}." for s in split_question(question)[0]}

@@ -38,12 +38,12 @@ CONCEPTS = (
     "zhorpus zumpus"
 ).split()
 WORDS = NAMES + CONCEPTS
-# all words and signs of both styles, and the mark before the answer
+# all words and punctuation of both styles, and the mark before the answer
 VOCABULARY = [*WORDS, "Every", "is", "a", "Is", "or", ".", "?", "###"]
 
 FAR = 10_000  # distance of an unreachable node
-# fitted: probability that all parents of a node descend from root 0 only, from root 1 only (else
-# they are any nodes), and part of their weight (DEPTH_WEIGHT * depth + 1) ** depth_power
+# fitted: probabilities that all parents of a node descend only from root 0, or only from root 1
+# (otherwise any node can be one); a parent's weight is (DEPTH_WEIGHT * depth + 1) ** depth_power
 ROOT_PROBABILITY, DEPTH_WEIGHT = (0.35, 0.455), 1.5
 
 
@@ -84,7 +84,7 @@ SPLITS: dict[str, Callable[[TrainConfig | GraphConfig], GraphConfig]] = {
 
 
 def easier_configs(trained: TrainConfig) -> list[GraphConfig]:
-    """Return settings with fewer steps than the task, from which search is easier to learn."""
+    """Return settings with fewer steps than the task, which make search easier to learn."""
     n = trained.min_hops
     return [GraphConfig(trained.n_nodes, min_hops=1, max_hops=n - 1)] if n > 1 else []
 
@@ -186,8 +186,8 @@ def shortest_paths(
 ) -> np.ndarray:
     """Draw one shortest path per graph: (G, longest + 1) nodes, target first, root repeated.
 
-    All shortest paths are equally likely, as in the released examples: 131 of 300 have several; of
-    the 96 with two, 46 state the first.
+    All shortest paths are equally likely, as in the released examples: 131 of 300 have several
+    shortest paths, and of the 96 with two, 46 state the first.
     """
     parent, g = graphs.parent, np.arange(len(root))
     hops = graphs.hops[g, root]  # (G, N)
@@ -265,7 +265,7 @@ def marked_graph(example: Example) -> graph.Graph:
     """Return the graph with entity, target and distractor marked, for graph.graph_keys.
 
     Words, node numbers and the order of sentences and options make no difference. An example that
-    does not store its graph is parsed; UserError if it is not ProsQA.
+    does not store its graph is parsed. Raise UserError if it is not ProsQA.
     """
     try:
         edges = [(int(parent), int(child)) for parent, child in example["edges"]]  # type: ignore
@@ -296,7 +296,7 @@ QUESTION_RE = re.compile(r"Is ([A-Z]\w*) an? ([a-z]\w*) or (?:an? )?([a-z]\w*)\?
 
 
 def parse_question(question: str) -> Question:
-    """Parse a question with any words and white space. UserError if it is not ProsQA."""
+    """Parse a question with any words and white space. Raise UserError if it is not ProsQA."""
     *facts, query = " ".join(question.split()).split(".")
     match = QUESTION_RE.fullmatch(query.strip())
     if not match or not facts:
@@ -330,7 +330,7 @@ def solve(question: str) -> str | None:
 def twin(example: Example) -> Example | None:
     """Return the same question about the other root, so that the other option is correct.
 
-    One word differs. None if no other name leads to the other option only.
+    One word differs. Return None if no other name leads only to the other option.
     """
     edges, entity, options = parse_question(example["question"])
     target = parse_sentence(example["answer"])[1]
@@ -339,7 +339,7 @@ def twin(example: Example) -> Example | None:
     others = [name for name in steps if option in steps[name] and target not in steps[name]]
     if not others or entity in others:
         return None
-    # of several names, take the generator's root, else the one farthest away
+    # if there are several names, take the generator's root, else the one farthest from the option
     symbols: list[str] = example.get("idx_to_symbol", [])  # type: ignore
     other = max(others, key=lambda name: (name in symbols[:2], steps[name][option]))
     parents, path = parents_of(edges), [option]
@@ -360,8 +360,8 @@ def twin(example: Example) -> Example | None:
 def reworded(example: Example) -> str | None:
     """Return the question with two other options, one of which the entity leads to.
 
-    It needs the same search but has another answer. A twin gets the same options. None if the graph
-    has no such options.
+    It needs the same search but has another answer. A twin gets the same options. Return None if
+    the graph has no such options.
     """
     edges, entity, options = parse_question(example["question"])
     steps = {name: reachable(edges, name) for name, _ in edges if name[0].isupper()}
@@ -406,7 +406,7 @@ def _exchange(text: str, a: str, b: str) -> str:
 
 
 def compact_question(question: str) -> str:
-    """Return the facts, then "? Tom? A? B". UserError as in parse_question."""
+    """Return the facts, then "? Tom? A? B". Raise UserError as in parse_question."""
     edges, entity, (first, second) = parse_question(question)
     facts = "".join([f" {parent} {child}." for parent, child in edges])
     return f"{facts}? {entity}? {first}? {second}"

@@ -29,13 +29,13 @@ MAX_TEST_BATCHES = 100  # if examples are rare, do not delay the start of a run 
 class Task:
     """What training, sampling and benchmarks need to know about a task.
 
-    module      has
+    module      defines
                   SPLITS, VOCABULARY (the words of --tokenizer=words)
                   without splits: from_hub(split, revision, skipped) -> (examples, commit)
-                  with splits: generate, and marked_graph, from whose keys test examples are known
+                  with splits: generate, and marked_graph, whose keys identify test examples
                   for --render=compact: compact_question, compact_example, expand_steps
                   optional: solve, twin, reworded, expand_answer
-    shortcuts   examples -> accuracy of each shortcut rule; UserError if they are of another task
+    shortcuts   examples -> accuracy of each shortcut rule; UserError for those of another task
     """
 
     module: ModuleType
@@ -45,8 +45,8 @@ class Task:
     def splits(self) -> dict[str, Callable[[TrainConfig], GeneratorConfig]]:
         """Map each split to a function TrainConfig -> its settings; {} if nothing is generated.
 
-        The first is the training split, the second its variant without shortcuts (the same if there
-        are none).
+        The first is the training split. The second is its variant without shortcuts (the same
+        split if there are no shortcuts).
         """
         return self.module.SPLITS
 
@@ -55,19 +55,19 @@ class Task:
         return self._try("solve", question)
 
     def twin(self, example: Example) -> Example | None:
-        """Return the counterfactual, which differs in one thing and has another answer.
+        """Return the counterfactual, which differs in one thing and has another answer, or None.
 
-        None if there is none. A user's example may store its own, an example, under "twin"; raise
+        A user's example may store its own counterfactual under "twin", also as an example. Raise
         ValueError if that is invalid.
         """
         return parse_object(example["twin"]) if "twin" in example else self._try("twin", example)
 
     def reworded(self, example: Example) -> str | None:
-        """Return a question with the same search but another answer; None if there is none."""
+        """Return a question with the same search but another answer, or None if there is none."""
         return self._try("reworded", example)
 
     def _try(self, name: str, arg: Example | str) -> Any:
-        """Call the module's function; None without one, or if arg is not of this task."""
+        """Return the result of the module's function, or None if it has none or refuses arg."""
         fn = getattr(self.module, name, None)
         try:
             return fn(arg) if fn else None
@@ -102,8 +102,10 @@ class Task:
         return rendered
 
     def expand(self, text: str, question: str, style: str = "compact") -> str:
-        """Return a compact completion as sentences: " Tom a a b### b" -> one line per step, then
-        "### Tom is a b."; text of another style, or not in compact form, is unchanged."""
+        """Return a compact completion as sentences; other text is unchanged.
+
+        For example, " Tom a a b### b" becomes one line per step, then "### Tom is a b."
+        """
         if style != "compact":
             return text
         steps, *answer = text.rsplit("###", 1)
@@ -122,7 +124,7 @@ TASK_OF = {split: name for name, task in TASKS.items() for split in task.splits}
 
 
 def generated(name: str, n: int, seed: int, config: TrainConfig) -> list[Example] | None:
-    """Return n examples of a split of config.task, scaled to config; None for another name."""
+    """Return n examples of a split of config.task, scaled to config, or None for another name."""
     task = TASKS[config.task]
     split = task.splits.get(name)
     return task.module.generate(n, seed, split(config)) if split else None
@@ -165,7 +167,7 @@ class Data:
 def load_data(config: TrainConfig, revision: str = "main") -> Data:
     """Read or generate the data of a run.
 
-    Without valid_data, a tenth of a file, at most val_examples, is held out for validation.
+    Without valid_data, a tenth of a file is held out for validation, but at most val_examples.
     Generated validation examples come with a second split without shortcuts. `revision` is a commit
     or branch on the hub, for GSM8k without files.
     """

@@ -84,7 +84,7 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
     """Return the validation examples of a run that trained on a file; [] if they are generated.
 
     Raise UserError, ending in `advice`, if the file is missing or has changed: the split would then
-    differ, so that validation examples could be training examples.
+    differ, and validation examples could have been trained on.
     """
     config = engine.config
     if TASKS[config.task].splits and not config.data and not config.valid_data:
@@ -102,7 +102,7 @@ def held_out_examples(engine: Engine, advice: str) -> list[Example]:
 
 
 def _was_used(engine: Engine, rendered: Example) -> bool:
-    """Return whether training with skip_bad_rows did not skip the example."""
+    """Return whether training with skip_bad_rows kept the example."""
     try:
         tokenized = tokenize(engine.tokenizer, rendered)
     except UserError:  # its text contains a special token
@@ -146,9 +146,10 @@ def score(
     max_new_tokens: int = 128,
     edit: Edit | None = None,
 ) -> Score:
-    """Return the score on unrendered examples. n_thoughts: for all, or for each.
+    """Return the score on unrendered examples.
 
-    edit  see Engine.generate; it sees the examples sorted by length
+    n_thoughts  one number for all examples, or one for each
+    edit        see Engine.generate; it sees the examples sorted by length
     """
     if engine.render and not engine.config:
         raise ValueError("score needs Engine.from_config, to render answers like questions")
@@ -198,8 +199,8 @@ def evaluate_splits(
 ) -> dict[str, Any]:
     """Return accuracy and generated tokens per example of every split, by greedy decoding.
 
-    Each example has as many thoughts as in training at this stage. Also returns thought_geometry
-    of this rank's thoughts. Collective: each rank scores its own part of the examples.
+    Each example has as many thoughts as in training at this stage. The result also contains the
+    thought_geometry of this rank's thoughts. All ranks must call it: each scores its own shard.
     """
     metrics: dict[str, Any] = {}
     for name, examples in splits.items():

@@ -64,7 +64,7 @@ def count(n: int, word: str) -> str:
 
 
 def extent(figure: Figure, limit: float) -> str:
-    """Return how far an effect goes that is not surely above the limit."""
+    """Return "in part" if an effect is surely below the limit, else "at least in part"."""
     return "in part" if figure["hi"] < limit else "at least in part"
 
 
@@ -80,7 +80,8 @@ def judge_pairs(
 ) -> Finding:
     """Judge test 1: a shortcut that ignores what is asked is correct for only one of two twins.
 
-    questions, which  of `trained`, such as "questions as in training"; of the twins
+    questions  what `trained` was measured on, such as "questions as in training"
+    which      what `one` and `both` were measured on
     """
     ok = decided(trained, one, both)
     return finding(
@@ -106,11 +107,11 @@ def judge_needed(
     which: str = "questions",
     **others: Figure | None,
 ) -> Finding:
-    """Judge test 2 by how much accuracy falls from that without intervention (own).
+    """Judge test 2 by how much accuracy falls below that without intervention (own).
 
-    mean    under mean ablation, see Figures.ablated (of a written chain: without it)
-    others  further ablations: none, if the answer is forced before the first thought, and
-            unrelated, with another question's thoughts; the smallest fall counts
+    mean    accuracy under mean ablation, see Figures.ablated (for a written chain: without it)
+    others  accuracy under two further ablations, "none" (the answer is forced before the first
+            thought) and "unrelated" (another question's thoughts); the smallest fall counts
     """
     the = f"The {noun} {'are' if noun.endswith('s') else 'is'}"
     others = {name: x for name, x in others.items() if decided(x)}
@@ -149,7 +150,8 @@ def judge_carried(
 ) -> Finding:
     """Judge test 3 by the answers that change to the twin's, for two donors of the slots.
 
-    stays, kept  answers that do not change with the twin, the unrelated question as donor
+    stays  answers that do not change if the twin is the donor
+    kept   answers that do not change if an unrelated question is the donor
     """
     are, those = ("are", "those") if noun.endswith("s") else ("is", "that")
     ok = decided(twin, stays) and bool(unrelated) and unrelated["n"] >= MIN_PAIRS
@@ -368,7 +370,7 @@ def judge_control(own: Figure, control: Figure, name: str, noun: str) -> Finding
 def judge_unsolved(trained: Figure, own: Figure, chance: float, both: bool) -> Finding:
     """Return the finding that the model is hardly better than guessing.
 
-    both  `own` is the accuracy on other questions than `trained`, without a shortcut
+    both  `own` was measured on different questions than `trained`, without a shortcut
     """
     hopeless = max(trained["hi"], own["hi"]) < chance + 0.15
     return finding(

@@ -25,7 +25,7 @@ Outcomes = dict[str, Tensor]  # intervention -> log-probability of each candidat
 Content = Slots | list[list[int]]  # what fills the slots of B questions: states, or chain tokens
 # value, its 95 % interval lo to hi, n; of answers also mass, the probability of all candidates
 Figure = dict[str, Any]
-EXTRA = 2  # thoughts beyond the number in training, to see whether more help
+EXTRA = 2  # thoughts beyond the number in training, to see whether more thoughts help
 MEAN_QUESTIONS = 200  # the mean of the slots is over this many questions, evenly spaced
 
 NOUNS = {"thought": "thoughts", "pause": "pauses", "chain": "written chain", "none": "thoughts"}
@@ -57,8 +57,8 @@ def take(content: Content, index: list[int]) -> Content:
 class QuestionBatch:
     """Questions that are read once and answered under many interventions.
 
-    content   of their own slots (None: the method has none)
-    outcomes  without intervention: k0, k1, ..., own, thoughts; see interchange
+    content   content of the slots without intervention (None: the method has no slots)
+    outcomes  outcomes without intervention: k0, k1, ..., own, thoughts; see interchange
     """
 
     def __init__(
@@ -84,14 +84,19 @@ class QuestionBatch:
         self.outcomes["own"] = self.outcomes[f"k{n}"]
 
     def needs_inputs_of(self, donor: "QuestionBatch") -> bool:
-        """Return whether the donor's keys, which depend on positions, do not fit. Then the inputs
-        that they are computed from replace the slots instead; those of pauses are all the same."""
+        """Return whether the donor's inputs must replace the slots instead of its keys and values.
+
+        Keys depend on positions, so they do not fit if the donor has another length. The inputs of
+        pauses are all the same, so replacing them would do nothing.
+        """
         same_length = torch.equal(self.branch.start, donor.branch.start)
         return self.kind == "thought" and not same_length
 
     def answer_with(self, donor: "QuestionBatch", only: Sequence[int] | None = None) -> Tensor:
-        """Return the answers with the donor's content in the slots `only` (None: in all); NaN for
-        pauses of a donor with another length."""
+        """Return the answers with the donor's content in the slots `only` (None: in all slots).
+
+        They are NaN for pauses if the donor has another length.
+        """
         answers = self.answer(donor.content, only, self.needs_inputs_of(donor))
         if self.kind == "pause":
             answers[self.branch.start != donor.branch.start] = torch.nan
@@ -100,7 +105,7 @@ class QuestionBatch:
     def answer(
         self, content: Content, only: Sequence[int] | None = None, by_inputs: bool = False
     ) -> Tensor:
-        """Return the answers (B, m) with this content in the slots `only` (None: in all)."""
+        """Return the answers (B, m) with this content in the slots `only` (None: in all slots)."""
         b, only = self.branch.restart(), range(self.n) if only is None else only
         if not isinstance(content, Slots):
             b.write(content)
@@ -114,7 +119,7 @@ class QuestionBatch:
     def intervene(self, twin: "QuestionBatch", mean: Content, n_per_step: int) -> Outcomes:
         """Return the answers under each intervention, see interchange.
 
-        n_per_step: thoughts per step; the last step has fewer if it does not divide their number.
+        n_per_step: thoughts per step; the last step may have fewer
         """
         B, start = len(self.branch), self.branch.start.tolist()
         by_inputs = self.needs_inputs_of(twin)
@@ -162,15 +167,15 @@ def interchange(
     half               of a chain: replaced by the first half of the twin's
     twin_inputs        only the inputs replaced by the twin's, if a further donor has another length
 
-    (of pauses NaN for a donor with another length, since they have no inputs to replace)
-
-    and "thoughts", the hidden states fed back (N, n + EXTRA, C), and "by_inputs" (N, 1): 1 if
-    the twin replaces the inputs of the slots, 0 if their keys and values.
+    The result also has "thoughts", the hidden states fed back (N, n + EXTRA, C), and "by_inputs"
+    (N, 1): 1 if the twin replaces the inputs of the slots, 0 if it replaces their keys and values.
+    For pauses, an outcome is NaN if the donor has another length, because pauses have no inputs to
+    replace.
 
     candidates  answers of each question: its own, then its twin's, then any others
     donors      name -> a further donor of each question, or None; the outcome has this name and is
                 NaN without a donor
-    groups      a number per question; an unrelated donor has the same
+    groups      a number per question; an unrelated donor has the same number
     """
     config, N, n, out = engine.model.config, len(questions), n_slots(engine), {}
     groups, kind = groups or [0] * N, kind_of(engine)
@@ -249,11 +254,11 @@ def grid(columns: Sequence[Any], rows: Mapping[str, list[Figure | None]]) -> dic
 class Figures:
     """Statistics of the outcomes of an interchange of N questions.
 
-    groups      (N,)       number of steps
-    deep        (N,) bool  question and twin have two steps or more; one may need no thought (all,
-                           if none has)
+    groups        (N,)       number of steps
+    deep          (N,) bool  question and twin have two steps or more, since one step may need no
+                             thought (if there are no such questions: all)
     both_correct  (N,) bool  question and twin are answered correctly without intervention
-    which       str        what `deep` contains, in words
+    which         str        what `deep` contains, in words
     """
 
     outcomes: Outcomes
@@ -274,8 +279,8 @@ class Figures:
         return chosen(self.outcomes.get(name), 0, self.deep if mask is None else mask)
 
     def ablated(self, name: str) -> Figure | None:
-        """Return the accuracy under an intervention. "fall" is how much lower it is than without,
-        with the interval for paired answers (Agresti and Min, 2005)."""
+        """Return the accuracy under an intervention. "fall" is how much lower it is than without
+        one, with the interval for paired answers (Agresti and Min, 2005)."""
         if (accuracy := self.accuracy(name)) is None:
             return None
         mask = self.deep & ~self.outcomes[name][:, 0].isnan()

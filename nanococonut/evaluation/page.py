@@ -39,7 +39,7 @@ def small(text: str) -> Markup:
 
 
 def layout(question: Row) -> Row:
-    """Add each node's place in its level to a question: x from 0 to 1, and rank."""
+    """Return the question with each node's place in its level: x from 0 to 1, and rank."""
     levels, x, rank = question["levels"], {}, {}
     for level in sorted(set(levels)):
         members = [i for i, other in enumerate(levels) if other == level]
@@ -80,7 +80,7 @@ def _render(row: Row, title: str, **variables: Any) -> str:
 
 
 def view_page(row: Row) -> str:
-    """Return a page with only the interactive view. row: name, noun and view.
+    """Return a page with only the interactive view. row: has name, noun and view.
 
     PNG: chromium --headless --hide-scrollbars --window-size=1240,740 --screenshot FILE#0,1,0,all
     """

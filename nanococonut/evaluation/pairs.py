@@ -30,7 +30,7 @@ class Pairs:
     examples: list[Example] = field(default_factory=list)
     twins: list[Example] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)  # number of steps; 0: as in training
-    twinned: bool = True  # False: twins are just questions with as many steps and other answers
+    twinned: bool = True  # False: twins are just questions with equally many steps, other answers
 
     def take(self, index: Sequence[int]) -> "Pairs":
         """Return the pairs with these indices."""
@@ -85,7 +85,7 @@ class Pairs:
 
 
 def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:
-    """Return (pairs as in training, `rows` pairs of each number of hops without shortcuts)."""
+    """Return (pairs as in training, `rows` pairs without shortcuts for each number of hops)."""
     task, pairs = TASKS[config.task], Pairs()
     plain, base = next(iter(task.splits.values()))(config), config.max_hops
     if config.task == "prosqa":
@@ -109,10 +109,10 @@ def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, P
 
 
 def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -> Pairs:
-    """Return the pairs of a user's examples. UserError if there are too few, or an invalid one.
+    """Return the pairs of a user's examples. Raise UserError if one is invalid or they are too few.
 
-    twins  of each example (None: stored in it or made by the task; failing that, any example with
-           as many steps and another answer)
+    twins  the twin of each example (None: stored in it or made by the task; failing that, any
+           example with the same number of steps and another answer)
     """
     if twins is not None:
         if len(twins) != len(examples):
@@ -144,7 +144,7 @@ def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -
 
 
 def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
-    """Return pairs of examples with as many steps and different answers, each in both orders."""
+    """Return pairs of examples with equally many steps but different answers, in both orders."""
     unpaired: dict[int, list[Example]] = defaultdict(list)  # by number of steps
     pairs = []
     for x in sorted(examples, key=lambda x: len(x["question"])):  # pairs of similar length
@@ -158,7 +158,7 @@ def _unpaired(examples: list[Example]) -> list[tuple[Example, Example]]:
 
 
 def check_lengths(engine: Engine, pairs: Pairs) -> Pairs:
-    """Return the pairs that fit in block_size. UserError if fewer than half do, or MIN_PAIRS."""
+    """Return the pairs that fit in block_size. Raise UserError if under half or MIN_PAIRS do."""
     n, block_size = n_slots(engine), engine.model.config.block_size
     answers, keep = pairs.candidates(engine), []
     for i, questions in enumerate(zip(*pairs.questions(), strict=True)):

@@ -2,8 +2,8 @@
 
 Figure 5 counts six categories of answers (section 5.1). Figures 7 to 9 show the values of nodes
 (5.3, 5.4): the probability that the model names a node after k thoughts, normalized over all
-concepts (concept_probabilities). So the values add up to one even if the model would rather answer;
-the notes give the probability of all concepts before normalization.
+concepts (concept_probabilities). So the values add up to one even if the model would more likely
+answer; the notes give the probability of all concepts before normalization.
 """
 
 from collections import Counter, defaultdict
@@ -163,7 +163,7 @@ def category_fractions(
     n_thoughts: int = 0,
     style: str = "sentences",
 ) -> dict[str, float]:
-    """Return the fraction of texts in each category, see classify. style: that of the texts."""
+    """Return the fraction of texts in each category, see classify. style: of the texts."""
     counts, expand = Counter(), TASKS["prosqa"].expand
     for x, text in zip(examples, texts, strict=True):
         text = expand(text, x["question"], style)

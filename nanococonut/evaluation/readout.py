@@ -1,6 +1,6 @@
 """Read thoughts with the LM head (logit lens), and write concepts into them (steering).
 
-All but words_by_step is for ProsQA.
+Everything except words_by_step is for ProsQA only.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ from nanococonut.inference.engine import Engine
 from nanococonut.runtime.errors import UserError
 
 DISTANCES = ["1", "2", "3", "4", "5+", "no path"]
-FACTORS = (4, 8, 12, 16)  # scales of a written embedding; the first half of the questions decides
+FACTORS = (4, 8, 12, 16)  # scales of a written embedding, chosen on the first half of the questions
 ERASE = 1.5  # multiple of the component that is subtracted; 1 would be a projection
 BATCH_SIZE = 200
 MIN_MASS = 0.1  # a thought with less probability on all concepts names none
@@ -64,7 +64,7 @@ class QuestionGraph(NamedTuple):
         own, other = ([x for x in self.nodes if steps.get(x) == d] for steps in self[1:3])
         if not own or not other:
             return {}
-        # as many, since the mean of more embeddings is shorter
+        # as many as in `other`, since the mean of more embeddings is shorter
         control = [x for x in self.nodes if x not in own + other][: len(other)]
         correct = [node for node in own if node in self.correct]
         wrong = [node for node in own if node not in self.correct]
@@ -75,7 +75,7 @@ class QuestionGraph(NamedTuple):
 
 
 def graph(example: Example, twin: Example | None = None) -> QuestionGraph:
-    """Return the graph of a question. UserError if it is not ProsQA."""
+    """Return the graph of a question. Raise UserError if it is not ProsQA."""
     edges, entity, _ = parse_question(example["question"])
     target, nodes = parse_sentence(example["answer"])[1], concepts_of(edges)
     correct = {node for node in nodes if target in reachable(edges, node)}
@@ -84,7 +84,7 @@ def graph(example: Example, twin: Example | None = None) -> QuestionGraph:
 
 
 def name_tokens(engine: Engine, graphs: Sequence[QuestionGraph]) -> dict[str, int]:
-    """Map each concept to the token of its name. UserError if a name has several tokens."""
+    """Map each concept to the token of its name. Raise UserError if a name has several tokens."""
     tokens = {}
     for node in {node for g in graphs for node in g.nodes}:
         ids = engine.tokenizer.encode(" " + node)
@@ -130,9 +130,9 @@ def steer(
     t         number of the thought that is changed, from 1
     d         distance of the concepts from an entity
 
-    Return (factor, answers): the one of FACTORS that changes most answers of the first half of the
-    questions, and for each key of WRITTEN and ERASED the log-probabilities (N, 2) of the second
-    half; NaN for the first half and if a graph has no such concepts.
+    Return (factor, answers). The factor is the one of FACTORS that changes the most answers in the
+    first half of the questions. The answers map each key of WRITTEN and ERASED to log-probabilities
+    (N, 2) on the second half; they are NaN on the first half and if a graph has no such concepts.
     """
     concepts, (N, n, _) = [g.chosen(d) for g in graphs], thoughts.shape
     tokens = name_tokens(engine, graphs)
@@ -172,7 +172,7 @@ def readout(
     """Read the thoughts with the LM head, then steer the one that names concepts most clearly.
 
     Return (means of names_by_distance, distance -> the thought that names it most, results of
-    steering). The thought to steer is chosen on one half of the questions, steered on the other.
+    steering). The thought is chosen on one half of the questions and steered on the other half.
     """
     index = f.deep.nonzero()[:, 0]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]

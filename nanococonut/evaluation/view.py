@@ -22,7 +22,7 @@ State = dict[str, Any]
 def question_views(
     engine: Engine, pairs: Pairs, correct: Sequence[bool], n: int
 ) -> list[dict[str, Any]]:
-    """Return the views of n questions: the first of each depth, then the first not `correct`."""
+    """Return the views of n questions: the first of each depth, then the first wrong ones."""
     first = [pairs.groups.index(h) for h in sorted(set(pairs.groups))]
     chosen = first + [i for i, x in enumerate(correct) if not x and i not in first]
     n_thoughts = engine.manifest["n_thoughts"]
@@ -30,10 +30,10 @@ def question_views(
 
 
 def question_view(engine: Engine, example: Example, n: int) -> dict[str, Any]:
-    """Return the states of a question after 0, 1, ... n thoughts, as page.py draws them.
+    """Return the states of a question after 0, 1, ..., n thoughts, as page.py draws them.
 
-    If it has a twin of the same length, "swapped" are the states with the twin's thoughts in its
-    slots. UserError if the text is not a ProsQA question.
+    If it has a twin of the same length, "swapped" has the states with the twin's thoughts in the
+    question's slots. Raise UserError if the text is not a ProsQA question.
     """
     edges, entity, options = parse_question(example["question"])
     nodes = list(dict.fromkeys(node for edge in edges for node in edge))

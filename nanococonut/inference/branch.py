@@ -77,7 +77,7 @@ class Branch:
         return len(self.start)
 
     def restart(self) -> "Branch":
-        """Drop everything after the questions."""
+        """Drop everything after the questions. Return self."""
         self.inputs, self.thoughts = [], []
         self._rewind(self.start, self._prefilled)
         return self

@@ -54,9 +54,11 @@ class BatchView:
     def __init__(
         self, model: GPT, buffers: StaticBuffers, shape: tuple[int, int], kernels: str, static: bool
     ) -> None:
-        """shape: (batch, capacity). static: every step attends to the whole capacity, for graphs.
+        """Create the view of a batch.
 
-        A step that is not static attends to the shortest span that holds all sequences.
+        shape   (batch, capacity)
+        static  every step attends to the whole capacity, as graphs need (otherwise to the shortest
+                span that holds all sequences)
         """
         self.model, self.buffers, self.static = model, buffers, static
         self.batch, self.capacity = shape
@@ -78,7 +80,7 @@ class BatchView:
         return steps.DecodeState(self.hidden, self.prev_embedding, self.span)
 
     def _store(self, state: steps.DecodeState) -> None:
-        # first, because the input of a latent step may be self.hidden itself
+        # copied first, because the input of a latent step may be self.hidden itself
         self.prev_embedding.copy_(state.prev_embedding)
         self.hidden.copy_(state.hidden)
         self.span = self.span if self.static else state.span
@@ -119,7 +121,7 @@ class BatchView:
         logits = self.model.head(self.hidden)  # (B, V)
         if not greedy:  # the argmax of p / noise is a sample from p, since noise ~ Exp(1)
             logits = (logits.float() / self.buffers.temperature).softmax(-1) / self.noise
-        # finished sequences repeat eos, or any token if there is none
+        # finished sequences repeat eos, or token 0 if there is no eos
         self.token.copy_(logits.argmax(-1).masked_fill(self.done, max(eos, 0)))
         column = self.buffers.n_tokens.expand(self.batch)
         self.buffers.tokens[self.token_row, column] = self.token

@@ -45,8 +45,8 @@ class Generation:
     thoughts       (B, n, C) hidden states, before model.thought_embedding and any edit
     n_thoughts     thoughts of each prompt: n, or fewer if the stop classifier ended them; the last
                    hidden state is then repeated in `thoughts`
-    seconds_first  time from the start of the request to the first token, after prefill (which
-                   includes the check whether the weights have changed) and thoughts
+    seconds_first  time from the start of the request to the first token, including prefill and
+                   thoughts; prefill includes the check whether the weights have changed
     text           the tokens as text (only from Engine.generate)
     """
 
@@ -103,8 +103,8 @@ class Request:
 class Engine:
     """Batched generation with a model. Buffers and CUDA graphs are reused across calls.
 
-    Thread-safe: a lock serializes the calls of one engine. Engines of one model must not run at the
-    same time if it is in training mode, because each call puts it in eval mode.
+    Thread-safe: a lock serializes the calls of one engine. Two engines of the same model must not
+    run at once while the model is in training mode, because each call puts it in eval mode.
 
     curriculum  determines the token layout of a prompt (None: Coconut's)
     kernels     one of ops.BACKENDS, see ops.choose_backend; choose and branch always run torch
@@ -148,7 +148,7 @@ class Engine:
 
     @property
     def graph(self) -> bool:
-        """Whether steps are replayed from CUDA graphs."""
+        """Return whether steps are replayed from CUDA graphs."""
         return self.graphs.max_graphs > 0
 
     def memory(self) -> dict[str, int]:
@@ -172,8 +172,8 @@ class Engine:
     ) -> Generation:
         """Answer a batch of questions. Raise UserError if one does not fit in block_size.
 
-        latent          thoughts (or pauses) per question, None: as the checkpoint was trained; with
-                        a stop classifier, their maximum
+        latent          thoughts (or pauses) per question (None: as in training); with a stop
+                        classifier, their maximum
         max_new_tokens  reduced to what fits in block_size
         temperature     0: greedy; otherwise tokens are sampled with `seed`
         edit            (i, fed) -> replacement for `fed`, the (B, C) inputs of thought i, one per
@@ -181,7 +181,7 @@ class Engine:
         """
         if latent is None:
             if "n_thoughts" not in self.manifest:
-                raise ValueError("latent: expected a number, as this model has no checkpoint")
+                raise ValueError("latent: expected a number, since this model has no checkpoint")
             latent = self.manifest["n_thoughts"]
         if edit is not None:
             self._check_editable(latent)
@@ -205,8 +205,8 @@ class Engine:
     ) -> Tensor:
         """Return the log-probability (B, m) of each candidate answer.
 
-        The mark is forced right after the thoughts, so the model writes no reasoning steps. An
-        answer ends with eos, so "3" is not the start of "3.5". A stop classifier is ignored.
+        The mark is forced right after the thoughts, so the model writes no reasoning steps. Answers
+        end with eos, so "3" is not scored as the start of "3.5". A stop classifier is ignored.
 
         candidates  m answers per question, in the format that the model generates
         latent      thoughts (or pauses) per question
@@ -233,7 +233,7 @@ class Engine:
         candidates, mark, is_answer  as in choose
         n_slots                      maximum thoughts (or pauses, or other tokens) before an answer
 
-        Raise ValueError if n_slots < 0, or not every question has a list of as many candidates.
+        Raise ValueError if n_slots < 0, or if the questions have different numbers of candidates.
         """
         if n_slots < 0:
             raise ValueError(f"thoughts: expected 0 or more, got {n_slots}")
@@ -284,8 +284,8 @@ class Engine:
         largest = max(max(tokens, default=0) for tokens in [*prefixes, forced])
         if largest >= vocab_size:  # on a GPU, a bad index would kill the process
             raise UserError(
-                f"token {largest} is not one of the model's {vocab_size}: it was trained without "
-                "thoughts, or with another tokenizer.\n"
+                f"token {largest} is not one of the model's {vocab_size}: the model was trained "
+                "without thoughts, or with another tokenizer.\n"
                 "Use the method it was trained with, or a run trained with thoughts."
             )
         room = block_size - longest - len(forced) - 1  # at least one token is generated
@@ -393,7 +393,7 @@ class Engine:
         )
 
     def _run_graph(self, request: Request, key: tuple, fn: Callable[[], None]) -> None:
-        """Run fn, as a graph unless the request has an edit: its batch may have any size."""
+        """Run fn as a CUDA graph, or eagerly if there is an edit, whose batch may have any size."""
         if request.edit is None:
             self.graphs.run(key, fn)
         else:
@@ -407,7 +407,7 @@ class Engine:
         if self.graph:
             width = min(round_up(width, 64), block_size)
             capacity = min(round_up(capacity, 128), block_size)
-        batch = B if request.edit is not None else self._batch_size(B)  # edits see only questions
+        batch = B if request.edit is not None else self._batch_size(B)  # edits see no padding
         view = self._view(batch, capacity, width, request.n_thoughts)
         buffers = self._buffers
         # extra sequences fill the batch: one token, no thoughts, done from the start
@@ -479,7 +479,7 @@ class Engine:
         return new
 
     def _batch_size(self, n: int) -> int:
-        """Return the size of a batch for n sequences: a power of two keeps the graphs few."""
+        """Return the batch size for n sequences; with graphs, a power of two to capture fewer."""
         return 1 << (n - 1).bit_length() if self.graph else n
 
     def _view(self, batch: int, capacity: int, width: int = 0, n_thoughts: int = 0) -> BatchView:
@@ -514,7 +514,7 @@ def load(
 ) -> Engine:
     """Return an Engine for a checkpoint, or for the best checkpoint of a run.
 
-    Its prompts are rendered as in training. engine.config and engine.manifest describe the run.
+    It renders questions as in training. engine.config and engine.manifest describe the run.
     """
     model, tokenizer, manifest = checkpoint.load(path, select_device(device))
     model = model.to(dtype)

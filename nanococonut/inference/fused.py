@@ -34,9 +34,10 @@ class FusedStep:
         is_first: bool,
         thought: Tensor | None = None,
     ) -> None:
-        """Append one thought. is_first: the previous step was not a latent step of this object.
+        """Append one thought.
 
-        thought: see kernels/feedback.py.
+        is_first  the previous step was not a latent step of this object
+        thought   see kernels/feedback.py
         """
         if is_first:  # the thought plus its position, with `hidden` as the embedding table
             embed(hidden, self.batch_index, self.model.wpe.weight, self.cache.lengths, self.x)

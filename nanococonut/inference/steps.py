@@ -1,8 +1,8 @@
 """The three steps of inference: prefill a prompt, append a thought, append a token.
 
-Free functions over a model, its KV cache and a DecodeState. The next position of sequence b is
-cache.lengths[b], so a batch of sequences of any length gives the same results as each one alone,
-up to rounding.
+These are functions of a model, its KV cache and a DecodeState. The next position of sequence b is
+cache.lengths[b], so a batch of sequences of different lengths gives the same results as each
+sequence alone, up to rounding.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def prefill(model: GPT, cache: KVCache, idx: Tensor, lengths: Tensor) -> DecodeS
         mask = torch.arange(T, device=device) < lengths[:, None]  # (B, T)
         return F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
 
-    cache.data[..., T:, :] = 0  # a NaN that an earlier request left would survive the mask
+    cache.data[..., T:, :] = 0  # a NaN left by an earlier request would survive the mask
     cache.lengths.copy_(lengths)
     emb = model.wte(idx)  # (B, T, C)
     pos = torch.arange(T, device=device)
@@ -93,7 +93,7 @@ def latent_step(
     i: int = 0,
     edit: Edit | None = None,
 ) -> DecodeState:
-    """Append one thought, made from the last hidden state. No token is chosen.
+    """Append one thought, made from the last hidden state, without choosing a token.
 
     i, edit  index of the thought, and a function that replaces its input
     """

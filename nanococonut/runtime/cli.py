@@ -130,7 +130,7 @@ def read_config_file(path: str | Path, cls: type) -> dict[str, Any]:
             folder = Path("config")
         near = sorted(p.as_posix() for p in folder.glob("*.py") if p != path)
         hint = suggestion((folder / path.with_suffix(".py").name).as_posix(), near)
-        advice = f"There are: {', '.join(near)}" if near else "Give a file of assignments"
+        advice = f"Available: {', '.join(near)}" if near else "Give a file of assignments"
         raise UserError(f"config file {path} {reason}.{hint}\n{advice}.") from None
     except (SyntaxError, ValueError) as e:
         line = getattr(e, "lineno", None) or 1
@@ -215,7 +215,7 @@ def parse_cli(
 
 
 def _parse_value(text: str, types: tuple[type, ...]) -> Any:
-    """Return the text's value of one of these types, or the text, which Options refuses."""
+    """Return the text as a value of one of these types, or unchanged, which Options refuses."""
     constant = CONSTANTS.get(text.lower(), text)
     if type(constant) in types:  # a constant, or any text if str is allowed
         return constant
@@ -228,7 +228,7 @@ def _parse_value(text: str, types: tuple[type, ...]) -> Any:
 def make_config(cls: type[T], *layers: Mapping[str, Any]) -> T:
     """Return cls(**settings). Later layers override earlier ones.
 
-    Raise UserError if a setting is unknown, as one from another version's manifest can be.
+    Raise UserError if a setting is unknown, such as one in a manifest of another version.
     """
     values = {name: value for layer in layers for name, value in layer.items()}
     if unknown := values.keys() - {f.name for f in dataclasses.fields(cls)}:  # type: ignore[arg-type]

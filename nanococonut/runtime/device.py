@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks of memory.
 
     By default it returns them to the system, so every step causes the same page faults again. On a
-    CPU they take much of a small model's time.
+    CPU, these take much of the time of a small model's step.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -74,7 +74,7 @@ class Interrupt:
     """Turn Ctrl-C, SIGTERM and SIGHUP into a request that the loop reads after each step.
 
     In a single process, a second signal exits at once. Two cases do not count as a second signal:
-    torchrun sends its own after the terminal's, and a shell may send SIGHUP twice.
+    torchrun sends a signal after the terminal's, and a shell may send SIGHUP twice.
     """
 
     def __init__(self, n_processes: int = 1) -> None:

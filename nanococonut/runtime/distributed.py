@@ -23,7 +23,7 @@ from nanococonut.runtime.errors import UserError, run_main, user_message
 # between the seeds of two ranks; odd, so that the 32 bits that torch's CPU generator reads differ
 SEED_STRIDE = 0x9E3779B1
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# of srun, mpirun, mpiexec (sbatch sets SLURM_NTASKS, also for a script that starts one process)
+# set by srun, mpirun, mpiexec (not SLURM_NTASKS, which sbatch sets even for one process)
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -54,7 +54,7 @@ def _refuse_half_launched() -> None:
 
 @dataclass(frozen=True)
 class Distributed:
-    """The rank of this process and their number. Only rank 0 prints, logs and saves."""
+    """The rank of this process and the number of processes. Only rank 0 prints, logs and saves."""
 
     rank: int = 0
     world: int = 1
@@ -63,7 +63,7 @@ class Distributed:
     def from_env(cls) -> "Distributed":
         """Return the rank in the process group that run_distributed joined, or rank 0 of 1.
 
-        Raise UserError as _refuse_half_launched.
+        Raise UserError in the cases of _refuse_half_launched.
         """
         if dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
@@ -75,7 +75,7 @@ class Distributed:
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """Return the device of this process. Each of several gets its own GPU, by LOCAL_RANK.
+        """Return the device of this process. If there are several, each has its own GPU.
 
         Raise UserError if the device cannot be used, or if several processes would share it.
         """
@@ -84,7 +84,7 @@ class Distributed:
         if name not in ("auto", "cuda"):
             raise UserError(
                 f"--device={name} is one device, but {self.world} processes were started.\n"
-                "Use auto, cuda or cpu: each process takes a GPU of its own."
+                "Use auto, cuda or cpu: each process takes its own GPU."
             )
         return select_device(f"cuda:{os.environ['LOCAL_RANK']}")
 
@@ -93,7 +93,7 @@ class Distributed:
         return seed + self.rank * SEED_STRIDE
 
     def shard(self, items: Sequence) -> Sequence:
-        """Return every n-th item. Of items sorted by length, each process gets similar lengths."""
+        """Return every n-th item. If items are sorted by length, shards have similar lengths."""
         return items[self.rank :: self.world]
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
@@ -132,7 +132,8 @@ class Distributed:
             dist.all_reduce(tensor)
         except RuntimeError as e:
             raise UserError(
-                f"process {self.rank} of {self.world} lost the others: {str(e).splitlines()[0]}\n"
+                f"process {self.rank} of {self.world} lost its connection to the others: "
+                f"{str(e).splitlines()[0]}\n"
                 "Continue from the last checkpoint, if there is one, with --resume."
             ) from None
 

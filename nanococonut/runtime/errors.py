@@ -15,7 +15,7 @@ class UserError(Exception):
 class _Output:
     """A text stream that fails at most once, when it is closed or its disk is full.
 
-    goes_on   silently drop all further output then; otherwise the script ends
+    goes_on   after a failure, silently drop all further output; otherwise end the script
     """
 
     def __init__(self, stream: TextIO, goes_on: bool) -> None:

@@ -17,9 +17,10 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class GraphCache:
-    """CUDA graphs by key, at most max_graphs; the least recently used is dropped. 0: no graphs.
+    """Up to max_graphs CUDA graphs, by key (0: none). The least recently used one is dropped.
 
-    All graphs share one memory pool: they never run at once and keep nothing in it between replays.
+    All graphs share one memory pool: no two run at once, and they keep nothing in it between
+    replays.
     """
 
     # shared by all captures, because libraries keep a workspace per stream
@@ -62,7 +63,7 @@ class GraphCache:
         # backward has to run on this thread: use_mem_pool and cuBLAS workspaces are per thread
         with torch.autograd.set_multithreading_enabled(False):
             # the first call uses the pool too, or its peak memory would add to that of the graphs.
-            # Graphs do not reuse what it leaves allocated (new gradients, cuBLAS workspaces)
+            # Graphs do not reuse what this call leaves allocated (gradients, cuBLAS workspaces)
             side.wait_stream(current)
             with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(side):
                 fn()

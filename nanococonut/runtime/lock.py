@@ -21,7 +21,7 @@ LOCK = ".lock"  # never deleted, because another process may just be opening it
 def lock_folder(folder: Path) -> IO[str]:
     """Lock a folder until the returned file is closed or the process ends.
 
-    Raise UserError that names the holder if another process, or this one, has locked it already.
+    Raise UserError, which names the holder, if another process or this one has locked it already.
     """
     file = (folder / LOCK).open("a+", encoding="utf-8")
     try:

@@ -162,7 +162,7 @@ class TrainLoader:
         plain, matched, *_ = task.splits.values()
         kinds = [
             (c.matched_fraction, [matched(c)]),
-            (c.short_fraction, task.module.easier_configs(c)),  # short chains start the search
+            (c.short_fraction, task.module.easier_configs(c)),  # learned first
             (c.long_fraction, task.module.longest_configs(c)),
         ]
         pieces: list[tuple[int, GeneratorConfig]] = []
@@ -183,8 +183,8 @@ class TrainLoader:
     ) -> list[tuple[Example, TokenizedExample]]:
         """Return (example, tokens) for the examples that fit into block_size at every stage.
 
-        source: where they come from, for errors. Raise UserError if one does not fit and `skipped`
-        is None, or if none fits.
+        source: where the examples come from, for errors. Raise UserError if none fits, or if one
+        does not fit and `skipped` is None.
         """
         fitting, error, block_size = [], "", self.config.block_size
         lengths: dict[tuple[int, ...], int] = {}
@@ -206,7 +206,7 @@ class TrainLoader:
                     )
                 fitting.append((example, tokenized))
             except UserError as e:  # also if the text contains a special token
-                # by its text, since the examples of a file are shuffled before some are held out
+                # name it by its text, since a file is shuffled before examples are held out
                 error = f"{source}, the example {example['question'][:50]!r}...: {e}"
                 if self.skipped is None:
                     raise UserError(error) from None

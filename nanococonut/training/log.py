@@ -32,7 +32,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class RunLog:
-    """Logs every step and validation. As a context manager, it shows a progress bar."""
+    """The log of every step and validation. As a context manager, it shows a progress bar."""
 
     def __init__(self, run: RunDir, schedule: Schedule, state: TrainState) -> None:
         self.run, self.config, self.schedule = run, schedule.config, schedule

@@ -27,7 +27,8 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
     """Return (config, run name, fallback info).
 
     The fallback info says which config was replaced by its fallback and why; {} if none was.
-    doc: the script's __doc__, for --help.
+
+    doc: the script's __doc__, for --help
     """
     overrides, path = parse_cli(TrainConfig, argv, doc, config_file=True)
     if path:
@@ -55,7 +56,7 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
         overrides = {k: v for k, v in overrides.items() if k not in ("init_from", "fallback")}
         config = make_config(TrainConfig, read_config_file(fallback, TrainConfig), overrides)
         path = fallback
-    # a config file may serve several methods, but a typed option should have an effect
+    # a config file may serve several methods, but an option on the command line should matter
     if ignored := [f"--{name}" for name in overrides if name in config.unused]:
         how = f"by method {config.method} with this data and init_from"
         console.print(f"[bold red]NOT USED[/] {how}: {', '.join(ignored)}")
@@ -68,7 +69,7 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
 
 
 def _fallback_reason(config: TrainConfig) -> str:
-    """Return why init_from cannot be trained here, or "". Raise UserError without a fallback."""
+    """Return why init_from cannot be trained here, or "". Raise UserError if it has no fallback."""
     no_gpu = not torch.cuda.is_available() and config.device in ("auto", "cpu")
     if config.init_from in pretrained.GPT2_SIZES and no_gpu and config.fallback:
         return f"no GPU to train {config.init_from!r} on"  # checked first: saves the download
@@ -142,9 +143,9 @@ def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
 
 def count_tokens(config: TrainConfig, tokenizer: Tokenizer) -> int:
     """Return the model's vocabulary size, with <bot>, <eot> and <latent> only if they are used."""
-    # as in the released code: in a CoT run they would be in every softmax, and drift away from
-    # "<<", their initial value, before Coconut starts. Word-level models always have them, because
-    # the results in bench/results were trained with them
+    # as in the released code: in a CoT run, unused tokens would be in every softmax and drift away
+    # from "<<", their initial value, before Coconut starts. Word-level models always have them,
+    # because the models of bench/results were trained with them
     is_used = METHODS[config.method].markers or tokenizer.spec["kind"] == "words"
     return tokenizer.vocab_size if is_used else tokenizer.bot  # the special tokens come last
 

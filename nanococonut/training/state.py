@@ -15,7 +15,7 @@ from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum, list_stages
 from nanococonut.runtime.errors import UserError
 
-ACCURACY_WINDOW = 1280  # recent examples in the training accuracy, which advance_at refers to
+ACCURACY_WINDOW = 1280  # recent examples in the training accuracy, which advance_at compares
 
 
 @dataclass
@@ -51,8 +51,8 @@ class TrainState:
         """Return the state with these fields. Raise UserError if a field is unknown."""
         if unknown := saved.keys() - asdict(cls()).keys():
             raise UserError(
-                "the run was saved by another version of nanococonut: its progress has "
-                f"{', '.join(sorted(unknown))}.\nUse that version, or another --out_dir."
+                "the run was saved by another version of nanococonut: its progress has unknown "
+                f"fields: {', '.join(sorted(unknown))}.\nUse that version, or another --out_dir."
             )
         return cls(**saved)
 
@@ -89,7 +89,7 @@ class TrainState:
         self.measure_time()
         validation = {"stage": self.stage, "thoughts": n_thoughts, **scores}
         validation["minutes"] = self.seconds / 60
-        # of all splits, since the plain one rewards shortcuts
+        # the mean over all splits, since the plain split rewards shortcuts
         accuracy = statistics.mean(v for k, v in scores.items() if k.endswith("_accuracy"))
         # earlier stages use fewer thoughts, so only the last stage can have the best step
         if is_last_stage and accuracy > self.best_accuracy:
@@ -125,7 +125,7 @@ class Schedule:
         self.max_steps = min(self.total_steps, config.max_steps or self.total_steps)
 
     def check_epochs(self, epochs: int, state: TrainState) -> None:
-        """Raise UserError if the steps of a run with other epochs do not fit this schedule."""
+        """Raise UserError if the steps so far, planned for `epochs`, do not fit this schedule."""
         before = Schedule(
             replace(self.config, epochs=epochs), self.curriculum, self.steps_per_epoch
         )
@@ -147,8 +147,8 @@ class Schedule:
             options = " --first_stage_epochs=0 --max_latent_stage=0"
             options += f" --final_thoughts={n_thoughts}"
         raise UserError(
-            f"this run's learning rates were planned for epochs={epochs}; it is too late for "
-            f"{self.config.epochs}.\nResume with --epochs={epochs}, or continue in another "
+            f"this run's learning rates were planned for epochs={epochs}; it is too late to change "
+            f"to {self.config.epochs}.\nResume with --epochs={epochs}, or continue in another "
             f"--out_dir: --init_from=RUN{options}"
         )
 
@@ -191,7 +191,7 @@ class Schedule:
         return out_of_epochs or learned
 
     def eval_due(self, state: TrainState, stage_done: bool) -> bool:
-        """Return whether to validate: after each stage, and every eval_interval in the last."""
+        """Return whether to validate: after each stage, and every eval_interval in the last one."""
         last, interval = self.is_last_stage(state), self.config.eval_interval
         if stage_done:
             # iCoT has too many stages, one per epoch, to validate after each

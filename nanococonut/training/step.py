@@ -1,6 +1,6 @@
 """One micro-batch of a training step: forward, backward, and the totals that the loop logs.
 
-On a GPU this is one CUDA graph per shape; batch.collate pads the batches, so that there are few.
+On a GPU this is one CUDA graph per shape; batch.collate pads batches to a few shapes.
 Nothing here syncs with the device; the loop reads the totals once per step.
 """
 
@@ -62,7 +62,7 @@ class TrainStep:
         if not self.graphs.max_graphs:
             self.model.zero_grad()
         elif grads := [p.grad for p in self.model.parameters() if p.grad is not None]:
-            # in place too; an unused parameter keeps no gradient, so that optimizers skip it
+            # also in place; an unused parameter still has no gradient, so that optimizers skip it
             torch._foreach_zero_(grads)
 
     def prepare(
@@ -75,8 +75,8 @@ class TrainStep:
         """Return the micro-batch of the sequences, padded if graphs are used. Runs on the host.
 
         counted     whether each sequence counts towards the training accuracy
-        counts      targets, states and thought labels of the whole step, over all processes; the
-                    three losses are means over these
+        counts      numbers of targets, states and thought labels in the whole step, over all
+                    processes; the three losses are means over these
         n_thoughts  if graphs are used, pad to at least this many thoughts
         """
         block_size = self.model.config.block_size if self.graphs.max_graphs else 0
@@ -84,7 +84,7 @@ class TrainStep:
         n_padding = len(batch.length) - len(sequences)
         count_mask = torch.tensor([*counted, *[False] * n_padding])
         n_targets, n_states, n_thought_labels = counts
-        # a tensor, because a graph would replay Python numbers as captured
+        # a tensor, because a graph would always replay the Python numbers of its capture
         factors = n_targets, n_states, self.thought_loss / max(1, n_thought_labels)
         scale = torch.tensor(factors, dtype=self.model.wte.weight.dtype)
         micro_batch = MicroBatch(**vars(batch), count_mask=count_mask, scale=scale)

@@ -3,7 +3,7 @@
 A run's folder holds metrics.jsonl and one folder step_<n>/ per checkpoint: model.safetensors,
 optimizer.safetensors and manifest.json. The manifest stores SHA-256 digests that reveal a change of
 any of the three files. A checkpoint is written to a temporary folder, then renamed, so a killed run
-leaves no half of one. Nothing is unpickled.
+never leaves half a checkpoint. Nothing is unpickled.
 """
 
 import hashlib
@@ -50,14 +50,15 @@ def _digest(path: Path) -> str:
 
 
 def _json_digest(manifest: dict[str, Any]) -> str:
-    """Return the digest of a manifest's content, whatever white space its file has."""
+    """Return the digest of a manifest's content, which ignores white space in its file."""
     return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, str]:
     """Return a run's examples and a digest of their content, whatever format their file has.
 
-    manifest: the run's; {} for a new run. Raise UserError if it was trained on other examples.
+    manifest: the run's manifest; {} for a new run. Raise UserError if the run was trained on other
+    examples.
     """
     # a branch on the hub may move, so load the commit that the run started with
     data = load_data(config, manifest.get("hub_commit") or "main")
@@ -67,7 +68,7 @@ def load_run_data(config: TrainConfig, manifest: dict[str, Any]) -> tuple[Data, 
             line = json.dumps([split, x["question"], x["steps"], x["answer"]])
             sha.update(line.encode() + b"\n")
     digest = sha.hexdigest()
-    if manifest.get("examples", digest) != digest:  # a new run has none, nor does prosqa_small's
+    if manifest.get("examples", digest) != digest:  # new runs and prosqa_small have none
         files = [p for p in (config.data, config.valid_data) if p]
         source = " and ".join(files) or "this version's generator"
         raise UserError(
@@ -167,10 +168,10 @@ def write_checkpoint(
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first. UserError if one has no manifest."""
+    """Return a run's checkpoint folders, oldest first. Raise UserError if one has no manifest."""
     # exactly eight digits: step_00000008_backup is a user's own copy
     folders = sorted(run.glob(f"step_{'[0-9]' * 8}"))
-    for folder in folders:  # a copy that was interrupted would be skipped, then never replaced
+    for folder in folders:  # an interrupted copy would otherwise be skipped and never replaced
         if not (folder / MANIFEST).is_file():
             raise _damaged(folder, f"{MANIFEST} is missing")
     return folders
@@ -225,7 +226,7 @@ def _damaged(folder: Path, reason: str) -> UserError:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest. Options that its version did not have get their defaults.
+    """Return the manifest. Options that did not exist in its version get their defaults.
 
     Raise UserError if the manifest is damaged or has another format.
     """
@@ -301,9 +302,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
 class RunDir:
     """The folder of a training run: its checkpoints and metrics.jsonl. Only rank 0 writes.
 
-    open_metrics creates the folder, so a refused run leaves none. It is locked until
-    close() or the end of the process. With config.resume, `manifest` is the newest checkpoint's,
-    else {}.
+    open_metrics creates the folder, so a refused run leaves none. The folder is locked until
+    close() or the end of the process. With config.resume, `manifest` is that of the newest
+    checkpoint; otherwise it is {}.
     """
 
     def __init__(self, path: str | Path, config: TrainConfig, dist: Distributed) -> None:
@@ -354,7 +355,7 @@ class RunDir:
             value = getattr(self.config, key)
             if value != saved and key in ROUNDING:
                 dropout = " and dropout masks" if self.config.dropout else ""
-                print(f"{key}={value!r}, not {saved!r} as before: roundings{dropout} differ")
+                print(f"{key}={value!r} (was {saved!r}): this changes rounding{dropout}")
             elif value != saved:
                 raise UserError(
                     f"{self.path} was trained with {key}={saved!r}, not {value!r}.\n"
@@ -390,7 +391,7 @@ class RunDir:
         if not self.dist.is_master:
             return open(os.devnull, "w")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._claim()  # if the folder is new; another process may have created it meanwhile
+        self._claim()  # needed if the folder is new: another process may have just created it
         path, kept = self.metrics_path, []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         if text and not self.manifest:  # left by a run that was killed before its first save
@@ -414,7 +415,7 @@ class RunDir:
     ) -> None:
         """Save a checkpoint. Every rank calls it. Raise UserError if a weight is NaN or infinite.
 
-        background: write the files in a thread, for a GPU, whose tensors are copied first.
+        background: write the files in a thread (for a GPU, from which tensors are copied first)
         """
         is_finite = all(torch.isfinite(p).all() for p in model.parameters())
         if any(self.dist.all_reduce_sum([not is_finite])):

@@ -111,17 +111,17 @@ def _card(model: GPT, manifest: dict[str, Any]) -> str:
     text = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     template = Template(text, trim_blocks=True, undefined=StrictUndefined)
     facts = {
-        # of the training: in a bundled checkpoint, manifest["commit"] is that of the bundling
+        # the commit of the training; a bundled checkpoint's manifest["commit"] is the bundling's
         "commit": manifest.get("trained_with", manifest)["commit"],
         "rules": METHODS[manifest["method"]],
         "n_params": model.n_params(),
-        "question": repr(question + "\n"),  # in sentences: compact ones need other tokens
+        "question": repr(question + "\n"),  # in sentences: GPT-2 has no compact style
     }
     return template.render(manifest | facts) + "\n"
 
 
 def _tokenizer_files(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, str]:
-    """Return file name -> text, with which AutoTokenizer gives the same ids as `tokenizer`."""
+    """Return file name -> text of the files that give AutoTokenizer the ids of `tokenizer`."""
     special = {EOS: tokenizer.eos, BOT: tokenizer.bot, EOT: tokenizer.eot, LATENT: tokenizer.latent}
     special = {name: i for name, i in special.items() if i < config.vocab_size}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

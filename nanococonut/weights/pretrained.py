@@ -80,7 +80,7 @@ def resolve_weights(init_from: str) -> Path:
 
     Raise WeightsUnavailable if the hub cannot be reached, UserError if the path has no weights.
     """
-    if init_from in GPT2_SIZES:  # even if there is a folder of this name; that one is ./gpt2
+    if init_from in GPT2_SIZES:  # even if a folder has this name; for that, use ./gpt2
         return _from_hub(init_from)
     path = Path(init_from)
     if not path.exists():
@@ -115,9 +115,9 @@ def load_gpt2(
     same_vocab = abs(n_new) in (0, N_SPECIAL_TOKENS)
     if not same_vocab or (spec and own_spec and spec != own_spec):
         raise UserError(
-            f"{path} was trained with another vocabulary: {source.vocab_size} tokens, this run has "
-            f"{vocab_size}.\nUse its --tokenizer and data with the same words, or train with "
-            "--init_from=scratch."
+            f"{path} was trained with another vocabulary: it has {source.vocab_size} tokens, this "
+            f"run has {vocab_size}.\nUse its --tokenizer and data with the same words, or train "
+            "with --init_from=scratch."
         )
     wte = tensors["wte.weight"]  # (V, C)
     for name in TIED:
@@ -161,7 +161,7 @@ def _from_hub(name: str) -> Path:
     try:
         folder = Path(snapshot_download(repo, allow_patterns=files))
         for file in files:
-            (folder / file).stat()  # offline, snapshot_download also returns half a download
+            (folder / file).stat()  # offline, snapshot_download may return an incomplete download
         return folder
     except Exception as e:  # anything that the hub's HTTP client raises
         raise WeightsUnavailable(
@@ -247,7 +247,7 @@ def _load_torch(file: Path) -> Any:
 
 
 def _rename(state: Any) -> dict[str, Tensor]:
-    """Return the state dict with our GPT's names, without masks. ValueError if it is no GPT-2's."""
+    """Return the state dict with our GPT's names and without masks, or raise ValueError."""
 
     def is_dense(x: Any) -> bool:
         return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta

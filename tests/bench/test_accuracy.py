@@ -283,7 +283,7 @@ def test_default_data_is_what_the_run_held_out(accuracy, scored, tmp_path):
 
 
 def test_changed_file_holds_out_no_examples(accuracy, tmp_path):
-    """If the file grew, the held-out tenth would be another one, mostly trained on."""
+    """If the file grew, the held-out tenth would be a different one, mostly trained on."""
     examples = prosqa.generate(60, 5, prosqa.GraphConfig(13, 2, 3))
     path, grown = tmp_path / "rows.json", tmp_path / "grown.json"
     write_examples(path, examples[:50])

@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 def test_every_command_is_valid_and_fits_the_time(tmp_path, monkeypatch):
-    """A renamed option or file would show on a GPU only, and cost its part of the results."""
+    """A renamed option or file would fail only on a GPU, and lose its part of the results."""
     # instead of running a command, `timeout` writes it down; train.py's saves a checkpoint
     fake = tmp_path / "timeout"
     fake.write_text('#!/bin/sh\necho "$@" >> "$COMMANDS"\nmkdir -p "$RESULTS/run/step_1"\n')

@@ -59,12 +59,12 @@ def test_page_and_row_of_a_users_task(insight, files, tmp_path):
 
 
 def test_unseen_examples_and_control(insight, files, tmp_path):
-    """A run's own file was measured without a word, and a control as accurate was not mentioned."""
+    """The output did not say that a run's own file was measured, or a control was as accurate."""
     tokenizer, file = Tokenizer.words("Which is x a b ### . ?".split()), str(tmp_path / "data.json")
     save_random_run(tmp_path / "own", tokenizer, render="sentences", data=file, valid_data=file)
     code, out, err = insight("--checkpoint=own", "--against=own", "--html=page.html")
     assert code == 0, err
-    assert f"own: {N} examples that it held out" in err and "training examples" not in out
+    assert f"own: {N} held-out examples" in err and "training examples" not in out
     assert "own, data.json with" in out and "data.json" in (tmp_path / "page.html").read_text()
     assert "[?] Whether the model is more accurate than the control is undecided." in out
     assert "The candidate answers have only" in out  # a random model

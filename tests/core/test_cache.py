@@ -36,7 +36,7 @@ def test_new_cache_is_empty_and_finite():
 
 
 def test_a_bfloat16_cache_is_float32_on_a_cpu():
-    """Guards against a cache in bfloat16, which a CPU attends to at half the speed."""
+    """Guards against a bfloat16 cache, with which attention on a CPU takes twice as long."""
     model = random_gpt(dtype=torch.bfloat16, n_layer=2, n_head=2, n_embd=8)
     cache, pos = model.new_cache(1, 3), torch.tensor([[0]])
     attend = partial(cached_attention, cache, pos, cache.attention_bias(pos, 1))

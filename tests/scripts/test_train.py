@@ -346,17 +346,17 @@ def test_resume_needs_only_the_folder(train, tiny):
     assert digests("run") == digests("whole")
 
 
-def test_resume_takes_what_changes_only_roundings(train, tiny):
+def test_resume_takes_what_changes_only_rounding(train, tiny):
     """Guards against refusing a smaller micro-batch or other evaluation settings on resume."""
     flags = [tiny, "--out_dir=run", "--max_steps=4"]
     train(*flags[:2], "--max_steps=2")
     flags += ["--resume", "--micro_batch_size=2", "--eval_interval=3", "--max_new_tokens=9"]
     code, out, err = train(*flags)
     assert (code, err) == (0, "")
-    line = "micro_batch_size=2, not 6 as before: roundings and dropout masks differ\n"
-    assert out.count("as before") == out.count(line) == 1
+    line = "micro_batch_size=2 (was 6): this changes rounding and dropout masks\n"
+    assert out.count("this changes") == out.count(line) == 1
     code, out, err = train(*flags)
-    assert (code, err) == (0, "") and "as before" not in out
+    assert (code, err) == (0, "") and "this changes" not in out
 
 
 def test_resume_with_more_epochs_is_the_longer_run(train, tiny):
@@ -372,7 +372,7 @@ def test_resume_with_other_rates_names_init_from(train, tiny):
     """Guards against resuming with epochs that would have changed the past learning rates."""
     train(tiny, "--epochs=7", "--epochs_per_stage=1", "--out_dir=run")
     code, _, err = train(tiny, "--epochs=9", "--epochs_per_stage=1", "--out_dir=run", "--resume")
-    assert code == 2 and "planned for epochs=7; it is too late for 9." in err
+    assert code == 2 and "planned for epochs=7; it is too late to change to 9." in err
     assert err.count("\n") == 2
     options = [x for x in err.split() if x.startswith("--") and x != "--out_dir:"]
     assert options == ["--epochs=7,", "--init_from=RUN", "--first_stage_epochs=0",

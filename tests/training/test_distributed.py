@@ -176,7 +176,7 @@ def test_failure_of_one_ends_all_with_one_error(failing, how):
         assert (codes, err) == ([2, 2], "error: the dog ate it.\nTry a cat.\n")
     else:
         assert sorted(codes) == [-9, 2] and codes[failing] == -9
-        assert err.startswith("error: ") and "lost the others" in err and err.count("\n") == 2
+        assert err.startswith("error: ") and "lost its connection" in err and err.count("\n") == 2
     assert checkpoint.list_checkpoints(Path("run"))
 
 
@@ -277,7 +277,7 @@ def test_half_a_launch_is_refused(monkeypatch, env, named):
 
 def test_one_device_is_refused_for_several_processes():
     """Guards against an unclear out-of-memory error of several processes on one GPU."""
-    with pytest.raises(UserError, match="a GPU of its own"):
+    with pytest.raises(UserError, match="its own GPU"):
         Distributed(1, 2).device("cuda:1")
     assert (
         Distributed(1, 2).device("auto") == Distributed(1, 2).device("cpu") == torch.device("cpu")

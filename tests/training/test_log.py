@@ -56,7 +56,7 @@ def test_slow_steps_are_logged_by_time(log_steps):
 
 
 def test_best_step_counts_all_splits():
-    """Guards against keeping the checkpoint that knows the shortcut best."""
+    """Guards against keeping the checkpoint that has learned the shortcut best."""
     state = TrainState()
     for step, plain, matched, best in [(1, 0.9, 0.5, 1), (2, 0.8, 0.9, 2), (3, 0.95, 0.6, 2)]:
         state.step = step

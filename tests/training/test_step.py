@@ -179,5 +179,5 @@ def test_micro_batches_change_what_dropout_draws(dropout):
         f.metadata["help"] for f in dataclasses.fields(TrainConfig) if f.name == "micro_batch_size"
     )
     texts = [help_text, *(path.read_text() for path in (ROOT / "config").glob("pro*qa.py"))]
-    texts = [line for text in texts for line in text.split("\n") if "roundings" in line]
+    texts = [line for text in texts for line in text.split("\n") if "rounding" in line]
     assert len(texts) == 3 and all("dropout" in line for line in texts)

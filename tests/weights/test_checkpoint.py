@@ -213,7 +213,7 @@ def test_damage_is_one_clear_error(saved, damage):
 
 
 def test_resume_names_another_shape(saved, model):
-    """The weights at --init_from may be others by now; torch's own error is a page long."""
+    """The weights at --init_from may have changed since; torch's own error is a page long."""
     folder, _, optimizer = saved
     edit_manifest(folder, progress={"step": 7})
     run = RunDir(folder.parent, TrainConfig(resume=True), Distributed(1, 2))
@@ -227,7 +227,7 @@ def test_resume_names_another_shape(saved, model):
 
 
 def test_digest_ignores_the_layout_of_the_json(saved):
-    """A manifest that an editor indents again is the same manifest."""
+    """A manifest that an editor has reformatted is still the same manifest."""
     folder, _, _ = saved
     change_manifest(folder)
     assert "digest" not in checkpoint.load(folder)[2]
@@ -292,7 +292,7 @@ def test_windows_can_save(tmp_path, model, tokenizer, monkeypatch):
 
 
 def test_bundle_holds_the_weights_in_bfloat16(saved, tmp_path):
-    """Another checkpoint than the best one, or its optimizer, could be bundled."""
+    """A checkpoint other than the best one, or its optimizer, could be bundled."""
     folder, model, _ = saved
     target = bundle(folder.parent, tmp_path / "bundled")
     small, _, manifest = checkpoint.load(target)

@@ -93,7 +93,7 @@ def assert_same_ids(theirs, tokenizer, texts):
 
 
 def test_auto_tokenizer_same_ids_on_released_examples(exported, released):
-    """Other ids than in training make the model answer nonsense."""
+    """With ids other than those in training, the model answers nonsense."""
     _, tokenizer, _, folder = exported
     examples = list(released_texts(released))
     assert len(examples) > 400
