@@ -291,6 +291,6 @@ class Figures:
         return accuracy | {"fall": _figure((lost - won) / n, center - half, center + half, n)}
 
     def flips(self, name: str, mask: Tensor | None = None, candidate: int = 1) -> Figure | None:
-        """Return how often a candidate (1: the twin's answer, 0: own) is chosen, of both_right."""
+        """Return how often a candidate (1: the twin's answer, 0: own) is chosen in both_right."""
         mask = self.deep if mask is None else mask
         return chosen(self.outcomes.get(name), candidate, mask & self.both_right)
