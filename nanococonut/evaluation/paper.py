@@ -163,7 +163,7 @@ def category_fractions(
     n_thoughts: int = 0,
     style: str = "sentences",
 ) -> dict[str, float]:
-    """Return the fraction of texts in each category, see classify. style: of the texts."""
+    """Return the fraction of texts in each category, see classify. style: that of the texts."""
     counts, expand = Counter(), TASKS["prosqa"].expand
     for x, text in zip(examples, texts, strict=True):
         text = expand(text, x["question"], style)
