@@ -3,10 +3,11 @@
     python bench/kernels.py                    GPT-2 124M's sizes, batch 1, 8, 64, 256
 
 Each time is the mean of the calls captured in one CUDA graph. The calls cycle through copies of the
-arguments that together exceed the L2 cache, unless a call touches less than a megabyte (feedback:
-in practice, too, its input has just been written). Training kernels are timed with their backward
-pass. The roofline is the time to read and write every operand once, at the bandwidth measured in
-the same run. Tests compare the kernels' outputs (tests/bench/test_kernels.py, tests/kernels/).
+arguments that together exceed the L2 cache, unless a call touches less than a megabyte. (That is
+feedback, whose input has just been written in practice, too.) Training kernels are timed with their
+backward pass. The roofline is the time to read and write every operand once, at the bandwidth
+measured in the same run. Tests compare the kernels' outputs (tests/bench/test_kernels.py,
+tests/kernels/).
 """
 
 import statistics

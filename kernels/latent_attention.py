@@ -7,9 +7,9 @@ inactive sequence is undefined. Slots past the length are never read.
 
 One program handles one (sequence, head, split of the keys). It keeps an online softmax (Milakov and
 Gimelshein, arXiv 1805.02867) in fp32 for each of the BLOCK_N lanes and merges the lanes once at the
-end. With several splits (flash-decoding), each split stores a partial result, and the last split to
+end. With several splits (flash-decoding), each split stores a partial result. The last split to
 finish combines all of them in a fixed order, so results are deterministic. The grid depends only on
-shapes, and the number of non-empty splits is computed on the device, so a captured CUDA graph stays
+shapes, and the number of non-empty splits is computed on the device. So a captured CUDA graph stays
 valid while sequences grow. K and V are read once, up to each length.
 
 kernels/prefix_attention.py is the differentiable version for training.

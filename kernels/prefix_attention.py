@@ -110,9 +110,9 @@ def _prefix_attention_bwd_kernel(
 class PrefixBuffers(SplitWorkspace):
     """Buffers shared by all calls of prefix_attention over one prefix (B, nh, T, hs).
 
-    dk and dv are the gradients that the last backward call returned, None before the first. The
-    next call adds to them in place only if autograd passes it these very tensors. Another gradient,
-    such as a sum made by autograd, may be in use elsewhere and must not be modified.
+    dk and dv are the gradients that the last backward call returned (None before the first call).
+    The next call adds to them in place only if autograd passes exactly these tensors to it. Another
+    gradient, such as a sum made by autograd, may be in use elsewhere and must not be modified.
     """
 
     dk: Tensor | None = None

@@ -53,7 +53,7 @@ def tokenize(
     """Return the tokens of a rendered example, whose texts include their separators.
 
     thought_labels: for each step, the one-token words that its thought should name with equal
-    probability (None: the step's last token, which in compact style is the node it reaches).
+    probability. None: the step's last token, which in compact style is the node it reaches
     """
     # tokenize each text separately, as in the released code, so no token spans a dropped step
     steps = [tokenizer.encode(step) for step in example["steps"]]

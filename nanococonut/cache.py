@@ -26,8 +26,8 @@ class KVCache:
     def attention_bias(self, pos: Tensor, span: int) -> Tensor:
         """Return what causal attention adds to the scores: 0, or -inf for later keys.
 
-        (B, 1, T, span), for queries at positions pos (B, T), in the dtype of `data`. A boolean mask
-        would be converted again in every layer.
+        The result is (B, 1, T, span), for queries at positions pos (B, T), in the dtype of `data`.
+        A boolean mask would be converted again in every layer.
 
         span: upper bound of pos + 1; a Python integer, so that no step syncs with the GPU
         """

@@ -50,13 +50,15 @@ class TrainConfig(Options):
     dropout: float = option(0.1, "dropout", "model", ge=0, lt=1)
     smear: bool = option(False, "add W x_(t-1) to each input embedding x_t", "model")
     train_positions: bool = option(
-        True, "train the position embeddings (they start at 0 from scratch with smear)", "model"
+        True, "train the position embeddings (scratch with smear: they start at 0)", "model"
     )
     # curriculum
     method: str = option("coconut", "training method", "curriculum", choices=tuple(METHODS))
     c_thought: int = option(1, "thoughts per dropped step", "curriculum", ge=0, le=100)
     max_latent_stage: int = option(6, "last numbered stage", "curriculum", ge=0, le=100)
-    pad_latent_to_max: bool = option(True, "final stage: equally many thoughts", "curriculum")
+    pad_latent_to_max: bool = option(
+        True, "final stage: same number of thoughts for all examples", "curriculum"
+    )
     final_thoughts: int | None = option(
         None, "thoughts in the final stage (None: c_thought * max_latent_stage)", "curriculum",
         ge=0, le=10_000,
@@ -93,7 +95,7 @@ class TrainConfig(Options):
     grad_clip: float = option(0.0, "maximum gradient norm (0: off)", "optimizer", ge=0)
     warmup_steps: int = option(0, "steps of linear warm-up", "optimizer", ge=0)
     decay_fraction: float = option(
-        0.0, "fraction of steps, at the end, that decay to 0", "optimizer", ge=0, le=1
+        0.0, "final fraction of steps, with decay to 0", "optimizer", ge=0, le=1
     )
     reset_optimizer: str = option(
         "stage", "when to reset the optimizer", "optimizer", choices=("stage", "epoch", "never")

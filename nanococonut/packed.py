@@ -29,7 +29,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.bias = bias if bias is None else bias.contiguous()  # oneDNN ignores its strides
         self.activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        self.nbytes = weight.nbytes  # a packed tensor has no storage that knows its size
+        self.nbytes = weight.nbytes  # a packed tensor does not know its size
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
@@ -62,7 +62,7 @@ class PackedGPT(GPT):
         if self.step is None or len(emb) > self.step.MAX_BATCH:
             return super().append(cache, emb, prev_embedding, span)
         x = self.block_input(emb[:, None], cache.lengths[:, None], prev_embedding)[:, 0]  # (B, C)
-        x = x.float().contiguous()  # an edit may return a transposed tensor; C overwrites x
+        x = x.float().contiguous()  # an edit may be transposed; C overwrites x, a new tensor
         return self.step(x, cache.data, cache.lengths).to(emb.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:

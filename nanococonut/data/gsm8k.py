@@ -1,9 +1,9 @@
 """GSM8k-Aug: grade-school questions whose steps are equations (Deng et al. 2023; the paper's 4.1).
 
-385,620 training, 500 validation and 1,319 test examples, from a copy on the Hugging Face hub or
-from text files (files.py), whose addresses are in the released code (facebookresearch/coconut,
-preprocessing/gsm_icot.bash). A few examples have no steps; the released preprocessing gives them
-one empty step.
+The 385,620 training, 500 validation and 1,319 test examples come from a copy on the Hugging Face
+hub or from text files (files.py). The addresses of these files are in the released code
+(facebookresearch/coconut, preprocessing/gsm_icot.bash). A few examples have no steps; the released
+preprocessing gives them one empty step.
 """
 
 from pathlib import Path

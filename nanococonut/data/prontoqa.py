@@ -5,10 +5,10 @@ Coconut paper uses. A chain of concepts leads up from the entity. Each concept h
 second parent that leads nowhere; the property in the query is `hops` steps away. All examples have
 the same structure, so a thousand are drawn at once as arrays. docs/DATA.md compares the statistics.
 
-These examples need no search: two concepts have the property in the query, one with "not", and the
-wrong one occurs nowhere else in the text (shortcuts.py: 100 % correct). With
-OntologyConfig(matched=True) the wrong one is at the end of a second chain, the twin of the first.
-Only the fact about the entity distinguishes the two, so such rules get 50 %.
+These examples need no search. Two concepts have the property in the query, one of them with "not",
+and the wrong concept occurs nowhere else in the text (shortcuts.py: 100 % correct). With
+OntologyConfig(matched=True), the wrong concept is at the end of a second chain, the twin of the
+first. Only the fact about the entity distinguishes the chains, so shortcut rules get 50 %.
 """
 
 import re
@@ -126,9 +126,9 @@ def longest_configs(trained: TrainConfig) -> list[OntologyConfig]:
 def _negated_probability(c: OntologyConfig) -> np.ndarray:
     """Return (P): the probability that a property is negated, for concepts 1 to hops, then others.
 
-    The public generator negates a third of all properties. It walks up the chain; at each concept
-    it ends at the property with weight 0.3 (negated: 0.7) or continues with weight 1, and it keeps
-    walks of the right length. So properties on the way are negated less often.
+    The public generator negates a third of all properties. Then it walks up the chain. At each
+    concept, it ends at the property with weight 0.3 (negated: 0.7) or continues with weight 1. It
+    keeps only walks of the right length, so properties on the way are negated less often.
     """
     probability = np.full(2 * c.hops + (not c.matched), 1 / 3)
     if c.matched:  # the second chain has the opposite properties, so only 1/2 suits both

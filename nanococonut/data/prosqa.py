@@ -5,10 +5,11 @@ This generator was fitted to the 800 released validation and test examples inste
 the defaults of GraphConfig gave no significant improvement. It draws a thousand graphs at once as
 arrays and loops over the nodes, parents first.
 
-Shortcuts that ignore the entity solve the released examples: choose the option farther from its
-nearest parentless node (92 % correct) or from its farthest one (94 %); see shortcuts.py. With
-GraphConfig(matched=True) these rules get 50 % and 56 %. With GraphConfig(balanced=True) a fair coin
-decides which root is the entity, so no rule that ignores the entity gets more than 50 %.
+Shortcuts that ignore the entity solve the released examples (shortcuts.py). One chooses the option
+farther from its nearest parentless node (92 % correct), another the option farther from its
+farthest one (94 %). With GraphConfig(matched=True) these rules get 50 % and 56 %. With
+GraphConfig(balanced=True) a fair coin decides which root is the entity, so no rule that ignores the
+entity gets more than 50 %.
 """
 
 import re

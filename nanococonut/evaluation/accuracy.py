@@ -1,7 +1,7 @@
 """Exact-match accuracy of greedy answers, generated in batches.
 
-Generated tokens are thoughts + tokens before eos, averaged over examples: the number of sequential
-steps. <eot> is forced and pauses are part of the prompt, so neither counts.
+"Generated tokens" are thoughts plus tokens before eos, that is, sequential steps, averaged over
+examples. <eot> is forced and pauses are part of the prompt, so neither counts.
 """
 
 from collections.abc import Sequence
@@ -182,8 +182,8 @@ def score(
 def thoughts_until_repeat(
     engine: Engine, examples: Sequence[Example], n_thoughts: int, batch_size: int = 100
 ) -> list[int]:
-    """Return, for each example, the number of thoughts (1 to n_thoughts) until the LM head's best
-    token repeats: a stopping rule that needs no training."""
+    """Return the number of thoughts (1 to n_thoughts) of each example until the LM head's best
+    token repeats. This is a stopping rule that needs no training."""
     counts: list[int] = []
     for start in range(0, len(examples), batch_size):
         questions = [x["question"] for x in examples[start : start + batch_size]]

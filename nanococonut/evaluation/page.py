@@ -80,7 +80,7 @@ def _render(row: Row, title: str, **variables: Any) -> str:
 
 
 def view_page(row: Row) -> str:
-    """Return a page with only the interactive view. row: has name, noun and view.
+    """Return a page with only the interactive view. row: name, noun and view.
 
     PNG: chromium --headless --hide-scrollbars --window-size=1240,740 --screenshot FILE#0,1,0,all
     """

@@ -123,8 +123,8 @@ def classify(question: str, answer: str, text: str, n_thoughts: int = 0) -> str:
     Correct Label     the known answer
     Incorrect Label   any other answer, or none
 
-    Otherwise only the chain counts. Without thoughts it has to start at the entity. With thoughts
-    its first steps were latent: it may start at any node reachable from the entity, and a shortest
+    Otherwise only the chain counts. Without thoughts, it has to start at the entity. With thoughts,
+    its first steps were latent, so it may start at any node reachable from the entity. A shortest
     path from the entity to that node completes it, whatever the number of thoughts.
 
     Hallucination     a sentence is not ProsQA or not an edge of the graph, two sentences do not
@@ -163,7 +163,7 @@ def category_fractions(
     n_thoughts: int = 0,
     style: str = "sentences",
 ) -> dict[str, float]:
-    """Return the fraction of texts in each category, see classify. style: of the texts."""
+    """Return the fraction of texts in each category, see classify. style: that of the texts."""
     counts, expand = Counter(), TASKS["prosqa"].expand
     for x, text in zip(examples, texts, strict=True):
         text = expand(text, x["question"], style)

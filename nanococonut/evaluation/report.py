@@ -152,7 +152,7 @@ def _judge_readout(row: Row, engine: Engine, f: Figures, pairs: Pairs) -> list[F
 
 
 def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
-    """Yield what a reader of the results should know about the measurement."""
+    """Yield what a reader of the results has to know about the measurement."""
     if not pairs.twinned:
         yield "Without twins, only an answer that changes to the donor's counts as moved."
     if f.outcomes["by_inputs"].nanmean() > 0:

@@ -181,7 +181,7 @@ class Engine:
         """
         if latent is None:
             if "n_thoughts" not in self.manifest:
-                raise ValueError("latent: expected a number, since this model has no checkpoint")
+                raise ValueError("latent: expected a number, as this model has no checkpoint")
             latent = self.manifest["n_thoughts"]
         if edit is not None:
             self._check_editable(latent)

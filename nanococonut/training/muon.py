@@ -1,7 +1,7 @@
 """Muon: momentum with orthogonalized updates, for the matrices inside a transformer's layers.
 
-After Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon): the update of a matrix is
-its momentum, with all singular values pulled towards 1 by five Newton-Schulz steps. torch's own
+This follows Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon). The update of a
+matrix is its momentum, with all singular values pulled towards 1 by five Newton-Schulz steps.
 torch.optim.Muon orthogonalizes one matrix at a time in bfloat16. On a CPU without bfloat16
 arithmetic, this takes longer than the rest of a small model's training step (docs/LOG.md). Here,
 matrices of the same shape are batched, in their own precision.

@@ -236,7 +236,7 @@ def test_digest_ignores_the_layout_of_the_json(saved):
 def test_progress_of_another_version_is_refused():
     """An unknown key was an unexpected keyword argument, in a traceback."""
     assert TrainState.from_saved({"step": 3}).step == 3
-    with pytest.raises(UserError, match="has bad_steps.\nUse that version"):
+    with pytest.raises(UserError, match="unknown fields: bad_steps.\nUse that version"):
         TrainState.from_saved({"step": 3, "bad_steps": 1})
 
 
