@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nanococonut import packed
+from nanococonut import packed, plain_gpt2
 from nanococonut.model import GPT
 from nanococonut.runtime.errors import UserError
 
@@ -35,18 +35,18 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     on a CPU, it is the fastest backend in a short measurement. Otherwise it is torch.
     """
     _check_option("kernels", kernels, BACKENDS)
+    on_cpu = model.wte.weight.device.type == "cpu"
+    if kernels == "auto" and on_cpu and model.n_params() < packed.MIN_PARAMS:
+        return "torch", "a small model on a CPU"
+    if why := _no_kernel(kernels, model):
+        return "torch", why
     if kernels in ("c", "packed"):
         if why := packed.unavailable(model, kernels):
             raise UserError(f"--kernels={kernels} cannot run here: {why}.\nUse --kernels=torch.")
         return kernels, "as requested"
-    on_cpu = model.wte.weight.device.type == "cpu"
-    if kernels == "auto" and on_cpu and model.n_params() < packed.MIN_PARAMS:
-        return "torch", "a small model on a CPU"
     unsupported = "the smear" if model.config.smear else ""
     if model.config.thought != "hidden":
         unsupported = f"{model.config.thought} thoughts"
-    if type(model) is not GPT:
-        unsupported = "a subclass of GPT"
     name, reason = _choose(kernels, model, unsupported, "a GPU and a plain GPT-2")
     if kernels == "auto" and name == "torch":
         missing = {k: packed.unavailable(model, k) for k in ("c", "packed")}
@@ -65,6 +65,8 @@ def choose_training_backend(kernels: str, model: GPT, use_bf16: bool = False) ->
     use_bf16: the forward pass is autocast to bfloat16
     """
     _check_option("kernels", kernels, ("auto", "triton", "c", "torch"))
+    if why := _no_kernel(kernels, model):
+        return "torch", why
     if kernels == "c" or (kernels == "auto" and model.wte.weight.device.type == "cpu"):
         if reason := _no_training_in_c(model, use_bf16):
             if kernels == "c":
@@ -82,7 +84,6 @@ def _no_training_in_c(model: GPT, use_bf16: bool) -> str:
     dtype = "bfloat16" if use_bf16 else str(w.dtype).removeprefix("torch.")
     unsupported = {  # feature of the model: whether it has it
         f"{dtype} on {w.device}": (dtype, w.device.type) != ("float32", "cpu"),
-        "a subclass of GPT": type(model) is not GPT,
         f"{c.thought} thoughts": c.thought != "hidden",
         f"dropout ({c.dropout})": c.dropout > 0,
         f"n_embd={c.n_embd}, only multiples of 32": c.n_embd % 32 > 0,
@@ -105,9 +106,19 @@ def _no_training_in_c(model: GPT, use_bf16: bool) -> str:
     return ""
 
 
-def _choose(kernels: str, model: GPT, unsupported: str, supported: str) -> tuple[str, str]:
+def _no_kernel(kernels: str, model: GPT) -> str:
+    """Return why no kernel fits a model, "" if some may. Raise UserError if one is requested."""
     if kernels == "torch":
-        return "torch", "as requested"
+        return "as requested"
+    if difference := plain_gpt2.difference(model):
+        reason = f"the model is not a plain GPT-2 ({difference})"
+        if kernels != "auto":
+            raise UserError(f"--kernels={kernels} cannot run here: {reason}.\nUse --kernels=torch.")
+        return reason
+    return ""
+
+
+def _choose(kernels: str, model: GPT, unsupported: str, supported: str) -> tuple[str, str]:
     w, head_dim = model.wte.weight, model.config.n_embd // model.config.n_head
     # Triton's interpreter is slow and only for tests, so "auto" never chooses it
     interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -83,11 +83,18 @@ def _share(model: GPT) -> GPT:
     )
 
 
+def one_layer(model: GPT) -> GPT:
+    """Return the model with its first layer and eight tokens only, in eval mode. It shares the
+    weights."""
+    small = _share(model).eval()
+    small.config = dataclasses.replace(model.config, n_layer=1)
+    small.h, small.wte = small.h[:1], nn.Embedding.from_pretrained(model.wte.weight.detach()[:8])
+    return small
+
+
 def unavailable(model: GPT, kernels: str = "packed") -> str:
     """Return why a backend, "packed" or "c", cannot run a model; "" if it can."""
     w = model.wte.weight
-    if type(model) is not GPT:
-        return "the model is a subclass of GPT"
     if w.device.type != "cpu":
         return f"the model is on {w.device}, not on a CPU"
     if not torch.backends.mkldnn.is_available():
@@ -141,9 +148,7 @@ def _latent_step(model: GPT, kernels: str, batch: int = 1) -> Callable[[], Tenso
 
     Raise ImportError or OSError if the step is in C and cannot be compiled or loaded.
     """
-    small, w = _share(model).eval(), model.wte.weight.detach()
-    small.config = dataclasses.replace(model.config, n_layer=1)
-    small.h, small.wte = small.h[:1], nn.Embedding.from_pretrained(w[:8])
+    small, w = one_layer(model), model.wte.weight
     if kernels != "torch":
         small = PackedGPT(small, in_c=kernels == "c")
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ LAYERS = """
 runtime cache curriculum
 tokenizer config model
 data packed
+plain_gpt2
 ops
 batch weights
 coconut inference

@@ -5,8 +5,8 @@ import torch
 from helpers import generate, needs_c, random_gpt
 
 from kernels._compile import compile_c
-from nanococonut import ops
-from nanococonut.model import GPT
+from nanococonut import ops, plain_gpt2
+from nanococonut.model import GPT, MLP, Attention
 from nanococonut.runtime.errors import UserError
 
 pytest.importorskip("triton")
@@ -62,8 +62,8 @@ def test_training_in_c_gives_its_reason(monkeypatch):
 
     for kernels in ("auto", "c"):
         assert ops.choose_training_backend(kernels, gpt())[0] == "c"
-    changed, subclass = gpt(), gpt()
-    changed.h[0].mlp.gelu = torch.nn.ReLU()
+    changed, subclass = gpt(n_layer=2), gpt()
+    changed.h[1].mlp.gelu = torch.nn.ReLU()
     subclass.__class__ = type("Other", (GPT,), {})
     refused = [
         (changed, False, "its results differ by"),
@@ -125,3 +125,66 @@ def test_inference_backend_gives_its_reason(monkeypatch):
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="triton is not installed"):
         ops.choose_backend("triton", plain)
+
+
+class GainMLP(MLP):
+    """An addition that starts at zero, such as an adapter."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gain = torch.nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x):
+        return (1 + self.gain) * super().forward(x)
+
+
+class RolledAttention(Attention):
+    """Depends on positions, like rotary embeddings."""
+
+    def forward(self, x, attend, last_pos=None):
+        def rolled(layer, q, k, v):
+            return attend(layer, q.roll(1, 2), k, v)
+
+        return super().forward(x, rolled, last_pos)
+
+
+def zero_gain(model):
+    for block in model.h:
+        block.mlp = GainMLP(model.config)
+
+
+def rotary(model):
+    for layer, block in enumerate(model.h):
+        block.attn = RolledAttention(model.config, layer)
+
+
+def rms_norm(model):
+    for block in model.h:
+        block.ln_1 = torch.nn.RMSNorm(model.config.n_embd)
+
+
+def scaled_thoughts(model):
+    model.thought_embedding = lambda hidden: 0.5 * hidden
+
+
+@pytest.mark.parametrize("edit", [zero_gain, rotary, rms_norm, scaled_thoughts])
+@pytest.mark.parametrize("kernels", ["triton", "c", "packed"])
+def test_kernels_refuse_an_edited_model(edit, kernels):
+    """C trained a model without its zero-initialized gain; Triton ignored a rotary embedding."""
+    model = random_gpt(dtype=torch.float32, n_head=1, n_embd=32)
+    assert plain_gpt2.difference(model) == ""
+    edit(model)
+    assert ops.choose_training_backend("auto", model)[0] == "torch"
+    with pytest.raises(UserError, match=f"--kernels={kernels} .* not a plain GPT-2"):
+        ops.choose_backend(kernels, model)
+    if kernels != "packed":
+        with pytest.raises(UserError, match="not a plain GPT-2"):
+            ops.choose_training_backend(kernels, model)
+
+
+@pytest.mark.parametrize("options", [{}, {"smear": True}, {"thought": "soft"}, {"stop": True}])
+def test_every_option_is_plain_gpt2(options):
+    """The check must not refuse what the kernels support."""
+    model = random_gpt(n_layer=2, n_head=2, n_embd=16, dropout=0.1, **options)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert plain_gpt2.difference(model.to(dtype)) == ""
