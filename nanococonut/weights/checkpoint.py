@@ -293,8 +293,18 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tok
     """Return (model in eval mode, tokenizer, manifest) of a checkpoint or a run's best one."""
     folder = resolve(path, best=True)
     manifest = verify(folder)
-    model = GPT(GPTConfig(**manifest["model"]))
-    model.load_state_dict(load_file(folder / WEIGHTS))  # and cast them to its dtype
+    weights = load_file(folder / WEIGHTS)
+    try:
+        model = GPT(GPTConfig(**manifest["model"]))
+        problems = tensor_problems(model, weights)
+    except TypeError as e:  # a field that this GPTConfig does not have
+        problems = [f"GPTConfig {str(e).rpartition('() ')[2]}"]
+    if problems:
+        raise UserError(
+            f"{folder} was trained with another model.py: {problems[0]} ({len(problems)} in all)."
+            "\nUse the code that trained it."
+        )
+    model.load_state_dict(weights)  # and cast them to its dtype
     tokenizer = Tokenizer.from_spec(manifest["tokenizer"])
     return model.to(device).eval(), tokenizer, manifest
 

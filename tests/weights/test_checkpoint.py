@@ -226,6 +226,27 @@ def test_resume_names_another_shape(saved, model):
     assert str(e.value).count("\n") == 1
 
 
+def test_load_names_what_model_py_lacks(saved, monkeypatch):
+    """After an edit of model.py, an older checkpoint ended in torch's traceback."""
+    folder, _, _ = saved
+
+    class Edited(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.ln_f = torch.nn.RMSNorm(config.n_embd)
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "GPT", Edited)
+        with pytest.raises(UserError, match=r"another model.py: ln_f.bias is unknown \(1 in all"):
+            checkpoint.load(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["digest"]
+    manifest["model"]["rotary"] = True
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="GPTConfig got an unexpected keyword argument 'rotary'"):
+        checkpoint.load(folder)
+
+
 def test_digest_ignores_the_layout_of_the_json(saved):
     """A manifest that an editor has reformatted is still the same manifest."""
     folder, _, _ = saved
