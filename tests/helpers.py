@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nanococonut import coconut
 from nanococonut.batch import IGNORE, Batch, TokenSequence, collate
 from nanococonut.config import TrainConfig
+from nanococonut.curriculum import METHODS
 from nanococonut.inference.engine import Engine, Generation, Request
 from nanococonut.model import GPT, GPTConfig
 from nanococonut.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ from nanococonut.training.setup import count_tokens
 from nanococonut.weights import checkpoint
 
 ROOT = Path(__file__).parent.parent
+THOUGHTS = sorted({m.thought_type for m in METHODS.values() if m.feeds_back})  # GPTConfig.thought
 # compile an empty file, so that an error in a C file of kernels/ does not skip its tests
 EMPTY_C = f"{os.environ.get('CC') or 'cc'} -march=native -fopenmp -x c -c -o /dev/null /dev/null"
 needs_c = pytest.mark.skipif(

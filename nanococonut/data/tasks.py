@@ -32,7 +32,8 @@ class Task:
     module      defines
                   SPLITS, VOCABULARY (the words of --tokenizer=words)
                   without splits: from_hub(split, revision, skipped) -> (examples, commit)
-                  with splits: generate, and marked_graph, whose keys identify test examples
+                  with splits: generate, sample_batch, easier_configs, longest_configs, and
+                    marked_graph, whose keys identify test examples
                   for --render=compact: compact_question, compact_example, expand_steps
                   optional: solve, twin, reworded, expand_answer
     shortcuts   examples -> accuracy of each shortcut rule; UserError for those of another task

@@ -149,16 +149,18 @@ def score(
     """Return the score on unrendered examples.
 
     n_thoughts  one number for all examples, or one for each
-    edit        see Engine.generate; it sees the examples sorted by length
+    edit        see Engine.generate; its batches have the examples in this order if n_thoughts is
+                one number
     """
     if engine.render and not engine.config:
         raise ValueError("score needs Engine.from_config, to render answers like questions")
     config, rendered = engine.config, examples
     if config:
         rendered = TASKS[config.task].render(examples, config.render)
-    counts = [n_thoughts] * len(examples) if isinstance(n_thoughts, int) else n_thoughts
+    counts = n_thoughts if isinstance(n_thoughts, Sequence) else [n_thoughts] * len(examples)
     # a batch has one number of thoughts; similar lengths need little padding
-    order = sorted(range(len(examples)), key=lambda i: (counts[i], len(rendered[i]["question"])))
+    lengths = [0 if edit else len(x["question"]) for x in rendered]  # an edit may need the order
+    order = sorted(range(len(examples)), key=lambda i: (counts[i], lengths[i]))
     texts, n_tokens, n_taken = [""] * len(examples), 0, 0
     for indices in in_batches(order, counts, batch_size):
         questions = [examples[i]["question"] for i in indices]

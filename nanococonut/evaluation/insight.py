@@ -90,7 +90,7 @@ def judge_pairs(
         f"{which}, and exactly one in {{2}}. A rule that ignores what is asked never gets both.",
         [trained, both, one],
         (ok and both["hi"] < 0.2, "no", "ignores what is asked",
-         f"On {questions}, the model ignores what is asked."),
+         f"On these {which}, the model ignores what is asked."),
         (ok and one["hi"] < 0.1, "yes", "looks at what is asked",
          "The answer depends on what is asked."),
         (ok and one["lo"] > 0.1, "part", "same answer to some twins",

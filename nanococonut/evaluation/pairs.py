@@ -121,19 +121,25 @@ def own_pairs(task: str, examples: list[Example], twins: list[Example] | None) -
                 "Give one for each: example i of --twins is the twin of example i of --data."
             )
         examples = [x | {"twin": twin} for x, twin in zip(examples, twins, strict=True)]
-    try:
-        pairs = [(x, twin) for x in examples if (twin := TASKS[task].twin(x))]
-    except ValueError as e:
-        raise UserError(f"invalid twin: {e}.\nGive its question, steps and answer.") from None
-    twinned = len(pairs) >= MIN_PAIRS
-    if not twinned:
-        pairs = _unpaired(examples)
-    for i, (x, t) in enumerate(pairs):
-        if x["answer"].strip() == t["answer"].strip():
+    pairs = []
+    for i, x in enumerate(examples):
+        try:
+            twin = TASKS[task].twin(x)
+        except ValueError as e:
+            raise UserError(
+                f"the twin of example {i} is invalid: {e}.\nGive its question, steps and answer."
+            ) from None
+        if twin and twin["answer"].strip() == x["answer"].strip():
             raise UserError(
                 f"the twin of example {i} has the same answer, {x['answer']!r}.\n"
                 "Give twins whose correct answer differs."
             )
+        pairs += [(x, twin)] if twin else []
+    twinned = len(pairs) >= MIN_PAIRS
+    if not twinned:
+        pairs = _unpaired(examples)
+    elif len(pairs) < len(examples):
+        print(f"note: examples without a twin are left out: {len(examples) - len(pairs)}")
     if len(pairs) < MIN_PAIRS:
         raise UserError(
             f"only {len(pairs)} pairs of questions with different answers.\n"

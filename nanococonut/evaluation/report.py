@@ -154,6 +154,7 @@ def _judge_readout(row: Row, engine: Engine, f: Figures, pairs: Pairs) -> list[F
 def _warnings(engine: Engine, f: Figures, pairs: Pairs) -> Iterator[str]:
     """Yield what a reader of the results has to know about the measurement."""
     if not pairs.twinned:
+        yield "Without twins, it was not tested whether the answer depends on what is asked."
         yield "Without twins, only an answer that changes to the donor's counts as moved."
     if f.outcomes["by_inputs"].nanmean() > 0:
         yield "Some twins have another length: their inputs were exchanged, not keys and values."

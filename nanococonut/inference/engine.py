@@ -264,8 +264,8 @@ class Engine:
             raise ValueError("questions need Engine(model, tokenizer); run() takes token ids")
         if isinstance(questions, str) or not questions:
             raise ValueError("questions: expected a list of at least one question")
-        if latent < 0:
-            raise ValueError(f"latent: expected 0 or more, got {latent}")
+        if isinstance(latent, Sequence) or latent < 0:
+            raise ValueError(f"latent: expected one number for all, 0 or more, got {latent}")
         prefixes = []
         for text in map(self.render, questions) if self.render else questions:
             ids = tokenizer.encode(text)

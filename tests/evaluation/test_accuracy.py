@@ -33,6 +33,15 @@ def test_batched_equals_one_by_one(model, tokenizer, method):
     assert batched == alone and len(set(batched.texts)) > 1
 
 
+def test_an_edit_sees_the_examples_in_order(model, tokenizer):
+    """They were sorted by length, so an edit for each example changed the wrong ones."""
+    examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS]
+    engine, seen = Engine(model, tokenizer), []
+    own = engine.generate(QUESTIONS, 2, 3).thoughts
+    evaluate.score(engine, examples, 2, edit=lambda i, fed: (seen.append(fed), fed)[1])
+    torch.testing.assert_close(torch.stack(seen, 1), own)
+
+
 def scripted(monkeypatch, tokenizer, texts=()):
     """Make Engine.run return these texts. Return the list of its requests."""
     requests, texts = [], list(texts)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from fake_graphs import FakeGraphCache
-from helpers import generate, random_gpt, save_random_run
+from helpers import THOUGHTS, generate, random_gpt, save_random_run
 
 import nanococonut
 from nanococonut.curriculum import Curriculum
@@ -63,7 +63,7 @@ def test_ragged_batch_equals_naive_loop(gpt, n_thoughts, forced):
         assert alone.tokens[0] == tokens
 
 
-@pytest.mark.parametrize("thought", ["hidden", "soft", "projected", "fixed"])
+@pytest.mark.parametrize("thought", THOUGHTS)
 @pytest.mark.parametrize("smear", [False, True])
 @torch.no_grad()
 def test_classifier_stops_each_sequence_itself(thought, smear):
@@ -304,8 +304,9 @@ def test_thoughts_without_special_tokens_refused(tokenizer):
         engine.run(Request([[1, tokenizer.vocab_size, 2]], 0, [], EOS, 3))
     with pytest.raises(ValueError, match="none of them empty"):
         engine.generate([""], 0, 3)
-    with pytest.raises(ValueError, match="latent: expected 0 or more, got -1"):
-        engine.generate(["Tom is"], -1, 3)
+    for latent in (-1, [1]):  # a list was compared with 0
+        with pytest.raises(ValueError, match="latent: expected one number for all, 0 or more"):
+            engine.generate(["Tom is"], latent, 3)
 
 
 def test_a_nan_does_not_outlive_its_request(tokenizer):
