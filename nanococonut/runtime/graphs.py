@@ -45,6 +45,11 @@ class GraphCache:
             self.graphs.popitem(last=False)
         self.graphs[key] = self._run_and_capture(fn)
 
+    def keep_only(self, key: tuple) -> None:
+        """Drop all graphs but one, as after a first run that allocated memory which stays in use:
+        an earlier graph has its temporary tensors in the same memory."""
+        self.graphs = OrderedDict({key: self.graphs[key]})
+
     def clear(self) -> None:
         """Drop all graphs and their memory."""
         self.graphs.clear()

@@ -94,7 +94,7 @@ class TrainStep:
     def __call__(self, batch: MicroBatch) -> None:
         """Run forward and backward, eagerly or by replaying a graph."""
         shapes = *batch.prefix.shape, batch.suffix.shape[1], *batch.thought_targets.shape[1:]
-        key = (*shapes, batch.n_targets)
+        key, unused = (*shapes, batch.n_targets), []  # unused: parameters without a gradient
         if key in self._inputs:
             inputs = self._inputs[key]  # the tensors that the graph reads
             for static, new in zip(inputs.tensors, batch.tensors, strict=True):
@@ -106,7 +106,10 @@ class TrainStep:
             if self.graphs.max_graphs:  # drop the inputs of graphs that were dropped
                 kept = {k: x for k, x in self._inputs.items() if k in self.graphs.graphs}
                 self._inputs = kept | {key: inputs}
+                unused = [p for p in self.model.parameters() if p.grad is None]
         self.graphs.run(key, lambda: self._forward_backward(inputs))
+        if any(p.grad is not None for p in unused):  # earlier graphs would overwrite the gradients
+            self.graphs.keep_only(key)
 
     def _forward_backward(self, batch: MicroBatch) -> None:
         n_targets, n_states, thought_scale = batch.scale

@@ -145,6 +145,20 @@ def test_a_first_run_uses_the_memory_of_graphs():
     torch.testing.assert_close(weight.grad, torch.full_like(weight, 4 * 2 * math.e**2))
 
 
+def test_graphs_leave_later_gradients_alone():
+    """Guards against a graph without thoughts that overwrites the gradients of the first thought,
+    which the first run of a later graph allocates in the memory of both."""
+    models = [random_gpt(seed=3, dtype=torch.float32, thought="projected").cuda().train()]
+    models.append(copy.deepcopy(models[0]))
+    for model, max_graphs in zip(models, (0, 8), strict=True):
+        one = TrainStep(model, graphs=GraphCache(max_graphs))
+        for n_thoughts in (0, 0, 2, 0, 2, 0):
+            sequences = random_sequences(7, [n_thoughts] * 3)
+            one(one.prepare(sequences, [True] * 3, (9, 3, 0)))
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_in_graphs_follows_the_seed():
     """Guards against a graph that repeats the dropout mask of its capture."""
     model = random_gpt(seed=3, dtype=torch.float32, n_head=2, n_embd=32, dropout=0.3)
