@@ -123,6 +123,11 @@ def longest_configs(trained: TrainConfig) -> list[OntologyConfig]:
     return []
 
 
+def configs_by_hops(trained: TrainConfig) -> dict[int, OntologyConfig]:
+    """Return number of steps -> settings without shortcuts."""
+    return {n: OntologyConfig(n, matched=True) for n in range(1, min(5, trained.max_hops) + 1)}
+
+
 def _negated_probability(c: OntologyConfig) -> np.ndarray:
     """Return (P): the probability that a property is negated, for concepts 1 to hops, then others.
 

@@ -14,7 +14,7 @@ entity gets more than 50 %.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -94,6 +94,13 @@ def longest_configs(trained: TrainConfig) -> list[GraphConfig]:
     """Return settings with the most steps, which are rare in the training split."""
     min_hops = max(trained.min_hops, trained.max_hops - 1)
     return [GraphConfig(trained.n_nodes, min_hops, trained.max_hops, **LONG_CHAINS)]
+
+
+def configs_by_hops(trained: TrainConfig) -> dict[int, GraphConfig]:
+    """Return number of steps -> settings without shortcuts, up to two steps more than trained."""
+    n = trained.max_hops
+    splits = {h: "prosqa_long" if h > n else "prosqa_balanced" for h in range(1, n + 3)}
+    return {h: replace(SPLITS[x](trained), min_hops=h, max_hops=h) for h, x in splits.items()}
 
 
 class Graphs(NamedTuple):

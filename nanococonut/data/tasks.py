@@ -35,7 +35,7 @@ class Task:
                   with splits: generate, sample_batch, easier_configs, longest_configs, and
                     marked_graph, whose keys identify test examples
                   for --render=compact: compact_question, compact_example, expand_steps
-                  optional: solve, twin, reworded, expand_answer
+                  optional: solve, twin, reworded, expand_answer, configs_by_hops
     shortcuts   examples -> accuracy of each shortcut rule; UserError for those of another task
     """
 

@@ -5,12 +5,12 @@ A twin is a question that differs in one thing, so that another answer is correc
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from nanococonut.config import TrainConfig
-from nanococonut.data import prontoqa, prosqa
+from nanococonut.data import prosqa
 from nanococonut.data.examples import Example
 from nanococonut.data.files import read_examples
 from nanococonut.data.tasks import TASKS
@@ -87,16 +87,9 @@ class Pairs:
 def generated_pairs(config: TrainConfig, rows: int, seed: int) -> tuple[Pairs, Pairs]:
     """Return (pairs as in training, `rows` pairs without shortcuts for each number of hops)."""
     task, pairs = TASKS[config.task], Pairs()
-    plain, base = next(iter(task.splits.values()))(config), config.max_hops
-    if config.task == "prosqa":
-        hops = range(1, base + 3)
-        balanced, long = (task.splits[x](config) for x in ("prosqa_balanced", "prosqa_long"))
-        configs = [replace(long if h > base else balanced, min_hops=h, max_hops=h) for h in hops]
-    else:
-        hops = range(1, min(5, base) + 1)
-        configs = [prontoqa.OntologyConfig(h, matched=True) for h in hops]
-    for h, c in zip(hops, configs, strict=True):
-        n = rows // 2 if h == base + 2 else rows  # the longest chains are rare
+    plain = next(iter(task.splits.values()))(config)
+    for h, c in task.module.configs_by_hops(config).items():
+        n = rows // 2 if h > config.max_hops + 1 else rows  # the longest chains are rare
         pairs.examples += task.module.generate(n, seed, c)
         pairs.groups += [h] * n
     pairs.twins = [task.twin(x) for x in pairs.examples]
@@ -205,7 +198,7 @@ def load_pairs(
         pairs = own_pairs(config.task, read_examples(data), own_twins)
     elif held_out := held_out_examples(engine, "Give --data: a file of its examples."):
         pairs = own_pairs(config.task, held_out, None)
-    elif config.task not in ("prosqa", "prontoqa"):
+    elif not hasattr(TASKS[config.task].module, "configs_by_hops"):
         raise UserError(f"a model of {config.task} needs --data.\nGive a file of its examples.")
     else:
         plain, pairs = generated_pairs(config, rows, seed)
