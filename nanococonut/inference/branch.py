@@ -138,8 +138,18 @@ class Branch:
     def _log_probs(self) -> Tensor:
         return self.model.head(self.state.hidden).float().log_softmax(-1)  # (B, V)
 
+    def _check_end(self, n: int) -> None:
+        """Raise ValueError unless every sequence ends after n slots."""
+        if not torch.equal(self.cache.lengths, self.start + n):
+            ends = sorted(set((self.cache.lengths - self.start).tolist()))
+            raise ValueError(f"slots: expected sequences that end after {n}, they end after {ends}")
+
     def slots(self, n: int) -> Slots:
-        """Return the contents of the first n slots and the current state."""
+        """Return the contents of the n slots and the state after the last one.
+
+        Raise ValueError unless every sequence ends there.
+        """
+        self._check_end(n)
         pos = self.start[:, None] + torch.arange(n, device=self.start.device)  # (B, n)
         kv = self.cache.data[:, :, self.cache.batch_index, :, pos]
         return Slots(kv, self.inputs[:n], self.state)
@@ -149,10 +159,17 @@ class Branch:
 
         slots  must come from questions with the same numbers of tokens, since keys depend on
                positions
-        only   replace only these slots, in sequences that already have all slots (None: all)
+        only   replace only these slots (None: all). Raise ValueError unless every sequence ends
+               after all slots: the state would be that of a later token or thought.
+
+        `inputs` are replaced too, but `thoughts` keeps only what `think` appended.
         """
         n = slots.kv.shape[1]
+        if only is not None:
+            self._check_end(n)
         index = torch.arange(n) if only is None else torch.tensor(only)
+        replaced = index.tolist()
+        self.inputs = [slots.inputs[i] if i in replaced else self.inputs[i] for i in range(n)]
         pos = self.start[:, None] + index.to(self.start)  # (B, number of replaced slots)
         self.cache.data[:, :, self.cache.batch_index, :, pos] = slots.kv[:, index]
         self.cache.lengths.copy_(self.start + n)

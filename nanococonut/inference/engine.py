@@ -233,10 +233,13 @@ class Engine:
         candidates, mark, is_answer  as in choose
         n_slots                      maximum thoughts (or pauses, or other tokens) before an answer
 
-        Raise ValueError if n_slots < 0, or if the questions have different numbers of candidates.
+        Raise ValueError if n_slots < 0, if the questions have different numbers of candidates, or
+        if the model has dropout and is in training mode.
         """
         if n_slots < 0:
             raise ValueError(f"thoughts: expected 0 or more, got {n_slots}")
+        if self.model.attn_dropout:
+            raise ValueError("the model has dropout and is in training mode: call model.eval()")
         prefixes, _, forced = self._prompts(questions, 0)
         n_answers = {0 if isinstance(x, str) else len(x) for x in candidates}
         if len(candidates) != len(questions) or len(n_answers) != 1 or 0 in n_answers:

@@ -116,7 +116,7 @@ def apply_edit(edit: Edit, i: int, thought: Tensor) -> Tensor:
         raise UserError(
             f"edit({i}, fed) returned {actual}.\nReturn a finite tensor like fed: {expected}."
         )
-    return new
+    return new.clone()  # a copy, because the next call of `edit` may overwrite its memory
 
 
 def decode_step(model: GPT, cache: KVCache, token: Tensor, state: DecodeState) -> DecodeState:

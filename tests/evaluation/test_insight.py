@@ -158,6 +158,28 @@ def test_own_slots_put_back_change_no_bit(tokenizer, method):
     assert torch.equal(branch.answer(), longer) and not torch.equal(longer, own)
 
 
+def test_slots_belong_to_their_state(tokenizer):
+    """The first 2 slots of 3 had the state after 3, and slots put back lost their inputs."""
+    branch = random_engine(tokenizer).branch(QUESTIONS, CANDIDATES, 4)
+    branch.think(2)
+    own, slots, inputs = branch.answer(), branch.slots(2), branch.inputs
+    branch.think(1)
+    with pytest.raises(ValueError, match=r"expected sequences that end after 2, .* after \[3\]"):
+        branch.slots(2)
+    with pytest.raises(ValueError, match="expected sequences that end after 2"):
+        branch.put(slots, only=[0])
+    branch.put(slots)
+    assert torch.equal(branch.answer(), own)
+    branch.write([branch.forced] * len(branch))
+    with pytest.raises(ValueError, match="expected sequences that end after 2"):
+        branch.slots(2)
+    branch.restart().put(slots)
+    seen = []
+    branch.think(1, lambda i, fed: (seen.append(i), fed)[1])
+    assert seen == [2]  # the third thought
+    assert all(map(torch.equal, branch.slots(3).inputs, inputs))
+
+
 def test_only_question_and_slots_decide(tokenizer):
     """Question a with the last tokens of b must answer like question b with the slots of a."""
     engine = random_engine(tokenizer)

@@ -273,6 +273,35 @@ def test_threads_share_an_engine():
     assert model.training
 
 
+@pytest.mark.parametrize("smear", [False, True])
+def test_an_edit_may_reuse_its_memory(tokenizer, smear):
+    """The smear and Branch.inputs read a thought again after the next edit had overwritten it."""
+    model = random_gpt(vocab_size=tokenizer.vocab_size, smear=smear)
+    engine, memory = Engine(model, tokenizer), torch.empty(2, model.config.n_embd).double()
+
+    def edit(i, fed):
+        return 0.5 * fed + i
+
+    def edit_in_place(i, fed):
+        return memory.copy_(edit(i, fed))
+
+    answers, inputs = [], []
+    for fn in (edit, edit_in_place):
+        branch = engine.branch(["Tom is", "a"], [["Tom"], ["a lempus"]], 3)
+        branch.think(3, fn)
+        answers.append(branch.answer())
+        inputs.append(torch.stack(branch.inputs))
+    assert torch.equal(*answers) and torch.equal(*inputs)
+
+
+def test_a_branch_has_no_dropout(tokenizer):
+    """A branch of a model in training mode gave other answers in every call."""
+    engine = Engine(random_gpt(vocab_size=tokenizer.vocab_size, dropout=0.5).train(), tokenizer)
+    with pytest.raises(ValueError, match=r"training mode.*call model.eval\(\)"):
+        engine.branch(["Tom is"], [["Tom"]], 2)
+    assert torch.equal(*(engine.choose(["Tom is"], [["Tom"]], 2) for _ in range(2)))
+
+
 @pytest.mark.parametrize("render", ["compact", "sentences"])
 def test_load_renders_prompts_as_trained(tmp_path, tokenizer, render):
     """Guards against a prompt in a different format than in training."""
