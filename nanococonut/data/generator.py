@@ -1,5 +1,6 @@
 """Generation for all tasks: draw examples in batches from a seed, and skip held-out graphs."""
 
+import operator
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ def sample_batches(
     seed   (seed, stream, ...), or a plain integer
     """
     # numpy pads seeds with zeros, so S alone would equal (S, TRAIN, 0), a training stream
-    rng = np.random.default_rng((seed, USER_STREAM) if isinstance(seed, int) else seed)
+    if not isinstance(seed, Sequence):
+        seed = (operator.index(seed), USER_STREAM)  # a NumPy integer, too
+    rng = np.random.default_rng(seed)
     while True:
         yield sample_batch(rng, config)
 

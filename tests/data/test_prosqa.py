@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from data.statistics import prosqa_statistics
 
@@ -292,6 +293,7 @@ def test_a_user_seed_is_not_a_training_stream():
     for stream in range(5):
         for tail in ((), (0,), (0, 0), (0, 1)):
             assert prosqa.generate(5, (7, stream, *tail)) != public
+    assert prosqa.generate(5, np.int64(7)) == public  # numpy's integers are no int
 
 
 def test_excluded_graphs_are_never_generated():
