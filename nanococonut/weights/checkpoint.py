@@ -185,18 +185,32 @@ def is_run(path: Path) -> bool:
 def save(
     run: Path, step: int, files: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
 ) -> Path:
-    """Write run/step_<step>, then delete all but the last two checkpoints and the best one."""
+    """Write run/step_<step>, then delete all but the last two checkpoints, the best one and this.
+
+    A checkpoint of this step with these weights is kept. Raise UserError if it has others.
+    """
     folder = run / f"step_{step:08d}"
     if not (folder / MANIFEST).is_file():
         write_checkpoint(folder, files, manifest | {"step": step})
+    elif not _has_weights(folder, files[WEIGHTS]):
+        raise UserError(
+            f"{folder} already holds other weights.\nSave another step, or to another folder."
+        )
+    kept = folder.name, f"step_{manifest.get('best_step', -1):08d}"
     for old in list_checkpoints(run)[:-2]:  # two, in case the last one is already diverging
-        if old.name != f"step_{manifest.get('best_step', -1):08d}":
+        if old.name not in kept:
             with suppress(OSError):  # Windows cannot rename a folder while a file in it is open
                 # rename before deleting, so that a kill never leaves half a checkpoint
                 old.rename(old.with_name(f".{old.name}.partial"))
     for partial in run.glob(".step_*.partial"):  # including those of killed runs
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _has_weights(folder: Path, tensors: dict[str, Tensor]) -> bool:
+    """Return whether a checkpoint has exactly these weights."""
+    saved = load_file(folder / WEIGHTS)
+    return saved.keys() == tensors.keys() and all(torch.equal(saved[k], tensors[k]) for k in saved)
 
 
 def resolve(path: str | Path, best: bool = False) -> Path:

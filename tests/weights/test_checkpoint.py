@@ -103,6 +103,19 @@ def test_old_checkpoints_go_but_not_the_best(tmp_path, model, tokenizer):
     assert checkpoint.resolve(run, best=True).name == "step_00000004"
 
 
+def test_other_weights_of_a_saved_step_are_refused(tmp_path, model, tokenizer):
+    """A second save of a step was skipped, and one of an earlier step was deleted at once."""
+    for step in (3, 4):
+        save(tmp_path, step, model, tokenizer)
+    with torch.no_grad():
+        model.wte.weight[0, 0] += 1
+    with pytest.raises(UserError, match="step_00000004 already holds other weights"):
+        save(tmp_path, 4, model, tokenizer)
+    folder = save(tmp_path, 2, model, tokenizer)
+    assert torch.equal(checkpoint.load(folder)[0].wte.weight, model.wte.weight)
+    assert save(tmp_path, 2, model, tokenizer) == folder  # the same weights, as at the end of a run
+
+
 def test_half_written_checkpoint_is_not_one(saved):
     """kill -9 in the middle of a save leaves a folder under another name."""
     folder, _, _ = saved
