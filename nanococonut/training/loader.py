@@ -67,7 +67,8 @@ class TrainLoader:
             self.exclude = frozenset(graph_keys(graphs)) | test_hashes(config)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="epochs")
         self._epochs: dict[int, Future[list[TokenizedExample]]] = {}  # the current and the next
-        self._prefetched: dict[tuple[int, int], StepBatch] = {}  # one batch, by (step, stage)
+        # one batch, by step, stage and what prepares it
+        self._prefetched: dict[tuple[int, int, Prepare], StepBatch] = {}
         self._fixed: list[TokenizedExample] | None = None  # used in every epoch, if not None
         if not generates:
             source = config.data or config.task
@@ -85,12 +86,13 @@ class TrainLoader:
 
     def get(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         """Return the batch of a step, from the prefetch if there was one."""
-        if (step, stage) not in self._prefetched:
-            self.prefetch(step, stage, prepare)
-        return self._prefetched[step, stage]
+        key = step, stage, prepare
+        if key not in self._prefetched:
+            self.prefetch(*key)
+        return self._prefetched[key]
 
     def prefetch(self, step: int, stage: int, prepare: Prepare) -> None:
-        self._prefetched = {(step, stage): self._step_batch(step, stage, prepare)}
+        self._prefetched = {(step, stage, prepare): self._step_batch(step, stage, prepare)}
 
     def _step_batch(self, step: int, stage: int, prepare: Prepare) -> StepBatch:
         config, curriculum, tokenizer = self.config, self.curriculum, self.tokenizer

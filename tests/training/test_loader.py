@@ -1,6 +1,7 @@
 """An epoch has the requested fractions of each kind of example, and is generated once."""
 
 import pytest
+from helpers import random_gpt
 
 from nanococonut.config import TrainConfig
 from nanococonut.curriculum import Curriculum
@@ -8,6 +9,7 @@ from nanococonut.data.shortcuts import prosqa_shortcuts
 from nanococonut.data.tasks import Data
 from nanococonut.training.loader import TrainLoader
 from nanococonut.training.setup import init_tokenizer
+from nanococonut.training.step import TrainStep
 
 
 def make_loader(**settings):
@@ -69,3 +71,12 @@ def test_pauses_are_no_latent_steps(method, n):
     loader.get(0, 2, lambda sequences, counted, counts, n_thoughts: seen.append(n_thoughts))
     loader.close()
     assert set(seen) == {n}
+
+
+def test_a_batch_belongs_to_what_prepared_it():
+    """A second TrainStep got the batch of the first, with its scale of the thought loss."""
+    loader, model = make_loader(thought_labels="path"), random_gpt()
+    steps = [TrainStep(model, thought_loss=weight) for weight in (0.0, 1.0, 2.0)]
+    scales = [loader.get(0, 2, step.prepare).micro_batches[0].scale[2].item() for step in steps]
+    loader.close()
+    assert scales[0] == 0 < scales[1] == scales[2] / 2
