@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from nanococonut import ops
 from nanococonut.batch import IGNORE, Batch
 from nanococonut.model import GPT, Attend, at_position, causal_attention
+from nanococonut.runtime.errors import UserError
 
 KV = tuple[Tensor, Tensor]  # keys and values, (B, nh, T, hs) each
 
@@ -28,8 +29,9 @@ class HiddenStates:
     """What the losses need from a forward pass.
 
     states   list of n + 1 tensors (B, C): hidden state after 0, 1, ..., n thoughts.
-             A sequence with fewer thoughts repeats its last state.
-    suffix   (B, Ts, C): hidden state j predicts token j of the suffix
+             A sequence with fewer thoughts repeats its last state. A loss may use any of them. Only
+             without C do the gradients of a later state or the suffix reach earlier states
+    suffix   (B, Ts, C): hidden state j predicts token j of the suffix, up to the last target
     kernels  backend of the pass, which `loss` uses too
     """
 
@@ -173,7 +175,15 @@ def forward_in_c(model: GPT, batch: Batch) -> HiddenStates:
     """Return the hidden states, computed by kernels/cpu_train.c.
 
     The C code takes no padding: its N rows are the valid positions, one sequence after another.
+    Raise UserError if the model has dropout, other thoughts or forward hooks, which C would ignore.
     """
+    ignored = {  # feature of the model: whether it has it
+        f"{model.config.thought} thoughts": model.config.thought != "hidden",
+        f"dropout ({model.attn_dropout})": model.attn_dropout > 0,
+        "forward hooks": any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()),
+    }
+    if feature := next((name for name, applies in ignored.items() if applies), ""):
+        raise UserError(f"kernels/cpu_train.c would ignore {feature}.\nUse --kernels=torch.")
     (B, Tp), n, Ts = batch.prefix.shape, batch.max_thoughts, batch.suffix.shape[1]
     # the inputs are the suffix tokens before the last target, so its index is their number
     n_inputs = (batch.targets != IGNORE).int().cumsum(1).argmax(1)  # (B,)

@@ -10,6 +10,7 @@ from helpers import assert_three_way, needs_c, random_batch, random_gpt
 
 from kernels.cpu_train import Rows, hidden_states
 from nanococonut import coconut
+from nanococonut.runtime.errors import UserError
 
 pytestmark = needs_c
 # more than one group of sequences, the last one incomplete, and thoughts that end at various steps
@@ -51,6 +52,22 @@ def test_equals_pytorch(smear, n_head, n_embd, n_layer, thoughts, seed, nan_memo
     for name, x in truth.items():
         # PyTorch's own errors in float32 are up to 6e-7
         assert (got[name] - x).norm() <= 4e-6 * x.norm() + 1e-7 * largest, name
+
+
+def test_what_c_would_ignore_is_refused():
+    """C ran projected thoughts as hidden ones, and left out dropout and hooks."""
+    shape = dict(dtype=torch.float32, n_head=2, n_embd=32)
+    batch, _ = random_batch(0, THOUGHTS)
+    hooked, dropout = random_gpt(**shape), random_gpt(dropout=0.5, **shape)
+    hooked.h[1].attn.register_forward_hook(lambda module, args, y: 0 * y)
+    for model, feature in (
+        (random_gpt(thought="projected", **shape), "projected thoughts"),
+        (dropout.train(), r"dropout \(0.5\)"),
+        (hooked, "forward hooks"),
+    ):
+        with pytest.raises(UserError, match=f"cpu_train.c would ignore {feature}"):
+            coconut.forward(model, batch, "c")
+    assert coconut.forward(dropout.eval(), batch, "c").states
 
 
 def test_large_scores_and_activations():
