@@ -158,6 +158,8 @@ def score(
     if config:
         rendered = TASKS[config.task].render(examples, config.render)
     counts = n_thoughts if isinstance(n_thoughts, Sequence) else [n_thoughts] * len(examples)
+    if len(counts) != len(examples):
+        raise ValueError(f"n_thoughts: expected {len(examples)} numbers, got {len(counts)}")
     # a batch has one number of thoughts; similar lengths need little padding
     lengths = [0 if edit else len(x["question"]) for x in rendered]  # an edit may need the order
     order = sorted(range(len(examples)), key=lambda i: (counts[i], lengths[i]))

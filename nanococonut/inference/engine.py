@@ -172,8 +172,9 @@ class Engine:
     ) -> Generation:
         """Answer a batch of questions. Raise UserError if one does not fit in block_size.
 
-        latent          thoughts (or pauses) per question (None: as in training); with a stop
-                        classifier, their maximum
+        latent          thoughts (or pauses) per question; with a stop classifier, their maximum.
+                        None: as in training, but without pad_latent_to_max, questions of few steps
+                        had fewer there (evaluation.accuracy.thoughts_as_trained)
         max_new_tokens  reduced to what fits in block_size
         temperature     0: greedy; otherwise tokens are sampled with `seed`
         edit            (i, fed) -> replacement for `fed`, the (B, C) inputs of thought i, one per

@@ -103,7 +103,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def gather_tensors(
     model: nn.Module, optimizers: Sequence[Optimizer] = ()
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a checkpoint on the CPU: file name -> tensor name -> tensor."""
+    """Return the tensors of a checkpoint on the CPU: file name -> tensor name -> tensor.
+
+    Those of a model on the CPU are no copies, so they change with the model until they are saved.
+    """
     files: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(model.state_dict())}
     if optimizers:
         files[OPTIMIZER] = {

@@ -42,6 +42,14 @@ def test_an_edit_sees_the_examples_in_order(model, tokenizer):
     torch.testing.assert_close(torch.stack(seen, 1), own)
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_numbers_of_thoughts_fit_the_examples(model, tokenizer, n):
+    """A list for other, more examples was taken without an error."""
+    examples = [{"question": q, "steps": [], "answer": "x"} for q in QUESTIONS[:3]]
+    with pytest.raises(ValueError, match=f"n_thoughts: expected 3 numbers, got {n}"):
+        evaluate.score(Engine(model, tokenizer), examples, [1] * n)
+
+
 def scripted(monkeypatch, tokenizer, texts=()):
     """Make Engine.run return these texts. Return the list of its requests."""
     requests, texts = [], list(texts)
