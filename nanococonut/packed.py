@@ -43,7 +43,7 @@ class PackedGPT(GPT):
     """
 
     def __init__(self, model: GPT, in_c: bool = False) -> None:
-        self.__dict__.update(_share(model).__dict__)
+        self.__dict__.update(share(model).__dict__)
         for block in self.h:
             attn, mlp = block.attn, block.mlp
             attn.c_attn = PackedLinear(attn.c_attn.weight, attn.c_attn.bias)
@@ -76,7 +76,7 @@ class PackedGPT(GPT):
         return sum(m.nbytes for m in self.modules() if isinstance(m, PackedLinear))
 
 
-def _share(model: GPT) -> GPT:
+def share(model: GPT) -> GPT:
     """Return a copy of the modules that shares all parameters and buffers."""
     return copy.deepcopy(
         model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
@@ -86,7 +86,7 @@ def _share(model: GPT) -> GPT:
 def one_layer(model: GPT) -> GPT:
     """Return the model with its first layer and eight tokens only, in eval mode. It shares the
     weights."""
-    small = _share(model).eval()
+    small = share(model).eval()
     small.config = dataclasses.replace(model.config, n_layer=1)
     small.h, small.wte = small.h[:1], nn.Embedding.from_pretrained(model.wte.weight.detach()[:8])
     return small
@@ -118,7 +118,8 @@ def unavailable(model: GPT, kernels: str = "packed") -> str:
 def fingerprint(weight: Tensor) -> tuple[int, int, bytes]:
     """Return values that change with the weight. A change through `.data` shows only in its bits.
 
-    The bits are summed as 64-bit integers, which is exact, and as fast as reading them.
+    The bits are summed as 64-bit integers, which is exact, and as fast as reading them. Rows that
+    change places through `.data` do not show.
     """
     version = 0 if weight.is_inference() else weight._version
     data = weight.detach().contiguous().flatten().view(torch.uint8)

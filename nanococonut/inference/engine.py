@@ -106,6 +106,9 @@ class Engine:
     Thread-safe: a lock serializes the calls of one engine. Two engines of the same model must not
     run at once while the model is in training mode, because each call puts it in eval mode.
 
+    Weights may change between calls. Replace modules before the first one: kernels and CUDA graphs
+    do not notice a later change without new parameters.
+
     curriculum  determines the token layout of a prompt (None: Coconut's)
     kernels     one of ops.BACKENDS, see ops.choose_backend; choose and branch always run torch
     graph       "auto", "on" or "off", see ops.choose_graph
@@ -355,8 +358,8 @@ class Engine:
                 for p in self.model.parameters()
             ]
             if key != self._weights_key:
-                if self._packed:  # raises if the model's dtype has changed to one without packing
-                    choose_backend(self.kernels, self.model)
+                # raises if the kernels cannot run the model anymore, as with another dtype or layer
+                choose_backend(self.kernels, self.model)
                 self._reset()
                 self._weights_key = key
                 self._packed = None

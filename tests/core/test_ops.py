@@ -62,11 +62,13 @@ def test_training_in_c_gives_its_reason(monkeypatch):
 
     for kernels in ("auto", "c"):
         assert ops.choose_training_backend(kernels, gpt())[0] == "c"
-    changed, subclass = gpt(n_layer=2), gpt()
+    changed, other_eps, subclass = gpt(n_layer=2), gpt(), gpt()
     changed.h[1].mlp.gelu = torch.nn.ReLU()
+    other_eps.ln_f.eps = 0.1  # hardly matters with the random weights of plain_gpt2.py
     subclass.__class__ = type("Other", (GPT,), {})
     refused = [
-        (changed, False, "its results differ by"),
+        (changed, False, "layer 1 gives logits that differ"),
+        (other_eps, False, "its results differ by"),
         (subclass, False, "a subclass of GPT"),
         (gpt(dropout=0.1), False, "does not support dropout"),
         (gpt(thought="projected"), False, "projected thoughts"),
@@ -148,6 +150,16 @@ class RolledAttention(Attention):
         return super().forward(x, rolled, last_pos)
 
 
+class ScaledAttention(Attention):
+    """Divides the scores by the number of the layer, like an option of GPT-2 in transformers."""
+
+    def forward(self, x, attend, last_pos=None):
+        def scaled(layer, q, k, v):
+            return attend(layer, q / (layer + 1), k, v)
+
+        return super().forward(x, scaled, last_pos)
+
+
 def zero_gain(model):
     for block in model.h:
         block.mlp = GainMLP(model.config)
@@ -156,6 +168,15 @@ def zero_gain(model):
 def rotary(model):
     for layer, block in enumerate(model.h):
         block.attn = RolledAttention(model.config, layer)
+
+
+def late_adapter(model):
+    model.h[-1].mlp = GainMLP(model.config)
+
+
+def scaled_by_layer(model):
+    for layer, block in enumerate(model.h):
+        block.attn = ScaledAttention(model.config, layer)
 
 
 def rms_norm(model):
@@ -167,10 +188,14 @@ def scaled_thoughts(model):
     model.thought_embedding = lambda hidden: 0.5 * hidden
 
 
-@pytest.mark.parametrize("edit", [zero_gain, rotary, rms_norm, scaled_thoughts])
+EDITS = [zero_gain, rotary, late_adapter, scaled_by_layer, rms_norm, scaled_thoughts]
+
+
+@pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("kernels", ["triton", "c", "packed"])
 def test_kernels_refuse_an_edited_model(edit, kernels):
-    """C trained a model without its zero-initialized gain; Triton ignored a rotary embedding."""
+    """C trained a model without its zero-initialized gain; Triton ignored a rotary embedding. An
+    edit of later layers only was not noticed."""
     model = random_gpt(dtype=torch.float32, n_head=1, n_embd=32)
     assert plain_gpt2.difference(model) == ""
     edit(model)

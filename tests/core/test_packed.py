@@ -130,6 +130,51 @@ def test_packed_copies_follow_the_weights(kernels):
         ask(engine)
 
 
+class Adapted(torch.nn.Linear):
+    """A layer with an adapter, which keeps the name of the weight."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.gain = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.gain * super().forward(x)
+
+
+def replace_activation(model):
+    model.h[0].mlp.gelu = torch.nn.ReLU()
+
+
+def replace_forward(model):
+    model.h[1].mlp.forward = torch.zeros_like
+
+
+def replace_layer(model):
+    model.h[1].mlp.c_fc = Adapted(model.h[1].mlp.c_fc)
+
+
+def replace_thoughts(model):
+    model.thought_embedding = lambda hidden: 0.5 * hidden
+
+
+EDITS = [replace_activation, replace_forward, replace_layer, replace_thoughts]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_after_the_engine_was_made_is_refused(kernels, edit):
+    """The engine ignored an edit before its first call."""
+    model = random_gpt(**MODEL)
+    engine = Engine(model, kernels=kernels)
+    if edit is replace_layer:  # after the first call, only changes of parameters are noticed
+        ask(engine)
+    edit(model)
+    for _ in range(2):
+        with pytest.raises(UserError, match="not a plain GPT-2"):
+            ask(engine)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fingerprint_shows_every_changed_bit(dtype):
     """Guards against a change that a sum of floats rounds away, and against odd sizes."""
