@@ -23,10 +23,11 @@ def difference(model: GPT) -> str:
     small, device = one_layer(model), model.wte.weight.device
     layers = share(model).eval().h
     generator = torch.Generator().manual_seed(0)
-    weights = {  # 0.5: far from the identity, and far from saturation
-        name: 0.5 * torch.randn(p.shape, generator=generator).to(device)
-        for name, p in small.named_parameters()
-    }
+    weights = {}
+    for name, p in small.named_parameters():
+        # far from the identity, and far from saturation, where GELU would look like ReLU
+        std = 0.5 if p.dim() < 2 else min(0.5, 3 / p.shape[-1] ** 0.5)
+        weights[name] = std * torch.randn(p.shape, generator=generator).to(device)
     ids = torch.arange(min(8, len(model.wte.weight), model.config.block_size), device=device)[None]
     try:
         with torch.autocast(device.type, enabled=False):

@@ -207,6 +207,14 @@ def test_kernels_refuse_an_edited_model(edit, kernels):
             ops.choose_training_backend(kernels, model)
 
 
+def test_another_activation_shows_in_a_wide_model():
+    """With weights that do not shrink with the width, ReLU differed from GELU by less than 1 %."""
+    model = random_gpt(dtype=torch.float32, n_head=4, n_embd=512)
+    assert plain_gpt2.difference(model) == ""
+    model.h[1].mlp.gelu = torch.nn.ReLU()
+    assert "layer 1 differ" in plain_gpt2.difference(model)
+
+
 @pytest.mark.parametrize("options", [{}, {"smear": True}, {"thought": "soft"}, {"stop": True}])
 def test_every_option_is_plain_gpt2(options):
     """The check must not refuse what the kernels support."""
