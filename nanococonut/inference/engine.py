@@ -316,6 +316,8 @@ class Engine:
 
     def _check_hooks(self) -> None:
         """Raise UserError if the model has forward hooks that this engine would not call."""
+        if self.model._forward_hooks or self.model._forward_pre_hooks:
+            raise UserError("no engine calls the hooks of a model itself.\nUse its modules' hooks.")
         if self.kernels == "torch" and not self.graph:
             return
         if any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()):

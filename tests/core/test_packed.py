@@ -192,6 +192,27 @@ def test_fingerprint_shows_every_changed_bit(dtype):
         assert packed.fingerprint(weight)[1:] == before[1:]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fingerprint_shows_shuffled_and_negated_weights(dtype):
+    """Guards against a sum of all bits, which does not show rows or columns that change places, nor
+    an even number of changed signs."""
+    weight = torch.randn(96, 64).to(dtype)
+    order = torch.randperm(64)
+    changes = {
+        "rows": lambda w: w.copy_(w.roll(1, 0)),
+        "columns": lambda w: w.copy_(w[:, order]),
+        "blocks of columns": lambda w: w.copy_(w.roll(32, 1)),
+        "two columns": lambda w: w.copy_(w[:, [*range(5), 40, *range(6, 40), 5, *range(41, 64)]]),
+        "signs of a column": lambda w: w[:, 63].neg_(),
+        "signs of rows": lambda w: w[::2].neg_(),
+        "all signs": lambda w: w.neg_(),
+    }
+    for name, change in changes.items():
+        before = packed.fingerprint(weight)
+        change(weight.data)
+        assert packed.fingerprint(weight) != before, name
+
+
 def test_packing_leaves_the_model_as_it_is():
     """Guards against layers replaced in the model itself, which lose gradients and state dict."""
     model = random_gpt(**MODEL)

@@ -377,6 +377,10 @@ def test_forward_hooks_are_called_or_refused(tokenizer):
         engine.generate(["Tom is"], 2, 4)
     handle.remove()
     assert engine.generate(["Tom is"], 2, 4).tokens
+    engine.graphs = Engine(model, graph="off").graphs
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(UserError, match="the hooks of a model itself"):
+        engine.generate(["Tom is"], 2, 4)
 
 
 def test_a_filled_batch_may_have_no_eos():
