@@ -212,7 +212,7 @@ def test_another_activation_shows_in_a_wide_model():
     model = random_gpt(dtype=torch.float32, n_head=4, n_embd=512)
     assert plain_gpt2.difference(model) == ""
     model.h[1].mlp.gelu = torch.nn.ReLU()
-    assert "layer 1 differ" in plain_gpt2.difference(model)
+    assert "layer 1 gives" in plain_gpt2.difference(model)
 
 
 @pytest.mark.parametrize("options", [{}, {"smear": True}, {"thought": "soft"}, {"stop": True}])
