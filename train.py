@@ -47,7 +47,7 @@ def main() -> None:
 
     # ---- model and optimizers
     torch.manual_seed(config.seed)
-    model = init_model(config, tokenizer).to(device)
+    model = init_model(config, tokenizer, run.manifest.get("model")).to(device)
     optimizers = init_optimizers(config, model)  # [AdamW] or [AdamW, Muon]
     kernels, kernels_reason = ops.choose_training_backend(config.kernels, model, use_bf16)
     use_graphs = ops.choose_graph(config.graph, model)

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.markup import escape
@@ -31,7 +32,8 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
     doc: the script's __doc__, for --help
     """
     overrides, path = parse_cli(TrainConfig, argv, doc, config_file=True)
-    if path:
+    has_file = path is not None
+    if has_file:
         values = read_config_file(path, TrainConfig)
     elif overrides.get("resume") is True and type(out_dir := overrides.get("out_dir")) is str:
         path = out_dir  # the run's own settings
@@ -42,7 +44,8 @@ def load_config(argv: list[str], doc: str | None) -> tuple[TrainConfig, str, dic
             "To continue a run: python train.py --resume --out_dir=out/NAME."
         )
     config, fallback_info = make_config(TrainConfig, values, overrides), {}
-    if reason := _fallback_reason(config):
+    # a run's own settings: its checkpoint has the weights, so init_from is not read
+    if has_file and (reason := _fallback_reason(config)):
         # never replace weights that the user asked for on the command line
         if "init_from" in overrides and "fallback" not in overrides:
             raise UserError(
@@ -92,12 +95,19 @@ def init_tokenizer(config: TrainConfig, examples: list[Example] | None) -> Token
     return Tokenizer.words([*TASKS[config.task].module.VOCABULARY, *words])
 
 
-def init_model(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
+def init_model(
+    config: TrainConfig, tokenizer: Tokenizer, saved: dict[str, Any] | None = None
+) -> GPT:
     """Return a model with random weights (the caller seeds torch), or with those of init_from.
+
+    saved: GPTConfig of the checkpoint that a run resumes from. Its weights replace all others, so
+    init_from is not read: it may have moved, like data.
 
     Raise UserError if block_size exceeds the positions of the weights, or if an option does not
     fit the method or the vocabulary.
     """
+    if saved:
+        return GPT(GPTConfig(**saved))
     method = METHODS[config.method]
     if config.stop == "classifier" and not method.feeds_back:
         raise UserError(
