@@ -191,7 +191,8 @@ def load_data(config: TrainConfig, revision: str = "main") -> Data:
                 "Give more examples, or a --valid_data file."
             )
         n = min(config.val_examples, max(1, len(train) // 10))
-        order = np.random.default_rng((config.seed, VALID)).permutation(len(train))
+        # the same for every seed, so that a run can continue another's weights on unseen examples
+        order = np.random.default_rng((0, VALID)).permutation(len(train))
         valid = [train[i] for i in order[:n]]
         train = [train[i] for i in order[n:]]
         return Data(train, {"valid": valid}, skipped=skipped)

@@ -186,6 +186,8 @@ def print_summary(
         console.print(table)
     else:
         console.print(f"no stage was finished in {steps}, so there is no validation yet")
+    if state.step < schedule.total_steps:  # max_steps is saved, so --resume alone would stop again
+        console.print(f"  ended by max_steps={state.step}: to go on, --resume with --max_steps=0")
     with suppress(UserError):  # a user's own data may not support these rules
         shortcuts = TASKS[schedule.config.task].shortcuts
         baselines = {split: shortcuts(examples) for split, examples in splits.items()}

@@ -147,7 +147,7 @@ class Schedule:
             options = " --first_stage_epochs=0 --max_latent_stage=0"
             options += f" --final_thoughts={n_thoughts}"
         raise UserError(
-            f"this run's learning rates were planned for epochs={epochs}; it is too late to change "
+            f"stages and learning rates were planned for epochs={epochs}; it is too late to change "
             f"to {self.config.epochs}.\nResume with --epochs={epochs}, or continue in another "
             f"--out_dir: --init_from=RUN{options}"
         )

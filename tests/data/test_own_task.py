@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanococonut.data.files import read_examples
-from nanococonut.data.tasks import TASKS, Task
+from nanococonut.config import TrainConfig
+from nanococonut.data.files import read_examples, write_examples
+from nanococonut.data.tasks import TASKS, Task, load_data
 from nanococonut.weights import checkpoint
 
 TEN_LINES = """
@@ -95,3 +96,14 @@ def test_a_bad_example_is_named_or_skipped(script, bad, words):
     assert err.count("\n") <= 2
     code, out, err = script(*argv, "--out_dir=b", "--skip_bad_rows")
     assert (code, err) == (0, "") and "1 of 22 examples skipped" in out and words in out
+
+
+def test_every_seed_holds_out_the_same_examples(tmp_path):
+    """Another seed of the next run in a curriculum validated on what the last one had learned."""
+    examples = [{"question": f"{i}?", "steps": [], "answer": str(i)} for i in range(50)]
+    write_examples(tmp_path / "rows.json", examples)
+    held_out = [
+        load_data(TrainConfig(data=str(tmp_path / "rows.json"), seed=seed)).val["valid"]
+        for seed in (0, 1)
+    ]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 5

@@ -368,6 +368,20 @@ def test_resume_with_more_epochs_is_the_longer_run(train, tiny):
     assert (code, err) == (0, "") and digests("run") == digests("whole")
 
 
+def test_resume_needs_no_init_from(train, tiny, tmp_path):
+    """Guards against a run that cannot go on because the weights it started from have moved."""
+    assert train(tiny, "--max_steps=1", "--out_dir=first")[0] == 0
+    (tmp_path / "next.py").write_text(TINY + 'fallback = "none.py"\n')
+    flags = [tmp_path / "next.py", "--epochs=2", "--init_from=first"]
+    assert train(*flags, "--out_dir=whole")[0] == 0
+    code, out, _ = train(*flags, "--out_dir=run", "--max_steps=1")
+    assert code == 0 and "ended by max_steps=1: to go on, --resume with --max_steps=0\n" in out
+    (tmp_path / "first").rename(tmp_path / "moved")
+    code, out, err = train("--resume", "--out_dir=run", "--max_steps=0")
+    assert (code, err) == (0, "") and digests("run") == digests("whole")
+    assert "ended by" not in out
+
+
 def test_resume_with_other_rates_names_init_from(train, tiny):
     """Guards against resuming with epochs that would have changed the past learning rates."""
     train(tiny, "--epochs=7", "--epochs_per_stage=1", "--out_dir=run")
