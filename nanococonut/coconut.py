@@ -29,8 +29,8 @@ class HiddenStates:
     """What the losses need from a forward pass.
 
     states   list of n + 1 tensors (B, C): hidden state after 0, 1, ..., n thoughts.
-             A sequence with fewer thoughts repeats its last state. A loss may use any of them. Only
-             without C do the gradients of a later state or the suffix reach earlier states
+             A sequence with fewer thoughts repeats its last state. A loss may use any of them. In
+             C, all parameters get their gradients, but states[i].grad lacks what later states add
     suffix   (B, Ts, C): hidden state j predicts token j of the suffix, up to the last target
     kernels  backend of the pass, which `loss` uses too
     """

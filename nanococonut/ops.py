@@ -38,7 +38,7 @@ def choose_backend(kernels: str, model: GPT) -> tuple[str, str]:
     on_cpu = model.wte.weight.device.type == "cpu"
     if kernels == "auto" and on_cpu and model.n_params() < packed.MIN_PARAMS:
         return "torch", "a small model on a CPU"
-    if why := _no_kernel(kernels, model):
+    if why := _why_torch(kernels, model):
         return "torch", why
     if kernels in ("c", "packed"):
         if why := packed.unavailable(model, kernels):
@@ -65,7 +65,7 @@ def choose_training_backend(kernels: str, model: GPT, use_bf16: bool = False) ->
     use_bf16: the forward pass is autocast to bfloat16
     """
     _check_option("kernels", kernels, ("auto", "triton", "c", "torch"))
-    if why := _no_kernel(kernels, model):
+    if why := _why_torch(kernels, model):
         return "torch", why
     if kernels == "c" or (kernels == "auto" and model.wte.weight.device.type == "cpu"):
         if reason := _no_training_in_c(model, use_bf16):
@@ -106,8 +106,9 @@ def _no_training_in_c(model: GPT, use_bf16: bool) -> str:
     return ""
 
 
-def _no_kernel(kernels: str, model: GPT) -> str:
-    """Return why no kernel fits a model, "" if some may. Raise UserError if one is requested."""
+def _why_torch(kernels: str, model: GPT) -> str:
+    """Return why only torch may run, or "" if a kernel may. Raise UserError if the requested one
+    does not compute this model."""
     if kernels == "torch":
         return "as requested"
     if difference := plain_gpt2.difference(model):

@@ -142,7 +142,7 @@ class Branch:
         """Raise ValueError unless every sequence ends after n slots."""
         if not torch.equal(self.cache.lengths, self.start + n):
             ends = sorted(set((self.cache.lengths - self.start).tolist()))
-            raise ValueError(f"slots: expected sequences that end after {n}, they end after {ends}")
+            raise ValueError(f"slots: expected every sequence to end after {n}, got {ends}")
 
     def slots(self, n: int) -> Slots:
         """Return the contents of the n slots and the state after the last one.
